@@ -1,0 +1,206 @@
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::{Gradients, GradientsMut};
+use crate::inputs::Inputs;
+use crate::params::Params;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// A map from queries, keys and values to outputs, with its exact vector–Jacobian product.
+///
+/// One trait for every mechanism of this crate and for your own: sparsity, edges and heads are data
+/// in the [`Inputs`], so it does not grow with them. It is object-safe: a mixture holds
+/// `Vec<Box<dyn Attention<F>>>`.
+///
+/// The contract, which [`testing::check_attention`](crate::testing::check_attention) checks:
+///
+/// * Outputs are overwritten, gradients are added to.
+/// * A hidden pair (mask, causal, bias of −∞, not in the graph) is skipped: NaN or infinity in its
+///   key, value or features changes nothing. NaN elsewhere gives NaN in the rows it touches.
+/// * A query without visible keys aggregates zeros, and gradients do not flow through it.
+/// * The same inputs give the same bits.
+/// * Channels that change the answer are honoured or refused ([`Inputs::refuse`]).
+///
+/// ```
+/// use graph_attention::{Attention, Inputs, ScaledDotProduct};
+/// use graph_attention::ndarray::array;
+///
+/// let query = array![1.0, 0.0];
+/// let keys = array![[9.0, 0.0], [0.0, 9.0]];
+/// let values = array![[1.0], [0.0]];
+/// let inputs = Inputs::single(query.view(), keys.view(), values.view())?;
+///
+/// let attention: Box<dyn Attention<f64>> = Box::new(ScaledDotProduct::new());
+/// let (out, saved) = attention.forward_train(&inputs)?;
+/// assert!(out[[0, 0]] > 0.99);
+/// let gradients = attention.backward(&inputs, &saved, array![[1.0]].view())?;
+/// assert_eq!(gradients.value.dim(), (2, 1));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
+    /// The name in errors, benches and reports: `edge_gat`.
+    fn name(&self) -> &'static str;
+
+    /// The number of columns of the output for these inputs.
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize;
+
+    /// Inference: overwrites `out`, num_queries × [`output_dim`](Self::output_dim).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `out` or the inputs do not fit, [`Error::MissingInput`] or
+    /// [`Error::Unsupported`] for channels.
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()>;
+
+    /// The forward pass of training: the same numbers, and what
+    /// [`backward_into`](Self::backward_into) needs in order not to do the work twice. (Dropping
+    /// the result and calling this again later is gradient checkpointing.)
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into).
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved>;
+
+    /// Adds to `grads` the gradients of ⟨grad_out, forward(inputs)⟩ with respect to the inputs and
+    /// the parameters. `saved` comes from [`forward_train_into`](Self::forward_train_into) on the
+    /// same inputs.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an array does not fit the inputs, [`Error::SavedMismatch`] if `saved` is
+    /// another mechanism's.
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()>;
+
+    /// The attention weights before dropout: num_pairs × heads, in the caller's pair order. Hidden
+    /// pairs have weight 0, and the weights of a query sum to 1, or to 0 if it sees no key.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] from a mechanism that never forms weights; otherwise as
+    /// [`forward_into`](Self::forward_into).
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let _ = inputs;
+        Err(Error::NoWeights { mechanism: self.name() })
+    }
+
+    /// [`forward_into`](Self::forward_into) with an output of its own.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into).
+    fn forward(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
+        self.forward_into(inputs, out.view_mut())?;
+        Ok(out)
+    }
+
+    /// [`forward_train_into`](Self::forward_train_into) with an output of its own.
+    ///
+    /// # Errors
+    /// As [`forward_train_into`](Self::forward_train_into).
+    fn forward_train(&self, inputs: &Inputs<'_, F>) -> Result<(Array2<F>, Saved)> {
+        let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
+        let saved = self.forward_train_into(inputs, out.view_mut())?;
+        Ok((out, saved))
+    }
+
+    /// [`backward_into`](Self::backward_into) with gradients of its own.
+    ///
+    /// # Errors
+    /// As [`backward_into`](Self::backward_into).
+    fn backward(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+    ) -> Result<Gradients<F>> {
+        let mut gradients = Gradients::zeros(inputs, self)?;
+        self.backward_into(inputs, saved, grad_out, gradients.view_mut())?;
+        Ok(gradients)
+    }
+}
+
+/// `Ok` when `out` or `grad_out` has the shape of the mechanism's output.
+pub(crate) fn check_output<F: Float>(
+    what: &'static str,
+    mechanism: &(impl Attention<F> + ?Sized),
+    inputs: &Inputs<'_, F>,
+    shape: &[usize],
+) -> Result<()> {
+    check_shape(what, &[inputs.num_queries(), mechanism.output_dim(inputs)], shape)
+}
+
+/// What a forward pass keeps for its backward pass: opaque, owned, made by
+/// [`Attention::forward_train_into`].
+pub struct Saved {
+    mechanism: &'static str,
+    state: Box<dyn Any + Send + Sync>,
+}
+
+impl Saved {
+    /// Wraps a mechanism's state under its name.
+    pub fn new(mechanism: &'static str, state: impl Any + Send + Sync) -> Self {
+        Self { mechanism, state: Box::new(state) }
+    }
+
+    /// The state, for the mechanism that saved it.
+    ///
+    /// # Errors
+    /// [`Error::SavedMismatch`] if another mechanism saved it, or the same one in another precision.
+    pub fn state<T: Any>(&self, mechanism: &'static str) -> Result<&T> {
+        let state = self.state.downcast_ref();
+        state
+            .filter(|_| mechanism == self.mechanism)
+            .ok_or(Error::SavedMismatch { mechanism, saved_by: self.mechanism })
+    }
+}
+
+impl fmt::Debug for Saved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Saved").field("mechanism", &self.mechanism).finish_non_exhaustive()
+    }
+}
+
+macro_rules! impl_for_pointers {
+    ($($pointer:ty),*) => {$(
+        impl<F: Float, A: Attention<F> + ?Sized> Attention<F> for $pointer {
+            fn name(&self) -> &'static str {
+                (**self).name()
+            }
+            fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+                (**self).output_dim(inputs)
+            }
+            fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+                (**self).forward_into(inputs, out)
+            }
+            fn forward_train_into(
+                &self,
+                inputs: &Inputs<'_, F>,
+                out: ArrayViewMut2<'_, F>,
+            ) -> Result<Saved> {
+                (**self).forward_train_into(inputs, out)
+            }
+            fn backward_into(
+                &self,
+                inputs: &Inputs<'_, F>,
+                saved: &Saved,
+                grad_out: ArrayView2<'_, F>,
+                grads: GradientsMut<'_, F>,
+            ) -> Result<()> {
+                (**self).backward_into(inputs, saved, grad_out, grads)
+            }
+            fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+                (**self).weights(inputs)
+            }
+        }
+    )*};
+}
+
+impl_for_pointers!(Box<A>, Arc<A>, &A);

@@ -1,0 +1,197 @@
+use std::borrow::Cow;
+use std::fmt;
+
+/// What this crate returns when a call is wrong.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a call was refused.
+///
+/// Every variant carries the data of its message: which argument, what was expected, what came.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// An array has another shape than its role requires.
+    #[error("{what}: expected shape {expected:?}, got {actual:?}")]
+    Shape {
+        /// The argument, e.g. `mask` or `grads.key`.
+        what: Cow<'static, str>,
+        /// The required shape.
+        expected: Vec<usize>,
+        /// The shape that came.
+        actual: Vec<usize>,
+    },
+    /// The columns of an array cannot be split into equal heads.
+    #[error(
+        "{what}: expected a number of columns divisible by {heads} heads, got {columns} columns"
+    )]
+    Heads {
+        /// The argument, e.g. `key`.
+        what: &'static str,
+        /// The number of heads asked for.
+        heads: usize,
+        /// The number of columns that came.
+        columns: usize,
+    },
+    /// A mechanism needs a channel that the inputs do not carry.
+    #[error(
+        "{mechanism}: expected inputs with {channel}, got inputs without (see `Inputs::with_*`)"
+    )]
+    MissingInput {
+        /// [`Attention::name`](crate::Attention::name) of the mechanism.
+        mechanism: &'static str,
+        /// The channel it needs.
+        channel: Channel,
+    },
+    /// The inputs carry a channel that changes the answer and that a mechanism cannot honour.
+    #[error(
+        "{mechanism}: expected inputs without {channel}, which it cannot honour, got inputs with it"
+    )]
+    Unsupported {
+        /// [`Attention::name`](crate::Attention::name) of the mechanism.
+        mechanism: &'static str,
+        /// The channel it cannot honour.
+        channel: Channel,
+    },
+    /// A setting or a scalar argument has a value outside its range.
+    #[error("{field}: expected {expected}, got {actual}")]
+    InvalidConfig {
+        /// The setting, e.g. `dropout.probability`.
+        field: &'static str,
+        /// The range it must lie in.
+        expected: Cow<'static, str>,
+        /// The value that came.
+        actual: String,
+    },
+    /// The parts of a graph contradict each other.
+    #[error("graph: {what}: expected {expected}, got {actual}")]
+    Graph {
+        /// The part, e.g. `edges[3].key`.
+        what: Cow<'static, str>,
+        /// What it must be.
+        expected: String,
+        /// What came.
+        actual: String,
+    },
+    /// An array of this shape does not fit in memory.
+    #[error("{what}: expected a size that fits in memory, got shape {shape:?}")]
+    TooLarge {
+        /// The array.
+        what: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// The mechanism has no attention weights to return.
+    #[error(
+        "{mechanism}: expected a mechanism with attention weights, got one that never forms them"
+    )]
+    NoWeights {
+        /// [`Attention::name`](crate::Attention::name) of the mechanism.
+        mechanism: &'static str,
+    },
+    /// The saved state of a forward pass was handed to a mechanism that did not make it.
+    #[error(
+        "{mechanism}: expected the state saved by its own forward pass, got one saved by {saved_by}"
+    )]
+    SavedMismatch {
+        /// [`Attention::name`](crate::Attention::name) of the mechanism that was called.
+        mechanism: &'static str,
+        /// Who made the state.
+        saved_by: &'static str,
+    },
+    /// A parameter of this name does not exist.
+    #[error("parameter {name}: expected one of [{}], got an unknown name", known.join(", "))]
+    UnknownParam {
+        /// The name that came.
+        name: String,
+        /// The names that exist.
+        known: Vec<String>,
+    },
+    /// A parameter is missing from a state that must be complete.
+    #[error("parameter {name}: expected a value, got a state without this name")]
+    MissingParam {
+        /// The name that is missing.
+        name: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn shape(
+        what: impl Into<Cow<'static, str>>,
+        expected: &[usize],
+        actual: &[usize],
+    ) -> Self {
+        Self::Shape { what: what.into(), expected: expected.to_vec(), actual: actual.to_vec() }
+    }
+
+    pub(crate) fn config(
+        field: &'static str,
+        expected: impl Into<Cow<'static, str>>,
+        actual: impl ToString,
+    ) -> Self {
+        Self::InvalidConfig { field, expected: expected.into(), actual: actual.to_string() }
+    }
+
+    pub(crate) fn graph(
+        what: impl Into<Cow<'static, str>>,
+        expected: impl ToString,
+        actual: impl ToString,
+    ) -> Self {
+        Self::Graph {
+            what: what.into(),
+            expected: expected.to_string(),
+            actual: actual.to_string(),
+        }
+    }
+}
+
+/// `Ok` when `actual` is the shape that `what` must have.
+pub(crate) fn check_shape(
+    what: impl Into<Cow<'static, str>>,
+    expected: &[usize],
+    actual: &[usize],
+) -> Result<()> {
+    if expected == actual { Ok(()) } else { Err(Error::shape(what, expected, actual)) }
+}
+
+/// The optional parts of [`Inputs`](crate::Inputs).
+///
+/// The first four change which pairs attend, or how much: a mechanism honours them or refuses
+/// them with [`Error::Unsupported`]. The others are data that a mechanism may read or leave.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Channel {
+    /// A boolean mask or a causal pattern.
+    Mask,
+    /// Additive logits.
+    Bias,
+    /// Dropout on the weights.
+    Dropout,
+    /// More than one head in the layout of query, key and value.
+    Heads,
+    /// One row of features per pair.
+    EdgeFeatures,
+    /// One distance per pair.
+    Distances,
+    /// One layer number per pair.
+    Layers,
+    /// Coordinates of queries and keys.
+    Positions,
+    /// A second graph over the same keys.
+    Latent,
+}
+
+impl fmt::Display for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mask => "a mask or causal pattern",
+            Self::Bias => "an additive bias",
+            Self::Dropout => "dropout",
+            Self::Heads => "several heads",
+            Self::EdgeFeatures => "edge features",
+            Self::Distances => "distances",
+            Self::Layers => "layers",
+            Self::Positions => "positions",
+            Self::Latent => "latent neighbours",
+        })
+    }
+}

@@ -1,0 +1,70 @@
+use crate::error::{Error, Result};
+use ndarray::{Array2, NdFloat};
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+}
+
+/// The element types of this crate: `f32` and `f64`.
+///
+/// Sealed: the kernels are written for these two.
+pub trait Float: sealed::Sealed + NdFloat + std::iter::Sum + Default {
+    /// The nearest value of this type.
+    fn of(value: f64) -> Self;
+    /// The same value as an `f64`; exact.
+    fn as_f64(self) -> f64;
+}
+
+impl Float for f32 {
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Float for f64 {
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        self
+    }
+}
+
+/// The larger of two values, NaN if either is NaN.
+///
+/// `Float::max` drops a NaN, and with it the only trace of a bad logit.
+#[inline(always)]
+pub(crate) fn nan_max<F: Float>(a: F, b: F) -> F {
+    if b > a || b.is_nan() { b } else { a }
+}
+
+/// `len` copies of `value`, or an error where the allocation is refused.
+pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -> Result<Vec<T>> {
+    let too_large = || Error::TooLarge { what, shape: shape.to_vec() };
+    let len =
+        (shape.iter()).try_fold(1usize, |len, &n| len.checked_mul(n)).ok_or_else(too_large)?;
+    let mut vec = Vec::new();
+    vec.try_reserve_exact(len).map_err(|_| too_large())?;
+    vec.resize(len, value);
+    Ok(vec)
+}
+
+/// A zero matrix, or an error where the allocation is refused.
+pub(crate) fn try_zeros<F: Float>(
+    what: &'static str,
+    rows: usize,
+    columns: usize,
+) -> Result<Array2<F>> {
+    let data = try_vec(what, &[rows, columns], F::zero())?;
+    Array2::from_shape_vec((rows, columns), data)
+        .map_err(|_| Error::TooLarge { what, shape: vec![rows, columns] })
+}

@@ -1,0 +1,607 @@
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_vec, try_zeros};
+use ndarray::{Array2, ArrayView2, Axis};
+use std::collections::VecDeque;
+use std::fmt;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// Which keys each query attends to: a list of (query, key) pairs, grouped by query.
+///
+/// An edge `(i, j)` reads "query i attends to key j". (PyG writes the same edge as a column of
+/// `edge_index` with source j and target i.) Queries and keys may be different node sets. Parallel
+/// edges stay distinct pairs, self-loops are ordinary edges and are never added silently, and a
+/// query without edges is fine.
+///
+/// **Pair order.** Every per-edge array that goes in or comes out (edge features, distances,
+/// biases, weights, their gradients) has its rows in *the caller's edge order*: the order of the
+/// list given to [`from_edges`](Self::from_edges), or the order of the slots for
+/// [`from_csr`](Self::from_csr) and the pattern builders.
+///
+/// Stored as compressed sparse rows: `u32` keys, `usize` offsets, and, where the caller's order is
+/// not the order of the rows, one `u32` edge number per slot. A graph has at most `u32::MAX`
+/// queries, keys and edges.
+///
+/// ```
+/// use graph_attention::Graph;
+///
+/// // Two queries over three keys; the edges in no particular order.
+/// let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0)])?;
+/// // Query 1 attends to key 2 (edge 0) and key 0 (edge 2).
+/// assert_eq!(graph.row(1).collect::<Vec<_>>(), [(2, 0), (0, 2)]);
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Graph {
+    /// All keys of `indices` are below this.
+    num_keys: usize,
+    /// Row i is `indices[offsets[i]..offsets[i + 1]]`. Starts at 0, never falls, ends at
+    /// `indices.len()`, has one entry more than there are queries.
+    offsets: Vec<usize>,
+    /// The key of every slot.
+    indices: Vec<u32>,
+    /// The caller's edge number of every slot, a permutation; `None` is the identity.
+    edge_ids: Option<Vec<u32>>,
+    /// Computed on first use.
+    transposed: OnceLock<Box<Graph>>,
+}
+
+/// What the features of new self-loops are: [`Graph::with_self_loops_and_features`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LoopFill<F> {
+    /// This value in every column.
+    Value(F),
+    /// The mean over the node's other edges, those in which it is the query; 0 where it has none.
+    Mean,
+}
+
+impl Graph {
+    /// A graph from a list of `(query, key)` edges in any order, which becomes the pair order.
+    ///
+    /// A stable counting sort: O(queries + edges) time and memory.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if an edge names a query or key that does not exist, or if there are more
+    /// than `u32::MAX` queries, keys or edges.
+    pub fn from_edges(
+        num_queries: usize,
+        num_keys: usize,
+        edges: impl IntoIterator<Item = (usize, usize)>,
+    ) -> Result<Self> {
+        check_sizes(num_queries, num_keys)?;
+        let mut list = Vec::new();
+        for (position, (query, key)) in edges.into_iter().enumerate() {
+            let checked = |side: &str, index: usize, len: usize| {
+                if index < len {
+                    return Ok(index as u32);
+                }
+                let what = format!("edges[{position}].{side}");
+                Err(Error::graph(what, format!("an index below {len}"), index))
+            };
+            list.push((checked("query", query, num_queries)?, checked("key", key, num_keys)?));
+        }
+        check_num_edges(list.len())?;
+
+        let offsets = try_vec("graph", &[num_queries + 1], 0)?;
+        let (offsets, slots) = counting_sort(offsets, list.iter().map(|&(query, _)| query));
+        let in_row_order = slots.iter().enumerate().all(|(slot, &id)| slot == id as usize);
+        Ok(Self {
+            num_keys,
+            offsets,
+            indices: slots.iter().map(|&id| list[id as usize].1).collect(),
+            edge_ids: (!in_row_order).then_some(slots),
+            transposed: OnceLock::new(),
+        })
+    }
+
+    /// A graph from compressed sparse rows; the pair order is the order of `indices`.
+    ///
+    /// Query i attends to the keys `indices[offsets[i]..offsets[i + 1]]`.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if `offsets` is empty, does not start at 0, falls, or does not end at
+    /// `indices.len()`; if an index is not below `num_keys`; or if there are more than `u32::MAX`
+    /// queries, keys or edges.
+    pub fn from_csr(num_keys: usize, offsets: Vec<usize>, indices: Vec<u32>) -> Result<Self> {
+        let Some((&first, rest)) = offsets.split_first() else {
+            return Err(Error::graph("offsets", "one entry more than queries", "no entries"));
+        };
+        if first != 0 {
+            return Err(Error::graph("offsets[0]", 0, first));
+        }
+        check_sizes(rest.len(), num_keys)?;
+        check_num_edges(indices.len())?;
+        for (i, pair) in offsets.windows(2).enumerate() {
+            if pair[1] < pair[0] {
+                let what = format!("offsets[{}]", i + 1);
+                return Err(Error::graph(what, format!("at least {}", pair[0]), pair[1]));
+            }
+        }
+        let last = offsets[rest.len()];
+        if last != indices.len() {
+            let what = format!("offsets[{}]", rest.len());
+            return Err(Error::graph(what, format!("indices.len() = {}", indices.len()), last));
+        }
+        if let Some(slot) = indices.iter().position(|&key| key as usize >= num_keys) {
+            let what = format!("indices[{slot}]");
+            return Err(Error::graph(what, format!("a key below {num_keys}"), indices[slot]));
+        }
+        Ok(Self { num_keys, offsets, indices, edge_ids: None, transposed: OnceLock::new() })
+    }
+
+    /// The pairs that are `true` in a `num_queries × num_keys` mask, in row-major order.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there are more than `u32::MAX` queries, keys or pairs.
+    pub fn from_mask(mask: ArrayView2<'_, bool>) -> Result<Self> {
+        Self::from_rows(mask.nrows(), mask.ncols(), |query, row| {
+            let keys = mask.row(query);
+            row.extend((0u32..).zip(keys).filter(|(_, seen)| **seen).map(|(key, _)| key));
+        })
+    }
+
+    /// The sliding window of Longformer (Beltagy et al. 2020, 2004.05150) over n nodes in a line:
+    /// node i attends to all j with |i − j| ≤ `radius`, itself included.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there are more than `u32::MAX` nodes or pairs.
+    pub fn window(n: usize, radius: usize) -> Result<Self> {
+        Self::local_global(n, radius, &[])
+    }
+
+    /// A window and global nodes (Longformer, 2004.05150; BigBird, 2007.14062): the pairs (i, j)
+    /// with |i − j| ≤ `radius`, or i global, or j global. Each pair once, keys ascending.
+    ///
+    /// Repeated entries in `globals` count once. O(n + pairs).
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if a global node is not below n, or if there are more than `u32::MAX` nodes
+    /// or pairs.
+    pub fn local_global(n: usize, radius: usize, globals: &[usize]) -> Result<Self> {
+        check_sizes(n, n)?;
+        let mut is_global = try_vec("local_global", &[n], false)?;
+        for (position, &node) in globals.iter().enumerate() {
+            *(is_global.get_mut(node)).ok_or_else(|| {
+                let what = format!("globals[{position}]");
+                Error::graph(what, format!("a node below {n}"), node)
+            })? = true;
+        }
+        let globals: Vec<u32> = (0..n as u32).filter(|&j| is_global[j as usize]).collect();
+        Self::from_rows(n, n, |i, row| {
+            if is_global[i] {
+                return row.extend(0..n as u32);
+            }
+            let window =
+                i.saturating_sub(radius) as u32..(i.saturating_add(radius).min(n - 1) + 1) as u32;
+            row.extend(globals.iter().filter(|&&j| j < window.start));
+            row.extend(window.clone());
+            row.extend(globals.iter().filter(|&&j| j >= window.end));
+        })
+    }
+
+    /// Several graphs as one, without edges between them: the batching of this crate, which has no
+    /// batch axis. Concatenate the rows of queries, keys and values, and the per-edge arrays, in
+    /// the same order.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the sum of queries, keys or edges exceeds `u32::MAX`.
+    pub fn block_diagonal(graphs: &[&Graph]) -> Result<Self> {
+        let total = |size: fn(&Graph) -> usize| graphs.iter().map(|graph| size(graph)).sum();
+        let (num_queries, num_keys) = (total(Self::num_queries), total(Self::num_keys));
+        let num_edges = total(Self::num_edges);
+        check_sizes(num_queries, num_keys)?;
+        check_num_edges(num_edges)?;
+
+        let mut offsets = Vec::with_capacity(num_queries + 1);
+        let mut indices = Vec::with_capacity(num_edges);
+        let mut edge_ids = Vec::with_capacity(num_edges);
+        offsets.push(0);
+        let mut first_key = 0;
+        for graph in graphs {
+            let first_edge = indices.len();
+            offsets.extend(graph.offsets[1..].iter().map(|end| first_edge + end));
+            indices.extend(graph.indices.iter().map(|key| first_key as u32 + key));
+            edge_ids.extend(
+                (0..graph.num_edges()).map(|slot| (first_edge + graph.edge_id(slot)) as u32),
+            );
+            first_key += graph.num_keys;
+        }
+        let permuted = graphs.iter().any(|graph| graph.edge_ids.is_some());
+        Ok(Self {
+            num_keys,
+            offsets,
+            indices,
+            edge_ids: permuted.then_some(edge_ids),
+            transposed: OnceLock::new(),
+        })
+    }
+
+    /// The number of queries.
+    #[must_use]
+    pub fn num_queries(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// The number of keys.
+    #[must_use]
+    pub fn num_keys(&self) -> usize {
+        self.num_keys
+    }
+
+    /// The number of edges, that is of (query, key) pairs.
+    #[must_use]
+    pub fn num_edges(&self) -> usize {
+        self.indices.len()
+    }
+
+    /// The offsets of the rows into [`indices`](Self::indices): one entry more than queries.
+    #[must_use]
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// The keys of all rows, one after the other.
+    #[must_use]
+    pub fn indices(&self) -> &[u32] {
+        &self.indices
+    }
+
+    /// The caller's edge number of each entry of [`indices`](Self::indices); `None` where it is
+    /// the entry's own position.
+    #[must_use]
+    pub fn edge_ids(&self) -> Option<&[u32]> {
+        self.edge_ids.as_deref()
+    }
+
+    /// The keys that a query attends to; empty for a query that does not exist.
+    #[must_use]
+    pub fn neighbors(&self, query: usize) -> &[u32] {
+        &self.indices[self.slots(query)]
+    }
+
+    /// The `(key, edge number)` of each edge of a query; empty for a query that does not exist.
+    pub fn row(&self, query: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.slots(query).map(|slot| (self.indices[slot] as usize, self.edge_id(slot)))
+    }
+
+    /// The slots of a query's row.
+    pub(crate) fn slots(&self, query: usize) -> Range<usize> {
+        match self.offsets.get(query..) {
+            Some(&[start, end, ..]) => start..end,
+            _ => 0..0,
+        }
+    }
+
+    /// The key of a slot.
+    #[inline]
+    pub(crate) fn key(&self, slot: usize) -> usize {
+        self.indices[slot] as usize
+    }
+
+    /// The caller's edge number of a slot.
+    #[inline]
+    pub(crate) fn edge_id(&self, slot: usize) -> usize {
+        self.edge_ids.as_ref().map_or(slot, |ids| ids[slot] as usize)
+    }
+
+    /// The same edges with queries and keys exchanged: row j lists the queries that attend to key
+    /// j, in ascending order. Edge numbers are kept, so per-edge arrays serve both directions.
+    ///
+    /// Computed once, on first use, in O(queries + keys + edges), and kept.
+    #[must_use]
+    pub fn transpose(&self) -> &Graph {
+        self.transposed.get_or_init(|| {
+            let queries: Vec<u32> = (0..self.num_queries())
+                .flat_map(|query| std::iter::repeat_n(query as u32, self.slots(query).len()))
+                .collect();
+            let offsets = vec![0; self.num_keys + 1];
+            let (offsets, slots) = counting_sort(offsets, self.indices.iter().copied());
+            Box::new(Self {
+                num_keys: self.num_queries(),
+                offsets,
+                indices: slots.iter().map(|&slot| queries[slot as usize]).collect(),
+                edge_ids: Some(
+                    slots.iter().map(|&slot| self.edge_id(slot as usize) as u32).collect(),
+                ),
+                transposed: OnceLock::new(),
+            })
+        })
+    }
+
+    /// Every node with exactly one self-loop: existing loops are removed, then n new ones are
+    /// appended after the remaining edges (which keep their order), node by node.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
+    /// more than `u32::MAX` edges.
+    pub fn with_self_loops(&self) -> Result<Self> {
+        Ok(self.replace_self_loops()?.0)
+    }
+
+    /// [`with_self_loops`](Self::with_self_loops) for a graph with edge features: also returns the
+    /// features of the new edges, in the new pair order.
+    ///
+    /// # Errors
+    /// As [`with_self_loops`](Self::with_self_loops); [`Error::Shape`] if `features` has not one
+    /// row per edge.
+    pub fn with_self_loops_and_features<F: Float>(
+        &self,
+        features: ArrayView2<'_, F>,
+        fill: LoopFill<F>,
+    ) -> Result<(Self, Array2<F>)> {
+        let columns = features.ncols();
+        check_shape("edge_features", &[self.num_edges(), columns], features.shape())?;
+        let (graph, kept) = self.replace_self_loops()?;
+
+        let mut filled = try_zeros("edge_features", graph.num_edges(), columns)?;
+        let (mut old, mut new) = filled.view_mut().split_at(Axis(0), kept.len());
+        for (mut row, &edge) in old.rows_mut().into_iter().zip(&kept) {
+            row.assign(&features.row(edge));
+        }
+        match fill {
+            LoopFill::Value(value) => new.fill(value),
+            LoopFill::Mean => {
+                for (node, mut mean) in new.rows_mut().into_iter().enumerate() {
+                    let others = || self.row(node).filter(|&(key, _)| key != node);
+                    others().for_each(|(_, edge)| mean += &features.row(edge));
+                    mean /= F::of(others().count().max(1) as f64);
+                }
+            }
+        }
+        Ok((graph, filled))
+    }
+
+    /// The graph with new self-loops, and the old edge numbers of the edges that were kept.
+    fn replace_self_loops(&self) -> Result<(Self, Vec<usize>)> {
+        self.check_square("with_self_loops")?;
+        let n = self.num_keys;
+        let mut ends = vec![(0, 0); self.num_edges()];
+        for query in 0..n {
+            for (key, edge) in self.row(query) {
+                ends[edge] = (query, key);
+            }
+        }
+        let kept: Vec<usize> =
+            (0..ends.len()).filter(|&edge| ends[edge].0 != ends[edge].1).collect();
+        let edges = kept.iter().map(|&edge| ends[edge]).chain((0..n).map(|node| (node, node)));
+        Ok((Self::from_edges(n, n, edges)?, kept))
+    }
+
+    /// All pairs of different nodes at a distance of 1 to `k` edges, and that distance for each
+    /// pair (fit for [`Inputs::with_layers`](crate::Inputs::with_layers)). The nodes of a row are
+    /// in order of distance. A node is at distance 0 from itself, so it is not in its own row.
+    ///
+    /// Breadth-first search from every node: O(n + the edges walked).
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
+    /// more than `u32::MAX` pairs.
+    pub fn k_hop(&self, k: u8) -> Result<(Self, Vec<u8>)> {
+        self.check_square("k_hop")?;
+        let n = self.num_keys;
+        let mut hops = Vec::new();
+        let mut seen_from = vec![u32::MAX; n];
+        let mut queue = VecDeque::new();
+        let graph = Self::from_rows(n, n, |start, row| {
+            seen_from[start] = start as u32;
+            queue.push_back((start as u32, 0));
+            while let Some((node, distance)) = queue.pop_front() {
+                if distance > 0 {
+                    row.push(node);
+                    hops.push(distance);
+                }
+                if distance == k {
+                    continue;
+                }
+                for &next in self.neighbors(node as usize) {
+                    if seen_from[next as usize] != start as u32 {
+                        seen_from[next as usize] = start as u32;
+                        queue.push_back((next, distance + 1));
+                    }
+                }
+            }
+        })?;
+        Ok((graph, hops))
+    }
+
+    /// The rows of some queries, in the given order, and for each edge of the result its number in
+    /// `self`, with which per-edge arrays are gathered. A query may be named more than once.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if a query does not exist, or if there would be more than `u32::MAX`
+    /// queries or edges.
+    pub fn select_queries(&self, queries: &[usize]) -> Result<(Self, Vec<usize>)> {
+        if let Some(position) = queries.iter().position(|&query| query >= self.num_queries()) {
+            let expected = format!("a query below {}", self.num_queries());
+            return Err(Error::graph(format!("queries[{position}]"), expected, queries[position]));
+        }
+        let graph = Self::from_rows(queries.len(), self.num_keys, |row, keys| {
+            keys.extend(self.neighbors(queries[row]));
+        })?;
+        let edges = queries.iter().flat_map(|&query| self.row(query)).map(|(_, edge)| edge);
+        Ok((graph, edges.collect()))
+    }
+
+    /// A graph row by row: `fill` appends the keys of a query to the list of all keys.
+    fn from_rows(
+        num_queries: usize,
+        num_keys: usize,
+        mut fill: impl FnMut(usize, &mut Vec<u32>),
+    ) -> Result<Self> {
+        check_sizes(num_queries, num_keys)?;
+        let mut offsets = try_vec("graph", &[num_queries + 1], 0)?;
+        let mut indices = Vec::new();
+        for query in 0..num_queries {
+            fill(query, &mut indices);
+            check_num_edges(indices.len())?;
+            offsets[query + 1] = indices.len();
+        }
+        Ok(Self { num_keys, offsets, indices, edge_ids: None, transposed: OnceLock::new() })
+    }
+
+    fn check_square(&self, what: &'static str) -> Result<()> {
+        if self.num_queries() == self.num_keys {
+            return Ok(());
+        }
+        let expected = format!("one node set, as many queries as {} keys", self.num_keys);
+        Err(Error::graph(what, expected, format!("{} queries", self.num_queries())))
+    }
+}
+
+/// The edges and their order; whether the transpose is already there makes no difference.
+impl PartialEq for Graph {
+    fn eq(&self, other: &Self) -> bool {
+        self.num_keys == other.num_keys
+            && self.offsets == other.offsets
+            && self.indices == other.indices
+            && (0..self.num_edges()).all(|slot| self.edge_id(slot) == other.edge_id(slot))
+    }
+}
+
+/// The sizes and whether edges are permuted, not the edges: graphs are large.
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Graph")
+            .field("num_queries", &self.num_queries())
+            .field("num_keys", &self.num_keys)
+            .field("num_edges", &self.num_edges())
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_sizes(num_queries: usize, num_keys: usize) -> Result<()> {
+    for (what, size) in [("num_queries", num_queries), ("num_keys", num_keys)] {
+        if u32::try_from(size).is_err() {
+            return Err(Error::graph(what, format!("at most {}", u32::MAX), size));
+        }
+    }
+    Ok(())
+}
+
+fn check_num_edges(num_edges: usize) -> Result<()> {
+    if u32::try_from(num_edges).is_err() {
+        return Err(Error::graph("edges", format!("at most {}", u32::MAX), num_edges));
+    }
+    Ok(())
+}
+
+/// Stable counting sort of items by row. `offsets`, zeros of length `rows + 1`, comes back as the
+/// rows' offsets, with the items' numbers in row order.
+fn counting_sort(
+    mut offsets: Vec<usize>,
+    row_of_item: impl ExactSizeIterator<Item = u32> + Clone,
+) -> (Vec<usize>, Vec<u32>) {
+    for row in row_of_item.clone() {
+        offsets[row as usize + 1] += 1;
+    }
+    for row in 1..offsets.len() {
+        offsets[row] += offsets[row - 1];
+    }
+    let mut next = offsets.clone();
+    let mut items = vec![0; row_of_item.len()];
+    for (item, row) in row_of_item.enumerate() {
+        items[next[row as usize]] = item as u32;
+        next[row as usize] += 1;
+    }
+    (offsets, items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{array, s};
+
+    fn edges_of(graph: &Graph) -> Vec<(usize, usize)> {
+        let mut edges = vec![(usize::MAX, usize::MAX); graph.num_edges()];
+        for query in 0..graph.num_queries() {
+            for (key, edge) in graph.row(query) {
+                edges[edge] = (query, key);
+            }
+        }
+        edges
+    }
+
+    #[test]
+    fn keeps_the_callers_edge_order_parallel_edges_and_loops() -> Result<()> {
+        let edges = [(2, 1), (0, 3), (2, 1), (2, 2), (0, 0)];
+        let graph = Graph::from_edges(3, 5, edges)?;
+        assert_eq!(edges_of(&graph), edges);
+        assert_eq!(graph.neighbors(0), [3, 0]);
+        assert_eq!(graph.neighbors(1), []);
+        assert_eq!(graph.neighbors(3), []);
+        assert_eq!(graph.neighbors(usize::MAX), []);
+        assert_eq!(graph.row(2).collect::<Vec<_>>(), [(1, 0), (1, 2), (2, 3)]);
+        Ok(())
+    }
+
+    #[test]
+    fn transposing_twice_gives_the_same_edges() -> Result<()> {
+        let edges = [(2, 1), (0, 3), (2, 1), (2, 2), (0, 0)];
+        let graph = Graph::from_edges(3, 5, edges)?;
+        let transposed = graph.transpose();
+        assert_eq!(edges_of(transposed), edges.map(|(query, key)| (key, query)));
+        assert_eq!(edges_of(transposed.transpose()), edges);
+        assert_eq!(transposed.neighbors(1), [2, 2]);
+        assert_eq!(transposed.neighbors(4), []);
+        Ok(())
+    }
+
+    #[test]
+    fn self_loops_replace_existing_ones_and_take_the_mean_of_the_rest() -> Result<()> {
+        let graph = Graph::from_edges(3, 3, [(0, 0), (1, 0), (1, 2), (1, 1)])?;
+        let features = array![[9.0, 9.0], [1.0, 2.0], [3.0, 6.0], [9.0, 9.0]];
+        let (looped, mean) = graph.with_self_loops_and_features(features.view(), LoopFill::Mean)?;
+        assert_eq!(edges_of(&looped), [(1, 0), (1, 2), (0, 0), (1, 1), (2, 2)]);
+        assert_eq!(mean, array![[1., 2.], [3., 6.], [0., 0.], [2., 4.], [0., 0.]]);
+        let (_, fives) =
+            graph.with_self_loops_and_features(features.view(), LoopFill::Value(5.0))?;
+        assert_eq!(fives.slice(s![2.., ..]), Array2::from_elem((3, 2), 5.0));
+        assert_eq!(graph.with_self_loops()?, looped);
+        Ok(())
+    }
+
+    #[test]
+    fn k_hop_counts_the_shortest_way() -> Result<()> {
+        // A path 0 - 1 - 2 - 3 with a shortcut 0 -> 2.
+        let edges = [(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (0, 2)];
+        let graph = Graph::from_edges(4, 4, edges)?;
+        let (two, hops) = graph.k_hop(2)?;
+        assert_eq!(two.neighbors(0), [1, 2, 3]);
+        assert_eq!(two.neighbors(3), [2, 1]);
+        assert_eq!(hops[..3], [1, 1, 2]);
+        assert_eq!(graph.k_hop(0)?.0.num_edges(), 0);
+        assert_eq!(graph.k_hop(255)?.0.num_edges(), 4 * 3);
+        Ok(())
+    }
+
+    #[test]
+    fn patterns_hold_the_pairs_they_promise_each_once() -> Result<()> {
+        for (n, radius, globals) in
+            [(7, 2, vec![]), (7, 0, vec![6, 0, 6]), (5, 9, vec![2]), (0, 1, vec![])]
+        {
+            let mask = Array2::from_shape_fn((n, n), |(i, j)| {
+                i.abs_diff(j) <= radius || globals.contains(&i) || globals.contains(&j)
+            });
+            let graph = Graph::local_global(n, radius, &globals)?;
+            assert_eq!(graph, Graph::from_mask(mask.view())?);
+        }
+        assert_eq!(Graph::window(4, usize::MAX)?.num_edges(), 16);
+        Ok(())
+    }
+
+    #[test]
+    fn blocks_and_selections_carry_the_edge_order() -> Result<()> {
+        let a = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0)])?;
+        let b = Graph::from_edges(1, 2, [(0, 1)])?;
+        let both = Graph::block_diagonal(&[&a, &b, &a])?;
+        let expected = [(1, 2), (0, 1), (1, 0), (2, 4), (4, 7), (3, 6), (4, 5)];
+        assert_eq!(edges_of(&both), expected);
+        assert_eq!((both.num_queries(), both.num_keys()), (5, 8));
+
+        let (selected, edges) = both.select_queries(&[4, 2, 4])?;
+        assert_eq!(edges_of(&selected), [(0, 7), (0, 5), (1, 4), (2, 7), (2, 5)]);
+        assert_eq!(edges, [4, 6, 3, 4, 6]);
+        assert_eq!(Graph::block_diagonal(&[])?.num_queries(), 0);
+        Ok(())
+    }
+}

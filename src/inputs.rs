@@ -1,0 +1,688 @@
+use crate::dropout::Dropout;
+use crate::error::{Channel, Error, Result, check_shape};
+use crate::float::Float;
+use crate::graph::Graph;
+use ndarray::{ArrayBase, ArrayView1, ArrayView2, Axis, Ix1, Ix2, ViewRepr};
+use std::ops::Range;
+
+// `ArrayView2<'a, F>` names its element through an associated type, which makes a struct that
+// stores it invariant in `'a`, and then no decorator could lend it shorter-lived arrays. These are
+// the same types with the element spelled out, and covariant.
+type View1<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix1, A>;
+type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
+
+/// What an [`Attention`](crate::Attention) is computed on: queries, keys, values, the pairs that
+/// attend, and optional data for each pair. Views only, cheap to copy, validated on construction.
+///
+/// **Pairs.** Every query attends to some keys; each such (query, key) is a *pair*, and pairs are
+/// numbered once. In dense inputs all `num_queries · num_keys` pairs exist, number
+/// `i · num_keys + j`; in a graph they are its edges, numbered in the caller's edge order. An array
+/// with one row per pair (edge features, distances, …) follows that numbering, and so do returned
+/// weights and gradients.
+///
+/// **Heads** are a layout: after [`with_heads(h)`](Self::with_heads) the columns of query, key and
+/// value are h equal blocks that attend independently and whose outputs stand side by side.
+///
+/// **Channels** that change the answer (mask, causal, bias, dropout, heads) are honoured by a
+/// mechanism or refused with [`Error::Unsupported`]. The others are data that a mechanism may read;
+/// one that it needs and that is absent gives [`Error::MissingInput`].
+///
+/// ```
+/// use graph_attention::{Graph, Inputs};
+/// use graph_attention::ndarray::Array2;
+///
+/// let nodes = Array2::<f32>::zeros((3, 8));
+/// let weights_of_edges = Array2::<f32>::ones((2, 1));
+/// let graph = Graph::from_edges(3, 3, [(0, 1), (2, 1)])?;
+/// let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+///     .with_heads(2)?
+///     .with_edge_features(weights_of_edges.view())?;
+/// assert_eq!((inputs.num_pairs(), inputs.heads()), (2, 2));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a, F: Float> {
+    query: View2<'a, F>,
+    key: View2<'a, F>,
+    value: View2<'a, F>,
+    pattern: Pattern<'a>,
+    causal: Option<Causal>,
+    heads: usize,
+    kv_heads: usize,
+    mask: Option<View2<'a, bool>>,
+    bias: Option<Bias<'a, F>>,
+    edge_features: Option<View2<'a, F>>,
+    distances: Option<View1<'a, F>>,
+    layers: Option<&'a [u8]>,
+    positions: Option<Positions<'a, F>>,
+    latent: Option<&'a Graph>,
+    dropout: Option<Dropout>,
+}
+
+/// Which pairs exist.
+#[derive(Clone, Copy, Debug)]
+pub enum Pattern<'a> {
+    /// Every query with every key.
+    Dense,
+    /// The edges of a graph.
+    Graph(&'a Graph),
+}
+
+/// Where the diagonal of a causal pattern starts when there are not as many queries as keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Causal {
+    /// Query i sees the keys j ≤ i: PyTorch's `is_causal`.
+    TopLeft,
+    /// Query i sees the keys j ≤ i + num_keys − num_queries: the last query sees every key, as when
+    /// decoding with a cache; flash-attention's convention.
+    BottomRight,
+}
+
+/// One (query, key) that attends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The row in the queries.
+    pub query: usize,
+    /// The row in the keys and values.
+    pub key: usize,
+    /// The row in per-pair arrays.
+    pub index: usize,
+}
+
+/// Additive logits: read one with [`at`](Self::at).
+#[derive(Clone, Copy, Debug)]
+pub struct Bias<'a, F> {
+    logits: View2<'a, F>,
+    /// The array is `num_queries × num_keys` instead of one row per pair.
+    is_matrix: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Positions<'a, F> {
+    query: View2<'a, F>,
+    key: View2<'a, F>,
+}
+
+impl<'a, F: Float> Inputs<'a, F> {
+    /// One query over all keys: `query` of length d, `key` n × d, `value` n × d_v.
+    ///
+    /// # Errors
+    /// As [`dense`](Self::dense).
+    pub fn single(
+        query: ArrayView1<'a, F>,
+        key: ArrayView2<'a, F>,
+        value: ArrayView2<'a, F>,
+    ) -> Result<Self> {
+        Self::dense(query.insert_axis(Axis(0)), key, value)
+    }
+
+    /// All queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v.
+    ///
+    /// Whether queries and keys must have the same number of columns is the mechanism's business:
+    /// a dot product needs it, one with projections of its own does not.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many values as keys; [`Error::TooLarge`] if the number
+    /// of pairs overflows.
+    pub fn dense(
+        query: ArrayView2<'a, F>,
+        key: ArrayView2<'a, F>,
+        value: ArrayView2<'a, F>,
+    ) -> Result<Self> {
+        if query.nrows().checked_mul(key.nrows()).is_none() {
+            let shape = vec![query.nrows(), key.nrows()];
+            return Err(Error::TooLarge { what: "pairs", shape });
+        }
+        Self::new(query, key, value, Pattern::Dense)
+    }
+
+    /// Every query over its neighbours: `query` has one row per query of the graph, `key` and
+    /// `value` one per key. For self-attention on nodes, pass the same array three times.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many values as keys, or if the graph is over another
+    /// number of queries or keys.
+    pub fn graph(
+        query: ArrayView2<'a, F>,
+        key: ArrayView2<'a, F>,
+        value: ArrayView2<'a, F>,
+        graph: &'a Graph,
+    ) -> Result<Self> {
+        check_graph("graph", graph, &query, &key)?;
+        Self::new(query, key, value, Pattern::Graph(graph))
+    }
+
+    fn new(
+        query: ArrayView2<'a, F>,
+        key: ArrayView2<'a, F>,
+        value: ArrayView2<'a, F>,
+        pattern: Pattern<'a>,
+    ) -> Result<Self> {
+        check_shape("value", &[key.nrows(), value.ncols()], value.shape())?;
+        Ok(Self {
+            query,
+            key,
+            value,
+            pattern,
+            causal: None,
+            heads: 1,
+            kv_heads: 1,
+            mask: None,
+            bias: None,
+            edge_features: None,
+            distances: None,
+            layers: None,
+            positions: None,
+            latent: None,
+            dropout: None,
+        })
+    }
+
+    /// The same pairs and channels over other queries, keys and values, with one head: what a
+    /// mechanism that projects or transforms its inputs hands to the one inside.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a number of rows changes.
+    pub fn with_arrays<'b>(
+        &self,
+        query: ArrayView2<'b, F>,
+        key: ArrayView2<'b, F>,
+        value: ArrayView2<'b, F>,
+    ) -> Result<Inputs<'b, F>>
+    where
+        'a: 'b,
+    {
+        check_shape("query", &[self.num_queries(), query.ncols()], query.shape())?;
+        check_shape("key", &[self.num_keys(), key.ncols()], key.shape())?;
+        check_shape("value", &[self.num_keys(), value.ncols()], value.shape())?;
+        Ok(Inputs { query, key, value, heads: 1, kv_heads: 1, ..*self })
+    }
+
+    /// Splits the columns of query, key and value into `heads` equal blocks.
+    ///
+    /// # Errors
+    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidConfig`] if `heads` is 0.
+    pub fn with_heads(self, heads: usize) -> Result<Self> {
+        self.with_kv_heads(heads, heads)
+    }
+
+    /// Grouped heads (Ainslie et al. 2023, 2305.13245): queries in `heads` blocks, keys and values
+    /// in only `kv_heads`. Query head h reads key/value head ⌊h · kv_heads / heads⌋, as PyTorch's
+    /// `enable_gqa`.
+    ///
+    /// # Errors
+    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidConfig`] if `kv_heads` is 0
+    /// or does not divide `heads`.
+    pub fn with_kv_heads(mut self, heads: usize, kv_heads: usize) -> Result<Self> {
+        if heads == 0 {
+            return Err(Error::config("heads", "at least 1", heads));
+        }
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(Error::config(
+                "kv_heads",
+                format!("a divisor of heads = {heads}"),
+                kv_heads,
+            ));
+        }
+        for (what, array, heads) in [
+            ("query", &self.query, heads),
+            ("key", &self.key, kv_heads),
+            ("value", &self.value, kv_heads),
+        ] {
+            let columns = array.ncols();
+            if !columns.is_multiple_of(heads) || heads > columns.max(1) {
+                return Err(Error::Heads { what, heads, columns });
+            }
+        }
+        self.heads = heads;
+        self.kv_heads = kv_heads;
+        Ok(self)
+    }
+
+    /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`].
+    #[must_use]
+    pub fn causal(self) -> Self {
+        self.with_causal(Causal::TopLeft)
+    }
+
+    /// Each query sees only the keys up to the diagonal. The hidden pairs still have their numbers.
+    /// On a graph, edges to later keys are hidden.
+    #[must_use]
+    pub fn with_causal(mut self, alignment: Causal) -> Self {
+        self.causal = Some(alignment);
+        self
+    }
+
+    /// Hides pairs: `mask` is num_queries × num_keys, and `true` takes part, as in PyTorch's
+    /// `scaled_dot_product_attention`. (`nn.MultiheadAttention` means the opposite.)
+    ///
+    /// A hidden pair is skipped, not multiplied by zero: NaN in its key, value or features changes
+    /// nothing. On a graph, an edge is hidden where the mask is `false` at its query and key.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the mask has another shape.
+    pub fn with_mask(mut self, mask: ArrayView2<'a, bool>) -> Result<Self> {
+        check_shape("mask", &[self.num_queries(), self.num_keys()], mask.shape())?;
+        self.mask = Some(mask);
+        Ok(self)
+    }
+
+    /// Additive logits: num_queries × num_keys (dense inputs; shared by the heads), or one row per
+    /// pair with one column (shared by the heads) or one for each head. Negative infinity hides a
+    /// pair, as a mask does.
+    ///
+    /// A contiguous `heads × num_queries × num_keys` array, as PyTorch has it, is brought into the
+    /// second form without a copy by reshaping it to `heads × pairs` and transposing.
+    ///
+    /// The number of columns is checked by the mechanism, which may define heads itself.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the bias has neither form.
+    pub fn with_bias(mut self, bias: ArrayView2<'a, F>) -> Result<Self> {
+        let matrix = [self.num_queries(), self.num_keys()];
+        let is_dense = matches!(self.pattern, Pattern::Dense);
+        let is_matrix = is_dense && bias.shape() == matrix;
+        if !is_matrix && (bias.nrows() != self.num_pairs() || bias.ncols() == 0) {
+            let per_pair = [self.num_pairs(), self.heads];
+            let expected = if is_dense { matrix } else { per_pair };
+            return Err(Error::shape("bias", &expected, bias.shape()));
+        }
+        self.bias = Some(Bias { logits: bias, is_matrix });
+        Ok(self)
+    }
+
+    /// Features of each pair: num_pairs × any number of columns.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one row per pair.
+    pub fn with_edge_features(mut self, features: ArrayView2<'a, F>) -> Result<Self> {
+        check_shape("edge_features", &[self.num_pairs(), features.ncols()], features.shape())?;
+        self.edge_features = Some(features);
+        Ok(self)
+    }
+
+    /// A distance for each pair (hops, weights, lengths).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one per pair.
+    pub fn with_distances(mut self, distances: ArrayView1<'a, F>) -> Result<Self> {
+        check_shape("distances", &[self.num_pairs()], distances.shape())?;
+        self.distances = Some(distances);
+        Ok(self)
+    }
+
+    /// A layer number for each pair, such as the HNSW layer of the link.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one per pair.
+    pub fn with_layers(mut self, layers: &'a [u8]) -> Result<Self> {
+        check_shape("layers", &[self.num_pairs()], &[layers.len()])?;
+        self.layers = Some(layers);
+        Ok(self)
+    }
+
+    /// Coordinates of queries (num_queries × axes) and keys (num_keys × axes).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a number of rows is wrong or the numbers of axes differ.
+    pub fn with_positions(
+        mut self,
+        query: ArrayView2<'a, F>,
+        key: ArrayView2<'a, F>,
+    ) -> Result<Self> {
+        let axes = query.ncols();
+        check_shape("query positions", &[self.num_queries(), axes], query.shape())?;
+        check_shape("key positions", &[self.num_keys(), axes], key.shape())?;
+        self.positions = Some(Positions { query, key });
+        Ok(self)
+    }
+
+    /// A second list of neighbours over the same queries and keys.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the graph is over another number of queries or keys.
+    pub fn with_latent(mut self, latent: &'a Graph) -> Result<Self> {
+        check_graph("latent", latent, &self.query, &self.key)?;
+        self.latent = Some(latent);
+        Ok(self)
+    }
+
+    /// Dropout on the attention weights, in `forward` as in training: leave it out for inference.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if the probability is not in [0, 1).
+    pub fn with_dropout(mut self, dropout: Dropout) -> Result<Self> {
+        dropout.validate()?;
+        self.dropout = Some(dropout);
+        Ok(self)
+    }
+
+    /// The queries, num_queries × (heads · d).
+    #[must_use]
+    pub fn query(&self) -> ArrayView2<'a, F> {
+        self.query
+    }
+
+    /// The keys, num_keys × (kv_heads · d).
+    #[must_use]
+    pub fn key(&self) -> ArrayView2<'a, F> {
+        self.key
+    }
+
+    /// The values, num_keys × (kv_heads · d_v).
+    #[must_use]
+    pub fn value(&self) -> ArrayView2<'a, F> {
+        self.value
+    }
+
+    /// The number of queries.
+    #[must_use]
+    pub fn num_queries(&self) -> usize {
+        self.query.nrows()
+    }
+
+    /// The number of keys.
+    #[must_use]
+    pub fn num_keys(&self) -> usize {
+        self.key.nrows()
+    }
+
+    /// The number of pairs, hidden ones included: the rows of per-pair arrays.
+    #[must_use]
+    pub fn num_pairs(&self) -> usize {
+        match self.pattern {
+            Pattern::Dense => self.num_queries() * self.num_keys(),
+            Pattern::Graph(graph) => graph.num_edges(),
+        }
+    }
+
+    /// The number of query heads.
+    #[must_use]
+    pub fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// The number of key and value heads.
+    #[must_use]
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Which pairs exist.
+    #[must_use]
+    pub fn pattern(&self) -> Pattern<'a> {
+        self.pattern
+    }
+
+    /// The alignment of the causal pattern, if there is one.
+    #[must_use]
+    pub fn causal_alignment(&self) -> Option<Causal> {
+        self.causal
+    }
+
+    /// The mask, if there is one; `true` takes part.
+    #[must_use]
+    pub fn mask(&self) -> Option<ArrayView2<'a, bool>> {
+        self.mask
+    }
+
+    /// The additive logits, if there are any.
+    #[must_use]
+    pub fn bias(&self) -> Option<Bias<'a, F>> {
+        self.bias
+    }
+
+    /// Dropout, if there is any.
+    #[must_use]
+    pub fn dropout(&self) -> Option<Dropout> {
+        self.dropout
+    }
+
+    /// The features of the pairs, one row each.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    pub fn edge_features(&self, mechanism: &'static str) -> Result<ArrayView2<'a, F>> {
+        require(self.edge_features, mechanism, Channel::EdgeFeatures)
+    }
+
+    /// The distances of the pairs.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    pub fn distances(&self, mechanism: &'static str) -> Result<ArrayView1<'a, F>> {
+        require(self.distances, mechanism, Channel::Distances)
+    }
+
+    /// The layers of the pairs.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    pub fn layers(&self, mechanism: &'static str) -> Result<&'a [u8]> {
+        require(self.layers, mechanism, Channel::Layers)
+    }
+
+    /// The positions of queries and of keys.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    pub fn positions(
+        &self,
+        mechanism: &'static str,
+    ) -> Result<(ArrayView2<'a, F>, ArrayView2<'a, F>)> {
+        let positions = require(self.positions, mechanism, Channel::Positions)?;
+        Ok((positions.query, positions.key))
+    }
+
+    /// The second neighbour lists.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    pub fn latent(&self, mechanism: &'static str) -> Result<&'a Graph> {
+        require(self.latent, mechanism, Channel::Latent)
+    }
+
+    /// Whether the inputs carry a channel.
+    #[must_use]
+    pub fn has(&self, channel: Channel) -> bool {
+        match channel {
+            Channel::Mask => self.mask.is_some() || self.causal.is_some(),
+            Channel::Bias => self.bias.is_some(),
+            Channel::Dropout => self.dropout.is_some(),
+            Channel::Heads => self.heads > 1,
+            Channel::EdgeFeatures => self.edge_features.is_some(),
+            Channel::Distances => self.distances.is_some(),
+            Channel::Layers => self.layers.is_some(),
+            Channel::Positions => self.positions.is_some(),
+            Channel::Latent => self.latent.is_some(),
+        }
+    }
+
+    /// Refuses inputs with channels that a mechanism cannot honour: the first line of a mechanism
+    /// that does not support masks, say.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] naming the first of `channels` that the inputs carry.
+    pub fn refuse(&self, mechanism: &'static str, channels: &[Channel]) -> Result<()> {
+        match channels.iter().find(|channel| self.has(**channel)) {
+            Some(&channel) => Err(Error::Unsupported { mechanism, channel }),
+            None => Ok(()),
+        }
+    }
+
+    /// The pairs of a query that are not hidden by mask or causal pattern, with their numbers.
+    /// Empty for a query that does not exist.
+    ///
+    /// (A bias of −∞ hides a pair too, but for one head at a time: [`Bias::at`].)
+    pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
+        let Self { pattern, mask, .. } = *self;
+        let num_visible = self.num_visible_keys(query);
+        let (slots, first_pair) = match pattern {
+            _ if query >= self.num_queries() => (0..0, 0),
+            Pattern::Dense => (0..num_visible, query * self.num_keys()),
+            Pattern::Graph(graph) => (graph.slots(query), 0),
+        };
+        slots.filter_map(move |slot| {
+            let (key, index) = match pattern {
+                Pattern::Dense => (slot, first_pair + slot),
+                Pattern::Graph(graph) => (graph.key(slot), graph.edge_id(slot)),
+            };
+            let visible = key < num_visible && mask.is_none_or(|mask| mask[[query, key]]);
+            visible.then_some(Pair { query, key, index })
+        })
+    }
+
+    /// The causal pattern hides the keys from this one on.
+    pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
+        let num_keys = self.num_keys();
+        let end = match self.causal {
+            None => num_keys,
+            Some(Causal::TopLeft) => query.saturating_add(1),
+            Some(Causal::BottomRight) => {
+                let end = query.saturating_add(1).saturating_add(num_keys);
+                end.saturating_sub(self.num_queries())
+            }
+        };
+        end.min(num_keys)
+    }
+
+    /// The shape of the gradient of each channel that has one.
+    pub(crate) fn gradient_shapes(&self) -> GradientShapes {
+        let shape = |view: View2<'a, F>| [view.nrows(), view.ncols()];
+        GradientShapes {
+            query: shape(self.query),
+            key: shape(self.key),
+            value: shape(self.value),
+            bias: self.bias.map(|bias| shape(bias.logits)),
+            edge_features: self.edge_features.map(shape),
+            distances: self.distances.map(|view| [view.len()]),
+        }
+    }
+}
+
+pub(crate) struct GradientShapes {
+    pub(crate) query: [usize; 2],
+    pub(crate) key: [usize; 2],
+    pub(crate) value: [usize; 2],
+    pub(crate) bias: Option<[usize; 2]>,
+    pub(crate) edge_features: Option<[usize; 2]>,
+    pub(crate) distances: Option<[usize; 1]>,
+}
+
+impl<F: Float> Bias<'_, F> {
+    /// The logit of a pair for a head. Negative infinity hides the pair from that head: skip it,
+    /// so that NaN in its key or value cannot leak.
+    #[inline]
+    #[must_use]
+    pub fn at(&self, pair: Pair, head: usize) -> F {
+        self.logits[self.slot(pair, head)]
+    }
+
+    /// Where the logit of a pair and head stands in the array, and so where its gradient goes.
+    /// Pairs and heads that share a logit share the slot.
+    #[inline]
+    #[must_use]
+    pub fn slot(&self, pair: Pair, head: usize) -> [usize; 2] {
+        if self.is_matrix {
+            [pair.query, pair.key]
+        } else {
+            [pair.index, if self.num_heads() == 1 { 0 } else { head }]
+        }
+    }
+
+    /// The number of heads that it tells apart: 1 where it is shared by all.
+    #[must_use]
+    pub fn num_heads(&self) -> usize {
+        if self.is_matrix { 1 } else { self.logits.ncols() }
+    }
+
+    /// Refuses a bias that is neither shared by the heads nor one column for each of them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming the expected number of columns.
+    pub fn check_heads(&self, heads: usize) -> Result<()> {
+        if self.num_heads() == 1 {
+            return Ok(());
+        }
+        check_shape("bias", &[self.logits.nrows(), heads], self.logits.shape())
+    }
+}
+
+/// The columns of one head's block.
+pub(crate) fn head_columns(head: usize, dim: usize) -> Range<usize> {
+    head * dim..(head + 1) * dim
+}
+
+fn check_graph<F>(
+    what: &'static str,
+    graph: &Graph,
+    query: &View2<'_, F>,
+    key: &View2<'_, F>,
+) -> Result<()> {
+    check_shape(what, &[query.nrows(), key.nrows()], &[graph.num_queries(), graph.num_keys()])
+}
+
+fn require<T>(channel: Option<T>, mechanism: &'static str, name: Channel) -> Result<T> {
+    channel.ok_or(Error::MissingInput { mechanism, channel: name })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array2, array};
+
+    /// Compiles only while `Inputs` is covariant, which every decorator needs.
+    fn shorten<'b, 'a: 'b>(inputs: Inputs<'a, f32>) -> Inputs<'b, f32> {
+        inputs
+    }
+
+    fn keys_of(inputs: &Inputs<'_, f32>, query: usize) -> Vec<(usize, usize)> {
+        inputs.row(query).map(|pair| (pair.key, pair.index)).collect()
+    }
+
+    #[test]
+    fn rows_list_the_visible_pairs_with_their_numbers() -> Result<()> {
+        let (q, k) = (Array2::zeros((2, 1)), Array2::zeros((3, 1)));
+        let dense = shorten(Inputs::dense(q.view(), k.view(), k.view())?);
+        assert_eq!(keys_of(&dense, 1), [(0, 3), (1, 4), (2, 5)]);
+        assert_eq!(keys_of(&dense, 2), []);
+        assert_eq!(keys_of(&dense.causal(), 0), [(0, 0)]);
+        let bottom_right = dense.with_causal(Causal::BottomRight);
+        assert_eq!(keys_of(&bottom_right, 0), [(0, 0), (1, 1)]);
+
+        let mask = array![[true, false, true], [false, true, true]];
+        assert_eq!(keys_of(&dense.with_mask(mask.view())?.causal(), 1), [(1, 4)]);
+
+        let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0), (1, 2)])?;
+        let sparse = Inputs::graph(q.view(), k.view(), k.view(), &graph)?;
+        assert_eq!(keys_of(&sparse, 1), [(2, 0), (0, 2), (2, 3)]);
+        assert_eq!(keys_of(&sparse.with_mask(mask.view())?, 0), []);
+        assert_eq!(keys_of(&sparse.causal(), 1), [(0, 2)]);
+        Ok(())
+    }
+
+    #[test]
+    fn more_queries_than_keys_leave_the_first_rows_empty_at_the_bottom_right() -> Result<()> {
+        let (q, k) = (Array2::zeros((3, 1)), Array2::zeros((2, 1)));
+        let inputs =
+            Inputs::<f32>::dense(q.view(), k.view(), k.view())?.with_causal(Causal::BottomRight);
+        let seen: Vec<usize> = (0..3).map(|query| inputs.row(query).count()).collect();
+        assert_eq!(seen, [0, 1, 2]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_bias_is_read_in_either_form() -> Result<()> {
+        let (q, k) = (Array2::zeros((2, 2)), Array2::zeros((3, 2)));
+        let inputs = Inputs::<f32>::dense(q.view(), k.view(), k.view())?.with_heads(2)?;
+        let pair = Pair { query: 1, key: 0, index: 3 };
+        let matrix = Array2::from_shape_fn((2, 3), |(i, j)| (10 * i + j) as f32);
+        let shared = inputs.with_bias(matrix.view())?.bias().unwrap();
+        assert_eq!((shared.at(pair, 0), shared.at(pair, 1)), (10.0, 10.0));
+        let per_head = Array2::from_shape_fn((6, 2), |(pair, head)| (10 * pair + head) as f32);
+        let per_head = inputs.with_bias(per_head.view())?.bias().unwrap();
+        assert_eq!((per_head.at(pair, 0), per_head.at(pair, 1)), (30.0, 31.0));
+        assert!(per_head.check_heads(2).is_ok() && per_head.check_heads(3).is_err());
+        Ok(())
+    }
+}

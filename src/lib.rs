@@ -1,0 +1,65 @@
+//! Attention on graphs, vectors and hidden states.
+//!
+//! **The idea.** One query over its neighbours, a dense batch, and a graph in which every node
+//! attends to its neighbours are one problem: a set of (query, key) *pairs*, grouped by query.
+//! [`Inputs`] hold the arrays and the pairs, and any data of the pairs (edge features, distances,
+//! biases) as arrays with one row per pair; an [`Attention`] maps them to outputs and has an exact,
+//! hand-written backward pass. So there is one trait, object-safe, for every mechanism.
+//!
+//! ```
+//! use graph_attention::{Attention, Flash, Graph, Inputs};
+//! use graph_attention::ndarray::array;
+//!
+//! // Three nodes; node 0 attends to 1 and 2, node 1 to 2, node 2 to nobody.
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
+//!
+//! let attention = Flash::new();
+//! let (out, saved) = attention.forward_train(&inputs)?;
+//! let grads = attention.backward(&inputs, &saved, out.view())?; // of the loss |out|² / 2
+//! let grad_nodes = grads.into_self_attention()?;
+//! assert_eq!(grad_nodes.dim(), nodes.dim());
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
+//!
+//! | mechanism | computes | memory beside the output |
+//! |---|---|---|
+//! | [`ScaledDotProduct`] | softmax attention, in the form to read; returns its weights | O(pairs · heads) |
+//! | [`Flash`] | the same function in tiles | O(n) |
+//! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
+//!
+//! Arrays are [`ndarray`], re-exported here. The crate has no default features, no C and no OS
+//! entropy: randomness comes in through an `rng` argument or an explicit seed.
+
+mod attention;
+mod dropout;
+mod error;
+mod float;
+mod gradients;
+mod graph;
+mod inputs;
+mod kernels;
+mod mechanisms;
+pub mod params;
+mod partial;
+pub mod testing;
+
+pub use ndarray;
+
+pub use attention::{Attention, Saved};
+pub use dropout::Dropout;
+pub use error::{Channel, Error, Result};
+pub use float::Float;
+pub use gradients::{Gradients, GradientsMut};
+pub use graph::{Graph, LoopFill};
+pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
+pub use mechanisms::flash::Flash;
+pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
+pub use mechanisms::scaled_dot_product::ScaledDotProduct;
+pub use params::Params;
+pub use partial::Partial;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeDoctests;

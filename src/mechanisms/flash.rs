@@ -1,0 +1,180 @@
+use crate::attention::{Attention, Saved, check_output};
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::{Inputs, Pattern};
+use crate::kernels::dense::{self, TileSizes};
+use crate::kernels::graph;
+use crate::kernels::problem::{Problem, check_scale, output_dim};
+use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
+use crate::params::Params;
+use crate::partial::Partial;
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+
+const NAME: &str = "flash";
+
+/// Exact scaled dot-product attention in tiles (Dao et al. 2022, 2205.14135; Dao 2023, 2307.08691;
+/// Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867): the function of
+/// [`ScaledDotProduct`], without ever holding the weights.
+///
+/// ```text
+/// for each tile of keys:   S = scale · Q Kᵀ + B      m' = max(m, rowmax S)      α = e^{m − m'}
+///                          l ← α l + Σ e^{S − m'}    O ← α O + e^{S − m'} V     m ← m'
+/// at the end:              O ← O / l                 L = m + log l
+/// ```
+///
+/// The backward pass recomputes e^{S − L} tile by tile from the saved O and L.
+///
+/// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
+///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
+/// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
+///   outputs and gradients, and O(tile) beside it. [`weights`](Attention::weights) is the one call
+///   that takes O(pairs · heads), since that is what it returns.
+/// * **Errors** as [`ScaledDotProduct`].
+///
+/// ```
+/// use graph_attention::{Attention, Flash, Inputs, ScaledDotProduct};
+/// use graph_attention::ndarray::Array2;
+///
+/// let x = Array2::from_shape_fn((300, 8), |(i, j)| ((i * 7 + j * 3) % 11) as f64 / 11.0);
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?.causal();
+/// let fast = Flash::new().forward(&inputs)?;
+/// let plain = ScaledDotProduct::new().forward(&inputs)?;
+/// assert!((fast - plain).iter().all(|difference| difference.abs() < 1e-14));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Flash {
+    /// `None` is 1/√d.
+    scale: Option<f64>,
+    tiles: TileSizes,
+}
+
+struct State<F> {
+    out: Array2<F>,
+    /// num_queries × heads.
+    log_sum_exp: Array2<F>,
+}
+
+impl Default for Flash {
+    /// Tiles whose scores stay in the first-level cache.
+    fn default() -> Self {
+        Self { scale: None, tiles: TileSizes { queries: 64, keys: 64 } }
+    }
+}
+
+impl Flash {
+    /// With the scale 1/√d.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With another scale of the dot products.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if it is not finite.
+    pub fn with_scale(mut self, scale: f64) -> Result<Self> {
+        check_scale(scale)?;
+        self.scale = Some(scale);
+        Ok(self)
+    }
+
+    /// With tiles of `queries` × `keys` instead of 64 × 64. The answer is the same up to rounding;
+    /// tiles larger than the problem are cut to it. On a graph only `keys` counts.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if one of them is 0.
+    pub fn with_tiles(mut self, queries: usize, keys: usize) -> Result<Self> {
+        for (field, size) in [("tiles.queries", queries), ("tiles.keys", keys)] {
+            if size == 0 {
+                return Err(Error::config(field, "at least 1", size));
+            }
+        }
+        self.tiles = TileSizes { queries, keys };
+        Ok(self)
+    }
+
+    /// The outputs and their log-sum-exp L, which make the answers over several sets of keys one:
+    /// [`Partial::merge`].
+    ///
+    /// # Errors
+    /// As [`Attention::forward_into`].
+    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
+        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
+        let log_sum_exp = self.run(inputs, out.view_mut())?;
+        Partial::new(out, log_sum_exp)
+    }
+
+    /// Overwrites `out`, returns the log-sum-exp.
+    fn run<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Array2<F>> {
+        check_output("out", self, inputs, out.shape())?;
+        let problem = Problem::new(inputs, self.scale)?;
+        let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
+        match inputs.pattern() {
+            Pattern::Dense => dense::forward(&problem, self.tiles, out, &mut log_sum_exp),
+            Pattern::Graph(_) => graph::forward(&problem, self.tiles.keys, out, &mut log_sum_exp),
+        }
+        Ok(log_sum_exp)
+    }
+}
+
+impl<F: Float> Params<F> for Flash {
+    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {}
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+}
+
+impl<F: Float> Attention<F> for Flash {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.run(inputs, out).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        let log_sum_exp = self.run(inputs, out.view_mut())?;
+        Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { out, log_sum_exp } = saved.state::<State<F>>(NAME)?;
+        check_output("grad_out", self, inputs, grad_out.shape())?;
+        check_output("saved out", self, inputs, out.shape())?;
+        let log_sum_shape = [inputs.num_queries(), inputs.heads()];
+        check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
+        grads.check(NAME, inputs, self)?;
+        let problem = Problem::new(inputs, self.scale)?;
+        let (tiles, out, grads) = (self.tiles, out.view(), &mut grads);
+        match inputs.pattern() {
+            Pattern::Dense => dense::backward(&problem, tiles, out, log_sum_exp, grad_out, grads),
+            Pattern::Graph(_) => {
+                graph::backward(&problem, tiles.keys, out, log_sum_exp, grad_out, grads);
+            }
+        }
+        Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        ScaledDotProduct { scale: self.scale }.weights(inputs)
+    }
+}

@@ -1,0 +1,281 @@
+use crate::attention::{Attention, Saved, check_output};
+use crate::error::{Result, check_shape};
+use crate::float::{Float, nan_max, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::problem::{Problem, check_scale, output_dim};
+use crate::kernels::vector::dot;
+use crate::params::Params;
+use crate::partial::Partial;
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+
+const NAME: &str = "scaled_dot_product";
+
+/// Scaled dot-product attention (Vaswani et al. 2017, 1706.03762), in the form to read: it holds
+/// the weights of all pairs at once.
+///
+/// ```text
+/// sᵢⱼ = scale · qᵢ·kⱼ + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ − Lᵢ},  Lᵢ = log Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ pᵢⱼ vⱼ
+/// ```
+///
+/// with j over the visible pairs of query i, for each head, and scale = 1/√d unless set.
+///
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
+///   differ from d); mask, causal, bias, dropout; dense inputs and graphs.
+/// * **Output** n_q × heads·d_v. A query without visible keys, or without a logit above −∞, gets
+///   zeros; a logit of +∞ or NaN makes its row NaN, as in PyTorch.
+/// * **Cost** O(pairs · (d + d_v)) time per head, O(pairs · heads) memory. [`Flash`](crate::Flash)
+///   is the same function in O(n) memory.
+/// * **Errors** [`Error::Shape`](crate::Error::Shape) if queries and keys have heads of different
+///   size, or the bias as many columns as no number of heads.
+///
+/// PyTorch's `scaled_dot_product_attention` gives the same numbers, except that its result for a
+/// row without visible keys has changed between versions (NaN, later 0).
+///
+/// ```
+/// use graph_attention::{Attention, Graph, Inputs, ScaledDotProduct};
+/// use graph_attention::ndarray::array;
+///
+/// let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+/// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+/// let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
+/// let out = ScaledDotProduct::new().forward(&inputs)?;
+/// assert_eq!(out.row(1), nodes.row(2)); // one neighbour
+/// assert_eq!(out.row(2).sum(), 0.0); // none
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ScaledDotProduct {
+    /// `None` is 1/√d.
+    pub(crate) scale: Option<f64>,
+}
+
+struct State<F> {
+    /// num_pairs × heads.
+    weights: Array2<F>,
+    /// num_queries × heads.
+    log_sum_exp: Array2<F>,
+}
+
+impl ScaledDotProduct {
+    /// With the scale 1/√d.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With another scale of the dot products.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if it is not finite.
+    pub fn with_scale(mut self, scale: f64) -> Result<Self> {
+        check_scale(scale)?;
+        self.scale = Some(scale);
+        Ok(self)
+    }
+
+    /// The outputs and their log-sum-exp L, which make the answers over several sets of keys one:
+    /// [`Partial::merge`].
+    ///
+    /// # Errors
+    /// As [`Attention::forward_into`].
+    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
+        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
+        let state = self.run(inputs, out.view_mut())?;
+        Partial::new(out, state.log_sum_exp)
+    }
+
+    fn run<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<State<F>> {
+        check_output("out", self, inputs, out.shape())?;
+        let problem = Problem::new(inputs, self.scale)?;
+        let state = softmax(&problem)?;
+        out.fill(F::zero());
+        for_each_pair(&problem, &state, |pair, head, weight| {
+            let weight = weight * problem.multiplier(pair.index, head);
+            let mut out = out.slice_mut(s![pair.query, head_columns(head, problem.value_dim)]);
+            let value = problem.value(pair.key, head);
+            out.iter_mut().zip(value).for_each(|(out, &v)| *out += weight * v);
+        });
+        Ok(state)
+    }
+}
+
+/// The weights of all pairs, one row of pairs at a time.
+fn softmax<F: Float>(problem: &Problem<'_, F>) -> Result<State<F>> {
+    let inputs = &problem.inputs;
+    let mut weights = try_zeros("weights", inputs.num_pairs(), problem.heads)?;
+    let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
+    for ((query, head), log_sum) in log_sum_exp.indexed_iter_mut() {
+        let visible = || {
+            let pairs = inputs.row(query);
+            pairs.filter_map(|pair| Some((pair, problem.bias_of(pair, head)?)))
+        };
+        let mut max = F::neg_infinity();
+        for (pair, bias) in visible() {
+            let product = dot(problem.query(query, head), problem.key(pair.key, head));
+            let logit = problem.scale * product + bias;
+            weights[[pair.index, head]] = logit;
+            max = nan_max(max, logit);
+        }
+        let mut sum = F::zero();
+        for (pair, _) in visible() {
+            let weight = &mut weights[[pair.index, head]];
+            *weight = if max == F::neg_infinity() { F::zero() } else { (*weight - max).exp() };
+            sum += *weight;
+        }
+        if max == F::neg_infinity() {
+            *log_sum = max;
+            continue;
+        }
+        visible().for_each(|(pair, _)| weights[[pair.index, head]] /= sum);
+        *log_sum = max + sum.ln();
+    }
+    Ok(State { weights, log_sum_exp })
+}
+
+/// Visits every pair and head that takes part, with its weight.
+fn for_each_pair<F: Float>(
+    problem: &Problem<'_, F>,
+    state: &State<F>,
+    mut visit: impl FnMut(Pair, usize, F),
+) {
+    for ((query, head), &log_sum) in state.log_sum_exp.indexed_iter() {
+        if log_sum == F::neg_infinity() {
+            continue;
+        }
+        for pair in problem.inputs.row(query) {
+            if problem.bias_of(pair, head).is_some() {
+                visit(pair, head, state.weights[[pair.index, head]]);
+            }
+        }
+    }
+}
+
+impl<F: Float> Params<F> for ScaledDotProduct {
+    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {}
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+}
+
+impl<F: Float> Attention<F> for ScaledDotProduct {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.run(inputs, out).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        Ok(Saved::new(NAME, self.run(inputs, out)?))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let state: &State<F> = saved.state(NAME)?;
+        check_output("grad_out", self, inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        let problem = Problem::new(inputs, self.scale)?;
+        let (pairs, heads) = (inputs.num_pairs(), problem.heads);
+        check_shape("saved weights", &[pairs, heads], state.weights.shape())?;
+        check_shape(
+            "saved log_sum_exp",
+            &[inputs.num_queries(), heads],
+            state.log_sum_exp.shape(),
+        )?;
+
+        // The gradient of the weights, and its mean under them:
+        // dpᵢⱼ = mᵢⱼ gᵢ·vⱼ, δᵢ = Σⱼ pᵢⱼ dpᵢⱼ
+        let mut grad_weights = try_zeros("grad_weights", pairs, heads)?;
+        let mut deltas = try_zeros("deltas", inputs.num_queries(), heads)?;
+        for_each_pair(&problem, state, |pair, head, weight| {
+            let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
+            let value = problem.value(pair.key, head);
+            let product = grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>();
+            let grad_weight = problem.multiplier(pair.index, head) * product;
+            grad_weights[[pair.index, head]] = grad_weight;
+            deltas[[pair.query, head]] += weight * grad_weight;
+        });
+
+        for_each_pair(&problem, state, |pair, head, weight| {
+            let key_columns = head_columns(problem.kv_head(head), problem.key_dim);
+            let value_columns = head_columns(problem.kv_head(head), problem.value_dim);
+            // oᵢ += mᵢⱼ pᵢⱼ vⱼ
+            let factor = weight * problem.multiplier(pair.index, head);
+            let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
+            grads.value.slice_mut(s![pair.key, value_columns]).scaled_add(factor, &grad_out);
+            // pᵢ = softmax(sᵢ): dsᵢⱼ = pᵢⱼ (dpᵢⱼ − δᵢ)
+            let grad_logit =
+                weight * (grad_weights[[pair.index, head]] - deltas[[pair.query, head]]);
+            // sᵢⱼ = scale qᵢ·kⱼ + bᵢⱼ
+            if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
+                grad[bias.slot(pair, head)] += grad_logit;
+            }
+            let grad_product = problem.scale * grad_logit;
+            let query_columns = head_columns(head, problem.key_dim);
+            let query = inputs.query();
+            let query = query.slice(s![pair.query, query_columns.clone()]);
+            let key = inputs.key();
+            let key = key.slice(s![pair.key, key_columns.clone()]);
+            grads.query.slice_mut(s![pair.query, query_columns]).scaled_add(grad_product, &key);
+            grads.key.slice_mut(s![pair.key, key_columns]).scaled_add(grad_product, &query);
+        });
+        Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        Ok(softmax(&Problem::new(inputs, self.scale)?)?.weights)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use approx_eq::assert_close;
+    use ndarray::array;
+
+    mod approx_eq {
+        use ndarray::Array2;
+        pub(super) fn assert_close(actual: &Array2<f64>, expected: &Array2<f64>) {
+            let error = (actual - expected).mapv(f64::abs).into_iter().fold(0.0, f64::max);
+            assert!(error < 1e-15, "{actual} instead of {expected}");
+        }
+    }
+
+    #[test]
+    fn two_keys_by_hand() -> Result<()> {
+        // Logits ln 3 and 0, so weights 3/4 and 1/4.
+        let (q, k) = (array![[1.0]], array![[3f64.ln()], [0.0]]);
+        let v = array![[4.0, 0.0], [0.0, 8.0]];
+        let inputs = Inputs::dense(q.view(), k.view(), v.view())?;
+        let attention = ScaledDotProduct::new();
+        assert_close(&attention.weights(&inputs)?, &array![[0.75], [0.25]]);
+        let (out, saved) = attention.forward_train(&inputs)?;
+        assert_close(&out, &array![[3.0, 2.0]]);
+        let partial = attention.forward_partial(&inputs)?;
+        assert_close(&partial.log_sum_exp().to_owned(), &array![[4f64.ln()]]);
+
+        // g = (1, 0): dp = (4, 0), δ = 3, ds = (3/4, −3/4).
+        let grads = attention.backward(&inputs, &saved, array![[1.0, 0.0]].view())?;
+        assert_close(&grads.query, &array![[0.75 * 3f64.ln()]]);
+        assert_close(&grads.key, &array![[0.75], [-0.75]]);
+        assert_close(&grads.value, &array![[0.75, 0.0], [0.25, 0.0]]);
+        Ok(())
+    }
+}

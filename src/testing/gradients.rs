@@ -1,0 +1,138 @@
+use super::sample::normal;
+use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
+use crate::Attention;
+use ndarray::{Array2, ArrayViewD};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
+
+/// Allowed error of a derivative, relative to the largest of its array.
+const TOLERANCE: f64 = 1e-7;
+
+/// Arrays whose derivatives are all below this are compared as if the largest were this: a
+/// difference quotient of a loss of order 10 is itself only good to about 1e-11.
+const FLOOR: f64 = 1e-2;
+
+/// Step of the difference quotient. The five-point formula is off by h⁴ f⁽⁵⁾ / 30 ≈ 1e-17 f⁽⁵⁾ and
+/// by rounding of 1e-16 f / h ≈ 1e-12 f, and a step this small rarely crosses a kink.
+const STEP: f64 = 1e-4;
+
+/// Checks the backward pass of a mechanism against central differences in `f64`, on small random
+/// inputs of every kind: every entry of query, key, value, bias, edge features, distances and of
+/// every parameter, to 1e-7 of the largest derivative of its array.
+///
+/// The parameters are moved during the check and put back.
+///
+/// # Errors
+/// The first derivative that differs, with the case, the array and both values.
+pub fn check_gradients(
+    mechanism: &mut dyn Attention<f64>,
+    shapes: &Shapes,
+) -> Result<Report, Violation> {
+    for_each_case(mechanism, shapes, |mechanism, sample| {
+        let inputs = succeed("the sample is valid", sample.inputs())?;
+        let (out, saved) = succeed("forward_train succeeds", mechanism.forward_train(&inputs))?;
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(6);
+        let grad_out = normal([out.nrows(), out.ncols()], 1.0, &mut rng);
+        let analytic = mechanism.backward(&inputs, &saved, grad_out.view());
+        let analytic = succeed("backward succeeds", analytic)?;
+
+        let mut sample = sample.clone();
+        let input_arrays = arrays(&analytic).len() - analytic.params.len();
+        for (array, (name, gradient)) in arrays(&analytic).into_iter().enumerate() {
+            let numeric: Result<Vec<f64>, Broken> = (0..gradient.len())
+                .map(|entry| match array.checked_sub(input_arrays) {
+                    None => numeric_derivative(|delta| {
+                        let old = set(&mut sample, name, entry, |old| old + delta);
+                        let loss = loss(mechanism, &sample, &grad_out);
+                        set(&mut sample, name, entry, |_| old);
+                        loss
+                    }),
+                    Some(param) => numeric_derivative(|delta| {
+                        let old = set_param(mechanism, param, entry, |old| old + delta);
+                        let loss = loss(mechanism, &sample, &grad_out);
+                        set_param(mechanism, param, entry, |_| old);
+                        loss
+                    }),
+                })
+                .collect();
+            compare(mechanism, array.checked_sub(input_arrays), name, gradient, &numeric?)?;
+        }
+        Ok(())
+    })
+}
+
+fn loss(
+    mechanism: &dyn Attention<f64>,
+    sample: &Sample<f64>,
+    grad_out: &Array2<f64>,
+) -> Result<f64, Broken> {
+    let law = "forward succeeds near the inputs";
+    let inputs = succeed(law, sample.inputs())?;
+    Ok((succeed(law, mechanism.forward(&inputs))? * grad_out).sum())
+}
+
+/// (f(−2h) − 8 f(−h) + 8 f(h) − f(2h)) / 12h
+fn numeric_derivative(mut f: impl FnMut(f64) -> Result<f64, Broken>) -> Result<f64, Broken> {
+    let difference = 8.0 * (f(STEP)? - f(-STEP)?) - (f(2.0 * STEP)? - f(-2.0 * STEP)?);
+    Ok(difference / (12.0 * STEP))
+}
+
+/// Changes one entry of an input and returns what it was.
+fn set(sample: &mut Sample<f64>, name: &str, entry: usize, new: impl Fn(f64) -> f64) -> f64 {
+    let array = match name {
+        "key" => &mut sample.key,
+        "value" => &mut sample.value,
+        "edge_features" => &mut sample.edge_features,
+        "bias" => sample.bias.as_mut().unwrap_or(&mut sample.query),
+        "distances" => return replace(sample.distances.iter_mut(), entry, new),
+        _ => &mut sample.query,
+    };
+    replace(array.iter_mut(), entry, new)
+}
+
+/// Changes one entry of a parameter and returns what it was.
+fn set_param(
+    mechanism: &mut dyn Attention<f64>,
+    param: usize,
+    entry: usize,
+    new: impl Fn(f64) -> f64,
+) -> f64 {
+    let (mut old, mut visited) = (f64::NAN, 0);
+    mechanism.visit_params_mut(&mut |_, mut array| {
+        if visited == param {
+            old = replace(array.iter_mut(), entry, &new);
+        }
+        visited += 1;
+    });
+    old
+}
+
+fn replace<'a>(
+    mut entries: impl Iterator<Item = &'a mut f64>,
+    entry: usize,
+    new: impl Fn(f64) -> f64,
+) -> f64 {
+    entries.nth(entry).map_or(f64::NAN, |value| std::mem::replace(value, new(*value)))
+}
+
+fn compare(
+    mechanism: &dyn Attention<f64>,
+    param: Option<usize>,
+    name: &str,
+    analytic: ArrayViewD<'_, f64>,
+    numeric: &[f64],
+) -> Result<(), Broken> {
+    let name = match param {
+        None => name.to_owned(),
+        Some(param) => crate::params::state(mechanism)[param].0.clone(),
+    };
+    let values = analytic.iter().chain(numeric);
+    let largest = values.fold(FLOOR, |max, value| max.max(value.abs()));
+    for (entry, (&analytic, &numeric)) in analytic.iter().zip(numeric).enumerate() {
+        let holds = (analytic - numeric).abs() <= TOLERANCE * largest;
+        require("backward is the derivative of forward", holds, || {
+            format!("{name}, entry {entry}: backward gives {analytic:e}, differences {numeric:e}")
+        })?;
+    }
+    Ok(())
+}

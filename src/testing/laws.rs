@@ -1,0 +1,490 @@
+use super::sample::{Layout, normal};
+use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
+use crate::{Attention, Error, Float, Gradients, GradientsMut, Graph, Inputs, Pair, Saved, params};
+use ndarray::{Array, Array1, Array2, ArrayView2, Axis, Dimension};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::seq::SliceRandom;
+
+/// Checks the contract of [`Attention`] on small random inputs, without a reference.
+///
+/// The laws: outputs are overwritten; the training pass gives the same numbers, and every run the
+/// same bits; memory layouts do not matter; permuting keys changes nothing and permuting queries
+/// permutes the output; dense, masked, causal and graph inputs with the same visible pairs agree; a
+/// query without visible keys reads no key, and hidden pairs leak nothing, forward or backward;
+/// NaN spreads to the rows it touches and no others; weights are non-negative and sum to 1;
+/// gradients are added to what is there; wrong shapes and another's saved state are errors.
+///
+/// What the answer *is* these laws do not say: compare it with a reference, and call
+/// [`check_gradients`](super::check_gradients).
+///
+/// # Errors
+/// The first law that does not hold, with the case in which it does not.
+pub fn check_attention<F: Float>(
+    mechanism: &dyn Attention<F>,
+    shapes: &Shapes,
+) -> Result<Report, Violation> {
+    let mut shared = mechanism;
+    for_each_case(&mut shared, shapes, |mechanism, sample| {
+        let check = Check::new(mechanism, sample)?;
+        check.runs_agree()?;
+        check.layouts_agree()?;
+        check.permutations_agree()?;
+        check.representations_agree()?;
+        check.hidden_pairs_do_not_leak()?;
+        check.nan_stays_in_its_rows()?;
+        check.weights_are_a_distribution()?;
+        check.gradients_are_added()?;
+        check.nothing_flows_through_empty_rows()?;
+        check.bad_calls_are_errors()
+    })
+}
+
+/// A mechanism, inputs, and what it makes of them.
+struct Check<'a, F: Float> {
+    mechanism: &'a dyn Attention<F>,
+    sample: &'a Sample<F>,
+    out: Array2<F>,
+    grad_out: Array2<F>,
+    gradients: Gradients<F>,
+    /// num_queries × num_keys: whether some head sees the key.
+    sees: Array2<bool>,
+}
+
+impl<'a, F: Float> Check<'a, F> {
+    fn new(mechanism: &'a dyn Attention<F>, sample: &'a Sample<F>) -> Result<Self, Broken> {
+        let inputs = succeed("the sample is valid", sample.inputs())?;
+        let out = succeed("forward succeeds", mechanism.forward(&inputs))?;
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+        let grad_out = normal([out.nrows(), out.ncols()], 1.0, &mut rng);
+        let mut sees = Array2::from_elem((inputs.num_queries(), inputs.num_keys()), false);
+        for pair in visible_pairs(&inputs) {
+            sees[[pair.query, pair.key]] = true;
+        }
+        let gradients = gradients(mechanism, sample, grad_out.view())?;
+        Ok(Self { mechanism, sample, out, grad_out, gradients, sees })
+    }
+
+    fn forward(&self, law: &'static str, sample: &Sample<F>) -> Result<Array2<F>, Broken> {
+        let inputs = succeed(law, sample.inputs())?;
+        succeed(law, self.mechanism.forward(&inputs))
+    }
+
+    fn is_empty_row(&self, query: usize) -> bool {
+        !self.sees.row(query).iter().any(|&sees| sees)
+    }
+
+    fn runs_agree(&self) -> Result<(), Broken> {
+        let law = "forward_into overwrites its output and repeats its bits";
+        let inputs = succeed(law, self.sample.inputs())?;
+        let mut dirty = Array2::from_elem(self.out.raw_dim(), F::nan());
+        succeed(law, self.mechanism.forward_into(&inputs, dirty.view_mut()))?;
+        same_bits(law, &dirty, &self.out)?;
+
+        let law = "forward_train_into gives the numbers of forward_into";
+        let mut dirty = Array2::from_elem(self.out.raw_dim(), F::nan());
+        succeed(law, self.mechanism.forward_train_into(&inputs, dirty.view_mut()))?;
+        same_bits(law, &dirty, &self.out)?;
+
+        let law = "backward_into repeats its bits";
+        let again = gradients(self.mechanism, self.sample, self.grad_out.view())?;
+        require(law, again == self.gradients, || "gradients differ".into())
+    }
+
+    fn layouts_agree(&self) -> Result<(), Broken> {
+        for layout in [Layout::ColumnMajor, Layout::EveryOther, Layout::Reversed] {
+            let law = "strided, transposed and reversed views give the answer of contiguous ones";
+            let sample = self.sample.relayout(layout);
+            let inputs = succeed(law, sample.inputs())?;
+            let mut out = layout.of(&self.out.mapv(|_| F::nan()));
+            let mut grads = self.gradients.clone();
+            for array in [&mut grads.query, &mut grads.key, &mut grads.value]
+                .into_iter()
+                .chain(&mut grads.bias)
+                .chain(&mut grads.edge_features)
+            {
+                *array = layout.of(&array.mapv(|_| F::zero()));
+            }
+            grads.params.iter_mut().for_each(|param| param.fill(F::zero()));
+            grads.distances.iter_mut().for_each(|grad| grad.fill(F::zero()));
+            let saved = self.mechanism.forward_train_into(&inputs, out.view_mut());
+            let saved = succeed(law, saved)?;
+            close(law, &out, &self.out)?;
+            let grad_out = layout.of(&self.grad_out);
+            let backward =
+                self.mechanism.backward_into(&inputs, &saved, grad_out.view(), grads.view_mut());
+            succeed(law, backward)?;
+            close_gradients(law, &grads, &self.gradients)?;
+        }
+        Ok(())
+    }
+
+    fn permutations_agree(&self) -> Result<(), Broken> {
+        // A causal pattern is about the order; dropout in dense inputs hashes pair numbers.
+        let is_dense = self.sample.graph.is_none();
+        if self.sample.causal.is_some() || (is_dense && self.sample.dropout.is_some()) {
+            return Ok(());
+        }
+        let law = "permuting the keys changes nothing";
+        let keys = permutation(self.sample.key.nrows());
+        let queries: Vec<usize> = (0..self.sample.query.nrows()).collect();
+        let out = self.forward(law, &self.sample.permuted(&queries, &keys))?;
+        close(law, &out, &self.out)?;
+
+        let law = "permuting the queries permutes the output";
+        let keys: Vec<usize> = (0..self.sample.key.nrows()).collect();
+        let queries = permutation(self.sample.query.nrows());
+        let out = self.forward(law, &self.sample.permuted(&queries, &keys))?;
+        close(law, &out, &self.out.select(Axis(0), &queries))
+    }
+
+    fn representations_agree(&self) -> Result<(), Broken> {
+        if self.sample.dropout.is_some() {
+            return Ok(());
+        }
+        let law = "the same visible pairs as a graph, in any order, give the same answer";
+        let inputs = succeed(law, self.sample.inputs())?;
+        let mut pairs: Vec<Pair> =
+            (0..inputs.num_queries()).flat_map(|query| inputs.row(query)).collect();
+        pairs.shuffle(&mut Xoshiro256PlusPlus::seed_from_u64(4));
+        let sample = succeed(law, self.sample.as_graph(&inputs, &pairs))?;
+        let graph_inputs = succeed(law, sample.inputs())?;
+        let out = match self.mechanism.forward(&graph_inputs) {
+            Err(Error::Unsupported { .. }) => return Ok(()),
+            out => succeed(law, out)?,
+        };
+        close(law, &out, &self.out)?;
+
+        let law = "weights follow the pair order";
+        let indices: Vec<usize> = pairs.iter().map(|pair| pair.index).collect();
+        if let Ok(weights) = self.mechanism.weights(&inputs) {
+            let shuffled = succeed(law, self.mechanism.weights(&graph_inputs))?;
+            close(law, &shuffled, &weights.select(Axis(0), &indices))?;
+        }
+        Ok(())
+    }
+
+    fn hidden_pairs_do_not_leak(&self) -> Result<(), Broken> {
+        let law = "the data of hidden pairs and of keys that nobody sees changes nothing";
+        let mut poisoned = self.sample.clone();
+        let inputs = succeed(law, self.sample.inputs())?;
+        let mut visible = vec![false; inputs.num_pairs()];
+        visible_pairs(&inputs).for_each(|pair| visible[pair.index] = true);
+        for pair in (0..visible.len()).filter(|&pair| !visible[pair]) {
+            poisoned.edge_features.row_mut(pair).fill(F::nan());
+            poisoned.distances[pair] = F::nan();
+        }
+        let unseen: Vec<usize> = (0..inputs.num_keys())
+            .filter(|&key| !self.sees.column(key).iter().any(|&sees| sees))
+            .collect();
+        for &key in &unseen {
+            poisoned.key.row_mut(key).fill(F::nan());
+            poisoned.value.row_mut(key).fill(F::infinity());
+        }
+        same_bits(law, &self.forward(law, &poisoned)?, &self.out)?;
+
+        let law = "keys that nobody sees have zero gradients and change no others";
+        let grads = gradients(self.mechanism, &poisoned, self.grad_out.view())?;
+        same_bits(law, &grads.query, &self.gradients.query)?;
+        same_bits(law, &grads.key, &self.gradients.key)?;
+        same_bits(law, &grads.value, &self.gradients.value)?;
+        for (actual, expected) in grads.params.iter().zip(&self.gradients.params) {
+            close(law, actual, expected)?;
+        }
+        for &key in &unseen {
+            let rows = [grads.key.row(key), grads.value.row(key)];
+            let zero = rows.iter().all(|row| row.iter().all(|&grad| grad == F::zero()));
+            require(law, zero, || format!("key {key} has one"))?;
+        }
+        Ok(())
+    }
+
+    fn nan_stays_in_its_rows(&self) -> Result<(), Broken> {
+        let law = "NaN in a key and value reaches the queries that see it, and no others";
+        for key in 0..self.sample.key.nrows() {
+            let mut poisoned = self.sample.clone();
+            poisoned.key.row_mut(key).fill(F::nan());
+            poisoned.value.row_mut(key).fill(F::nan());
+            let out = self.forward(law, &poisoned)?;
+            self.nan_exactly_in(law, &out, |query| self.sees[[query, key]])?;
+        }
+        let law = "NaN in a query reaches its own row, and no other";
+        for poisoned_query in 0..self.sample.query.nrows() {
+            let mut poisoned = self.sample.clone();
+            poisoned.query.row_mut(poisoned_query).fill(F::nan());
+            let out = self.forward(law, &poisoned)?;
+            self.nan_exactly_in(law, &out, |query| query == poisoned_query)?;
+        }
+        Ok(())
+    }
+
+    /// Rows that are touched hold a NaN, the others their bits. An empty row may go either way.
+    fn nan_exactly_in(
+        &self,
+        law: &'static str,
+        out: &Array2<F>,
+        touched: impl Fn(usize) -> bool,
+    ) -> Result<(), Broken> {
+        for (query, (row, expected)) in out.rows().into_iter().zip(self.out.rows()).enumerate() {
+            if !touched(query) {
+                require(law, row == expected, || format!("row {query} became {row}"))?;
+            } else if !self.is_empty_row(query) && !row.is_empty() {
+                let nan = row.iter().any(|value| value.is_nan());
+                require(law, nan, || format!("row {query} is {row}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn weights_are_a_distribution(&self) -> Result<(), Broken> {
+        let law = "weights are non-negative, 0 for hidden pairs, and sum to 1 (0 for empty rows)";
+        let inputs = succeed(law, self.sample.inputs())?;
+        let weights = match self.mechanism.weights(&inputs) {
+            Err(Error::NoWeights { .. }) => return Ok(()),
+            weights => succeed(law, weights)?,
+        };
+        require(law, weights.nrows() == inputs.num_pairs(), || {
+            format!("{} rows for {} pairs", weights.nrows(), inputs.num_pairs())
+        })?;
+        require(law, weights.iter().all(|&weight| weight >= F::zero()), || weights.to_string())?;
+        let mut rest = weights.clone();
+        for query in 0..inputs.num_queries() {
+            let mut sums = Array1::<F>::zeros(weights.ncols());
+            for pair in inputs.row(query) {
+                sums += &weights.row(pair.index);
+                rest.row_mut(pair.index).fill(F::zero());
+            }
+            // Heads to which a bias hides the whole row.
+            let empty = |head| {
+                let hidden = |pair| is_hidden_from(&inputs, pair, head);
+                inputs.row(query).all(hidden)
+            };
+            for (head, &sum) in sums.iter().enumerate() {
+                let expected = if empty(head) { F::zero() } else { F::one() };
+                let holds = (sum - expected).abs() <= rounding::<F>();
+                require(law, holds, || format!("query {query}, head {head}: sum {sum}"))?;
+            }
+        }
+        require(law, rest.iter().all(|&weight| weight == F::zero()), || {
+            "a hidden pair has a weight".into()
+        })
+    }
+
+    fn gradients_are_added(&self) -> Result<(), Broken> {
+        let law = "gradients are added to what is there";
+        let inputs = succeed(law, self.sample.inputs())?;
+        let (_, saved) = succeed(law, self.mechanism.forward_train(&inputs))?;
+        let mut twice = self.gradients.clone();
+        let (grad_out, grads) = (self.grad_out.view(), twice.view_mut());
+        succeed(law, self.mechanism.backward_into(&inputs, &saved, grad_out, grads))?;
+        for ((_, twice), (_, once)) in arrays(&twice).into_iter().zip(arrays(&self.gradients)) {
+            close(law, &twice.to_owned(), &(&once + &once))?;
+        }
+
+        let law = "gradients that are not asked for may be left out";
+        let mut some = succeed(law, Gradients::zeros(&inputs, self.mechanism))?;
+        let grads =
+            GradientsMut { bias: None, edge_features: None, distances: None, ..some.view_mut() };
+        succeed(law, self.mechanism.backward_into(&inputs, &saved, grad_out, grads))?;
+        close(law, &some.query, &self.gradients.query)?;
+        close(law, &some.key, &self.gradients.key)?;
+        close(law, &some.value, &self.gradients.value)
+    }
+
+    fn nothing_flows_through_empty_rows(&self) -> Result<(), Broken> {
+        let law = "a query that sees no key reads none";
+        let empty: Vec<usize> =
+            (0..self.out.nrows()).filter(|&query| self.is_empty_row(query)).collect();
+        let mut other = self.sample.clone();
+        other.key.mapv_inplace(|value| value + F::one());
+        other.value.mapv_inplace(|value| value + F::one());
+        let out = self.forward(law, &other)?;
+        same_bits(law, &out.select(Axis(0), &empty), &self.out.select(Axis(0), &empty))?;
+
+        let has_params = params::count(self.mechanism) > 0;
+        let law = "a query that sees no key gets zeros, unless there are parameters";
+        let zero = empty.iter().all(|&query| self.out.row(query).iter().all(|&o| o == F::zero()));
+        require(law, zero || has_params, || self.out.to_string())?;
+
+        let law = "gradients do not flow from empty rows to keys and values";
+        let mut grad_out = Array2::zeros(self.grad_out.raw_dim());
+        for &query in &empty {
+            grad_out.row_mut(query).assign(&self.grad_out.row(query));
+        }
+        let grads = gradients(self.mechanism, self.sample, grad_out.view())?;
+        let zero = |grad: &Array2<F>| grad.iter().all(|&grad| grad == F::zero());
+        require(law, zero(&grads.key) && zero(&grads.value), || format!("{grads:?}"))?;
+        require(law, zero(&grads.query) || has_params, || grads.query.to_string())
+    }
+
+    fn bad_calls_are_errors(&self) -> Result<(), Broken> {
+        let inputs = succeed("the sample is valid", self.sample.inputs())?;
+        let (rows, columns) = self.out.dim();
+        for shape in [(rows + 1, columns), (rows, columns + 1)] {
+            let law = "an output of the wrong shape is Error::Shape";
+            let mut wrong = Array2::zeros(shape);
+            let results = [
+                self.mechanism.forward_into(&inputs, wrong.view_mut()),
+                self.mechanism.forward_train_into(&inputs, wrong.view_mut()).map(drop),
+            ];
+            for result in results {
+                let holds = matches!(result, Err(Error::Shape { .. }));
+                require(law, holds, || format!("{result:?}"))?;
+            }
+            let law = "a grad_out of the wrong shape is Error::Shape";
+            let (_, saved) = succeed(law, self.mechanism.forward_train(&inputs))?;
+            let result = self.mechanism.backward(&inputs, &saved, wrong.view());
+            require(law, matches!(result, Err(Error::Shape { .. })), || format!("{result:?}"))?;
+        }
+        let law = "gradients of the wrong shape are Error::Shape";
+        let (_, saved) = succeed(law, self.mechanism.forward_train(&inputs))?;
+        let mut wrong = self.gradients.clone();
+        wrong.key = Array2::zeros((wrong.key.nrows() + 1, wrong.key.ncols()));
+        let grad_out = self.grad_out.view();
+        let result = self.mechanism.backward_into(&inputs, &saved, grad_out, wrong.view_mut());
+        require(law, matches!(result, Err(Error::Shape { .. })), || format!("{result:?}"))?;
+
+        let law = "another mechanism's saved state is Error::SavedMismatch";
+        let result = self.mechanism.backward(&inputs, &Saved::new("nobody", ()), grad_out);
+        let holds = matches!(result, Err(Error::SavedMismatch { .. }));
+        require(law, holds, || format!("{result:?}"))
+    }
+}
+
+impl<F: Float> Sample<F> {
+    /// Query i of the result is query `queries[i]` of this sample, and so for keys.
+    fn permuted(&self, queries: &[usize], keys: &[usize]) -> Self {
+        let mut sample = self.clone();
+        sample.query = self.query.select(Axis(0), queries);
+        sample.query_positions = self.query_positions.select(Axis(0), queries);
+        sample.key = self.key.select(Axis(0), keys);
+        sample.value = self.value.select(Axis(0), keys);
+        sample.key_positions = self.key_positions.select(Axis(0), keys);
+        sample.mask =
+            (self.mask.as_ref()).map(|mask| mask.select(Axis(0), queries).select(Axis(1), keys));
+        let relabelled = |graph: &Graph| {
+            let new = |order: &[usize], old| order.iter().position(|&node| node == old);
+            let edges = edges(graph).into_iter().map(|(query, key)| {
+                let edge = new(queries, query).zip(new(keys, key));
+                edge.expect("a permutation holds every node")
+            });
+            let graph = Graph::from_edges(queries.len(), keys.len(), edges);
+            graph.expect("relabelled edges are in range")
+        };
+        sample.latent = relabelled(&self.latent);
+        if let Some(graph) = &self.graph {
+            // The edges keep their order, so their data keep theirs.
+            sample.graph = Some(relabelled(graph));
+            return sample;
+        }
+        let pairs: Vec<usize> = (queries.iter())
+            .flat_map(|query| keys.iter().map(move |key| query * keys.len() + key))
+            .collect();
+        sample.select_pairs(&pairs);
+        sample.bias = self.bias.as_ref().map(|bias| {
+            if bias.dim() == (queries.len(), keys.len()) {
+                bias.select(Axis(0), queries).select(Axis(1), keys)
+            } else {
+                bias.select(Axis(0), &pairs)
+            }
+        });
+        sample
+    }
+
+    /// The given pairs of these inputs as a graph.
+    fn as_graph(&self, inputs: &Inputs<'_, F>, pairs: &[Pair]) -> crate::Result<Self> {
+        let mut sample = self.clone();
+        let edges = pairs.iter().map(|pair| (pair.query, pair.key));
+        sample.graph = Some(Graph::from_edges(inputs.num_queries(), inputs.num_keys(), edges)?);
+        sample.causal = None;
+        sample.mask = None;
+        sample.select_pairs(&pairs.iter().map(|pair| pair.index).collect::<Vec<_>>());
+        sample.bias = inputs.bias().map(|bias| {
+            let logit = |(pair, head): (usize, usize)| bias.at(pairs[pair], head);
+            Array2::from_shape_fn((pairs.len(), bias.num_heads()), logit)
+        });
+        Ok(sample)
+    }
+}
+
+/// The pairs that some head sees.
+fn visible_pairs<F: Float>(inputs: &Inputs<'_, F>) -> impl Iterator<Item = Pair> {
+    let rows = (0..inputs.num_queries()).flat_map(|query| inputs.row(query));
+    rows.filter(|&pair| (0..bias_heads(inputs)).any(|head| !is_hidden_from(inputs, pair, head)))
+}
+
+fn is_hidden_from<F: Float>(inputs: &Inputs<'_, F>, pair: Pair, head: usize) -> bool {
+    let head = head.min(bias_heads(inputs) - 1);
+    inputs.bias().is_some_and(|bias| bias.at(pair, head) == F::neg_infinity())
+}
+
+/// The number of heads between which a bias may differ.
+fn bias_heads<F: Float>(inputs: &Inputs<'_, F>) -> usize {
+    inputs.bias().map_or(1, |bias| bias.num_heads())
+}
+
+/// Query and key of every edge, in the caller's order.
+fn edges(graph: &Graph) -> Vec<(usize, usize)> {
+    let mut edges = vec![(0, 0); graph.num_edges()];
+    for query in 0..graph.num_queries() {
+        for (key, edge) in graph.row(query) {
+            edges[edge] = (query, key);
+        }
+    }
+    edges
+}
+
+fn permutation(n: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    order.shuffle(&mut Xoshiro256PlusPlus::seed_from_u64(5));
+    order
+}
+
+fn gradients<F: Float>(
+    mechanism: &dyn Attention<F>,
+    sample: &Sample<F>,
+    grad_out: ArrayView2<'_, F>,
+) -> Result<Gradients<F>, Broken> {
+    let law = "backward succeeds after forward_train";
+    let inputs = succeed(law, sample.inputs())?;
+    let (_, saved) = succeed(law, mechanism.forward_train(&inputs))?;
+    succeed(law, mechanism.backward(&inputs, &saved, grad_out))
+}
+
+/// How far two sums of the same numbers of order 1 in another order may lie apart: some hundred
+/// terms, each with a few roundings.
+fn rounding<F: Float>() -> F {
+    F::of(1e3) * F::epsilon()
+}
+
+fn same_bits<F: Float>(
+    law: &'static str,
+    actual: &Array2<F>,
+    expected: &Array2<F>,
+) -> Result<(), Broken> {
+    require(law, actual == expected, || format!("{actual}\ninstead of\n{expected}"))
+}
+
+/// Equal up to rounding, relative to the largest entry; NaN is close to nothing.
+fn close<F: Float, D: Dimension>(
+    law: &'static str,
+    actual: &Array<F, D>,
+    expected: &Array<F, D>,
+) -> Result<(), Broken> {
+    let largest = expected.iter().fold(F::one(), |max, value| max.max(value.abs()));
+    let close = |a: F, b: F| (a - b).abs() <= rounding::<F>() * largest;
+    let holds = actual.shape() == expected.shape()
+        && actual.iter().zip(expected).all(|(&a, &b)| close(a, b));
+    require(law, holds, || format!("{actual}\ninstead of\n{expected}"))
+}
+
+fn close_gradients<F: Float>(
+    law: &'static str,
+    actual: &Gradients<F>,
+    expected: &Gradients<F>,
+) -> Result<(), Broken> {
+    for ((_, actual), (_, expected)) in arrays(actual).into_iter().zip(arrays(expected)) {
+        close(law, &actual.to_owned(), &expected.to_owned())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! Checks of the contract of [`Attention`], for the mechanisms of this crate and for your own.
+//!
+//! [`check_attention`] tries a mechanism on a list of small random inputs (dense, causal, masked,
+//! biased, graphs with isolated nodes, parallel edges and self-loops, nothing at all) and holds the
+//! answers against laws that need no reference: permutations, other representations of the same
+//! pairs, other memory layouts, NaN that must stay where it is. [`check_gradients`] holds the
+//! backward pass against central differences.
+//!
+//! ```
+//! use graph_attention::testing::{Shapes, check_attention, check_gradients};
+//! use graph_attention::{Attention, Flash};
+//!
+//! // Queries and keys of 2 heads × 3 columns, values of 2 × 5.
+//! let shapes = Shapes::new(6, 6, 10).heads(2);
+//! let mut flash = Flash::new();
+//! check_attention::<f32>(&flash, &shapes)?;
+//! check_gradients(&mut flash, &shapes)?;
+//! # Ok::<(), graph_attention::testing::Violation>(())
+//! ```
+
+mod gradients;
+mod laws;
+mod sample;
+
+pub use gradients::check_gradients;
+pub use laws::check_attention;
+pub use sample::{Sample, Shapes};
+
+use crate::{Attention, Error, Float, Gradients};
+use ndarray::ArrayViewD;
+
+/// What a check went through.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// The cases that were checked.
+    pub checked: Vec<&'static str>,
+    /// The cases that the mechanism refused with [`Error::Unsupported`], which it may.
+    pub refused: Vec<&'static str>,
+}
+
+/// A law that a mechanism broke.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{mechanism}, case `{case}`: {law}: {detail}")]
+pub struct Violation {
+    /// The mechanism's name.
+    pub mechanism: &'static str,
+    /// The inputs on which it broke the law.
+    pub case: &'static str,
+    /// The law.
+    pub law: &'static str,
+    /// What happened.
+    pub detail: String,
+}
+
+/// Runs `check` on all cases, but for those that the mechanism refuses. It must accept plain dense
+/// inputs or a plain graph.
+fn for_each_case<F: Float>(
+    mechanism: &mut dyn Attention<F>,
+    shapes: &Shapes,
+    mut check: impl FnMut(&mut dyn Attention<F>, &Sample<F>) -> Result<(), Broken>,
+) -> Result<Report, Violation> {
+    let name = mechanism.name();
+    let violation = move |case, law, detail| Violation { mechanism: name, case, law, detail };
+    let mut report = Report::default();
+    for (case, sample) in sample::cases(shapes) {
+        let accepted = sample.inputs().and_then(|inputs| mechanism.forward(&inputs));
+        if let Err(Error::Unsupported { .. }) = accepted {
+            report.refused.push(case);
+            continue;
+        }
+        check(mechanism, &sample).map_err(|broken| violation(case, broken.law, broken.detail))?;
+        report.checked.push(case);
+    }
+    if ["dense", "graph"].iter().all(|case| report.refused.contains(case)) {
+        let detail = "it refuses both".to_owned();
+        return Err(violation("dense", "accepts plain dense inputs or a plain graph", detail));
+    }
+    Ok(report)
+}
+
+/// A law that does not hold, before it is known for whom and where.
+#[derive(Debug)]
+struct Broken {
+    law: &'static str,
+    detail: String,
+}
+
+/// `Ok` when `holds`.
+fn require(law: &'static str, holds: bool, detail: impl FnOnce() -> String) -> Result<(), Broken> {
+    if holds { Ok(()) } else { Err(Broken { law, detail: detail() }) }
+}
+
+/// The value of a call that must succeed.
+fn succeed<T>(law: &'static str, result: crate::Result<T>) -> Result<T, Broken> {
+    result.map_err(|error| Broken { law, detail: error.to_string() })
+}
+
+/// All gradients with their names: the inputs' that are there, then the parameters'.
+fn arrays<F: Float>(gradients: &Gradients<F>) -> Vec<(&'static str, ArrayViewD<'_, F>)> {
+    let Gradients { query, key, value, bias, edge_features, distances, params } = gradients;
+    let mut arrays = vec![
+        ("query", query.view().into_dyn()),
+        ("key", key.view().into_dyn()),
+        ("value", value.view().into_dyn()),
+    ];
+    arrays.extend(bias.as_ref().map(|grad| ("bias", grad.view().into_dyn())));
+    arrays.extend(edge_features.as_ref().map(|grad| ("edge_features", grad.view().into_dyn())));
+    arrays.extend(distances.as_ref().map(|grad| ("distances", grad.view().into_dyn())));
+    arrays.extend(params.iter().map(|grad| ("params", grad.view())));
+    arrays
+}

@@ -1,0 +1,342 @@
+use crate::{Causal, Dropout, Float, Graph, Inputs};
+use ndarray::{Array1, Array2, Axis, Slice};
+use rand::rngs::Xoshiro256PlusPlus;
+use rand::{RngExt, SeedableRng};
+use rand_distr::{Distribution, StandardNormal};
+
+/// The numbers of columns that a mechanism under test takes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shapes {
+    query_dim: usize,
+    key_dim: usize,
+    value_dim: usize,
+    heads: usize,
+    kv_heads: usize,
+    bias_heads: usize,
+    edge_dim: usize,
+    axes: usize,
+    scale: f64,
+}
+
+impl Shapes {
+    /// Columns of queries, keys and values, all heads together; one head.
+    #[must_use]
+    pub fn new(query_dim: usize, key_dim: usize, value_dim: usize) -> Self {
+        Self {
+            query_dim,
+            key_dim,
+            value_dim,
+            heads: 1,
+            kv_heads: 1,
+            bias_heads: 1,
+            edge_dim: 3,
+            axes: 2,
+            scale: 1.0,
+        }
+    }
+
+    /// The head layout of the inputs.
+    #[must_use]
+    pub fn heads(self, heads: usize) -> Self {
+        self.kv_heads(heads, heads)
+    }
+
+    /// The head layout of the inputs, grouped.
+    #[must_use]
+    pub fn kv_heads(mut self, heads: usize, kv_heads: usize) -> Self {
+        (self.heads, self.kv_heads, self.bias_heads) = (heads, kv_heads, heads);
+        self
+    }
+
+    /// Columns of a per-head bias, for a mechanism that defines its heads itself; otherwise as many
+    /// as heads.
+    #[must_use]
+    pub fn bias_heads(mut self, heads: usize) -> Self {
+        self.bias_heads = heads;
+        self
+    }
+
+    /// Columns of the edge features; 3 unless set.
+    #[must_use]
+    pub fn edge_dim(mut self, columns: usize) -> Self {
+        self.edge_dim = columns;
+        self
+    }
+
+    /// Columns of the positions; 2 unless set.
+    #[must_use]
+    pub fn axes(mut self, axes: usize) -> Self {
+        self.axes = axes;
+        self
+    }
+
+    /// The standard deviation of queries, keys and values, which are normal; 1 unless set.
+    #[must_use]
+    pub fn scale(mut self, scale: f64) -> Self {
+        self.scale = scale;
+        self
+    }
+}
+
+/// Owned [`Inputs`] with every data channel, to be changed and looked at again.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Sample<F> {
+    /// num_queries × query columns.
+    pub query: Array2<F>,
+    /// num_keys × key columns.
+    pub key: Array2<F>,
+    /// num_keys × value columns.
+    pub value: Array2<F>,
+    /// The pairs; all of them without a graph.
+    pub graph: Option<Graph>,
+    /// The causal pattern.
+    pub causal: Option<Causal>,
+    /// Heads of the queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// The mask.
+    pub mask: Option<Array2<bool>>,
+    /// The additive logits.
+    pub bias: Option<Array2<F>>,
+    /// Dropout.
+    pub dropout: Option<Dropout>,
+    /// Pairs × columns.
+    pub edge_features: Array2<F>,
+    /// One per pair, positive.
+    pub distances: Array1<F>,
+    /// One per pair, 0 to 2.
+    pub layers: Vec<u8>,
+    /// num_queries × axes.
+    pub query_positions: Array2<F>,
+    /// num_keys × axes.
+    pub key_positions: Array2<F>,
+    /// Second neighbour lists.
+    pub latent: Graph,
+}
+
+impl<F: Float> Sample<F> {
+    /// Random inputs over all pairs of `num_queries` and `num_keys`. The same `rng` state gives the
+    /// same values, rounded, for `f32` and `f64`.
+    pub fn dense(
+        shapes: &Shapes,
+        num_queries: usize,
+        num_keys: usize,
+        rng: &mut impl rand::Rng,
+    ) -> Self {
+        let pairs = num_queries * num_keys;
+        let query = normal([num_queries, shapes.query_dim], shapes.scale, rng);
+        let key = normal([num_keys, shapes.key_dim], shapes.scale, rng);
+        let value = normal([num_keys, shapes.value_dim], shapes.scale, rng);
+        let latent = (0..pairs).filter(|_| rng.random_range(0..3) == 0);
+        let latent = latent.map(|pair| (pair / num_keys, pair % num_keys));
+        let latent = Graph::from_edges(num_queries, num_keys, latent.collect::<Vec<_>>());
+        let mut sample = Self {
+            query,
+            key,
+            value,
+            graph: None,
+            causal: None,
+            heads: shapes.heads,
+            kv_heads: shapes.kv_heads,
+            mask: None,
+            bias: None,
+            dropout: None,
+            edge_features: Array2::zeros((0, shapes.edge_dim)),
+            distances: Array1::zeros(0),
+            layers: Vec::new(),
+            query_positions: normal([num_queries, shapes.axes], 1.0, rng),
+            key_positions: normal([num_keys, shapes.axes], 1.0, rng),
+            latent: latent.expect("the edges are in range"),
+        };
+        sample.draw_pair_data(pairs, rng);
+        sample
+    }
+
+    /// Random inputs over the edges of a graph.
+    pub fn graph(shapes: &Shapes, graph: Graph, rng: &mut impl rand::Rng) -> Self {
+        let mut sample = Self::dense(shapes, graph.num_queries(), graph.num_keys(), rng);
+        sample.draw_pair_data(graph.num_edges(), rng);
+        sample.graph = Some(graph);
+        sample
+    }
+
+    fn draw_pair_data(&mut self, pairs: usize, rng: &mut impl rand::Rng) {
+        self.edge_features = normal([pairs, self.edge_features.ncols()], 1.0, rng);
+        self.distances = Array1::from_shape_simple_fn(pairs, || F::of(rng.random_range(0.5..2.0)));
+        self.layers = (0..pairs).map(|_| rng.random_range(0..3)).collect();
+    }
+
+    /// The inputs that this sample owns.
+    ///
+    /// # Errors
+    /// Those of the constructors of [`Inputs`], if fields were changed so that they do not fit.
+    pub fn inputs(&self) -> crate::Result<Inputs<'_, F>> {
+        let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
+        let mut inputs = match &self.graph {
+            None if self.query.nrows() == 1 => Inputs::single(self.query.row(0), key, value)?,
+            None => Inputs::dense(query, key, value)?,
+            Some(graph) => Inputs::graph(query, key, value, graph)?,
+        };
+        inputs = inputs
+            .with_kv_heads(self.heads, self.kv_heads)?
+            .with_edge_features(self.edge_features.view())?
+            .with_distances(self.distances.view())?
+            .with_layers(&self.layers)?
+            .with_positions(self.query_positions.view(), self.key_positions.view())?
+            .with_latent(&self.latent)?;
+        if let Some(alignment) = self.causal {
+            inputs = inputs.with_causal(alignment);
+        }
+        if let Some(mask) = &self.mask {
+            inputs = inputs.with_mask(mask.view())?;
+        }
+        if let Some(bias) = &self.bias {
+            inputs = inputs.with_bias(bias.view())?;
+        }
+        if let Some(dropout) = self.dropout {
+            inputs = inputs.with_dropout(dropout)?;
+        }
+        Ok(inputs)
+    }
+
+    /// Every real array replaced by an equal one of another memory layout.
+    pub(super) fn relayout(&self, layout: Layout) -> Self {
+        let mut sample = self.clone();
+        for array in [
+            &mut sample.query,
+            &mut sample.key,
+            &mut sample.value,
+            &mut sample.edge_features,
+            &mut sample.query_positions,
+            &mut sample.key_positions,
+        ]
+        .into_iter()
+        .chain(&mut sample.bias)
+        {
+            *array = layout.of(array);
+        }
+        sample.mask = sample.mask.as_ref().map(|mask| layout.of(mask));
+        let column = layout.of(&sample.distances.clone().insert_axis(Axis(1)));
+        sample.distances = column.index_axis_move(Axis(1), 0);
+        sample
+    }
+
+    /// Selects rows of all per-pair arrays.
+    pub(super) fn select_pairs(&mut self, pairs: &[usize]) {
+        self.edge_features = self.edge_features.select(Axis(0), pairs);
+        self.distances = self.distances.select(Axis(0), pairs);
+        self.layers = pairs.iter().map(|&pair| self.layers[pair]).collect();
+    }
+}
+
+/// Ways in which an array lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Layout {
+    ColumnMajor,
+    EveryOther,
+    Reversed,
+}
+
+impl Layout {
+    /// An equal array, laid out so.
+    pub(super) fn of<T: Copy + Default>(self, array: &Array2<T>) -> Array2<T> {
+        let (rows, columns) = array.dim();
+        match self {
+            Self::ColumnMajor => {
+                let transposed: Vec<T> = array.t().iter().copied().collect();
+                let transposed = Array2::from_shape_vec((columns, rows), transposed);
+                transposed.expect("the same number of elements").reversed_axes()
+            }
+            Self::EveryOther => {
+                let mut wide = Array2::from_elem((2 * rows, 3 * columns), T::default());
+                wide.slice_axis_inplace(Axis(0), Slice::new(0, None, 2));
+                wide.slice_axis_inplace(Axis(1), Slice::new(1, None, 3));
+                wide.assign(array);
+                wide
+            }
+            Self::Reversed => {
+                let mut reversed = Array2::from_elem((rows, columns), T::default());
+                reversed.invert_axis(Axis(0));
+                reversed.invert_axis(Axis(1));
+                reversed.assign(array);
+                reversed
+            }
+        }
+    }
+}
+
+/// Inputs of every kind that the contract speaks of, small enough to differentiate numerically.
+pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(2017);
+    let (num_queries, num_keys) = (5, 7);
+    let dropout = Some(Dropout { probability: 0.4, seed: 11 });
+    let mut cases = Vec::new();
+
+    let dense = Sample::dense(shapes, num_queries, num_keys, &mut rng);
+    cases.push(("causal", Sample { causal: Some(Causal::TopLeft), ..dense.clone() }));
+    let tall = Sample::dense(shapes, num_keys, num_queries, &mut rng);
+    cases.push(("causal bottom right", Sample { causal: Some(Causal::BottomRight), ..tall }));
+    // Query 2 sees nothing, and nobody sees key 4.
+    let mask = Array2::from_shape_fn((num_queries, num_keys), |(query, key)| {
+        query != 2 && key != 4 && rng.random_range(0..3) > 0
+    });
+    cases.push(("mask", Sample { mask: Some(mask.clone()), ..dense.clone() }));
+    let bias = normal([num_queries, num_keys], 1.0, &mut rng);
+    cases.push(("bias", Sample { bias: Some(bias), ..dense.clone() }));
+    let pairs = num_queries * num_keys;
+    let mut bias = normal([pairs, shapes.bias_heads], 1.0, &mut rng);
+    cases.push(("bias per head", Sample { bias: Some(bias.clone()), ..dense.clone() }));
+    hide_some(&mut bias, &mut rng);
+    bias.slice_axis_mut(Axis(0), Slice::from(..num_keys)).fill(F::neg_infinity());
+    cases.push(("bias that hides", Sample { bias: Some(bias), ..dense.clone() }));
+    cases.push(("dropout", Sample { dropout, ..dense.clone() }));
+    cases.push(("dense", dense));
+    for (case, num_queries, num_keys) in [
+        ("one query", 1, num_keys),
+        ("one key", num_queries, 1),
+        ("no keys", num_queries, 0),
+        ("no queries", 0, num_keys),
+    ] {
+        cases.push((case, Sample::dense(shapes, num_queries, num_keys, &mut rng)));
+    }
+
+    // Query 3 has no edge and key 6 is in none; some edges are parallel, some loops.
+    let mut edges: Vec<(usize, usize)> =
+        (0..13).map(|_| ([0, 1, 2, 4][rng.random_range(0..4)], rng.random_range(0..6))).collect();
+    edges.extend([(1, 1), (4, 4), edges[0], edges[5], (1, 1)]);
+    let num_edges = edges.len();
+    let graph = Graph::from_edges(num_queries, num_keys, edges).expect("edges in range");
+    let graph = Sample::graph(shapes, graph, &mut rng);
+    cases.push(("graph mask", Sample { mask: Some(mask), ..graph.clone() }));
+    cases.push(("graph causal", Sample { causal: Some(Causal::TopLeft), ..graph.clone() }));
+    let mut bias = normal([num_edges, shapes.bias_heads], 1.0, &mut rng);
+    hide_some(&mut bias, &mut rng);
+    cases.push(("graph bias", Sample { bias: Some(bias), ..graph.clone() }));
+    cases.push(("graph dropout", Sample { dropout, ..graph.clone() }));
+    cases.push(("graph", graph));
+    let empty = Graph::from_edges(num_queries, num_keys, []).expect("no edges");
+    cases.push(("graph without edges", Sample::graph(shapes, empty, &mut rng)));
+    cases
+}
+
+fn hide_some<F: Float>(bias: &mut Array2<F>, rng: &mut impl rand::Rng) {
+    for logit in bias.iter_mut() {
+        if rng.random_range(0..4) == 0 {
+            *logit = F::neg_infinity();
+        }
+    }
+}
+
+/// Normal numbers of the given standard deviation.
+pub(super) fn normal<F: Float>(
+    shape: [usize; 2],
+    deviation: f64,
+    rng: &mut impl rand::Rng,
+) -> Array2<F> {
+    Array2::from_shape_simple_fn(shape, || {
+        let value: f64 = StandardNormal.sample(rng);
+        F::of(deviation * value)
+    })
+}

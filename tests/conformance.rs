@@ -1,0 +1,74 @@
+//! Every mechanism against the laws of the contract. A new mechanism is added to `mechanisms`.
+
+use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
+use graph_attention::{Attention, Flash, Float, MultiHeadConfig, ScaledDotProduct};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::sync::Arc;
+
+type Entry<F> = (Shapes, Box<dyn Attention<F>>);
+
+/// Every mechanism in its main forms, each with inputs whose sizes are distinct.
+fn mechanisms<F: Float>() -> Vec<Entry<F>> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(8);
+    let flash = |queries, keys| Flash::new().with_tiles(queries, keys).unwrap();
+    let one_head = || Shapes::new(3, 3, 2);
+    let heads = || Shapes::new(2 * 3, 2 * 3, 2 * 5).heads(2);
+    let grouped = || Shapes::new(6 * 3, 2 * 3, 2 * 5).kv_heads(6, 2);
+    let separate = MultiHeadConfig::new(6, 2).key_input_dim(5).value_input_dim(7).output_dim(3);
+    let all_sizes = separate.head_dim(3).value_head_dim(2).kv_heads(1);
+    vec![
+        (one_head(), Box::new(ScaledDotProduct::new())),
+        (heads(), Box::new(ScaledDotProduct::new().with_scale(-0.7).unwrap())),
+        (grouped(), Box::new(ScaledDotProduct::new())),
+        (Shapes::new(1, 1, 1), Box::new(ScaledDotProduct::new())),
+        (one_head(), Box::new(Flash::new())),
+        (heads(), Box::new(flash(2, 3).with_scale(0.3).unwrap())),
+        (grouped(), Box::new(flash(1, 1))),
+        (heads(), Box::new(flash(3, 2))),
+        (
+            Shapes::new(6, 6, 6).bias_heads(3),
+            Box::new(MultiHeadConfig::new(6, 3).init(Flash::new(), &mut rng).unwrap()),
+        ),
+        (
+            Shapes::new(6, 5, 7).bias_heads(2),
+            Box::new(all_sizes.init(ScaledDotProduct::new(), &mut rng).unwrap()),
+        ),
+        (
+            Shapes::new(4, 4, 4).bias_heads(2),
+            // A mechanism inside a mechanism, behind pointers.
+            Box::new({
+                let inner: Box<dyn Attention<F>> = Box::new(flash(2, 2));
+                let config = MultiHeadConfig::new(4, 2).bias(false);
+                config.init(Arc::new(inner), &mut rng).unwrap()
+            }),
+        ),
+    ]
+}
+
+/// Nothing was refused by mechanisms that honour everything.
+fn assert_complete(report: &Report) {
+    assert_eq!(report.refused, Vec::<&str>::new());
+    assert!(report.checked.len() >= 18, "{report:?}");
+}
+
+#[test]
+fn laws_hold_in_f64() {
+    for (shapes, mechanism) in mechanisms::<f64>() {
+        assert_complete(&check_attention(&*mechanism, &shapes).unwrap_or_else(|e| panic!("{e}")));
+    }
+}
+
+#[test]
+fn laws_hold_in_f32() {
+    for (shapes, mechanism) in mechanisms::<f32>() {
+        assert_complete(&check_attention(&*mechanism, &shapes).unwrap_or_else(|e| panic!("{e}")));
+    }
+}
+
+#[test]
+fn backward_is_the_derivative_of_forward() {
+    for (shapes, mut mechanism) in mechanisms::<f64>() {
+        let report = check_gradients(&mut *mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
+        assert_complete(&report);
+    }
+}
