@@ -24,7 +24,8 @@ mod sample;
 
 pub use gradients::check_gradients;
 pub use laws::check_attention;
-pub use sample::{Sample, Shapes};
+use sample::Sample;
+pub use sample::Shapes;
 
 use crate::{Attention, Error, Float, Gradients};
 use ndarray::ArrayViewD;

@@ -80,46 +80,45 @@ impl Shapes {
 
 /// Owned [`Inputs`] with every data channel, to be changed and looked at again.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Sample<F> {
+pub(super) struct Sample<F> {
     /// num_queries × query columns.
-    pub query: Array2<F>,
+    pub(super) query: Array2<F>,
     /// num_keys × key columns.
-    pub key: Array2<F>,
+    pub(super) key: Array2<F>,
     /// num_keys × value columns.
-    pub value: Array2<F>,
+    pub(super) value: Array2<F>,
     /// The pairs; all of them without a graph.
-    pub graph: Option<Graph>,
+    pub(super) graph: Option<Graph>,
     /// The causal pattern.
-    pub causal: Option<Causal>,
+    pub(super) causal: Option<Causal>,
     /// Heads of the queries.
-    pub heads: usize,
+    pub(super) heads: usize,
     /// Heads of keys and values.
-    pub kv_heads: usize,
+    pub(super) kv_heads: usize,
     /// The mask.
-    pub mask: Option<Array2<bool>>,
+    pub(super) mask: Option<Array2<bool>>,
     /// The additive logits.
-    pub bias: Option<Array2<F>>,
+    pub(super) bias: Option<Array2<F>>,
     /// Dropout.
-    pub dropout: Option<Dropout>,
+    pub(super) dropout: Option<Dropout>,
     /// Pairs × columns.
-    pub edge_features: Array2<F>,
+    pub(super) edge_features: Array2<F>,
     /// One per pair, positive.
-    pub distances: Array1<F>,
+    pub(super) distances: Array1<F>,
     /// One per pair, 0 to 2.
-    pub layers: Vec<u8>,
+    pub(super) layers: Vec<u8>,
     /// num_queries × axes.
-    pub query_positions: Array2<F>,
+    pub(super) query_positions: Array2<F>,
     /// num_keys × axes.
-    pub key_positions: Array2<F>,
+    pub(super) key_positions: Array2<F>,
     /// Second neighbour lists.
-    pub latent: Graph,
+    pub(super) latent: Graph,
 }
 
 impl<F: Float> Sample<F> {
     /// Random inputs over all pairs of `num_queries` and `num_keys`. The same `rng` state gives the
     /// same values, rounded, for `f32` and `f64`.
-    pub fn dense(
+    pub(super) fn dense(
         shapes: &Shapes,
         num_queries: usize,
         num_keys: usize,
@@ -155,7 +154,7 @@ impl<F: Float> Sample<F> {
     }
 
     /// Random inputs over the edges of a graph.
-    pub fn graph(shapes: &Shapes, graph: Graph, rng: &mut impl rand::Rng) -> Self {
+    pub(super) fn graph(shapes: &Shapes, graph: Graph, rng: &mut impl rand::Rng) -> Self {
         let mut sample = Self::dense(shapes, graph.num_queries(), graph.num_keys(), rng);
         sample.draw_pair_data(graph.num_edges(), rng);
         sample.graph = Some(graph);
@@ -169,10 +168,7 @@ impl<F: Float> Sample<F> {
     }
 
     /// The inputs that this sample owns.
-    ///
-    /// # Errors
-    /// Those of the constructors of [`Inputs`], if fields were changed so that they do not fit.
-    pub fn inputs(&self) -> crate::Result<Inputs<'_, F>> {
+    pub(super) fn inputs(&self) -> crate::Result<Inputs<'_, F>> {
         let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
         let mut inputs = match &self.graph {
             None if self.query.nrows() == 1 => Inputs::single(self.query.row(0), key, value)?,

@@ -15,57 +15,57 @@
 use num_traits::{Float, NumCast};
 
 /// One attention problem, as flat row-major arrays.
-pub struct Problem {
-    pub num_queries: usize,
-    pub num_keys: usize,
+pub(crate) struct Problem {
+    pub(crate) num_queries: usize,
+    pub(crate) num_keys: usize,
     /// Number of query heads. Query head `h` reads key/value head `h * kv_heads / heads`.
-    pub heads: usize,
-    pub kv_heads: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
     /// Columns of one head of `query` and `key`.
-    pub key_dim: usize,
+    pub(crate) key_dim: usize,
     /// Columns of one head of `value` and of the output.
-    pub value_dim: usize,
-    pub scale: f64,
+    pub(crate) value_dim: usize,
+    pub(crate) scale: f64,
     /// (query, key) of every pair, in the caller's order; repeats count separately.
-    pub pairs: Vec<(usize, usize)>,
+    pub(crate) pairs: Vec<(usize, usize)>,
     /// One per pair; an invisible pair is skipped for every head.
-    pub visible: Vec<bool>,
+    pub(crate) visible: Vec<bool>,
     /// pairs × heads, added to the logits; -inf = the pair is skipped for that head.
-    pub bias: Option<Vec<f64>>,
+    pub(crate) bias: Option<Vec<f64>>,
     /// pairs × heads, dropout multipliers: 0 or 1/(1-rho).
-    pub keep: Option<Vec<f64>>,
+    pub(crate) keep: Option<Vec<f64>>,
     /// num_queries × (heads * key_dim)
-    pub query: Vec<f64>,
+    pub(crate) query: Vec<f64>,
     /// num_keys × (kv_heads * key_dim)
-    pub key: Vec<f64>,
+    pub(crate) key: Vec<f64>,
     /// num_keys × (kv_heads * value_dim)
-    pub value: Vec<f64>,
+    pub(crate) value: Vec<f64>,
 }
 
 /// What [`forward`] computes.
-pub struct Answer {
+pub(crate) struct Answer {
     /// num_queries × (heads * value_dim)
-    pub out: Vec<f64>,
+    pub(crate) out: Vec<f64>,
     /// num_queries × heads
-    pub log_sum_exp: Vec<f64>,
+    pub(crate) log_sum_exp: Vec<f64>,
     /// pairs × heads, before dropout; 0 for a skipped pair.
-    pub weights: Vec<f64>,
+    pub(crate) weights: Vec<f64>,
 }
 
 /// What [`backward`] computes: the gradients of ⟨grad_out, out⟩.
-pub struct Gradients {
+pub(crate) struct Gradients {
     /// Shaped like [`Problem::query`].
-    pub query: Vec<f64>,
+    pub(crate) query: Vec<f64>,
     /// Shaped like [`Problem::key`].
-    pub key: Vec<f64>,
+    pub(crate) key: Vec<f64>,
     /// Shaped like [`Problem::value`].
-    pub value: Vec<f64>,
+    pub(crate) value: Vec<f64>,
     /// pairs × heads, also where the problem has no bias; 0 for a skipped pair.
-    pub bias: Vec<f64>,
+    pub(crate) bias: Vec<f64>,
 }
 
 /// Attention, computed in `T`.
-pub fn forward<T: Float>(p: &Problem) -> Answer {
+pub(crate) fn forward<T: Float>(p: &Problem) -> Answer {
     let x = Inputs::<T>::of(p);
     let softmax = softmax(p, &x);
 
@@ -83,11 +83,8 @@ pub fn forward<T: Float>(p: &Problem) -> Answer {
         }
     }
 
-    let weights: Vec<T> = softmax
-        .weights
-        .iter()
-        .map(|weight| weight.unwrap_or(T::zero()))
-        .collect();
+    let weights: Vec<T> =
+        softmax.weights.iter().map(|weight| weight.unwrap_or(T::zero())).collect();
     Answer {
         out: to_f64s(&out),
         log_sum_exp: to_f64s(&softmax.log_sum_exp),
@@ -96,7 +93,7 @@ pub fn forward<T: Float>(p: &Problem) -> Answer {
 }
 
 /// The gradients of ⟨`grad_out`, out⟩, computed in `T`. `grad_out` is shaped like [`Answer::out`].
-pub fn backward<T: Float>(p: &Problem, grad_out: &[f64]) -> Gradients {
+pub(crate) fn backward<T: Float>(p: &Problem, grad_out: &[f64]) -> Gradients {
     let x = Inputs::<T>::of(p);
     let g: Vec<T> = from_f64s(grad_out);
     let softmax = softmax(p, &x);
@@ -238,16 +235,9 @@ fn softmax<T: Float>(p: &Problem, x: &Inputs<T>) -> Softmax<T> {
     }
 
     // L_i = m_i + ln Z_i   (a row without pairs has m = -inf and Z = 0, so L = -inf)
-    let log_sum_exp = row_max
-        .iter()
-        .zip(&row_sum)
-        .map(|(&max, &sum)| max + sum.ln())
-        .collect();
+    let log_sum_exp = row_max.iter().zip(&row_sum).map(|(&max, &sum)| max + sum.ln()).collect();
 
-    Softmax {
-        weights,
-        log_sum_exp,
-    }
+    Softmax { weights, log_sum_exp }
 }
 
 /// The numbers of a [`Problem`], rounded to `T`.
