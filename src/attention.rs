@@ -91,6 +91,19 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Err(Error::NoWeights { mechanism: self.name() })
     }
 
+    /// Checks the shape of an `out` or `grad_out`, for implementations of this trait.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] naming `what` if it is not num_queries × [`output_dim`](Self::output_dim).
+    fn check_output(
+        &self,
+        what: &'static str,
+        inputs: &Inputs<'_, F>,
+        shape: &[usize],
+    ) -> Result<()> {
+        check_shape(what, &[inputs.num_queries(), self.output_dim(inputs)], shape)
+    }
+
     /// [`forward_into`](Self::forward_into) with an output of its own.
     ///
     /// # Errors
@@ -125,16 +138,6 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         self.backward_into(inputs, saved, grad_out, gradients.view_mut())?;
         Ok(gradients)
     }
-}
-
-/// `Ok` when `out` or `grad_out` has the shape of the mechanism's output.
-pub(crate) fn check_output<F: Float>(
-    what: &'static str,
-    mechanism: &(impl Attention<F> + ?Sized),
-    inputs: &Inputs<'_, F>,
-    shape: &[usize],
-) -> Result<()> {
-    check_shape(what, &[inputs.num_queries(), mechanism.output_dim(inputs)], shape)
 }
 
 /// What a forward pass keeps for its backward pass: opaque, owned, made by

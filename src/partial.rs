@@ -1,7 +1,7 @@
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};
 use crate::inputs::head_columns;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 
 /// The result of softmax attention over a part of the keys: outputs, and the log-sum-exp of the
 /// logits, with which parts are put together to the exact answer over all keys.
@@ -41,16 +41,23 @@ pub struct Partial<F> {
 }
 
 impl<F: Float> Partial<F> {
-    /// From outputs, num_queries × (heads · d_v), and the log-sum-exp, num_queries × heads.
+    /// From outputs, num_queries × (heads · d_v), and the log-sum-exp, num_queries × heads. Where
+    /// that is −∞ no key was seen, and the outputs are set to 0.
     ///
     /// # Errors
     /// [`Error::Shape`] if the numbers of rows differ; [`Error::Heads`] if the outputs cannot be
     /// split into as many blocks as the log-sum-exp has columns.
-    pub fn new(out: Array2<F>, log_sum_exp: Array2<F>) -> Result<Self> {
+    pub fn new(mut out: Array2<F>, log_sum_exp: Array2<F>) -> Result<Self> {
         let (heads, columns) = (log_sum_exp.ncols(), out.ncols());
         check_shape("log_sum_exp", &[out.nrows(), heads], log_sum_exp.shape())?;
         if heads == 0 || !columns.is_multiple_of(heads) {
             return Err(Error::Heads { what: "out", heads, columns });
+        }
+        let dim = columns / heads;
+        for ((query, head), &log_sum) in log_sum_exp.indexed_iter() {
+            if log_sum == F::neg_infinity() {
+                out.slice_mut(s![query, head_columns(head, dim)]).fill(F::zero());
+            }
         }
         Ok(Self { out, log_sum_exp })
     }

@@ -1,4 +1,4 @@
-use crate::attention::{Attention, Saved, check_output};
+use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -112,7 +112,7 @@ impl Flash {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Array2<F>> {
-        check_output("out", self, inputs, out.shape())?;
+        self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
         match inputs.pattern() {
@@ -158,8 +158,8 @@ impl<F: Float> Attention<F> for Flash {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { out, log_sum_exp } = saved.state::<State<F>>(NAME)?;
-        check_output("grad_out", self, inputs, grad_out.shape())?;
-        check_output("saved out", self, inputs, out.shape())?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        self.check_output("saved out", inputs, out.shape())?;
         let log_sum_shape = [inputs.num_queries(), inputs.heads()];
         check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
         grads.check(NAME, inputs, self)?;

@@ -1,4 +1,4 @@
-use crate::attention::{Attention, Saved, check_output};
+use crate::attention::{Attention, Saved};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
@@ -388,7 +388,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        check_output("out", self, inputs, out.shape())?;
+        self.check_output("out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
@@ -402,7 +402,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        check_output("out", self, inputs, out.shape())?;
+        self.check_output("out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
@@ -419,7 +419,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { projected, context, inner } = saved.state::<State<F>>(NAME)?;
-        check_output("grad_out", self, inputs, grad_out.shape())?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let arrays = self.arrays(inputs)?;
         for (which, x) in arrays.iter().enumerate() {

@@ -1,4 +1,4 @@
-use crate::attention::{Attention, Saved, check_output};
+use crate::attention::{Attention, Saved};
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_zeros};
 use crate::gradients::GradientsMut;
@@ -90,7 +90,7 @@ impl ScaledDotProduct {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<State<F>> {
-        check_output("out", self, inputs, out.shape())?;
+        self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let state = softmax(&problem)?;
         out.fill(F::zero());
@@ -189,7 +189,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let state: &State<F> = saved.state(NAME)?;
-        check_output("grad_out", self, inputs, grad_out.shape())?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
         let (pairs, heads) = (inputs.num_pairs(), problem.heads);

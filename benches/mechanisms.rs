@@ -1,0 +1,66 @@
+//! Every mechanism on the same workloads: `cargo bench --bench mechanisms`.
+//!
+//! Throughput is in (query, key) pairs; outputs are preallocated and seeds fixed.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use graph_attention::ndarray::Array2;
+use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig, ScaledDotProduct};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+
+const COLUMNS: usize = 64;
+
+fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let multi_head = MultiHeadConfig::new(COLUMNS, 4).init(Flash::new(), &mut rng);
+    vec![
+        Box::new(ScaledDotProduct::new()),
+        Box::new(Flash::new()),
+        Box::new(multi_head.expect("4 heads divide the columns")),
+    ]
+}
+
+fn matrix(rows: usize) -> Array2<f32> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(2);
+    Array2::from_shape_simple_fn((rows, COLUMNS), || StandardNormal.sample(&mut rng))
+}
+
+fn forward(c: &mut Criterion, group: &str, size: usize, inputs: &Inputs<'_, f32>) {
+    let mut group = c.benchmark_group(group);
+    group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
+    for attention in mechanisms() {
+        let mut out = Array2::zeros((inputs.num_queries(), attention.output_dim(inputs)));
+        group.bench_function(BenchmarkId::new(attention.name(), size), |bencher| {
+            bencher.iter(|| attention.forward_into(inputs, out.view_mut()));
+        });
+    }
+}
+
+fn single(c: &mut Criterion) {
+    for neighbours in [16, 256, 4096] {
+        let (query, keys) = (matrix(1), matrix(neighbours));
+        let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).expect("shapes fit");
+        forward(c, "single", neighbours, &inputs);
+    }
+}
+
+fn dense(c: &mut Criterion) {
+    for n in [128, 1024] {
+        let x = matrix(n);
+        let inputs = Inputs::dense(x.view(), x.view(), x.view()).expect("shapes fit");
+        forward(c, "dense", n, &inputs);
+    }
+}
+
+fn graph(c: &mut Criterion) {
+    let (nodes, degree) = (10_000, 16);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+    let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
+    let graph = Graph::from_edges(nodes, nodes, edges).expect("edges in range");
+    let x = matrix(nodes);
+    let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).expect("shapes fit");
+    forward(c, "graph", nodes, &inputs);
+}
+
+criterion_group!(benches, single, dense, graph);
+criterion_main!(benches);

@@ -1,0 +1,96 @@
+//! A mechanism of your own: the mean of the neighbours. It becomes an expert, an inner mechanism or
+//! a bench entry like any other, and the crate's checks find its mistakes.
+
+use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+use graph_attention::testing::{Shapes, check_attention, check_gradients};
+use graph_attention::{
+    Attention, Channel, GradientsMut, Inputs, MultiHeadConfig, Params, Result, Saved,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+
+/// oᵢ = Σⱼ vⱼ / |N(i)|
+#[derive(Debug)]
+struct Mean;
+
+const NAME: &str = "mean";
+
+impl Params<f64> for Mean {
+    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+}
+
+impl Attention<f64> for Mean {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, f64>) -> usize {
+        inputs.value().ncols()
+    }
+
+    fn forward_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        mut out: ArrayViewMut2<'_, f64>,
+    ) -> Result<()> {
+        // A bias or dropout would change the answer, and this mechanism has no weights to apply
+        // them to: refuse instead of ignoring them.
+        inputs.refuse(NAME, &[Channel::Bias, Channel::Dropout])?;
+        self.check_output("out", inputs, out.shape())?;
+        out.fill(0.0);
+        for query in 0..inputs.num_queries() {
+            let share = 1.0 / inputs.row(query).count() as f64;
+            for pair in inputs.row(query) {
+                out.row_mut(query).scaled_add(share, &inputs.value().row(pair.key));
+            }
+        }
+        Ok(())
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        out: ArrayViewMut2<'_, f64>,
+    ) -> Result<Saved> {
+        self.forward_into(inputs, out)?;
+        Ok(Saved::new(NAME, ()))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, f64>,
+        mut grads: GradientsMut<'_, f64>,
+    ) -> Result<()> {
+        saved.state::<()>(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        for query in 0..inputs.num_queries() {
+            let share = 1.0 / inputs.row(query).count() as f64;
+            for pair in inputs.row(query) {
+                grads.value.row_mut(pair.key).scaled_add(share, &grad_out.row(query));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let shapes = Shapes::new(3, 2, 5);
+    let report = check_attention(&Mean, &shapes)?;
+    println!("the laws hold in {} cases, {:?} refused", report.checked.len(), report.refused);
+    check_gradients(&mut Mean, &shapes)?;
+    println!("backward is the derivative of forward");
+    assert_eq!(report.refused.len(), 6);
+
+    // Inside learned projections.
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
+    let layer = MultiHeadConfig::new(4, 1).init(Mean, &mut rng)?;
+    let nodes = Array2::<f64>::eye(4);
+    let out = layer.forward(&Inputs::dense(nodes.view(), nodes.view(), nodes.view())?)?;
+    println!("{} around {}: output {:?}", layer.name(), layer.inner().name(), out.dim());
+    // Every node sees the same neighbours here, so every row is the same.
+    assert!(out.rows().into_iter().all(|row| (&row - &out.row(0)).sum().abs() < 1e-12));
+    Ok(())
+}

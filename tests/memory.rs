@@ -1,0 +1,83 @@
+//! Peak memory beside inputs and outputs, by a counting allocator.
+
+use allocation_counter::{AllocationInfo, measure};
+use graph_attention::ndarray::Array2;
+use graph_attention::{Attention, Flash, Gradients, Graph, Inputs, ScaledDotProduct};
+
+const COLUMNS: usize = 4;
+
+fn matrix(rows: usize) -> Array2<f32> {
+    Array2::from_shape_fn((rows, COLUMNS), |(i, j)| ((i * 31 + j * 17) % 97) as f32 / 97.0)
+}
+
+/// Allocations of a forward and backward pass into arrays of the caller.
+fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> AllocationInfo {
+    let mut out = Array2::zeros((inputs.num_queries(), COLUMNS));
+    let grad_out = Array2::ones(out.raw_dim());
+    let mut grads = Gradients::zeros(inputs, attention).unwrap();
+    measure(|| {
+        let saved = attention.forward_train_into(inputs, out.view_mut()).unwrap();
+        let grads = grads.view_mut();
+        attention.backward_into(inputs, &saved, grad_out.view(), grads).unwrap();
+    })
+}
+
+fn dense_training_peak(attention: &dyn Attention<f32>, n: usize) -> u64 {
+    let x = matrix(n);
+    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap()).bytes_max
+}
+
+#[test]
+fn flash_trains_in_memory_linear_in_n() {
+    let flash = Flash::new();
+    let peaks: Vec<u64> =
+        [1, 2, 4, 8, 16].map(|k| dense_training_peak(&flash, k * 1024)).into_iter().collect();
+    for doubled in peaks.windows(2) {
+        assert!(doubled[1] <= doubled[0] * 21 / 10, "{peaks:?}");
+    }
+    // Far below one number for each pair: at 16k by a factor of a thousand.
+    assert!(peaks[4] < 16 * 1024 * 16 * 1024 * 4 / 1000, "{peaks:?}");
+}
+
+#[test]
+fn scaled_dot_product_trains_in_quadratic_memory() {
+    let plain = ScaledDotProduct::new();
+    let [one, two] = [1024, 2048].map(|n| dense_training_peak(&plain, n));
+    assert!(two > one * 39 / 10, "{one} {two}");
+}
+
+#[test]
+fn on_a_graph_flash_needs_no_memory_per_edge() {
+    let n = 2000;
+    let x = matrix(n);
+    let peak = |degree: usize| {
+        let neighbours = |i: usize| (0..degree).map(move |j| (i, (i * 7 + j * 13) % n));
+        let graph = Graph::from_edges(n, n, (0..n).flat_map(neighbours)).unwrap();
+        let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
+        training(&Flash::new(), &inputs).bytes_max
+    };
+    let (few, many) = (peak(64), peak(256));
+    assert!(many < few * 11 / 10, "{few} {many}");
+}
+
+#[test]
+fn inference_allocates_a_constant_number_of_times() {
+    let count = |attention: &dyn Attention<f32>, n: usize, sparse: bool| {
+        let x = matrix(n);
+        let graph = Graph::window(n, 3).unwrap();
+        let inputs = if sparse {
+            Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap()
+        } else {
+            Inputs::dense(x.view(), x.view(), x.view()).unwrap()
+        };
+        let inputs = inputs.with_heads(2).unwrap();
+        let mut out = Array2::zeros((n, COLUMNS));
+        measure(|| attention.forward_into(&inputs, out.view_mut()).unwrap()).count_total
+    };
+    for attention in [&Flash::new() as &dyn Attention<f32>, &ScaledDotProduct::new()] {
+        for sparse in [false, true] {
+            let [few, many] = [100, 700].map(|n| count(attention, n, sparse));
+            assert!(few == many && few > 0, "{}: {few} {many}", attention.name());
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Properties over random inputs: graphs, and results over parts of the keys.
+
+use graph_attention::ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
+use graph_attention::{Attention, Error, Flash, Graph, Inputs, Partial, ScaledDotProduct};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// Numbers of queries and keys, and edges between them in any order.
+fn edge_lists() -> impl Strategy<Value = (usize, usize, Vec<(usize, usize)>)> {
+    (1..12usize, 1..12usize).prop_flat_map(|(num_queries, num_keys)| {
+        (Just(num_queries), Just(num_keys), vec((0..num_queries, 0..num_keys), 0..40))
+    })
+}
+
+/// Query and key of every edge, by edge number.
+fn edges(graph: &Graph) -> Vec<(usize, usize)> {
+    let rows = (0..graph.num_queries())
+        .flat_map(|query| graph.row(query).map(move |(key, edge)| (edge, (query, key))));
+    let mut edges: Vec<_> = rows.collect();
+    edges.sort();
+    assert!(edges.iter().enumerate().all(|(number, &(edge, _))| number == edge));
+    edges.into_iter().map(|(_, edge)| edge).collect()
+}
+
+fn matrices(rows: usize, columns: usize) -> impl Strategy<Value = Array2<f64>> {
+    vec(-2.0..2.0f64, rows * columns)
+        .prop_map(move |data| Array2::from_shape_vec((rows, columns), data).unwrap())
+}
+
+fn close(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> bool {
+    // Equal infinities count as close.
+    let close = |(a, b): (&f64, &f64)| a == b || (a - b).abs() < 1e-13;
+    a.shape() == b.shape() && a.iter().zip(b).all(close)
+}
+
+fn close_partials(a: &Partial<f64>, b: &Partial<f64>) -> bool {
+    close(a.out(), b.out()) && close(a.log_sum_exp(), b.log_sum_exp())
+}
+
+proptest! {
+    #[test]
+    fn a_graph_is_its_edge_list((num_queries, num_keys, list) in edge_lists()) {
+        let graph = Graph::from_edges(num_queries, num_keys, list.iter().copied()).unwrap();
+        prop_assert_eq!(edges(&graph), list.clone());
+        prop_assert_eq!(edges(graph.transpose().transpose()), list.clone());
+        let flipped: Vec<_> = list.iter().map(|&(query, key)| (key, query)).collect();
+        prop_assert_eq!(edges(graph.transpose()), flipped);
+
+        // The rows as they are stored, in which edges are numbered by slot.
+        let (offsets, indices) = (graph.offsets().to_vec(), graph.indices().to_vec());
+        let stored = Graph::from_csr(num_keys, offsets, indices).unwrap();
+        for query in 0..num_queries {
+            prop_assert_eq!(stored.neighbors(query), graph.neighbors(query));
+        }
+    }
+
+    #[test]
+    fn the_sum_of_blocks_selects_back_to_the_blocks(
+        (queries_a, keys_a, a) in edge_lists(),
+        (queries_b, keys_b, b) in edge_lists(),
+    ) {
+        let a = Graph::from_edges(queries_a, keys_a, a).unwrap();
+        let b = Graph::from_edges(queries_b, keys_b, b).unwrap();
+        let both = Graph::block_diagonal(&[&a, &b]).unwrap();
+        let (first, edges_of_first) = both.select_queries(&(0..queries_a).collect::<Vec<_>>()).unwrap();
+        for query in 0..queries_a {
+            prop_assert_eq!(first.neighbors(query), a.neighbors(query));
+            for ((_, slot), (_, edge)) in first.row(query).zip(a.row(query)) {
+                prop_assert_eq!(edges_of_first[slot], edge);
+            }
+        }
+        for query in 0..queries_b {
+            let shifted: Vec<u32> = b.neighbors(query).iter().map(|key| key + keys_a as u32).collect();
+            prop_assert_eq!(both.neighbors(queries_a + query), shifted);
+        }
+    }
+
+    #[test]
+    fn k_hop_is_the_reachability_of_powers((n, _, list) in edge_lists(), k in 0..5u8) {
+        let list: Vec<_> = list.into_iter().map(|(query, key)| (query, key % n)).collect();
+        let graph = Graph::from_edges(n, n, list.iter().copied()).unwrap();
+        let (reached, hops) = graph.k_hop(k).unwrap();
+        // Shortest distances by Floyd and Warshall.
+        let mut distance = Array2::from_elem((n, n), usize::MAX / 2);
+        list.iter().for_each(|&edge| distance[edge] = 1);
+        (0..n).for_each(|node| distance[[node, node]] = 0);
+        for (via, from, to) in (0..n * n * n).map(|x| (x / (n * n), x / n % n, x % n)) {
+            let detour = distance[[from, via]] + distance[[via, to]];
+            distance[[from, to]] = distance[[from, to]].min(detour);
+        }
+        let mut expected: Vec<_> = distance.indexed_iter()
+            .filter(|&(_, &hops)| hops >= 1 && hops <= k.into())
+            .map(|((from, to), &hops)| (from, to, hops as u8))
+            .collect();
+        let mut actual: Vec<_> = edges(&reached).into_iter().zip(&hops)
+            .map(|((from, to), &hops)| (from, to, hops))
+            .collect();
+        expected.sort();
+        actual.sort();
+        prop_assert_eq!(actual, expected);
+    }
+
+    #[test]
+    fn keys_in_shards_give_the_exact_answer(
+        query in matrices(3, 4),
+        key in matrices(11, 4),
+        value in matrices(11, 6),
+        mut cuts in vec(0..=11usize, 0..5),
+        offset in -1e3..1e3f64,
+    ) {
+        // A common offset of the logits, which the softmax does not see but a sum of exponentials does.
+        let logits = Array2::from_elem((3, 11), offset);
+        let over = |keys: std::ops::Range<usize>| {
+            let (k, v) = (key.slice(s![keys.clone(), ..]), value.slice(s![keys.clone(), ..]));
+            let inputs = Inputs::dense(query.view(), k, v).unwrap().with_heads(2).unwrap();
+            let inputs = inputs.with_bias(logits.slice(s![.., keys])).unwrap();
+            let plain = ScaledDotProduct::new().forward_partial(&inputs).unwrap();
+            let flash = Flash::new().with_tiles(2, 3).unwrap().forward_partial(&inputs).unwrap();
+            assert!((&flash.out() - &plain.out()).iter().all(|x| x.abs() < 1e-11));
+            flash
+        };
+        let whole = over(0..11);
+        cuts.extend([0, 11]);
+        cuts.sort();
+        let shards: Vec<_> = cuts.windows(2).map(|cut| over(cut[0]..cut[1])).collect();
+        let empty = Partial::empty(3, 6, 2).unwrap();
+        let merge = |a: Partial<f64>, b: &Partial<f64>| a.merge(b).unwrap();
+        let from_the_left = shards.iter().fold(empty.clone(), merge);
+        let from_the_right = shards.iter().rev().fold(empty.clone(), merge);
+        // The parts of 1e3 keep 13 digits.
+        prop_assert!((&from_the_left.out() - &whole.out()).iter().all(|x| x.abs() < 1e-11));
+        prop_assert!((&from_the_right.out() - &whole.out()).iter().all(|x| x.abs() < 1e-11));
+        let difference = &from_the_left.log_sum_exp() - &whole.log_sum_exp();
+        prop_assert!(difference.iter().all(|x| x.abs() < 1e-11));
+        // The identity, exactly, from either side.
+        prop_assert_eq!(&merge(whole.clone(), &empty), &whole);
+        prop_assert_eq!(&merge(empty, &whole), &whole);
+    }
+
+    #[test]
+    fn merging_commutes_and_associates(
+        outs in matrices(3, 4),
+        log_sums in vec(prop_oneof![Just(f64::NEG_INFINITY), -30.0..30.0], 3),
+    ) {
+        let part = |i: usize| {
+            let log_sum = array![[log_sums[i], 1.0]];
+            Partial::new(outs.slice(s![i..=i, ..]).to_owned(), log_sum).unwrap()
+        };
+        let merge = |a: &Partial<f64>, b: &Partial<f64>| a.clone().merge(b).unwrap();
+        let (a, b, c) = (part(0), part(1), part(2));
+        prop_assert!(close_partials(&merge(&merge(&a, &b), &c), &merge(&a, &merge(&b, &c))));
+        prop_assert!(close_partials(&merge(&a, &b), &merge(&b, &a)));
+    }
+}
+
+#[test]
+fn a_batch_is_a_block_diagonal_graph() -> Result<(), Error> {
+    let a = array![[0.1, 0.7], [0.4, -1.0]];
+    let b = array![[2.0, 0.2], [0.5, 0.6], [1.0, -0.3]];
+    let graph_a = Graph::from_edges(2, 2, [(1, 0), (0, 1), (0, 0)])?;
+    let graph_b = Graph::from_edges(3, 3, [(0, 1), (2, 2), (2, 0)])?;
+    let run = |x: ArrayView2<'_, f64>, graph: &Graph| {
+        Flash::new().forward(&Inputs::graph(x, x, x, graph)?)
+    };
+    let apart = concatenate![Axis(0), run(a.view(), &graph_a)?, run(b.view(), &graph_b)?];
+    let batch = concatenate![Axis(0), a, b];
+    assert_eq!(run(batch.view(), &Graph::block_diagonal(&[&graph_a, &graph_b])?)?, apart);
+    Ok(())
+}
+
+#[test]
+fn rows_at_the_edges_of_the_numbers() -> Result<(), Error> {
+    let value = array![[1.0, f64::INFINITY], [3.0, 4.0]];
+    let run = |attention: &dyn Attention<f64>, query: f64| {
+        let (query, key) = (array![[query]], array![[1.0], [1.0]]);
+        let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
+        let (out, saved) = attention.forward_train(&inputs)?;
+        let grads = attention.backward(&inputs, &saved, array![[1.0, 0.0]].view())?;
+        Ok::<_, Error>((out, grads))
+    };
+    for attention in [&ScaledDotProduct::new() as &dyn Attention<f64>, &Flash::new()] {
+        // No logit above −∞: nothing is attended to, whatever the values.
+        let (out, grads) = run(attention, f64::NEG_INFINITY)?;
+        assert_eq!(out, array![[0.0, 0.0]]);
+        assert_eq!(grads.value.sum(), 0.0);
+        assert_eq!(grads.query.sum(), 0.0);
+        // Logits of +∞ or NaN have no softmax.
+        for query in [f64::INFINITY, f64::NAN] {
+            assert!(run(attention, query)?.0.iter().all(|x| x.is_nan()));
+        }
+        // An infinite value is attended to, and stays in its column.
+        let (out, _) = run(attention, 0.0)?;
+        assert_eq!(out, array![[2.0, f64::INFINITY]]);
+        // Logits far beyond what an exponential holds.
+        assert_eq!(run(attention, 1e300)?.0, array![[2.0, f64::INFINITY]]);
+    }
+    Ok(())
+}
