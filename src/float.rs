@@ -1,10 +1,15 @@
 use crate::error::{Error, Result};
 use ndarray::{Array2, NdFloat};
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
+pub(crate) mod sealed {
+    use crate::kernels::exp2::Exp2;
+    use fearless_simd::SimdFloatElement;
+
+    /// What the kernels need of an element; sealed, so that nobody else sees it.
+    pub trait Sealed: SimdFloatElement + 'static {
+        /// The constants of 2^x for this type.
+        const EXP2: Exp2<Self>;
+    }
 }
 
 /// The element types of this crate: `f32` and `f64`.

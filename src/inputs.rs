@@ -590,6 +590,11 @@ impl<F: Float> Bias<'_, F> {
         }
     }
 
+    /// Whether the array is num_queries × num_keys instead of one row per pair.
+    pub(crate) fn is_matrix(&self) -> bool {
+        self.is_matrix
+    }
+
     /// The number of heads that it tells apart: 1 where it is shared by all.
     #[must_use]
     pub fn num_heads(&self) -> usize {

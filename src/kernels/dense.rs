@@ -1,15 +1,21 @@
 //! Softmax attention in tiles of queries × keys, one head at a time (Dao et al. 2022, 2205.14135;
-//! Dao 2023, 2307.08691), with the scores transposed: a tile is keys × queries, so that maxima,
-//! exponentials and sums run along contiguous queries and the rows of keys and values are read as
-//! they lie.
+//! Dao 2023, 2307.08691).
+//!
+//! Scores are kept transposed, keys × queries: the lanes of a vector are queries. Then maxima,
+//! exponentials and sums run lane by lane, a row of scores is a row of the right factor of P V, and
+//! keys and values are read as they lie. Only the queries of a block are packed. Logits are in units
+//! of ln 2, a factor that the packed queries carry.
 
-use super::graph::finite_shift;
-use super::problem::Problem;
-use super::vector::{axpy, scale};
-use crate::float::{Float, nan_max};
+use super::exp2::exp2;
+use super::matmul::{Matrix, columns_times, load, panel_width, rows_times, splat, store};
+use super::parallel;
+use super::problem::{FiniteRows, Problem, Rows};
+use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, dispatch};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use std::f64::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 /// Queries of a block and keys of a tile.
@@ -19,248 +25,637 @@ pub(crate) struct TileSizes {
     pub(crate) keys: usize,
 }
 
-/// A block of queries of one head, and its scores against one tile of keys.
+/// The gradients of keys and values are summed in this many parts of the queries, each in order,
+/// and then over the parts: a fixed number, so that the sums do not depend on the threads.
+const PARTS: usize = 4;
+
+/// One head of keys or values: row j starts at `j · stride`.
+#[derive(Clone, Copy)]
+struct HeadRows<'r, F> {
+    data: &'r [F],
+    stride: usize,
+    dim: usize,
+}
+
+impl<'r, F: Float> HeadRows<'r, F> {
+    fn new(data: &'r [F], stride: usize, head: usize, dim: usize) -> Self {
+        Self { data: data.get(head * dim..).unwrap_or_default(), stride, dim }
+    }
+
+    #[inline(always)]
+    fn row(self, row: usize) -> &'r [F] {
+        &self.data[row * self.stride..][..self.dim]
+    }
+
+    /// The rows from this one on.
+    #[inline(always)]
+    fn matrix(self, from: usize) -> Matrix<'r, F> {
+        Matrix { data: &self.data[from * self.stride..], stride: self.stride }
+    }
+}
+
+/// A block of queries of one head, in columns: lane r is query `queries.start + r`, and lanes past
+/// the end are padding.
 struct Block<'p, 'a, F: Float> {
     problem: &'p Problem<'a, F>,
     head: usize,
     queries: Range<usize>,
-    /// key_dim × queries: the queries times the scale, transposed.
-    scaled_queries: Vec<F>,
-    keys: Range<usize>,
-    /// keys × queries: logits, −∞ where hidden.
-    scores: Vec<F>,
-    /// keys × queries, up to date only while `any_hidden`.
-    hidden: Vec<bool>,
-    any_hidden: bool,
+    /// The number of lanes, a multiple of the panel width.
+    width: usize,
+    /// Whether anything but a causal pattern may hide a pair.
+    may_hide_anywhere: bool,
 }
 
-impl<'p, 'a, F: Float> Block<'p, 'a, F> {
-    fn new(problem: &'p Problem<'a, F>, sizes: TileSizes) -> Self {
-        let tile = sizes.queries * sizes.keys;
-        Self {
-            problem,
-            head: 0,
-            queries: 0..0,
-            scaled_queries: Vec::with_capacity(problem.key_dim * sizes.queries),
-            keys: 0..0,
-            scores: vec![F::zero(); tile],
-            hidden: vec![false; tile],
-            any_hidden: false,
-        }
-    }
-
-    fn load_queries(&mut self, head: usize, queries: Range<usize>) {
-        (self.head, self.queries) = (head, queries);
-        let problem = self.problem;
-        pack_transposed(
-            problem.key_dim,
-            self.queries.clone().map(|query| problem.query(query, head)),
-            problem.scale,
-            &mut self.scaled_queries,
-        );
-    }
-
+impl<F: Float> Block<'_, '_, F> {
     /// Keys from this one on are hidden from the whole block by the causal pattern.
     fn num_visible_keys(&self) -> usize {
-        let last = self.queries.end.saturating_sub(1);
-        self.problem.inputs.num_visible_keys(last)
+        self.problem.inputs.num_visible_keys(self.queries.end - 1)
     }
 
-    /// Logits of the block against a tile of keys.
-    fn score(&mut self, keys: Range<usize>) {
-        self.keys = keys;
-        let Self { problem, head, .. } = *self;
-        let key = |key| problem.key(key, head);
-        transposed_products(
-            self.keys.clone().map(key),
-            &self.scaled_queries,
-            self.width(),
-            &mut self.scores,
-        );
+    fn may_hide_in(&self, keys: &Range<usize>) -> bool {
+        let diagonal = self.problem.inputs.num_visible_keys(self.queries.start);
+        self.may_hide_anywhere || keys.end > diagonal
+    }
 
-        let inputs = &problem.inputs;
-        let below_diagonal = self.keys.end <= inputs.num_visible_keys(self.queries.start);
-        self.any_hidden = false;
-        if below_diagonal && inputs.mask().is_none() && problem.bias.is_none() {
-            return;
-        }
-        for (k, key) in self.keys.clone().enumerate() {
-            for (r, query) in self.queries.clone().enumerate() {
-                let at = k * self.queries.len() + r;
-                let pair = self.pair(query, key);
-                let visible = key < inputs.num_visible_keys(query)
-                    && inputs.mask().is_none_or(|mask| mask[[query, key]]);
-                let bias = problem.bias_of(pair, head).filter(|_| visible);
-                self.hidden[at] = bias.is_none();
-                self.any_hidden |= bias.is_none();
-                self.scores[at] = bias.map_or(F::neg_infinity(), |bias| self.scores[at] + bias);
+    /// The lanes of a panel that are queries.
+    fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
+        column..(column + panel).min(self.queries.len())
+    }
+
+    fn pair(&self, lane: usize, key: usize) -> Pair {
+        self.problem.dense_pair(self.queries.start + lane, key)
+    }
+
+    /// Adds the bias to the scores of some lanes, and hides what is hidden.
+    fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
+        for lane in lanes {
+            for (k, key) in keys.clone().enumerate() {
+                let score = &mut scores[k * self.width + lane];
+                let bias = self.problem.dense_bias(self.pair(lane, key), self.head);
+                *score = match bias {
+                    Some(bias) => *score + bias * F::of(LOG2_E),
+                    None => F::neg_infinity(),
+                };
             }
         }
     }
 
-    fn width(&self) -> usize {
-        self.queries.len()
+    /// Multiplies the entries of some lanes by what dropout makes of their weights.
+    fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
+        let Some(dropout) = self.problem.dropout else { return };
+        for lane in lanes {
+            for (k, key) in keys.clone().enumerate() {
+                let pair = self.pair(lane, key);
+                weights[k * self.width + lane] *= dropout.multiplier::<F>(pair.index, self.head);
+            }
+        }
     }
 
-    fn pair(&self, query: usize, key: usize) -> Pair {
-        let index = query * self.problem.inputs.num_keys() + key;
-        Pair { query, key, index }
+    fn sees(&self, lane: usize, key: usize) -> bool {
+        self.problem.dense_bias(self.pair(lane, key), self.head).is_some()
     }
 
-    /// What dropout multiplies the weight of row r and key k of the tile by.
-    fn multiplier(&self, k: usize, r: usize) -> F {
-        let pair = self.pair(self.queries.start + r, self.keys.start + k);
-        self.problem.multiplier(pair.index, self.head)
+    /// Visits the visible pairs of some lanes with some keys.
+    fn for_each_visible(
+        &self,
+        lanes: impl Iterator<Item = usize>,
+        keys: impl Iterator<Item = usize> + Clone,
+        mut visit: impl FnMut(usize, usize),
+    ) {
+        for lane in lanes {
+            for key in keys.clone().filter(|&key| self.sees(lane, key)) {
+                visit(lane, key);
+            }
+        }
     }
+}
 
-    fn is_hidden(&self, at: usize) -> bool {
-        self.any_hidden && self.hidden[at]
-    }
+/// Buffers of a forward pass over one block after the other.
+struct ForwardScratch<F> {
+    /// key_dim × width.
+    queries: Vec<F>,
+    /// keys × width.
+    scores: Vec<F>,
+    /// value_dim × width.
+    out: Vec<F>,
+    maxima: Vec<F>,
+    sums: Vec<F>,
 }
 
 /// Overwrites `out` and `log_sum_exp` (num_queries × heads).
 pub(crate) fn forward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
-    mut out: ArrayViewMut2<'_, F>,
+    level: Level,
+    out: ArrayViewMut2<'_, F>,
     log_sum_exp: &mut Array2<F>,
 ) {
     let sizes = clip(problem, sizes);
-    let dim = problem.value_dim;
-    let mut block = Block::new(problem, sizes);
-    let mut maxima = vec![F::zero(); sizes.queries];
-    let mut sums = vec![F::zero(); sizes.queries];
-    let mut alphas = vec![F::zero(); sizes.queries];
-    let mut block_out = Array2::zeros((sizes.queries, dim));
-    for (head, queries) in blocks(problem, sizes) {
-        block.load_queries(head, queries.clone());
-        let width = block.width();
-        maxima.fill(F::neg_infinity());
-        sums.fill(F::zero());
-        block_out.fill(F::zero());
+    let values = FiniteRows::new(problem.value.data(), problem.value.columns(), problem.may_hide());
+    let num_queries = problem.inputs.num_queries();
+    let part_len = part_len(num_queries, sizes.queries, 4 * PARTS);
+    let mut tasks = Vec::with_capacity(4 * PARTS);
+    let outs = into_row_chunks(out, part_len);
+    let log_sums = into_row_chunks(log_sum_exp.view_mut(), part_len);
+    for ((queries, out), log_sum) in ranges(num_queries, part_len).zip(outs).zip(log_sums) {
+        tasks.push((queries, out, log_sum));
+    }
+    let work = num_queries * problem.inputs.num_keys() * problem.heads;
+    parallel::for_each(tasks, work, |(queries, out, log_sum)| {
+        dispatch!(level, simd => forward_part(simd, problem, &values, sizes, queries, out, log_sum));
+    });
+}
 
-        for keys in ranges(block.num_visible_keys(), sizes.keys) {
-            block.score(keys);
-            // m' = max(m, rowmax S), α = e^{m − m'}; the maxima first hold m', then the shift.
-            alphas.copy_from_slice(&maxima);
-            for scores in block.scores.chunks_exact(width).take(block.keys.len()) {
-                maxima.iter_mut().zip(scores).for_each(|(max, &score)| *max = nan_max(*max, score));
+#[inline(always)]
+fn forward_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &Problem<'_, F>,
+    values: &FiniteRows<'_, F>,
+    sizes: TileSizes,
+    queries: Range<usize>,
+    mut out: ArrayViewMut2<'_, F>,
+    mut log_sum_exp: ArrayViewMut2<'_, F>,
+) {
+    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let mut scratch = ForwardScratch {
+        queries: Vec::with_capacity(problem.key_dim * width),
+        scores: vec![F::zero(); sizes.keys * width],
+        out: vec![F::zero(); problem.value_dim * width],
+        maxima: vec![F::zero(); width],
+        sums: vec![F::zero(); width],
+    };
+    for rows in ranges(queries.len(), sizes.queries) {
+        for head in 0..problem.heads {
+            let block = block::<S, F>(problem, head, &queries, &rows);
+            simd.vectorize(
+                #[inline(always)]
+                || forward_block(simd, &block, values, sizes.keys, &mut scratch),
+            );
+            let dim = problem.value_dim;
+            let mut out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
+            for (lane, mut row) in out.rows_mut().into_iter().enumerate() {
+                let (max, sum) = (scratch.maxima[lane], scratch.sums[lane]);
+                // Nothing seen: not even 0/0.
+                let is_empty = sum == F::zero();
+                let factor = if is_empty { F::zero() } else { F::one() / sum };
+                for (value, scaled) in row.iter_mut().zip(scratch.out.chunks(block.width)) {
+                    *value = if is_empty { F::zero() } else { factor * scaled[lane] };
+                }
+                let log_sum =
+                    if is_empty { F::neg_infinity() } else { max * F::of(LN_2) + sum.ln() };
+                log_sum_exp[[rows.start + lane, head]] = log_sum;
             }
-            for r in 0..width {
-                alphas[r] = (alphas[r] - finite_shift(maxima[r])).exp();
-                sums[r] *= alphas[r];
-            }
-            // P = e^{S − m'}, l ← α l + Σ P
-            for scores in block.scores.chunks_exact_mut(width).take(block.keys.len()) {
-                for ((score, &max), sum) in scores.iter_mut().zip(&maxima).zip(&mut sums) {
-                    *score = (*score - finite_shift(max)).exp();
-                    *sum += *score;
+        }
+    }
+}
+
+/// Leaves the outputs times the sums, the sums and the maxima in `scratch`.
+#[inline(always)]
+fn forward_block<S: Simd, F: Float>(
+    simd: S,
+    block: &Block<'_, '_, F>,
+    values: &FiniteRows<'_, F>,
+    keys_per_tile: usize,
+    scratch: &mut ForwardScratch<F>,
+) {
+    let Block { problem, head, width, .. } = *block;
+    let panel = panel_width::<S, F>();
+    let kv_head = problem.kv_head(head);
+    let keys = HeadRows::new(problem.key.data(), problem.key.columns(), kv_head, problem.key_dim);
+    let values_of_head = HeadRows::new(&values.data, values.columns, kv_head, problem.value_dim);
+    let factor = problem.scale * F::of(LOG2_E);
+    pack_queries(block, factor, &mut scratch.queries);
+    scratch.maxima.fill(F::neg_infinity());
+    scratch.sums.fill(F::zero());
+    scratch.out.fill(F::zero());
+
+    for tile in ranges(block.num_visible_keys(), keys_per_tile) {
+        let scores = &mut scratch.scores[..tile.len() * width];
+        let may_hide = block.may_hide_in(&tile);
+        for column in (0..width).step_by(panel) {
+            // S = K Qᵀ, m' = max(m, max S)
+            let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
+            let mut max = old_max;
+            let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
+            let key = |k| keys.row(tile.start + k);
+            rows_times(simd, tile.len(), key, queries, panel, |k, _, score| {
+                max = [max[0].max(score[0]), max[1].max(score[1])];
+                store::<S, F>(score, &mut scores[k * width + column..]);
+            });
+            if may_hide {
+                block.restrict(block.lanes(column, panel), &tile, scores);
+                max = old_max;
+                for scores in scores.chunks_exact(width) {
+                    let score = load::<S, F>(simd, &scores[column..]);
+                    max = [max[0].max(score[0]), max[1].max(score[1])];
                 }
             }
-            // O ← α O + P̃ V
-            for (mut row, &alpha) in block_out.rows_mut().into_iter().zip(&alphas[..width]) {
-                row *= alpha;
+            store::<S, F>(max, &mut scratch.maxima[column..]);
+
+            // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P. Where there is no maximum yet the
+            // shift is 0: −∞ − (−∞) never arises.
+            let [zero, _] = splat::<S, F>(simd, F::zero());
+            let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+            let shift = max.map(|max| max.simd_eq(lowest).select(zero, max));
+            let alpha = [
+                exp2::<S, F>(simd, old_max[0] - shift[0]),
+                exp2::<S, F>(simd, old_max[1] - shift[1]),
+            ];
+            let sum = load::<S, F>(simd, &scratch.sums[column..]);
+            let mut sum = [sum[0] * alpha[0], sum[1] * alpha[1]];
+            for scores in scores.chunks_exact_mut(width) {
+                let scores = &mut scores[column..];
+                let score = load::<S, F>(simd, scores);
+                let weight = [
+                    exp2::<S, F>(simd, score[0] - shift[0]),
+                    exp2::<S, F>(simd, score[1] - shift[1]),
+                ];
+                sum = [sum[0] + weight[0], sum[1] + weight[1]];
+                store::<S, F>(weight, scores);
             }
-            for (k, key) in block.keys.clone().enumerate() {
-                let value = problem.value(key, head);
-                for (r, mut row) in block_out.rows_mut().into_iter().enumerate().take(width) {
-                    let at = k * width + r;
-                    if !block.is_hidden(at) {
-                        let weight = block.scores[at] * block.multiplier(k, r);
-                        axpy(weight, value, row.as_slice_mut().unwrap_or_default());
+            store::<S, F>(sum, &mut scratch.sums[column..]);
+            block.drop_out(block.lanes(column, panel), &tile, scores);
+
+            // O ← α O + P̃ V
+            let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
+            let (dim, left) = (problem.value_dim, values_of_head.matrix(tile.start));
+            columns_times(simd, dim, left, weights, panel, |row, _, product| {
+                let out = &mut scratch.out[row * width + column..];
+                let old = load::<S, F>(simd, out);
+                let new =
+                    [old[0].mul_add(alpha[0], product[0]), old[1].mul_add(alpha[1], product[1])];
+                store::<S, F>(new, out);
+            });
+            let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
+            block.for_each_visible(block.lanes(column, panel), bad_keys, |lane, key| {
+                let weight = scores[(key - tile.start) * width + lane];
+                for (c, &value) in problem.value(key, head).iter().enumerate() {
+                    if !value.is_finite() {
+                        scratch.out[c * width + lane] += weight * value;
                     }
                 }
-            }
+            });
         }
-
-        for (r, query) in queries.clone().enumerate() {
-            if maxima[r] == F::neg_infinity() {
-                block_out.row_mut(r).fill(F::zero());
-                log_sum_exp[[query, head]] = F::neg_infinity();
-            } else {
-                scale(F::one() / sums[r], block_out.row_mut(r).as_slice_mut().unwrap_or_default());
-                log_sum_exp[[query, head]] = maxima[r] + sums[r].ln();
-            }
-        }
-        out.slice_mut(s![queries, head_columns(head, dim)])
-            .assign(&block_out.slice(s![..width, ..]));
     }
+}
+
+/// Arrays that the backward pass multiplies weights and logit gradients with.
+struct FiniteOperands<'r, F: Clone> {
+    query: FiniteRows<'r, F>,
+    key: FiniteRows<'r, F>,
+    grad_out: FiniteRows<'r, F>,
+}
+
+/// Buffers of a backward pass over one block after the other.
+struct BackwardScratch<F> {
+    /// key_dim × width, and width × padded key_dim.
+    queries: Vec<F>,
+    query_rows: Vec<F>,
+    /// value_dim × width, and width × padded value_dim.
+    grad_out: Vec<F>,
+    grad_out_rows: Vec<F>,
+    /// keys × width: P̃ and dS.
+    weights: Vec<F>,
+    grad_scores: Vec<F>,
+    /// L in units of ln 2, +∞ for lanes that take no part, so that their weights are 0.
+    log_sums: Vec<F>,
+    deltas: Vec<F>,
+    /// key_dim × width.
+    grad_query: Vec<F>,
+}
+
+/// Gradients of all keys and values from a part of the queries: for each head, row after row of
+/// padded length.
+struct KeyGradients<F> {
+    key: Vec<F>,
+    value: Vec<F>,
+}
+
+/// What one task of a backward pass writes to.
+struct BackwardPart<'g, F> {
+    queries: Range<usize>,
+    grad_query: ArrayViewMut2<'g, F>,
+    grad_bias: Option<ArrayViewMut2<'g, F>>,
+    keys: KeyGradients<F>,
+}
+
+/// Outputs and log-sum-exp of the forward pass, and the gradient of the outputs.
+#[derive(Clone, Copy)]
+struct Upstream<'u, F: Float> {
+    out: ArrayView2<'u, F>,
+    log_sum_exp: &'u Array2<F>,
+    grad_out: &'u Rows<'u, F>,
 }
 
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
 pub(crate) fn backward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
+    level: Level,
     out: ArrayView2<'_, F>,
     log_sum_exp: &Array2<F>,
     grad_out: ArrayView2<'_, F>,
     grads: &mut GradientsMut<'_, F>,
 ) {
     let sizes = clip(problem, sizes);
-    let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
-    let mut block = Block::new(problem, sizes);
-    let mut grad_out_transposed = Vec::with_capacity(value_dim * sizes.queries);
-    let mut grad_scores = vec![F::zero(); sizes.queries * sizes.keys];
-    let mut deltas = vec![F::zero(); sizes.queries];
-    for (head, queries) in blocks(problem, sizes) {
-        block.load_queries(head, queries.clone());
-        let width = block.width();
-        let kv_head = problem.kv_head(head);
-        let rows = s![queries.clone(), head_columns(head, value_dim)];
-        let grad_out = grad_out.slice(rows).as_standard_layout().into_owned();
-        let grad_out_row = |r: usize| grad_out.row(r).to_slice().unwrap_or_default();
-        pack_transposed(
-            value_dim,
-            (0..width).map(grad_out_row),
-            F::one(),
-            &mut grad_out_transposed,
-        );
-        // δ = g · o
-        for (r, delta) in deltas.iter_mut().enumerate().take(width) {
-            *delta = (grad_out.row(r).iter().zip(out.slice(rows).row(r)))
-                .map(|(&grad, &out)| grad * out)
-                .sum();
-        }
-        let mut grad_query = Array2::<F>::zeros((width, key_dim));
-        for keys in ranges(block.num_visible_keys(), sizes.keys) {
-            block.score(keys);
-            // dP̃ = g · v
-            let value = |key| problem.value(key, head);
-            let values = block.keys.clone().map(value);
-            transposed_products(values, &grad_out_transposed, width, &mut grad_scores);
+    let grad_out = Rows::new(grad_out);
+    let (num_queries, num_keys) = (problem.inputs.num_queries(), problem.inputs.num_keys());
+    // A query without a visible key hides all pairs of its own.
+    let may_hide = problem.may_hide() || log_sum_exp.iter().any(|&sum| sum == F::neg_infinity());
+    let operands = FiniteOperands {
+        query: FiniteRows::new(problem.query.data(), problem.query.columns(), may_hide),
+        key: FiniteRows::new(problem.key.data(), problem.key.columns(), may_hide),
+        grad_out: FiniteRows::new(grad_out.data(), grad_out.columns(), may_hide),
+    };
+    let upstream = Upstream { out, log_sum_exp, grad_out: &grad_out };
 
-            for (k, key) in block.keys.clone().enumerate() {
-                let mut grad_key = vec![F::zero(); key_dim];
-                let mut grad_value = vec![F::zero(); value_dim];
-                for (r, query) in queries.clone().enumerate() {
-                    let (at, log_sum) = (k * width + r, log_sum_exp[[query, head]]);
-                    if block.is_hidden(at) || log_sum == F::neg_infinity() {
-                        continue;
-                    }
-                    // P = e^{S − L}, õ += m p v
-                    let weight = (block.scores[at] - log_sum).exp();
-                    let multiplier = block.multiplier(k, r);
-                    axpy(weight * multiplier, grad_out_row(r), &mut grad_value);
-                    // ds = p (m g·v − δ)
-                    let grad_score = weight * (multiplier * grad_scores[at] - deltas[r]);
-                    if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
-                        grad[bias.slot(block.pair(query, key), head)] += grad_score;
-                    }
-                    // s = scale q·k + b
-                    let grad_product = problem.scale * grad_score;
-                    axpy(grad_product, problem.query(query, head), &mut grad_key);
-                    let mut grad_query = grad_query.row_mut(r);
-                    let grad_query = grad_query.as_slice_mut().unwrap_or_default();
-                    axpy(grad_product, problem.key(key, head), grad_query);
+    let panel = dispatch!(level, simd => width_of::<_, F>(simd));
+    let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
+    let rows = problem.inputs.kv_heads() * num_keys;
+    let part_len = part_len(num_queries, sizes.queries, PARTS);
+    let mut parts = Vec::with_capacity(PARTS);
+    let grad_queries = into_row_chunks(grads.query.view_mut(), part_len);
+    let bias_rows = match problem.bias {
+        Some(bias) if bias.is_matrix() => part_len,
+        _ => part_len * num_keys,
+    };
+    let mut grad_biases =
+        (grads.bias.as_mut()).map(|bias| into_row_chunks(bias.view_mut(), bias_rows));
+    for (queries, grad_query) in ranges(num_queries, part_len).zip(grad_queries) {
+        let grad_bias = grad_biases.as_mut().and_then(Iterator::next);
+        let keys = KeyGradients {
+            key: vec![F::zero(); rows * padded[0]],
+            value: vec![F::zero(); rows * padded[1]],
+        };
+        parts.push(BackwardPart { queries, grad_query, grad_bias, keys });
+    }
+    let work = num_queries * num_keys * problem.heads;
+    parallel::for_each(parts.iter_mut().collect(), work, |part: &mut BackwardPart<'_, F>| {
+        dispatch!(level, simd => backward_part(simd, problem, &operands, sizes, upstream, part));
+    });
+
+    for part in &parts {
+        add_head_rows(&part.keys.key, padded[0], problem.key_dim, grads.key.view_mut());
+        add_head_rows(&part.keys.value, padded[1], problem.value_dim, grads.value.view_mut());
+    }
+}
+
+/// Adds rows of padded length, head after head, to the head's columns of a matrix.
+fn add_head_rows<F: Float>(rows: &[F], padded: usize, dim: usize, mut sum: ArrayViewMut2<'_, F>) {
+    let num_rows = sum.nrows();
+    for (at, row) in rows.chunks(padded.max(1)).enumerate() {
+        let (head, key) = (at / num_rows, at % num_rows);
+        let mut sum = sum.slice_mut(s![key, head_columns(head, dim)]);
+        sum.iter_mut().zip(row).for_each(|(sum, &grad)| *sum += grad);
+    }
+}
+
+#[inline(always)]
+fn backward_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &Problem<'_, F>,
+    operands: &FiniteOperands<'_, F>,
+    sizes: TileSizes,
+    upstream: Upstream<'_, F>,
+    part: &mut BackwardPart<'_, F>,
+) {
+    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let tile = sizes.keys * width;
+    let mut scratch = BackwardScratch {
+        queries: Vec::new(),
+        query_rows: Vec::new(),
+        grad_out: Vec::new(),
+        grad_out_rows: Vec::new(),
+        weights: vec![F::zero(); tile],
+        grad_scores: vec![F::zero(); tile],
+        log_sums: vec![F::zero(); width],
+        deltas: vec![F::zero(); width],
+        grad_query: vec![F::zero(); problem.key_dim * width],
+    };
+    for rows in ranges(part.queries.len(), sizes.queries) {
+        for head in 0..problem.heads {
+            let block = block::<S, F>(problem, head, &part.queries, &rows);
+            simd.vectorize(
+                #[inline(always)]
+                || {
+                    let keys = &mut part.keys;
+                    backward_block(
+                        simd,
+                        &block,
+                        operands,
+                        sizes.keys,
+                        upstream,
+                        &mut scratch,
+                        keys,
+                        |lane, key, grad_score| {
+                            if let (Some(grad), Some(bias)) = (&mut part.grad_bias, problem.bias) {
+                                let pair = block.pair(lane, key);
+                                let query = pair.query - part.queries.start;
+                                let index =
+                                    pair.index - part.queries.start * problem.inputs.num_keys();
+                                grad[bias.slot(Pair { query, key, index }, head)] += grad_score;
+                            }
+                        },
+                    );
+                },
+            );
+            // s = scale q·k
+            let columns = head_columns(head, problem.key_dim);
+            let mut sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
+            for (lane, mut sum) in sum.rows_mut().into_iter().enumerate() {
+                for (sum, grad) in sum.iter_mut().zip(scratch.grad_query.chunks(block.width)) {
+                    *sum += problem.scale * grad[lane];
                 }
-                let mut sum = grads.key.slice_mut(s![key, head_columns(kv_head, key_dim)]);
-                sum.iter_mut().zip(grad_key).for_each(|(sum, grad)| *sum += grad);
-                let mut sum = grads.value.slice_mut(s![key, head_columns(kv_head, value_dim)]);
-                sum.iter_mut().zip(grad_value).for_each(|(sum, grad)| *sum += grad);
             }
         }
-        let mut sum = grads.query.slice_mut(s![queries, head_columns(head, key_dim)]);
-        sum += &grad_query;
+    }
+}
+
+/// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys and
+/// values to `sums`, and hands that of each visible score to `visit_bias` if there is a bias.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn backward_block<S: Simd, F: Float>(
+    simd: S,
+    block: &Block<'_, '_, F>,
+    operands: &FiniteOperands<'_, F>,
+    keys_per_tile: usize,
+    upstream: Upstream<'_, F>,
+    scratch: &mut BackwardScratch<F>,
+    sums: &mut KeyGradients<F>,
+    mut visit_bias: impl FnMut(usize, usize, F),
+) {
+    let Block { problem, head, width, .. } = *block;
+    let panel = panel_width::<S, F>();
+    let kv_head = problem.kv_head(head);
+    let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
+    let keys = HeadRows::new(problem.key.data(), problem.key.columns(), kv_head, key_dim);
+    let finite_keys = HeadRows::new(&operands.key.data, operands.key.columns, kv_head, key_dim);
+    let values = HeadRows::new(problem.value.data(), problem.value.columns(), kv_head, value_dim);
+    let [padded_key, padded_value] = [key_dim, value_dim].map(|dim| dim.next_multiple_of(panel));
+    let first_row = kv_head * problem.inputs.num_keys();
+
+    let grad_out = |query: usize| &upstream.grad_out.row(query)[head_columns(head, value_dim)];
+    pack_queries(block, problem.scale * F::of(LOG2_E), &mut scratch.queries);
+    pack_transposed(
+        value_dim,
+        block.queries.clone().map(grad_out),
+        F::one(),
+        width,
+        &mut scratch.grad_out,
+    );
+    pack_rows(&operands.query, block, key_dim, padded_key, problem.scale, &mut scratch.query_rows);
+    pack_rows(
+        &operands.grad_out,
+        block,
+        value_dim,
+        padded_value,
+        F::one(),
+        &mut scratch.grad_out_rows,
+    );
+    scratch.log_sums.fill(F::infinity());
+    scratch.deltas.fill(F::zero());
+    for (lane, query) in block.queries.clone().enumerate() {
+        let log_sum = upstream.log_sum_exp[[query, head]];
+        if log_sum != F::neg_infinity() {
+            scratch.log_sums[lane] = log_sum * F::of(LOG2_E);
+            // δ = g · o
+            let out = upstream.out.slice(s![query, head_columns(head, value_dim)]);
+            let delta = grad_out(query).iter().zip(out).map(|(&grad, &out)| grad * out).sum();
+            scratch.deltas[lane] = delta;
+        }
+    }
+    scratch.grad_query.fill(F::zero());
+
+    for tile in ranges(block.num_visible_keys(), keys_per_tile) {
+        let weights = &mut scratch.weights[..tile.len() * width];
+        let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
+        let may_hide = block.may_hide_in(&tile);
+        for column in (0..width).step_by(panel) {
+            // S = K Qᵀ and dP̃ = V Gᵀ
+            let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
+            let key = |k| keys.row(tile.start + k);
+            rows_times(simd, tile.len(), key, queries, panel, |k, _, score| {
+                store::<S, F>(score, &mut weights[k * width + column..]);
+            });
+            let grads = Matrix { data: &scratch.grad_out[..], stride: width }.skip_columns(column);
+            let value = |k| values.row(tile.start + k);
+            rows_times(simd, tile.len(), value, grads, panel, |k, _, grad| {
+                store::<S, F>(grad, &mut grad_scores[k * width + column..]);
+            });
+            if may_hide {
+                block.restrict(block.lanes(column, panel), &tile, weights);
+            }
+
+            // dP = m dP̃
+            block.drop_out(block.lanes(column, panel), &tile, grad_scores);
+
+            // P = e^{S − L}, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
+            let log_sums = load::<S, F>(simd, &scratch.log_sums[column..]);
+            let deltas = load::<S, F>(simd, &scratch.deltas[column..]);
+            let [zero, _] = splat::<S, F>(simd, F::zero());
+            let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+            let [highest, _] = splat::<S, F>(simd, F::infinity());
+            for (k, weights) in weights.chunks_exact_mut(width).enumerate() {
+                let weights = &mut weights[column..];
+                let grad_scores = &mut grad_scores[k * width + column..];
+                let score = load::<S, F>(simd, weights);
+                let mut grad = load::<S, F>(simd, grad_scores);
+                let mut weight = score;
+                for v in 0..2 {
+                    let takes_no_part = log_sums[v].simd_eq(highest);
+                    let score = takes_no_part.select(lowest, score[v] - log_sums[v]);
+                    weight[v] = exp2::<S, F>(simd, score);
+                    let is_hidden = score.simd_eq(lowest);
+                    grad[v] = is_hidden.select(zero, weight[v] * (grad[v] - deltas[v]));
+                }
+                store::<S, F>(grad, grad_scores);
+                store::<S, F>(weight, weights);
+            }
+            // P̃ = m P
+            block.drop_out(block.lanes(column, panel), &tile, weights);
+            if problem.bias.is_some() {
+                block.for_each_visible(block.lanes(column, panel), tile.clone(), |lane, key| {
+                    visit_bias(lane, key, grad_scores[(key - tile.start) * width + lane]);
+                });
+            }
+        }
+
+        // dV += P̃ᵀ G, dK += dSᵀ (scale Q)
+        let grad_out_rows = Matrix { data: &scratch.grad_out_rows[..], stride: padded_value };
+        let weights_of = |k: usize| &weights[k * width..][..width];
+        rows_times(simd, tile.len(), weights_of, grad_out_rows, padded_value, |k, column, grad| {
+            let row = (first_row + tile.start + k) * padded_value;
+            add::<S, F>(simd, grad, &mut sums.value[row + column..]);
+        });
+        let query_rows = Matrix { data: &scratch.query_rows[..], stride: padded_key };
+        let grad_scores_of = |k: usize| &grad_scores[k * width..][..width];
+        rows_times(simd, tile.len(), grad_scores_of, query_rows, padded_key, |k, column, grad| {
+            let row = (first_row + tile.start + k) * padded_key;
+            add::<S, F>(simd, grad, &mut sums.key[row + column..]);
+        });
+        // dQ += dS K
+        let right = Matrix { data: &*grad_scores, stride: width };
+        let left = finite_keys.matrix(tile.start);
+        columns_times(simd, key_dim, left, right, width, |row, column, grad| {
+            add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
+        });
+
+        // What is not finite, pair by pair.
+        let lanes_of = |bad: &[usize]| -> Vec<usize> {
+            let queries = bad.iter().filter(|query| block.queries.contains(query));
+            queries.map(|query| query - block.queries.start).collect()
+        };
+        let not_finite = |x: &(usize, &F)| !x.1.is_finite();
+        let bad = lanes_of(&operands.grad_out.bad);
+        block.for_each_visible(bad.into_iter(), tile.clone(), |lane, key| {
+            let weight = weights[(key - tile.start) * width + lane];
+            let grad = grad_out(block.queries.start + lane).iter().enumerate();
+            for (c, &grad) in grad.filter(not_finite) {
+                sums.value[(first_row + key) * padded_value + c] += weight * grad;
+            }
+        });
+        let bad = lanes_of(&operands.query.bad);
+        block.for_each_visible(bad.into_iter(), tile.clone(), |lane, key| {
+            let grad_score = problem.scale * grad_scores[(key - tile.start) * width + lane];
+            let query = problem.query(block.queries.start + lane, head).iter().enumerate();
+            for (c, &query) in query.filter(not_finite) {
+                sums.key[(first_row + key) * padded_key + c] += grad_score * query;
+            }
+        });
+        let bad = operands.key.bad.iter().copied().filter(|key| tile.contains(key));
+        block.for_each_visible(0..block.queries.len(), bad, |lane, key| {
+            let grad_score = grad_scores[(key - tile.start) * width + lane];
+            for (c, &key) in problem.key(key, head).iter().enumerate().filter(not_finite) {
+                scratch.grad_query[c * width + lane] += grad_score * key;
+            }
+        });
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd, F: Float>(simd: S, [a, b]: super::matmul::PanelRow<S, F>, sum: &mut [F]) {
+    let [sum_a, sum_b] = load::<S, F>(simd, sum);
+    store::<S, F>([sum_a + a, sum_b + b], sum);
+}
+
+fn width_of<S: Simd, F: Float>(_: S) -> usize {
+    panel_width::<S, F>()
+}
+
+/// Rows `rows` of the queries from `queries.start` on.
+fn block<'p, 'a, S: Simd, F: Float>(
+    problem: &'p Problem<'a, F>,
+    head: usize,
+    queries: &Range<usize>,
+    rows: &Range<usize>,
+) -> Block<'p, 'a, F> {
+    Block {
+        problem,
+        head,
+        queries: queries.start + rows.start..queries.start + rows.end,
+        width: rows.len().next_multiple_of(panel_width::<S, F>()),
+        may_hide_anywhere: problem.inputs.mask().is_some() || problem.bias.is_some(),
     }
 }
 
@@ -272,49 +667,75 @@ fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     }
 }
 
-/// Every head and block of queries.
-fn blocks<F: Float>(
-    problem: &Problem<'_, F>,
-    sizes: TileSizes,
-) -> impl Iterator<Item = (usize, Range<usize>)> + use<F> {
-    let num_queries = problem.inputs.num_queries();
-    let heads = 0..problem.heads;
-    heads.flat_map(move |head| ranges(num_queries, sizes.queries).map(move |range| (head, range)))
-}
-
 /// 0..len in steps.
 fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(step).map(move |start| start..len.min(start + step))
 }
 
-/// Overwrites `packed` with the transpose of `factor` × rows.
+/// The length of parts of `len`, whole blocks, so that there are at most `parts`.
+fn part_len(len: usize, block: usize, parts: usize) -> usize {
+    len.div_ceil(block).div_ceil(parts).max(1) * block
+}
+
+/// The rows of a matrix in chunks.
+fn into_row_chunks<F>(
+    matrix: ArrayViewMut2<'_, F>,
+    len: usize,
+) -> impl Iterator<Item = ArrayViewMut2<'_, F>> {
+    let mut rest = Some(matrix);
+    std::iter::from_fn(move || {
+        let rows = rest.take()?;
+        let (chunk, after) = {
+            let at = len.min(rows.nrows());
+            rows.split_at(Axis(0), at)
+        };
+        rest = Some(after);
+        Some(chunk)
+    })
+}
+
+/// The queries of a block times a factor, transposed to key_dim × width.
+#[inline(always)]
+fn pack_queries<F: Float>(block: &Block<'_, '_, F>, factor: F, packed: &mut Vec<F>) {
+    let rows = block.queries.clone().map(|query| block.problem.query(query, block.head));
+    pack_transposed(block.problem.key_dim, rows, factor, block.width, packed);
+}
+
+/// Overwrites `packed`, columns × width, with the transpose of `factor` × rows, and zeros.
+#[inline(always)]
 fn pack_transposed<'r, F: Float>(
     columns: usize,
-    rows: impl ExactSizeIterator<Item = &'r [F]>,
+    rows: impl Iterator<Item = &'r [F]>,
     factor: F,
+    width: usize,
     packed: &mut Vec<F>,
 ) {
-    let width = rows.len();
     packed.clear();
     packed.resize(columns * width, F::zero());
-    for (r, row) in rows.enumerate() {
-        for (column, &value) in row.iter().enumerate() {
-            packed[column * width + r] = factor * value;
+    for (lane, row) in rows.enumerate() {
+        for (packed, &value) in packed.chunks_exact_mut(width).zip(row) {
+            packed[lane] = factor * value;
         }
     }
 }
 
-/// Overwrites `products` (rows × width) with rows × `packed` (columns × width).
-fn transposed_products<'r, F: Float>(
-    rows: impl Iterator<Item = &'r [F]>,
-    packed: &[F],
-    width: usize,
-    products: &mut [F],
+/// Overwrites `packed`, width × padded, with `factor` × a head's rows of a block, and zeros.
+#[inline(always)]
+fn pack_rows<F: Float>(
+    rows: &FiniteRows<'_, F>,
+    block: &Block<'_, '_, F>,
+    dim: usize,
+    padded: usize,
+    factor: F,
+    packed: &mut Vec<F>,
 ) {
-    for (row, products) in rows.zip(products.chunks_exact_mut(width)) {
-        products.fill(F::zero());
-        for (&factor, packed) in row.iter().zip(packed.chunks_exact(width)) {
-            axpy(factor, packed, products);
-        }
+    packed.clear();
+    packed.resize(block.width * padded, F::zero());
+    let rows = HeadRows::new(&rows.data, rows.columns, block.head, dim);
+    for (packed, query) in packed.chunks_exact_mut(padded.max(1)).zip(block.queries.clone()) {
+        packed
+            .iter_mut()
+            .zip(rows.row(query))
+            .for_each(|(packed, &value)| *packed = factor * value);
     }
 }

@@ -3,15 +3,17 @@
 use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
-use crate::inputs::{Bias, Inputs, Pair, head_columns};
+use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{ArrayView2, CowArray, Ix2};
+use std::borrow::Cow;
 
-/// Inputs of exact softmax attention, checked, with every row a slice.
+/// Inputs of exact softmax attention, checked, with rows as slices.
+#[derive(Debug)]
 pub(crate) struct Problem<'a, F: Float> {
     pub(crate) inputs: Inputs<'a, F>,
-    query: Rows<'a, F>,
-    key: Rows<'a, F>,
-    value: Rows<'a, F>,
+    pub(crate) query: Rows<'a, F>,
+    pub(crate) key: Rows<'a, F>,
+    pub(crate) value: Rows<'a, F>,
     pub(crate) heads: usize,
     /// Columns of a head of the queries and keys.
     pub(crate) key_dim: usize,
@@ -70,11 +72,34 @@ impl<'a, F: Float> Problem<'a, F> {
         &self.value.row(key)[head_columns(self.kv_head(head), self.value_dim)]
     }
 
-    /// The bias of a pair, `None` where it hides the pair: such a pair is skipped.
+    /// Whether mask, causal pattern or bias may hide pairs of dense inputs.
+    pub(crate) fn may_hide(&self) -> bool {
+        let inputs = &self.inputs;
+        inputs.mask().is_some() || inputs.causal_alignment().is_some() || self.bias.is_some()
+    }
+
+    /// The additive logit of a pair, `None` where it hides the pair from a head: such a pair is
+    /// skipped.
     #[inline]
     pub(crate) fn bias_of(&self, pair: Pair, head: usize) -> Option<F> {
         let bias = self.bias.map_or(F::zero(), |bias| bias.at(pair, head));
         (bias != F::neg_infinity()).then_some(bias)
+    }
+
+    /// A pair of dense inputs.
+    #[inline]
+    pub(crate) fn dense_pair(&self, query: usize, key: usize) -> Pair {
+        debug_assert!(matches!(self.inputs.pattern(), Pattern::Dense));
+        Pair { query, key, index: query * self.inputs.num_keys() + key }
+    }
+
+    /// The additive logit of a pair of dense inputs, `None` where anything hides it from a head.
+    #[inline]
+    pub(crate) fn dense_bias(&self, pair: Pair, head: usize) -> Option<F> {
+        let inputs = &self.inputs;
+        let visible = pair.key < inputs.num_visible_keys(pair.query)
+            && inputs.mask().is_none_or(|mask| mask[[pair.query, pair.key]]);
+        if visible { self.bias_of(pair, head) } else { None }
     }
 
     /// What dropout multiplies the weight of a pair by.
@@ -94,21 +119,67 @@ pub(crate) fn check_scale(scale: f64) -> Result<()> {
     if scale.is_finite() { Ok(()) } else { Err(Error::config("scale", "a finite number", scale)) }
 }
 
-/// A matrix whose rows are slices: the caller's where they can be, else of a copy.
-struct Rows<'a, F>(CowArray<'a, F, Ix2>);
+/// A matrix as one slice, row after row: the caller's where it lies so, else a copy.
+#[derive(Debug)]
+pub(crate) struct Rows<'a, F> {
+    matrix: CowArray<'a, F, Ix2>,
+    columns: usize,
+}
 
 impl<'a, F: Float> Rows<'a, F> {
-    fn new(matrix: ArrayView2<'a, F>) -> Self {
-        let rows_are_slices = matrix.ncols() <= 1 || matrix.strides()[1] == 1;
-        Self(if rows_are_slices {
+    pub(crate) fn new(matrix: ArrayView2<'a, F>) -> Self {
+        let columns = matrix.ncols();
+        let matrix = if matrix.is_standard_layout() {
             matrix.into()
         } else {
             matrix.as_standard_layout().into_owned().into()
-        })
+        };
+        Self { matrix, columns }
     }
 
     #[inline]
-    fn row(&self, row: usize) -> &[F] {
-        self.0.row(row).to_slice().expect("rows have unit stride")
+    pub(crate) fn data(&self) -> &[F] {
+        self.matrix.as_slice().expect("the layout is standard")
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    #[inline]
+    pub(crate) fn row(&self, row: usize) -> &[F] {
+        &self.data()[row * self.columns..][..self.columns]
+    }
+}
+
+/// A matrix without its infinities and NaN, and where they were.
+///
+/// A product over a tile multiplies the rows of hidden pairs by zero, which is as good as skipping
+/// them while the rows are finite. So products are formed with finite rows, and what the others add
+/// to the pairs that do see them is added afterwards, entry by entry.
+#[derive(Debug)]
+pub(crate) struct FiniteRows<'r, F: Clone> {
+    /// Row after row, with zeros for what is not finite.
+    pub(crate) data: Cow<'r, [F]>,
+    pub(crate) columns: usize,
+    /// The rows that are not finite.
+    pub(crate) bad: Vec<usize>,
+}
+
+impl<'r, F: Float> FiniteRows<'r, F> {
+    /// `data` as it is where `may_hide` is false: then no product has a hidden pair.
+    pub(crate) fn new(data: &'r [F], columns: usize, may_hide: bool) -> Self {
+        let mut data = Cow::Borrowed(data);
+        let mut bad = Vec::new();
+        if may_hide && data.iter().any(|value| !value.is_finite()) {
+            for (row, values) in data.to_mut().chunks_mut(columns.max(1)).enumerate() {
+                if values.iter().any(|value| !value.is_finite()) {
+                    bad.push(row);
+                    let zero = |value: &mut F| *value = F::zero();
+                    values.iter_mut().filter(|value| !value.is_finite()).for_each(zero);
+                }
+            }
+        }
+        Self { data, columns, bad }
     }
 }

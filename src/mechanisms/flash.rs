@@ -9,6 +9,7 @@ use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "flash";
@@ -59,7 +60,7 @@ struct State<F> {
 impl Default for Flash {
     /// Tiles whose scores stay in the first-level cache.
     fn default() -> Self {
-        Self { scale: None, tiles: TileSizes { queries: 64, keys: 64 } }
+        Self { scale: None, tiles: TileSizes { queries: 96, keys: 96 } }
     }
 }
 
@@ -80,7 +81,7 @@ impl Flash {
         Ok(self)
     }
 
-    /// With tiles of `queries` × `keys` instead of 64 × 64. The answer is the same up to rounding;
+    /// With tiles of `queries` × `keys` instead of 96 × 96. The answer is the same up to rounding;
     /// tiles larger than the problem are cut to it. On a graph only `keys` counts.
     ///
     /// # Errors
@@ -116,7 +117,9 @@ impl Flash {
         let problem = Problem::new(inputs, self.scale)?;
         let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
         match inputs.pattern() {
-            Pattern::Dense => dense::forward(&problem, self.tiles, out, &mut log_sum_exp),
+            Pattern::Dense => {
+                dense::forward(&problem, self.tiles, Level::new(), out, &mut log_sum_exp)
+            }
             Pattern::Graph(_) => graph::forward(&problem, self.tiles.keys, out, &mut log_sum_exp),
         }
         Ok(log_sum_exp)
@@ -166,7 +169,9 @@ impl<F: Float> Attention<F> for Flash {
         let problem = Problem::new(inputs, self.scale)?;
         let (tiles, out, grads) = (self.tiles, out.view(), &mut grads);
         match inputs.pattern() {
-            Pattern::Dense => dense::backward(&problem, tiles, out, log_sum_exp, grad_out, grads),
+            Pattern::Dense => {
+                dense::backward(&problem, tiles, Level::new(), out, log_sum_exp, grad_out, grads);
+            }
             Pattern::Graph(_) => {
                 graph::backward(&problem, tiles.keys, out, log_sum_exp, grad_out, grads);
             }

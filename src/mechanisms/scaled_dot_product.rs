@@ -203,7 +203,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         // The gradient of the weights, and its mean under them:
         // dpᵢⱼ = mᵢⱼ gᵢ·vⱼ, δᵢ = Σⱼ pᵢⱼ dpᵢⱼ
         let mut grad_weights = try_zeros("grad_weights", pairs, heads)?;
-        let mut deltas = try_zeros("deltas", inputs.num_queries(), heads)?;
+        let mut deltas = try_zeros::<F>("deltas", inputs.num_queries(), heads)?;
         for_each_pair(&problem, state, |pair, head, weight| {
             let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
             let value = problem.value(pair.key, head);
