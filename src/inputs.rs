@@ -532,6 +532,12 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
+    /// Whether neither mask nor causal pattern hides a pair.
+    #[inline]
+    pub(crate) fn sees(&self, Pair { query, key, .. }: Pair) -> bool {
+        key < self.num_visible_keys(query) && self.mask.is_none_or(|mask| mask[[query, key]])
+    }
+
     /// The causal pattern hides the keys from this one on.
     pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
         let num_keys = self.num_keys();

@@ -8,13 +8,13 @@
 
 use super::exp2::exp2;
 use super::matmul::{Matrix, columns_times, load, panel_width, rows_times, splat, store};
-use super::parallel;
-use super::problem::{FiniteRows, Problem, Rows};
+use super::parallel::{self, part_len, ranges, row_chunks};
+use super::problem::{FiniteRows, Problem, Slices, Upstream};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, dispatch};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
@@ -38,8 +38,9 @@ struct HeadRows<'r, F> {
 }
 
 impl<'r, F: Float> HeadRows<'r, F> {
-    fn new(data: &'r [F], stride: usize, head: usize, dim: usize) -> Self {
-        Self { data: data.get(head * dim..).unwrap_or_default(), stride, dim }
+    fn new(rows: Slices<'r, F>, head: usize, dim: usize) -> Self {
+        let data = rows.data.get(head * dim..).unwrap_or_default();
+        Self { data, stride: rows.columns, dim }
     }
 
     #[inline(always)]
@@ -151,17 +152,16 @@ pub(crate) fn forward<F: Float>(
     log_sum_exp: &mut Array2<F>,
 ) {
     let sizes = clip(problem, sizes);
-    let values = FiniteRows::new(problem.value.data(), problem.value.columns(), problem.may_hide());
+    let values = FiniteRows::new(problem.value.slices(), problem.may_hide());
     let num_queries = problem.inputs.num_queries();
     let part_len = part_len(num_queries, sizes.queries, 4 * PARTS);
     let mut tasks = Vec::with_capacity(4 * PARTS);
-    let outs = into_row_chunks(out, part_len);
-    let log_sums = into_row_chunks(log_sum_exp.view_mut(), part_len);
+    let outs = row_chunks(out, part_len);
+    let log_sums = row_chunks(log_sum_exp.view_mut(), part_len);
     for ((queries, out), log_sum) in ranges(num_queries, part_len).zip(outs).zip(log_sums) {
         tasks.push((queries, out, log_sum));
     }
-    let work = num_queries * problem.inputs.num_keys() * problem.heads;
-    parallel::for_each(tasks, work, |(queries, out, log_sum)| {
+    parallel::for_each(tasks, |(queries, out, log_sum)| {
         dispatch!(level, simd => forward_part(simd, problem, &values, sizes, queries, out, log_sum));
     });
 }
@@ -221,8 +221,8 @@ fn forward_block<S: Simd, F: Float>(
     let Block { problem, head, width, .. } = *block;
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
-    let keys = HeadRows::new(problem.key.data(), problem.key.columns(), kv_head, problem.key_dim);
-    let values_of_head = HeadRows::new(&values.data, values.columns, kv_head, problem.value_dim);
+    let keys = HeadRows::new(problem.key.slices(), kv_head, problem.key_dim);
+    let values_of_head = HeadRows::new(values.slices(), kv_head, problem.value_dim);
     let factor = problem.scale * F::of(LOG2_E);
     pack_queries(block, factor, &mut scratch.queries);
     scratch.maxima.fill(F::neg_infinity());
@@ -299,8 +299,9 @@ fn forward_block<S: Simd, F: Float>(
     }
 }
 
-/// Arrays that the backward pass multiplies weights and logit gradients with.
-struct FiniteOperands<'r, F: Clone> {
+/// What the backward pass starts from, and what it multiplies weights and logit gradients with.
+struct Operands<'r, F: Clone> {
+    upstream: Upstream<'r, F>,
     query: FiniteRows<'r, F>,
     key: FiniteRows<'r, F>,
     grad_out: FiniteRows<'r, F>,
@@ -339,48 +340,36 @@ struct BackwardPart<'g, F> {
     keys: KeyGradients<F>,
 }
 
-/// Outputs and log-sum-exp of the forward pass, and the gradient of the outputs.
-#[derive(Clone, Copy)]
-struct Upstream<'u, F: Float> {
-    out: ArrayView2<'u, F>,
-    log_sum_exp: &'u Array2<F>,
-    grad_out: &'u Rows<'u, F>,
-}
-
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
 pub(crate) fn backward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
     level: Level,
-    out: ArrayView2<'_, F>,
-    log_sum_exp: &Array2<F>,
-    grad_out: ArrayView2<'_, F>,
+    upstream: Upstream<'_, F>,
     grads: &mut GradientsMut<'_, F>,
 ) {
     let sizes = clip(problem, sizes);
-    let grad_out = Rows::new(grad_out);
     let (num_queries, num_keys) = (problem.inputs.num_queries(), problem.inputs.num_keys());
     // A query without a visible key hides all pairs of its own.
-    let may_hide = problem.may_hide() || log_sum_exp.iter().any(|&sum| sum == F::neg_infinity());
-    let operands = FiniteOperands {
-        query: FiniteRows::new(problem.query.data(), problem.query.columns(), may_hide),
-        key: FiniteRows::new(problem.key.data(), problem.key.columns(), may_hide),
-        grad_out: FiniteRows::new(grad_out.data(), grad_out.columns(), may_hide),
+    let may_hide = problem.may_hide() || upstream.has_empty_rows();
+    let operands = Operands {
+        upstream,
+        query: FiniteRows::new(problem.query.slices(), may_hide),
+        key: FiniteRows::new(problem.key.slices(), may_hide),
+        grad_out: FiniteRows::new(upstream.grad_out, may_hide),
     };
-    let upstream = Upstream { out, log_sum_exp, grad_out: &grad_out };
 
     let panel = dispatch!(level, simd => width_of::<_, F>(simd));
     let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let rows = problem.inputs.kv_heads() * num_keys;
     let part_len = part_len(num_queries, sizes.queries, PARTS);
     let mut parts = Vec::with_capacity(PARTS);
-    let grad_queries = into_row_chunks(grads.query.view_mut(), part_len);
+    let grad_queries = row_chunks(grads.query.view_mut(), part_len);
     let bias_rows = match problem.bias {
         Some(bias) if bias.is_matrix() => part_len,
         _ => part_len * num_keys,
     };
-    let mut grad_biases =
-        (grads.bias.as_mut()).map(|bias| into_row_chunks(bias.view_mut(), bias_rows));
+    let mut grad_biases = (grads.bias.as_mut()).map(|bias| row_chunks(bias.view_mut(), bias_rows));
     for (queries, grad_query) in ranges(num_queries, part_len).zip(grad_queries) {
         let grad_bias = grad_biases.as_mut().and_then(Iterator::next);
         let keys = KeyGradients {
@@ -389,9 +378,8 @@ pub(crate) fn backward<F: Float>(
         };
         parts.push(BackwardPart { queries, grad_query, grad_bias, keys });
     }
-    let work = num_queries * num_keys * problem.heads;
-    parallel::for_each(parts.iter_mut().collect(), work, |part: &mut BackwardPart<'_, F>| {
-        dispatch!(level, simd => backward_part(simd, problem, &operands, sizes, upstream, part));
+    parallel::for_each(parts.iter_mut().collect(), |part: &mut BackwardPart<'_, F>| {
+        dispatch!(level, simd => backward_part(simd, problem, &operands, sizes, part));
     });
 
     for part in &parts {
@@ -414,9 +402,8 @@ fn add_head_rows<F: Float>(rows: &[F], padded: usize, dim: usize, mut sum: Array
 fn backward_part<S: Simd, F: Float>(
     simd: S,
     problem: &Problem<'_, F>,
-    operands: &FiniteOperands<'_, F>,
+    operands: &Operands<'_, F>,
     sizes: TileSizes,
-    upstream: Upstream<'_, F>,
     part: &mut BackwardPart<'_, F>,
 ) {
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
@@ -444,7 +431,6 @@ fn backward_part<S: Simd, F: Float>(
                         &block,
                         operands,
                         sizes.keys,
-                        upstream,
                         &mut scratch,
                         keys,
                         |lane, key, grad_score| {
@@ -474,13 +460,11 @@ fn backward_part<S: Simd, F: Float>(
 /// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys and
 /// values to `sums`, and hands that of each visible score to `visit_bias` if there is a bias.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 fn backward_block<S: Simd, F: Float>(
     simd: S,
     block: &Block<'_, '_, F>,
-    operands: &FiniteOperands<'_, F>,
+    operands: &Operands<'_, F>,
     keys_per_tile: usize,
-    upstream: Upstream<'_, F>,
     scratch: &mut BackwardScratch<F>,
     sums: &mut KeyGradients<F>,
     mut visit_bias: impl FnMut(usize, usize, F),
@@ -489,13 +473,14 @@ fn backward_block<S: Simd, F: Float>(
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
     let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
-    let keys = HeadRows::new(problem.key.data(), problem.key.columns(), kv_head, key_dim);
-    let finite_keys = HeadRows::new(&operands.key.data, operands.key.columns, kv_head, key_dim);
-    let values = HeadRows::new(problem.value.data(), problem.value.columns(), kv_head, value_dim);
+    let keys = HeadRows::new(problem.key.slices(), kv_head, key_dim);
+    let finite_keys = HeadRows::new(operands.key.slices(), kv_head, key_dim);
+    let values = HeadRows::new(problem.value.slices(), kv_head, value_dim);
     let [padded_key, padded_value] = [key_dim, value_dim].map(|dim| dim.next_multiple_of(panel));
     let first_row = kv_head * problem.inputs.num_keys();
 
-    let grad_out = |query: usize| &upstream.grad_out.row(query)[head_columns(head, value_dim)];
+    let grad_out =
+        |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
     pack_queries(block, problem.scale * F::of(LOG2_E), &mut scratch.queries);
     pack_transposed(
         value_dim,
@@ -516,14 +501,8 @@ fn backward_block<S: Simd, F: Float>(
     scratch.log_sums.fill(F::infinity());
     scratch.deltas.fill(F::zero());
     for (lane, query) in block.queries.clone().enumerate() {
-        let log_sum = upstream.log_sum_exp[[query, head]];
-        if log_sum != F::neg_infinity() {
-            scratch.log_sums[lane] = log_sum * F::of(LOG2_E);
-            // δ = g · o
-            let out = upstream.out.slice(s![query, head_columns(head, value_dim)]);
-            let delta = grad_out(query).iter().zip(out).map(|(&grad, &out)| grad * out).sum();
-            scratch.deltas[lane] = delta;
-        }
+        [scratch.log_sums[lane], scratch.deltas[lane]] =
+            operands.upstream.row_terms(query, head, value_dim);
     }
     scratch.grad_query.fill(F::zero());
 
@@ -667,33 +646,6 @@ fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     }
 }
 
-/// 0..len in steps.
-fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(step).map(move |start| start..len.min(start + step))
-}
-
-/// The length of parts of `len`, whole blocks, so that there are at most `parts`.
-fn part_len(len: usize, block: usize, parts: usize) -> usize {
-    len.div_ceil(block).div_ceil(parts).max(1) * block
-}
-
-/// The rows of a matrix in chunks.
-fn into_row_chunks<F>(
-    matrix: ArrayViewMut2<'_, F>,
-    len: usize,
-) -> impl Iterator<Item = ArrayViewMut2<'_, F>> {
-    let mut rest = Some(matrix);
-    std::iter::from_fn(move || {
-        let rows = rest.take()?;
-        let (chunk, after) = {
-            let at = len.min(rows.nrows());
-            rows.split_at(Axis(0), at)
-        };
-        rest = Some(after);
-        Some(chunk)
-    })
-}
-
 /// The queries of a block times a factor, transposed to key_dim × width.
 #[inline(always)]
 fn pack_queries<F: Float>(block: &Block<'_, '_, F>, factor: F, packed: &mut Vec<F>) {
@@ -731,7 +683,7 @@ fn pack_rows<F: Float>(
 ) {
     packed.clear();
     packed.resize(block.width * padded, F::zero());
-    let rows = HeadRows::new(&rows.data, rows.columns, block.head, dim);
+    let rows = HeadRows::new(rows.slices(), block.head, dim);
     for (packed, query) in packed.chunks_exact_mut(padded.max(1)).zip(block.queries.clone()) {
         packed
             .iter_mut()

@@ -1,11 +1,13 @@
 //! Softmax attention laid out for the kernels.
 
+use super::vector::plain_dot;
 use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
-use ndarray::{ArrayView2, CowArray, Ix2};
+use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 use std::borrow::Cow;
+use std::f64::consts::LOG2_E;
 
 /// Inputs of exact softmax attention, checked, with rows as slices.
 #[derive(Debug)]
@@ -96,16 +98,42 @@ impl<'a, F: Float> Problem<'a, F> {
     /// The additive logit of a pair of dense inputs, `None` where anything hides it from a head.
     #[inline]
     pub(crate) fn dense_bias(&self, pair: Pair, head: usize) -> Option<F> {
-        let inputs = &self.inputs;
-        let visible = pair.key < inputs.num_visible_keys(pair.query)
-            && inputs.mask().is_none_or(|mask| mask[[pair.query, pair.key]]);
-        if visible { self.bias_of(pair, head) } else { None }
+        if self.inputs.sees(pair) { self.bias_of(pair, head) } else { None }
     }
 
     /// What dropout multiplies the weight of a pair by.
     #[inline]
     pub(crate) fn multiplier(&self, pair: usize, head: usize) -> F {
         (self.dropout).map_or(F::one(), |dropout| dropout.multiplier(pair, head))
+    }
+}
+
+/// What a backward pass starts from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Upstream<'u, F> {
+    /// The outputs of the forward pass, and its log-sum-exp, num_queries × heads.
+    pub(crate) out: Slices<'u, F>,
+    pub(crate) log_sum_exp: &'u Array2<F>,
+    pub(crate) grad_out: Slices<'u, F>,
+}
+
+impl<F: Float> Upstream<'_, F> {
+    /// L in units of ln 2, and δ = g · o; (+∞, 0) where no key was seen, so that all weights
+    /// e^{s − L} are 0.
+    #[inline]
+    pub(crate) fn row_terms(&self, query: usize, head: usize, value_dim: usize) -> [F; 2] {
+        let log_sum = self.log_sum_exp[[query, head]];
+        if log_sum == F::neg_infinity() {
+            return [F::infinity(), F::zero()];
+        }
+        let columns = head_columns(head, value_dim);
+        let (grad, out) = (self.grad_out.row(query), self.out.row(query));
+        [log_sum * F::of(LOG2_E), plain_dot(&grad[columns.clone()], &out[columns])]
+    }
+
+    /// Whether some query saw no key.
+    pub(crate) fn has_empty_rows(&self) -> bool {
+        self.log_sum_exp.iter().any(|&log_sum| log_sum == F::neg_infinity())
     }
 }
 
@@ -138,17 +166,28 @@ impl<'a, F: Float> Rows<'a, F> {
     }
 
     #[inline]
-    pub(crate) fn data(&self) -> &[F] {
-        self.matrix.as_slice().expect("the layout is standard")
-    }
-
-    pub(crate) fn columns(&self) -> usize {
-        self.columns
+    pub(crate) fn row(&self, row: usize) -> &[F] {
+        self.slices().row(row)
     }
 
     #[inline]
-    pub(crate) fn row(&self, row: usize) -> &[F] {
-        &self.data()[row * self.columns..][..self.columns]
+    pub(crate) fn slices(&self) -> Slices<'_, F> {
+        let data = self.matrix.as_slice().expect("the layout is standard");
+        Slices { data, columns: self.columns }
+    }
+}
+
+/// Rows as slices of one slice.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slices<'r, F> {
+    pub(crate) data: &'r [F],
+    pub(crate) columns: usize,
+}
+
+impl<'r, F> Slices<'r, F> {
+    #[inline(always)]
+    pub(crate) fn row(self, row: usize) -> &'r [F] {
+        &self.data[row * self.columns..][..self.columns]
     }
 }
 
@@ -162,13 +201,14 @@ pub(crate) struct FiniteRows<'r, F: Clone> {
     /// Row after row, with zeros for what is not finite.
     pub(crate) data: Cow<'r, [F]>,
     pub(crate) columns: usize,
-    /// The rows that are not finite.
+    /// The rows that are not finite, ascending.
     pub(crate) bad: Vec<usize>,
 }
 
 impl<'r, F: Float> FiniteRows<'r, F> {
-    /// `data` as it is where `may_hide` is false: then no product has a hidden pair.
-    pub(crate) fn new(data: &'r [F], columns: usize, may_hide: bool) -> Self {
+    /// The rows as they are where `may_hide` is false: then no product has a hidden pair.
+    pub(crate) fn new(rows: Slices<'r, F>, may_hide: bool) -> Self {
+        let Slices { data, columns } = rows;
         let mut data = Cow::Borrowed(data);
         let mut bad = Vec::new();
         if may_hide && data.iter().any(|value| !value.is_finite()) {
@@ -181,5 +221,10 @@ impl<'r, F: Float> FiniteRows<'r, F> {
             }
         }
         Self { data, columns, bad }
+    }
+
+    #[inline]
+    pub(crate) fn slices(&self) -> Slices<'_, F> {
+        Slices { data: &self.data, columns: self.columns }
     }
 }

@@ -4,8 +4,8 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::{self, TileSizes};
-use crate::kernels::graph;
-use crate::kernels::problem::{Problem, check_scale, output_dim};
+use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
+use crate::kernels::rows;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
@@ -13,6 +13,9 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "flash";
+
+/// Below this a block of queries would leave most lanes of a vector empty.
+const FEW_QUERIES: usize = 8;
 
 /// Exact scaled dot-product attention in tiles (Dao et al. 2022, 2205.14135; Dao 2023, 2307.08691;
 /// Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867): the function of
@@ -116,11 +119,12 @@ impl Flash {
         self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
+        let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
-            Pattern::Dense => {
-                dense::forward(&problem, self.tiles, Level::new(), out, &mut log_sum_exp)
+            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
+                dense::forward(&problem, tiles, level, out, &mut log_sum_exp);
             }
-            Pattern::Graph(_) => graph::forward(&problem, self.tiles.keys, out, &mut log_sum_exp),
+            _ => rows::forward(&problem, tiles.keys, level, out, &mut log_sum_exp),
         }
         Ok(log_sum_exp)
     }
@@ -167,13 +171,13 @@ impl<F: Float> Attention<F> for Flash {
         check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
-        let (tiles, out, grads) = (self.tiles, out.view(), &mut grads);
+        let (out, grad_out) = (Rows::new(out.view()), Rows::new(grad_out));
+        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
+        let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
-            Pattern::Dense => {
-                dense::backward(&problem, tiles, Level::new(), out, log_sum_exp, grad_out, grads);
-            }
-            Pattern::Graph(_) => {
-                graph::backward(&problem, tiles.keys, out, log_sum_exp, grad_out, grads);
+            Pattern::Dense => dense::backward(&problem, tiles, level, upstream, &mut grads),
+            Pattern::Graph(graph) => {
+                rows::backward(&problem, graph, tiles.keys, level, upstream, &mut grads);
             }
         }
         Ok(())

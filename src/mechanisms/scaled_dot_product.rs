@@ -4,7 +4,7 @@ use crate::float::{Float, nan_max, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::problem::{Problem, check_scale, output_dim};
-use crate::kernels::vector::dot;
+use crate::kernels::vector::plain_dot;
 use crate::params::Params;
 use crate::partial::Partial;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
@@ -116,7 +116,7 @@ fn softmax<F: Float>(problem: &Problem<'_, F>) -> Result<State<F>> {
         };
         let mut max = F::neg_infinity();
         for (pair, bias) in visible() {
-            let product = dot(problem.query(query, head), problem.key(pair.key, head));
+            let product = plain_dot(problem.query(query, head), problem.key(pair.key, head));
             let logit = problem.scale * product + bias;
             weights[[pair.index, head]] = logit;
             max = nan_max(max, logit);
