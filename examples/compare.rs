@@ -6,15 +6,19 @@
 //! ```
 //!
 //! Every node attends to its neighbours and itself, with random features. Dev-dependencies:
-//! `allocation-counter`, `rand`, `rand_distr`.
+//! `peak_alloc`, `rand`, `rand_distr`.
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
     Attention, Error, Flash, Graph, Inputs, MultiHeadConfig, Result, ScaledDotProduct,
 };
+use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 use std::time::{Duration, Instant};
+
+#[global_allocator]
+static PEAK: PeakAlloc = PeakAlloc;
 
 const HEADS: usize = 4;
 const COLUMNS: usize = 32;
@@ -63,7 +67,10 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             attention.backward(&inputs, &saved, grad_out.view()).map(drop)
         };
         let training = median_time(train)?;
-        let peak = allocation_counter::measure(|| train().expect("it has just worked")).bytes_max;
+        PEAK.reset_peak_usage();
+        let before = PEAK.current_usage();
+        train()?;
+        let peak = PEAK.peak_usage() - before;
         let entropy = match attention.weights(&inputs) {
             Err(Error::NoWeights { .. }) => "-".to_owned(),
             weights => {

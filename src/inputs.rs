@@ -552,6 +552,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         end.min(num_keys)
     }
 
+    /// The causal pattern hides a key from the queries before this one.
+    pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
+        match self.causal {
+            None => 0,
+            Some(Causal::TopLeft) => key,
+            Some(Causal::BottomRight) => (key + self.num_queries()).saturating_sub(self.num_keys()),
+        }
+    }
+
     /// The shape of the gradient of each channel that has one.
     pub(crate) fn gradient_shapes(&self) -> GradientShapes {
         let shape = |view: View2<'a, F>| [view.nrows(), view.ncols()];

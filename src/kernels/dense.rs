@@ -8,12 +8,12 @@
 
 use super::exp2::exp2;
 use super::matmul::{Matrix, columns_times, load, panel_width, rows_times, splat, store};
-use super::parallel::{self, part_len, ranges, row_chunks};
+use super::parallel::{self, parts, ranges, row_chunks};
 use super::problem::{FiniteRows, Problem, Slices, Upstream};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
-use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, dispatch};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::{LN_2, LOG2_E};
 use std::ops::Range;
@@ -25,9 +25,11 @@ pub(crate) struct TileSizes {
     pub(crate) keys: usize,
 }
 
-/// The gradients of keys and values are summed in this many parts of the queries, each in order,
-/// and then over the parts: a fixed number, so that the sums do not depend on the threads.
+/// The gradients of keys and values are summed in at most this many parts of the queries, each of at
+/// least so many blocks and in order, and then over the parts: numbers that depend on the problem
+/// alone, so that the sums do not depend on the threads.
 const PARTS: usize = 4;
+const BLOCKS_OF_PART: usize = 4;
 
 /// One head of keys or values: row j starts at `j · stride`.
 #[derive(Clone, Copy)]
@@ -89,6 +91,15 @@ impl<F: Float> Block<'_, '_, F> {
 
     /// Adds the bias to the scores of some lanes, and hides what is hidden.
     fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
+        if !self.may_hide_anywhere {
+            // The causal pattern alone: the first lanes do not see a key yet.
+            for (k, key) in keys.clone().enumerate() {
+                let first = self.problem.inputs.first_query_seeing(key);
+                let end = first.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end);
+                scores[k * self.width..][lanes.start..end].fill(F::neg_infinity());
+            }
+            return;
+        }
         for lane in lanes {
             for (k, key) in keys.clone().enumerate() {
                 let score = &mut scores[k * self.width + lane];
@@ -153,15 +164,11 @@ pub(crate) fn forward<F: Float>(
 ) {
     let sizes = clip(problem, sizes);
     let values = FiniteRows::new(problem.value.slices(), problem.may_hide());
-    let num_queries = problem.inputs.num_queries();
-    let part_len = part_len(num_queries, sizes.queries, 4 * PARTS);
-    let mut tasks = Vec::with_capacity(4 * PARTS);
-    let outs = row_chunks(out, part_len);
-    let log_sums = row_chunks(log_sum_exp.view_mut(), part_len);
-    for ((queries, out), log_sum) in ranges(num_queries, part_len).zip(outs).zip(log_sums) {
-        tasks.push((queries, out, log_sum));
-    }
-    parallel::for_each(tasks, |(queries, out, log_sum)| {
+    let parts = parts(problem.inputs.num_queries(), sizes.queries, 4 * PARTS);
+    let outs = row_chunks(out, parts.iter().map(Range::len));
+    let log_sums = row_chunks(log_sum_exp.view_mut(), parts.iter().map(Range::len));
+    let tasks = parts.iter().cloned().zip(outs).zip(log_sums).collect();
+    parallel::for_each(tasks, problem.work(), |((queries, out), log_sum)| {
         dispatch!(level, simd => forward_part(simd, problem, &values, sizes, queries, out, log_sum));
     });
 }
@@ -230,9 +237,18 @@ fn forward_block<S: Simd, F: Float>(
     scratch.out.fill(F::zero());
 
     for tile in ranges(block.num_visible_keys(), keys_per_tile) {
-        let scores = &mut scratch.scores[..tile.len() * width];
-        let may_hide = block.may_hide_in(&tile);
         for column in (0..width).step_by(panel) {
+            // The causal pattern hides the last keys of a tile from the first panels.
+            let lanes = block.lanes(column, panel);
+            let last_query = (block.queries.start + lanes.end).saturating_sub(1);
+            let end = tile.end.min(problem.inputs.num_visible_keys(last_query));
+            if end <= tile.start {
+                continue;
+            }
+            let tile = tile.start..end;
+            let scores = &mut scratch.scores[..tile.len() * width];
+            let may_hide = block.may_hide_in(&tile);
+
             // S = K Qᵀ, m' = max(m, max S)
             let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
             let mut max = old_max;
@@ -349,7 +365,7 @@ pub(crate) fn backward<F: Float>(
     grads: &mut GradientsMut<'_, F>,
 ) {
     let sizes = clip(problem, sizes);
-    let (num_queries, num_keys) = (problem.inputs.num_queries(), problem.inputs.num_keys());
+    let num_keys = problem.inputs.num_keys();
     // A query without a visible key hides all pairs of its own.
     let may_hide = problem.may_hide() || upstream.has_empty_rows();
     let operands = Operands {
@@ -362,23 +378,27 @@ pub(crate) fn backward<F: Float>(
     let panel = dispatch!(level, simd => width_of::<_, F>(simd));
     let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let rows = problem.inputs.kv_heads() * num_keys;
-    let part_len = part_len(num_queries, sizes.queries, PARTS);
-    let mut parts = Vec::with_capacity(PARTS);
-    let grad_queries = row_chunks(grads.query.view_mut(), part_len);
-    let bias_rows = match problem.bias {
-        Some(bias) if bias.is_matrix() => part_len,
-        _ => part_len * num_keys,
-    };
-    let mut grad_biases = (grads.bias.as_mut()).map(|bias| row_chunks(bias.view_mut(), bias_rows));
-    for (queries, grad_query) in ranges(num_queries, part_len).zip(grad_queries) {
-        let grad_bias = grad_biases.as_mut().and_then(Iterator::next);
-        let keys = KeyGradients {
-            key: vec![F::zero(); rows * padded[0]],
-            value: vec![F::zero(); rows * padded[1]],
-        };
-        parts.push(BackwardPart { queries, grad_query, grad_bias, keys });
-    }
-    parallel::for_each(parts.iter_mut().collect(), |part: &mut BackwardPart<'_, F>| {
+    let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
+    let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
+    let parts = parts(problem.inputs.num_queries(), sizes.queries, num_parts);
+    let grad_queries = row_chunks(grads.query.view_mut(), parts.iter().map(Range::len));
+    // Rows of the bias are queries, or their pairs.
+    let per_query = if problem.bias.is_some_and(|bias| bias.is_matrix()) { 1 } else { num_keys };
+    let bias_lens = parts.iter().map(|part| part.len() * per_query);
+    let mut grad_biases = grads.bias.as_mut().map(|bias| row_chunks(bias.view_mut(), bias_lens));
+    let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries))
+        .map(|(queries, grad_query)| BackwardPart {
+            queries,
+            grad_query,
+            grad_bias: grad_biases.as_mut().and_then(Iterator::next),
+            keys: KeyGradients {
+                key: vec![F::zero(); rows * padded[0]],
+                value: vec![F::zero(); rows * padded[1]],
+            },
+        })
+        .collect();
+    let tasks = parts.iter_mut().collect();
+    parallel::for_each(tasks, problem.work(), |part: &mut BackwardPart<'_, F>| {
         dispatch!(level, simd => backward_part(simd, problem, &operands, sizes, part));
     });
 

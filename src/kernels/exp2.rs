@@ -82,7 +82,7 @@ pub(crate) fn exp2<S: Simd, F: Sealed>(simd: S, x: Vector<S, F>) -> Vector<S, F>
 mod tests {
     use super::*;
     use crate::kernels::levels;
-    use fearless_simd::{Level, dispatch};
+    use fearless_simd::Level;
 
     /// 2^x of every number of a list.
     fn exp2_of<F: Sealed>(level: Level, xs: &[F]) -> Vec<F> {

@@ -178,7 +178,6 @@ fn columns_times_panel<S: Simd, F: SimdFloatElement + 'static, const M: usize>(
 mod tests {
     use super::*;
     use crate::kernels::levels;
-    use fearless_simd::dispatch;
 
     /// Small integers, so that every order of summation gives the same sum.
     fn entries(len: usize, seed: usize) -> Vec<f32> {

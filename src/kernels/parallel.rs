@@ -3,8 +3,20 @@
 use ndarray::{ArrayViewMut2, Axis};
 use std::ops::Range;
 
-/// Runs a task for each part. Each writes to places of its own, so their order does not matter.
-pub(crate) fn for_each<T: Send>(parts: Vec<T>, run: impl Fn(T) + Send + Sync) {
+/// Below this many multiplications, some 50 µs of work, waking other threads costs more than they
+/// save.
+#[cfg(feature = "parallel")]
+const WORTH_SHARING: usize = 4_000_000;
+
+/// Runs a task for each part. Each writes to places of its own, so neither their order nor the
+/// number of threads changes a bit of the result.
+pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Send + Sync) {
+    #[cfg(feature = "parallel")]
+    if work >= WORTH_SHARING && parts.len() > 1 {
+        use rayon::iter::{IntoParallelIterator, ParallelIterator};
+        return parts.into_par_iter().for_each(run);
+    }
+    let _ = work;
     parts.into_iter().for_each(run);
 }
 
@@ -13,22 +25,45 @@ pub(crate) fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usiz
     (0..len).step_by(step.max(1)).map(move |start| start..len.min(start + step))
 }
 
-/// The length of at most `parts` parts of `len`, in whole blocks.
-pub(crate) fn part_len(len: usize, block: usize, parts: usize) -> usize {
-    len.div_ceil(block).div_ceil(parts).max(1) * block
+/// 0..len in at most `count` parts of about the same length, in whole blocks.
+pub(crate) fn parts(len: usize, block: usize, count: usize) -> Vec<Range<usize>> {
+    let blocks = len.div_ceil(block);
+    let count = count.min(blocks);
+    let end = |part: usize| (part * blocks / count * block).min(len);
+    (0..count).map(|part| end(part)..end(part + 1)).collect()
 }
 
-/// The rows of a matrix in chunks, without end: the last ones are empty.
+/// The rows of a matrix in chunks of these lengths.
 pub(crate) fn row_chunks<F>(
     matrix: ArrayViewMut2<'_, F>,
-    len: usize,
+    lens: impl IntoIterator<Item = usize>,
 ) -> impl Iterator<Item = ArrayViewMut2<'_, F>> {
     let mut rest = Some(matrix);
-    std::iter::from_fn(move || {
-        let rows = rest.take()?;
-        let end = len.min(rows.nrows());
-        let (chunk, after) = rows.split_at(Axis(0), end);
+    lens.into_iter().map_while(move |len| {
+        let (chunk, after) = rest.take()?.split_at(Axis(0), len);
         rest = Some(after);
         Some(chunk)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_whole_blocks_and_cover_everything_once() {
+        for (len, block, count) in
+            [(0, 3, 4), (1, 3, 4), (12, 3, 4), (13, 3, 4), (100, 7, 4), (5, 9, 1)]
+        {
+            let parts = parts(len, block, count);
+            assert!(parts.len() <= count);
+            let ends: Vec<usize> = parts.iter().map(|part| part.end).collect();
+            let starts: Vec<usize> = parts.iter().map(|part| part.start).collect();
+            assert_eq!(starts.first().copied().unwrap_or(0), 0);
+            assert_eq!(ends.last().copied().unwrap_or(0), len);
+            assert!(starts.iter().skip(1).zip(&ends).all(|(start, end)| start == end));
+            assert!(starts.iter().all(|start| start % block == 0));
+            assert!(parts.iter().all(|part| !part.is_empty()));
+        }
+    }
 }

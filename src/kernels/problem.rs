@@ -101,6 +101,12 @@ impl<'a, F: Float> Problem<'a, F> {
         if self.inputs.sees(pair) { self.bias_of(pair, head) } else { None }
     }
 
+    /// The multiplications of one product over all pairs and both dimensions.
+    pub(crate) fn work(&self) -> usize {
+        let columns = self.heads.saturating_mul(self.key_dim + self.value_dim);
+        self.inputs.num_pairs().saturating_mul(columns)
+    }
+
     /// What dropout multiplies the weight of a pair by.
     #[inline]
     pub(crate) fn multiplier(&self, pair: usize, head: usize) -> F {

@@ -7,14 +7,14 @@
 
 use super::exp2::exp2;
 use super::matmul::Vector;
-use super::parallel::{self, part_len, ranges, row_chunks};
+use super::parallel::{self, parts, row_chunks};
 use super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::vector::{add_weighted_rows, dot};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::inputs::{Pair, Pattern, head_columns};
-use fearless_simd::{Level, Select, Simd, SimdBase, dispatch};
+use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2};
 use std::f64::consts::{LN_2, LOG2_E};
 use std::ops::Range;
@@ -56,18 +56,26 @@ impl<F: Float> Tile<F> {
         [start..start + len, start..start + len.next_multiple_of(Vector::<S, F>::LEN)]
     }
 
-    /// The logits, given the rows of each pair and head, one of them times the scale and log₂ e.
+    /// The logits. `own` is the row that all pairs have in common, times the scale and log₂ e;
+    /// `columns` are a head's in it and in the other row of a pair.
+    ///
+    /// Head by head over all pairs: the work on one pair is so short that the CPU fetches many rows
+    /// at a time, and the rows of a tile stay in the first-level cache for the next head.
     #[inline(always)]
     fn score<'r, S: Simd>(
         &mut self,
         simd: S,
         problem: &Problem<'_, F>,
-        rows: impl Fn(Pair, usize) -> [&'r [F]; 2],
+        own: &[F],
+        columns: impl Fn(usize) -> [Range<usize>; 2],
+        other: impl Fn(&Pair) -> &'r [F],
     ) {
-        for (t, &pair) in self.pairs.iter().enumerate() {
-            for head in 0..problem.heads {
-                let [a, b] = rows(pair, head);
-                self.weights[head * self.stride + t] = dot(simd, a, b);
+        for head in 0..problem.heads {
+            let [own_columns, other_columns] = columns(head);
+            let own = &own[own_columns];
+            let logits = &mut self.weights[head * self.stride..][..self.stride];
+            for (logit, pair) in logits.iter_mut().zip(&self.pairs) {
+                *logit = dot(simd, own, &other(pair)[other_columns.clone()]);
             }
         }
         for head in 0..problem.heads {
@@ -101,12 +109,11 @@ pub(crate) fn forward<F: Float>(
     // Mask and causal pattern hide pairs before they come here; a bias does so head by head.
     let may_hide = problem.bias.is_some();
     let values = FiniteRows::new(problem.value.slices(), may_hide);
-    let num_queries = problem.inputs.num_queries();
-    let part_len = part_len(num_queries, ROWS_OF_PART, PARTS);
-    let outs = row_chunks(out, part_len);
-    let log_sums = row_chunks(log_sum_exp.view_mut(), part_len);
-    let parts = ranges(num_queries, part_len).zip(outs).zip(log_sums);
-    parallel::for_each(parts.collect(), |((queries, out), log_sums)| {
+    let parts = parts(problem.inputs.num_queries(), ROWS_OF_PART, PARTS);
+    let outs = row_chunks(out, parts.iter().map(Range::len));
+    let log_sums = row_chunks(log_sum_exp.view_mut(), parts.iter().map(Range::len));
+    let tasks = parts.iter().cloned().zip(outs).zip(log_sums).collect();
+    parallel::for_each(tasks, problem.work(), |((queries, out), log_sums)| {
         dispatch!(level, simd => {
             forward_rows(simd, problem, &values, tile_len, queries, out, log_sums);
         });
@@ -139,10 +146,10 @@ fn forward_rows<S: Simd, F: Float>(
 
         let mut row = problem.inputs.row(query);
         while tile.fill(&mut row) {
-            tile.score(simd, problem, |pair, head| {
-                let key = &key_rows.row(pair.key)[head_columns(problem.kv_head(head), key_dim)];
-                [&scaled_query[head_columns(head, key_dim)], key]
-            });
+            let columns =
+                |head| [head_columns(head, key_dim), head_columns(problem.kv_head(head), key_dim)];
+            let key = |pair: &Pair| key_rows.row(pair.key);
+            tile.score(simd, problem, &scaled_query, columns, key);
             for head in 0..heads {
                 let [pairs, vectors] = tile.of_head(simd, head);
                 let logits = &mut tile.weights[vectors];
@@ -151,7 +158,11 @@ fn forward_rows<S: Simd, F: Float>(
                 let max = logits.iter().fold(old_max, largest);
                 // Before the first key there is no maximum to shift by, and nothing to rescale.
                 let shift = if max == F::neg_infinity() { F::zero() } else { max };
-                let alpha = if old_max == max { F::one() } else { (old_max - shift).exp2() };
+                let alpha = match old_max {
+                    _ if old_max == max => F::one(),
+                    _ if old_max == F::neg_infinity() => F::zero(),
+                    _ => (old_max - shift).exp2(),
+                };
                 maxima[head] = max;
                 let sum = exponentials(simd, logits, shift);
                 sums[head] = sums[head] * alpha + sum;
@@ -280,22 +291,22 @@ pub(crate) fn backward<F: Float>(
             (grads.query.view_mut(), grads.bias.as_mut().map(|b| b.view_mut()));
         run(Part { rows, grad_a, grad_b: None, grad_bias });
     } else {
-        let part_len = part_len(inputs.num_queries(), ROWS_OF_PART, PARTS);
-        let grads = row_chunks(grads.query.view_mut(), part_len);
-        let parts = ranges(inputs.num_queries(), part_len).zip(grads);
+        let parts = parts(inputs.num_queries(), ROWS_OF_PART, PARTS);
+        let grads = row_chunks(grads.query.view_mut(), parts.iter().map(Range::len));
         let part = |(rows, grad_a)| Part { rows, grad_a, grad_b: None, grad_bias: None };
-        parallel::for_each(parts.map(part).collect(), run);
+        let tasks = parts.iter().cloned().zip(grads).map(part).collect();
+        parallel::for_each(tasks, problem.work(), run);
     }
 
     // By key.
     let transposed = graph.transpose();
-    let part_len = part_len(inputs.num_keys(), ROWS_OF_PART, PARTS);
-    let grad_keys = row_chunks(grads.key.view_mut(), part_len);
-    let grad_values = row_chunks(grads.value.view_mut(), part_len);
-    let parts = ranges(inputs.num_keys(), part_len).zip(grad_keys).zip(grad_values);
+    let parts = parts(inputs.num_keys(), ROWS_OF_PART, PARTS);
+    let grad_keys = row_chunks(grads.key.view_mut(), parts.iter().map(Range::len));
+    let grad_values = row_chunks(grads.value.view_mut(), parts.iter().map(Range::len));
+    let tasks = parts.iter().cloned().zip(grad_keys).zip(grad_values);
     let part =
         |((rows, grad_a), grad_b)| Part { rows, grad_a, grad_b: Some(grad_b), grad_bias: None };
-    parallel::for_each(parts.map(part).collect(), |part| {
+    parallel::for_each(tasks.map(part).collect(), problem.work(), |part| {
         let own = Own { own: &keys, other: &queries, tile_len: tile_of(transposed) };
         let pairs = |key| {
             let row = transposed.row(key);
@@ -350,13 +361,12 @@ fn backward_rows<S: Simd, F: Float, P: Iterator<Item = Pair>>(
         sum_b.fill(F::zero());
         let mut pairs = pairs_of(row);
         while tile.fill(&mut pairs) {
-            tile.score(simd, problem, |pair, head| {
-                let row = a_rows.row(other_of(pair));
-                [
-                    &scaled_a[own.columns(problem, head, key_dim)],
-                    &row[other.columns(problem, head, key_dim)],
-                ]
-            });
+            let columns = |head| {
+                let columns = |side: &Side<'_, F>| side.columns(problem, head, key_dim);
+                [columns(own), columns(other)]
+            };
+            let row = |pair: &Pair| a_rows.row(other_of(*pair));
+            tile.score(simd, problem, &scaled_a, columns, row);
             for head in 0..heads {
                 let own_b = &own_b[own.columns(problem, head, value_dim)];
                 let columns = other.columns(problem, head, value_dim);

@@ -104,7 +104,6 @@ fn add_weighted_columns<'r, S: Simd, F: Float, const N: usize>(
 mod tests {
     use super::*;
     use crate::kernels::levels;
-    use fearless_simd::dispatch;
 
     /// Small integers, so that every order of summation gives the same sum.
     fn entries(len: usize, seed: usize) -> Vec<f64> {

@@ -1,0 +1,49 @@
+//! The same bits for any number of threads.
+#![cfg(feature = "parallel")]
+
+use graph_attention::ndarray::Array2;
+use graph_attention::{Attention, Causal, Flash, Gradients, Graph, Inputs, MultiHeadConfig};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+
+fn run(
+    threads: usize,
+    attention: &dyn Attention<f32>,
+    inputs: &Inputs<'_, f32>,
+) -> (Array2<f32>, Gradients<f32>) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        let (out, saved) = attention.forward_train(inputs).unwrap();
+        let grads = attention.backward(inputs, &saved, out.view()).unwrap();
+        (out, grads)
+    })
+}
+
+#[test]
+fn one_two_and_seven_threads_give_the_same_bits() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    // Enough work to be shared.
+    let (n, columns) = (700, 32);
+    let x = Array2::from_shape_simple_fn((n, columns), || StandardNormal.sample(&mut rng));
+    let logits = Array2::from_shape_simple_fn((n, n), || rng.random_range(-1.0..1.0f32));
+    let edges: Vec<_> =
+        (0..300 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n))).collect();
+    let graph = Graph::from_edges(n, n, edges).unwrap();
+    let multi_head = MultiHeadConfig::new(columns, 4).init(Flash::new(), &mut rng).unwrap();
+
+    let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
+    for inputs in [
+        dense.with_heads(2).unwrap(),
+        dense.with_causal(Causal::BottomRight),
+        dense.with_bias(logits.view()).unwrap(),
+        sparse.with_heads(4).unwrap(),
+    ] {
+        let one = run(1, &Flash::new(), &inputs);
+        assert_eq!(one, run(2, &Flash::new(), &inputs));
+        assert_eq!(one, run(7, &Flash::new(), &inputs));
+    }
+    for inputs in [dense, sparse] {
+        assert_eq!(run(1, &multi_head, &inputs), run(7, &multi_head, &inputs));
+    }
+}
