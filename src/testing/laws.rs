@@ -1,7 +1,7 @@
 use super::sample::{Layout, normal};
 use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
 use crate::{Attention, Error, Float, Gradients, GradientsMut, Graph, Inputs, Pair, Saved, params};
-use ndarray::{Array, Array1, Array2, ArrayView2, Axis, Dimension};
+use ndarray::{Array, Array1, Array2, ArrayView2, Axis, Dimension, Slice};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
@@ -33,6 +33,7 @@ pub fn check_attention<F: Float>(
         check.representations_agree()?;
         check.hidden_pairs_do_not_leak()?;
         check.nan_stays_in_its_rows()?;
+        check.channels_are_honoured()?;
         check.weights_are_a_distribution()?;
         check.gradients_are_added()?;
         check.nothing_flows_through_empty_rows()?;
@@ -185,12 +186,7 @@ impl<'a, F: Float> Check<'a, F> {
 
         let law = "keys that nobody sees have zero gradients and change no others";
         let grads = gradients(self.mechanism, &poisoned, self.grad_out.view())?;
-        same_bits(law, &grads.query, &self.gradients.query)?;
-        same_bits(law, &grads.key, &self.gradients.key)?;
-        same_bits(law, &grads.value, &self.gradients.value)?;
-        for (actual, expected) in grads.params.iter().zip(&self.gradients.params) {
-            close(law, actual, expected)?;
-        }
+        close_gradients(law, &grads, &self.gradients)?;
         for &key in &unseen {
             let rows = [grads.key.row(key), grads.value.row(key)];
             let zero = rows.iter().all(|row| row.iter().all(|&grad| grad == F::zero()));
@@ -233,6 +229,27 @@ impl<'a, F: Float> Check<'a, F> {
                 let nan = row.iter().any(|value| value.is_nan());
                 require(law, nan, || format!("row {query} is {row}"))?;
             }
+        }
+        Ok(())
+    }
+
+    fn channels_are_honoured(&self) -> Result<(), Broken> {
+        let law = "bias and dropout change the answer, or are refused";
+        if self.sample.bias.is_some() || self.sample.dropout.is_some() {
+            let plain = Sample { bias: None, dropout: None, ..self.sample.clone() };
+            let changes = self.forward(law, &plain)? != self.out;
+            require(law, changes, || "they change nothing".into())?;
+        }
+        let law = "a head reads its own columns, and no others";
+        if self.sample.heads > 1 {
+            let mut poisoned = self.sample.clone();
+            let (query, out) = (poisoned.query.ncols(), self.out.ncols());
+            let first = |columns| Slice::from(..columns / self.sample.heads);
+            poisoned.query.slice_axis_mut(Axis(1), first(query)).fill(F::nan());
+            let rest = Slice::from(out / self.sample.heads..);
+            let actual = self.forward(law, &poisoned)?;
+            let [actual, expected] = [&actual, &self.out].map(|out| out.slice_axis(Axis(1), rest));
+            same_bits(law, &actual.to_owned(), &expected.to_owned())?;
         }
         Ok(())
     }
@@ -339,16 +356,37 @@ impl<'a, F: Float> Check<'a, F> {
         }
         let law = "gradients of the wrong shape are Error::Shape";
         let (_, saved) = succeed(law, self.mechanism.forward_train(&inputs))?;
-        let mut wrong = self.gradients.clone();
-        wrong.key = Array2::zeros((wrong.key.nrows() + 1, wrong.key.ncols()));
         let grad_out = self.grad_out.view();
-        let result = self.mechanism.backward_into(&inputs, &saved, grad_out, wrong.view_mut());
-        require(law, matches!(result, Err(Error::Shape { .. })), || format!("{result:?}"))?;
+        for array in 0..arrays(&self.gradients).len() {
+            let mut wrong = self.gradients.clone();
+            wrong.widen(array);
+            let result = self.mechanism.backward_into(&inputs, &saved, grad_out, wrong.view_mut());
+            require(law, matches!(result, Err(Error::Shape { .. })), || {
+                format!("{result:?} for {}", arrays(&wrong)[array].0)
+            })?;
+        }
 
         let law = "another mechanism's saved state is Error::SavedMismatch";
         let result = self.mechanism.backward(&inputs, &Saved::new("nobody", ()), grad_out);
         let holds = matches!(result, Err(Error::SavedMismatch { .. }));
         require(law, holds, || format!("{result:?}"))
+    }
+}
+
+impl<F: Float> Gradients<F> {
+    /// Gives one of [`arrays`] another shape.
+    fn widen(&mut self, array: usize) {
+        let Self { query, key, value, bias, edge_features, distances, params } = self;
+        let wider = |matrix: &Array2<F>| Array2::zeros((matrix.nrows() + 1, matrix.ncols()));
+        let matrices = [query, key, value].into_iter().chain(bias).chain(edge_features);
+        let mut number = 0..;
+        matrices
+            .filter(|_| number.next() == Some(array))
+            .for_each(|matrix| *matrix = wider(matrix));
+        let vectors = distances.iter_mut().filter(|_| number.next() == Some(array));
+        vectors.for_each(|vector| *vector = Array1::zeros(vector.len() + 1));
+        let params = params.iter_mut().filter(|_| number.next() == Some(array));
+        params.for_each(|param| *param = param.clone().insert_axis(Axis(0)));
     }
 }
 

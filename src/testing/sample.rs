@@ -285,7 +285,10 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let mut bias = normal([pairs, shapes.bias_heads], 1.0, &mut rng);
     cases.push(("bias per head", Sample { bias: Some(bias.clone()), ..dense.clone() }));
     hide_some(&mut bias, &mut rng);
+    // Query 0 sees nothing, and nobody sees key 4.
     bias.slice_axis_mut(Axis(0), Slice::from(..num_keys)).fill(F::neg_infinity());
+    let key_4 = Slice::new(4, None, num_keys as isize);
+    bias.slice_axis_mut(Axis(0), key_4).fill(F::neg_infinity());
     cases.push(("bias that hides", Sample { bias: Some(bias), ..dense.clone() }));
     cases.push(("dropout", Sample { dropout, ..dense.clone() }));
     cases.push(("dense", dense));
@@ -309,6 +312,9 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     cases.push(("graph causal", Sample { causal: Some(Causal::TopLeft), ..graph.clone() }));
     let mut bias = normal([num_edges, shapes.bias_heads], 1.0, &mut rng);
     hide_some(&mut bias, &mut rng);
+    // Nobody sees key 1.
+    let edges_to_1 = graph.graph.iter().flat_map(|graph| graph.transpose().row(1));
+    edges_to_1.for_each(|(_, edge)| bias.row_mut(edge).fill(F::neg_infinity()));
     cases.push(("graph bias", Sample { bias: Some(bias), ..graph.clone() }));
     cases.push(("graph dropout", Sample { dropout, ..graph.clone() }));
     cases.push(("graph", graph));

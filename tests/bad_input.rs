@@ -1,0 +1,489 @@
+//! A call with bad input gives the right variant of `Error`, whose message names the argument, what
+//! was expected and what came. Empty but valid input is not bad.
+
+use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Axis};
+use graph_attention::ndarray::{Dimension, ShapeBuilder, s};
+use graph_attention::{
+    Attention, Channel, Dropout, Flash, Gradients, Graph, Inputs, LoopFill, MultiHead,
+    MultiHeadConfig, Partial, Result, Saved, ScaledDotProduct, params,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::sync::LazyLock;
+
+/// Too many for a `u32`, for memory, and, squared, for a `usize`.
+const HUGE: usize = usize::MAX / 8;
+
+/// Two queries, three keys, four edges.
+static GRAPH: LazyLock<Graph> =
+    LazyLock::new(|| Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0), (0, 2)]).unwrap());
+
+/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
+/// say, separated by ` | `.
+#[track_caller]
+fn refused<T>(result: Result<T>, expected: &str) {
+    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
+    let (variant, words) = expected.split_once(" | ").unwrap();
+    let (debug, message) = (format!("{error:?}"), error.to_string());
+    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
+    for word in words.split(" | ") {
+        assert!(message.contains(word), "`{message}` does not say `{word}`");
+    }
+}
+
+/// One value in every place: any shape, without memory.
+fn fill<T>(value: &'static T, rows: usize, columns: usize) -> ArrayView2<'static, T> {
+    ArrayView2::from_shape((rows, columns).strides((0, 0)), std::slice::from_ref(value)).unwrap()
+}
+
+fn zeros(rows: usize, columns: usize) -> ArrayView2<'static, f64> {
+    fill(&0.0, rows, columns)
+}
+
+fn zero_row(len: usize) -> ArrayView1<'static, f64> {
+    zeros(1, len).index_axis_move(Axis(0), 0)
+}
+
+fn dense([queries, keys, key_dim, value_dim]: [usize; 4]) -> Inputs<'static, f64> {
+    Inputs::dense(zeros(queries, key_dim), zeros(keys, key_dim), zeros(keys, value_dim)).unwrap()
+}
+
+/// Two queries, three keys, four columns each, over the edges of `GRAPH`.
+fn sparse() -> Inputs<'static, f64> {
+    Inputs::graph(zeros(2, 4), zeros(3, 4), zeros(3, 4), &GRAPH).unwrap()
+}
+
+fn init<A: Attention<f64>>(config: &MultiHeadConfig, inner: A) -> Result<MultiHead<f64, A>> {
+    config.init(inner, &mut Xoshiro256PlusPlus::seed_from_u64(3))
+}
+
+fn multi_head<A: Attention<f64>>(inner: A) -> MultiHead<f64, A> {
+    init(&MultiHeadConfig::new(4, 2), inner).unwrap()
+}
+
+/// An array of any rank.
+fn bad<const RANK: usize, D: Dimension>(shape: [usize; RANK]) -> Array<f64, D> {
+    ArrayD::zeros(&shape[..]).into_dimensionality().unwrap()
+}
+
+/// Makes something wrong.
+type Spoil<T> = fn(&mut T);
+
+/// Every mechanism, for inputs of four columns.
+fn mechanisms() -> [Box<dyn Attention<f64>>; 3] {
+    let multi_head = multi_head(Flash::new());
+    [Box::new(ScaledDotProduct::new()), Box::new(Flash::new()), Box::new(multi_head)]
+}
+
+#[test]
+fn arrays_that_do_not_belong_together() {
+    let (q, k, v, bad) = (zeros(2, 4), zeros(3, 4), zeros(3, 5), zeros(7, 5));
+    let inputs = Inputs::dense(q, k, v).unwrap();
+    for (result, words) in [
+        (Inputs::single(q.row(0), k, bad), "value | [3, 5] | [7, 5]"),
+        (Inputs::dense(q, k, bad), "value | [3, 5] | [7, 5]"),
+        (Inputs::graph(q, k, bad, &GRAPH), "value | [3, 5] | [7, 5]"),
+        (Inputs::graph(bad, k, v, &GRAPH), "graph | [7, 3] | [2, 3]"),
+        (Inputs::graph(q, bad, bad, &GRAPH), "graph | [2, 7] | [2, 3]"),
+        (inputs.with_arrays(bad, k, v), "query | [2, 5] | [7, 5]"),
+        (inputs.with_arrays(q, bad, v), "key | [3, 5] | [7, 5]"),
+        (inputs.with_arrays(q, k, bad), "value | [3, 5] | [7, 5]"),
+    ] {
+        refused(result, &format!("Shape | {words}"));
+    }
+}
+
+#[test]
+fn heads_that_do_not_divide() {
+    let inputs = Inputs::dense(zeros(2, 12), zeros(3, 8), zeros(3, 6)).unwrap();
+    let no_columns = dense([2, 3, 0, 0]);
+    for (result, expected) in [
+        (inputs.with_heads(5), "Heads | query | 5 heads | 12 columns"),
+        (inputs.with_heads(3), "Heads | key | 3 heads | 8 columns"),
+        (inputs.with_heads(4), "Heads | value | 4 heads | 6 columns"),
+        (inputs.with_heads(24), "Heads | query | 24 heads | 12 columns"),
+        (inputs.with_heads(usize::MAX), "Heads | query | 18446744073709551615 heads | 12 columns"),
+        (inputs.with_kv_heads(6, 3), "Heads | key | 3 heads | 8 columns"),
+        (inputs.with_kv_heads(12, 4), "Heads | value | 4 heads | 6 columns"),
+        (no_columns.with_heads(2), "Heads | query | 2 heads | 0 columns"),
+        (inputs.with_heads(0), "InvalidConfig | heads | at least 1 | got 0"),
+        (inputs.with_kv_heads(0, 0), "InvalidConfig | heads | at least 1 | got 0"),
+        (inputs.with_kv_heads(2, 0), "InvalidConfig | kv_heads | a divisor of heads = 2 | got 0"),
+        (inputs.with_kv_heads(4, 3), "InvalidConfig | kv_heads | a divisor of heads = 4 | got 3"),
+        (inputs.with_kv_heads(2, 4), "InvalidConfig | kv_heads | a divisor of heads = 2 | got 4"),
+    ] {
+        refused(result, expected);
+    }
+}
+
+#[test]
+fn channels_of_other_shapes() {
+    let (dense, sparse, square) = (dense([2, 3, 4, 4]), sparse(), Graph::window(3, 1).unwrap());
+    for (result, words) in [
+        (dense.with_mask(fill(&true, 3, 3)), "mask | [2, 3] | [3, 3]"),
+        (dense.with_mask(fill(&true, 2, 4)), "mask | [2, 3] | [2, 4]"),
+        (sparse.with_mask(fill(&true, 4, 1)), "mask | [2, 3] | [4, 1]"),
+        (dense.with_bias(zeros(3, 3)), "bias | [2, 3] | [3, 3]"),
+        (dense.with_bias(zeros(2, 4)), "bias | [2, 3] | [2, 4]"),
+        (dense.with_bias(zeros(6, 0)), "bias | [2, 3] | [6, 0]"),
+        (sparse.with_bias(zeros(2, 3)), "bias | [4, 1] | [2, 3]"),
+        (sparse.with_bias(zeros(5, 1)), "bias | [4, 1] | [5, 1]"),
+        (sparse.with_bias(zeros(4, 0)), "bias | [4, 1] | [4, 0]"),
+        (dense.with_edge_features(zeros(2, 3)), "edge_features | [6, 3] | [2, 3]"),
+        (sparse.with_edge_features(zeros(6, 2)), "edge_features | [4, 2] | [6, 2]"),
+        (dense.with_distances(zero_row(3)), "distances | [6] | [3]"),
+        (sparse.with_distances(zero_row(6)), "distances | [4] | [6]"),
+        (dense.with_layers(&[0; 4]), "layers | [6] | [4]"),
+        (sparse.with_layers(&[0; 6]), "layers | [4] | [6]"),
+        (dense.with_positions(zeros(3, 2), zeros(3, 2)), "query positions | [2, 2] | [3, 2]"),
+        (dense.with_positions(zeros(2, 2), zeros(2, 2)), "key positions | [3, 2] | [2, 2]"),
+        (dense.with_positions(zeros(2, 2), zeros(3, 9)), "key positions | [3, 2] | [3, 9]"),
+        (dense.with_latent(&square), "latent | [2, 3] | [3, 3]"),
+    ] {
+        refused(result, &format!("Shape | {words}"));
+    }
+    for probability in [f64::NAN, -0.1, 1.0, f64::INFINITY, f64::NEG_INFINITY] {
+        let expected = format!("InvalidConfig | dropout.probability | [0, 1) | got {probability}");
+        refused(dense.with_dropout(Dropout { probability, seed: 0 }), &expected);
+    }
+}
+
+#[test]
+fn channels_that_are_missing_or_refused() {
+    let inputs = dense([2, 3, 4, 4]);
+    for (missing, channel) in [
+        (inputs.edge_features("edge_gat").map(drop), "edge features"),
+        (inputs.distances("edge_gat").map(drop), "distances"),
+        (inputs.layers("edge_gat").map(drop), "layers"),
+        (inputs.positions("edge_gat").map(drop), "positions"),
+        (inputs.latent("edge_gat").map(drop), "latent neighbours"),
+    ] {
+        let words = format!("edge_gat | inputs with {channel} | got inputs without");
+        refused(missing, &format!("MissingInput | {words}"));
+    }
+    let dropout = Dropout { probability: 0.5, seed: 0 };
+    for (channel, with, name) in [
+        (Channel::Mask, inputs.with_mask(fill(&true, 2, 3)), "a mask or causal pattern"),
+        (Channel::Mask, Ok(inputs.causal()), "a mask or causal pattern"),
+        (Channel::Bias, inputs.with_bias(zeros(2, 3)), "an additive bias"),
+        (Channel::Dropout, inputs.with_dropout(dropout), "dropout"),
+        (Channel::Heads, inputs.with_heads(2), "several heads"),
+        (Channel::EdgeFeatures, inputs.with_edge_features(zeros(6, 1)), "edge features"),
+        (Channel::Distances, inputs.with_distances(zero_row(6)), "distances"),
+        (Channel::Layers, inputs.with_layers(&[0; 6]), "layers"),
+        (Channel::Positions, inputs.with_positions(zeros(2, 2), zeros(3, 2)), "positions"),
+        (Channel::Latent, inputs.with_latent(&GRAPH), "latent neighbours"),
+    ] {
+        inputs.refuse("edge_gat", &[channel]).unwrap();
+        let refusal = with.unwrap().refuse("edge_gat", &[channel]);
+        let words = format!("edge_gat | inputs without {name} | got inputs with it");
+        refused(refusal, &format!("Unsupported | {words}"));
+    }
+}
+
+#[test]
+fn graphs_that_contradict_themselves() {
+    let csr = |offsets: &[_], indices: &[_]| Graph::from_csr(3, offsets.to_vec(), indices.to_vec());
+    let select = |queries: &[usize]| GRAPH.select_queries(queries).map(|it| it.0);
+    let loops = |rows| GRAPH.with_self_loops_and_features(zeros(rows, 2), LoopFill::Mean);
+    let most_keys = Graph::from_csr(u32::MAX as usize, vec![0], vec![]).unwrap();
+    for (result, words) in [
+        (Graph::from_edges(2, 3, [(0, 0), (2, 0)]), "edges[1].query | below 2 | got 2"),
+        (Graph::from_edges(2, 3, [(0, 3)]), "edges[0].key | below 3 | got 3"),
+        (Graph::from_edges(2, 0, [(0, 7)]), "edges[0].key | below 0 | got 7"),
+        (Graph::from_edges(HUGE, 3, []), "num_queries | at most 4294967295 | got 23058"),
+        (Graph::from_edges(3, HUGE, []), "num_keys | at most 4294967295 | got 23058"),
+        (csr(&[], &[]), "offsets | one entry more than queries | no entries"),
+        (csr(&[1, 1], &[0]), "offsets[0] | expected 0 | got 1"),
+        (csr(&[0, 2, 1], &[0, 1]), "offsets[2] | at least 2 | got 1"),
+        (csr(&[0, usize::MAX, 1], &[0]), "offsets[2] | at least 18446744073709551615 | got 1"),
+        (csr(&[0, 1], &[0, 1]), "offsets[1] | indices.len() = 2 | got 1"),
+        (csr(&[0, 3], &[0, 1]), "offsets[1] | indices.len() = 2 | got 3"),
+        (csr(&[0], &[0]), "offsets[0] | indices.len() = 1 | got 0"),
+        (csr(&[0, 2], &[2, 3]), "indices[1] | below 3 | got 3"),
+        (csr(&[0, 1], &[u32::MAX]), "indices[0] | below 3 | got 4294967295"),
+        (Graph::from_csr(HUGE, vec![0], vec![]), "num_keys | at most 4294967295 | got 23058"),
+        (Graph::from_mask(fill(&true, HUGE, 1)), "num_queries | at most 4294967295 | got 23058"),
+        (Graph::from_mask(fill(&true, 1, HUGE)), "num_keys | at most 4294967295 | got 23058"),
+        (Graph::window(HUGE, HUGE), "num_queries | at most 4294967295 | got 23058"),
+        (Graph::local_global(3, 1, &[0, 3]), "globals[1] | below 3 | got 3"),
+        (Graph::local_global(0, 1, &[0]), "globals[0] | below 0 | got 0"),
+        (Graph::block_diagonal(&[&most_keys; 2]), "num_keys | at most 4294967295 | got 8589934590"),
+        (select(&[1, 2]), "queries[1] | below 2 | got 2"),
+        (select(&[HUGE]), "queries[0] | below 2 | got 2305843009213693951"),
+        (GRAPH.with_self_loops(), "with_self_loops | as many queries as 3 keys | 2 queries"),
+        (GRAPH.k_hop(2).map(|it| it.0), "k_hop | as many queries as 3 keys | 2 queries"),
+    ] {
+        refused(result, &format!("Graph | {words}"));
+    }
+    refused(loops(4), "Graph | with_self_loops | as many queries as 3 keys | 2 queries");
+    refused(loops(1), "Shape | edge_features | [4, 2] | [1, 2]");
+}
+
+#[test]
+fn settings_out_of_range() {
+    for scale in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let expected = format!("InvalidConfig | scale | a finite number | got {scale}");
+        refused(ScaledDotProduct::new().with_scale(scale), &expected);
+        refused(Flash::new().with_scale(scale), &expected);
+    }
+    let tiles = |queries, keys| Flash::new().with_tiles(queries, keys);
+    refused(tiles(0, 4), "InvalidConfig | tiles.queries | at least 1 | got 0");
+    refused(tiles(4, 0), "InvalidConfig | tiles.keys | at least 1 | got 0");
+
+    let config = MultiHeadConfig::new;
+    for (config, expected) in [
+        (config(4, 0), "InvalidConfig | num_heads | at least 1 | got 0"),
+        (config(0, 2), "InvalidConfig | embed_dim | at least 1 | got 0"),
+        (config(0, 2).head_dim(1), "InvalidConfig | embed_dim | at least 1 | got 0"),
+        (config(4, 2).key_input_dim(0), "InvalidConfig | key_input_dim | at least 1 | got 0"),
+        (config(4, 2).value_input_dim(0), "InvalidConfig | value_input_dim | at least 1 | got 0"),
+        (config(4, 2).output_dim(0), "InvalidConfig | output_dim | at least 1 | got 0"),
+        (config(4, 2).head_dim(0), "InvalidConfig | head_dim | at least 1 | got 0"),
+        (config(4, 2).value_head_dim(0), "InvalidConfig | value_head_dim | at least 1 | got 0"),
+        (config(4, 3), "InvalidConfig | embed_dim | a multiple of num_heads = 3 | got 4"),
+        (config(4, 8), "InvalidConfig | embed_dim | a multiple of num_heads = 8 | got 4"),
+        (config(4, 2).kv_heads(0), "InvalidConfig | kv_heads | a divisor of num_heads = 2 | got 0"),
+        (config(4, 2).kv_heads(4), "InvalidConfig | kv_heads | a divisor of num_heads = 2 | got 4"),
+        (config(HUGE, 1), "TooLarge | in_proj_weight | 2305843009213693951]"),
+        (config(4, 2).head_dim(HUGE), "TooLarge | in_proj_weight | , 4]"),
+        (config(4, HUGE).head_dim(HUGE), "TooLarge | in_proj_weight | [18446744073709551615, 4]"),
+        (config(4, 2).key_input_dim(HUGE), "TooLarge | k_proj_weight | [4, 2305843009213693951]"),
+        (config(4, 2).value_input_dim(HUGE), "TooLarge | v_proj_weight | [4, 2305843009213693951]"),
+        (config(4, 2).output_dim(HUGE), "TooLarge | out_proj.weight | [2305843009213693951, 4]"),
+    ] {
+        refused(init(&config, Flash::new()), expected);
+    }
+}
+
+#[test]
+fn inputs_that_a_mechanism_cannot_take() {
+    let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
+    let keys = Inputs::dense(zeros(2, 8), zeros(3, 4), zeros(3, 4)).unwrap();
+    let heads = dense([2, 3, 4, 4]).with_heads(2).unwrap();
+    let bias = heads.with_bias(zeros(6, 3)).unwrap();
+    for attention in [&plain as &dyn Attention<f64>, &flash] {
+        refused(attention.forward(&keys), "Shape | key | [3, 8] | [3, 4]");
+        refused(attention.weights(&keys), "Shape | key | [3, 8] | [3, 4]");
+        refused(attention.forward_train(&bias), "Shape | bias | [6, 2] | [6, 3]");
+    }
+    refused(plain.forward_partial(&keys), "Shape | key | [3, 8] | [3, 4]");
+    refused(flash.forward_partial(&bias), "Shape | bias | [6, 2] | [6, 3]");
+
+    let attention = multi_head(flash);
+    let forward = |query, key, value| {
+        attention.forward(&Inputs::dense(zeros(2, query), zeros(3, key), zeros(3, value))?)
+    };
+    refused(forward(8, 4, 4), "Shape | query | [2, 4] | [2, 8]");
+    refused(forward(4, 8, 4), "Shape | key | [3, 4] | [3, 8]");
+    refused(forward(4, 4, 8), "Shape | value | [3, 4] | [3, 8]");
+    let bias = bias.with_heads(1).unwrap();
+    refused(attention.forward(&bias), "Shape | bias | [6, 2] | [6, 3]");
+    refused(attention.forward(&heads), "Unsupported | multi_head | without several heads");
+    refused(attention.weights(&heads), "Unsupported | multi_head | without several heads");
+}
+
+#[test]
+fn outputs_and_gradients_of_other_shapes() {
+    let bare = dense([2, 3, 4, 4]);
+    let full = bare.with_bias(zeros(2, 3)).unwrap().with_edge_features(zeros(6, 2)).unwrap();
+    let full = full.with_distances(zero_row(6)).unwrap();
+    let spoils: [(Spoil<Gradients<f64>>, _, _); 7] = [
+        (|it| it.query = bad([7, 9]), "query | [2, 4] | [7, 9]", None),
+        (|it| it.key = bad([7, 9]), "key | [3, 4] | [7, 9]", None),
+        (|it| it.value = bad([7, 9]), "value | [3, 4] | [7, 9]", None),
+        (|it| it.params.push(bad([])), "params | expected shape [", None),
+        (|it| it.bias = Some(bad([7, 9])), "bias | [2, 3] | [7, 9]", Some("an additive bias")),
+        (
+            |it| it.edge_features = Some(bad([7, 9])),
+            "edge_features | [6, 2]",
+            Some("edge features"),
+        ),
+        (|it| it.distances = Some(bad([7])), "distances | [6] | [7]", Some("distances")),
+    ];
+    for attention in mechanisms() {
+        let (mut out, saved) = attention.forward_train(&bare).unwrap();
+        let mut out = out.slice_mut(s![.., 1..]);
+        refused(attention.forward_into(&bare, out.view_mut()), "Shape | out | [2, 4] | [2, 3]");
+        let forward_train = attention.forward_train_into(&bare, out.view_mut());
+        refused(forward_train, "Shape | out | [2, 4] | [2, 3]");
+        let backward = attention.backward(&bare, &saved, out.view());
+        refused(backward, "Shape | grad_out | [2, 4] | [2, 3]");
+
+        for (spoil, words, channel) in spoils {
+            let backward = |inputs| {
+                let mut grads = Gradients::zeros(inputs, &attention)?;
+                let (out, saved) = attention.forward_train(inputs)?;
+                spoil(&mut grads);
+                attention.backward_into(inputs, &saved, out.view(), grads.view_mut())
+            };
+            refused(backward(&full), &format!("Shape | grads.{words}"));
+            if let Some(channel) = channel {
+                let words = format!("{} | with {channel} | got inputs without", attention.name());
+                refused(backward(&bare), &format!("MissingInput | {words}"));
+            }
+        }
+    }
+    let attention = multi_head(Flash::new());
+    let (out, saved) = attention.forward_train(&bare).unwrap();
+    let mut grads = Gradients::zeros(&bare, &attention).unwrap();
+    grads.params[1] = bad([7]);
+    let backward = attention.backward_into(&bare, &saved, out.view(), grads.view_mut());
+    refused(backward, "Shape | grads.params: in_proj_bias | [12] | [7]");
+
+    let sum = |sizes| Gradients::zeros(&dense(sizes), &Flash::new())?.into_self_attention();
+    refused(sum([2, 3, 4, 4]), "Shape | grads.key | [2, 4] | [3, 4]");
+    refused(sum([3, 3, 4, 5]), "Shape | grads.value | [3, 4] | [3, 5]");
+}
+
+#[test]
+fn states_saved_by_somebody_else() {
+    let inputs = dense([2, 3, 4, 4]);
+    let save = |attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>| {
+        attention.forward_train(inputs).unwrap().1
+    };
+    let backward = |attention: &dyn Attention<f64>, saved: Saved| {
+        attention.backward(&inputs, &saved, zeros(2, 4))
+    };
+    for (attention, other_sizes) in mechanisms().into_iter().zip([
+        "Shape | saved weights | [6, 1] | [30, 1]",
+        "Shape | saved out | [2, 4] | [5, 4]",
+        "Shape | saved projection | [2, 4] | [5, 4]",
+    ]) {
+        let name = attention.name();
+        for stranger in mechanisms().into_iter().filter(|stranger| stranger.name() != name) {
+            let words = format!("{name}: | its own forward pass | by {}", stranger.name());
+            let strange = backward(&attention, save(&stranger, &inputs));
+            refused(strange, &format!("SavedMismatch | {words}"));
+        }
+        let forged = backward(&attention, Saved::new(name, "not its state"));
+        refused(forged, &format!("SavedMismatch | {name}: | its own forward pass"));
+        refused(backward(&attention, save(&attention, &dense([5, 6, 4, 4]))), other_sizes);
+    }
+    let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
+    let single = Inputs::dense(fill(&0f32, 2, 4), fill(&0.0, 3, 4), fill(&0.0, 3, 4)).unwrap();
+    let (_, saved) = flash.forward_train(&single).unwrap();
+    refused(backward(&flash, saved), "SavedMismatch | flash: | own forward pass");
+
+    let other_inner = backward(&multi_head(&plain), save(&multi_head(&flash), &inputs));
+    refused(other_inner, "SavedMismatch | scaled_dot_product: | by flash");
+    let other_heads = backward(&flash, save(&flash, &inputs.with_heads(2).unwrap()));
+    refused(other_heads, "Shape | saved log_sum_exp | [2, 1] | [2, 2]");
+    let other_columns = backward(&flash, save(&flash, &dense([2, 3, 4, 6])));
+    refused(other_columns, "Shape | saved out | [2, 4] | [2, 6]");
+    refused(backward(&plain, save(&plain, &sparse())), "Shape | saved weights | [6, 1] | [4, 1]");
+}
+
+#[test]
+fn partials_that_do_not_fit() {
+    let new = |out: [usize; 2], log_sum: [usize; 2]| {
+        Partial::<f64>::new(Array2::zeros(out), Array2::zeros(log_sum))
+    };
+    refused(new([2, 4], [3, 1]), "Shape | log_sum_exp | [2, 1] | [3, 1]");
+    refused(new([2, 4], [2, 3]), "Heads | out | 3 heads | 4 columns");
+    refused(new([2, 4], [2, 0]), "Heads | out | 0 heads | 4 columns");
+    refused(Partial::<f64>::empty(2, 4, 3), "Heads | out | 3 heads | 4 columns");
+    let merge = |out, log_sum| new([2, 4], [2, 2])?.merge(&new(out, log_sum)?);
+    refused(merge([3, 4], [3, 2]), "Shape | partial.out | [2, 4] | [3, 4]");
+    refused(merge([2, 6], [2, 2]), "Shape | partial.out | [2, 4] | [2, 6]");
+    refused(merge([2, 4], [2, 1]), "Shape | partial.log_sum_exp | [2, 2] | [2, 1]");
+}
+
+#[test]
+fn parameters_that_do_not_fit() {
+    type State = Vec<(String, ArrayD<f64>)>;
+    let mut attention = multi_head(Flash::new());
+    let state = params::state(&attention);
+    let spoils: [(Spoil<State>, _); 6] = [
+        (|it| it[2].0 = "w_o".into(), "UnknownParam | w_o | out_proj.weight | unknown"),
+        (|it| it.push(it[2].clone()), "UnknownParam | parameter out_proj.weight"),
+        (|it| drop(it.remove(2)), "MissingParam | out_proj.weight | without this name"),
+        (|it| it.clear(), "MissingParam | in_proj_weight | without this name"),
+        (|it| it[2].1 = bad([4, 5]), "Shape | out_proj.weight | [4, 4] | [4, 5]"),
+        (|it| it[2].1 = bad([]), "Shape | out_proj.weight | [4, 4] | []"),
+    ];
+    for (spoil, expected) in spoils {
+        let mut spoilt = state.clone();
+        spoil(&mut spoilt);
+        let from_params = MultiHeadConfig::new(4, 2).from_params(Flash::new(), spoilt.clone());
+        refused(from_params, expected);
+        refused(params::load_state(&mut attention, spoilt), expected);
+        assert_eq!(params::state(&attention), state);
+    }
+    let mut gradients: Vec<_> = state.iter().map(|(_, value)| value.clone()).collect();
+    let shared = "InvalidConfig | params | all 4 writable | 0 writable";
+    refused(params::load_state(&mut &attention, state), shared);
+    refused(params::update(&mut &attention, &gradients, |_, _, _| {}), shared);
+    let update = params::update(&mut attention, &gradients[..3], |_, _, _| {});
+    refused(update, "Shape | number of grads.params | [4] | [3]");
+    gradients[1] = bad([3]);
+    let update = params::update(&mut attention, &gradients, |_, _, _| {});
+    refused(update, "Shape | grads.params: in_proj_bias | [12] | [3]");
+}
+
+#[test]
+fn sizes_beyond_memory() {
+    let (many_queries, many_keys) = (dense([HUGE, 2, 1, 1]), dense([2, HUGE, 0, 0]));
+    let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
+    let weights = format!("TooLarge | weights | [{}, 1]", 2 * HUGE);
+    let large = |what| format!("TooLarge | {what} | [{HUGE}, 1]");
+    for attention in [&plain as &dyn Attention<f64>, &flash] {
+        refused(attention.weights(&many_keys), &weights);
+        refused(attention.forward(&many_queries), &large("out"));
+        refused(attention.forward_train(&many_queries), &large("out"));
+    }
+    refused(plain.forward(&many_keys), &weights);
+    refused(flash.forward_partial(&many_queries), &large("out"));
+    refused(Gradients::zeros(&many_queries, &flash), &large("grads.query"));
+    refused(Gradients::zeros(&dense([2, HUGE, 1, 1]), &flash), &large("grads.key"));
+    refused(Partial::<f64>::empty(HUGE, 1, 1), &large("log_sum_exp"));
+    let pairs = Inputs::dense(zeros(HUGE, 1), zeros(HUGE, 1), zeros(HUGE, 1));
+    refused(pairs, &format!("TooLarge | pairs | [{HUGE}, {HUGE}]"));
+    let projection = multi_head(flash).weights(&dense([HUGE / 4, 1, 4, 4]));
+    refused(projection, &format!("TooLarge | projection | [{}, 4]", HUGE / 4));
+}
+
+#[test]
+fn empty_inputs_are_valid() {
+    for sizes in
+        [[0, 3, 4, 4], [2, 0, 4, 4], [0, 0, 4, 4], [2, 3, 4, 4], [2, 3, 0, 4], [2, 3, 4, 0], [0; 4]]
+    {
+        let ([num_queries, num_keys, key_dim, value_dim], dense) = (sizes, dense(sizes));
+        let no_edges = Graph::from_edges(num_queries, num_keys, []).unwrap();
+        let sparse = Inputs::graph(dense.query(), dense.key(), dense.value(), &no_edges).unwrap();
+        // `MultiHead` has columns of its own.
+        let fitting = if (key_dim, value_dim) == (4, 4) { 3 } else { 2 };
+        for inputs in [dense, dense.causal(), sparse] {
+            for attention in mechanisms().into_iter().take(fitting) {
+                let (out, saved) = attention.forward_train(&inputs).unwrap();
+                assert_eq!(out, zeros(num_queries, value_dim));
+                let grads = attention.backward(&inputs, &saved, out.view()).unwrap();
+                assert_eq!(grads.query.dim(), (num_queries, key_dim));
+                assert_eq!(attention.weights(&inputs).unwrap().nrows(), inputs.num_pairs());
+            }
+            let partial = ScaledDotProduct::new().forward_partial(&inputs).unwrap();
+            partial.merge(&Flash::new().forward_partial(&inputs).unwrap()).unwrap();
+        }
+    }
+    let inputs = dense([2, 0, 4, 4]).with_mask(fill(&true, 2, 0)).unwrap();
+    let inputs = inputs.with_bias(zeros(2, 0)).unwrap().with_layers(&[]).unwrap();
+    inputs.with_edge_features(zeros(0, 5)).unwrap();
+    inputs.with_positions(zeros(2, 0), zeros(0, 0)).unwrap();
+    Partial::<f64>::empty(0, 0, 1).unwrap();
+}
+
+#[test]
+fn empty_graphs_are_valid() {
+    let empty = Graph::from_edges(0, 0, []).unwrap();
+    for (result, what) in [
+        (Graph::from_csr(0, vec![0], vec![]), "from_csr"),
+        (Graph::from_mask(fill(&true, 0, 0)), "from_mask"),
+        (Graph::window(0, 3), "window"),
+        (Graph::block_diagonal(&[]), "block_diagonal"),
+        (empty.with_self_loops(), "with_self_loops"),
+        (empty.k_hop(3).map(|it| it.0), "k_hop"),
+        (empty.select_queries(&[]).map(|it| it.0), "select_queries"),
+        (Ok(empty.transpose().clone()), "transpose"),
+    ] {
+        assert_eq!(result.as_ref(), Ok(&empty), "{what}");
+    }
+}

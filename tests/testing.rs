@@ -1,0 +1,324 @@
+//! The checks of `testing` have teeth: for every law a mechanism with the fault it is there for.
+
+use graph_attention::ndarray::{
+    Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
+};
+use graph_attention::testing::{Shapes, check_attention, check_gradients};
+use graph_attention::{
+    Attention, Channel, Dropout, Error, Flash, GradientsMut, Inputs, MultiHeadConfig, Params,
+    Pattern, Result, Saved, params,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+type In<'a> = Inputs<'a, f64>;
+type Out = Array2<f64>;
+
+/// The one step in which a mechanism differs from the right one inside.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Nothing,
+    Refuses(&'static [Channel]),
+    /// Errors that begin so do not come out.
+    Hides(&'static str),
+    /// In the forward (`true`) or backward pass.
+    Fails(bool),
+    /// The channels that it looks at.
+    Sees(for<'a> fn(&In<'a>) -> Result<In<'a>>),
+    /// The query, key and value that it computes with.
+    Reads(fn(&In<'_>, [&mut Out; 3])),
+    /// The answer, given what was in the output before.
+    Computes(fn(&In<'_>, &Out, &mut Out)),
+    TrainsOtherwise,
+    /// What it does to the gradients beside adding to them, given grad_out.
+    Adds(fn(&In<'_>, ArrayView2<'_, f64>, &mut GradientsMut<'_, f64>)),
+    NeedsEveryGradient,
+    Weighs(fn(&In<'_>, &mut Out)),
+}
+
+use Fault::*;
+
+/// A right mechanism with a fault.
+#[derive(Debug)]
+struct Wrong<A>(Fault, A);
+
+impl<A> Wrong<A> {
+    fn hide(&self, result: Result<()>) -> Result<()> {
+        match (self.0, result) {
+            (Hides(start), Err(error)) if error.to_string().starts_with(start) => Ok(()),
+            (_, result) => result,
+        }
+    }
+
+    fn fail_if(&self, fails: bool) -> Result<()> {
+        if fails { Err(Error::NoWeights { mechanism: "wrong" }) } else { Ok(()) }
+    }
+}
+
+impl<A: Params<f64>> Params<f64> for Wrong<A> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        self.1.visit_params(visitor);
+    }
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+        self.1.visit_params_mut(visitor);
+    }
+}
+
+impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
+    fn name(&self) -> &'static str {
+        "wrong"
+    }
+    fn output_dim(&self, inputs: &In<'_>) -> usize {
+        self.1.output_dim(inputs)
+    }
+    fn forward_into(&self, inputs: &In<'_>, mut out: ArrayViewMut2<'_, f64>) -> Result<()> {
+        let mut arrays = [inputs.query(), inputs.key(), inputs.value()].map(|x| x.to_owned());
+        match self.0 {
+            Refuses(channels) => inputs.refuse("wrong", channels)?,
+            Fails(forward) => self.fail_if(forward)?,
+            Reads(change) => change(inputs, arrays.each_mut()),
+            _ => {}
+        }
+        let [query, key, value] = arrays.each_ref().map(|array| array.view());
+        let mut seen = inputs.with_arrays(query, key, value)?;
+        seen = seen.with_kv_heads(inputs.heads(), inputs.kv_heads())?;
+        if let Sees(change) = self.0 {
+            seen = change(&seen)?;
+        }
+        let mut answer = Array2::zeros(out.raw_dim());
+        self.hide(self.1.forward_into(&seen, answer.view_mut()))?;
+        if let Computes(change) = self.0 {
+            change(inputs, &out.to_owned(), &mut answer);
+        }
+        out.assign(&answer);
+        Ok(())
+    }
+    fn forward_train_into(&self, x: &In<'_>, mut out: ArrayViewMut2<'_, f64>) -> Result<Saved> {
+        self.forward_into(x, out.view_mut())?;
+        if let TrainsOtherwise = self.0 {
+            out += 1e-9;
+        }
+        Ok(self.1.forward_train(x)?.1)
+    }
+    fn backward_into(
+        &self,
+        inputs: &In<'_>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, f64>,
+        mut grads: GradientsMut<'_, f64>,
+    ) -> Result<()> {
+        match self.0 {
+            Fails(forward) => self.fail_if(!forward)?,
+            NeedsEveryGradient => self.fail_if(grads.distances.is_none())?,
+            Adds(change) => change(inputs, grad_out, &mut grads),
+            _ => {}
+        }
+        self.hide(self.1.backward_into(inputs, saved, grad_out, grads))
+    }
+    fn weights(&self, inputs: &In<'_>) -> Result<Out> {
+        let mut weights = self.1.weights(inputs)?;
+        if let Weighs(change) = self.0 {
+            change(inputs, &mut weights);
+        }
+        Ok(weights)
+    }
+}
+
+/// A small number, another one each time.
+fn drift() -> f64 {
+    static CALLS: AtomicU32 = AtomicU32::new(0);
+    1e-9 * f64::from(CALLS.fetch_add(1, Ordering::Relaxed))
+}
+
+fn visible(x: &In<'_>) -> Vec<usize> {
+    (0..x.num_queries()).flat_map(|query| x.row(query)).map(|pair| pair.index).collect()
+}
+
+fn empty_rows(x: &In<'_>) -> impl Iterator<Item = usize> {
+    (0..x.num_queries()).filter(|&query| x.row(query).next().is_none())
+}
+
+fn leave_empty_rows(x: &In<'_>, old: &Out, out: &mut Out) {
+    empty_rows(x).for_each(|query| out.row_mut(query).assign(&old.row(query)));
+}
+
+fn fill_empty_rows(x: &In<'_>, out: &mut Out) {
+    empty_rows(x).for_each(|query| out.row_mut(query).fill(1.0));
+}
+
+/// The sum of the rows of grad_out that see no key.
+fn leak(x: &In<'_>, grad_out: ArrayView2<'_, f64>) -> f64 {
+    empty_rows(x).map(|query| grad_out.row(query).sum()).sum()
+}
+
+/// What it takes to read a channel.
+fn distances(x: &In<'_>) -> f64 {
+    x.distances("wrong").unwrap().sum()
+}
+
+fn features(x: &In<'_>) -> f64 {
+    x.edge_features("wrong").unwrap().sum()
+}
+
+fn number_rows(array: &mut Out) {
+    array.rows_mut().into_iter().zip(1u8..).for_each(|(mut row, i)| row *= f64::from(i));
+}
+
+fn nan_to_zero(array: &mut Out) {
+    array.mapv_inplace(|entry| if entry.is_nan() { 0.0 } else { entry });
+}
+
+/// In the order of memory, not of rows and columns.
+fn read_memory(x: &In<'_>, [_, _, value]: [&mut Out; 3]) {
+    let data = x.value().to_slice_memory_order().into_iter().flatten();
+    value.iter_mut().zip(data).for_each(|(value, &data)| *value = data);
+}
+
+/// Neither honours masks and causal patterns nor refuses them.
+fn ignore_masks<'a>(x: &In<'a>) -> Result<In<'a>> {
+    match x.pattern() {
+        Pattern::Dense => Inputs::dense(x.query(), x.key(), x.value()),
+        Pattern::Graph(_) => Ok(*x),
+    }
+}
+
+fn weights_by_row(x: &In<'_>, weights: &mut Out) {
+    if let Pattern::Graph(_) = x.pattern() {
+        *weights = weights.select(Axis(0), &visible(x));
+    }
+}
+
+/// A thousand times farther from the mean of their row: the sum stays.
+fn spread_weights(x: &In<'_>, weights: &mut Out) {
+    for pair in (0..x.num_queries()).flat_map(|query| x.row(query)) {
+        let mean = 1.0 / x.row(pair.query).count() as f64;
+        weights.row_mut(pair.index).mapv_inplace(|weight| mean + 1e3 * (weight - mean));
+    }
+}
+
+fn weigh_hidden_pairs(x: &In<'_>, weights: &mut Out) {
+    let hidden = (0..x.num_pairs()).filter(|pair| !visible(x).contains(pair));
+    hidden.for_each(|pair| weights.row_mut(pair).fill(1.0));
+}
+
+fn read_large_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
+    // NaN is not above 1/2, so the laws about NaN do not see this.
+    if x.value().iter().any(|&value| value > 0.5) {
+        fill_empty_rows(x, out);
+    }
+}
+
+/// Faults, and how the law that each of them breaks begins.
+const FAULTS: &[(Fault, &str)] = &[
+    (Refuses(&[Channel::Distances]), "accepts plain dense inputs or a plain graph"),
+    (Fails(true), "forward succeeds"),
+    (Fails(false), "backward succeeds after forward_train"),
+    (Computes(|_, old, out| *out += old), "forward_into overwrites its output"),
+    (Computes(leave_empty_rows), "forward_into overwrites its output"),
+    (Computes(|_, _, out| *out += drift()), "forward_into overwrites its output and repeats its"),
+    (TrainsOtherwise, "forward_train_into gives the numbers of forward_into"),
+    (Adds(|_, _, grads| grads.query += drift()), "backward_into repeats its bits"),
+    (Reads(read_memory), "strided, transposed and reversed views"),
+    (Reads(|_, [_, key, _]| number_rows(key)), "permuting the keys changes nothing"),
+    (Reads(|_, [query, _, _]| number_rows(query)), "permuting the queries permutes the output"),
+    (Sees(ignore_masks), "the same visible pairs as a graph"),
+    (Weighs(weights_by_row), "weights follow the pair order"),
+    // Hidden data times zero instead of skipped.
+    (Computes(|x, _, out| *out += 0.0 * x.key().sum()), "the data of hidden pairs"),
+    (Computes(|x, _, out| *out += 0.0 * x.value().sum()), "the data of hidden pairs"),
+    (Computes(|x, _, out| *out += 0.0 * distances(x)), "the data of hidden pairs"),
+    (Computes(|x, _, out| *out += 0.0 * features(x)), "the data of hidden pairs"),
+    (Adds(|x, _, grads| grads.query += 0.0 * x.key().sum()), "keys that nobody sees"),
+    (Adds(|_, _, grads| grads.value += 1e-9), "keys that nobody sees have zero gradients"),
+    (
+        Adds(|x, _, g| g.distances.iter_mut().for_each(|grad| *grad += 0.0 * distances(x))),
+        "keys that nobody",
+    ),
+    (
+        Adds(|x, _, g| g.edge_features.iter_mut().for_each(|grad| *grad += 0.0 * features(x))),
+        "keys that nobody",
+    ),
+    (
+        Adds(|x, _, g| g.bias.iter_mut().for_each(|grad| *grad += 0.0 * x.key().sum())),
+        "keys that nobody",
+    ),
+    (Reads(|_, [_, key, value]| [key, value].into_iter().for_each(nan_to_zero)), "NaN in a key"),
+    (Computes(|x, _, out| *out += 0.0 * x.key().first().unwrap_or(&0.0)), "NaN in a key and"),
+    (Reads(|_, [query, _, _]| nan_to_zero(query)), "NaN in a query reaches its own row"),
+    (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
+    (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
+    (Sees(|x| x.with_heads(1)), "a head reads its own columns, and no others"),
+    (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),
+    (Weighs(spread_weights), "weights are non-negative"),
+    (Weighs(weigh_hidden_pairs), "weights are non-negative, 0 for hidden pairs"),
+    (Adds(|_, _, grads| grads.query.fill(0.0)), "gradients are added to what is there"),
+    (NeedsEveryGradient, "gradients that are not asked for may be left out"),
+    (Computes(read_large_values_in_empty_rows), "a query that sees no key reads none"),
+    (Computes(|x, _, out| fill_empty_rows(x, out)), "a query that sees no key gets zeros"),
+    (Adds(|x, grad_out, grads| grads.value += leak(x, grad_out)), "gradients do not flow"),
+    (Adds(|x, grad_out, grads| grads.query += leak(x, grad_out)), "gradients do not flow"),
+    (Hides("out:"), "an output of the wrong shape is Error::Shape"),
+    (Hides("grad_out:"), "a grad_out of the wrong shape is Error::Shape"),
+    (Hides("grads.query:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.key:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.value:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.bias:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.edge_features:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.distances:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("flash: expected the state"), "another mechanism's saved state"),
+];
+
+#[test]
+fn every_law_is_broken_by_a_fault() {
+    // Small numbers, so that a value above 1/2 is one that the check has moved.
+    let shapes = Shapes::new(4, 4, 4).heads(2).scale(0.1);
+    check_attention(&Wrong(Nothing, Flash::new()), &shapes).unwrap();
+    for &(fault, law) in FAULTS {
+        let broken = check_attention(&Wrong(fault, Flash::new()), &shapes).map_err(|v| v.law);
+        assert!(matches!(broken, Err(broken) if broken.starts_with(law)), "{law}: {broken:?}");
+    }
+    for law in include_str!("../src/testing/laws.rs").split("let law = \"").skip(1) {
+        assert!(FAULTS.iter().any(|fault| law.starts_with(fault.1)), "no fault breaks {law:.70}");
+    }
+}
+
+#[test]
+fn every_gradient_is_compared() {
+    let wrong = |fault| {
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+        Wrong(fault, MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng).unwrap())
+    };
+    let mut right = wrong(Nothing);
+    check_gradients(&mut right, &Shapes::new(2, 2, 2)).unwrap();
+    assert_eq!(params::state(&right), params::state(&wrong(Nothing)), "not put back");
+
+    // Hardly wrong, or read forward and forgotten backward.
+    let faults: &[(Fault, &str)] = &[
+        (Adds(|_, _, grads| grads.query += 1e-5), "query,"),
+        (Adds(|_, _, grads| grads.key += 1e-5), "key,"),
+        (Adds(|_, _, grads| grads.value += 1e-5), "value,"),
+        (Adds(|_, _, grads| grads.bias.iter_mut().for_each(|grad| *grad += 1e-5)), "bias,"),
+        (Computes(|x, _, out| *out += distances(x)), "distances,"),
+        (Computes(|x, _, out| *out += features(x)), "edge_features,"),
+        (Adds(|_, _, grads| grads.params[0] += 1e-5), "in_proj_weight,"),
+        (Adds(|_, _, grads| grads.params[3] += 1e-5), "out_proj.bias,"),
+        (Fails(false), "wrong: expected"),
+    ];
+    for &(fault, array) in faults {
+        let violation = check_gradients(&mut wrong(fault), &Shapes::new(2, 2, 2)).unwrap_err();
+        assert!(violation.detail.starts_with(array), "{array} {violation}");
+    }
+}
+
+#[test]
+fn channels_may_be_refused() {
+    for (channels, cases) in [
+        (&[Channel::Mask], "causal, causal bottom right, mask, graph mask, graph causal"),
+        (&[Channel::Bias], "bias, bias per head, bias that hides, graph bias"),
+        (&[Channel::Dropout], "dropout, graph dropout"),
+    ] {
+        let choosy = Wrong(Refuses(channels), Flash::new());
+        let report = check_attention(&choosy, &Shapes::new(3, 3, 2)).unwrap();
+        assert_eq!(report.refused.join(", "), cases);
+    }
+}
