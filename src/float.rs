@@ -1,15 +1,11 @@
 use crate::error::{Error, Result};
 use ndarray::{Array2, NdFloat};
 
-pub(crate) mod sealed {
-    use crate::kernels::exp2::Exp2;
-    use fearless_simd::SimdFloatElement;
-
-    /// What the kernels need of an element; sealed, so that nobody else sees it.
-    pub trait Sealed: SimdFloatElement + 'static {
-        /// The constants of 2^x for this type.
-        const EXP2: Exp2<Self>;
-    }
+mod sealed {
+    /// Sealed, so that nobody else sees the kernels behind it.
+    pub trait Sealed: crate::kernels::Kernels {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
 }
 
 /// The element types of this crate: `f32` and `f64`.

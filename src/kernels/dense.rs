@@ -20,7 +20,7 @@ use std::ops::Range;
 
 /// Queries of a block and keys of a tile.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct TileSizes {
+pub struct TileSizes {
     pub(crate) queries: usize,
     pub(crate) keys: usize,
 }

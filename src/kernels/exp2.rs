@@ -1,8 +1,7 @@
 //! 2^x for x ≤ 0: the exponential of a softmax, whose logits are kept in units of ln 2.
 
-use crate::float::sealed::Sealed;
 use crate::kernels::matmul::Vector;
-use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The constants of [`exp2`] for one type.
 #[derive(Debug)]
@@ -19,7 +18,13 @@ pub struct Exp2<F: 'static> {
     coefficients: &'static [F],
 }
 
-impl Sealed for f32 {
+/// A type with a 2^x.
+pub trait HasExp2: SimdFloatElement + 'static {
+    /// Its constants.
+    const EXP2: Exp2<Self>;
+}
+
+impl HasExp2 for f32 {
     /// Relative error of the polynomial 2^-28.5.
     const EXP2: Exp2<f32> = Exp2 {
         min: -127.0,
@@ -36,7 +41,7 @@ impl Sealed for f32 {
     };
 }
 
-impl Sealed for f64 {
+impl HasExp2 for f64 {
     /// Relative error of the polynomial 2^-63.9.
     const EXP2: Exp2<f64> = Exp2 {
         min: -1023.0,
@@ -62,7 +67,7 @@ impl Sealed for f64 {
 /// 2^x for x ≤ 0, to 1.5 units in the last place; 0 where 2^x is not a normal number, NaN for
 /// NaN. Positive x that do not overflow come out right too.
 #[inline(always)]
-pub(crate) fn exp2<S: Simd, F: Sealed>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
+pub(crate) fn exp2<S: Simd, F: HasExp2>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
     let Exp2 { min, magic, shift, coefficients } = F::EXP2;
     let min = Vector::<S, F>::splat(simd, min);
     // A comparison with NaN is false, so NaN stays.
@@ -85,9 +90,9 @@ mod tests {
     use fearless_simd::Level;
 
     /// 2^x of every number of a list.
-    fn exp2_of<F: Sealed>(level: Level, xs: &[F]) -> Vec<F> {
+    fn exp2_of<F: HasExp2>(level: Level, xs: &[F]) -> Vec<F> {
         #[inline(always)]
-        fn run<S: Simd, F: Sealed>(simd: S, xs: &mut [F]) {
+        fn run<S: Simd, F: HasExp2>(simd: S, xs: &mut [F]) {
             for chunk in xs.chunks_mut(Vector::<S, F>::LEN) {
                 let mut padded = Vector::<S, F>::splat(simd, F::from(0u8));
                 padded.as_mut_slice()[..chunk.len()].copy_from_slice(chunk);

@@ -55,10 +55,112 @@ pub(crate) mod problem;
 pub(crate) mod rows;
 pub(crate) mod vector;
 
+use crate::float::Float;
+use crate::gradients::GradientsMut;
+use crate::graph::Graph;
+use dense::TileSizes;
+use fearless_simd::Level;
+use ndarray::{Array2, ArrayViewMut2};
+use problem::{Problem, Upstream};
+
+/// The kernels as methods of their element: so they are compiled in this crate, once for each type
+/// and instruction set, and not again in every crate that calls a mechanism.
+pub trait Kernels: exp2::HasExp2 {
+    /// [`dense::forward`].
+    fn dense_forward(
+        problem: &Problem<'_, Self>,
+        sizes: TileSizes,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`dense::backward`].
+    fn dense_backward(
+        problem: &Problem<'_, Self>,
+        sizes: TileSizes,
+        level: Level,
+        upstream: Upstream<'_, Self>,
+        grads: &mut GradientsMut<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`rows::forward`].
+    fn rows_forward(
+        problem: &Problem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`rows::backward`].
+    fn rows_backward(
+        problem: &Problem<'_, Self>,
+        graph: &Graph,
+        tile_len: usize,
+        level: Level,
+        upstream: Upstream<'_, Self>,
+        grads: &mut GradientsMut<'_, Self>,
+    ) where
+        Self: Float;
+}
+
+macro_rules! compile_kernels {
+    ($($float:ty),*) => {$(
+        impl Kernels for $float {
+            fn dense_forward(
+                problem: &Problem<'_, Self>,
+                sizes: TileSizes,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                dense::forward(problem, sizes, level, out, log_sum_exp);
+            }
+
+            fn dense_backward(
+                problem: &Problem<'_, Self>,
+                sizes: TileSizes,
+                level: Level,
+                upstream: Upstream<'_, Self>,
+                grads: &mut GradientsMut<'_, Self>,
+            ) {
+                dense::backward(problem, sizes, level, upstream, grads);
+            }
+
+            fn rows_forward(
+                problem: &Problem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                rows::forward(problem, tile_len, level, out, log_sum_exp);
+            }
+
+            fn rows_backward(
+                problem: &Problem<'_, Self>,
+                graph: &Graph,
+                tile_len: usize,
+                level: Level,
+                upstream: Upstream<'_, Self>,
+                grads: &mut GradientsMut<'_, Self>,
+            ) {
+                rows::backward(problem, graph, tile_len, level, upstream, grads);
+            }
+        }
+    )*};
+}
+
+compile_kernels!(f32, f64);
+
 /// Every instruction set that this CPU has, and none at all.
 #[cfg(test)]
-pub(crate) fn levels() -> Vec<fearless_simd::Level> {
-    use fearless_simd::{Level, Simd};
+pub(crate) fn levels() -> Vec<Level> {
+    use fearless_simd::Simd;
     let best = Level::new();
     let mut levels = vec![best, Level::fallback()];
     #[cfg(target_arch = "x86_64")]

@@ -11,7 +11,7 @@ use std::f64::consts::LOG2_E;
 
 /// Inputs of exact softmax attention, checked, with rows as slices.
 #[derive(Debug)]
-pub(crate) struct Problem<'a, F: Float> {
+pub struct Problem<'a, F: Float> {
     pub(crate) inputs: Inputs<'a, F>,
     pub(crate) query: Rows<'a, F>,
     pub(crate) key: Rows<'a, F>,
@@ -116,7 +116,7 @@ impl<'a, F: Float> Problem<'a, F> {
 
 /// What a backward pass starts from.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Upstream<'u, F> {
+pub struct Upstream<'u, F> {
     /// The outputs of the forward pass, and its log-sum-exp, num_queries × heads.
     pub(crate) out: Slices<'u, F>,
     pub(crate) log_sum_exp: &'u Array2<F>,

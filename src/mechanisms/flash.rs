@@ -3,9 +3,8 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
-use crate::kernels::dense::{self, TileSizes};
+use crate::kernels::dense::TileSizes;
 use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
-use crate::kernels::rows;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
@@ -122,9 +121,9 @@ impl Flash {
         let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
             Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
-                dense::forward(&problem, tiles, level, out, &mut log_sum_exp);
+                F::dense_forward(&problem, tiles, level, out, &mut log_sum_exp);
             }
-            _ => rows::forward(&problem, tiles.keys, level, out, &mut log_sum_exp),
+            _ => F::rows_forward(&problem, tiles.keys, level, out, &mut log_sum_exp),
         }
         Ok(log_sum_exp)
     }
@@ -175,9 +174,9 @@ impl<F: Float> Attention<F> for Flash {
         let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
         let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
-            Pattern::Dense => dense::backward(&problem, tiles, level, upstream, &mut grads),
+            Pattern::Dense => F::dense_backward(&problem, tiles, level, upstream, &mut grads),
             Pattern::Graph(graph) => {
-                rows::backward(&problem, graph, tiles.keys, level, upstream, &mut grads);
+                F::rows_backward(&problem, graph, tiles.keys, level, upstream, &mut grads);
             }
         }
         Ok(())
