@@ -4,7 +4,7 @@ use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::params::Params;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-use std::any::Any;
+use std::any::{Any, type_name};
 use std::fmt;
 use std::sync::Arc;
 
@@ -144,13 +144,14 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
 /// [`Attention::forward_train_into`].
 pub struct Saved {
     mechanism: &'static str,
+    type_name: &'static str,
     state: Box<dyn Any + Send + Sync>,
 }
 
 impl Saved {
     /// Wraps a mechanism's state under its name.
-    pub fn new(mechanism: &'static str, state: impl Any + Send + Sync) -> Self {
-        Self { mechanism, state: Box::new(state) }
+    pub fn new<T: Any + Send + Sync>(mechanism: &'static str, state: T) -> Self {
+        Self { mechanism, type_name: type_name::<T>(), state: Box::new(state) }
     }
 
     /// The state, for the mechanism that saved it.
@@ -159,9 +160,12 @@ impl Saved {
     /// [`Error::SavedMismatch`] if another mechanism saved it, or the same one in another precision.
     pub fn state<T: Any>(&self, mechanism: &'static str) -> Result<&T> {
         let state = self.state.downcast_ref();
-        state
-            .filter(|_| mechanism == self.mechanism)
-            .ok_or(Error::SavedMismatch { mechanism, saved_by: self.mechanism })
+        state.filter(|_| mechanism == self.mechanism).ok_or(Error::SavedMismatch {
+            mechanism,
+            saved_by: self.mechanism,
+            expected: type_name::<T>(),
+            actual: self.type_name,
+        })
     }
 }
 

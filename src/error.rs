@@ -22,7 +22,7 @@ pub enum Error {
     },
     /// The columns of an array cannot be split into equal heads.
     #[error(
-        "{what}: expected a number of columns divisible by {heads} heads, got {columns} columns"
+        "{what}: expected columns that split into {heads} heads of equal positive size, got {columns} columns"
     )]
     Heads {
         /// The argument, e.g. `key`.
@@ -90,13 +90,17 @@ pub enum Error {
     },
     /// The saved state of a forward pass was handed to a mechanism that did not make it.
     #[error(
-        "{mechanism}: expected the state saved by its own forward pass, got one saved by {saved_by}"
+        "{mechanism}: expected the state saved by its own forward pass, a {expected}, got one saved by {saved_by}, a {actual}"
     )]
     SavedMismatch {
         /// [`Attention::name`](crate::Attention::name) of the mechanism that was called.
         mechanism: &'static str,
         /// Who made the state.
         saved_by: &'static str,
+        /// The type of its own state; it shows the precision.
+        expected: &'static str,
+        /// The type of the state that came.
+        actual: &'static str,
     },
     /// A parameter of this name does not exist.
     #[error("parameter {name}: expected one of [{}], got an unknown name", known.join(", "))]
@@ -105,6 +109,12 @@ pub enum Error {
         name: String,
         /// The names that exist.
         known: Vec<String>,
+    },
+    /// A parameter comes twice in a state.
+    #[error("parameter {name}: expected one value, got two")]
+    DuplicateParam {
+        /// The name.
+        name: String,
     },
     /// A parameter is missing from a state that must be complete.
     #[error("parameter {name}: expected a value, got a state without this name")]

@@ -1,5 +1,5 @@
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, try_vec, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::{self, Params};
 use ndarray::{Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, Dimension};
@@ -57,13 +57,14 @@ impl<F: Float> Gradients<F> {
         let optional = |what, shape: Option<_>| shape.map(|shape| zeros(what, shape)).transpose();
         let mut param_zeros = Vec::new();
         params.visit_params(&mut |_, param| param_zeros.push(ArrayD::zeros(param.raw_dim())));
+        let vector = |[len]: [usize; 1]| try_vec("grads.distances", &[len], F::zero());
         Ok(Self {
             query: zeros("grads.query", shapes.query)?,
             key: zeros("grads.key", shapes.key)?,
             value: zeros("grads.value", shapes.value)?,
             bias: optional("grads.bias", shapes.bias)?,
             edge_features: optional("grads.edge_features", shapes.edge_features)?,
-            distances: shapes.distances.map(Array1::zeros),
+            distances: shapes.distances.map(vector).transpose()?.map(Array1::from),
             params: param_zeros,
         })
     }

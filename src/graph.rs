@@ -134,9 +134,11 @@ impl Graph {
     /// # Errors
     /// [`Error::Graph`] if there are more than `u32::MAX` queries, keys or pairs.
     pub fn from_mask(mask: ArrayView2<'_, bool>) -> Result<Self> {
-        Self::from_rows(mask.nrows(), mask.ncols(), |query, row| {
-            let keys = mask.row(query);
-            row.extend((0u32..).zip(keys).filter(|(_, seen)| **seen).map(|(key, _)| key));
+        check_sizes(mask.nrows(), mask.ncols())?;
+        let num_edges = mask.iter().filter(|&&seen| seen).count();
+        Self::from_rows(mask.nrows(), mask.ncols(), num_edges, |query, row| {
+            let keys = (0..mask.ncols() as u32).zip(mask.row(query));
+            row.extend(keys.filter(|(_, seen)| **seen).map(|(key, _)| key));
         })
     }
 
@@ -167,15 +169,29 @@ impl Graph {
             })? = true;
         }
         let globals: Vec<u32> = (0..n as u32).filter(|&j| is_global[j as usize]).collect();
-        Self::from_rows(n, n, |i, row| {
+        let window = |i: usize| {
+            i.saturating_sub(radius) as u32..(i.saturating_add(radius).min(n - 1) + 1) as u32
+        };
+        // The window of a node, and the globals before and after it.
+        let split = |i: usize| {
+            let window = window(i);
+            let before = globals.partition_point(|&j| j < window.start);
+            let after = globals.partition_point(|&j| j < window.end);
+            (&globals[..before], window, &globals[after..])
+        };
+        let len = |i: usize| {
+            let (before, window, after) = split(i);
+            if is_global[i] { n } else { before.len() + window.len() + after.len() }
+        };
+        let num_edges = (0..n).fold(0usize, |sum, i| sum.saturating_add(len(i)));
+        Self::from_rows(n, n, num_edges, |i, row| {
             if is_global[i] {
                 return row.extend(0..n as u32);
             }
-            let window =
-                i.saturating_sub(radius) as u32..(i.saturating_add(radius).min(n - 1) + 1) as u32;
-            row.extend(globals.iter().filter(|&&j| j < window.start));
-            row.extend(window.clone());
-            row.extend(globals.iter().filter(|&&j| j >= window.end));
+            let (before, window, after) = split(i);
+            row.extend(before);
+            row.extend(window);
+            row.extend(after);
         })
     }
 
@@ -192,9 +208,9 @@ impl Graph {
         check_sizes(num_queries, num_keys)?;
         check_num_edges(num_edges)?;
 
-        let mut offsets = Vec::with_capacity(num_queries + 1);
-        let mut indices = Vec::with_capacity(num_edges);
-        let mut edge_ids = Vec::with_capacity(num_edges);
+        let mut offsets = reserved(num_queries + 1)?;
+        let mut indices = reserved(num_edges)?;
+        let mut edge_ids = reserved(num_edges)?;
         offsets.push(0);
         let mut first_key = 0;
         for graph in graphs {
@@ -287,7 +303,7 @@ impl Graph {
     /// The same edges with queries and keys exchanged: row j lists the queries that attend to key
     /// j, in ascending order. Edge numbers are kept, so per-edge arrays serve both directions.
     ///
-    /// Computed once, on first use, in O(queries + keys + edges), and kept.
+    /// Computed once, on first use, in O(queries + keys + edges) time and memory, and kept.
     #[must_use]
     pub fn transpose(&self) -> &Graph {
         self.transposed.get_or_init(|| {
@@ -382,7 +398,7 @@ impl Graph {
         let mut hops = Vec::new();
         let mut seen_from = vec![u32::MAX; n];
         let mut queue = VecDeque::new();
-        let graph = Self::from_rows(n, n, |start, row| {
+        let graph = Self::from_rows(n, n, 0, |start, row| {
             seen_from[start] = start as u32;
             queue.push_back((start as u32, 0));
             while let Some((node, distance)) = queue.pop_front() {
@@ -415,22 +431,27 @@ impl Graph {
             let expected = format!("a query below {}", self.num_queries());
             return Err(Error::graph(format!("queries[{position}]"), expected, queries[position]));
         }
-        let graph = Self::from_rows(queries.len(), self.num_keys, |row, keys| {
+        let num_edges = queries.iter().map(|&query| self.slots(query).len());
+        let num_edges = num_edges.fold(0usize, usize::saturating_add);
+        let graph = Self::from_rows(queries.len(), self.num_keys, num_edges, |row, keys| {
             keys.extend(self.neighbors(queries[row]));
         })?;
         let edges = queries.iter().flat_map(|&query| self.row(query)).map(|(_, edge)| edge);
         Ok((graph, edges.collect()))
     }
 
-    /// A graph row by row: `fill` appends the keys of a query to the list of all keys.
+    /// A graph row by row: `fill` appends the keys of a query to the list of all keys, `num_edges`
+    /// in the end where that is known, else 0.
     fn from_rows(
         num_queries: usize,
         num_keys: usize,
+        num_edges: usize,
         mut fill: impl FnMut(usize, &mut Vec<u32>),
     ) -> Result<Self> {
         check_sizes(num_queries, num_keys)?;
+        check_num_edges(num_edges)?;
         let mut offsets = try_vec("graph", &[num_queries + 1], 0)?;
-        let mut indices = Vec::new();
+        let mut indices = reserved(num_edges)?;
         for query in 0..num_queries {
             fill(query, &mut indices);
             check_num_edges(indices.len())?;
@@ -476,6 +497,17 @@ fn check_sizes(num_queries: usize, num_keys: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// An empty list with room for so many entries.
+fn reserved<T>(len: usize) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    list.try_reserve_exact(len).map_err(|_| too_large(len))?;
+    Ok(list)
+}
+
+fn too_large(len: usize) -> Error {
+    Error::TooLarge { what: "graph", shape: vec![len] }
 }
 
 fn check_num_edges(num_edges: usize) -> Result<()> {

@@ -587,6 +587,9 @@ pub(crate) struct GradientShapes {
 impl<F: Float> Bias<'_, F> {
     /// The logit of a pair for a head. Negative infinity hides the pair from that head: skip it,
     /// so that NaN in its key or value cannot leak.
+    ///
+    /// # Panics
+    /// If there is no such pair or head: take pairs from [`Inputs::row`].
     #[inline]
     #[must_use]
     pub fn at(&self, pair: Pair, head: usize) -> F {

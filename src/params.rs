@@ -29,8 +29,8 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 /// Sets all parameters from a state dict, in any order. Nothing is changed if anything is wrong.
 ///
 /// # Errors
-/// [`Error::UnknownParam`] for a name that does not exist or comes twice, [`Error::MissingParam`]
-/// for one that is not in the state, [`Error::Shape`] for a value of another shape, and
+/// [`Error::UnknownParam`] for a name that does not exist, [`Error::DuplicateParam`] for one that comes
+/// twice, [`Error::MissingParam`] for one that is not in the state, [`Error::Shape`] for a value of another shape, and
 /// [`Error::InvalidConfig`] if the parameters are shared and so cannot be written.
 pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
@@ -42,10 +42,13 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     for (name, value) in new {
         let name = name.as_ref();
         let position = old.iter().position(|(known, _)| known == name);
-        let Some(position) = position.filter(|&position| values[position].is_none()) else {
+        let Some(position) = position else {
             let known = old.into_iter().map(|(name, _)| name).collect();
             return Err(Error::UnknownParam { name: name.to_owned(), known });
         };
+        if values[position].is_some() {
+            return Err(Error::DuplicateParam { name: name.to_owned() });
+        }
         check_shape(name.to_owned(), old[position].1.shape(), value.shape())?;
         values[position] = Some(value);
     }
@@ -219,7 +222,7 @@ mod tests {
         let unknown = load_state(&mut params, [("first", ones(&[2])), ("third", ones(&[2]))]);
         assert!(unknown.unwrap_err().to_string().contains("third"));
         let twice = load_state(&mut params, [("first", ones(&[2])), ("first", ones(&[2]))]);
-        assert!(matches!(twice, Err(Error::UnknownParam { .. })));
+        assert_eq!(twice, Err(Error::DuplicateParam { name: "first".into() }));
         let missing = load_state(&mut params, [("second", ones(&[1, 3]))]);
         assert_eq!(missing, Err(Error::MissingParam { name: "first".into() }));
         let shape = load_state(&mut params, [("first", ones(&[2])), ("second", ones(&[3]))]);

@@ -12,7 +12,8 @@ use ndarray::{Array2, ArrayView2, s};
 ///
 /// So one query's keys can live in several shards, HNSW layers or machines. The merge is
 /// associative and commutative up to rounding, and [`empty`](Self::empty) (output 0, log-sum-exp
-/// −∞) is its identity. (Milakov & Gimelshein 2018, 1805.02867; Rabe & Staats 2021, 2112.05682.)
+/// −∞) is its identity. A part whose only logits are −∞ counts as empty, whatever its values.
+/// (Milakov & Gimelshein 2018, 1805.02867; Rabe & Staats 2021, 2112.05682.)
 ///
 /// Made by [`ScaledDotProduct::forward_partial`](crate::ScaledDotProduct::forward_partial) and
 /// [`Flash::forward_partial`](crate::Flash::forward_partial):

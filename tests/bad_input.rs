@@ -182,6 +182,7 @@ fn channels_that_are_missing_or_refused() {
 
 #[test]
 fn graphs_that_contradict_themselves() {
+    let complete = Graph::window(2048, HUGE).unwrap();
     let csr = |offsets: &[_], indices: &[_]| Graph::from_csr(3, offsets.to_vec(), indices.to_vec());
     let select = |queries: &[usize]| GRAPH.select_queries(queries).map(|it| it.0);
     let loops = |rows| GRAPH.with_self_loops_and_features(zeros(rows, 2), LoopFill::Mean);
@@ -204,11 +205,16 @@ fn graphs_that_contradict_themselves() {
         (Graph::from_csr(HUGE, vec![0], vec![]), "num_keys | at most 4294967295 | got 23058"),
         (Graph::from_mask(fill(&true, HUGE, 1)), "num_queries | at most 4294967295 | got 23058"),
         (Graph::from_mask(fill(&true, 1, HUGE)), "num_keys | at most 4294967295 | got 23058"),
+        (Graph::window(1 << 20, HUGE), "edges | at most 4294967295 | got 1099511627776"),
         (Graph::window(HUGE, HUGE), "num_queries | at most 4294967295 | got 23058"),
         (Graph::local_global(3, 1, &[0, 3]), "globals[1] | below 3 | got 3"),
         (Graph::local_global(0, 1, &[0]), "globals[0] | below 0 | got 0"),
         (Graph::block_diagonal(&[&most_keys; 2]), "num_keys | at most 4294967295 | got 8589934590"),
         (select(&[1, 2]), "queries[1] | below 2 | got 2"),
+        (
+            complete.select_queries(&vec![0; 1 << 22]).map(|it| it.0),
+            "edges | at most 4294967295 | got 8589934592",
+        ),
         (select(&[HUGE]), "queries[0] | below 2 | got 2305843009213693951"),
         (GRAPH.with_self_loops(), "with_self_loops | as many queries as 3 keys | 2 queries"),
         (GRAPH.k_hop(2).map(|it| it.0), "k_hop | as many queries as 3 keys | 2 queries"),
@@ -221,6 +227,9 @@ fn graphs_that_contradict_themselves() {
 
 #[test]
 fn settings_out_of_range() {
+    let single = Inputs::dense(fill(&0f32, 1, 1), fill(&0.0, 1, 1), fill(&0.0, 1, 1)).unwrap();
+    let beyond_f32 = Flash::new().with_scale(1e300).unwrap().forward(&single);
+    refused(beyond_f32, "InvalidConfig | scale | a finite number | got inf");
     for scale in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let expected = format!("InvalidConfig | scale | a finite number | got {scale}");
         refused(ScaledDotProduct::new().with_scale(scale), &expected);
@@ -395,7 +404,7 @@ fn parameters_that_do_not_fit() {
     let state = params::state(&attention);
     let spoils: [(Spoil<State>, _); 6] = [
         (|it| it[2].0 = "w_o".into(), "UnknownParam | w_o | out_proj.weight | unknown"),
-        (|it| it.push(it[2].clone()), "UnknownParam | parameter out_proj.weight"),
+        (|it| it.push(it[2].clone()), "DuplicateParam | out_proj.weight | one value | two"),
         (|it| drop(it.remove(2)), "MissingParam | out_proj.weight | without this name"),
         (|it| it.clear(), "MissingParam | in_proj_weight | without this name"),
         (|it| it[2].1 = bad([4, 5]), "Shape | out_proj.weight | [4, 4] | [4, 5]"),
@@ -438,6 +447,16 @@ fn sizes_beyond_memory() {
     refused(Partial::<f64>::empty(HUGE, 1, 1), &large("log_sum_exp"));
     let pairs = Inputs::dense(zeros(HUGE, 1), zeros(HUGE, 1), zeros(HUGE, 1));
     refused(pairs, &format!("TooLarge | pairs | [{HUGE}, {HUGE}]"));
+    // What does not lie row after row in memory is copied.
+    let wide = Inputs::dense(zeros(1, HUGE), zeros(2, HUGE), zeros(2, 1)).unwrap();
+    refused(flash.forward(&wide), &format!("TooLarge | query | [1, {HUGE}]"));
+    let many = Inputs::dense(zeros(0, 0), zeros(HUGE, 0), zeros(HUGE, 0)).unwrap();
+    let distances =
+        Gradients::zeros(&dense([1, HUGE, 0, 0]).with_distances(zero_row(HUGE)).unwrap(), &flash);
+    refused(distances, &format!("TooLarge | grads.distances | [{HUGE}]"));
+    // Tiles are cut to what they are worth.
+    let largest_tiles = flash.clone().with_tiles(usize::MAX, usize::MAX).unwrap();
+    assert_eq!(largest_tiles.forward(&many).unwrap().dim(), (0, 0));
     let projection = multi_head(flash).weights(&dense([HUGE / 4, 1, 4, 4]));
     refused(projection, &format!("TooLarge | projection | [{}, 4]", HUGE / 4));
 }

@@ -43,7 +43,9 @@ fn flash_trains_in_memory_linear_in_n() {
     let flash = Flash::new();
     let peaks: Vec<u64> =
         [1, 2, 4, 8, 16].map(|k| dense_training_peak(&flash, k * 1024)).into_iter().collect();
-    for doubled in peaks.windows(2) {
+    // From 2k on the queries are cut into a fixed number of parts, before that into fewer.
+    assert!(peaks[0] <= peaks[1], "{peaks:?}");
+    for doubled in peaks[1..].windows(2) {
         assert!(doubled[1] <= doubled[0] * 21 / 10, "{peaks:?}");
     }
     // Far below one number for each pair: at 16k by a factor of fifty.

@@ -179,11 +179,13 @@ fn rows_at_the_edges_of_the_numbers() -> Result<(), Error> {
         Ok::<_, Error>((out, grads))
     };
     for attention in [&ScaledDotProduct::new() as &dyn Attention<f64>, &Flash::new()] {
-        // No logit above −∞: nothing is attended to, whatever the values.
+        // No logit above −∞: nothing is attended to, whatever the values, and nothing flows back,
+        // not even 0 · ∞ from the query.
         let (out, grads) = run(attention, f64::NEG_INFINITY)?;
         assert_eq!(out, array![[0.0, 0.0]]);
         assert_eq!(grads.value.sum(), 0.0);
         assert_eq!(grads.query.sum(), 0.0);
+        assert_eq!(grads.key.sum(), 0.0);
         // Logits of +∞ or NaN have no softmax.
         for query in [f64::INFINITY, f64::NAN] {
             assert!(run(attention, query)?.0.iter().all(|x| x.is_nan()));

@@ -208,6 +208,11 @@ fn read_large_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
     }
 }
 
+/// Hidden keys times zero: harmless until a query that does not see them is NaN.
+fn nan_query_leaks(x: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<'_, f64>) {
+    grads.key += 0.0 * x.query().sum();
+}
+
 /// Faults, and how the law that each of them breaks begins.
 const FAULTS: &[(Fault, &str)] = &[
     (Refuses(&[Channel::Distances]), "accepts plain dense inputs or a plain graph"),
@@ -246,6 +251,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.key().first().unwrap_or(&0.0)), "NaN in a key and"),
     (Reads(|_, [query, _, _]| nan_to_zero(query)), "NaN in a query reaches its own row"),
     (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
+    (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
     (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
     (Sees(|x| x.with_heads(1)), "a head reads its own columns, and no others"),
     (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),

@@ -562,10 +562,10 @@ fn backward_block<S: Simd, F: Float>(
                 let mut grad = load::<S, F>(simd, grad_scores);
                 let mut weight = score;
                 for v in 0..2 {
-                    let takes_no_part = log_sums[v].simd_eq(highest);
-                    let score = takes_no_part.select(lowest, score[v] - log_sums[v]);
-                    weight[v] = exp2::<S, F>(simd, score);
+                    // By the score itself: −∞ less a log-sum that is NaN is not −∞ any more.
+                    let score = log_sums[v].simd_eq(highest).select(lowest, score[v]);
                     let is_hidden = score.simd_eq(lowest);
+                    weight[v] = exp2::<S, F>(simd, is_hidden.select(lowest, score - log_sums[v]));
                     grad[v] = is_hidden.select(zero, weight[v] * (grad[v] - deltas[v]));
                 }
                 store::<S, F>(grad, grad_scores);
@@ -603,7 +603,8 @@ fn backward_block<S: Simd, F: Float>(
         // What is not finite, pair by pair.
         let lanes_of = |bad: &[usize]| -> Vec<usize> {
             let queries = bad.iter().filter(|query| block.queries.contains(query));
-            queries.map(|query| query - block.queries.start).collect()
+            let lanes = queries.map(|query| query - block.queries.start);
+            lanes.filter(|&lane| scratch.log_sums[lane] != F::infinity()).collect()
         };
         let not_finite = |x: &(usize, &F)| !x.1.is_finite();
         let bad = lanes_of(&operands.grad_out.bad);
@@ -623,7 +624,9 @@ fn backward_block<S: Simd, F: Float>(
             }
         });
         let bad = operands.key.bad.iter().copied().filter(|key| tile.contains(key));
-        block.for_each_visible(0..block.queries.len(), bad, |lane, key| {
+        let lanes = 0..block.queries.len();
+        let live = lanes.filter(|&lane| scratch.log_sums[lane] != F::infinity());
+        block.for_each_visible(live.collect::<Vec<_>>().into_iter(), bad, |lane, key| {
             let grad_score = grad_scores[(key - tile.start) * width + lane];
             for (c, &key) in problem.key(key, head).iter().enumerate().filter(not_finite) {
                 scratch.grad_query[c * width + lane] += grad_score * key;
@@ -658,11 +661,14 @@ fn block<'p, 'a, S: Simd, F: Float>(
     }
 }
 
+/// Tiles larger than this only cost memory.
+const LARGEST_TILE: usize = 1024;
+
 /// Tiles no larger than the problem.
 fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     TileSizes {
-        queries: sizes.queries.min(problem.inputs.num_queries()).max(1),
-        keys: sizes.keys.min(problem.inputs.num_keys()).max(1),
+        queries: sizes.queries.min(problem.inputs.num_queries()).clamp(1, LARGEST_TILE),
+        keys: sizes.keys.min(problem.inputs.num_keys()).clamp(1, LARGEST_TILE),
     }
 }
 

@@ -30,19 +30,25 @@ pub(crate) fn linear<F: Float>(
     Ok(out)
 }
 
-/// y = x Wᵀ + b, so with g the gradient of y: grad_x += g W, grad_W += gᵀ x, grad_b += Σ_rows g.
-///
-/// A row of x that the loss does not depend on (g = 0: a masked key, say) is skipped: NaN in it
-/// does not reach grad_W.
-pub(crate) fn linear_vjp<F: Float>(
-    x: ArrayView2<'_, F>,
+/// y = x Wᵀ + b, so with g the gradient of y: grad_x += g W.
+pub(crate) fn linear_input_vjp<F: Float>(
     weight: ArrayView2<'_, F>,
     grad_out: ArrayView2<'_, F>,
     mut grad_x: ArrayViewMut2<'_, F>,
+) {
+    general_mat_mul(F::one(), &grad_out, &weight, F::one(), &mut grad_x);
+}
+
+/// y = x Wᵀ + b, so with g the gradient of y: grad_W += gᵀ x, grad_b += Σ_rows g.
+///
+/// A row of x that the loss does not depend on (g = 0: a masked key, say) is skipped: NaN in it
+/// does not reach grad_W.
+pub(crate) fn linear_params_vjp<F: Float>(
+    x: ArrayView2<'_, F>,
+    grad_out: ArrayView2<'_, F>,
     mut grad_weight: ArrayViewMut2<'_, F>,
     grad_bias: Option<ArrayViewMut1<'_, F>>,
 ) {
-    general_mat_mul(F::one(), &grad_out, &weight, F::one(), &mut grad_x);
     let mut x = CowArray::from(x);
     for (row, grad) in grad_out.rows().into_iter().enumerate() {
         let is_finite = x.row(row).iter().all(|value| value.is_finite());

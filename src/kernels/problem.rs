@@ -3,7 +3,7 @@
 use super::vector::plain_dot;
 use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
+use crate::float::{Float, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 use std::borrow::Cow;
@@ -36,16 +36,18 @@ impl<'a, F: Float> Problem<'a, F> {
         if let Some(bias) = inputs.bias() {
             bias.check_heads(heads)?;
         }
+        // Without columns every dot product is 0, whatever its scale: only keep it finite.
+        let scale = scale.unwrap_or(1.0 / (key_dim.max(1) as f64).sqrt());
+        check_scale(F::of(scale).as_f64())?;
         Ok(Self {
             inputs: *inputs,
-            query: Rows::new(inputs.query()),
-            key: Rows::new(inputs.key()),
-            value: Rows::new(inputs.value()),
+            query: Rows::new("query", inputs.query())?,
+            key: Rows::new("key", inputs.key())?,
+            value: Rows::new("value", inputs.value())?,
             heads,
             key_dim,
             value_dim: inputs.value().ncols() / inputs.kv_heads(),
-            // Without columns every dot product is 0, whatever its scale: only keep it finite.
-            scale: F::of(scale.unwrap_or(1.0 / (key_dim.max(1) as f64).sqrt())),
+            scale: F::of(scale),
             bias: inputs.bias(),
             dropout: inputs.dropout(),
         })
@@ -161,14 +163,14 @@ pub(crate) struct Rows<'a, F> {
 }
 
 impl<'a, F: Float> Rows<'a, F> {
-    pub(crate) fn new(matrix: ArrayView2<'a, F>) -> Self {
-        let columns = matrix.ncols();
-        let matrix = if matrix.is_standard_layout() {
-            matrix.into()
-        } else {
-            matrix.as_standard_layout().into_owned().into()
-        };
-        Self { matrix, columns }
+    pub(crate) fn new(what: &'static str, matrix: ArrayView2<'a, F>) -> Result<Self> {
+        let (rows, columns) = matrix.dim();
+        if matrix.is_standard_layout() {
+            return Ok(Self { matrix: matrix.into(), columns });
+        }
+        let mut copy = try_zeros(what, rows, columns)?;
+        copy.assign(&matrix);
+        Ok(Self { matrix: copy.into(), columns })
     }
 
     #[inline]

@@ -10,6 +10,7 @@ use super::matmul::Vector;
 use super::parallel::{self, parts, row_chunks};
 use super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::vector::{add_weighted_rows, dot};
+use crate::error::Channel;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
@@ -22,6 +23,72 @@ use std::ops::Range;
 /// Rows are handed to threads in at most this many parts, of at least so many rows.
 const PARTS: usize = 64;
 const ROWS_OF_PART: usize = 64;
+
+/// Longer tiles only cost memory.
+const LARGEST_TILE: usize = 1024;
+
+/// What is left of the pairs of a query, or of a key.
+enum Pairs<'g> {
+    /// All keys, for a query of dense inputs.
+    Dense {
+        num_keys: usize,
+    },
+    ByQuery(&'g Graph),
+    /// The transposed graph.
+    ByKey(&'g Graph),
+}
+
+struct Row<'g> {
+    pairs: &'g Pairs<'g>,
+    /// The query or key.
+    row: usize,
+    slots: Range<usize>,
+}
+
+impl<'g> Row<'g> {
+    fn new(pairs: &'g Pairs<'g>, row: usize) -> Self {
+        let slots = match pairs {
+            Pairs::Dense { num_keys } => 0..*num_keys,
+            Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.slots(row),
+        };
+        Self { pairs, row, slots }
+    }
+
+    /// Appends the pairs of some slots. In loops of known length: one by one through a filter takes
+    /// as long as the arithmetic on a pair.
+    #[inline(always)]
+    fn list(&self, slots: Range<usize>, list: &mut Vec<Pair>) {
+        let row = self.row;
+        match *self.pairs {
+            Pairs::Dense { num_keys } => {
+                let first = row * num_keys;
+                list.extend(slots.map(|key| Pair { query: row, key, index: first + key }));
+            }
+            Pairs::ByQuery(graph) => {
+                list.extend(numbered(graph, slots).map(|(key, index)| Pair {
+                    query: row,
+                    key,
+                    index,
+                }));
+            }
+            Pairs::ByKey(graph) => list.extend(numbered(graph, slots).map(|(query, index)| Pair {
+                query,
+                key: row,
+                index,
+            })),
+        }
+    }
+}
+
+/// The index and the edge number of some slots.
+#[inline(always)]
+fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item = (usize, usize)> {
+    let indices = &graph.indices()[slots.clone()];
+    let ids = graph.edge_ids().map(|ids| &ids[slots.clone()]);
+    indices.iter().enumerate().map(move |(at, &index)| {
+        (index as usize, ids.map_or(slots.start + at, |ids| ids[at] as usize))
+    })
+}
 
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
 struct Tile<F> {
@@ -41,11 +108,19 @@ impl<F: Float> Tile<F> {
         Self { len, stride, pairs: Vec::with_capacity(len), weights }
     }
 
-    /// The next pairs of a row; `false` at its end.
+    /// The next visible pairs of a row; `false` at its end.
     #[inline(always)]
-    fn fill(&mut self, row: &mut impl Iterator<Item = Pair>) -> bool {
+    fn fill(&mut self, problem: &Problem<'_, F>, row: &mut Row<'_>) -> bool {
         self.pairs.clear();
-        self.pairs.extend(row.take(self.len));
+        while self.pairs.is_empty() && !row.slots.is_empty() {
+            let start = row.slots.start;
+            let slots = start..row.slots.end.min(start + self.len);
+            row.slots.start = slots.end;
+            row.list(slots, &mut self.pairs);
+            if problem.inputs.has(Channel::Mask) {
+                self.pairs.retain(|&pair| problem.inputs.sees(pair));
+            }
+        }
         !self.pairs.is_empty()
     }
 
@@ -105,7 +180,7 @@ pub(crate) fn forward<F: Float>(
         Pattern::Dense => problem.inputs.num_keys(),
         Pattern::Graph(graph) => longest_row(graph),
     };
-    let tile_len = tile_len.min(longest_row).max(1);
+    let tile_len = tile_len.min(longest_row).clamp(1, LARGEST_TILE);
     // Mask and causal pattern hide pairs before they come here; a bias does so head by head.
     let may_hide = problem.bias.is_some();
     let values = FiniteRows::new(problem.value.slices(), may_hide);
@@ -133,6 +208,10 @@ fn forward_rows<S: Simd, F: Float>(
     let (heads, key_dim, dim) = (problem.heads, problem.key_dim, problem.value_dim);
     let factor = problem.scale * F::of(LOG2_E);
     let (key_rows, value_rows) = (problem.key.slices(), values.slices());
+    let pairs_of = match problem.inputs.pattern() {
+        Pattern::Dense => Pairs::Dense { num_keys: problem.inputs.num_keys() },
+        Pattern::Graph(graph) => Pairs::ByQuery(graph),
+    };
     let mut tile = Tile::new(simd, heads, tile_len);
     let mut scaled_query = vec![F::zero(); heads * key_dim];
     let mut maxima = vec![F::zero(); heads];
@@ -144,8 +223,8 @@ fn forward_rows<S: Simd, F: Float>(
         sums.fill(F::zero());
         row_out.fill(F::zero());
 
-        let mut row = problem.inputs.row(query);
-        while tile.fill(&mut row) {
+        let mut row = Row::new(&pairs_of, query);
+        while tile.fill(problem, &mut row) {
             let columns =
                 |head| [head_columns(head, key_dim), head_columns(problem.kv_head(head), key_dim)];
             let key = |pair: &Pair| key_rows.row(pair.key);
@@ -177,7 +256,7 @@ fn forward_rows<S: Simd, F: Float>(
                 let value = |t: usize| &value_rows.row(tile.pairs[t].key)[columns.clone()];
                 add_weighted_rows(simd, row_out, alpha, &tile.weights[pairs.clone()], value);
                 add_bad(problem, &tile, pairs, head, values, row_out, |pair| {
-                    (pair.key, problem.value(pair.key, head))
+                    (pair.key, problem.value(pair.key, head), true)
                 });
             }
         }
@@ -209,8 +288,8 @@ fn exponentials<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
     sum.reduce_sum()
 }
 
-/// Adds what is not finite in the rows of visible pairs, which the products left out. `bad_row`
-/// gives the row and its head's columns of a pair.
+/// Adds what is not finite in the rows of visible pairs, which the products left out. `row_of`
+/// gives a pair's row, its head's columns in it, and whether the query sees any key.
 #[inline]
 fn add_bad<'r, F: Float>(
     problem: &Problem<'_, F>,
@@ -219,14 +298,15 @@ fn add_bad<'r, F: Float>(
     head: usize,
     rows: &FiniteRows<'_, F>,
     sum: &mut [F],
-    row_of: impl Fn(Pair) -> (usize, &'r [F]),
+    row_of: impl Fn(Pair) -> (usize, &'r [F], bool),
 ) {
     if rows.bad.is_empty() {
         return;
     }
     for (&pair, &weight) in tile.pairs.iter().zip(&tile.weights[weights]) {
-        let (row, values) = row_of(pair);
-        if rows.bad.binary_search(&row).is_ok() && problem.bias_of(pair, head).is_some() {
+        let (row, values, is_live) = row_of(pair);
+        if is_live && rows.bad.binary_search(&row).is_ok() && problem.bias_of(pair, head).is_some()
+        {
             for (sum, &value) in sum.iter_mut().zip(values) {
                 if !value.is_finite() {
                     *sum += weight * value;
@@ -279,10 +359,10 @@ pub(crate) fn backward<F: Float>(
     let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
 
     // By query. The gradient of the bias goes to places all over its array, in turn.
-    let tile_of = |graph: &Graph| tile_len.min(longest_row(graph)).max(1);
+    let tile_of = |graph: &Graph| tile_len.min(longest_row(graph)).clamp(1, LARGEST_TILE);
     let run = |part: Part<'_, F>| {
         let own = Own { own: &queries, other: &keys, tile_len: tile_of(graph) };
-        let pairs = |query| inputs.row(query);
+        let pairs = &Pairs::ByQuery(graph);
         dispatch!(level, simd => backward_rows(simd, problem, own, &terms, pairs, part));
     };
     if grads.bias.is_some() {
@@ -308,11 +388,7 @@ pub(crate) fn backward<F: Float>(
         |((rows, grad_a), grad_b)| Part { rows, grad_a, grad_b: Some(grad_b), grad_bias: None };
     parallel::for_each(tasks.map(part).collect(), problem.work(), |part| {
         let own = Own { own: &keys, other: &queries, tile_len: tile_of(transposed) };
-        let pairs = |key| {
-            let row = transposed.row(key);
-            let pairs = row.map(move |(query, index)| Pair { query, key, index });
-            pairs.filter(|&pair| inputs.sees(pair))
-        };
+        let pairs = &Pairs::ByKey(transposed);
         dispatch!(level, simd => backward_rows(simd, problem, own, &terms, pairs, part));
     });
 }
@@ -333,16 +409,17 @@ struct Part<'g, F> {
 }
 
 #[inline(always)]
-fn backward_rows<S: Simd, F: Float, P: Iterator<Item = Pair>>(
+fn backward_rows<S: Simd, F: Float>(
     simd: S,
     problem: &Problem<'_, F>,
     Own { own, other, tile_len }: Own<'_, '_, F>,
     terms: &[[F; 2]],
-    pairs_of: impl Fn(usize) -> P,
+    pairs_of: &Pairs<'_>,
     mut part: Part<'_, F>,
 ) {
     let (heads, key_dim, value_dim) = (problem.heads, problem.key_dim, problem.value_dim);
     let factor = problem.scale * F::of(LOG2_E);
+    let is_live = |pair: Pair, head: usize| terms[pair.query * heads + head][0] != F::infinity();
     let other_of = |pair: Pair| if other.is_keys { pair.key } else { pair.query };
     let (a_rows, b_rows) = (other.a, other.b);
     let (finite_a, finite_b) = (other.finite_a.slices(), other.finite_b.slices());
@@ -359,8 +436,8 @@ fn backward_rows<S: Simd, F: Float, P: Iterator<Item = Pair>>(
         let own_b = own.b.row(row);
         sum_a.fill(F::zero());
         sum_b.fill(F::zero());
-        let mut pairs = pairs_of(row);
-        while tile.fill(&mut pairs) {
+        let mut row = Row::new(pairs_of, row);
+        while tile.fill(problem, &mut row) {
             let columns = |head| {
                 let columns = |side: &Side<'_, F>| side.columns(problem, head, key_dim);
                 [columns(own), columns(other)]
@@ -405,7 +482,7 @@ fn backward_rows<S: Simd, F: Float, P: Iterator<Item = Pair>>(
                     add_weighted_rows(simd, sum, F::one(), &tile.weights[pairs.clone()], b);
                     add_bad(problem, &tile, pairs.clone(), head, &other.finite_b, sum, |pair| {
                         let row = other_of(pair);
-                        (row, &other.b.row(row)[columns.clone()])
+                        (row, &other.b.row(row)[columns.clone()], is_live(pair, head))
                     });
                 }
                 if !other.finite_a.bad.is_empty() {
@@ -413,7 +490,7 @@ fn backward_rows<S: Simd, F: Float, P: Iterator<Item = Pair>>(
                     let sum = &mut sum_a[own.columns(problem, head, key_dim)];
                     add_bad(problem, &tile, pairs, head, &other.finite_a, sum, |pair| {
                         let row = other_of(pair);
-                        (row, &other.a.row(row)[columns.clone()])
+                        (row, &other.a.row(row)[columns.clone()], is_live(pair, head))
                     });
                 }
             }
@@ -439,16 +516,19 @@ fn weights_and_logits_vjp<S: Simd, F: Float>(
 ) {
     let len = Vector::<S, F>::LEN;
     let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+    let highest = Vector::<S, F>::splat(simd, F::infinity());
     let zero = Vector::<S, F>::splat(simd, F::zero());
     let terms = log_sums.chunks_exact(len).zip(deltas.chunks_exact(len));
     let terms = terms.zip(grads.chunks_exact_mut(len));
     for (logits, ((log_sums, deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
-        let log_weight =
-            Vector::<S, F>::from_slice(simd, logits) - Vector::<S, F>::from_slice(simd, log_sums);
-        let weight = exp2::<S, F>(simd, log_weight);
+        let logit = Vector::<S, F>::from_slice(simd, logits);
+        let log_sum = Vector::<S, F>::from_slice(simd, log_sums);
         let grad =
             Vector::<S, F>::from_slice(simd, grads) - Vector::<S, F>::from_slice(simd, deltas);
-        let is_hidden = log_weight.simd_eq(lowest);
+        // By the logit itself: −∞ less a log-sum that is NaN is not −∞ any more.
+        let logit = log_sum.simd_eq(highest).select(lowest, logit);
+        let is_hidden = logit.simd_eq(lowest);
+        let weight = exp2::<S, F>(simd, is_hidden.select(lowest, logit - log_sum));
         is_hidden.select(zero, weight * grad).store_slice(grads);
         weight.store_slice(logits);
     }

@@ -84,7 +84,7 @@ impl Flash {
     }
 
     /// With tiles of `queries` × `keys` instead of 96 × 96. The answer is the same up to rounding;
-    /// tiles larger than the problem are cut to it. On a graph only `keys` counts.
+    /// tiles larger than the problem, or than 1024, are cut. On a graph only `keys` counts.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if one of them is 0.
@@ -170,7 +170,7 @@ impl<F: Float> Attention<F> for Flash {
         check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
-        let (out, grad_out) = (Rows::new(out.view()), Rows::new(grad_out));
+        let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
         let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
         let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {

@@ -3,7 +3,7 @@ use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
-use crate::kernels::linear::{linear, linear_into, linear_vjp};
+use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
 use crate::params::{self, Params};
 use ndarray::{
     Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
@@ -437,14 +437,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
 
         // o = context W_oᵀ + b_o
         let mut grad_context = Array2::zeros(context.raw_dim());
-        linear_vjp(
-            context.view(),
-            self.out_proj_weight.view(),
-            grad_out,
-            grad_context.view_mut(),
-            param_slot(&mut out_weight[0]),
-            out_bias.first_mut().map(param_slot),
-        );
+        linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut());
 
         // context = inner(q', k', v')
         let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
@@ -459,6 +452,13 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             params: inner_params,
         };
         self.inner.backward_into(&inner_inputs, inner, grad_context.view(), inner_grads)?;
+        // Now nothing can fail any more.
+        linear_params_vjp(
+            context.view(),
+            grad_out,
+            param_slot(&mut out_weight[0]),
+            out_bias.first_mut().map(param_slot),
+        );
 
         // x' = x Wᵀ + b for query, key and value
         let packed = in_weights.len() == 1;
@@ -469,14 +469,10 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             if packed {
                 weight.slice_axis_inplace(Axis(0), rows.clone().into());
             }
-            linear_vjp(
-                arrays[which],
-                self.in_weight(which),
-                grad_projected[which].view(),
-                grad_x,
-                weight,
-                in_bias.as_mut().map(|bias| bias.slice_mut(s![rows])),
-            );
+            let grad = grad_projected[which].view();
+            let bias = in_bias.as_mut().map(|bias| bias.slice_mut(s![rows]));
+            linear_params_vjp(arrays[which], grad, weight, bias);
+            linear_input_vjp(self.in_weight(which), grad, grad_x);
         }
         Ok(())
     }

@@ -212,6 +212,23 @@ impl<'a, F: Float> Check<'a, F> {
             let unread = out.row(poisoned_query) == self.out.row(poisoned_query);
             self.nan_exactly_in(law, &out, |query| query == poisoned_query && !unread)?;
         }
+
+        let law = "NaN in a query reaches the gradients of the keys it sees, and of no other rows";
+        for poisoned_query in 0..self.sample.query.nrows() {
+            let mut poisoned = self.sample.clone();
+            poisoned.query.row_mut(poisoned_query).fill(F::nan());
+            let grads = gradients(self.mechanism, &poisoned, self.grad_out.view())?;
+            for query in (0..self.sample.query.nrows()).filter(|&query| query != poisoned_query) {
+                let same = grads.query.row(query) == self.gradients.query.row(query);
+                require(law, same, || format!("query {query}: {}", grads.query.row(query)))?;
+            }
+            let seen = self.sees.row(poisoned_query);
+            for key in (0..self.sample.key.nrows()).filter(|&key| !seen[key]) {
+                let same = grads.key.row(key) == self.gradients.key.row(key)
+                    && grads.value.row(key) == self.gradients.value.row(key);
+                require(law, same, || format!("key {key}: {}", grads.key.row(key)))?;
+            }
+        }
         Ok(())
     }
 

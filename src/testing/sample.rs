@@ -246,7 +246,7 @@ impl Layout {
                 transposed.expect("the same number of elements").reversed_axes()
             }
             Self::EveryOther => {
-                let mut wide = Array2::from_elem((2 * rows, 3 * columns), T::default());
+                let mut wide = Array2::from_elem((2 * rows, 3 * columns + 1), T::default());
                 wide.slice_axis_inplace(Axis(0), Slice::new(0, None, 2));
                 wide.slice_axis_inplace(Axis(1), Slice::new(1, None, 3));
                 wide.assign(array);

@@ -1,0 +1,58 @@
+//! The limits of the machine, measured in the same run as the benches that are held against them.
+
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Multiply-adds on registers alone: FLOP/s of one thread in `f32`, the best of some runs.
+pub(crate) fn fma_peak() -> f64 {
+    #[inline(always)]
+    fn run<S: Simd>(simd: S, rounds: usize) -> (f32, usize) {
+        let [factor, term] = [0.999, 0.001].map(|x| S::f32s::splat(simd, black_box(x)));
+        let mut sums = [S::f32s::splat(simd, 0.0); 12];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = factor.mul_add(*sum, term);
+            }
+        }
+        let first = sums.map(|sum| sum.as_slice()[0]).iter().sum();
+        (first, 2 * 12 * S::f32s::LEN * rounds)
+    }
+    let level = Level::new();
+    let best = (0..50).map(|_| {
+        let start = Instant::now();
+        let (sum, operations) = dispatch!(level, simd => run(simd, 100_000));
+        black_box(sum);
+        operations as f64 / start.elapsed().as_secs_f64()
+    });
+    best.fold(0.0, f64::max)
+}
+
+/// Reading 256 MB once: bytes/s of one thread, the best of some runs.
+pub(crate) fn read_bandwidth() -> f64 {
+    let data = vec![1u64; 32 << 20];
+    let best = (0..5).map(|_| {
+        let start = Instant::now();
+        let mut sums = [0u64; 16];
+        for chunk in data.chunks_exact(16) {
+            sums.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum = sum.wrapping_add(x));
+        }
+        black_box(sums);
+        (8 * data.len()) as f64 / start.elapsed().as_secs_f64()
+    });
+    best.fold(0.0, f64::max)
+}
+
+/// Says what the figures of a bench are to be compared with.
+pub(crate) fn print_limits() {
+    println!("one thread of this machine: {:.0} GFLOP/s in f32 multiply-adds", fma_peak() / 1e9);
+    println!("                            {:.1} GB/s read from memory", read_bandwidth() / 1e9);
+}
+
+/// A pool of one thread and one of all.
+pub(crate) fn pools() -> [(&'static str, rayon::ThreadPool); 2] {
+    [("one thread", 1), ("all threads", 0)].map(|(name, threads)| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        (name, pool.expect("a thread pool"))
+    })
+}
