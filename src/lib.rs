@@ -29,8 +29,14 @@
 //! | [`Flash`] | the same function in tiles | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
 //!
-//! Arrays are [`ndarray`], re-exported here. The crate has no default features, no C and no OS
-//! entropy: randomness comes in through an `rng` argument or an explicit seed.
+//! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
+//! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and without
+//! `unsafe`. There is no C and no OS entropy: randomness comes in through an `rng` argument or an
+//! explicit seed.
+//!
+//! | feature | default | what it does |
+//! |---|---|---|
+//! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 
 mod attention;
 mod dropout;
