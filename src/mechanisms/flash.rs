@@ -28,13 +28,13 @@ const FEW_QUERIES: usize = 8;
 ///
 /// The backward pass recomputes e^{S − L} tile by tile from the saved O and L.
 ///
-/// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
-///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
 /// Dense inputs go through tiles of queries × keys, graphs and fewer than 8 queries through tiles of
 /// one query's neighbours; both use the CPU's SIMD units, and threads if the feature `parallel` is on.
 /// On a graph the backward pass runs once by query and once by key
 /// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and kept).
 ///
+/// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
+///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
 /// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
 ///   outputs and gradients, and O(tile) beside it. [`weights`](Attention::weights) is the one call
 ///   that takes O(pairs · heads), since that is what it returns.
