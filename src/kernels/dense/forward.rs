@@ -1,0 +1,184 @@
+use super::{Block, HeadRows, PARTS, TileSizes, block, clip, pack_queries};
+use crate::float::Float;
+use crate::inputs::head_columns;
+use crate::kernels::exp2::exp2;
+use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, rows_times, splat, store};
+use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::problem::{FiniteRows, Problem};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
+use ndarray::{Array2, ArrayViewMut2, s};
+use std::f64::consts::{LN_2, LOG2_E};
+use std::ops::Range;
+
+/// Buffers of a forward pass over one block after the other.
+struct ForwardScratch<F> {
+    /// key_dim × width.
+    queries: Vec<F>,
+    /// keys × width.
+    scores: Vec<F>,
+    /// value_dim × width.
+    out: Vec<F>,
+    maxima: Vec<F>,
+    sums: Vec<F>,
+}
+
+/// Overwrites `out` and `log_sum_exp` (num_queries × heads).
+pub(crate) fn forward<F: Float>(
+    problem: &Problem<'_, F>,
+    sizes: TileSizes,
+    level: Level,
+    out: ArrayViewMut2<'_, F>,
+    log_sum_exp: &mut Array2<F>,
+) {
+    let sizes = clip(problem, sizes);
+    let values = FiniteRows::new(problem.value.slices(), problem.may_hide());
+    let parts = parts(problem.inputs.num_queries(), sizes.queries, 4 * PARTS);
+    let outs = row_chunks(out, parts.iter().map(Range::len));
+    let log_sums = row_chunks(log_sum_exp.view_mut(), parts.iter().map(Range::len));
+    let tasks = parts.iter().cloned().zip(outs).zip(log_sums).collect();
+    parallel::for_each(tasks, problem.work(), |((queries, out), log_sum)| {
+        dispatch!(level, simd => forward_part(simd, problem, &values, sizes, queries, out, log_sum));
+    });
+}
+
+#[inline(always)]
+fn forward_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &Problem<'_, F>,
+    values: &FiniteRows<'_, F>,
+    sizes: TileSizes,
+    queries: Range<usize>,
+    mut out: ArrayViewMut2<'_, F>,
+    mut log_sum_exp: ArrayViewMut2<'_, F>,
+) {
+    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let mut scratch = ForwardScratch {
+        queries: Vec::with_capacity(problem.key_dim * width),
+        scores: vec![F::zero(); sizes.keys * width],
+        out: vec![F::zero(); problem.value_dim * width],
+        maxima: vec![F::zero(); width],
+        sums: vec![F::zero(); width],
+    };
+    for rows in ranges(queries.len(), sizes.queries) {
+        for head in 0..problem.heads {
+            let block = block::<S, F>(problem, head, &queries, &rows);
+            simd.vectorize(
+                #[inline(always)]
+                || forward_block(simd, &block, values, sizes.keys, &mut scratch),
+            );
+            let dim = problem.value_dim;
+            let mut out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
+            for (lane, mut row) in out.rows_mut().into_iter().enumerate() {
+                let (max, sum) = (scratch.maxima[lane], scratch.sums[lane]);
+                // Nothing seen: not even 0/0.
+                let is_empty = sum == F::zero();
+                let factor = if is_empty { F::zero() } else { F::one() / sum };
+                for (value, scaled) in row.iter_mut().zip(scratch.out.chunks(block.width)) {
+                    *value = if is_empty { F::zero() } else { factor * scaled[lane] };
+                }
+                let log_sum =
+                    if is_empty { F::neg_infinity() } else { max * F::of(LN_2) + sum.ln() };
+                log_sum_exp[[rows.start + lane, head]] = log_sum;
+            }
+        }
+    }
+}
+
+/// Leaves the outputs times the sums, the sums and the maxima in `scratch`.
+#[inline(always)]
+fn forward_block<S: Simd, F: Float>(
+    simd: S,
+    block: &Block<'_, '_, F>,
+    values: &FiniteRows<'_, F>,
+    keys_per_tile: usize,
+    scratch: &mut ForwardScratch<F>,
+) {
+    let Block { problem, head, width, .. } = *block;
+    let panel = panel_width::<S, F>();
+    let kv_head = problem.kv_head(head);
+    let keys = HeadRows::new(problem.key.slices(), kv_head, problem.key_dim);
+    let values_of_head = HeadRows::new(values.slices(), kv_head, problem.value_dim);
+    let factor = problem.scale * F::of(LOG2_E);
+    pack_queries(block, factor, &mut scratch.queries);
+    scratch.maxima.fill(F::neg_infinity());
+    scratch.sums.fill(F::zero());
+    scratch.out.fill(F::zero());
+
+    for tile in ranges(block.num_visible_keys(), keys_per_tile) {
+        for column in (0..width).step_by(panel) {
+            // The causal pattern hides the last keys of a tile from the first panels.
+            let lanes = block.lanes(column, panel);
+            let last_query = (block.queries.start + lanes.end).saturating_sub(1);
+            let end = tile.end.min(problem.inputs.num_visible_keys(last_query));
+            if end <= tile.start {
+                continue;
+            }
+            let tile = tile.start..end;
+            let scores = &mut scratch.scores[..tile.len() * width];
+            let may_hide = block.may_hide_in(&tile);
+
+            // S = K Qᵀ, m' = max(m, max S)
+            let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
+            let mut max = old_max;
+            let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
+            let key = |k| keys.row(tile.start + k);
+            rows_times(simd, tile.len(), key, queries, panel, |k, _, score| {
+                max = [max[0].max(score[0]), max[1].max(score[1])];
+                store::<S, F>(score, &mut scores[k * width + column..]);
+            });
+            if may_hide {
+                block.restrict(block.lanes(column, panel), &tile, scores);
+                max = old_max;
+                for scores in scores.chunks_exact(width) {
+                    let score = load::<S, F>(simd, &scores[column..]);
+                    max = [max[0].max(score[0]), max[1].max(score[1])];
+                }
+            }
+            store::<S, F>(max, &mut scratch.maxima[column..]);
+
+            // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P. Where there is no maximum yet the
+            // shift is 0: −∞ − (−∞) never arises.
+            let [zero, _] = splat::<S, F>(simd, F::zero());
+            let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+            let shift = max.map(|max| max.simd_eq(lowest).select(zero, max));
+            let alpha = [
+                exp2::<S, F>(simd, old_max[0] - shift[0]),
+                exp2::<S, F>(simd, old_max[1] - shift[1]),
+            ];
+            let sum = load::<S, F>(simd, &scratch.sums[column..]);
+            let mut sum = [sum[0] * alpha[0], sum[1] * alpha[1]];
+            for scores in scores.chunks_exact_mut(width) {
+                let scores = &mut scores[column..];
+                let score = load::<S, F>(simd, scores);
+                let weight = [
+                    exp2::<S, F>(simd, score[0] - shift[0]),
+                    exp2::<S, F>(simd, score[1] - shift[1]),
+                ];
+                sum = [sum[0] + weight[0], sum[1] + weight[1]];
+                store::<S, F>(weight, scores);
+            }
+            store::<S, F>(sum, &mut scratch.sums[column..]);
+            block.drop_out(block.lanes(column, panel), &tile, scores);
+
+            // O ← α O + P̃ V
+            let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
+            let (dim, left) = (problem.value_dim, values_of_head.matrix(tile.start));
+            columns_times(simd, dim, left, weights, panel, |row, _, product| {
+                let out = &mut scratch.out[row * width + column..];
+                let old = load::<S, F>(simd, out);
+                let new =
+                    [old[0].mul_add(alpha[0], product[0]), old[1].mul_add(alpha[1], product[1])];
+                store::<S, F>(new, out);
+            });
+            let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
+            block.for_each_visible(block.lanes(column, panel), bad_keys, |lane, key| {
+                let weight = scores[(key - tile.start) * width + lane];
+                for (c, &value) in problem.value(key, head).iter().enumerate() {
+                    if !value.is_finite() {
+                        scratch.out[c * width + lane] += weight * value;
+                    }
+                }
+            });
+        }
+    }
+}

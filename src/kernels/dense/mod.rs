@@ -1,0 +1,197 @@
+//! Softmax attention in tiles of queries × keys, one head at a time (Dao et al. 2022, 2205.14135;
+//! Dao 2023, 2307.08691).
+//!
+//! Scores are kept transposed, keys × queries: the lanes of a vector are queries. Then maxima,
+//! exponentials and sums run lane by lane, a row of scores is a row of the right factor of P V, and
+//! keys and values are read as they lie. Only the queries of a block are packed. Logits are in units
+//! of ln 2, a factor that the packed queries carry.
+
+mod backward;
+mod forward;
+
+pub(crate) use backward::backward;
+pub(crate) use forward::forward;
+
+use super::matmul::{Matrix, panel_width};
+use super::problem::{Problem, Slices};
+use crate::float::Float;
+use crate::inputs::Pair;
+use fearless_simd::Simd;
+use std::f64::consts::LOG2_E;
+use std::ops::Range;
+
+/// Queries of a block and keys of a tile.
+#[derive(Clone, Copy, Debug)]
+pub struct TileSizes {
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+}
+
+/// The gradients of keys and values are summed in at most this many parts of the queries, each of at
+/// least so many blocks and in order, and then over the parts: numbers that depend on the problem
+/// alone, so that the sums do not depend on the threads.
+const PARTS: usize = 4;
+const BLOCKS_OF_PART: usize = 4;
+
+/// One head of keys or values: row j starts at `j · stride`.
+#[derive(Clone, Copy)]
+struct HeadRows<'r, F> {
+    data: &'r [F],
+    stride: usize,
+    dim: usize,
+}
+
+impl<'r, F: Float> HeadRows<'r, F> {
+    fn new(rows: Slices<'r, F>, head: usize, dim: usize) -> Self {
+        let data = rows.data.get(head * dim..).unwrap_or_default();
+        Self { data, stride: rows.columns, dim }
+    }
+
+    #[inline(always)]
+    fn row(self, row: usize) -> &'r [F] {
+        &self.data[row * self.stride..][..self.dim]
+    }
+
+    /// The rows from this one on.
+    #[inline(always)]
+    fn matrix(self, from: usize) -> Matrix<'r, F> {
+        Matrix { data: &self.data[from * self.stride..], stride: self.stride }
+    }
+}
+
+/// A block of queries of one head, in columns: lane r is query `queries.start + r`, and lanes past
+/// the end are padding.
+struct Block<'p, 'a, F: Float> {
+    problem: &'p Problem<'a, F>,
+    head: usize,
+    queries: Range<usize>,
+    /// The number of lanes, a multiple of the panel width.
+    width: usize,
+    /// Whether anything but a causal pattern may hide a pair.
+    may_hide_anywhere: bool,
+}
+
+impl<F: Float> Block<'_, '_, F> {
+    /// Keys from this one on are hidden from the whole block by the causal pattern.
+    fn num_visible_keys(&self) -> usize {
+        self.problem.inputs.num_visible_keys(self.queries.end - 1)
+    }
+
+    fn may_hide_in(&self, keys: &Range<usize>) -> bool {
+        let diagonal = self.problem.inputs.num_visible_keys(self.queries.start);
+        self.may_hide_anywhere || keys.end > diagonal
+    }
+
+    /// The lanes of a panel that are queries.
+    fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
+        column..(column + panel).min(self.queries.len())
+    }
+
+    fn pair(&self, lane: usize, key: usize) -> Pair {
+        self.problem.dense_pair(self.queries.start + lane, key)
+    }
+
+    /// Adds the bias to the scores of some lanes, and hides what is hidden.
+    fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
+        if !self.may_hide_anywhere {
+            // The causal pattern alone: the first lanes do not see a key yet.
+            for (k, key) in keys.clone().enumerate() {
+                let first = self.problem.inputs.first_query_seeing(key);
+                let end = first.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end);
+                scores[k * self.width..][lanes.start..end].fill(F::neg_infinity());
+            }
+            return;
+        }
+        for lane in lanes {
+            for (k, key) in keys.clone().enumerate() {
+                let score = &mut scores[k * self.width + lane];
+                let bias = self.problem.dense_bias(self.pair(lane, key), self.head);
+                *score = match bias {
+                    Some(bias) => *score + bias * F::of(LOG2_E),
+                    None => F::neg_infinity(),
+                };
+            }
+        }
+    }
+
+    /// Multiplies the entries of some lanes by what dropout makes of their weights.
+    fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
+        let Some(dropout) = self.problem.dropout else { return };
+        for lane in lanes {
+            for (k, key) in keys.clone().enumerate() {
+                let pair = self.pair(lane, key);
+                weights[k * self.width + lane] *= dropout.multiplier::<F>(pair.index, self.head);
+            }
+        }
+    }
+
+    fn sees(&self, lane: usize, key: usize) -> bool {
+        self.problem.dense_bias(self.pair(lane, key), self.head).is_some()
+    }
+
+    /// Visits the visible pairs of some lanes with some keys.
+    fn for_each_visible(
+        &self,
+        lanes: impl Iterator<Item = usize>,
+        keys: impl Iterator<Item = usize> + Clone,
+        mut visit: impl FnMut(usize, usize),
+    ) {
+        for lane in lanes {
+            for key in keys.clone().filter(|&key| self.sees(lane, key)) {
+                visit(lane, key);
+            }
+        }
+    }
+}
+
+/// Rows `rows` of the queries from `queries.start` on.
+fn block<'p, 'a, S: Simd, F: Float>(
+    problem: &'p Problem<'a, F>,
+    head: usize,
+    queries: &Range<usize>,
+    rows: &Range<usize>,
+) -> Block<'p, 'a, F> {
+    Block {
+        problem,
+        head,
+        queries: queries.start + rows.start..queries.start + rows.end,
+        width: rows.len().next_multiple_of(panel_width::<S, F>()),
+        may_hide_anywhere: problem.inputs.mask().is_some() || problem.bias.is_some(),
+    }
+}
+
+/// Tiles larger than this only cost memory.
+const LARGEST_TILE: usize = 1024;
+
+/// Tiles no larger than the problem.
+fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
+    TileSizes {
+        queries: sizes.queries.min(problem.inputs.num_queries()).clamp(1, LARGEST_TILE),
+        keys: sizes.keys.min(problem.inputs.num_keys()).clamp(1, LARGEST_TILE),
+    }
+}
+
+/// The queries of a block times a factor, transposed to key_dim × width.
+#[inline(always)]
+fn pack_queries<F: Float>(block: &Block<'_, '_, F>, factor: F, packed: &mut Vec<F>) {
+    let rows = block.queries.clone().map(|query| block.problem.query(query, block.head));
+    pack_transposed(block.problem.key_dim, rows, factor, block.width, packed);
+}
+
+/// Overwrites `packed`, columns × width, with the transpose of `factor` × rows, and zeros.
+#[inline(always)]
+fn pack_transposed<'r, F: Float>(
+    columns: usize,
+    rows: impl Iterator<Item = &'r [F]>,
+    factor: F,
+    width: usize,
+    packed: &mut Vec<F>,
+) {
+    packed.clear();
+    packed.resize(columns * width, F::zero());
+    for (lane, row) in rows.enumerate() {
+        for (packed, &value) in packed.chunks_exact_mut(width).zip(row) {
+            packed[lane] = factor * value;
+        }
+    }
+}
