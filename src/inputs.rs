@@ -670,6 +670,11 @@ mod tests {
         assert_eq!(keys_of(&dense, 1), [(0, 3), (1, 4), (2, 5)]);
         assert_eq!(keys_of(&dense, 2), []);
         assert_eq!(keys_of(&dense.causal(), 0), [(0, 0)]);
+        let (q, k) = (Array2::zeros((2, 4)), Array2::zeros((3, 4)));
+        let heads = Inputs::dense(q.view(), k.view(), k.view())?.with_kv_heads(4, 2)?;
+        let other = heads.causal().with_arrays(q.view(), k.view(), k.view())?;
+        assert_eq!((other.heads(), other.kv_heads()), (1, 1));
+        assert_eq!(keys_of(&other, 0), [(0, 0)]);
         let bottom_right = dense.with_causal(Causal::BottomRight);
         assert_eq!(keys_of(&bottom_right, 0), [(0, 0), (1, 1)]);
 

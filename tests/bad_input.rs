@@ -368,6 +368,8 @@ fn states_saved_by_somebody_else() {
         refused(forged, &format!("SavedMismatch | {name}: | its own forward pass"));
         refused(backward(&attention, save(&attention, &dense([5, 6, 4, 4]))), other_sizes);
     }
+    let of_another = Saved::new("another", 7u8);
+    refused(of_another.state::<u8>("its_own"), "SavedMismatch | its_own: | by another");
     let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
     let single = Inputs::dense(fill(&0f32, 2, 4), fill(&0.0, 3, 4), fill(&0.0, 3, 4)).unwrap();
     let (_, saved) = flash.forward_train(&single).unwrap();

@@ -34,6 +34,14 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             Box::new(all_sizes.init(ScaledDotProduct::new(), &mut rng).unwrap()),
         ),
         (
+            Shapes::new(4, 4, 4),
+            // Parameters inside parameters.
+            Box::new({
+                let inner = MultiHeadConfig::new(4, 1).init(Flash::new(), &mut rng).unwrap();
+                MultiHeadConfig::new(4, 1).init(inner, &mut rng).unwrap()
+            }),
+        ),
+        (
             Shapes::new(4, 4, 4).bias_heads(2),
             // A mechanism inside a mechanism, behind pointers.
             Box::new({

@@ -198,3 +198,19 @@ fn rows_at_the_edges_of_the_numbers() -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[test]
+fn parts_that_are_nan_or_empty() -> Result<(), Error> {
+    let part = |out: f64, log_sum: f64| Partial::new(array![[out]], array![[log_sum]]);
+    let nan = f64::NAN;
+    // NaN in either part is NaN in the whole, from both sides.
+    for (a, b) in [(part(1.0, 0.0)?, part(nan, nan)?), (part(1.0, 0.0)?, part(nan, 0.0)?)] {
+        assert!(a.clone().merge(&b)?.out()[[0, 0]].is_nan());
+        assert!(b.merge(&a)?.out()[[0, 0]].is_nan());
+    }
+    // What an empty part holds is not looked at, not even multiplied by zero.
+    let (seen, empty) = (part(1.0, 0.5)?, part(nan, f64::NEG_INFINITY)?);
+    assert_eq!(seen.clone().merge(&empty)?, seen);
+    assert_eq!(empty.merge(&seen)?, seen);
+    Ok(())
+}

@@ -61,3 +61,22 @@ pub(crate) fn linear_params_vjp<F: Float>(
         grad_bias += &grad_out.sum_axis(Axis(0));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn only_rows_without_a_gradient_are_skipped() {
+        let x = array![[f64::NAN, 1.0], [2.0, f64::INFINITY], [3.0, 0.0]];
+        let weight_gradient = |grad_out: Array2<f64>| {
+            let mut grad = Array2::zeros((1, 2));
+            linear_params_vjp(x.view(), grad_out.view(), grad.view_mut(), None);
+            grad
+        };
+        assert_eq!(weight_gradient(array![[0.0], [0.0], [2.0]]), array![[6.0, 0.0]]);
+        let touched = weight_gradient(array![[1.0], [0.0], [2.0]]);
+        assert!(touched[[0, 0]].is_nan() && touched[[0, 1]] == 1.0);
+    }
+}
