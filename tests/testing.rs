@@ -224,6 +224,10 @@ const FAULTS: &[(Fault, &str)] = &[
     (TrainsOtherwise, "forward_train_into gives the numbers of forward_into"),
     (Adds(|_, _, grads| grads.query += drift()), "backward_into repeats its bits"),
     (Reads(read_memory), "strided, transposed and reversed views"),
+    (
+        Adds(|_, _, g| g.value += f64::from(u8::from(!g.value.is_standard_layout()))),
+        "strided, transposed and reversed views",
+    ),
     (Reads(|_, [_, key, _]| number_rows(key)), "permuting the keys changes nothing"),
     (Reads(|_, [query, _, _]| number_rows(query)), "permuting the queries permutes the output"),
     (Sees(ignore_masks), "the same visible pairs as a graph"),
@@ -234,6 +238,8 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * distances(x)), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * features(x)), "the data of hidden pairs"),
     (Adds(|x, _, grads| grads.query += 0.0 * x.key().sum()), "keys that nobody sees"),
+    (Adds(|x, _, grads| grads.key += 0.0 * x.key().sum()), "keys that nobody sees"),
+    (Adds(|x, _, grads| grads.value += 0.0 * x.key().sum()), "keys that nobody sees"),
     (Adds(|_, _, grads| grads.value += 1e-9), "keys that nobody sees have zero gradients"),
     (
         Adds(|x, _, g| g.distances.iter_mut().for_each(|grad| *grad += 0.0 * distances(x))),

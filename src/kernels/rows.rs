@@ -1,5 +1,6 @@
 //! Softmax attention row by row: for a graph, or for few queries. The pairs of a row are visited in
-//! tiles, with a running maximum and sum, all heads in one visit of a neighbour.
+//! tiles, with a running maximum and sum, and a tile is done for all heads while its rows are in the
+//! first-level cache.
 //!
 //! The backward pass runs twice over the pairs, once by query and once by key through the transposed
 //! graph, and computes their weights anew each time. So every sum has one owner, who adds in one
@@ -27,17 +28,17 @@ const ROWS_OF_PART: usize = 64;
 /// Longer tiles only cost memory.
 const LARGEST_TILE: usize = 1024;
 
-/// What is left of the pairs of a query, or of a key.
+/// What the rows of pairs belong to.
 enum Pairs<'g> {
-    /// All keys, for a query of dense inputs.
-    Dense {
-        num_keys: usize,
-    },
+    /// Queries that see all keys.
+    Dense { num_keys: usize },
+    /// The queries of a graph.
     ByQuery(&'g Graph),
-    /// The transposed graph.
+    /// The keys of a graph; this is its transpose.
     ByKey(&'g Graph),
 }
 
+/// What is left of a row of pairs.
 struct Row<'g> {
     pairs: &'g Pairs<'g>,
     /// The query or key.

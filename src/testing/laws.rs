@@ -12,7 +12,8 @@ use rand::seq::SliceRandom;
 /// same bits; memory layouts do not matter; permuting keys changes nothing and permuting queries
 /// permutes the output; dense, masked, causal and graph inputs with the same visible pairs agree; a
 /// query without visible keys reads no key, and hidden pairs leak nothing, forward or backward;
-/// NaN spreads to the rows it touches and no others; weights are non-negative and sum to 1;
+/// NaN spreads to the rows it touches and no others, forward and backward; bias and dropout change the
+/// answer or are refused; a head reads its own columns; weights are non-negative and sum to 1;
 /// gradients are added to what is there; wrong shapes and another's saved state are errors.
 ///
 /// What the answer *is* these laws do not say: compare it with a reference, and call
