@@ -33,9 +33,9 @@ impl Attention<f64> for Mean {
         inputs: &Inputs<'_, f64>,
         mut out: ArrayViewMut2<'_, f64>,
     ) -> Result<()> {
-        // A bias or dropout would change the answer, and this mechanism has no weights to apply
-        // them to: refuse instead of ignoring them.
-        inputs.refuse(NAME, &[Channel::Bias, Channel::Dropout])?;
+        // These would change the answer, and this mechanism takes no account of them: refuse
+        // instead of ignoring them.
+        inputs.refuse(NAME, &[Channel::Bias, Channel::Dropout, Channel::Heads])?;
         self.check_output("out", inputs, out.shape())?;
         out.fill(0.0);
         for query in 0..inputs.num_queries() {

@@ -23,6 +23,9 @@ use std::sync::Arc;
 /// * The same inputs give the same bits.
 /// * Channels that change the answer are honoured or refused ([`Inputs::refuse`]).
 ///
+/// A mechanism without parameters implements the trait for both precisions; where the compiler cannot
+/// tell which is meant, say so: `check_attention::<f64>(&Flash::new(), &shapes)`.
+///
 /// ```
 /// use graph_attention::{Attention, Inputs, ScaledDotProduct};
 /// use graph_attention::ndarray::array;
@@ -66,8 +69,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     ) -> Result<Saved>;
 
     /// Adds to `grads` the gradients of ⟨grad_out, forward(inputs)⟩ with respect to the inputs and
-    /// the parameters. `saved` comes from [`forward_train_into`](Self::forward_train_into) on the
-    /// same inputs.
+    /// the parameters. `saved` comes from [`forward_train_into`](Self::forward_train_into) with the
+    /// same inputs and parameters: that they are the same cannot be checked.
     ///
     /// # Errors
     /// [`Error::Shape`] if an array does not fit the inputs, [`Error::SavedMismatch`] if `saved` is

@@ -94,6 +94,21 @@ impl<F: Float> Gradients<F> {
 }
 
 impl<F: Float> GradientsMut<'_, F> {
+    /// The gradient of a parameter, by its number in the order of [`Params`], with its rank: `Ix0`
+    /// for a scalar.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is no such parameter, or it has another rank.
+    pub fn param<D: Dimension>(&mut self, number: usize) -> Result<ArrayViewMut<'_, F, D>> {
+        let len = self.params.len();
+        let slot = self.params.get_mut(number);
+        let slot = slot.ok_or_else(|| Error::shape("grads.params", &[number + 1], &[len]))?;
+        let (expected, rank) = (D::NDIM.unwrap_or(slot.ndim()), slot.ndim());
+        let wrong_rank =
+            || Error::shape(format!("rank of grads.params[{number}]"), &[expected], &[rank]);
+        slot.view_mut().into_dimensionality().map_err(|_| wrong_rank())
+    }
+
     /// Checks every shape against the inputs and parameters: the first line of a `backward_into`.
     ///
     /// # Errors

@@ -116,7 +116,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Self::dense(query.insert_axis(Axis(0)), key, value)
     }
 
-    /// All queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v.
+    /// All queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v. One sequence or
+    /// set: several at a time are a [`Graph::block_diagonal`], or a loop.
     ///
     /// Whether queries and keys must have the same number of columns is the mechanism's business:
     /// a dot product needs it, one with projections of its own does not.
@@ -259,6 +260,9 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// A hidden pair is skipped, not multiplied by zero: NaN in its key, value or features changes
     /// nothing. On a graph, an edge is hidden where the mask is `false` at its query and key.
     ///
+    /// Padding, one flag for each key, is a mask whose rows are all the same:
+    /// `flags.broadcast((num_queries, num_keys))`, without a copy. Padded queries still get outputs.
+    ///
     /// # Errors
     /// [`Error::Shape`] if the mask has another shape.
     pub fn with_mask(mut self, mask: ArrayView2<'a, bool>) -> Result<Self> {
@@ -301,7 +305,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// A distance for each pair (hops, weights, lengths).
+    /// A distance for each pair (hops, weights, lengths). In dense inputs: a num_queries × num_keys
+    /// matrix, row after row.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.

@@ -2,7 +2,7 @@
 //! was expected and what came. Empty but valid input is not bad.
 
 use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Axis};
-use graph_attention::ndarray::{Dimension, ShapeBuilder, s};
+use graph_attention::ndarray::{Dimension, Ix1, Ix2, ShapeBuilder, s};
 use graph_attention::{
     Attention, Channel, Dropout, Flash, Gradients, Graph, Inputs, LoopFill, MultiHead,
     MultiHeadConfig, Partial, Result, Saved, ScaledDotProduct, params,
@@ -338,6 +338,12 @@ fn outputs_and_gradients_of_other_shapes() {
     grads.params[1] = bad([7]);
     let backward = attention.backward_into(&bare, &saved, out.view(), grads.view_mut());
     refused(backward, "Shape | grads.params: in_proj_bias | [12] | [7]");
+
+    let mut grads = Gradients::zeros(&bare, &attention).unwrap();
+    let mut grads = grads.view_mut();
+    assert_eq!(grads.param::<Ix1>(1).unwrap().len(), 12);
+    refused(grads.param::<Ix2>(1), "Shape | rank of grads.params[1] | [2] | [1]");
+    refused(grads.param::<Ix1>(4), "Shape | grads.params | [5] | [4]");
 
     let sum = |sizes| Gradients::zeros(&dense(sizes), &Flash::new())?.into_self_attention();
     refused(sum([2, 3, 4, 4]), "Shape | grads.key | [2, 4] | [3, 4]");

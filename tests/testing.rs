@@ -177,7 +177,10 @@ fn read_memory(x: &In<'_>, [_, _, value]: [&mut Out; 3]) {
 /// Neither honours masks and causal patterns nor refuses them.
 fn ignore_masks<'a>(x: &In<'a>) -> Result<In<'a>> {
     match x.pattern() {
-        Pattern::Dense => Inputs::dense(x.query(), x.key(), x.value()),
+        Pattern::Dense => {
+            let all = Inputs::dense(x.query(), x.key(), x.value())?;
+            all.with_kv_heads(x.heads(), x.kv_heads())
+        }
         Pattern::Graph(_) => Ok(*x),
     }
 }
@@ -211,6 +214,17 @@ fn read_large_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
 /// Hidden keys times zero: harmless until a query that does not see them is NaN.
 fn nan_query_leaks(x: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<'_, f64>) {
     grads.key += 0.0 * x.query().sum();
+}
+
+/// Query heads that read the keys and values of the other group.
+fn swap_groups(x: &In<'_>, [_, key, value]: [&mut Out; 3]) {
+    if x.kv_heads() < x.heads() {
+        for array in [key, value] {
+            let half = array.ncols() / 2;
+            let order: Vec<usize> = (half..array.ncols()).chain(0..half).collect();
+            *array = array.select(Axis(1), &order);
+        }
+    }
 }
 
 /// Faults, and how the law that each of them breaks begins.
@@ -259,7 +273,8 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
     (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
     (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
-    (Sees(|x| x.with_heads(1)), "a head reads its own columns, and no others"),
+    (Reads(swap_groups), "grouped heads are the same"),
+    (Sees(|x| x.with_kv_heads(2, 1)), "a head reads its own columns, and no others"),
     (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),
     (Weighs(spread_weights), "weights are non-negative"),
     (Weighs(weigh_hidden_pairs), "weights are non-negative, 0 for hidden pairs"),
@@ -283,7 +298,7 @@ const FAULTS: &[(Fault, &str)] = &[
 #[test]
 fn every_law_is_broken_by_a_fault() {
     // Small numbers, so that a value above 1/2 is one that the check has moved.
-    let shapes = Shapes::new(4, 4, 4).heads(2).scale(0.1);
+    let shapes = Shapes::new(8, 4, 4).kv_heads(4, 2).scale(0.1);
     check_attention(&Wrong(Nothing, Flash::new()), &shapes).unwrap();
     for &(fault, law) in FAULTS {
         let broken = check_attention(&Wrong(fault, Flash::new()), &shapes).map_err(|v| v.law);

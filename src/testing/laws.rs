@@ -13,7 +13,8 @@ use rand::seq::SliceRandom;
 /// permutes the output; dense, masked, causal and graph inputs with the same visible pairs agree; a
 /// query without visible keys reads no key, and hidden pairs leak nothing, forward or backward;
 /// NaN spreads to the rows it touches and no others, forward and backward; bias and dropout change the
-/// answer or are refused; a head reads its own columns; weights are non-negative and sum to 1;
+/// answer or are refused; a head reads its own columns, and grouped
+/// heads the right ones; weights are non-negative and sum to 1;
 /// gradients are added to what is there; wrong shapes and another's saved state are errors.
 ///
 /// What the answer *is* these laws do not say: compare it with a reference, and call
@@ -269,6 +270,11 @@ impl<'a, F: Float> Check<'a, F> {
             let [actual, expected] = [&actual, &self.out].map(|out| out.slice_axis(Axis(1), rest));
             same_bits(law, &actual.to_owned(), &expected.to_owned())?;
         }
+        let law = "grouped heads are the same as heads with repeated keys and values";
+        if self.sample.kv_heads < self.sample.heads {
+            let out = self.forward(law, &self.sample.ungrouped())?;
+            close(law, &out, &self.out)?;
+        }
         Ok(())
     }
 
@@ -446,6 +452,20 @@ impl<F: Float> Sample<F> {
             }
         });
         sample
+    }
+
+    /// As many heads of keys and values as of queries: each query head has its own copy.
+    fn ungrouped(&self) -> Self {
+        let repeated = |array: &Array2<F>| {
+            let dim = array.ncols() / self.kv_heads;
+            let kv_head = |head| head * self.kv_heads / self.heads;
+            let columns = (0..self.heads)
+                .flat_map(|head| kv_head(head) * dim..(kv_head(head) + 1) * dim)
+                .collect::<Vec<_>>();
+            array.select(Axis(1), &columns)
+        };
+        let (key, value) = (repeated(&self.key), repeated(&self.value));
+        Self { key, value, kv_heads: self.heads, ..self.clone() }
     }
 
     /// The given pairs of these inputs as a graph.

@@ -35,7 +35,8 @@ impl Shapes {
         }
     }
 
-    /// The head layout of the inputs.
+    /// The head layout of the inputs. A mechanism that honours heads is checked a second time with
+    /// several, and one that does not refuses them ([`Channel::Heads`](crate::Channel::Heads)).
     #[must_use]
     pub fn heads(self, heads: usize) -> Self {
         self.kv_heads(heads, heads)
