@@ -1,7 +1,9 @@
 //! Properties over random inputs: graphs, and results over parts of the keys.
 
 use graph_attention::ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
-use graph_attention::{Attention, Error, Flash, Graph, Inputs, Partial, ScaledDotProduct};
+use graph_attention::{
+    Attention, Dropout, Error, Flash, Gradients, Graph, Inputs, Partial, ScaledDotProduct,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -212,5 +214,48 @@ fn parts_that_are_nan_or_empty() -> Result<(), Error> {
     let (seen, empty) = (part(1.0, 0.5)?, part(nan, f64::NEG_INFINITY)?);
     assert_eq!(seen.clone().merge(&empty)?, seen);
     assert_eq!(empty.merge(&seen)?, seen);
+    Ok(())
+}
+
+/// A query of 40,000 keys and a key of 20,000 queries, among many of a few.
+#[test]
+fn a_row_longer_than_any_part_is_like_the_others() -> Result<(), Error> {
+    let n = 40_000;
+    let matrix = |salt: usize| {
+        Array2::from_shape_fn((n, 4), |(i, j)| ((i * 31 + j * 17 + salt) % 101) as f64 / 50.0 - 1.0)
+    };
+    let [q, k, v, g] = [1, 2, 3, 4].map(matrix);
+    let hubs = (0..n).map(|key| (7, key)).chain((0..n / 2).map(|query| (query, 5)));
+    let edges = (0..n).map(|i| (i, (i * 13) % n)).chain(hubs);
+    let graph = Graph::from_edges(n, n, edges)?;
+    let mask = Array2::from_shape_fn((1, n), |(_, key)| key % 3 != 0);
+    let logits =
+        Array2::from_shape_fn((graph.num_edges(), 2), |(edge, head)| (edge % 7 + head) as f64);
+    let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph)?.with_heads(2)?;
+    let one = q.slice(s![..1, ..]);
+    let dense = Inputs::dense(one, k.view(), v.view())?;
+    for inputs in [
+        sparse,
+        sparse.with_bias(logits.view())?,
+        sparse.with_dropout(Dropout { probability: 0.3, seed: 9 })?,
+        dense,
+        dense.with_mask(mask.view())?,
+    ] {
+        let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
+        let (out, saved) = flash.forward_train(&inputs)?;
+        let (expected, saved_plain) = plain.forward_train(&inputs)?;
+        assert!(close(out.view(), expected.view()));
+        let grad_out = g.slice(s![..out.nrows(), ..]);
+        let grads = flash.backward(&inputs, &saved, grad_out)?;
+        let expected = plain.backward(&inputs, &saved_plain, grad_out)?;
+        let of = |grads: &Gradients<f64>| {
+            let arrays = [&grads.query, &grads.key, &grads.value].into_iter().chain(&grads.bias);
+            arrays.flatten().copied().collect::<Vec<f64>>()
+        };
+        for (a, b) in of(&grads).into_iter().zip(of(&expected)) {
+            // The gradients of a hub are sums of thousands of terms of order 1.
+            assert!((a - b).abs() < 1e-10, "{a} {b}");
+        }
+    }
     Ok(())
 }

@@ -28,7 +28,10 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     let logits = Array2::from_shape_simple_fn((n, n), || rng.random_range(-1.0..1.0f32));
     let edges: Vec<_> =
         (0..300 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n))).collect();
-    let graph = Graph::from_edges(n, n, edges).unwrap();
+    // A query so busy that its row is cut, and a key.
+    let hubs = (0..60 * n).map(|at| (0, at % n)).chain((0..60 * n).map(|at| (at % n, 1)));
+    let graph = Graph::from_edges(n, n, edges.into_iter().chain(hubs)).unwrap();
+    let edge_logits = Array2::from_shape_fn((graph.num_edges(), 1), |(e, _)| (e % 7) as f32);
     let multi_head = MultiHeadConfig::new(columns, 4).init(Flash::new(), &mut rng).unwrap();
 
     let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
@@ -38,6 +41,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         dense.with_causal(Causal::BottomRight),
         dense.with_bias(logits.view()).unwrap(),
         sparse.with_heads(4).unwrap(),
+        sparse.with_bias(edge_logits.view()).unwrap(),
     ] {
         let one = run(1, &Flash::new(), &inputs);
         assert_eq!(one, run(2, &Flash::new(), &inputs));

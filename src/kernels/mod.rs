@@ -2,7 +2,7 @@
 //!
 //! The instruction set is chosen at run time by `fearless_simd`, once for each task; every function
 //! that computes in vectors is generic over it and `#[inline(always)]`, since a call across the
-//! boundary costs ten times the work. `matmul`, `exp2` and `vector` are the primitives, `problem` is
+//! boundary costs ten times the work. `matmul`, `exp2` and `heads` are the primitives, `problem` is
 //! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
 //! row; neither ever holds more than a tile of logits. What they are checked against is the plain
 //! `ScaledDotProduct`.
@@ -48,12 +48,13 @@ macro_rules! without_sse2 {
 
 pub(crate) mod dense;
 pub(crate) mod exp2;
+pub(crate) mod heads;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod parallel;
+mod prefetch;
 pub(crate) mod problem;
 pub(crate) mod rows;
-pub(crate) mod vector;
 
 use crate::float::Float;
 use crate::gradients::GradientsMut;

@@ -33,17 +33,33 @@ pub(crate) fn parts(len: usize, block: usize, count: usize) -> Vec<Range<usize>>
     (0..count).map(|part| end(part)..end(part + 1)).collect()
 }
 
+/// The rows of a matrix that are not given away yet.
+pub(crate) struct Rest<'a, F>(Option<ArrayViewMut2<'a, F>>);
+
+impl<'a, F> Rest<'a, F> {
+    pub(crate) fn new(matrix: ArrayViewMut2<'a, F>) -> Self {
+        Self(Some(matrix))
+    }
+
+    /// The next rows.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub(crate) fn take(&mut self, len: usize) -> ArrayViewMut2<'a, F> {
+        let rest = self.0.take().expect("an earlier call did not panic");
+        let (chunk, rest) = rest.split_at(Axis(0), len);
+        self.0 = Some(rest);
+        chunk
+    }
+}
+
 /// The rows of a matrix in chunks of these lengths.
 pub(crate) fn row_chunks<F>(
     matrix: ArrayViewMut2<'_, F>,
     lens: impl IntoIterator<Item = usize>,
 ) -> impl Iterator<Item = ArrayViewMut2<'_, F>> {
-    let mut rest = Some(matrix);
-    lens.into_iter().map_while(move |len| {
-        let (chunk, after) = rest.take()?.split_at(Axis(0), len);
-        rest = Some(after);
-        Some(chunk)
-    })
+    let mut rest = Rest::new(matrix);
+    lens.into_iter().map(move |len| rest.take(len))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Softmax attention laid out for the kernels.
 
-use super::vector::plain_dot;
+use super::heads::plain_dot;
 use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};

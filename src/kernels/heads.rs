@@ -1,0 +1,405 @@
+//! Dot products and weighted sums of rows that hold several heads side by side.
+//!
+//! One row, the *own*, meets many others: a query its keys, or a key its queries. The columns of a
+//! head may lie elsewhere in the others than in the own, since heads of queries may share those of
+//! keys.
+
+use super::matmul::Vector;
+use crate::float::Float;
+use fearless_simd::{Simd, SimdBase, SimdFloat};
+
+/// Σ aᵢ bᵢ over the common length, without SIMD.
+#[inline]
+pub(crate) fn plain_dot<F: Float>(a: &[F], b: &[F]) -> F {
+    a.iter().zip(b).fold(F::zero(), |sum, (&a, &b)| sum + a * b)
+}
+
+/// Where the columns of each head start.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    head: usize,
+    own: usize,
+    other: usize,
+}
+
+/// The columns of heads in own and other rows.
+#[derive(Clone, Debug)]
+pub(crate) struct Columns<F> {
+    /// Columns of a head.
+    dim: usize,
+    /// The vectors of columns of all heads, and the columns that are left of each.
+    vectors: Vec<Start>,
+    rest: Vec<Start>,
+    /// Whether no two heads have the same own columns.
+    are_disjoint: bool,
+    /// For [`dots`](Self::dots): a vector of products for each head and lane.
+    scratch: Vec<F>,
+}
+
+impl<F: Float> Columns<F> {
+    /// `starts(head)` are a head's first columns in own and other rows.
+    #[inline(always)]
+    pub(crate) fn new<S: Simd>(
+        _: S,
+        heads: usize,
+        dim: usize,
+        starts: impl Fn(usize) -> [usize; 2],
+    ) -> Self {
+        let len = Vector::<S, F>::LEN;
+        let start = |head| {
+            let [own, other] = starts(head);
+            Start { head, own, other }
+        };
+        let heads: Vec<_> = (0..heads).map(start).collect();
+        let skip = |start: &Start, columns: usize| Start {
+            own: start.own + columns,
+            other: start.other + columns,
+            ..*start
+        };
+        let of_head = |start| (0..dim / len).map(move |v| skip(start, v * len));
+        let vectors = heads.iter().flat_map(of_head).collect();
+        let rest = heads.iter().filter(|_| !dim.is_multiple_of(len));
+        let rest = rest.map(|start| skip(start, dim - dim % len)).collect();
+        let are_disjoint = heads.windows(2).all(|pair| pair[0].own < pair[1].own);
+        let scratch = vec![F::zero(); heads.len() * len * len];
+        Self { dim, vectors, rest, are_disjoint, scratch }
+    }
+
+    /// out[h · stride + t] = own · row(t) in the columns of head h, for t < count. Overwrites up to a
+    /// whole vector of `out` with what means nothing.
+    ///
+    /// The products of as many rows as a vector has lanes are kept as vectors, and folded together into
+    /// one vector of sums: a quarter of the shuffles that one row at a time takes.
+    #[inline(always)]
+    pub(crate) fn dots<'r, S: Simd>(
+        &mut self,
+        simd: S,
+        own: &[F],
+        count: usize,
+        row: impl Fn(usize) -> &'r [F],
+        out: &mut [F],
+        stride: usize,
+    ) where
+        F: 'r,
+    {
+        let len = Vector::<S, F>::LEN;
+        let whole = self.dim - self.dim % len;
+        let Self { vectors, scratch, .. } = self;
+        if whole == 0 {
+            // Of no use to any sum, but what a tile before left there might be NaN.
+            scratch.fill(F::zero());
+        }
+
+        for start in (0..count).step_by(len) {
+            let row = |t: usize| row(start + t);
+            let count = len.min(count - start);
+            if whole == len {
+                let fours = vectors.chunks_exact(4);
+                for &vector in fours.remainder() {
+                    multiply(simd, [vector], own, count, &row, scratch);
+                }
+                for vectors in fours {
+                    let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
+                    multiply(simd, vectors, own, count, &row, scratch);
+                }
+            } else {
+                for of_head in vectors.chunk_by(|a, b| a.head == b.head) {
+                    let products = &mut scratch[of_head[0].head * len * len..][..len * len];
+                    let products = &mut products[..count * len];
+                    let fours = of_head.chunks_exact(4);
+                    let rest = fours.remainder();
+                    let is_first = |vector: Start| vector.own == of_head[0].own;
+                    for vectors in fours {
+                        let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
+                        add_products(simd, vectors, own, is_first(vectors[0]), &row, products);
+                    }
+                    for &vector in rest {
+                        add_products(simd, [vector], own, is_first(vector), &row, products);
+                    }
+                }
+            }
+            for (head, products) in scratch.chunks_exact(len * len).enumerate() {
+                let sums = fold_lanes::<S, F>(simd, products);
+                sums.store_slice(&mut out[head * stride + start..][..len]);
+            }
+        }
+        for rest in &self.rest {
+            let len = self.dim - whole;
+            for (t, out) in out[rest.head * stride..][..count].iter_mut().enumerate() {
+                *out += plain_dot(&own[rest.own..][..len], &row(t)[rest.other..][..len]);
+            }
+        }
+    }
+
+    /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row(t) in the columns of each head h, for
+    /// t < count.
+    ///
+    /// The sum stays in registers over all rows, four vectors of it at a time.
+    #[inline(always)]
+    pub(crate) fn add_weighted<'r, S: Simd>(
+        &self,
+        simd: S,
+        sum: &mut [F],
+        weights: Weights<'_, F>,
+        row: impl Fn(usize) -> &'r [F],
+    ) where
+        F: 'r,
+    {
+        // Four at once read all their sums before they write any.
+        let fours = self.vectors.chunks_exact(if self.are_disjoint { 4 } else { usize::MAX });
+        for &vector in fours.remainder() {
+            add_weighted_vectors(simd, [vector], sum, weights, &row);
+        }
+        for vectors in fours {
+            let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
+            add_weighted_vectors(simd, vectors, sum, weights, &row);
+        }
+        for rest in &self.rest {
+            let len = self.dim % Vector::<S, F>::LEN;
+            let sum = &mut sum[rest.own..][..len];
+            sum.iter_mut().for_each(|sum| *sum *= weights.factors[rest.head]);
+            for (t, &weight) in weights.of_head(rest.head).iter().enumerate() {
+                let row = &row(t)[rest.other..][..len];
+                sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += weight * value);
+            }
+        }
+    }
+}
+
+/// Products of heads of one vector each.
+#[inline(always)]
+fn multiply<'r, S: Simd, F: Float, const N: usize>(
+    simd: S,
+    vectors: [Start; N],
+    own: &[F],
+    count: usize,
+    row: &impl Fn(usize) -> &'r [F],
+    products: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+    for n in 0..N {
+        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[vectors[n].own..][..len]);
+    }
+    let products = &mut products[vectors[0].head * len * len..][..N * len * len];
+    for t in 0..count {
+        let row = row(t);
+        for n in 0..N {
+            let row = Vector::<S, F>::from_slice(simd, &row[vectors[n].other..][..len]);
+            (row * own_vectors[n]).store_slice(&mut products[(n * len + t) * len..][..len]);
+        }
+    }
+}
+
+/// The products of vectors of one head, on top of those before unless they are the first.
+#[inline(always)]
+fn add_products<'r, S: Simd, F: Float, const N: usize>(
+    simd: S,
+    vectors: [Start; N],
+    own: &[F],
+    is_first: bool,
+    row: &impl Fn(usize) -> &'r [F],
+    products: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+    for n in 0..N {
+        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[vectors[n].own..][..len]);
+    }
+    for (t, products) in products.chunks_exact_mut(len).enumerate() {
+        let row = &row(t)[vectors[0].other..][..N * len];
+        let mut sum = match is_first {
+            true => Vector::<S, F>::splat(simd, F::zero()),
+            false => Vector::<S, F>::from_slice(simd, products),
+        };
+        for n in 0..N {
+            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
+            sum = row.mul_add(own_vectors[n], sum);
+        }
+        sum.store_slice(products);
+    }
+}
+
+/// Lane t of the result is the sum of the lanes of vector t.
+#[inline(always)]
+fn fold_lanes<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
+    let len = Vector::<S, F>::LEN;
+    let vectors = &vectors[..len * len];
+    match len {
+        2 => fold_two(simd, vectors),
+        4 => fold_four(simd, vectors),
+        8 => fold_eight(simd, vectors),
+        16 => {
+            let (first, second) = vectors.split_at(8 * len);
+            fold::<S, F>(fold_eight(simd, first), fold_eight(simd, second))
+        }
+        _ => unreachable!("no CPU has vectors of {len} numbers"),
+    }
+}
+
+/// Sums of neighbours: those of `a`, then those of `b`.
+#[inline(always)]
+fn fold<S: Simd, F: Float>(a: Vector<S, F>, b: Vector<S, F>) -> Vector<S, F> {
+    a.unzip_low(b) + a.unzip_high(b)
+}
+
+// Depth first, so that few vectors are alive at a time; functions, since a closure would be called.
+#[inline(always)]
+fn fold_two<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
+    let (a, b) = vectors.split_at(Vector::<S, F>::LEN);
+    let a = Vector::<S, F>::from_slice(simd, a);
+    fold::<S, F>(a, Vector::<S, F>::from_slice(simd, &b[..Vector::<S, F>::LEN]))
+}
+
+#[inline(always)]
+fn fold_four<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
+    let (a, b) = vectors.split_at(2 * Vector::<S, F>::LEN);
+    fold::<S, F>(fold_two(simd, a), fold_two(simd, b))
+}
+
+#[inline(always)]
+fn fold_eight<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
+    let (a, b) = vectors.split_at(4 * Vector::<S, F>::LEN);
+    fold::<S, F>(fold_four(simd, a), fold_four(simd, b))
+}
+
+/// What [`Columns::add_weighted`] multiplies by.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'w, F> {
+    /// Of the sum of each head before.
+    pub(crate) factors: &'w [F],
+    /// Of the rows: head h's start at h · stride.
+    pub(crate) weights: &'w [F],
+    pub(crate) stride: usize,
+    /// The number of rows.
+    pub(crate) count: usize,
+}
+
+impl<'w, F> Weights<'w, F> {
+    #[inline(always)]
+    fn of_head(&self, head: usize) -> &'w [F] {
+        &self.weights[head * self.stride..][..self.count]
+    }
+}
+
+#[inline(always)]
+fn add_weighted_vectors<'r, S: Simd, F: Float, const N: usize>(
+    simd: S,
+    vectors: [Start; N],
+    sum: &mut [F],
+    weights: Weights<'_, F>,
+    row: &impl Fn(usize) -> &'r [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    // Two sums in turn, so that an addition need not wait for the one before.
+    let mut even = [Vector::<S, F>::splat(simd, F::zero()); N];
+    let mut odd = even;
+    let mut of_head = [weights.weights; N];
+    for n in 0..N {
+        let factor = Vector::<S, F>::splat(simd, weights.factors[vectors[n].head]);
+        even[n] = Vector::<S, F>::from_slice(simd, &sum[vectors[n].own..][..len]) * factor;
+        of_head[n] = weights.of_head(vectors[n].head);
+    }
+    for t in (0..weights.count & !1).step_by(2) {
+        let (even_row, odd_row) = (row(t), row(t + 1));
+        for n in 0..N {
+            let column = vectors[n].other;
+            let a = Vector::<S, F>::from_slice(simd, &even_row[column..][..len]);
+            let b = Vector::<S, F>::from_slice(simd, &odd_row[column..][..len]);
+            even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(a, even[n]);
+            odd[n] = Vector::<S, F>::splat(simd, of_head[n][t + 1]).mul_add(b, odd[n]);
+        }
+    }
+    if let Some(t) = (weights.count % 2 == 1).then(|| weights.count - 1) {
+        let row = row(t);
+        for n in 0..N {
+            let row = Vector::<S, F>::from_slice(simd, &row[vectors[n].other..][..len]);
+            even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(row, even[n]);
+        }
+    }
+    for n in 0..N {
+        (even[n] + odd[n]).store_slice(&mut sum[vectors[n].own..][..len]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+
+    /// Small integers, so that every order of summation gives the same sum.
+    fn entries<F: Float>(len: usize, seed: usize) -> Vec<F> {
+        (0..len).map(|i| F::of(((i * 7 + seed * 3) % 11) as f64 - 5.0)).collect()
+    }
+
+    /// `dots` and `add_weighted` against plain loops; `kv` heads of the other rows.
+    #[inline(always)]
+    fn check<S: Simd, F: Float>(simd: S, [heads, kv, dim, count]: [usize; 4]) {
+        let [own_len, other_len] = [heads * dim, kv * dim];
+        let kv_head = |head: usize| head * kv / heads;
+        let stride = count.next_multiple_of(Vector::<S, F>::LEN);
+        let own: Vec<F> = entries(own_len, 1);
+        let others: Vec<F> = entries(count * other_len, 2);
+        let row = |t: usize| &others[t * other_len..][..other_len];
+
+        let mut columns = Columns::new(simd, heads, dim, |head| [head * dim, kv_head(head) * dim]);
+        // What a tile before left behind must not matter.
+        columns.scratch.fill(F::nan());
+        let mut products = vec![F::nan(); heads * stride];
+        columns.dots(simd, &own, count, row, &mut products, stride);
+        let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
+        let mut sum: Vec<F> = entries(own_len, 5);
+        let before = sum.clone();
+        let all = Weights { factors: &factors, weights: &weights, stride, count };
+        columns.add_weighted(simd, &mut sum, all, row);
+        for head in 0..heads {
+            let other = |t: usize| &row(t)[kv_head(head) * dim..][..dim];
+            for t in 0..count {
+                let expected = plain_dot(&own[head * dim..][..dim], other(t));
+                assert_eq!(products[head * stride + t], expected, "{heads} {kv} {dim} {count}");
+            }
+            for c in 0..dim {
+                let at = head * dim + c;
+                let terms = (0..count).map(|t| weights[head * stride + t] * other(t)[c]);
+                let expected = factors[head] * before[at] + terms.sum::<F>();
+                assert_eq!(sum[at], expected, "{heads} {kv} {dim} {count}");
+            }
+        }
+
+        // The other way round several heads add to the same columns.
+        let columns = Columns::new(simd, heads, dim, |head| [kv_head(head) * dim, head * dim]);
+        let others: Vec<F> = entries(count * own_len, 6);
+        let row = |t: usize| &others[t * own_len..][..own_len];
+        let mut sum = vec![F::zero(); other_len];
+        let ones = vec![F::one(); heads];
+        let all = Weights { factors: &ones, ..all };
+        columns.add_weighted(simd, &mut sum, all, row);
+        for (kv_column, &sum) in sum.iter().enumerate() {
+            let of_heads = (0..heads).filter(|&head| kv_head(head) == kv_column / dim);
+            let terms = of_heads.flat_map(|head| {
+                let column = head * dim + kv_column % dim;
+                (0..count).map(move |t| (head, t, column))
+            });
+            let expected: F =
+                terms.map(|(head, t, c)| weights[head * stride + t] * row(t)[c]).sum();
+            assert_eq!(sum, expected, "{heads} {kv} {dim} {count}");
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_plain_loops_at_every_size() {
+        for level in levels() {
+            for dim in (0..=33).chain([47, 48, 64, 67, 80]) {
+                for count in [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33] {
+                    for [heads, kv] in [[1, 1], [4, 4], [5, 5], [6, 2]] {
+                        let sizes = [heads, kv, dim, count];
+                        dispatch!(level, simd => {
+                            check::<_, f32>(simd, sizes);
+                            check::<_, f64>(simd, sizes);
+                        });
+                    }
+                }
+            }
+        }
+    }
+}

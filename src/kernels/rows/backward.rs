@@ -1,0 +1,317 @@
+//! The backward pass.
+
+use super::super::exp2::exp2;
+use super::super::heads::{Columns, Weights};
+use super::super::matmul::Vector;
+use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
+use super::{Others, Pairs, Part, Tile, add_bad, for_each_part, level_for, scale_row};
+use crate::float::Float;
+use crate::gradients::GradientsMut;
+use crate::graph::Graph;
+use crate::inputs::{Pair, head_columns};
+use fearless_simd::{Level, Select, Simd, SimdBase};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use std::f64::consts::LOG2_E;
+
+/// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
+pub(crate) fn backward<F: Float>(
+    problem: &Problem<'_, F>,
+    graph: &Graph,
+    tile_len: usize,
+    level: Level,
+    upstream: Upstream<'_, F>,
+    grads: &mut GradientsMut<'_, F>,
+) {
+    let inputs = &problem.inputs;
+    let num_rows = inputs.num_queries() * problem.heads;
+    let terms: Vec<[F; 2]> = (0..num_rows)
+        .map(|at| upstream.row_terms(at / problem.heads, at % problem.heads, problem.value_dim))
+        .collect();
+    let may_hide = problem.bias.is_some() || upstream.has_empty_rows();
+    let queries = Side::new(problem.query.slices(), upstream.grad_out, false, may_hide);
+    let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
+    let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
+
+    // In the order of the rows, since each thread must own what it adds to.
+    let mut grad_logits =
+        grads.bias.as_ref().map(|_| Array2::zeros((graph.num_edges(), problem.heads)));
+    let pairs = Pairs::ByQuery(graph);
+    let tile = pairs.tile_len(tile_len);
+    let by_query =
+        Pass { problem, own: &queries, other: &keys, tile_len: tile, terms: &terms, pairs };
+    for_each_part(
+        by_query.pairs,
+        problem.work(),
+        [grads.query.view_mut()],
+        grad_logits.as_mut().map(|grads| grads.view_mut()),
+        |part, [grad_a], grad_logits| {
+            dispatch!(level, simd => by_query.run(simd, part, grad_a, None, grad_logits));
+        },
+        add_up,
+    );
+    let pairs = Pairs::ByKey(graph.transpose());
+    let tile = pairs.tile_len(tile_len);
+    let by_key =
+        Pass { problem, own: &keys, other: &queries, tile_len: tile, terms: &terms, pairs };
+    for_each_part(
+        by_key.pairs,
+        problem.work(),
+        [grads.key.view_mut(), grads.value.view_mut()],
+        None,
+        |part, [grad_a, grad_b], _| {
+            dispatch!(level, simd => by_key.run(simd, part, grad_a, Some(grad_b), None));
+        },
+        add_up,
+    );
+
+    if let (Some(grad), Some(bias), Some(grad_logits)) =
+        (&mut grads.bias, problem.bias, grad_logits)
+    {
+        for query in 0..graph.num_queries() {
+            for (slot, (key, index)) in graph.slots(query).zip(graph.row(query)) {
+                for head in 0..problem.heads {
+                    grad[bias.slot(Pair { query, key, index }, head)] += grad_logits[[slot, head]];
+                }
+            }
+        }
+    }
+}
+
+/// Adds the sums over the segments of a long row.
+fn add_up<F: Float, const N: usize>(
+    sums: [ArrayViewMut1<'_, F>; N],
+    segments: [ArrayView2<'_, F>; N],
+) {
+    for (mut sum, segments) in sums.into_iter().zip(segments) {
+        segments.rows().into_iter().for_each(|segment| sum += &segment);
+    }
+}
+
+/// Queries with the gradient of their outputs, or keys with their values: `a` meets the other
+/// side's `a` in a logit, and `b` meets `b` in the gradient of a weight.
+struct Side<'r, F: Float> {
+    a: Slices<'r, F>,
+    b: Slices<'r, F>,
+    finite_a: FiniteRows<'r, F>,
+    finite_b: FiniteRows<'r, F>,
+    /// Whether the columns are laid out in heads of keys and values.
+    is_keys: bool,
+}
+
+impl<'r, F: Float> Side<'r, F> {
+    fn new(a: Slices<'r, F>, b: Slices<'r, F>, is_keys: bool, may_hide: bool) -> Self {
+        let finite_a = FiniteRows::new(a, may_hide);
+        let finite_b = FiniteRows::new(b, may_hide);
+        Self { a, b, finite_a, finite_b, is_keys }
+    }
+
+    #[inline(always)]
+    fn head(&self, problem: &Problem<'_, F>, head: usize) -> usize {
+        if self.is_keys { problem.kv_head(head) } else { head }
+    }
+}
+
+/// One pass over the pairs, for the side whose gradients are summed.
+struct Pass<'p, 'a, F: Float> {
+    problem: &'p Problem<'a, F>,
+    own: &'p Side<'p, F>,
+    other: &'p Side<'p, F>,
+    tile_len: usize,
+    /// L and δ of each query and head.
+    terms: &'p [[F; 2]],
+    pairs: Pairs<'p>,
+}
+
+impl<F: Float> Pass<'_, '_, F> {
+    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b` and of the logits.
+    #[inline(always)]
+    fn run<S: Simd>(
+        &self,
+        simd: S,
+        part: &Part,
+        mut grad_a: ArrayViewMut2<'_, F>,
+        mut grad_b: Option<ArrayViewMut2<'_, F>>,
+        mut grad_of_slots: Option<ArrayViewMut2<'_, F>>,
+    ) {
+        let Self { problem, own, other, terms, .. } = *self;
+        let heads = problem.heads;
+        let factor = problem.scale * F::of(LOG2_E);
+        let columns = |dim: usize| {
+            Columns::new(simd, heads, dim, |head| {
+                [own.head(problem, head) * dim, other.head(problem, head) * dim]
+            })
+        };
+        let (mut columns_a, mut columns_b) = (columns(problem.key_dim), columns(problem.value_dim));
+        let others = |rows| Others { rows, are_keys: other.is_keys };
+        let (a_rows, b_rows) = (others(other.a), others(other.b));
+        let [finite_a, finite_b] =
+            [&other.finite_a, &other.finite_b].map(|rows| others(rows.slices()));
+
+        let mut tile = Tile::new(simd, heads, self.tile_len);
+        // L and δ of the query of each pair, and the gradient of its weight, then logit.
+        let [mut log_sums, mut deltas, mut grads] =
+            [(); 3].map(|()| vec![F::zero(); tile.weights.len()]);
+        let ones = vec![F::one(); heads];
+        let mut scaled_a = vec![F::zero(); own.a.columns];
+        let mut sum_a = vec![F::zero(); own.a.columns];
+        let mut sum_b = vec![F::zero(); own.b.columns];
+        for (r, mut row) in part.rows(self.pairs).enumerate() {
+            scale_row(factor, own.a.row(row.row), &mut scaled_a);
+            let own_b = own.b.row(row.row);
+            sum_a.fill(F::zero());
+            sum_b.fill(F::zero());
+            if other.is_keys {
+                for (head, [log_sum, delta]) in terms[row.row * heads..][..heads].iter().enumerate()
+                {
+                    let of_head = head * tile.stride..(head + 1) * tile.stride;
+                    log_sums[of_head.clone()].fill(*log_sum);
+                    deltas[of_head].fill(*delta);
+                }
+            }
+            while tile.fill(problem, &mut row, [a_rows.rows, b_rows.rows]) {
+                tile.score(simd, problem, &mut columns_a, &scaled_a, a_rows);
+                let Tile { stride, pairs, weights, .. } = &mut tile;
+                let (stride, len) = (*stride, pairs.len());
+                // dp = m g·v
+                let b = |t: usize| b_rows.row(&pairs[t]);
+                columns_b.dots(simd, own_b, len, b, &mut grads, stride);
+                if !other.is_keys {
+                    for (t, pair) in pairs.iter().enumerate() {
+                        let terms = &terms[pair.query * heads..][..heads];
+                        for (head, &[log_sum, delta]) in terms.iter().enumerate() {
+                            log_sums[head * stride + t] = log_sum;
+                            deltas[head * stride + t] = delta;
+                        }
+                    }
+                }
+                for head in 0..heads {
+                    let multipliers =
+                        || pairs.iter().map(|pair| problem.multiplier(pair.index, head));
+                    let of_head = head * stride..head * stride + len;
+                    if problem.dropout.is_some() {
+                        let grads = grads[of_head.clone()].iter_mut();
+                        grads.zip(multipliers()).for_each(|(grad, m)| *grad *= m);
+                    }
+                    let vectors =
+                        of_head.start..of_head.start + len.next_multiple_of(Vector::<S, F>::LEN);
+                    weights_and_logits_vjp(
+                        simd,
+                        &mut weights[vectors.clone()],
+                        &log_sums[vectors.clone()],
+                        &deltas[vectors.clone()],
+                        &mut grads[vectors],
+                    );
+                    // õ = m p v
+                    if problem.dropout.is_some() && grad_b.is_some() {
+                        let weights = weights[of_head].iter_mut();
+                        weights.zip(multipliers()).for_each(|(weight, m)| *weight *= m);
+                    }
+                }
+                // s = scale a·a'
+                let a = |t: usize| finite_a.row(&pairs[t]);
+                let grad_logits = Weights { factors: &ones, weights: &grads, stride, count: len };
+                columns_a.add_weighted(simd, &mut sum_a, grad_logits, a);
+                if grad_b.is_some() {
+                    let b = |t: usize| finite_b.row(&tile.pairs[t]);
+                    columns_b.add_weighted(simd, &mut sum_b, tile.weights(&ones), b);
+                }
+                self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
+                if let Some(grad_of_slots) = &mut grad_of_slots {
+                    for (t, slot) in tile.slots.iter().enumerate() {
+                        for (head, grad) in
+                            grad_of_slots.row_mut(slot - part.slots.start).iter_mut().enumerate()
+                        {
+                            *grad = grads[head * stride + t];
+                        }
+                    }
+                }
+            }
+            grad_a.row_mut(r).scaled_add(problem.scale, &ArrayView1::from(&sum_a));
+            if let Some(grad_b) = &mut grad_b {
+                grad_b.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum_b));
+            }
+        }
+    }
+
+    /// What is not finite in the other side's rows: [`add_bad`] for both sums.
+    #[inline]
+    fn add_bad(
+        &self,
+        tile: &Tile<F>,
+        grad_logits: &[F],
+        [sum_a, sum_b]: [&mut [F]; 2],
+        wants_b: bool,
+    ) {
+        let Self { problem, own, other, terms, .. } = *self;
+        let wants_b = wants_b && !other.finite_b.bad.is_empty();
+        let wants_a = !other.finite_a.bad.is_empty();
+        let index = |pair: Pair| if other.is_keys { pair.key } else { pair.query };
+        for head in 0..problem.heads {
+            let is_live = |pair: Pair| terms[pair.query * problem.heads + head][0] != F::infinity();
+            let of_head = head * tile.stride;
+            let columns = |side: &Side<'_, F>, dim| head_columns(side.head(problem, head), dim);
+            if wants_a {
+                let sum = &mut sum_a[columns(own, problem.key_dim)];
+                let columns = columns(other, problem.key_dim);
+                add_bad(
+                    problem,
+                    tile,
+                    &grad_logits[of_head..],
+                    head,
+                    &other.finite_a,
+                    sum,
+                    |pair| {
+                        let row = index(pair);
+                        (row, &other.a.row(row)[columns.clone()], is_live(pair))
+                    },
+                );
+            }
+            if wants_b {
+                let sum = &mut sum_b[columns(own, problem.value_dim)];
+                let columns = columns(other, problem.value_dim);
+                add_bad(
+                    problem,
+                    tile,
+                    &tile.weights[of_head..],
+                    head,
+                    &other.finite_b,
+                    sum,
+                    |pair| {
+                        let row = index(pair);
+                        (row, &other.b.row(row)[columns.clone()], is_live(pair))
+                    },
+                );
+            }
+        }
+    }
+}
+
+/// p = e^{s − L} in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
+/// for hidden pairs, whatever dp. Whole vectors.
+#[inline(always)]
+fn weights_and_logits_vjp<S: Simd, F: Float>(
+    simd: S,
+    logits: &mut [F],
+    log_sums: &[F],
+    deltas: &[F],
+    grads: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+    let highest = Vector::<S, F>::splat(simd, F::infinity());
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let terms = log_sums.chunks_exact(len).zip(deltas.chunks_exact(len));
+    let terms = terms.zip(grads.chunks_exact_mut(len));
+    for (logits, ((log_sums, deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
+        let logit = Vector::<S, F>::from_slice(simd, logits);
+        let log_sum = Vector::<S, F>::from_slice(simd, log_sums);
+        let grad =
+            Vector::<S, F>::from_slice(simd, grads) - Vector::<S, F>::from_slice(simd, deltas);
+        // By the logit itself: −∞ less a log-sum that is NaN is not −∞ any more.
+        let logit = log_sum.simd_eq(highest).select(lowest, logit);
+        let is_hidden = logit.simd_eq(lowest);
+        let weight = exp2::<S, F>(simd, is_hidden.select(lowest, logit - log_sum));
+        is_hidden.select(zero, weight * grad).store_slice(grads);
+        weight.store_slice(logits);
+    }
+}

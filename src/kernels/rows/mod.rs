@@ -1,0 +1,419 @@
+//! Softmax attention row by row: for a graph, or for few queries. The pairs of a row are visited in
+//! tiles, with a running maximum and sum, for all heads at once, so that a row of keys or values is
+//! fetched from memory once.
+//!
+//! The backward pass runs twice over the pairs, once by query and once by key through the transposed
+//! graph, and computes their weights anew each time. So every sum has one owner, who adds in one
+//! order: no atomics, no memory per edge, the same bits for any number of threads. A row so long
+//! that it would keep the other threads waiting is cut into segments, whose sums are added in order.
+
+mod backward;
+mod forward;
+
+pub(crate) use backward::backward;
+pub(crate) use forward::forward;
+
+use super::heads::{Columns, Weights};
+use super::matmul::Vector;
+use super::parallel::{self, Rest};
+use super::prefetch::prefetch;
+use super::problem::{FiniteRows, Problem, Slices};
+use crate::error::Channel;
+use crate::float::Float;
+use crate::graph::Graph;
+use crate::inputs::Pair;
+use fearless_simd::{Level, Simd, SimdBase};
+use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
+use std::f64::consts::LOG2_E;
+use std::ops::Range;
+
+/// Longer tiles only cost memory.
+const LARGEST_TILE: usize = 1024;
+
+/// Rows are handed to threads in at most this many parts, of at least so many pairs and rows.
+const PARTS: usize = 64;
+const WORK_OF_PART: usize = 512;
+
+/// Rows of more pairs are cut into segments of this many.
+const SEGMENT: usize = 16_384;
+
+/// Rows are asked for this many pairs before their turn, where all of them take more than so many
+/// bytes: nearer memory has them at hand.
+const PREFETCH_AHEAD: usize = 24;
+const PREFETCH_FROM: usize = 1 << 19;
+
+/// The instruction set for heads of these sizes: not the longest vectors for shorter heads.
+fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
+    #[cfg(target_arch = "x86_64")]
+    if dims[0].max(dims[1]) * size_of::<F>() < 64 {
+        return level.as_avx2().map_or(level, Simd::level);
+    }
+    let _ = dims;
+    level
+}
+
+/// What the rows of pairs belong to.
+#[derive(Clone, Copy)]
+enum Pairs<'g> {
+    /// Queries that see all keys.
+    Dense { num_queries: usize, num_keys: usize },
+    /// The queries of a graph.
+    ByQuery(&'g Graph),
+    /// The keys of a graph; this is its transpose.
+    ByKey(&'g Graph),
+}
+
+impl Pairs<'_> {
+    fn num_rows(self) -> usize {
+        match self {
+            Pairs::Dense { num_queries, .. } => num_queries,
+            Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.num_queries(),
+        }
+    }
+
+    /// The pairs of a row, numbered in the order of the rows.
+    fn slots(self, row: usize) -> Range<usize> {
+        match self {
+            Pairs::Dense { num_keys, .. } => row * num_keys..(row + 1) * num_keys,
+            Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.slots(row),
+        }
+    }
+
+    fn tile_len(self, largest: usize) -> usize {
+        let len = |row: usize| self.slots(row).len();
+        let longest = (0..self.num_rows()).map(len).max().unwrap_or(0);
+        largest.min(longest).clamp(1, LARGEST_TILE)
+    }
+}
+
+/// Consecutive rows, or some of the pairs of one.
+#[derive(Clone, Debug)]
+struct Part {
+    rows: Range<usize>,
+    slots: Range<usize>,
+    /// Whether it is a segment of a long row, and the first one.
+    is_segment: bool,
+    is_first: bool,
+}
+
+impl Part {
+    /// The row, and its pairs, of each row.
+    fn rows<'g>(&self, pairs: Pairs<'g>) -> impl Iterator<Item = Row<'g>> {
+        let all = self.slots.clone();
+        self.rows.clone().map(move |row| {
+            let slots = pairs.slots(row);
+            Row { pairs, row, slots: slots.start.max(all.start)..slots.end.min(all.end) }
+        })
+    }
+}
+
+/// All rows in order: the parts of a problem depend on it alone, not on the threads.
+fn parts(pairs: Pairs<'_>) -> Vec<Part> {
+    let num_rows = pairs.num_rows();
+    // A row costs something even without pairs.
+    let work_until = |row: usize| row + row.checked_sub(1).map_or(0, |row| pairs.slots(row).end);
+    let work = work_until(num_rows);
+    let count = (work / WORK_OF_PART).clamp(1, PARTS);
+    let mut parts = Vec::new();
+    let mut first = 0;
+    let close = |parts: &mut Vec<Part>, rows: Range<usize>| {
+        if !rows.is_empty() {
+            let slots = pairs.slots(rows.start).start..pairs.slots(rows.end - 1).end;
+            parts.push(Part { rows, slots, is_segment: false, is_first: false });
+        }
+    };
+    for row in 0..num_rows {
+        let slots = pairs.slots(row);
+        if slots.len() > SEGMENT {
+            close(&mut parts, first..row);
+            parts.extend(parallel::ranges(slots.len(), SEGMENT).map(|range| Part {
+                rows: row..row + 1,
+                slots: slots.start + range.start..slots.start + range.end,
+                is_segment: true,
+                is_first: range.start == 0,
+            }));
+            first = row + 1;
+        } else if work_until(row + 1) * count / work > work_until(row) * count / work {
+            close(&mut parts, first..row + 1);
+            first = row + 1;
+        }
+    }
+    close(&mut parts, first..num_rows);
+    parts
+}
+
+/// Runs a task for each part of the rows. It gets the part, the part's rows of each array of
+/// `by_row`, and its pairs of `by_slot`. The segments of a long row get rows of zeros of their own
+/// instead; `merge` then makes them the row's.
+fn for_each_part<F: Float, const N: usize>(
+    pairs: Pairs<'_>,
+    work: usize,
+    mut by_row: [ArrayViewMut2<'_, F>; N],
+    by_slot: Option<ArrayViewMut2<'_, F>>,
+    run: impl Fn(&Part, [ArrayViewMut2<'_, F>; N], Option<ArrayViewMut2<'_, F>>) + Sync + Send,
+    merge: impl Fn([ArrayViewMut1<'_, F>; N], [ArrayView2<'_, F>; N]),
+) {
+    let parts = parts(pairs);
+    if let [part] = &parts[..]
+        && !part.is_segment
+    {
+        return run(part, by_row, by_slot);
+    }
+    let num_segments = parts.iter().filter(|part| part.is_segment).count();
+    let mut segments = by_row.each_ref().map(|rows| Array2::zeros((num_segments, rows.ncols())));
+    let mut rest = by_row.each_mut().map(|rows| Rest::new(rows.view_mut()));
+    let mut rest_segments = segments.each_mut().map(|rows| Rest::new(rows.view_mut()));
+    let mut by_slot = by_slot.map(Rest::new);
+    let mut tasks = Vec::with_capacity(parts.len());
+    for part in &parts {
+        let rows = if part.is_segment {
+            if part.is_first {
+                for rest in &mut rest {
+                    rest.take(1);
+                }
+            }
+            rest_segments.each_mut().map(|rest| rest.take(1))
+        } else {
+            rest.each_mut().map(|rest| rest.take(part.rows.len()))
+        };
+        tasks.push((part, rows, by_slot.as_mut().map(|rest| rest.take(part.slots.len()))));
+    }
+    parallel::for_each(tasks, work, |(part, rows, slots)| run(part, rows, slots));
+
+    let mut start = 0;
+    let long_rows = parts.iter().filter(|part| part.is_segment);
+    for of_row in long_rows.collect::<Vec<_>>().chunk_by(|a, b| a.rows == b.rows) {
+        let end = start + of_row.len();
+        let segments = segments.each_ref().map(|rows| rows.slice(s![start..end, ..]));
+        merge(by_row.each_mut().map(|rows| rows.row_mut(of_row[0].rows.start)), segments);
+        start = end;
+    }
+}
+
+/// What is left of a row of pairs.
+struct Row<'g> {
+    pairs: Pairs<'g>,
+    /// The query or key.
+    row: usize,
+    slots: Range<usize>,
+}
+
+impl Row<'_> {
+    /// Appends the pairs of some slots. In loops of known length: one by one through a filter takes
+    /// as long as the arithmetic on a pair.
+    #[inline(always)]
+    fn list(&self, slots: Range<usize>, list: &mut Vec<Pair>) {
+        let row = self.row;
+        match self.pairs {
+            Pairs::Dense { num_keys, .. } => {
+                let first = row * num_keys;
+                list.extend(slots.map(|index| Pair { query: row, key: index - first, index }));
+            }
+            Pairs::ByQuery(graph) => {
+                list.extend(numbered(graph, slots).map(|(key, index)| Pair {
+                    query: row,
+                    key,
+                    index,
+                }));
+            }
+            Pairs::ByKey(graph) => list.extend(numbered(graph, slots).map(|(query, index)| Pair {
+                query,
+                key: row,
+                index,
+            })),
+        }
+    }
+}
+
+/// The index and the edge number of some slots.
+#[inline(always)]
+fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item = (usize, usize)> {
+    let indices = &graph.indices()[slots.clone()];
+    let ids = graph.edge_ids().map(|ids| &ids[slots.clone()]);
+    indices.iter().enumerate().map(move |(at, &index)| {
+        (index as usize, ids.map_or(slots.start + at, |ids| ids[at] as usize))
+    })
+}
+
+/// The rows that a row meets, and whether they are those of keys or of queries.
+#[derive(Clone, Copy)]
+struct Others<'r, F> {
+    rows: Slices<'r, F>,
+    are_keys: bool,
+}
+
+impl<'r, F: Copy> Others<'r, F> {
+    #[inline(always)]
+    fn index(self, pair: &Pair) -> usize {
+        if self.are_keys { pair.key } else { pair.query }
+    }
+
+    #[inline(always)]
+    fn row(self, pair: &Pair) -> &'r [F] {
+        self.rows.row(self.index(pair))
+    }
+}
+
+/// The pairs of a tile of one row, and a number for each head and pair, head after head.
+struct Tile<F> {
+    len: usize,
+    /// From head to head: the length in whole vectors.
+    stride: usize,
+    pairs: Vec<Pair>,
+    /// The slot of each pair.
+    slots: Vec<usize>,
+    /// Logits in units of ln 2, −∞ where hidden or past the end; then weights.
+    weights: Vec<F>,
+}
+
+impl<F: Float> Tile<F> {
+    #[inline(always)]
+    fn new<S: Simd>(_: S, heads: usize, len: usize) -> Self {
+        let stride = len.next_multiple_of(Vector::<S, F>::LEN);
+        Self {
+            len,
+            stride,
+            pairs: Vec::with_capacity(len),
+            slots: Vec::with_capacity(len),
+            weights: vec![F::zero(); heads * stride],
+        }
+    }
+
+    /// The next visible pairs of a row; `false` at its end. Asks for the rows of pairs to come.
+    #[inline(always)]
+    fn fill(
+        &mut self,
+        problem: &Problem<'_, F>,
+        row: &mut Row<'_>,
+        soon: [Slices<'_, F>; 2],
+    ) -> bool {
+        self.pairs.clear();
+        self.slots.clear();
+        while self.pairs.is_empty() && !row.slots.is_empty() {
+            let start = row.slots.start;
+            let slots = start..row.slots.end.min(start + self.len);
+            row.slots.start = slots.end;
+            if let Pairs::ByQuery(graph) | Pairs::ByKey(graph) = row.pairs {
+                let ahead = graph.indices().get(slots.start + PREFETCH_AHEAD..).unwrap_or_default();
+                for rows in soon {
+                    if size_of_val(rows.data) >= PREFETCH_FROM {
+                        ahead
+                            .iter()
+                            .take(slots.len())
+                            .for_each(|&row| prefetch(rows.row(row as usize)));
+                    }
+                }
+            }
+            row.list(slots.clone(), &mut self.pairs);
+            self.slots.extend(slots);
+            if problem.inputs.has(Channel::Mask) {
+                let sees = |pair: &Pair| problem.inputs.sees(*pair);
+                let mut pairs = self.pairs.iter();
+                self.slots.retain(|_| pairs.next().is_some_and(sees));
+                self.pairs.retain(sees);
+            }
+        }
+        !self.pairs.is_empty()
+    }
+
+    /// The place of a head's pairs, and with those past the end that fill the last vector.
+    #[inline(always)]
+    fn of_head<S: Simd>(&self, _: S, head: usize) -> [Range<usize>; 2] {
+        let (start, len) = (head * self.stride, self.pairs.len());
+        [start..start + len, start..start + len.next_multiple_of(Vector::<S, F>::LEN)]
+    }
+
+    /// The weights, for sums that are multiplied by `factors` first.
+    fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
+        let (weights, stride, count) = (&self.weights, self.stride, self.pairs.len());
+        Weights { factors, weights, stride, count }
+    }
+
+    /// The logits. `own` is the row that all pairs have in common, times the scale and log₂ e.
+    #[inline(always)]
+    fn score<S: Simd>(
+        &mut self,
+        simd: S,
+        problem: &Problem<'_, F>,
+        columns: &mut Columns<F>,
+        own: &[F],
+        others: Others<'_, F>,
+    ) {
+        let Self { stride, pairs, weights, .. } = self;
+        let other = |t: usize| others.row(&pairs[t]);
+        columns.dots(simd, own, pairs.len(), other, weights, *stride);
+        for head in 0..problem.heads {
+            let [pairs, vectors] = self.of_head(simd, head);
+            self.weights[pairs.end..vectors.end].fill(F::neg_infinity());
+            if problem.bias.is_some() {
+                for (logit, &pair) in self.weights[pairs].iter_mut().zip(&self.pairs) {
+                    *logit = match problem.bias_of(pair, head) {
+                        Some(bias) => *logit + bias * F::of(LOG2_E),
+                        None => F::neg_infinity(),
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Adds what is not finite in the rows of visible pairs, which the products left out. `row_of`
+/// gives a pair's row, its head's columns in it, and whether the query sees any key.
+#[inline]
+fn add_bad<'r, F: Float>(
+    problem: &Problem<'_, F>,
+    tile: &Tile<F>,
+    weights: &[F],
+    head: usize,
+    rows: &FiniteRows<'_, F>,
+    sum: &mut [F],
+    row_of: impl Fn(Pair) -> (usize, &'r [F], bool),
+) {
+    for (&pair, &weight) in tile.pairs.iter().zip(weights) {
+        let (row, values, is_live) = row_of(pair);
+        if is_live && rows.bad.binary_search(&row).is_ok() && problem.bias_of(pair, head).is_some()
+        {
+            for (sum, &value) in sum.iter_mut().zip(values) {
+                if !value.is_finite() {
+                    *sum += weight * value;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn scale_row<F: Float>(factor: F, row: &[F], scaled: &mut [F]) {
+    scaled.iter_mut().zip(row).for_each(|(scaled, &value)| *scaled = factor * value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_every_pair_once_and_cut_long_rows() {
+        let hub = (0..3 * SEGMENT + 5).map(|key| (700, key));
+        let edges = (0..2000).map(|query| (query, query)).chain(hub);
+        let graph = Graph::from_edges(2000, 4 * SEGMENT, edges).unwrap();
+        let dense = Pairs::Dense { num_queries: 2, num_keys: 2 * SEGMENT + 1 };
+        for (pairs, num_pairs, segments) in
+            [(Pairs::ByQuery(&graph), graph.num_edges(), 4), (dense, 4 * SEGMENT + 2, 6)]
+        {
+            let parts = parts(pairs);
+            let mut slots: Vec<usize> = parts.iter().flat_map(|part| part.slots.clone()).collect();
+            assert_eq!(slots, (0..num_pairs).collect::<Vec<_>>());
+            slots = (parts.iter())
+                .flat_map(|part| part.rows(pairs).flat_map(|row| row.slots))
+                .collect();
+            assert_eq!(slots, (0..num_pairs).collect::<Vec<_>>());
+            assert_eq!(parts.iter().filter(|part| part.is_segment).count(), segments);
+            assert!(parts.iter().all(|part| part.is_segment || part.slots.len() <= SEGMENT));
+            let mut rows: Vec<usize> = parts.iter().flat_map(|part| part.rows.clone()).collect();
+            rows.dedup();
+            assert_eq!(rows, (0..pairs.num_rows()).collect::<Vec<_>>());
+        }
+        assert!(parts(Pairs::Dense { num_queries: 0, num_keys: 3 }).is_empty());
+        assert_eq!(parts(Pairs::Dense { num_queries: 3, num_keys: 0 }).len(), 1);
+    }
+}
