@@ -1,9 +1,26 @@
 //! Affine maps of rows: the projections of mechanisms that have some.
+//!
+//! The right factor is packed once into rows of whole panels, the rows of the left factor are shared
+//! among threads.
 
+use super::matmul::{Matrix, PanelRow, columns_times, load, panel_width, rows_times, store};
+use super::parallel::{self, parts, row_chunks};
+use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray};
+use fearless_simd::{Level, Simd, SimdBase};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, s};
+use std::ops::Range;
+
+/// Rows of a product are handed to threads in at most this many parts, in whole blocks.
+const PARTS: usize = 16;
+const BLOCK: usize = 96;
+
+/// A factor is sparse if less than one entry in so many is not zero.
+const SPARSE: usize = 16;
+
+/// The gradient of a weight is a sum over rows: at most this many parts, added in order.
+const SUMS: usize = 4;
 
 /// Overwrites `out` with x Wᵀ + b, for `weight` W of outputs × inputs as PyTorch has it.
 pub(crate) fn linear_into<F: Float>(
@@ -11,12 +28,12 @@ pub(crate) fn linear_into<F: Float>(
     weight: ArrayView2<'_, F>,
     bias: Option<ArrayView1<'_, F>>,
     mut out: ArrayViewMut2<'_, F>,
-) {
+) -> Result<()> {
     match bias {
         Some(bias) => out.rows_mut().into_iter().for_each(|mut row| row.assign(&bias)),
         None => out.fill(F::zero()),
     }
-    general_mat_mul(F::one(), &x, &weight.t(), F::one(), &mut out);
+    add_product(x, weight.t(), out)
 }
 
 /// x Wᵀ + b.
@@ -26,7 +43,7 @@ pub(crate) fn linear<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
 ) -> Result<Array2<F>> {
     let mut out = try_zeros("projection", x.nrows(), weight.nrows())?;
-    linear_into(x, weight, bias, out.view_mut());
+    linear_into(x, weight, bias, out.view_mut())?;
     Ok(out)
 }
 
@@ -34,9 +51,9 @@ pub(crate) fn linear<F: Float>(
 pub(crate) fn linear_input_vjp<F: Float>(
     weight: ArrayView2<'_, F>,
     grad_out: ArrayView2<'_, F>,
-    mut grad_x: ArrayViewMut2<'_, F>,
-) {
-    general_mat_mul(F::one(), &grad_out, &weight, F::one(), &mut grad_x);
+    grad_x: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    add_product(grad_out, weight, grad_x)
 }
 
 /// y = x Wᵀ + b, so with g the gradient of y: grad_W += gᵀ x, grad_b += Σ_rows g.
@@ -46,9 +63,9 @@ pub(crate) fn linear_input_vjp<F: Float>(
 pub(crate) fn linear_params_vjp<F: Float>(
     x: ArrayView2<'_, F>,
     grad_out: ArrayView2<'_, F>,
-    mut grad_weight: ArrayViewMut2<'_, F>,
+    grad_weight: ArrayViewMut2<'_, F>,
     grad_bias: Option<ArrayViewMut1<'_, F>>,
-) {
+) -> Result<()> {
     let mut x = CowArray::from(x);
     for (row, grad) in grad_out.rows().into_iter().enumerate() {
         let is_finite = x.row(row).iter().all(|value| value.is_finite());
@@ -56,10 +73,192 @@ pub(crate) fn linear_params_vjp<F: Float>(
             x.row_mut(row).fill(F::zero());
         }
     }
-    general_mat_mul(F::one(), &grad_out.t(), &x, F::one(), &mut grad_weight);
+    add_transposed_product(grad_out, x.view(), grad_weight)?;
     if let Some(mut grad_bias) = grad_bias {
         grad_bias += &grad_out.sum_axis(Axis(0));
     }
+    Ok(())
+}
+
+/// out += left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
+/// meet what is not finite.
+fn add_product<F: Float>(
+    left: ArrayView2<'_, F>,
+    right: ArrayView2<'_, F>,
+    out: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    let work = left.len().saturating_mul(right.ncols());
+    if work == 0 {
+        return Ok(());
+    }
+    let left = Rows::new("product", left)?;
+    let parts = parts(out.nrows(), BLOCK, PARTS);
+    let outs = row_chunks(out, parts.iter().map(|part| part.len()));
+    let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
+    if is_sparse(&left) && right.iter().all(|value| value.is_finite()) {
+        let right = Rows::new("product", right)?;
+        parallel::for_each(tasks, work / SPARSE, |(rows, mut out)| {
+            for (mut out, row) in out.rows_mut().into_iter().zip(rows) {
+                for (inner, &factor) in non_zeros(left.row(row)) {
+                    out.scaled_add(factor, &ArrayView1::from(right.row(inner)));
+                }
+            }
+        });
+        return Ok(());
+    }
+    let level = Level::new();
+    let right = pack(level, right)?;
+    parallel::for_each(tasks, work, |(rows, out)| F::add_product(level, &left, rows, &right, out));
+    Ok(())
+}
+
+/// out += leftᵀ · right; a sparse `right` as in [`add_product`].
+fn add_transposed_product<F: Float>(
+    left: ArrayView2<'_, F>,
+    right: ArrayView2<'_, F>,
+    mut out: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    let work = left.len().saturating_mul(right.ncols());
+    if work == 0 {
+        return Ok(());
+    }
+    let num_rows = right.nrows();
+    let [left, right] = [Rows::new("product", left)?, Rows::new("product", right)?];
+    if is_sparse(&right) && left.slices().data.iter().all(|value| value.is_finite()) {
+        let mut transposed = try_zeros("product", out.ncols(), out.nrows())?;
+        for row in 0..num_rows {
+            for (column, &factor) in non_zeros(right.row(row)) {
+                let left = ArrayView1::from(left.row(row));
+                transposed.row_mut(column).scaled_add(factor, &left);
+            }
+        }
+        out += &transposed.t();
+        return Ok(());
+    }
+    let level = Level::new();
+    let parts = parts(num_rows, BLOCK, SUMS);
+    let columns = out.ncols().next_multiple_of(F::panel_width(level));
+    let mut sums = try_zeros("product", parts.len() * out.nrows(), columns)?;
+    let lens = parts.iter().map(|_| out.nrows());
+    let tasks: Vec<_> = parts.iter().cloned().zip(row_chunks(sums.view_mut(), lens)).collect();
+    parallel::for_each(tasks, work, |(rows, sum)| {
+        F::add_transposed_product(level, &left, &right, rows, sum);
+    });
+    for sum in sums.axis_chunks_iter(Axis(0), out.nrows()) {
+        out += &sum.slice(s![.., ..out.ncols()]);
+    }
+    Ok(())
+}
+
+/// Whether so few entries are not zero that the rest is better skipped: words in a document, say.
+fn is_sparse<F: Float>(rows: &Rows<'_, F>) -> bool {
+    let data = rows.slices().data;
+    data.iter().filter(|&&value| value != F::zero()).count() < data.len() / SPARSE
+}
+
+fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
+    row.iter().enumerate().filter(|&(_, &value)| value != F::zero())
+}
+
+/// A right factor in rows of whole panels, with zeros past its columns.
+fn pack<F: Float>(level: Level, right: ArrayView2<'_, F>) -> Result<Array2<F>> {
+    let columns = right.ncols().next_multiple_of(F::panel_width(level));
+    let mut packed = try_zeros("product", right.nrows(), columns)?;
+    packed.slice_mut(s![.., ..right.ncols()]).assign(&right);
+    Ok(packed)
+}
+
+/// Columns of a panel.
+pub(super) fn width<F: Float>(level: Level) -> usize {
+    dispatch!(level, simd => panel_width_of::<_, F>(simd))
+}
+
+#[inline(always)]
+fn panel_width_of<S: Simd, F: Float>(_: S) -> usize {
+    panel_width::<S, F>()
+}
+
+/// out += left · right for some rows; `right` in whole panels.
+pub(super) fn add_product_rows<F: Float>(
+    level: Level,
+    left: &Rows<'_, F>,
+    rows: Range<usize>,
+    right: &Array2<F>,
+    out: ArrayViewMut2<'_, F>,
+) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        left: &Rows<'_, F>,
+        rows: Range<usize>,
+        right: Matrix<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) {
+        let left = left.slices();
+        let columns = out.ncols();
+        for block in parallel::ranges(rows.len(), BLOCK) {
+            let row = |m: usize| left.row(rows.start + block.start + m);
+            rows_times(simd, block.len(), row, right, columns, |m, column, sums| {
+                let mut out = out.row_mut(block.start + m);
+                let len = panel_width::<S, F>().min(columns - column);
+                let out = out.slice_mut(s![column..column + len]);
+                add_panel_row(simd, sums, out);
+            });
+        }
+    }
+    let right = Matrix { data: right.as_slice().expect("packed"), stride: right.ncols() };
+    dispatch!(level, simd => run(simd, left, rows, right, out));
+}
+
+/// sum += leftᵀ · right for some rows of both; `sum` in whole panels.
+pub(super) fn add_transposed_product_rows<F: Float>(
+    level: Level,
+    left: &Rows<'_, F>,
+    right: &Rows<'_, F>,
+    rows: Range<usize>,
+    sum: ArrayViewMut2<'_, F>,
+) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        left: &Rows<'_, F>,
+        right: &Rows<'_, F>,
+        rows: Range<usize>,
+        mut sum: ArrayViewMut2<'_, F>,
+    ) {
+        let (num_rows, stride) = sum.dim();
+        let mut packed = vec![F::zero(); BLOCK.min(rows.len()) * stride];
+        for block in parallel::ranges(rows.len(), BLOCK) {
+            let block = rows.start + block.start..rows.start + block.end;
+            for (packed, row) in packed.chunks_exact_mut(stride).zip(block.clone()) {
+                let row = right.row(row);
+                packed[..row.len()].copy_from_slice(row);
+            }
+            let data = left.rows(block.clone());
+            let left = Matrix { data, stride: num_rows };
+            let right = Matrix { data: &packed[..block.len() * stride], stride };
+            columns_times(simd, num_rows, left, right, stride, |m, column, sums| {
+                let len = panel_width::<S, F>();
+                let mut sum = sum.row_mut(m);
+                add_panel_row(simd, sums, sum.slice_mut(s![column..column + len]));
+            });
+        }
+    }
+    dispatch!(level, simd => run(simd, left, right, rows, sum));
+}
+
+/// out += the first lanes of a row of a panel.
+#[inline(always)]
+fn add_panel_row<S: Simd, F: Float>(simd: S, sums: PanelRow<S, F>, mut out: ArrayViewMut1<'_, F>) {
+    if let Some(out) = out.as_slice_mut()
+        && out.len() == panel_width::<S, F>()
+    {
+        let [a, b] = load::<S, F>(simd, out);
+        store::<S, F>([a + sums[0], b + sums[1]], out);
+        return;
+    }
+    let lanes = sums.iter().flat_map(|sums| sums.as_slice());
+    out.iter_mut().zip(lanes).for_each(|(out, &sum)| *out += sum);
 }
 
 #[cfg(test)]
@@ -72,11 +271,66 @@ mod tests {
         let x = array![[f64::NAN, 1.0], [2.0, f64::INFINITY], [3.0, 0.0]];
         let weight_gradient = |grad_out: Array2<f64>| {
             let mut grad = Array2::zeros((1, 2));
-            linear_params_vjp(x.view(), grad_out.view(), grad.view_mut(), None);
+            linear_params_vjp(x.view(), grad_out.view(), grad.view_mut(), None).unwrap();
             grad
         };
         assert_eq!(weight_gradient(array![[0.0], [0.0], [2.0]]), array![[6.0, 0.0]]);
         let touched = weight_gradient(array![[1.0], [0.0], [2.0]]);
         assert!(touched[[0, 0]].is_nan() && touched[[0, 1]] == 1.0);
+    }
+
+    /// Small integers, so that every order of summation gives the same sum.
+    fn entries(rows: usize, columns: usize, salt: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| ((i * 7 + j * 3 + salt) % 11) as f32 - 5.0)
+    }
+
+    #[test]
+    fn products_are_those_of_ndarray_at_every_size() -> Result<()> {
+        for rows in [0, 1, 5, 6, 7, 95, 96, 97, 200, 400] {
+            for inputs in [0, 1, 7, 16, 33] {
+                for outputs in [0, 1, 6, 31, 32, 33, 65] {
+                    let (x, weight) = (entries(rows, inputs, 1), entries(outputs, inputs, 2));
+                    let bias = entries(1, outputs, 3);
+                    let y = linear(x.view(), weight.view(), Some(bias.row(0)))?;
+                    assert_eq!(y, x.dot(&weight.t()) + &bias, "{rows} {inputs} {outputs}");
+
+                    let grad_out = entries(rows, outputs, 4);
+                    // Into columns of a larger array, stored column by column.
+                    let mut grad_x = entries(inputs, rows + 2, 5).reversed_axes();
+                    let expected = &grad_x.slice(s![1..rows + 1, ..]) + &grad_out.dot(&weight);
+                    let view = grad_x.slice_mut(s![1..rows + 1, ..]);
+                    linear_input_vjp(weight.view(), grad_out.view(), view)?;
+                    assert_eq!(grad_x.slice(s![1..rows + 1, ..]), expected);
+
+                    let mut grad_weight = weight.clone();
+                    let mut grad_bias = bias.row(0).to_owned();
+                    let reversed = x.slice(s![..;-1, ..]);
+                    let (weight_view, bias_view) = (grad_weight.view_mut(), grad_bias.view_mut());
+                    linear_params_vjp(reversed, grad_out.view(), weight_view, Some(bias_view))?;
+                    assert_eq!(grad_weight, weight + grad_out.t().dot(&reversed));
+                    assert_eq!(grad_bias, &bias.row(0) + &grad_out.sum_axis(Axis(0)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sparse_factors_change_nothing() -> Result<()> {
+        let x = Array2::from_shape_fn((50, 40), |(i, j)| match (i * 40 + j) % 23 {
+            0 => (i % 5) as f32 - 2.0,
+            _ => 0.0,
+        });
+        assert!(is_sparse(&Rows::new("x", x.view())?));
+        let mut weight = entries(9, 40, 1);
+        let grad_out = entries(50, 9, 2);
+        let mut grad_weight = weight.clone();
+        linear_params_vjp(x.view(), grad_out.view(), grad_weight.view_mut(), None)?;
+        assert_eq!(grad_weight, &weight + grad_out.t().dot(&x));
+        assert_eq!(linear(x.view(), weight.view(), None)?, x.dot(&weight.t()));
+        // A weight that is not finite reaches all rows.
+        weight[[3, 7]] = f32::NAN;
+        assert!(linear(x.view(), weight.view(), None)?.column(3).iter().all(|y| y.is_nan()));
+        Ok(())
     }
 }

@@ -62,11 +62,37 @@ use crate::graph::Graph;
 use dense::TileSizes;
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
-use problem::{Problem, Upstream};
+use problem::{Problem, Rows, Upstream};
+use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
 /// and instruction set, and not again in every crate that calls a mechanism.
 pub trait Kernels: exp2::HasExp2 {
+    /// [`linear::width`].
+    fn panel_width(level: Level) -> usize
+    where
+        Self: Float;
+
+    /// [`linear::add_product_rows`].
+    fn add_product(
+        level: Level,
+        left: &Rows<'_, Self>,
+        rows: Range<usize>,
+        right: &Array2<Self>,
+        out: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`linear::add_transposed_product_rows`].
+    fn add_transposed_product(
+        level: Level,
+        left: &Rows<'_, Self>,
+        right: &Rows<'_, Self>,
+        rows: Range<usize>,
+        sum: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
     /// [`dense::forward`].
     fn dense_forward(
         problem: &Problem<'_, Self>,
@@ -112,6 +138,30 @@ pub trait Kernels: exp2::HasExp2 {
 macro_rules! compile_kernels {
     ($($float:ty),*) => {$(
         impl Kernels for $float {
+            fn panel_width(level: Level) -> usize {
+                linear::width::<Self>(level)
+            }
+
+            fn add_product(
+                level: Level,
+                left: &Rows<'_, Self>,
+                rows: Range<usize>,
+                right: &Array2<Self>,
+                out: ArrayViewMut2<'_, Self>,
+            ) {
+                linear::add_product_rows(level, left, rows, right, out);
+            }
+
+            fn add_transposed_product(
+                level: Level,
+                left: &Rows<'_, Self>,
+                right: &Rows<'_, Self>,
+                rows: Range<usize>,
+                sum: ArrayViewMut2<'_, Self>,
+            ) {
+                linear::add_transposed_product_rows(level, left, right, rows, sum);
+            }
+
             fn dense_forward(
                 problem: &Problem<'_, Self>,
                 sizes: TileSizes,

@@ -8,6 +8,7 @@ use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 use std::borrow::Cow;
 use std::f64::consts::LOG2_E;
+use std::ops::Range;
 
 /// Inputs of exact softmax attention, checked, with rows as slices.
 #[derive(Debug)]
@@ -157,7 +158,7 @@ pub(crate) fn check_scale(scale: f64) -> Result<()> {
 
 /// A matrix as one slice, row after row: the caller's where it lies so, else a copy.
 #[derive(Debug)]
-pub(crate) struct Rows<'a, F> {
+pub struct Rows<'a, F> {
     matrix: CowArray<'a, F, Ix2>,
     columns: usize,
 }
@@ -176,6 +177,12 @@ impl<'a, F: Float> Rows<'a, F> {
     #[inline]
     pub(crate) fn row(&self, row: usize) -> &[F] {
         self.slices().row(row)
+    }
+
+    /// Consecutive rows as one slice.
+    #[inline]
+    pub(crate) fn rows(&self, rows: Range<usize>) -> &[F] {
+        &self.slices().data[rows.start * self.columns..rows.end * self.columns]
     }
 
     #[inline]

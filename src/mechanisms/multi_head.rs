@@ -393,8 +393,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
         self.inner.forward_into(&inner_inputs, context.view_mut())?;
-        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out);
-        Ok(())
+        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
     }
 
     fn forward_train_into(
@@ -407,7 +406,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
         let inner = self.inner.forward_train_into(&inner_inputs, context.view_mut())?;
-        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out);
+        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)?;
         Ok(Saved::new(NAME, State { projected, context, inner }))
     }
 
@@ -437,7 +436,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
 
         // o = context W_oᵀ + b_o
         let mut grad_context = Array2::zeros(context.raw_dim());
-        linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut());
+        linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut())?;
 
         // context = inner(q', k', v')
         let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
@@ -452,13 +451,12 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             params: inner_params,
         };
         self.inner.backward_into(&inner_inputs, inner, grad_context.view(), inner_grads)?;
-        // Now nothing can fail any more.
         linear_params_vjp(
             context.view(),
             grad_out,
             param_slot(&mut out_weight[0]),
             out_bias.first_mut().map(param_slot),
-        );
+        )?;
 
         // x' = x Wᵀ + b for query, key and value
         let packed = in_weights.len() == 1;
@@ -471,8 +469,8 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             }
             let grad = grad_projected[which].view();
             let bias = in_bias.as_mut().map(|bias| bias.slice_mut(s![rows]));
-            linear_params_vjp(arrays[which], grad, weight, bias);
-            linear_input_vjp(self.in_weight(which), grad, grad_x);
+            linear_params_vjp(arrays[which], grad, weight, bias)?;
+            linear_input_vjp(self.in_weight(which), grad, grad_x)?;
         }
         Ok(())
     }
