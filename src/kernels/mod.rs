@@ -189,7 +189,7 @@ macro_rules! compile_kernels {
                 out: ArrayViewMut2<'_, Self>,
                 log_sum_exp: &mut Array2<Self>,
             ) {
-                rows::forward(problem, tile_len, level, out, log_sum_exp);
+                rows::forward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, out, log_sum_exp);
             }
 
             fn rows_backward(

@@ -5,7 +5,7 @@ use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
-use ndarray::{Array2, ArrayView2, CowArray, Ix2};
+use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
@@ -158,20 +158,20 @@ pub(crate) fn check_scale(scale: f64) -> Result<()> {
 
 /// A matrix as one slice, row after row: the caller's where it lies so, else a copy.
 #[derive(Debug)]
-pub struct Rows<'a, F> {
-    matrix: CowArray<'a, F, Ix2>,
+pub struct Rows<'a, F: Clone> {
+    data: Cow<'a, [F]>,
     columns: usize,
 }
 
 impl<'a, F: Float> Rows<'a, F> {
     pub(crate) fn new(what: &'static str, matrix: ArrayView2<'a, F>) -> Result<Self> {
         let (rows, columns) = matrix.dim();
-        if matrix.is_standard_layout() {
-            return Ok(Self { matrix: matrix.into(), columns });
+        if let Some(data) = matrix.to_slice() {
+            return Ok(Self { data: data.into(), columns });
         }
         let mut copy = try_zeros(what, rows, columns)?;
         copy.assign(&matrix);
-        Ok(Self { matrix: copy.into(), columns })
+        Ok(Self { data: copy.into_raw_vec_and_offset().0.into(), columns })
     }
 
     #[inline]
@@ -182,13 +182,12 @@ impl<'a, F: Float> Rows<'a, F> {
     /// Consecutive rows as one slice.
     #[inline]
     pub(crate) fn rows(&self, rows: Range<usize>) -> &[F] {
-        &self.slices().data[rows.start * self.columns..rows.end * self.columns]
+        &self.data[rows.start * self.columns..rows.end * self.columns]
     }
 
     #[inline]
     pub(crate) fn slices(&self) -> Slices<'_, F> {
-        let data = self.matrix.as_slice().expect("the layout is standard");
-        Slices { data, columns: self.columns }
+        Slices { data: &self.data, columns: self.columns }
     }
 }
 

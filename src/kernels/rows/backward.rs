@@ -4,14 +4,16 @@ use super::super::exp2::exp2;
 use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
-use super::{Others, Pairs, Part, Tile, add_bad, for_each_part, level_for, scale_row};
+use super::{
+    DotScorer, Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_up, for_each_part,
+    level_for, parts,
+};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
-use std::f64::consts::LOG2_E;
+use ndarray::{Array2, ArrayView1, ArrayViewMut2};
 
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
 pub(crate) fn backward<F: Float>(
@@ -32,19 +34,25 @@ pub(crate) fn backward<F: Float>(
     let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
     let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
 
-    // In the order of the rows, since each thread must own what it adds to.
-    let mut grad_logits =
-        grads.bias.as_ref().map(|_| Array2::zeros((graph.num_edges(), problem.heads)));
     let pairs = Pairs::ByQuery(graph);
     let tile = pairs.tile_len(tile_len);
     let by_query =
         Pass { problem, own: &queries, other: &keys, tile_len: tile, terms: &terms, pairs };
+    let parts_of = parts(pairs);
+    // In the order of the rows, since each thread must own what it adds to.
+    let columns = if grads.bias.is_some() { problem.heads } else { 0 };
+    let mut grad_logits = Array2::zeros((graph.num_edges(), columns));
+    let outputs = Outputs::by_row([grads.query.view_mut()], &parts_of);
     for_each_part(
-        by_query.pairs,
+        &parts_of,
         problem.work(),
-        [grads.query.view_mut()],
-        grad_logits.as_mut().map(|grads| grads.view_mut()),
-        |part, [grad_a], grad_logits| {
+        Outputs {
+            by_row: outputs.by_row,
+            by_slot: [grad_logits.view_mut()],
+            by_part: outputs.by_part,
+        },
+        |part, Outputs { by_row: [grad_a], by_slot: [grad_logits], .. }| {
+            let grad_logits = (columns > 0).then_some(grad_logits);
             dispatch!(level, simd => by_query.run(simd, part, grad_a, None, grad_logits));
         },
         add_up,
@@ -53,20 +61,18 @@ pub(crate) fn backward<F: Float>(
     let tile = pairs.tile_len(tile_len);
     let by_key =
         Pass { problem, own: &keys, other: &queries, tile_len: tile, terms: &terms, pairs };
+    let parts_of = parts(pairs);
     for_each_part(
-        by_key.pairs,
+        &parts_of,
         problem.work(),
-        [grads.key.view_mut(), grads.value.view_mut()],
-        None,
-        |part, [grad_a, grad_b], _| {
+        Outputs::by_row([grads.key.view_mut(), grads.value.view_mut()], &parts_of),
+        |part, Outputs { by_row: [grad_a, grad_b], .. }| {
             dispatch!(level, simd => by_key.run(simd, part, grad_a, Some(grad_b), None));
         },
         add_up,
     );
 
-    if let (Some(grad), Some(bias), Some(grad_logits)) =
-        (&mut grads.bias, problem.bias, grad_logits)
-    {
+    if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
         for query in 0..graph.num_queries() {
             for (slot, (key, index)) in graph.slots(query).zip(graph.row(query)) {
                 for head in 0..problem.heads {
@@ -74,16 +80,6 @@ pub(crate) fn backward<F: Float>(
                 }
             }
         }
-    }
-}
-
-/// Adds the sums over the segments of a long row.
-fn add_up<F: Float, const N: usize>(
-    sums: [ArrayViewMut1<'_, F>; N],
-    segments: [ArrayView2<'_, F>; N],
-) {
-    for (mut sum, segments) in sums.into_iter().zip(segments) {
-        segments.rows().into_iter().for_each(|segment| sum += &segment);
     }
 }
 
@@ -112,8 +108,8 @@ impl<'r, F: Float> Side<'r, F> {
 }
 
 /// One pass over the pairs, for the side whose gradients are summed.
-struct Pass<'p, 'a, F: Float> {
-    problem: &'p Problem<'a, F>,
+struct Pass<'p, F: Float> {
+    problem: &'p Problem<'p, F>,
     own: &'p Side<'p, F>,
     other: &'p Side<'p, F>,
     tile_len: usize,
@@ -122,8 +118,9 @@ struct Pass<'p, 'a, F: Float> {
     pairs: Pairs<'p>,
 }
 
-impl<F: Float> Pass<'_, '_, F> {
-    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b` and of the logits.
+impl<F: Float> Pass<'_, F> {
+    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b`, and overwrites those
+    /// of the logits.
     #[inline(always)]
     fn run<S: Simd>(
         &self,
@@ -135,28 +132,27 @@ impl<F: Float> Pass<'_, '_, F> {
     ) {
         let Self { problem, own, other, terms, .. } = *self;
         let heads = problem.heads;
-        let factor = problem.scale * F::of(LOG2_E);
         let columns = |dim: usize| {
             Columns::new(simd, heads, dim, |head| {
                 [own.head(problem, head) * dim, other.head(problem, head) * dim]
             })
         };
-        let (mut columns_a, mut columns_b) = (columns(problem.key_dim), columns(problem.value_dim));
+        let (columns_a, mut columns_b) = (columns(problem.key_dim), columns(problem.value_dim));
         let others = |rows| Others { rows, are_keys: other.is_keys };
-        let (a_rows, b_rows) = (others(other.a), others(other.b));
+        let b_rows = others(other.b);
         let [finite_a, finite_b] =
             [&other.finite_a, &other.finite_b].map(|rows| others(rows.slices()));
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
+        let mut scorer = DotScorer::of_side(simd, problem, own.is_keys);
         // L and δ of the query of each pair, and the gradient of its weight, then logit.
         let [mut log_sums, mut deltas, mut grads] =
             [(); 3].map(|()| vec![F::zero(); tile.weights.len()]);
         let ones = vec![F::one(); heads];
-        let mut scaled_a = vec![F::zero(); own.a.columns];
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
-            scale_row(factor, own.a.row(row.row), &mut scaled_a);
+            scorer.begin(simd, row.row);
             let own_b = own.b.row(row.row);
             sum_a.fill(F::zero());
             sum_b.fill(F::zero());
@@ -168,8 +164,9 @@ impl<F: Float> Pass<'_, '_, F> {
                     deltas[of_head].fill(*delta);
                 }
             }
-            while tile.fill(problem, &mut row, [a_rows.rows, b_rows.rows]) {
-                tile.score(simd, problem, &mut columns_a, &scaled_a, a_rows);
+            while tile.fill(problem, &mut row, [other.a, other.b]) {
+                scorer.score(simd, &mut tile);
+                tile.add_bias(simd, problem);
                 let Tile { stride, pairs, weights, .. } = &mut tile;
                 let (stride, len) = (*stride, pairs.len());
                 // dp = m g·v

@@ -3,42 +3,38 @@
 use super::super::exp2::exp2;
 use super::super::heads::Columns;
 use super::super::matmul::Vector;
-use super::super::problem::{FiniteRows, Problem};
-use super::{Others, Pairs, Part, Tile, add_bad, for_each_part, level_for, scale_row};
+use super::super::problem::FiniteRows;
+use super::{Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;
-use crate::inputs::{Pattern, head_columns};
+use crate::inputs::head_columns;
 use crate::partial::Partial;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, Axis};
-use std::f64::consts::{LN_2, LOG2_E};
+use std::f64::consts::LN_2;
 
 /// Overwrites `out` and `log_sum_exp` (num_queries × heads).
-pub(crate) fn forward<F: Float>(
-    problem: &Problem<'_, F>,
+pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
+    problem: &'p C::Problem,
     tile_len: usize,
     level: Level,
     out: ArrayViewMut2<'_, F>,
     log_sum_exp: &mut Array2<F>,
 ) {
-    let inputs = &problem.inputs;
-    let (num_queries, num_keys) = (inputs.num_queries(), inputs.num_keys());
-    let pairs = match inputs.pattern() {
-        Pattern::Dense => Pairs::Dense { num_queries, num_keys },
-        Pattern::Graph(graph) => Pairs::ByQuery(graph),
-    };
+    let softmax = C::softmax(problem);
+    let pairs = Pairs::by_query(&softmax.inputs);
     let tile_len = pairs.tile_len(tile_len);
     // Mask and causal pattern hide pairs before they come here; a bias does so head by head.
-    let may_hide = problem.bias.is_some();
-    let values = FiniteRows::new(problem.value.slices(), may_hide);
-    let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
+    let may_hide = softmax.bias.is_some();
+    let values = FiniteRows::new(softmax.value.slices(), may_hide);
+    let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
+    let parts = parts(pairs);
     for_each_part(
-        pairs,
-        problem.work(),
-        [out, log_sum_exp.view_mut()],
-        None,
-        |part, outs, _| {
+        &parts,
+        softmax.work(),
+        Outputs::by_row([out, log_sum_exp.view_mut()], &parts),
+        |part, outputs| {
             dispatch!(level, simd => {
-                forward_rows(simd, problem, &values, tile_len, pairs, part, outs);
+                forward_rows::<_, _, C>(simd, problem, &values, tile_len, pairs, part, outputs);
             });
         },
         |[mut out, mut log_sums], [outs, log_sums_of]| {
@@ -56,37 +52,35 @@ pub(crate) fn forward<F: Float>(
 }
 
 #[inline(always)]
-fn forward_rows<S: Simd, F: Float>(
+fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     simd: S,
-    problem: &Problem<'_, F>,
+    problem: &'p C::Problem,
     values: &FiniteRows<'_, F>,
     tile_len: usize,
     pairs: Pairs<'_>,
     part: &Part,
-    [mut out, mut log_sum_exp]: [ArrayViewMut2<'_, F>; 2],
+    outputs: Outputs<'_, F, 2, 0>,
 ) {
-    let (heads, key_dim, dim) = (problem.heads, problem.key_dim, problem.value_dim);
-    let factor = problem.scale * F::of(LOG2_E);
-    let keys = Others { rows: problem.key.slices(), are_keys: true };
+    let [mut out, mut log_sum_exp] = outputs.by_row;
+    let softmax = C::softmax(problem);
+    let (heads, dim) = (softmax.heads, softmax.value_dim);
     let values_of = Others { rows: values.slices(), are_keys: true };
-    let columns = |dim: usize| {
-        Columns::new(simd, heads, dim, |head| [head * dim, problem.kv_head(head) * dim])
-    };
-    let (mut key_columns, value_columns) = (columns(key_dim), columns(dim));
+    let columns = Columns::new(simd, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
     let mut tile = Tile::new(simd, heads, tile_len);
-    let mut scaled_query = vec![F::zero(); heads * key_dim];
+    let mut scorer = C::new(simd, problem, &tile);
     let mut maxima = vec![F::zero(); heads];
     let mut alphas = vec![F::zero(); heads];
     let mut sums = vec![F::zero(); heads];
     let mut row_out = vec![F::zero(); heads * dim];
     for (r, mut row) in part.rows(pairs).enumerate() {
-        scale_row(factor, problem.query.row(row.row), &mut scaled_query);
+        scorer.begin(simd, row.row);
         maxima.fill(F::neg_infinity());
         sums.fill(F::zero());
         row_out.fill(F::zero());
 
-        while tile.fill(problem, &mut row, [keys.rows, values_of.rows]) {
-            tile.score(simd, problem, &mut key_columns, &scaled_query, keys);
+        while tile.fill(softmax, &mut row, [softmax.key.slices(), values_of.rows]) {
+            scorer.score(simd, &mut tile);
+            tile.add_bias(simd, softmax);
             for head in 0..heads {
                 let [pairs, vectors] = tile.of_head(simd, head);
                 let logits = &mut tile.weights[vectors];
@@ -103,23 +97,25 @@ fn forward_rows<S: Simd, F: Float>(
                 let sum = exponentials(simd, logits, shift);
                 sums[head] = sums[head] * alphas[head] + sum;
 
-                if let Some(dropout) = problem.dropout {
+                if let Some(dropout) = softmax.dropout {
                     for (weight, pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
                         *weight *= dropout.multiplier::<F>(pair.index, head);
                     }
                 }
             }
             let value = |t: usize| values_of.row(&tile.pairs[t]);
-            value_columns.add_weighted(simd, &mut row_out, tile.weights(&alphas), value);
+            columns.add_weighted(simd, &mut row_out, tile.weights(&alphas), value);
+            scorer.add_values(simd, &tile, &alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
                 let row_out = &mut row_out[head_columns(head, dim)];
                 let weights = &tile.weights[head * tile.stride..];
-                add_bad(problem, &tile, weights, head, values, row_out, |pair| {
-                    (pair.key, problem.value(pair.key, head), true)
+                add_bad(softmax, &tile, weights, head, values, row_out, |pair| {
+                    (pair.key, softmax.value(pair.key, head), true)
                 });
             }
         }
 
+        scorer.finish(simd, &mut row_out);
         for head in 0..heads {
             // Nothing seen: not even 0/0.
             let is_empty = sums[head] == F::zero();

@@ -10,8 +10,8 @@
 mod backward;
 mod forward;
 
-pub(crate) use backward::backward;
-pub(crate) use forward::forward;
+pub(super) use backward::backward;
+pub(super) use forward::forward;
 
 use super::heads::{Columns, Weights};
 use super::matmul::Vector;
@@ -21,7 +21,7 @@ use super::problem::{FiniteRows, Problem, Slices};
 use crate::error::Channel;
 use crate::float::Float;
 use crate::graph::Graph;
-use crate::inputs::Pair;
+use crate::inputs::{Inputs, Pair, Pattern};
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use std::f64::consts::LOG2_E;
@@ -43,7 +43,7 @@ const PREFETCH_AHEAD: usize = 24;
 const PREFETCH_FROM: usize = 1 << 19;
 
 /// The instruction set for heads of these sizes: not the longest vectors for shorter heads.
-fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
+pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     #[cfg(target_arch = "x86_64")]
     if dims[0].max(dims[1]) * size_of::<F>() < 64 {
         return level.as_avx2().map_or(level, Simd::level);
@@ -54,7 +54,7 @@ fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
 
 /// What the rows of pairs belong to.
 #[derive(Clone, Copy)]
-enum Pairs<'g> {
+pub(super) enum Pairs<'g> {
     /// Queries that see all keys.
     Dense { num_queries: usize, num_keys: usize },
     /// The queries of a graph.
@@ -63,7 +63,17 @@ enum Pairs<'g> {
     ByKey(&'g Graph),
 }
 
-impl Pairs<'_> {
+impl<'g> Pairs<'g> {
+    fn by_query<F: Float>(inputs: &Inputs<'g, F>) -> Self {
+        match inputs.pattern() {
+            Pattern::Dense => {
+                let (num_queries, num_keys) = (inputs.num_queries(), inputs.num_keys());
+                Pairs::Dense { num_queries, num_keys }
+            }
+            Pattern::Graph(graph) => Pairs::ByQuery(graph),
+        }
+    }
+
     fn num_rows(self) -> usize {
         match self {
             Pairs::Dense { num_queries, .. } => num_queries,
@@ -88,7 +98,7 @@ impl Pairs<'_> {
 
 /// Consecutive rows, or some of the pairs of one.
 #[derive(Clone, Debug)]
-struct Part {
+pub(super) struct Part {
     rows: Range<usize>,
     slots: Range<usize>,
     /// Whether it is a segment of a long row, and the first one.
@@ -108,7 +118,7 @@ impl Part {
 }
 
 /// All rows in order: the parts of a problem depend on it alone, not on the threads.
-fn parts(pairs: Pairs<'_>) -> Vec<Part> {
+pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     let num_rows = pairs.num_rows();
     // A row costs something even without pairs.
     let work_until = |row: usize| row + row.checked_sub(1).map_or(0, |row| pairs.slots(row).end);
@@ -142,31 +152,45 @@ fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     parts
 }
 
-/// Runs a task for each part of the rows. It gets the part, the part's rows of each array of
-/// `by_row`, and its pairs of `by_slot`. The segments of a long row get rows of zeros of their own
-/// instead; `merge` then makes them the row's.
-fn for_each_part<F: Float, const N: usize>(
-    pairs: Pairs<'_>,
+/// Where the tasks of the parts write: N arrays of one row for each row, M of one row for each pair
+/// in the order of the rows, and sums of which each part has a row of its own.
+pub(super) struct Outputs<'a, F, const N: usize, const M: usize> {
+    by_row: [ArrayViewMut2<'a, F>; N],
+    by_slot: [ArrayViewMut2<'a, F>; M],
+    by_part: ArrayViewMut2<'a, F>,
+}
+
+impl<'a, F: Float, const N: usize> Outputs<'a, F, N, 0> {
+    fn by_row(by_row: [ArrayViewMut2<'a, F>; N], parts: &[Part]) -> Self {
+        let by_part = ArrayViewMut2::from_shape((parts.len(), 0), &mut []).expect("it is empty");
+        Self { by_row, by_slot: [], by_part }
+    }
+}
+
+/// Runs a task for each part of the rows, with the part's own rows of the outputs. The segments of
+/// a long row get rows of zeros instead; `merge` then makes them the row's.
+pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
+    parts: &[Part],
     work: usize,
-    mut by_row: [ArrayViewMut2<'_, F>; N],
-    by_slot: Option<ArrayViewMut2<'_, F>>,
-    run: impl Fn(&Part, [ArrayViewMut2<'_, F>; N], Option<ArrayViewMut2<'_, F>>) + Sync + Send,
+    mut outputs: Outputs<'_, F, N, M>,
+    run: impl Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send,
     merge: impl Fn([ArrayViewMut1<'_, F>; N], [ArrayView2<'_, F>; N]),
 ) {
-    let parts = parts(pairs);
-    if let [part] = &parts[..]
+    if let [part] = parts
         && !part.is_segment
     {
-        return run(part, by_row, by_slot);
+        return run(part, outputs);
     }
     let num_segments = parts.iter().filter(|part| part.is_segment).count();
+    let by_row = &mut outputs.by_row;
     let mut segments = by_row.each_ref().map(|rows| Array2::zeros((num_segments, rows.ncols())));
     let mut rest = by_row.each_mut().map(|rows| Rest::new(rows.view_mut()));
     let mut rest_segments = segments.each_mut().map(|rows| Rest::new(rows.view_mut()));
-    let mut by_slot = by_slot.map(Rest::new);
+    let mut by_slot = outputs.by_slot.map(Rest::new);
+    let mut by_part = Rest::new(outputs.by_part);
     let mut tasks = Vec::with_capacity(parts.len());
-    for part in &parts {
-        let rows = if part.is_segment {
+    for part in parts {
+        let by_row = if part.is_segment {
             if part.is_first {
                 for rest in &mut rest {
                     rest.take(1);
@@ -176,22 +200,33 @@ fn for_each_part<F: Float, const N: usize>(
         } else {
             rest.each_mut().map(|rest| rest.take(part.rows.len()))
         };
-        tasks.push((part, rows, by_slot.as_mut().map(|rest| rest.take(part.slots.len()))));
+        let by_slot = by_slot.each_mut().map(|rest| rest.take(part.slots.len()));
+        tasks.push((part, Outputs { by_row, by_slot, by_part: by_part.take(1) }));
     }
-    parallel::for_each(tasks, work, |(part, rows, slots)| run(part, rows, slots));
+    parallel::for_each(tasks, work, |(part, outputs)| run(part, outputs));
 
     let mut start = 0;
     let long_rows = parts.iter().filter(|part| part.is_segment);
     for of_row in long_rows.collect::<Vec<_>>().chunk_by(|a, b| a.rows == b.rows) {
         let end = start + of_row.len();
         let segments = segments.each_ref().map(|rows| rows.slice(s![start..end, ..]));
-        merge(by_row.each_mut().map(|rows| rows.row_mut(of_row[0].rows.start)), segments);
+        merge(outputs.by_row.each_mut().map(|rows| rows.row_mut(of_row[0].rows.start)), segments);
         start = end;
     }
 }
 
+/// Adds the sums over the segments of a long row.
+pub(super) fn add_up<F: Float, const N: usize>(
+    sums: [ArrayViewMut1<'_, F>; N],
+    segments: [ArrayView2<'_, F>; N],
+) {
+    for (mut sum, segments) in sums.into_iter().zip(segments) {
+        segments.rows().into_iter().for_each(|segment| sum += &segment);
+    }
+}
+
 /// What is left of a row of pairs.
-struct Row<'g> {
+pub(super) struct Row<'g> {
     pairs: Pairs<'g>,
     /// The query or key.
     row: usize,
@@ -237,7 +272,7 @@ fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item =
 
 /// The rows that a row meets, and whether they are those of keys or of queries.
 #[derive(Clone, Copy)]
-struct Others<'r, F> {
+pub(super) struct Others<'r, F> {
     rows: Slices<'r, F>,
     are_keys: bool,
 }
@@ -255,7 +290,7 @@ impl<'r, F: Copy> Others<'r, F> {
 }
 
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
-struct Tile<F> {
+pub(super) struct Tile<F> {
     len: usize,
     /// From head to head: the length in whole vectors.
     stride: usize,
@@ -329,19 +364,10 @@ impl<F: Float> Tile<F> {
         Weights { factors, weights, stride, count }
     }
 
-    /// The logits. `own` is the row that all pairs have in common, times the scale and log₂ e.
+    /// Logits that a scorer has left at the visible pairs: adds the bias, and −∞ where it hides a pair
+    /// and past the end.
     #[inline(always)]
-    fn score<S: Simd>(
-        &mut self,
-        simd: S,
-        problem: &Problem<'_, F>,
-        columns: &mut Columns<F>,
-        own: &[F],
-        others: Others<'_, F>,
-    ) {
-        let Self { stride, pairs, weights, .. } = self;
-        let other = |t: usize| others.row(&pairs[t]);
-        columns.dots(simd, own, pairs.len(), other, weights, *stride);
+    fn add_bias<S: Simd>(&mut self, simd: S, problem: &Problem<'_, F>) {
         for head in 0..problem.heads {
             let [pairs, vectors] = self.of_head(simd, head);
             self.weights[pairs.end..vectors.end].fill(F::neg_infinity());
@@ -354,6 +380,84 @@ impl<F: Float> Tile<F> {
                 }
             }
         }
+    }
+}
+
+/// How a mechanism makes logits of pairs: what the forward pass of all of them is generic over.
+pub(super) trait Scorer<'p, F: Float>: Sized {
+    /// The mechanism's problem.
+    type Problem: Sync;
+
+    /// The softmax in it.
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
+
+    /// For tiles like this one.
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self;
+
+    /// Takes up the row of a query.
+    fn begin<S: Simd>(&mut self, simd: S, query: usize);
+
+    /// Writes the logits of a tile to its weights, in units of ln 2.
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>);
+
+    /// Adds to sums of its own what pairs add to the output beside their values, times their
+    /// weights, after multiplying the sums before by `alphas`.
+    fn add_values<S: Simd>(&mut self, _: S, _: &Tile<F>, _alphas: &[F]) {}
+
+    /// Adds those sums to the output, at the end of a row.
+    fn finish<S: Simd>(&mut self, _: S, _out: &mut [F]) {}
+}
+
+/// The logits of scaled dot-product attention: one side's row against the other's.
+pub(super) struct DotScorer<'p, F: Float> {
+    problem: &'p Problem<'p, F>,
+    columns: Columns<F>,
+    /// The row that all pairs have in common, times the scale and log₂ e.
+    own: Vec<F>,
+    own_rows: Slices<'p, F>,
+    others: Others<'p, F>,
+}
+
+impl<'p, F: Float> DotScorer<'p, F> {
+    /// For either side; `head(is_keys, h)` is the head of a side's rows that head h reads.
+    #[inline(always)]
+    fn of_side<S: Simd>(simd: S, problem: &'p Problem<'p, F>, own_are_keys: bool) -> Self {
+        let (query, key) = (problem.query.slices(), problem.key.slices());
+        let (own_rows, rows) = if own_are_keys { (key, query) } else { (query, key) };
+        let dim = problem.key_dim;
+        let columns = Columns::new(simd, problem.heads, dim, |head| {
+            let starts = [head * dim, problem.kv_head(head) * dim];
+            if own_are_keys { [starts[1], starts[0]] } else { starts }
+        });
+        let others = Others { rows, are_keys: !own_are_keys };
+        Self { problem, columns, own: vec![F::zero(); own_rows.columns], own_rows, others }
+    }
+}
+
+impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
+    type Problem = Problem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        problem
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, _: &Tile<F>) -> Self {
+        Self::of_side(simd, problem, false)
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _: S, row: usize) {
+        let factor = self.problem.scale * F::of(LOG2_E);
+        let row = self.own_rows.row(row);
+        self.own.iter_mut().zip(row).for_each(|(own, &value)| *own = factor * value);
+    }
+
+    #[inline(always)]
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        let Tile { stride, pairs, weights, .. } = tile;
+        let other = |t: usize| self.others.row(&pairs[t]);
+        self.columns.dots(simd, &self.own, pairs.len(), other, weights, *stride);
     }
 }
 
@@ -380,11 +484,6 @@ fn add_bad<'r, F: Float>(
             }
         }
     }
-}
-
-#[inline(always)]
-fn scale_row<F: Float>(factor: F, row: &[F], scaled: &mut [F]) {
-    scaled.iter_mut().zip(row).for_each(|(scaled, &value)| *scaled = factor * value);
 }
 
 #[cfg(test)]
