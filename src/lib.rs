@@ -28,6 +28,7 @@
 //! | [`ScaledDotProduct`] | softmax attention, in the form to read; returns its weights | O(pairs · heads) |
 //! | [`Flash`] | the same function in tiles | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
+//! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and without
@@ -61,6 +62,7 @@ pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
+pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::scaled_dot_product::ScaledDotProduct;

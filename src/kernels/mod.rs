@@ -47,6 +47,7 @@ macro_rules! without_sse2 {
 }
 
 pub(crate) mod dense;
+pub(crate) mod edges;
 pub(crate) mod exp2;
 pub(crate) mod heads;
 pub(crate) mod linear;
@@ -56,10 +57,12 @@ mod prefetch;
 pub(crate) mod problem;
 pub(crate) mod rows;
 
+use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use dense::TileSizes;
+use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 use problem::{Problem, Rows, Upstream};
@@ -133,6 +136,37 @@ pub trait Kernels: exp2::HasExp2 {
         grads: &mut GradientsMut<'_, Self>,
     ) where
         Self: Float;
+
+    /// [`rows::forward`] with the logits of [`edges`].
+    fn edges_forward(
+        problem: &EdgeProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`edges::backward`].
+    fn edges_backward(
+        problem: &EdgeProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        upstream: Upstream<'_, Self>,
+        wants_features: bool,
+    ) -> Result<EdgeGradients<Self>>
+    where
+        Self: Float;
+
+    /// [`edges::weights`].
+    fn edges_weights(
+        problem: &EdgeProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        log_sum_exp: &Array2<Self>,
+    ) -> Result<Array2<Self>>
+    where
+        Self: Float;
 }
 
 macro_rules! compile_kernels {
@@ -201,6 +235,37 @@ macro_rules! compile_kernels {
                 grads: &mut GradientsMut<'_, Self>,
             ) {
                 rows::backward(problem, graph, tile_len, level, upstream, grads);
+            }
+
+            fn edges_forward(
+                problem: &EdgeProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                rows::forward::<_, edges::EdgeScorer<'_, _>>(
+                    problem, tile_len, level, out, log_sum_exp,
+                );
+            }
+
+            fn edges_backward(
+                problem: &EdgeProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                upstream: Upstream<'_, Self>,
+                wants_features: bool,
+            ) -> Result<EdgeGradients<Self>> {
+                edges::backward(problem, tile_len, level, upstream, wants_features)
+            }
+
+            fn edges_weights(
+                problem: &EdgeProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                log_sum_exp: &Array2<Self>,
+            ) -> Result<Array2<Self>> {
+                edges::weights(problem, tile_len, level, log_sum_exp)
             }
         }
     )*};

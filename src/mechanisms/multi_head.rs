@@ -4,13 +4,13 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
+use crate::mechanisms::fill_uniform;
 use crate::params::{self, Params};
 use ndarray::{
     Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
     Ix1, Ix2, s,
 };
 use rand::Rng;
-use rand_distr::{Distribution, Uniform};
 use std::ops::Range;
 
 const NAME: &str = "multi_head";
@@ -110,11 +110,11 @@ impl MultiHeadConfig {
         let mut multi_head = self.zeros(inner)?;
         for weight in multi_head.in_proj_weights.iter_mut() {
             let bound = (6.0 / (weight.nrows() + weight.ncols()) as f64).sqrt();
-            fill_uniform(weight, bound, rng);
+            fill_uniform(weight.view_mut(), bound, rng);
         }
         let weight = &mut multi_head.out_proj_weight;
         let bound = 1.0 / (weight.ncols() as f64).sqrt();
-        fill_uniform(weight, bound, rng);
+        fill_uniform(weight.view_mut(), bound, rng);
         Ok(multi_head)
     }
 
@@ -478,11 +478,5 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let projected = self.project(inputs)?;
         self.inner.weights(&self.inner_inputs(inputs, &projected)?)
-    }
-}
-
-fn fill_uniform<F: Float>(weight: &mut Array2<F>, bound: f64, rng: &mut impl Rng) {
-    if let Ok(uniform) = Uniform::new_inclusive(-bound, bound) {
-        weight.mapv_inplace(|_| F::of(uniform.sample(rng)));
     }
 }

@@ -286,7 +286,7 @@ impl<F: Float> Pass<'_, F> {
 /// p = e^{s − L} in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
 /// for hidden pairs, whatever dp. Whole vectors.
 #[inline(always)]
-fn weights_and_logits_vjp<S: Simd, F: Float>(
+pub(in super::super) fn weights_and_logits_vjp<S: Simd, F: Float>(
     simd: S,
     logits: &mut [F],
     log_sums: &[F],

@@ -10,7 +10,7 @@
 mod backward;
 mod forward;
 
-pub(super) use backward::backward;
+pub(super) use backward::{backward, weights_and_logits_vjp};
 pub(super) use forward::forward;
 
 use super::heads::{Columns, Weights};
@@ -57,6 +57,8 @@ pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
 pub(super) enum Pairs<'g> {
     /// Queries that see all keys.
     Dense { num_queries: usize, num_keys: usize },
+    /// Keys that all queries see.
+    DenseByKey { num_queries: usize, num_keys: usize },
     /// The queries of a graph.
     ByQuery(&'g Graph),
     /// The keys of a graph; this is its transpose.
@@ -64,7 +66,7 @@ pub(super) enum Pairs<'g> {
 }
 
 impl<'g> Pairs<'g> {
-    fn by_query<F: Float>(inputs: &Inputs<'g, F>) -> Self {
+    pub(super) fn by_query<F: Float>(inputs: &Inputs<'g, F>) -> Self {
         match inputs.pattern() {
             Pattern::Dense => {
                 let (num_queries, num_keys) = (inputs.num_queries(), inputs.num_keys());
@@ -74,9 +76,19 @@ impl<'g> Pairs<'g> {
         }
     }
 
+    /// The same pairs, for the side of the keys.
+    pub(super) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
+        match Self::by_query(inputs) {
+            Pairs::Dense { num_queries, num_keys } => Pairs::DenseByKey { num_queries, num_keys },
+            Pairs::ByQuery(graph) => Pairs::ByKey(graph.transpose()),
+            by_key => by_key,
+        }
+    }
+
     fn num_rows(self) -> usize {
         match self {
             Pairs::Dense { num_queries, .. } => num_queries,
+            Pairs::DenseByKey { num_keys, .. } => num_keys,
             Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.num_queries(),
         }
     }
@@ -84,12 +96,14 @@ impl<'g> Pairs<'g> {
     /// The pairs of a row, numbered in the order of the rows.
     fn slots(self, row: usize) -> Range<usize> {
         match self {
-            Pairs::Dense { num_keys, .. } => row * num_keys..(row + 1) * num_keys,
+            Pairs::Dense { num_keys: len, .. } | Pairs::DenseByKey { num_queries: len, .. } => {
+                row * len..(row + 1) * len
+            }
             Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.slots(row),
         }
     }
 
-    fn tile_len(self, largest: usize) -> usize {
+    pub(super) fn tile_len(self, largest: usize) -> usize {
         let len = |row: usize| self.slots(row).len();
         let longest = (0..self.num_rows()).map(len).max().unwrap_or(0);
         largest.min(longest).clamp(1, LARGEST_TILE)
@@ -99,16 +113,16 @@ impl<'g> Pairs<'g> {
 /// Consecutive rows, or some of the pairs of one.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
-    rows: Range<usize>,
-    slots: Range<usize>,
+    pub(super) rows: Range<usize>,
+    pub(super) slots: Range<usize>,
     /// Whether it is a segment of a long row, and the first one.
-    is_segment: bool,
-    is_first: bool,
+    pub(super) is_segment: bool,
+    pub(super) is_first: bool,
 }
 
 impl Part {
     /// The row, and its pairs, of each row.
-    fn rows<'g>(&self, pairs: Pairs<'g>) -> impl Iterator<Item = Row<'g>> {
+    pub(super) fn rows<'g>(&self, pairs: Pairs<'g>) -> impl Iterator<Item = Row<'g>> {
         let all = self.slots.clone();
         self.rows.clone().map(move |row| {
             let slots = pairs.slots(row);
@@ -155,13 +169,13 @@ pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
 /// Where the tasks of the parts write: N arrays of one row for each row, M of one row for each pair
 /// in the order of the rows, and sums of which each part has a row of its own.
 pub(super) struct Outputs<'a, F, const N: usize, const M: usize> {
-    by_row: [ArrayViewMut2<'a, F>; N],
-    by_slot: [ArrayViewMut2<'a, F>; M],
-    by_part: ArrayViewMut2<'a, F>,
+    pub(super) by_row: [ArrayViewMut2<'a, F>; N],
+    pub(super) by_slot: [ArrayViewMut2<'a, F>; M],
+    pub(super) by_part: ArrayViewMut2<'a, F>,
 }
 
 impl<'a, F: Float, const N: usize> Outputs<'a, F, N, 0> {
-    fn by_row(by_row: [ArrayViewMut2<'a, F>; N], parts: &[Part]) -> Self {
+    pub(super) fn by_row(by_row: [ArrayViewMut2<'a, F>; N], parts: &[Part]) -> Self {
         let by_part = ArrayViewMut2::from_shape((parts.len(), 0), &mut []).expect("it is empty");
         Self { by_row, by_slot: [], by_part }
     }
@@ -227,10 +241,10 @@ pub(super) fn add_up<F: Float, const N: usize>(
 
 /// What is left of a row of pairs.
 pub(super) struct Row<'g> {
-    pairs: Pairs<'g>,
+    pub(super) pairs: Pairs<'g>,
     /// The query or key.
-    row: usize,
-    slots: Range<usize>,
+    pub(super) row: usize,
+    pub(super) slots: Range<usize>,
 }
 
 impl Row<'_> {
@@ -243,6 +257,13 @@ impl Row<'_> {
             Pairs::Dense { num_keys, .. } => {
                 let first = row * num_keys;
                 list.extend(slots.map(|index| Pair { query: row, key: index - first, index }));
+            }
+            Pairs::DenseByKey { num_queries, num_keys } => {
+                let first = row * num_queries;
+                list.extend(slots.map(|slot| {
+                    let query = slot - first;
+                    Pair { query, key: row, index: query * num_keys + row }
+                }));
             }
             Pairs::ByQuery(graph) => {
                 list.extend(numbered(graph, slots).map(|(key, index)| Pair {
@@ -273,37 +294,37 @@ fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item =
 /// The rows that a row meets, and whether they are those of keys or of queries.
 #[derive(Clone, Copy)]
 pub(super) struct Others<'r, F> {
-    rows: Slices<'r, F>,
-    are_keys: bool,
+    pub(super) rows: Slices<'r, F>,
+    pub(super) are_keys: bool,
 }
 
 impl<'r, F: Copy> Others<'r, F> {
     #[inline(always)]
-    fn index(self, pair: &Pair) -> usize {
+    pub(super) fn index(self, pair: &Pair) -> usize {
         if self.are_keys { pair.key } else { pair.query }
     }
 
     #[inline(always)]
-    fn row(self, pair: &Pair) -> &'r [F] {
+    pub(super) fn row(self, pair: &Pair) -> &'r [F] {
         self.rows.row(self.index(pair))
     }
 }
 
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
 pub(super) struct Tile<F> {
-    len: usize,
+    pub(super) len: usize,
     /// From head to head: the length in whole vectors.
-    stride: usize,
-    pairs: Vec<Pair>,
+    pub(super) stride: usize,
+    pub(super) pairs: Vec<Pair>,
     /// The slot of each pair.
-    slots: Vec<usize>,
+    pub(super) slots: Vec<usize>,
     /// Logits in units of ln 2, −∞ where hidden or past the end; then weights.
-    weights: Vec<F>,
+    pub(super) weights: Vec<F>,
 }
 
 impl<F: Float> Tile<F> {
     #[inline(always)]
-    fn new<S: Simd>(_: S, heads: usize, len: usize) -> Self {
+    pub(super) fn new<S: Simd>(_: S, heads: usize, len: usize) -> Self {
         let stride = len.next_multiple_of(Vector::<S, F>::LEN);
         Self {
             len,
@@ -316,7 +337,7 @@ impl<F: Float> Tile<F> {
 
     /// The next visible pairs of a row; `false` at its end. Asks for the rows of pairs to come.
     #[inline(always)]
-    fn fill(
+    pub(super) fn fill(
         &mut self,
         problem: &Problem<'_, F>,
         row: &mut Row<'_>,
@@ -353,13 +374,13 @@ impl<F: Float> Tile<F> {
 
     /// The place of a head's pairs, and with those past the end that fill the last vector.
     #[inline(always)]
-    fn of_head<S: Simd>(&self, _: S, head: usize) -> [Range<usize>; 2] {
+    pub(super) fn of_head<S: Simd>(&self, _: S, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
         [start..start + len, start..start + len.next_multiple_of(Vector::<S, F>::LEN)]
     }
 
     /// The weights, for sums that are multiplied by `factors` first.
-    fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
+    pub(super) fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
         let (weights, stride, count) = (&self.weights, self.stride, self.pairs.len());
         Weights { factors, weights, stride, count }
     }
@@ -367,7 +388,7 @@ impl<F: Float> Tile<F> {
     /// Logits that a scorer has left at the visible pairs: adds the bias, and −∞ where it hides a pair
     /// and past the end.
     #[inline(always)]
-    fn add_bias<S: Simd>(&mut self, simd: S, problem: &Problem<'_, F>) {
+    pub(super) fn add_bias<S: Simd>(&mut self, simd: S, problem: &Problem<'_, F>) {
         for head in 0..problem.heads {
             let [pairs, vectors] = self.of_head(simd, head);
             self.weights[pairs.end..vectors.end].fill(F::neg_infinity());
@@ -413,7 +434,7 @@ pub(super) struct DotScorer<'p, F: Float> {
     problem: &'p Problem<'p, F>,
     columns: Columns<F>,
     /// The row that all pairs have in common, times the scale and log₂ e.
-    own: Vec<F>,
+    pub(super) own: Vec<F>,
     own_rows: Slices<'p, F>,
     others: Others<'p, F>,
 }
@@ -421,7 +442,11 @@ pub(super) struct DotScorer<'p, F: Float> {
 impl<'p, F: Float> DotScorer<'p, F> {
     /// For either side; `head(is_keys, h)` is the head of a side's rows that head h reads.
     #[inline(always)]
-    fn of_side<S: Simd>(simd: S, problem: &'p Problem<'p, F>, own_are_keys: bool) -> Self {
+    pub(super) fn of_side<S: Simd>(
+        simd: S,
+        problem: &'p Problem<'p, F>,
+        own_are_keys: bool,
+    ) -> Self {
         let (query, key) = (problem.query.slices(), problem.key.slices());
         let (own_rows, rows) = if own_are_keys { (key, query) } else { (query, key) };
         let dim = problem.key_dim;

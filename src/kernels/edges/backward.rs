@@ -1,0 +1,516 @@
+//! The backward pass. It visits the pairs by query, where it computes their weights anew and keeps
+//! two numbers for each pair and head, and then by key, where it only sums with those.
+
+use super::super::heads::{Columns, Weights};
+use super::super::matmul::Vector;
+use super::super::problem::Upstream;
+use super::super::rows::{
+    Others, Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
+    weights_and_logits_vjp,
+};
+use super::features::{Coefficients, FeatureSums, FeatureTile};
+use super::{Activated, EdgeProblem, EdgeScorer, Logit, add_projected, project, value_columns};
+use crate::error::Result;
+use crate::float::{Float, try_vec, try_zeros};
+use crate::inputs::Pattern;
+use fearless_simd::{Level, Select, Simd, SimdBase};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
+use std::f64::consts::LN_2;
+
+/// Gradients with respect to an [`EdgeProblem`].
+#[derive(Debug)]
+pub struct EdgeGradients<F> {
+    pub(crate) query: Array2<F>,
+    pub(crate) key: Array2<F>,
+    pub(crate) value: Array2<F>,
+    /// In the caller's order.
+    pub(crate) features: Option<Array2<F>>,
+    /// Of `edge_attention` or `attention`, one after the other.
+    pub(crate) attention: Array1<F>,
+    pub(crate) edge_weight: Array2<F>,
+}
+
+/// The gradients, given the outputs and log-sum-exp of the forward pass.
+pub(in super::super) fn backward<F: Float>(
+    problem: &EdgeProblem<'_, F>,
+    tile_len: usize,
+    level: Level,
+    upstream: Upstream<'_, F>,
+    wants_features: bool,
+) -> Result<EdgeGradients<F>> {
+    let softmax = &problem.softmax;
+    let inputs = &softmax.inputs;
+    let heads = softmax.heads;
+    let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
+    let columns = |rows: usize, dim: usize| try_zeros("gradients", rows, heads * dim);
+    let mut query = columns(inputs.num_queries(), softmax.key_dim)?;
+    let mut key = columns(inputs.num_keys(), softmax.key_dim)?;
+    let mut value = columns(inputs.num_keys(), softmax.value_dim)?;
+
+    // By query.
+    let pairs = Pairs::by_query(inputs);
+    let parts_of = parts(pairs);
+    let feature_dim = if wants_features { problem.feature_dim() } else { 0 };
+    let num_attention = match &problem.logit {
+        Logit::DotProduct => 0,
+        Logit::Additive { edge_attention, .. } => edge_attention.len(),
+        Logit::Concatenated { attention, .. } => attention.len(),
+    };
+    let mut states = try_zeros("pairs of the backward pass", inputs.num_pairs(), 2 * heads)?;
+    let mut features = try_zeros("grads.edge_features", inputs.num_pairs(), feature_dim)?;
+    let mut sums =
+        try_zeros("gradients", parts_of.len(), num_attention + problem.edge_weight.len())?;
+    let pass =
+        ByQuery { problem, upstream, num_attention, tile_len: pairs.tile_len(tile_len), pairs };
+    for_each_part(
+        &parts_of,
+        softmax.work(),
+        Outputs {
+            by_row: [query.view_mut()],
+            by_slot: [states.view_mut(), features.view_mut()],
+            by_part: sums.view_mut(),
+        },
+        |part, outputs| dispatch!(level, simd => pass.run(simd, part, outputs)),
+        add_up,
+    );
+    let sums = sums.sum_axis(Axis(0));
+
+    // By key.
+    let slots = SlotOfPair::new(inputs.pattern())?;
+    let pairs = Pairs::by_key(inputs);
+    let parts_of = parts(pairs);
+    let pass = ByKey {
+        problem,
+        upstream,
+        states: states.view(),
+        slots: &slots,
+        tile_len: pairs.tile_len(tile_len),
+        pairs,
+    };
+    for_each_part(
+        &parts_of,
+        softmax.work(),
+        Outputs::by_row([key.view_mut(), value.view_mut()], &parts_of),
+        |part, outputs| dispatch!(level, simd => pass.run(simd, part, outputs)),
+        add_up,
+    );
+
+    let features = wants_features.then(|| slots.in_callers_order(features)).transpose()?;
+    let edge_weight = sums.slice(s![num_attention..]).to_owned();
+    let edge_weight = edge_weight.into_shape_with_order(problem.edge_weight.raw_dim());
+    Ok(EdgeGradients {
+        query,
+        key,
+        value,
+        features,
+        attention: sums.slice(s![..num_attention]).to_owned(),
+        edge_weight: edge_weight.expect("one for each"),
+    })
+}
+
+/// The weights before dropout, pairs × heads in the caller's order.
+pub(in super::super) fn weights<F: Float>(
+    problem: &EdgeProblem<'_, F>,
+    tile_len: usize,
+    level: Level,
+    log_sum_exp: &Array2<F>,
+) -> Result<Array2<F>> {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        problem: &EdgeProblem<'_, F>,
+        pairs: Pairs<'_>,
+        tile_len: usize,
+        part: &Part,
+        log_sum_exp: &Array2<F>,
+        mut weights: ArrayViewMut2<'_, F>,
+    ) {
+        let softmax = &problem.softmax;
+        let mut tile = Tile::new(simd, softmax.heads, tile_len);
+        let mut scorer = EdgeScorer::new(simd, problem, &tile);
+        for mut row in part.rows(pairs) {
+            scorer.begin(simd, row.row);
+            while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
+                scorer.score(simd, &mut tile);
+                for (t, slot) in tile.slots.iter().enumerate() {
+                    for head in 0..softmax.heads {
+                        let logit = tile.weights[head * tile.stride + t] * F::of(LN_2);
+                        let log_weight = logit - log_sum_exp[[row.row, head]];
+                        weights[[slot - part.slots.start, head]] = log_weight.exp();
+                    }
+                }
+            }
+        }
+    }
+    let softmax = &problem.softmax;
+    let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
+    let pairs = Pairs::by_query(&softmax.inputs);
+    let parts = parts(pairs);
+    let tile_len = pairs.tile_len(tile_len);
+    let mut weights = try_zeros("weights", softmax.inputs.num_pairs(), softmax.heads)?;
+    let outputs = Outputs::by_row([], &parts);
+    for_each_part(
+        &parts,
+        softmax.work(),
+        Outputs { by_row: [], by_slot: [weights.view_mut()], by_part: outputs.by_part },
+        |part, Outputs { by_slot: [weights], .. }| {
+            dispatch!(level, simd => {
+                run(simd, problem, pairs, tile_len, part, log_sum_exp, weights);
+            });
+        },
+        |[], []| {},
+    );
+    SlotOfPair::new(softmax.inputs.pattern())?.in_callers_order(weights)
+}
+
+/// Where the pairs of the caller's order are in the order of the rows: `None` where the orders are one.
+struct SlotOfPair(Option<Vec<u32>>);
+
+impl SlotOfPair {
+    fn new(pattern: Pattern<'_>) -> Result<Self> {
+        let Pattern::Graph(graph) = pattern else {
+            return Ok(Self(None));
+        };
+        let Some(ids) = graph.edge_ids() else {
+            return Ok(Self(None));
+        };
+        let mut slots = try_vec("pairs of the backward pass", &[ids.len()], 0)?;
+        for (slot, &id) in ids.iter().enumerate() {
+            slots[id as usize] = slot as u32;
+        }
+        Ok(Self(Some(slots)))
+    }
+
+    #[inline(always)]
+    fn slot(&self, pair: usize) -> usize {
+        self.0.as_ref().map_or(pair, |slots| slots[pair] as usize)
+    }
+
+    fn in_callers_order<F: Float>(&self, rows: Array2<F>) -> Result<Array2<F>> {
+        if self.0.is_none() {
+            return Ok(rows);
+        }
+        let mut ordered = try_zeros("pairs", rows.nrows(), rows.ncols())?;
+        for (pair, mut row) in ordered.rows_mut().into_iter().enumerate() {
+            row.assign(&rows.row(self.slot(pair)));
+        }
+        Ok(ordered)
+    }
+}
+
+/// dm = ds · a · LeakyReLU'(m) of the pairs of a tile, in place of LeakyReLU(m).
+#[inline(always)]
+fn activated_vjp<S: Simd, F: Float>(
+    simd: S,
+    problem: &EdgeProblem<'_, F>,
+    activated: &mut Activated<F>,
+    grads: &[F],
+    stride: usize,
+    count: usize,
+) {
+    let Logit::Concatenated { slope, attention } = &problem.logit else {
+        return;
+    };
+    let (len, dim) = (Vector::<S, F>::LEN, problem.softmax.value_dim);
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    for (t, row) in activated.rows.chunks_exact_mut(attention.len().max(1)).take(count).enumerate()
+    {
+        let of_heads = row.chunks_exact_mut(dim).zip(attention.chunks_exact(dim));
+        for (head, (row, attention)) in of_heads.enumerate() {
+            let grad = grads[head * stride + t];
+            let (mut rows, attentions) = (row.chunks_exact_mut(len), attention.chunks_exact(len));
+            let rest = attentions.remainder();
+            let (positive, negative) =
+                (Vector::<S, F>::splat(simd, grad), Vector::<S, F>::splat(simd, grad * *slope));
+            for (row, attention) in rows.by_ref().zip(attentions) {
+                let is_positive = Vector::<S, F>::from_slice(simd, row).simd_gt(zero);
+                let attention = Vector::<S, F>::from_slice(simd, attention);
+                (attention * is_positive.select(positive, negative)).store_slice(row);
+            }
+            for (value, &attention) in rows.into_remainder().iter_mut().zip(rest) {
+                let slope = if *value > F::zero() { F::one() } else { *slope };
+                *value = grad * slope * attention;
+            }
+        }
+    }
+}
+
+/// sum += Σ of some rows.
+#[inline(always)]
+fn add_rows<'r, F: Float>(sum: &mut [F], rows: impl Iterator<Item = &'r [F]>) {
+    for row in rows {
+        sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value);
+    }
+}
+
+/// The pass that knows everything of a query.
+struct ByQuery<'p, F: Float> {
+    problem: &'p EdgeProblem<'p, F>,
+    upstream: Upstream<'p, F>,
+    num_attention: usize,
+    tile_len: usize,
+    pairs: Pairs<'p>,
+}
+
+impl<F: Float> ByQuery<'_, F> {
+    /// The rows of a part: adds the gradients of queries and, over the whole part, of attention and
+    /// edge weight; overwrites the state of each pair (weights after dropout, then gradients of
+    /// logits before the activation where that is a single one) and the gradients of its features.
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 1, 2>) {
+        let Self { problem, upstream, .. } = *self;
+        let softmax = &problem.softmax;
+        let (heads, dim, value_dim) = (softmax.heads, problem.feature_dim(), softmax.value_dim);
+        let Outputs { by_row: [mut grad_query], by_slot: [mut states, mut grad_features], by_part } =
+            outputs;
+        let sums = by_part.into_slice().expect("a row of an array of our own");
+        let (grad_attention, grad_weight) = sums.split_at_mut(self.num_attention);
+        let wants_features = grad_features.ncols() > 0;
+        let values = Others { rows: softmax.value.slices(), are_keys: true };
+        let keys = Others { rows: softmax.key.slices(), are_keys: true };
+
+        let mut tile = Tile::new(simd, heads, self.tile_len);
+        let stride = tile.stride;
+        let mut scorer = EdgeScorer::new(simd, problem, &tile);
+        let mut columns = value_columns(simd, problem);
+        // All columns as one head.
+        let num_columns = heads * value_dim;
+        let mut whole = Columns::new(simd, 1, num_columns, |_| [0, 0]);
+        let [mut log_sums, mut deltas, mut grads, mut logits] =
+            [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
+        let ones = vec![F::one(); heads];
+        let mut grad_tile = FeatureTile::new(if wants_features { dim } else { 0 }, stride);
+        // Σ ds x and Σ p̃ x of a row; for single logits Σ ds x of the part.
+        let mut logit_sums = FeatureSums::zeros(simd, heads, dim);
+        let mut value_sums = FeatureSums::zeros(simd, heads, problem.value_feature_dim());
+        // W x of those, and Wᵀ g.
+        let mut coefficients = Coefficients::zeros(simd, heads, dim);
+        let mut of_grad_out = Coefficients::zeros(simd, heads, problem.value_feature_dim());
+        let mut natural = Coefficients::zeros(simd, heads, dim);
+        let mut sum = vec![F::zero(); grad_query.ncols()];
+        for (r, mut row) in part.rows(self.pairs).enumerate() {
+            let query = row.row;
+            let grad_out = upstream.grad_out.row(query);
+            scorer.begin(simd, query);
+            sum.fill(F::zero());
+            for head in 0..heads {
+                let [log_sum, delta] = upstream.row_terms(query, head, value_dim);
+                log_sums[head * stride..][..stride].fill(log_sum);
+                deltas[head * stride..][..stride].fill(delta);
+            }
+            if problem.in_values {
+                project(simd, &mut columns, problem, grad_out, &mut of_grad_out);
+                value_sums.clear();
+            }
+            if let Logit::DotProduct = problem.logit {
+                logit_sums.clear();
+                let ln_2 = F::of(LN_2);
+                let pairs = natural.data.iter_mut().zip(&scorer.coefficients.data);
+                pairs.for_each(|(natural, &scaled)| *natural = scaled * ln_2);
+            }
+            while tile.fill(softmax, &mut row, [keys.rows, values.rows]) {
+                let count = tile.pairs.len();
+                scorer.score(simd, &mut tile);
+                tile.add_bias(simd, softmax);
+                logits.copy_from_slice(&tile.weights);
+                // dp = m g·(v + W x)
+                let value = |t: usize| values.row(&tile.pairs[t]);
+                columns.dots(simd, grad_out, count, value, &mut grads, stride);
+                if problem.in_values {
+                    scorer.features.add_scores(simd, heads, count, &of_grad_out, &mut grads);
+                }
+                for head in 0..heads {
+                    let [pairs, vectors] = tile.of_head(simd, head);
+                    let multiply = |numbers: &mut [F]| {
+                        for (number, pair) in numbers.iter_mut().zip(&tile.pairs) {
+                            *number *= softmax.multiplier(pair.index, head);
+                        }
+                    };
+                    if softmax.dropout.is_some() {
+                        multiply(&mut grads[pairs.clone()]);
+                    }
+                    weights_and_logits_vjp(
+                        simd,
+                        &mut tile.weights[vectors.clone()],
+                        &log_sums[vectors.clone()],
+                        &deltas[vectors.clone()],
+                        &mut grads[vectors.clone()],
+                    );
+                    if softmax.dropout.is_some() {
+                        multiply(&mut tile.weights[pairs]);
+                    }
+                    if let Logit::Additive { slope, .. } = problem.logit {
+                        for (grad, &logit) in
+                            grads[vectors.clone()].iter_mut().zip(&logits[vectors])
+                        {
+                            *grad *= if logit > F::zero() { F::one() } else { slope };
+                        }
+                    }
+                }
+
+                grad_tile.clear();
+                let of_pairs = Weights { factors: &ones, weights: &grads, stride, count };
+                match &problem.logit {
+                    Logit::DotProduct => {
+                        let key = |t: usize| keys.row(&tile.pairs[t]);
+                        columns.add_weighted(simd, &mut sum, of_pairs, key);
+                        scorer.features.add_sums(simd, &ones, &grads, count, &mut logit_sums);
+                        grad_tile.add_outer(simd, heads, count, &grads, &natural);
+                    }
+                    Logit::Additive { .. } => {
+                        for (sum, grads) in sum.iter_mut().zip(grads.chunks_exact(stride)) {
+                            *sum += grads[..count].iter().copied().sum::<F>();
+                        }
+                        scorer.features.add_sums(simd, &ones, &grads, count, &mut logit_sums);
+                        grad_tile.add_outer(simd, heads, count, &grads, &scorer.coefficients);
+                    }
+                    Logit::Concatenated { .. } => {
+                        let activated = &mut scorer.activated;
+                        columns.add_weighted(simd, grad_attention, of_pairs, |t| activated.row(t));
+                        activated_vjp(simd, problem, activated, &grads, stride, count);
+                        let row = |t: usize| activated.row(t);
+                        add_rows(&mut sum, (0..count).map(row));
+                        let weight = problem.edge_weight();
+                        for feature in 0..dim {
+                            let x = scorer.features.of_feature(feature);
+                            let x = Weights { factors: &ones, weights: x, stride, count };
+                            let grad = &mut grad_weight[feature * num_columns..][..num_columns];
+                            whole.add_weighted(simd, grad, x, row);
+                            if wants_features {
+                                let grad = grad_tile.of_feature_mut(feature);
+                                whole.dots(simd, weight.row(feature), count, row, grad, stride);
+                            }
+                        }
+                    }
+                }
+                if problem.in_values {
+                    let weights = &tile.weights;
+                    scorer.features.add_sums(simd, &ones, weights, count, &mut value_sums);
+                    grad_tile.add_outer(simd, heads, count, weights, &of_grad_out);
+                }
+                for (t, slot) in tile.slots.iter().map(|slot| slot - part.slots.start).enumerate() {
+                    for head in 0..heads {
+                        states[[slot, head]] = tile.weights[head * stride + t];
+                        states[[slot, heads + head]] = grads[head * stride + t];
+                    }
+                    if wants_features {
+                        let mut row = grad_features.row_mut(slot);
+                        grad_tile.copy_to(t, row.as_slice_mut().expect("rows of our own"));
+                    }
+                }
+            }
+
+            if let Logit::DotProduct = problem.logit {
+                logit_sums.store(simd, &mut coefficients);
+                add_projected(simd, &columns, problem, &coefficients, &mut sum);
+                sum.iter_mut().for_each(|sum| *sum *= softmax.scale);
+                let query = softmax.query.row(query);
+                add_outer(softmax.scale, query, value_dim, &coefficients, grad_weight);
+            }
+            if problem.in_values {
+                value_sums.store(simd, &mut coefficients);
+                add_outer(F::one(), grad_out, value_dim, &coefficients, grad_weight);
+            }
+            grad_query.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum));
+        }
+        if let Logit::Additive { .. } = problem.logit {
+            logit_sums.store(simd, &mut coefficients);
+            for (head, grad) in grad_attention.chunks_exact_mut(dim.max(1)).enumerate() {
+                grad.copy_from_slice(&coefficients.of_head(head)[..dim]);
+            }
+        }
+    }
+}
+
+/// The gradient of Wᵀ (features × columns) += factor · x row, in the columns of each head.
+#[inline(always)]
+fn add_outer<F: Float>(
+    factor: F,
+    row: &[F],
+    dim: usize,
+    x: &Coefficients<F>,
+    grad_weight: &mut [F],
+) {
+    for (feature, grad) in grad_weight.chunks_exact_mut(row.len().max(1)).enumerate() {
+        let of_heads = grad.chunks_exact_mut(dim).zip(row.chunks_exact(dim));
+        for (head, (grad, row)) in of_heads.enumerate() {
+            let x = factor * x.of_head(head)[feature];
+            grad.iter_mut().zip(row).for_each(|(grad, &value)| *grad += x * value);
+        }
+    }
+}
+
+/// The pass that sums over the queries of a key.
+struct ByKey<'p, F: Float> {
+    problem: &'p EdgeProblem<'p, F>,
+    upstream: Upstream<'p, F>,
+    states: ArrayView2<'p, F>,
+    slots: &'p SlotOfPair,
+    tile_len: usize,
+    pairs: Pairs<'p>,
+}
+
+impl<F: Float> ByKey<'_, F> {
+    /// The rows of a part: adds the gradients of keys and values.
+    #[inline(always)]
+    fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 2, 0>) {
+        let Self { problem, upstream, states, slots, .. } = *self;
+        let softmax = &problem.softmax;
+        let heads = softmax.heads;
+        let [mut grad_key, mut grad_value] = outputs.by_row;
+        let queries = Others { rows: softmax.query.slices(), are_keys: false };
+        let grads_out = Others { rows: upstream.grad_out, are_keys: false };
+        let states = states.to_slice().expect("an array of our own");
+
+        let mut tile = Tile::new(simd, heads, self.tile_len);
+        let mut activated = Activated::new(problem, &tile);
+        let columns = value_columns(simd, problem);
+        let mut grads = vec![F::zero(); tile.weights.len()];
+        let ones = vec![F::one(); heads];
+        let mut sum_key = vec![F::zero(); grad_key.ncols()];
+        let mut sum_value = vec![F::zero(); grad_value.ncols()];
+        for (r, mut row) in part.rows(self.pairs).enumerate() {
+            let key = row.row;
+            sum_key.fill(F::zero());
+            sum_value.fill(F::zero());
+            while tile.fill(softmax, &mut row, [queries.rows, grads_out.rows]) {
+                let (stride, count) = (tile.stride, tile.pairs.len());
+                for (t, pair) in tile.pairs.iter().enumerate() {
+                    let state = &states[2 * heads * slots.slot(pair.index)..][..2 * heads];
+                    for (head, (&weight, &grad)) in
+                        state[..heads].iter().zip(&state[heads..]).enumerate()
+                    {
+                        tile.weights[head * stride + t] = weight;
+                        grads[head * stride + t] = grad;
+                    }
+                }
+                let grad_out = |t: usize| grads_out.row(&tile.pairs[t]);
+                columns.add_weighted(simd, &mut sum_value, tile.weights(&ones), grad_out);
+                match &problem.logit {
+                    Logit::DotProduct => {
+                        let query = |t: usize| queries.row(&tile.pairs[t]);
+                        let of_pairs = Weights { factors: &ones, weights: &grads, stride, count };
+                        columns.add_weighted(simd, &mut sum_key, of_pairs, query);
+                    }
+                    Logit::Additive { .. } => {
+                        for (sum, grads) in sum_key.iter_mut().zip(grads.chunks_exact(stride)) {
+                            *sum += grads[..count].iter().copied().sum::<F>();
+                        }
+                    }
+                    Logit::Concatenated { .. } => {
+                        let own = softmax.key.row(key);
+                        activated.fill(simd, problem, own, queries, &tile.pairs);
+                        activated_vjp(simd, problem, &mut activated, &grads, stride, count);
+                        add_rows(&mut sum_key, (0..count).map(|t| activated.row(t)));
+                    }
+                }
+            }
+            let factor = match problem.logit {
+                Logit::DotProduct => softmax.scale,
+                _ => F::one(),
+            };
+            grad_key.row_mut(r).scaled_add(factor, &ArrayView1::from(&sum_key));
+            grad_value.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum_value));
+        }
+    }
+}

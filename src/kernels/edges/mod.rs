@@ -1,0 +1,334 @@
+//! Softmax attention whose pairs have features: the logits of graph attention networks.
+//!
+//! Queries, keys and values come here projected; what is added for a pair is formed in tiles and
+//! never stored: the features of a tile for the logits, and of a whole row summed with the weights
+//! before they are projected, for the values.
+
+mod backward;
+mod features;
+
+pub(crate) use backward::EdgeGradients;
+pub(super) use backward::{backward, weights};
+
+use super::heads::{Columns, Weights};
+use super::matmul::Vector;
+use super::problem::{Problem, Rows, Slices};
+use super::rows::{DotScorer, Others, Scorer, Tile};
+use crate::float::Float;
+use crate::inputs::Pair;
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use features::{Coefficients, FeatureSums, FeatureTile};
+use ndarray::Array2;
+use std::f64::consts::LOG2_E;
+
+/// How the logit of a pair is made of its query q, key k and features x.
+#[derive(Debug)]
+pub(crate) enum Logit<F> {
+    /// scale · q·(k + W x).
+    DotProduct,
+    /// LeakyReLU(q + k + a·x): one column for each head.
+    Additive {
+        /// Of the negative side.
+        slope: F,
+        /// heads × features.
+        edge_attention: Array2<F>,
+    },
+    /// a·LeakyReLU(q + k + W x).
+    Concatenated {
+        /// Of the negative side.
+        slope: F,
+        /// One number for each column.
+        attention: Vec<F>,
+    },
+}
+
+/// Inputs of attention with features of the pairs.
+#[derive(Debug)]
+pub struct EdgeProblem<'p, F: Float> {
+    /// Queries, keys and values as they meet in logits and sums.
+    pub(crate) softmax: Problem<'p, F>,
+    pub(crate) logit: Logit<F>,
+    /// pairs × features, in the caller's order; no columns where there are none.
+    pub(crate) features: Rows<'p, F>,
+    /// Wᵀ: features × columns of the values.
+    pub(crate) edge_weight: Array2<F>,
+    /// Whether a value is v + W x.
+    pub(crate) in_values: bool,
+}
+
+impl<F: Float> EdgeProblem<'_, F> {
+    fn feature_dim(&self) -> usize {
+        self.edge_weight.nrows()
+    }
+
+    /// Row c of Wᵀ.
+    #[inline(always)]
+    fn edge_weight(&self) -> Slices<'_, F> {
+        let data = self.edge_weight.as_slice().expect("a matrix of our own");
+        Slices { data, columns: self.edge_weight.ncols() }
+    }
+
+    /// The features of the values, if they have any.
+    fn value_feature_dim(&self) -> usize {
+        if self.in_values { self.feature_dim() } else { 0 }
+    }
+}
+
+/// The logits, and the part of the output that the features make.
+pub(super) struct EdgeScorer<'p, F: Float> {
+    problem: &'p EdgeProblem<'p, F>,
+    dot: DotScorer<'p, F>,
+    /// The columns of the heads of values, which are those of W and of `attention` too.
+    columns: Columns<F>,
+    features: FeatureTile<F>,
+    /// What a head multiplies the features by in a logit in units of ln 2.
+    coefficients: Coefficients<F>,
+    activated: Activated<F>,
+    query: usize,
+    value_sums: FeatureSums<F>,
+    value_coefficients: Coefficients<F>,
+}
+
+impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
+    type Problem = EdgeProblem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        &problem.softmax
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        let (heads, dim) = (problem.softmax.heads, problem.feature_dim());
+        let coefficients = match &problem.logit {
+            Logit::Additive { edge_attention, .. } => {
+                let rows = edge_attention.as_slice().expect("a matrix of our own");
+                Coefficients::from_rows(simd, rows, heads, dim)
+            }
+            _ => Coefficients::zeros(simd, heads, dim),
+        };
+        let value_dim = problem.value_feature_dim();
+        Self {
+            problem,
+            dot: DotScorer::of_side(simd, &problem.softmax, false),
+            columns: value_columns(simd, problem),
+            features: FeatureTile::new(dim, tile.stride),
+            coefficients,
+            activated: Activated::new(problem, tile),
+            query: 0,
+            value_sums: FeatureSums::zeros(simd, heads, value_dim),
+            value_coefficients: Coefficients::zeros(simd, heads, value_dim),
+        }
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, simd: S, query: usize) {
+        self.query = query;
+        self.value_sums.clear();
+        if let Logit::DotProduct = self.problem.logit {
+            self.dot.begin(simd, query);
+            project(simd, &mut self.columns, self.problem, &self.dot.own, &mut self.coefficients);
+        }
+    }
+
+    #[inline(always)]
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        let problem = self.problem;
+        let softmax = &problem.softmax;
+        let (heads, count) = (softmax.heads, tile.pairs.len());
+        self.features.load(simd, problem.features.slices(), &tile.pairs);
+        match &problem.logit {
+            Logit::DotProduct => {
+                self.dot.score(simd, tile);
+                let coefficients = &self.coefficients;
+                self.features.add_scores(simd, heads, count, coefficients, &mut tile.weights);
+            }
+            Logit::Additive { slope, .. } => {
+                let own = softmax.query.row(self.query);
+                for (t, pair) in tile.pairs.iter().enumerate() {
+                    let key = softmax.key.row(pair.key);
+                    for (head, (&own, &key)) in own.iter().zip(key).enumerate() {
+                        tile.weights[head * tile.stride + t] = own + key;
+                    }
+                }
+                let coefficients = &self.coefficients;
+                self.features.add_scores(simd, heads, count, coefficients, &mut tile.weights);
+                for head in 0..heads {
+                    let [_, vectors] = tile.of_head(simd, head);
+                    let logits = &mut tile.weights[vectors];
+                    leaky_relu(simd, *slope, F::of(LOG2_E), logits);
+                }
+            }
+            Logit::Concatenated { attention, .. } => {
+                let own = softmax.query.row(self.query);
+                let keys = Others { rows: softmax.key.slices(), are_keys: true };
+                self.activated.fill(simd, problem, own, keys, &tile.pairs);
+                let row = |t: usize| self.activated.row(t);
+                let Tile { weights, stride, .. } = tile;
+                self.columns.dots(simd, attention, count, row, weights, *stride);
+                for head in 0..heads {
+                    let [_, vectors] = tile.of_head(simd, head);
+                    let log2_e = Vector::<S, F>::splat(simd, F::of(LOG2_E));
+                    for logits in tile.weights[vectors].chunks_exact_mut(Vector::<S, F>::LEN) {
+                        (Vector::<S, F>::from_slice(simd, logits) * log2_e).store_slice(logits);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn add_values<S: Simd>(&mut self, simd: S, tile: &Tile<F>, alphas: &[F]) {
+        if self.problem.in_values {
+            let count = tile.pairs.len();
+            self.features.add_sums(simd, alphas, &tile.weights, count, &mut self.value_sums);
+        }
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&mut self, simd: S, out: &mut [F]) {
+        if self.problem.in_values {
+            self.value_sums.store(simd, &mut self.value_coefficients);
+            add_projected(simd, &self.columns, self.problem, &self.value_coefficients, out);
+        }
+    }
+}
+
+/// The columns of the heads of values.
+#[inline(always)]
+fn value_columns<S: Simd, F: Float>(simd: S, problem: &EdgeProblem<'_, F>) -> Columns<F> {
+    let dim = problem.softmax.value_dim;
+    Columns::new(simd, problem.softmax.heads, dim, |head| [head * dim; 2])
+}
+
+/// Of each head, Wᵀ row in the columns of that head.
+#[inline(always)]
+fn project<S: Simd, F: Float>(
+    simd: S,
+    columns: &mut Columns<F>,
+    problem: &EdgeProblem<'_, F>,
+    row: &[F],
+    projected: &mut Coefficients<F>,
+) {
+    let weight = problem.edge_weight();
+    let (dim, stride) = (problem.feature_dim(), projected.stride);
+    columns.dots(simd, row, dim, |c| weight.row(c), &mut projected.data, stride);
+}
+
+/// out += W x of each head in its columns.
+#[inline(always)]
+fn add_projected<S: Simd, F: Float>(
+    simd: S,
+    columns: &Columns<F>,
+    problem: &EdgeProblem<'_, F>,
+    x: &Coefficients<F>,
+    out: &mut [F],
+) {
+    let weight = problem.edge_weight();
+    let ones = vec![F::one(); problem.softmax.heads];
+    let (stride, count) = (x.stride, problem.feature_dim());
+    let x = Weights { factors: &ones, weights: &x.data, stride, count };
+    columns.add_weighted(simd, out, x, |c| weight.row(c));
+}
+
+/// factor · LeakyReLU of each. Whole vectors.
+#[inline(always)]
+fn leaky_relu<S: Simd, F: Float>(simd: S, slope: F, factor: F, values: &mut [F]) {
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let (positive, negative) =
+        (Vector::<S, F>::splat(simd, factor), Vector::<S, F>::splat(simd, factor * slope));
+    for values in values.chunks_exact_mut(Vector::<S, F>::LEN) {
+        let value = Vector::<S, F>::from_slice(simd, values);
+        (value * value.simd_gt(zero).select(positive, negative)).store_slice(values);
+    }
+}
+
+/// LeakyReLU(q + k + W x) of the pairs of a tile: a row for each, the columns of the values. Empty
+/// for logits that have no need of it.
+pub(super) struct Activated<F> {
+    columns: usize,
+    rows: Vec<F>,
+}
+
+impl<F: Float> Activated<F> {
+    fn new(problem: &EdgeProblem<'_, F>, tile: &Tile<F>) -> Self {
+        let columns = match problem.logit {
+            Logit::Concatenated { .. } => problem.edge_weight.ncols(),
+            _ => 0,
+        };
+        Self { columns, rows: vec![F::zero(); columns * tile.len] }
+    }
+
+    #[inline(always)]
+    fn row(&self, t: usize) -> &[F] {
+        &self.rows[t * self.columns..][..self.columns]
+    }
+
+    #[inline(always)]
+    fn fill<S: Simd>(
+        &mut self,
+        simd: S,
+        problem: &EdgeProblem<'_, F>,
+        own: &[F],
+        others: Others<'_, F>,
+        pairs: &[Pair],
+    ) {
+        let Logit::Concatenated { slope, .. } = problem.logit else {
+            return;
+        };
+        let len = Vector::<S, F>::LEN;
+        let columns = self.columns;
+        let weight = problem.edge_weight();
+        for (pair, row) in pairs.iter().zip(self.rows.chunks_exact_mut(columns.max(1))) {
+            let (other, x) = (others.row(pair), problem.features.row(pair.index));
+            let (mut start, own) = (0, &own[..columns]);
+            while start + 4 * len <= columns {
+                sum_columns::<S, F, 4>(simd, slope, own, other, x, weight, start, row);
+                start += 4 * len;
+            }
+            while start + len <= columns {
+                sum_columns::<S, F, 1>(simd, slope, own, other, x, weight, start, row);
+                start += len;
+            }
+            for c in start..columns {
+                let edge = x.iter().enumerate().map(|(f, &x)| x * weight.row(f)[c]);
+                let sum = edge.fold(own[c] + other[c], |sum, edge| sum + edge);
+                row[c] = if sum > F::zero() { sum } else { slope * sum };
+            }
+        }
+    }
+}
+
+/// N vectors of columns from `start` on.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "the body of a loop, twice")]
+fn sum_columns<S: Simd, F: Float, const N: usize>(
+    simd: S,
+    slope: F,
+    own: &[F],
+    other: &[F],
+    x: &[F],
+    weight: Slices<'_, F>,
+    start: usize,
+    row: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let columns = start..start + N * len;
+    let (own, other) = (&own[columns.clone()], &other[columns.clone()]);
+    let mut sums = [Vector::<S, F>::splat(simd, F::zero()); N];
+    for n in 0..N {
+        let own = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
+        sums[n] = own + Vector::<S, F>::from_slice(simd, &other[n * len..][..len]);
+    }
+    for (f, &x) in x.iter().enumerate() {
+        let x = Vector::<S, F>::splat(simd, x);
+        let weight = &weight.row(f)[columns.clone()];
+        for n in 0..N {
+            let weight = Vector::<S, F>::from_slice(simd, &weight[n * len..][..len]);
+            sums[n] = weight.mul_add(x, sums[n]);
+        }
+    }
+    for n in 0..N {
+        sums[n].store_slice(&mut row[start + n * len..][..len]);
+    }
+    leaky_relu(simd, slope, F::one(), &mut row[columns]);
+}

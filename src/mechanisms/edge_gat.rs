@@ -1,0 +1,957 @@
+use crate::attention::{Attention, Saved};
+use crate::error::{Channel, Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::{Gradients, GradientsMut};
+use crate::inputs::Inputs;
+use crate::kernels::edges::{EdgeProblem, Logit};
+use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
+use crate::kernels::problem::{Problem, Rows, Upstream};
+use crate::mechanisms::fill_uniform;
+use crate::mechanisms::flash::Flash;
+use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
+use crate::params::{self, Params};
+use fearless_simd::Level;
+use ndarray::{
+    Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
+    Dimension, Ix2, Zip, concatenate, s,
+};
+use rand::Rng;
+
+const NAME: &str = "edge_gat";
+
+/// Pairs of a row that are worked on at a time: what [`Score::GatV2`] forms for them stays in the
+/// first levels of the cache.
+const TILE: usize = 64;
+
+/// How [`EdgeGat`] scores a query node i against a neighbour j with edge features x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Score {
+    /// LeakyReLU(a_dst · W_dst h_i + a_src · W_src h_j + a_edge · W_e x): the graph attention network
+    /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: in a head, all
+    /// queries rank the same keys in the same order (Brody et al. 2022).
+    Gat,
+    /// a · LeakyReLU(W_dst h_i + W_src h_j + W_e x), of Brody et al. 2022, PyG's `GATv2Conv`: any
+    /// query can prefer any key.
+    GatV2,
+    /// (W_q h_i) · (W_k h_j + W_e x) / √d, of Shi et al. 2021, PyG's `TransformerConv`.
+    DotProduct,
+}
+
+/// The sizes and options of an [`EdgeGat`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct EdgeGatConfig {
+    score: Score,
+    query_dim: usize,
+    key_dim: usize,
+    head_dim: usize,
+    num_heads: usize,
+    edge_dim: usize,
+    average_heads: bool,
+    negative_slope: f64,
+    bias: bool,
+    share_weights: bool,
+    residual: bool,
+    gate: bool,
+    edge_values: bool,
+}
+
+impl EdgeGatConfig {
+    /// Nodes of `input_dim` columns, `num_heads` heads of `head_dim`, with the defaults of PyG: a
+    /// bias, heads one after the other, a slope of 0.2; [`Score::Gat`] has one weight for both ends
+    /// of an edge, [`Score::DotProduct`] a residual, and the edge features in its values.
+    #[must_use]
+    pub fn new(score: Score, input_dim: usize, head_dim: usize, num_heads: usize) -> Self {
+        Self {
+            score,
+            query_dim: input_dim,
+            key_dim: input_dim,
+            head_dim,
+            num_heads,
+            edge_dim: 0,
+            average_heads: false,
+            negative_slope: 0.2,
+            bias: true,
+            share_weights: score == Score::Gat,
+            residual: score == Score::DotProduct,
+            gate: false,
+            edge_values: score == Score::DotProduct,
+        }
+    }
+
+    /// Keys and values of another number of columns than queries: PyG's `in_channels = (keys,
+    /// queries)`. The two ends of an edge then have weights of their own.
+    #[must_use]
+    pub fn key_dim(mut self, dim: usize) -> Self {
+        self.key_dim = dim;
+        self.share_weights = false;
+        self
+    }
+
+    /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`.
+    #[must_use]
+    pub fn edge_dim(mut self, dim: usize) -> Self {
+        self.edge_dim = dim;
+        self
+    }
+
+    /// The mean of the heads instead of one after the other: PyG's `concat=False`.
+    #[must_use]
+    pub fn average_heads(mut self, average: bool) -> Self {
+        self.average_heads = average;
+        self
+    }
+
+    /// The slope of LeakyReLU on the negative side; without effect on [`Score::DotProduct`].
+    #[must_use]
+    pub fn negative_slope(mut self, slope: f64) -> Self {
+        self.negative_slope = slope;
+        self
+    }
+
+    /// With or without the additive parameters.
+    #[must_use]
+    pub fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// One weight for both ends of an edge; not for [`Score::DotProduct`].
+    #[must_use]
+    pub fn share_weights(mut self, share: bool) -> Self {
+        self.share_weights = share;
+        self
+    }
+
+    /// Adds a linear map of the query node to the output: PyG's `residual` or `root_weight`.
+    #[must_use]
+    pub fn residual(mut self, residual: bool) -> Self {
+        self.residual = residual;
+        self
+    }
+
+    /// Weighs residual r against attention o: β r + (1 − β) o, β = σ(w · \[o, r, o − r\]) for each
+    /// node: PyG's `beta`. Needs the residual.
+    #[must_use]
+    pub fn gate(mut self, gate: bool) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Whether a value is W h_j + W_e x, or W h_j alone.
+    #[must_use]
+    pub fn edge_values(mut self, edge_values: bool) -> Self {
+        self.edge_values = edge_values;
+        self
+    }
+
+    /// Fresh parameters: Glorot's uniform in ±√(6/(rows + columns)) for weights and attention
+    /// vectors (Glorot & Bengio 2010), as Veličković et al. have it, and zeros for biases. (PyG draws the
+    /// linear maps of `TransformerConv` from ±1/√columns.)
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if a size is 0, the slope is negative or not finite, weights are to
+    /// be shared between nodes of different sizes or with [`Score::DotProduct`], or a gate has no
+    /// residual; [`Error::TooLarge`].
+    pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<EdgeGat<F>> {
+        let mut gat = self.zeros()?;
+        for (name, param) in &mut gat.params {
+            let shape = param.shape();
+            if let [.., rows, columns] = *shape
+                && !name.ends_with("bias")
+            {
+                let bound = (6.0 / (rows + columns) as f64).sqrt();
+                fill_uniform(param.view_mut(), bound, rng);
+            }
+        }
+        Ok(gat)
+    }
+
+    /// With given parameters, named as in PyG's state dict (see [`EdgeGat`]), in any order.
+    ///
+    /// Where both ends of an edge share a weight, it may come under either end's name or under both
+    /// (older versions of PyG write `lin_src.weight` and `lin_dst.weight` for a `GATConv` of one
+    /// node set). The `lin_skip` that a `TransformerConv` keeps without using it is left out.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidConfig`] if a shared
+    /// weight comes in two different versions.
+    pub fn from_params<F: Float>(
+        &self,
+        state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
+    ) -> Result<EdgeGat<F>> {
+        let mut gat = self.zeros()?;
+        let mut known: Vec<(String, ArrayD<F>)> = Vec::new();
+        for (name, value) in state {
+            let name = name.as_ref();
+            if self.score == Score::DotProduct && !self.residual && name.starts_with("lin_skip.") {
+                continue;
+            }
+            let Some(shared) = self.shared_name(name) else {
+                known.push((name.to_owned(), value));
+                continue;
+            };
+            match known.iter().find(|(name, _)| *name == shared) {
+                Some((_, other)) if *other == value => {}
+                Some(_) => {
+                    return Err(Error::config(
+                        "share_weights",
+                        format!("one value for {shared}"),
+                        format!("another one under {name}"),
+                    ));
+                }
+                None => known.push((shared.to_owned(), value)),
+            }
+        }
+        params::load_state(&mut gat, known)?;
+        Ok(gat)
+    }
+
+    /// The name that a shared parameter has here.
+    fn shared_name(&self, name: &str) -> Option<&'static str> {
+        let shared = match (self.score, name) {
+            (Score::Gat, "lin.weight" | "lin_src.weight" | "lin_dst.weight") => "lin.weight",
+            (Score::GatV2, "lin_l.weight" | "lin_r.weight") => "lin_l.weight",
+            (Score::GatV2, "lin_l.bias" | "lin_r.bias") => "lin_l.bias",
+            _ => return None,
+        };
+        self.share_weights.then_some(shared)
+    }
+
+    /// Validates, and allocates all parameters as zeros.
+    fn zeros<F: Float>(&self) -> Result<EdgeGat<F>> {
+        for (field, size) in [
+            ("input_dim", self.query_dim),
+            ("key_dim", self.key_dim),
+            ("head_dim", self.head_dim),
+            ("num_heads", self.num_heads),
+        ] {
+            if size == 0 {
+                return Err(Error::config(field, "at least 1", size));
+            }
+        }
+        let slope = self.negative_slope;
+        if !(slope.is_finite() && slope >= 0.0) {
+            return Err(Error::config("negative_slope", "a number of at least 0", slope));
+        }
+        if self.gate && !self.residual {
+            return Err(Error::config("gate", "a residual to weigh", "none"));
+        }
+        if self.share_weights && self.score == Score::DotProduct {
+            return Err(Error::config("share_weights", "false for Score::DotProduct", true));
+        }
+        if self.share_weights && self.key_dim != self.query_dim {
+            let expected = format!("false where key_dim = {} differs", self.key_dim);
+            return Err(Error::config("share_weights", expected, true));
+        }
+        let columns = self.num_heads.saturating_mul(self.head_dim);
+        let out = self.output_columns();
+        let names = self.names();
+        let mut params = Vec::new();
+        let mut matrix = |name: &'static str, rows: usize, columns: usize| -> Result<()> {
+            params.push((name, try_zeros(name, rows, columns)?.into_dyn()));
+            Ok(())
+        };
+        let has_edges = self.edge_dim > 0;
+        // In the order of PyG's state dicts; those of rank 1 or 3 get it below.
+        for &name in names.attention {
+            if has_edges || name != "att_edge" {
+                matrix(name, self.num_heads, self.head_dim)?;
+            }
+        }
+        if self.bias && self.score != Score::DotProduct {
+            matrix("bias", 1, out)?;
+        }
+        let ends = [(names.key, self.key_dim), (names.query, self.query_dim)];
+        for (&(name, dim), which) in ends.iter().zip(0..) {
+            if which == 0 || name != names.key {
+                matrix(name.weight, columns, dim)?;
+                if let Some(bias) = name.bias.filter(|_| self.bias) {
+                    matrix(bias, 1, columns)?;
+                }
+            }
+        }
+        if names.value != names.key {
+            matrix(names.value.weight, columns, self.key_dim)?;
+            if let Some(bias) = names.value.bias.filter(|_| self.bias) {
+                matrix(bias, 1, columns)?;
+            }
+        }
+        if has_edges {
+            matrix("lin_edge.weight", columns, self.edge_dim)?;
+        }
+        if self.residual {
+            matrix(names.residual.weight, out, self.query_dim)?;
+            if let Some(bias) = names.residual.bias.filter(|_| self.bias) {
+                matrix(bias, 1, out)?;
+            }
+        }
+        if self.gate {
+            matrix("lin_beta.weight", 1, out.saturating_mul(3))?;
+        }
+        for (name, param) in &mut params {
+            if name.ends_with("bias") {
+                param.index_axis_inplace(Axis(0), 0);
+            } else if name.starts_with("att") {
+                param.insert_axis_inplace(Axis(0));
+            }
+        }
+        Ok(EdgeGat { config: self.clone(), names, params })
+    }
+
+    fn output_columns(&self) -> usize {
+        if self.average_heads {
+            self.head_dim
+        } else {
+            self.num_heads.saturating_mul(self.head_dim)
+        }
+    }
+
+    fn names(&self) -> Names {
+        const fn with_bias(weight: &'static str, bias: &'static str) -> Linear {
+            Linear { weight, bias: Some(bias) }
+        }
+        const fn plain(weight: &'static str) -> Linear {
+            Linear { weight, bias: None }
+        }
+        let share = self.share_weights;
+        match self.score {
+            Score::Gat => {
+                let key = plain(if share { "lin.weight" } else { "lin_src.weight" });
+                Names {
+                    attention: &["att_src", "att_dst", "att_edge"],
+                    key,
+                    query: if share { key } else { plain("lin_dst.weight") },
+                    value: key,
+                    residual: plain("res.weight"),
+                }
+            }
+            Score::GatV2 => {
+                let key = with_bias("lin_l.weight", "lin_l.bias");
+                Names {
+                    attention: &["att"],
+                    key,
+                    query: if share { key } else { with_bias("lin_r.weight", "lin_r.bias") },
+                    value: key,
+                    residual: plain("res.weight"),
+                }
+            }
+            Score::DotProduct => Names {
+                attention: &[],
+                key: with_bias("lin_key.weight", "lin_key.bias"),
+                query: with_bias("lin_query.weight", "lin_query.bias"),
+                value: with_bias("lin_value.weight", "lin_value.bias"),
+                residual: with_bias("lin_skip.weight", "lin_skip.bias"),
+            },
+        }
+    }
+}
+
+/// The names of a linear map's parameters. The bias may be switched off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Linear {
+    weight: &'static str,
+    bias: Option<&'static str>,
+}
+
+/// The linear maps of a score, by what they are applied to.
+#[derive(Clone, Debug)]
+struct Names {
+    attention: &'static [&'static str],
+    key: Linear,
+    query: Linear,
+    value: Linear,
+    residual: Linear,
+}
+
+/// Graph attention with edge features (Veličković et al. 2018, 1710.10903; Brody et al. 2022,
+/// 2105.14491; Shi et al. 2021, 2009.03509), one mechanism with three [`Score`]s.
+///
+/// ```text
+/// e_ij  = score(h_i, h_j, x_ij)            query node i, neighbour j, features x of the edge
+/// p_i   = softmax over the pairs of i of e_ij
+/// o_i   = Σ_j p_ij (W h_j [+ W_e x_ij])    for each head; heads one after the other, or their mean
+/// out_i = o_i [+ W_res h_i] [+ b]          or β W_res h_i + (1 − β) o_i
+/// ```
+///
+/// * **Reads** queries (target nodes), keys (their neighbours as the score sees them) and values
+///   (as the sum sees them), usually one array three times; edge features, num_pairs × `edge_dim`,
+///   if the configuration has them; mask, causal pattern and dropout on the weights. Inputs laid
+///   out in several heads are refused, since the heads are made here, and so is an additive bias:
+///   make it a feature of the edges. Self-loops are the graph's business:
+///   [`Graph::with_self_loops_and_features`](crate::Graph::with_self_loops_and_features).
+/// * **Output** num_queries × (`num_heads` · `head_dim`), or × `head_dim` for averaged heads. A node
+///   without neighbours has o_i = 0.
+/// * **Parameters** named as PyG names them, whose state dicts load by name
+///   ([`EdgeGatConfig::from_params`]):
+///   `GATConv`: `att_src`, `att_dst`, `att_edge`, `bias`, `lin.weight` (or `lin_src.weight`,
+///   `lin_dst.weight`), `lin_edge.weight`, `res.weight`;
+///   `GATv2Conv`: `att`, `bias`, `lin_l.weight`, `lin_l.bias`, `lin_r.weight`, `lin_r.bias`,
+///   `lin_edge.weight`, `res.weight`;
+///   `TransformerConv`: `lin_key`, `lin_query`, `lin_value`, `lin_skip` (each `.weight` and
+///   `.bias`), `lin_edge.weight`, `lin_beta.weight`. Weights are outputs × inputs; a weight that both ends
+///   share is one parameter, under the first of its names.
+/// * **Cost** the projection of every node once, O(n · inputs · heads · d); then for each pair
+///   O(heads · (d + edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2`. Memory O(n
+///   · heads · d), and two numbers for each pair and head in the backward pass; a vector for each
+///   pair exists only within a tile.
+/// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
+///   [`Error::MissingInput`] without the edge features it asks for.
+///
+/// Where a node has no neighbours PyG agrees; it divides by the sum of exponentials plus 1e-16, which makes
+/// no difference in practice. `lin_edge` never has a bias, here as there.
+///
+/// ```
+/// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, LoopFill, Score};
+/// use graph_attention::ndarray::array;
+/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+///
+/// let nodes = array![[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]];
+/// let graph = Graph::from_edges(3, 3, [(0, 1), (1, 0), (1, 2)])?;
+/// let lengths = array![[0.5], [0.5], [2.0]];
+/// let (graph, lengths) = graph.with_self_loops_and_features(lengths.view(), LoopFill::Mean)?;
+///
+/// let config = EdgeGatConfig::new(Score::GatV2, 2, 4, 2).edge_dim(1);
+/// let gat = config.init::<f64>(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
+/// let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+///     .with_edge_features(lengths.view())?;
+/// let (out, saved) = gat.forward_train(&inputs)?;
+/// assert_eq!(out.dim(), (3, 8));
+/// let grads = gat.backward(&inputs, &saved, out.view())?;
+/// assert_eq!(grads.edge_features.map(|grad| grad.dim()), Some((6, 1)));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct EdgeGat<F> {
+    config: EdgeGatConfig,
+    names: Names,
+    params: Vec<(&'static str, ArrayD<F>)>,
+}
+
+/// Queries, keys and values as they meet: for [`Score::Gat`], one number for each head of query and
+/// key. Without values of their own, they are the keys.
+struct Projected<F> {
+    query: Array2<F>,
+    key: Array2<F>,
+    value: Option<Array2<F>>,
+}
+
+/// The softmax of a forward pass.
+enum Softmax<F> {
+    /// Without edges, scaled dot-product attention is all there is.
+    Plain(Saved),
+    Edges {
+        log_sum_exp: Array2<F>,
+    },
+}
+
+struct State<F> {
+    projected: Projected<F>,
+    /// Σ p v, heads one after the other.
+    context: Array2<F>,
+    softmax: Softmax<F>,
+}
+
+/// What becomes of the heads: o before the residual, the residual, and β.
+struct Gated<F> {
+    attention: Array2<F>,
+    residual: Array2<F>,
+    beta: Array1<F>,
+}
+
+impl<F: Float> EdgeGat<F> {
+    /// The configuration.
+    pub fn config(&self) -> &EdgeGatConfig {
+        &self.config
+    }
+
+    fn position(&self, name: &str) -> Option<usize> {
+        self.params.iter().position(|(known, _)| *known == name)
+    }
+
+    fn param<D: Dimension>(&self, name: &str) -> Option<ndarray::ArrayView<'_, F, D>> {
+        let param = &self.params[self.position(name)?].1;
+        Some(param.view().into_dimensionality().expect("shapes are fixed when it is made"))
+    }
+
+    fn weight(&self, name: &str) -> ArrayView2<'_, F> {
+        self.param(name).expect("the configuration has it")
+    }
+
+    /// An attention vector, heads × d.
+    fn attention(&self, name: &str) -> ArrayView2<'_, F> {
+        let attention: ndarray::ArrayView3<'_, F> =
+            self.param(name).expect("the configuration has it");
+        attention.index_axis_move(Axis(0), 0)
+    }
+
+    fn bias(&self, linear: Linear) -> Option<ArrayView1<'_, F>> {
+        self.param(linear.bias?)
+    }
+
+    fn linear(&self, x: ArrayView2<'_, F>, map: Linear) -> Result<Array2<F>> {
+        linear(x, self.weight(map.weight), self.bias(map))
+    }
+
+    /// Checks what the inputs carry.
+    fn check_inputs(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        inputs.refuse(NAME, &[Channel::Heads, Channel::Bias])?;
+        let config = &self.config;
+        check_shape("query", &[inputs.num_queries(), config.query_dim], inputs.query().shape())?;
+        check_shape("key", &[inputs.num_keys(), config.key_dim], inputs.key().shape())?;
+        check_shape("value", &[inputs.num_keys(), config.key_dim], inputs.value().shape())?;
+        if config.edge_dim > 0 {
+            let features = inputs.edge_features(NAME)?;
+            let expected = [inputs.num_pairs(), config.edge_dim];
+            check_shape("edge_features", &expected, features.shape())?;
+        }
+        Ok(())
+    }
+
+    fn project(&self, inputs: &Inputs<'_, F>) -> Result<Projected<F>> {
+        self.check_inputs(inputs)?;
+        let Names { key, query, value, .. } = self.names;
+        let is_one = same_view(inputs.key(), inputs.value());
+        Ok(match self.config.score {
+            // a · (W h) = (Wᵀ a) · h: no need of W h for the scores.
+            Score::Gat => {
+                let folded = |attention, map: Linear| {
+                    fold(self.attention(attention), self.weight(map.weight))
+                };
+                Projected {
+                    query: linear(inputs.query(), folded("att_dst", query).view(), None)?,
+                    key: linear(inputs.key(), folded("att_src", key).view(), None)?,
+                    value: Some(self.linear(inputs.value(), value)?),
+                }
+            }
+            Score::GatV2 => {
+                let values = || self.linear(inputs.value(), value);
+                Projected {
+                    query: self.linear(inputs.query(), query)?,
+                    key: self.linear(inputs.key(), key)?,
+                    value: (!is_one).then(values).transpose()?,
+                }
+            }
+            Score::DotProduct => Projected {
+                query: self.linear(inputs.query(), query)?,
+                key: self.linear(inputs.key(), key)?,
+                value: Some(self.linear(inputs.value(), value)?),
+            },
+        })
+    }
+
+    /// The inputs of the softmax.
+    fn inner_inputs<'b>(
+        &self,
+        inputs: &Inputs<'b, F>,
+        projected: &'b Projected<F>,
+    ) -> Result<Inputs<'b, F>> {
+        let Projected { query, key, value } = projected;
+        let value = value.as_ref().unwrap_or(key);
+        inputs
+            .with_arrays(query.view(), key.view(), value.view())?
+            .with_heads(self.config.num_heads)
+    }
+
+    /// Whether scaled dot-product attention is all there is.
+    fn is_plain(&self) -> bool {
+        self.config.score == Score::DotProduct && self.config.edge_dim == 0
+    }
+
+    fn problem<'b>(&self, inner: &Inputs<'b, F>) -> Result<EdgeProblem<'b, F>> {
+        let config = &self.config;
+        let columns = config.num_heads * config.head_dim;
+        let has_edges = config.edge_dim > 0;
+        let slope = F::of(config.negative_slope);
+        let edge_weight = self.param::<Ix2>("lin_edge.weight");
+        let logit = match config.score {
+            Score::DotProduct => Logit::DotProduct,
+            Score::Gat => {
+                let attention = || fold(self.attention("att_edge"), self.weight("lin_edge.weight"));
+                let none = || Array2::zeros((config.num_heads, 0));
+                let edge_attention = if has_edges { attention() } else { none() };
+                Logit::Additive { slope, edge_attention }
+            }
+            Score::GatV2 => Logit::Concatenated {
+                slope,
+                attention: self.attention("att").iter().copied().collect(),
+            },
+        };
+        let none = ArrayView2::from_shape((inner.num_pairs(), 0), &[]).expect("it is empty");
+        let features = if has_edges { inner.edge_features(NAME)? } else { none };
+        let mut transposed = try_zeros("lin_edge.weight", config.edge_dim, columns)?;
+        if let Some(weight) = edge_weight {
+            transposed.assign(&weight.t());
+        }
+        Ok(EdgeProblem {
+            softmax: Problem::new(inner, None)?,
+            logit,
+            features: Rows::new("edge_features", features)?,
+            edge_weight: transposed,
+            in_values: has_edges && config.edge_values,
+        })
+    }
+
+    /// The outputs of all heads one after the other, and what their backward pass needs.
+    fn attend(&self, inner: &Inputs<'_, F>) -> Result<(Array2<F>, Softmax<F>)> {
+        if self.is_plain() {
+            let (context, saved) = Flash::new().forward_train(inner)?;
+            return Ok((context, Softmax::Plain(saved)));
+        }
+        let heads = self.config.num_heads;
+        let columns = heads * self.config.head_dim;
+        let mut context = try_zeros("context", inner.num_queries(), columns)?;
+        let mut log_sum_exp = try_zeros("log_sum_exp", inner.num_queries(), heads)?;
+        let problem = self.problem(inner)?;
+        F::edges_forward(&problem, TILE, Level::new(), context.view_mut(), &mut log_sum_exp);
+        Ok((context, Softmax::Edges { log_sum_exp }))
+    }
+
+    /// Joins the heads and gates, if there is a gate.
+    fn gated(
+        &self,
+        inputs: &Inputs<'_, F>,
+        context: ArrayView2<'_, F>,
+    ) -> Result<Option<Gated<F>>> {
+        if !self.config.gate {
+            return Ok(None);
+        }
+        let attention = self.join_heads(context)?;
+        let residual = self.linear(inputs.query(), self.names.residual)?;
+        let features = gate_features(&attention, &residual);
+        let logits = linear(features.view(), self.weight("lin_beta.weight"), None)?;
+        let beta =
+            logits.index_axis_move(Axis(1), 0).mapv(|logit| F::one() / (F::one() + (-logit).exp()));
+        Ok(Some(Gated { attention, residual, beta }))
+    }
+
+    fn join_heads(&self, context: ArrayView2<'_, F>) -> Result<Array2<F>> {
+        let mut joined = try_zeros("out", context.nrows(), self.config.output_columns())?;
+        if !self.config.average_heads {
+            joined.assign(&context);
+            return Ok(joined);
+        }
+        let factor = F::one() / F::of(self.config.num_heads as f64);
+        for head in context.axis_chunks_iter(Axis(1), self.config.head_dim) {
+            joined.scaled_add(factor, &head);
+        }
+        Ok(joined)
+    }
+
+    /// Overwrites `out` with what becomes of the heads.
+    fn finish(
+        &self,
+        inputs: &Inputs<'_, F>,
+        context: ArrayView2<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        if let Some(Gated { attention, residual, beta }) = self.gated(inputs, context)? {
+            let rows = attention.rows().into_iter().zip(residual.rows()).zip(beta);
+            for (mut out, ((attention, residual), beta)) in out.rows_mut().into_iter().zip(rows) {
+                Zip::from(&mut out).and(attention).and(residual).for_each(|out, &o, &r| {
+                    *out = beta * r + (F::one() - beta) * o;
+                });
+            }
+        } else {
+            out.assign(&self.join_heads(context)?);
+            if self.config.residual {
+                out += &self.linear(inputs.query(), self.names.residual)?;
+            }
+        }
+        if let Some(bias) = self.param::<ndarray::Ix1>("bias") {
+            out += &bias;
+        }
+        Ok(())
+    }
+}
+
+/// Whether two views are of the same entries in the same order.
+fn same_view<F>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> bool {
+    a.as_ptr() == b.as_ptr() && a.shape() == b.shape() && a.strides() == b.strides()
+}
+
+/// \[o, r, o − r\] side by side.
+fn gate_features<F: Float>(attention: &Array2<F>, residual: &Array2<F>) -> Array2<F> {
+    let difference = attention - residual;
+    concatenate(Axis(1), &[attention.view(), residual.view(), difference.view()])
+        .expect("all have one shape")
+}
+
+/// Row h of the result is a_hᵀ W_h, for W in blocks of rows, one for each head.
+fn fold<F: Float>(attention: ArrayView2<'_, F>, weight: ArrayView2<'_, F>) -> Array2<F> {
+    let mut folded = Array2::zeros((attention.nrows(), weight.ncols()));
+    for (head, attention) in attention.rows().into_iter().enumerate() {
+        for (c, &a) in attention.iter().enumerate() {
+            folded.row_mut(head).scaled_add(a, &weight.row(head * attention.len() + c));
+        }
+    }
+    folded
+}
+
+/// Adds the gradients of [`fold`].
+fn fold_vjp<F: Float>(
+    attention: ArrayView2<'_, F>,
+    weight: ArrayView2<'_, F>,
+    grad_folded: ArrayView2<'_, F>,
+    mut grad_attention: ArrayViewMut2<'_, F>,
+    mut grad_weight: ArrayViewMut2<'_, F>,
+) {
+    let dim = attention.ncols();
+    for ((head, c), &a) in attention.indexed_iter() {
+        let (row, grad) = (head * dim + c, grad_folded.row(head));
+        grad_attention[[head, c]] += grad.dot(&weight.row(row));
+        grad_weight.row_mut(row).scaled_add(a, &grad);
+    }
+}
+
+impl<F: Float> Params<F> for EdgeGat<F> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.params.iter().for_each(|(name, param)| visitor(name, param.view()));
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.params.iter_mut().for_each(|(name, param)| visitor(name, param.view_mut()));
+    }
+}
+
+/// The gradients of the parameters, by name.
+struct ParamGradients<'g, 'p, F> {
+    gat: &'p EdgeGat<F>,
+    grads: &'g mut [ArrayD<F>],
+}
+
+impl<F: Float> ParamGradients<'_, '_, F> {
+    fn view<D: Dimension>(&mut self, name: &str) -> Option<ndarray::ArrayViewMut<'_, F, D>> {
+        let grad = &mut self.grads[self.gat.position(name)?];
+        Some(grad.view_mut().into_dimensionality().expect("shapes have been checked"))
+    }
+
+    fn weight(&mut self, name: &str) -> ArrayViewMut2<'_, F> {
+        self.view(name).expect("the configuration has it")
+    }
+
+    /// y = x Wᵀ + b: adds the gradients of W and b, and of x.
+    fn linear(
+        &mut self,
+        map: Linear,
+        x: ArrayView2<'_, F>,
+        grad: ArrayView2<'_, F>,
+        grad_x: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        linear_params_vjp(x, grad, self.weight(map.weight), None)?;
+        if let Some(mut bias) = map.bias.and_then(|name| self.view::<ndarray::Ix1>(name)) {
+            bias += &grad.sum_axis(Axis(0));
+        }
+        linear_input_vjp(self.gat.weight(map.weight), grad, grad_x)
+    }
+
+    /// y = x foldᵀ: adds the gradients of what was folded, and of x.
+    fn folded(
+        &mut self,
+        attention: &str,
+        map: Linear,
+        x: ArrayView2<'_, F>,
+        grad: ArrayView2<'_, F>,
+        grad_x: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        let folded = fold(self.gat.attention(attention), self.gat.weight(map.weight));
+        let mut grad_folded = Array2::zeros(folded.raw_dim());
+        linear_params_vjp(x, grad, grad_folded.view_mut(), None)?;
+        self.unfold(attention, map.weight, grad_folded.view());
+        linear_input_vjp(folded.view(), grad, grad_x)
+    }
+
+    fn unfold(&mut self, attention: &str, weight: &str, grad_folded: ArrayView2<'_, F>) {
+        let gat = self.gat;
+        let (attention_value, weight_value) = (gat.attention(attention), gat.weight(weight));
+        let mut grad_attention = Array2::zeros(attention_value.raw_dim());
+        let grad_weight = self.weight(weight);
+        fold_vjp(
+            attention_value,
+            weight_value,
+            grad_folded,
+            grad_attention.view_mut(),
+            grad_weight,
+        );
+        self.add_attention(attention, grad_attention.view());
+    }
+
+    fn add_attention(&mut self, name: &str, grad: ArrayView2<'_, F>) {
+        if let Some(mut sum) = self.view::<ndarray::Ix3>(name) {
+            sum.index_axis_mut(Axis(0), 0).zip_mut_with(&grad, |sum, &grad| *sum += grad);
+        }
+    }
+}
+
+impl<F: Float> Attention<F> for EdgeGat<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, _: &Inputs<'_, F>) -> usize {
+        self.config.output_columns()
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.forward_train_into(inputs, out).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        self.check_output("out", inputs, out.shape())?;
+        let projected = self.project(inputs)?;
+        let (context, softmax) = self.attend(&self.inner_inputs(inputs, &projected)?)?;
+        self.finish(inputs, context.view(), out)?;
+        Ok(Saved::new(NAME, State { projected, context, softmax }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { projected, context, softmax } = saved.state::<State<F>>(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        self.check_inputs(inputs)?;
+        let columns = self.config.num_heads * self.config.head_dim;
+        check_shape("saved context", &[inputs.num_queries(), columns], context.shape())?;
+        let inner = self.inner_inputs(inputs, projected)?;
+        let mut params = ParamGradients { gat: self, grads: grads.params };
+        let mut grad_query = grads.query;
+
+        // out = o, residual and bias
+        if let Some(mut bias) = params.view::<ndarray::Ix1>("bias") {
+            bias += &grad_out.sum_axis(Axis(0));
+        }
+        let gated = self.gated(inputs, context.view())?;
+        let (grad_joined, grad_residual) = match gated {
+            None => (grad_out.to_owned(), self.config.residual.then(|| grad_out.to_owned())),
+            Some(gated) => {
+                let [joined, residual] = self.gate_vjp(&gated, grad_out, &mut params)?;
+                (joined, Some(residual))
+            }
+        };
+        if let Some(grad) = grad_residual {
+            let map = self.names.residual;
+            params.linear(map, inputs.query(), grad.view(), grad_query.view_mut())?;
+        }
+        let mut grad_context = try_zeros("grad_context", inputs.num_queries(), columns)?;
+        if self.config.average_heads {
+            let factor = F::one() / F::of(self.config.num_heads as f64);
+            for mut head in grad_context.axis_chunks_iter_mut(Axis(1), self.config.head_dim) {
+                head.scaled_add(factor, &grad_joined);
+            }
+        } else {
+            grad_context.assign(&grad_joined);
+        }
+
+        // o = softmax(e) v
+        let names = &self.names;
+        let [query, key, value] = match softmax {
+            Softmax::Plain(saved) => {
+                let Gradients { query, key, value, .. } =
+                    Flash::new().backward(&inner, saved, grad_context.view())?;
+                [query, key, value]
+            }
+            Softmax::Edges { log_sum_exp } => {
+                let problem = self.problem(&inner)?;
+                let grad_rows = Rows::new("grad_context", grad_context.view())?;
+                let out = Rows::new("context", context.view())?;
+                let upstream =
+                    Upstream { out: out.slices(), log_sum_exp, grad_out: grad_rows.slices() };
+                let wants_features = grads.edge_features.is_some();
+                let level = Level::new();
+                let inner = F::edges_backward(&problem, TILE, level, upstream, wants_features)?;
+                if let (Some(mut sum), Some(grad)) = (grads.edge_features, inner.features)
+                    && self.config.edge_dim > 0
+                {
+                    sum += &grad;
+                }
+                let heads = self.config.num_heads;
+                let shaped = |columns: usize| {
+                    let grad = inner.attention.view().into_shape_with_order((heads, columns));
+                    grad.expect("one for each")
+                };
+                match self.config.score {
+                    Score::Gat if self.config.edge_dim > 0 => {
+                        let grad = shaped(self.config.edge_dim);
+                        params.unfold("att_edge", "lin_edge.weight", grad);
+                    }
+                    Score::GatV2 => params.add_attention("att", shaped(self.config.head_dim)),
+                    _ => {}
+                }
+                if let Some(mut weight) = params.view::<Ix2>("lin_edge.weight") {
+                    weight += &inner.edge_weight.t();
+                }
+                [inner.query, inner.key, inner.value]
+            }
+        };
+
+        // The projections.
+        let (inputs_query, inputs_key) = (inputs.query(), inputs.key());
+        match self.config.score {
+            Score::Gat => {
+                params.folded("att_dst", names.query, inputs_query, query.view(), grad_query)?;
+                params.folded("att_src", names.key, inputs_key, key.view(), grads.key)?;
+            }
+            _ => {
+                params.linear(names.query, inputs_query, query.view(), grad_query)?;
+                params.linear(names.key, inputs_key, key.view(), grads.key)?;
+            }
+        }
+        params.linear(names.value, inputs.value(), value.view(), grads.value)
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let projected = self.project(inputs)?;
+        let inner = self.inner_inputs(inputs, &projected)?;
+        if self.is_plain() {
+            return ScaledDotProduct::new().weights(&inner);
+        }
+        let Softmax::Edges { log_sum_exp } = self.attend(&inner)?.1 else {
+            return Err(Error::NoWeights { mechanism: NAME });
+        };
+        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &log_sum_exp)
+    }
+}
+
+impl<F: Float> EdgeGat<F> {
+    /// out = β r + (1 − β) o: the gradients of o and r; adds that of the gate.
+    fn gate_vjp(
+        &self,
+        Gated { attention, residual, beta }: &Gated<F>,
+        grad_out: ArrayView2<'_, F>,
+        params: &mut ParamGradients<'_, '_, F>,
+    ) -> Result<[Array2<F>; 2]> {
+        let weight = self.weight("lin_beta.weight");
+        let difference = residual - attention;
+        // β = σ(z), so dβ/dz = β (1 − β).
+        let mut grad_logits = try_zeros("gate", attention.nrows(), 1)?;
+        let [mut grad_attention, mut grad_residual] = [grad_out.to_owned(), grad_out.to_owned()];
+        for (row, &beta) in beta.iter().enumerate() {
+            grad_logits[[row, 0]] =
+                beta * (F::one() - beta) * grad_out.row(row).dot(&difference.row(row));
+            grad_attention.row_mut(row).mapv_inplace(|grad| (F::one() - beta) * grad);
+            grad_residual.row_mut(row).mapv_inplace(|grad| beta * grad);
+        }
+        let features = gate_features(attention, residual);
+        let mut grad_features = try_zeros("gate", features.nrows(), features.ncols())?;
+        linear_params_vjp(
+            features.view(),
+            grad_logits.view(),
+            params.weight("lin_beta.weight"),
+            None,
+        )?;
+        linear_input_vjp(weight, grad_logits.view(), grad_features.view_mut())?;
+        let out = attention.ncols();
+        let [a, r, d] = [0, 1, 2].map(|n| grad_features.slice(s![.., n * out..(n + 1) * out]));
+        grad_attention += &(&a + &d);
+        grad_residual += &(&r - &d);
+        Ok([grad_attention, grad_residual])
+    }
+}
