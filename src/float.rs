@@ -48,6 +48,13 @@ pub(crate) fn nan_max<F: Float>(a: F, b: F) -> F {
     if b > a || b.is_nan() { b } else { a }
 }
 
+/// Whether all are finite.
+pub(crate) fn all_finite<F: Float>(values: &[F]) -> bool {
+    // Without a way out within a chunk, so that it is done in vectors.
+    let chunk = |values: &[F]| values.iter().fold(true, |all, value| all & value.is_finite());
+    values.chunks(1024).all(chunk)
+}
+
 /// `len` copies of `value`, or an error where the allocation is refused.
 pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -> Result<Vec<T>> {
     let too_large = || Error::TooLarge { what, shape: shape.to_vec() };

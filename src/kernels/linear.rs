@@ -7,9 +7,9 @@ use super::matmul::{Matrix, PanelRow, columns_times, load, panel_width, rows_tim
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, all_finite, try_zeros};
 use fearless_simd::{Level, Simd, SimdBase};
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, CowArray, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
 /// Rows of a product are handed to threads in at most this many parts, in whole blocks.
@@ -29,9 +29,19 @@ pub(crate) fn linear_into<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    match bias {
-        Some(bias) => out.rows_mut().into_iter().for_each(|mut row| row.assign(&bias)),
-        None => out.fill(F::zero()),
+    out.fill(F::zero());
+    add_linear(x, weight, bias, out)
+}
+
+/// out += x Wᵀ + b.
+pub(crate) fn add_linear<F: Float>(
+    x: ArrayView2<'_, F>,
+    weight: ArrayView2<'_, F>,
+    bias: Option<ArrayView1<'_, F>>,
+    mut out: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    if let Some(bias) = bias {
+        out += &bias;
     }
     add_product(x, weight.t(), out)
 }
@@ -43,7 +53,7 @@ pub(crate) fn linear<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
 ) -> Result<Array2<F>> {
     let mut out = try_zeros("projection", x.nrows(), weight.nrows())?;
-    linear_into(x, weight, bias, out.view_mut())?;
+    add_linear(x, weight, bias, out.view_mut())?;
     Ok(out)
 }
 
@@ -66,18 +76,30 @@ pub(crate) fn linear_params_vjp<F: Float>(
     grad_weight: ArrayViewMut2<'_, F>,
     grad_bias: Option<ArrayViewMut1<'_, F>>,
 ) -> Result<()> {
-    let mut x = CowArray::from(x);
-    for (row, grad) in grad_out.rows().into_iter().enumerate() {
-        let is_finite = x.row(row).iter().all(|value| value.is_finite());
-        if !is_finite && grad.iter().all(|&grad| grad == F::zero()) {
-            x.row_mut(row).fill(F::zero());
-        }
-    }
-    add_transposed_product(grad_out, x.view(), grad_weight)?;
+    let x = Rows::new("product", x)?;
+    let finite = without_dead_rows(&x, grad_out)?;
+    add_transposed_product(grad_out, finite.as_ref().unwrap_or(&x), grad_weight)?;
     if let Some(mut grad_bias) = grad_bias {
         grad_bias += &grad_out.sum_axis(Axis(0));
     }
     Ok(())
+}
+
+/// The rows without those that are not finite and have no gradient, if there are any such.
+fn without_dead_rows<F: Float>(
+    x: &Rows<'_, F>,
+    grad: ArrayView2<'_, F>,
+) -> Result<Option<Rows<'static, F>>> {
+    if all_finite(x.slices().data) {
+        return Ok(None);
+    }
+    let mut copy = try_zeros("product", grad.nrows(), x.slices().columns)?;
+    for ((row, mut copy), grad) in (0..).zip(copy.rows_mut()).zip(grad.rows()) {
+        if all_finite(x.row(row)) || grad.iter().any(|&grad| grad != F::zero()) {
+            copy.assign(&ArrayView1::from(x.row(row)));
+        }
+    }
+    Ok(Some(Rows::from(copy)))
 }
 
 /// out += left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
@@ -87,7 +109,7 @@ fn add_product<F: Float>(
     right: ArrayView2<'_, F>,
     out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    let work = left.len().saturating_mul(right.ncols());
+    let (inner, work) = (right.nrows(), left.len().saturating_mul(right.ncols()));
     if work == 0 {
         return Ok(());
     }
@@ -95,8 +117,8 @@ fn add_product<F: Float>(
     let parts = parts(out.nrows(), BLOCK, PARTS);
     let outs = row_chunks(out, parts.iter().map(|part| part.len()));
     let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
-    if is_sparse(&left) && right.iter().all(|value| value.is_finite()) {
-        let right = Rows::new("product", right)?;
+    let right = Rows::new("product", right)?;
+    if is_sparse(&left) && all_finite(right.slices().data) {
         parallel::for_each(tasks, work / SPARSE, |(rows, mut out)| {
             for (mut out, row) in out.rows_mut().into_iter().zip(rows) {
                 for (inner, &factor) in non_zeros(left.row(row)) {
@@ -107,7 +129,7 @@ fn add_product<F: Float>(
         return Ok(());
     }
     let level = Level::new();
-    let right = pack(level, right)?;
+    let right = pack(level, &right, inner)?;
     parallel::for_each(tasks, work, |(rows, out)| F::add_product(level, &left, rows, &right, out));
     Ok(())
 }
@@ -115,16 +137,16 @@ fn add_product<F: Float>(
 /// out += leftᵀ · right; a sparse `right` as in [`add_product`].
 fn add_transposed_product<F: Float>(
     left: ArrayView2<'_, F>,
-    right: ArrayView2<'_, F>,
+    right: &Rows<'_, F>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    let work = left.len().saturating_mul(right.ncols());
+    let work = left.len().saturating_mul(out.ncols());
     if work == 0 {
         return Ok(());
     }
-    let num_rows = right.nrows();
-    let [left, right] = [Rows::new("product", left)?, Rows::new("product", right)?];
-    if is_sparse(&right) && left.slices().data.iter().all(|value| value.is_finite()) {
+    let num_rows = left.nrows();
+    let left = Rows::new("product", left)?;
+    if is_sparse(right) && all_finite(left.slices().data) {
         let mut transposed = try_zeros("product", out.ncols(), out.nrows())?;
         for row in 0..num_rows {
             for (column, &factor) in non_zeros(right.row(row)) {
@@ -142,7 +164,7 @@ fn add_transposed_product<F: Float>(
     let lens = parts.iter().map(|_| out.nrows());
     let tasks: Vec<_> = parts.iter().cloned().zip(row_chunks(sums.view_mut(), lens)).collect();
     parallel::for_each(tasks, work, |(rows, sum)| {
-        F::add_transposed_product(level, &left, &right, rows, sum);
+        F::add_transposed_product(level, &left, right, rows, sum);
     });
     for sum in sums.axis_chunks_iter(Axis(0), out.nrows()) {
         out += &sum.slice(s![.., ..out.ncols()]);
@@ -161,10 +183,13 @@ fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
 }
 
 /// A right factor in rows of whole panels, with zeros past its columns.
-fn pack<F: Float>(level: Level, right: ArrayView2<'_, F>) -> Result<Array2<F>> {
-    let columns = right.ncols().next_multiple_of(F::panel_width(level));
-    let mut packed = try_zeros("product", right.nrows(), columns)?;
-    packed.slice_mut(s![.., ..right.ncols()]).assign(&right);
+fn pack<F: Float>(level: Level, right: &Rows<'_, F>, num_rows: usize) -> Result<Array2<F>> {
+    let num_columns = right.slices().columns;
+    let columns = num_columns.next_multiple_of(F::panel_width(level));
+    let mut packed = try_zeros("product", num_rows, columns)?;
+    for (row, mut packed) in packed.rows_mut().into_iter().enumerate() {
+        packed.slice_mut(s![..num_columns]).assign(&ArrayView1::from(right.row(row)));
+    }
     Ok(packed)
 }
 
@@ -196,14 +221,22 @@ pub(super) fn add_product_rows<F: Float>(
     ) {
         let left = left.slices();
         let columns = out.ncols();
+        // Where the rows do not lie one after the other, sums are formed in place of them.
+        let mut sums = match out.as_slice_mut() {
+            Some(_) => Vec::new(),
+            None => vec![F::zero(); out.len()],
+        };
+        let data = out.as_slice_mut().unwrap_or(&mut sums);
         for block in parallel::ranges(rows.len(), BLOCK) {
             let row = |m: usize| left.row(rows.start + block.start + m);
             rows_times(simd, block.len(), row, right, columns, |m, column, sums| {
-                let mut out = out.row_mut(block.start + m);
                 let len = panel_width::<S, F>().min(columns - column);
-                let out = out.slice_mut(s![column..column + len]);
-                add_panel_row(simd, sums, out);
+                let start = (block.start + m) * columns + column;
+                add_panel_row(simd, sums, &mut data[start..start + len]);
             });
+        }
+        if !sums.is_empty() {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     }
     let right = Matrix { data: right.as_slice().expect("packed"), stride: right.ncols() };
@@ -227,6 +260,7 @@ pub(super) fn add_transposed_product_rows<F: Float>(
         mut sum: ArrayViewMut2<'_, F>,
     ) {
         let (num_rows, stride) = sum.dim();
+        let sum = sum.as_slice_mut().expect("a matrix of our own");
         let mut packed = vec![F::zero(); BLOCK.min(rows.len()) * stride];
         for block in parallel::ranges(rows.len(), BLOCK) {
             let block = rows.start + block.start..rows.start + block.end;
@@ -238,9 +272,8 @@ pub(super) fn add_transposed_product_rows<F: Float>(
             let left = Matrix { data, stride: num_rows };
             let right = Matrix { data: &packed[..block.len() * stride], stride };
             columns_times(simd, num_rows, left, right, stride, |m, column, sums| {
-                let len = panel_width::<S, F>();
-                let mut sum = sum.row_mut(m);
-                add_panel_row(simd, sums, sum.slice_mut(s![column..column + len]));
+                let start = m * stride + column;
+                add_panel_row(simd, sums, &mut sum[start..start + panel_width::<S, F>()]);
             });
         }
     }
@@ -249,16 +282,14 @@ pub(super) fn add_transposed_product_rows<F: Float>(
 
 /// out += the first lanes of a row of a panel.
 #[inline(always)]
-fn add_panel_row<S: Simd, F: Float>(simd: S, sums: PanelRow<S, F>, mut out: ArrayViewMut1<'_, F>) {
-    if let Some(out) = out.as_slice_mut()
-        && out.len() == panel_width::<S, F>()
-    {
+fn add_panel_row<S: Simd, F: Float>(simd: S, sums: PanelRow<S, F>, out: &mut [F]) {
+    if out.len() == panel_width::<S, F>() {
         let [a, b] = load::<S, F>(simd, out);
         store::<S, F>([a + sums[0], b + sums[1]], out);
-        return;
+    } else {
+        let lanes = sums.iter().flat_map(|sums| sums.as_slice());
+        out.iter_mut().zip(lanes).for_each(|(out, &sum)| *out += sum);
     }
-    let lanes = sums.iter().flat_map(|sums| sums.as_slice());
-    out.iter_mut().zip(lanes).for_each(|(out, &sum)| *out += sum);
 }
 
 #[cfg(test)]

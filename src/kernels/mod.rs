@@ -153,7 +153,7 @@ pub trait Kernels: exp2::HasExp2 {
         tile_len: usize,
         level: Level,
         upstream: Upstream<'_, Self>,
-        wants_features: bool,
+        grad_features: Option<ArrayViewMut2<'_, Self>>,
     ) -> Result<EdgeGradients<Self>>
     where
         Self: Float;
@@ -254,9 +254,9 @@ macro_rules! compile_kernels {
                 tile_len: usize,
                 level: Level,
                 upstream: Upstream<'_, Self>,
-                wants_features: bool,
+                grad_features: Option<ArrayViewMut2<'_, Self>>,
             ) -> Result<EdgeGradients<Self>> {
-                edges::backward(problem, tile_len, level, upstream, wants_features)
+                edges::backward(problem, tile_len, level, upstream, grad_features)
             }
 
             fn edges_weights(

@@ -1,9 +1,9 @@
 //! Softmax attention laid out for the kernels.
 
-use super::heads::plain_dot;
+use super::heads::unrolled_dot;
 use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
@@ -137,7 +137,7 @@ impl<F: Float> Upstream<'_, F> {
         }
         let columns = head_columns(head, value_dim);
         let (grad, out) = (self.grad_out.row(query), self.out.row(query));
-        [log_sum * F::of(LOG2_E), plain_dot(&grad[columns.clone()], &out[columns])]
+        [log_sum * F::of(LOG2_E), unrolled_dot(&grad[columns.clone()], &out[columns])]
     }
 
     /// Whether some query saw no key.
@@ -171,7 +171,7 @@ impl<'a, F: Float> Rows<'a, F> {
         }
         let mut copy = try_zeros(what, rows, columns)?;
         copy.assign(&matrix);
-        Ok(Self { data: copy.into_raw_vec_and_offset().0.into(), columns })
+        Ok(Self::from(copy))
     }
 
     #[inline]
@@ -188,6 +188,14 @@ impl<'a, F: Float> Rows<'a, F> {
     #[inline]
     pub(crate) fn slices(&self) -> Slices<'_, F> {
         Slices { data: &self.data, columns: self.columns }
+    }
+}
+
+impl<F: Float> From<Array2<F>> for Rows<'_, F> {
+    /// Of a matrix that has been allocated row by row.
+    fn from(matrix: Array2<F>) -> Self {
+        let columns = matrix.ncols();
+        Self { data: matrix.into_raw_vec_and_offset().0.into(), columns }
     }
 }
 
@@ -225,7 +233,7 @@ impl<'r, F: Float> FiniteRows<'r, F> {
         let Slices { data, columns } = rows;
         let mut data = Cow::Borrowed(data);
         let mut bad = Vec::new();
-        if may_hide && data.iter().any(|value| !value.is_finite()) {
+        if may_hide && !all_finite(&data) {
             for (row, values) in data.to_mut().chunks_mut(columns.max(1)).enumerate() {
                 if values.iter().any(|value| !value.is_finite()) {
                     bad.push(row);

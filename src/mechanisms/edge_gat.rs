@@ -4,7 +4,7 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edges::{EdgeProblem, Logit};
-use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
+use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::problem::{Problem, Rows, Upstream};
 use crate::mechanisms::fill_uniform;
 use crate::mechanisms::flash::Flash;
@@ -615,7 +615,8 @@ impl<F: Float> EdgeGat<F> {
         if !self.config.gate {
             return Ok(None);
         }
-        let attention = self.join_heads(context)?;
+        let mut attention = try_zeros("attention", context.nrows(), self.config.output_columns())?;
+        self.join_heads(context, attention.view_mut());
         let residual = self.linear(inputs.query(), self.names.residual)?;
         let features = gate_features(&attention, &residual);
         let logits = linear(features.view(), self.weight("lin_beta.weight"), None)?;
@@ -624,17 +625,16 @@ impl<F: Float> EdgeGat<F> {
         Ok(Some(Gated { attention, residual, beta }))
     }
 
-    fn join_heads(&self, context: ArrayView2<'_, F>) -> Result<Array2<F>> {
-        let mut joined = try_zeros("out", context.nrows(), self.config.output_columns())?;
+    fn join_heads(&self, context: ArrayView2<'_, F>, mut joined: ArrayViewMut2<'_, F>) {
         if !self.config.average_heads {
             joined.assign(&context);
-            return Ok(joined);
+            return;
         }
+        joined.fill(F::zero());
         let factor = F::one() / F::of(self.config.num_heads as f64);
         for head in context.axis_chunks_iter(Axis(1), self.config.head_dim) {
             joined.scaled_add(factor, &head);
         }
-        Ok(joined)
     }
 
     /// Overwrites `out` with what becomes of the heads.
@@ -652,9 +652,11 @@ impl<F: Float> EdgeGat<F> {
                 });
             }
         } else {
-            out.assign(&self.join_heads(context)?);
+            self.join_heads(context, out.view_mut());
             if self.config.residual {
-                out += &self.linear(inputs.query(), self.names.residual)?;
+                let map = self.names.residual;
+                let weight = self.weight(map.weight);
+                add_linear(inputs.query(), weight, self.bias(map), out.view_mut())?;
             }
         }
         if let Some(bias) = self.param::<ndarray::Ix1>("bias") {
@@ -829,49 +831,44 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
             bias += &grad_out.sum_axis(Axis(0));
         }
         let gated = self.gated(inputs, context.view())?;
-        let (grad_joined, grad_residual) = match gated {
-            None => (grad_out.to_owned(), self.config.residual.then(|| grad_out.to_owned())),
-            Some(gated) => {
-                let [joined, residual] = self.gate_vjp(&gated, grad_out, &mut params)?;
-                (joined, Some(residual))
-            }
+        let gate = gated.map(|gated| self.gate_vjp(&gated, grad_out, &mut params)).transpose()?;
+        let (grad_joined, grad_residual) = match &gate {
+            Some([joined, residual]) => (joined.view(), residual.view()),
+            None => (grad_out, grad_out),
         };
-        if let Some(grad) = grad_residual {
+        if self.config.residual {
             let map = self.names.residual;
-            params.linear(map, inputs.query(), grad.view(), grad_query.view_mut())?;
+            params.linear(map, inputs.query(), grad_residual, grad_query.view_mut())?;
         }
-        let mut grad_context = try_zeros("grad_context", inputs.num_queries(), columns)?;
-        if self.config.average_heads {
+        let mut grad_heads;
+        let grad_context = if self.config.average_heads {
+            grad_heads = try_zeros("grad_context", inputs.num_queries(), columns)?;
             let factor = F::one() / F::of(self.config.num_heads as f64);
-            for mut head in grad_context.axis_chunks_iter_mut(Axis(1), self.config.head_dim) {
+            for mut head in grad_heads.axis_chunks_iter_mut(Axis(1), self.config.head_dim) {
                 head.scaled_add(factor, &grad_joined);
             }
+            grad_heads.view()
         } else {
-            grad_context.assign(&grad_joined);
-        }
+            grad_joined
+        };
 
         // o = softmax(e) v
         let names = &self.names;
         let [query, key, value] = match softmax {
             Softmax::Plain(saved) => {
                 let Gradients { query, key, value, .. } =
-                    Flash::new().backward(&inner, saved, grad_context.view())?;
+                    Flash::new().backward(&inner, saved, grad_context)?;
                 [query, key, value]
             }
             Softmax::Edges { log_sum_exp } => {
                 let problem = self.problem(&inner)?;
-                let grad_rows = Rows::new("grad_context", grad_context.view())?;
+                let grad_rows = Rows::new("grad_context", grad_context)?;
                 let out = Rows::new("context", context.view())?;
                 let upstream =
                     Upstream { out: out.slices(), log_sum_exp, grad_out: grad_rows.slices() };
-                let wants_features = grads.edge_features.is_some();
                 let level = Level::new();
-                let inner = F::edges_backward(&problem, TILE, level, upstream, wants_features)?;
-                if let (Some(mut sum), Some(grad)) = (grads.edge_features, inner.features)
-                    && self.config.edge_dim > 0
-                {
-                    sum += &grad;
-                }
+                let features = grads.edge_features;
+                let inner = F::edges_backward(&problem, TILE, level, upstream, features)?;
                 let heads = self.config.num_heads;
                 let shaped = |columns: usize| {
                     let grad = inner.attention.view().into_shape_with_order((heads, columns));

@@ -3,10 +3,10 @@
 
 use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
-use super::super::problem::Upstream;
+use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
-    Others, Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
-    weights_and_logits_vjp,
+    Others, Outputs, Pairs, Part, Scorer, Tile, add_to_row, add_up, for_each_part, level_for,
+    parts, weights_and_logits_vjp,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{Activated, EdgeProblem, EdgeScorer, Logit, add_projected, project, value_columns};
@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::float::{Float, try_vec, try_zeros};
 use crate::inputs::Pattern;
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
 use std::f64::consts::LN_2;
 
 /// Gradients with respect to an [`EdgeProblem`].
@@ -23,20 +23,18 @@ pub struct EdgeGradients<F> {
     pub(crate) query: Array2<F>,
     pub(crate) key: Array2<F>,
     pub(crate) value: Array2<F>,
-    /// In the caller's order.
-    pub(crate) features: Option<Array2<F>>,
     /// Of `edge_attention` or `attention`, one after the other.
     pub(crate) attention: Array1<F>,
     pub(crate) edge_weight: Array2<F>,
 }
 
-/// The gradients, given the outputs and log-sum-exp of the forward pass.
+/// The gradients, given the outputs and log-sum-exp of the forward pass; adds that of the features.
 pub(in super::super) fn backward<F: Float>(
     problem: &EdgeProblem<'_, F>,
     tile_len: usize,
     level: Level,
     upstream: Upstream<'_, F>,
-    wants_features: bool,
+    grad_features: Option<ArrayViewMut2<'_, F>>,
 ) -> Result<EdgeGradients<F>> {
     let softmax = &problem.softmax;
     let inputs = &softmax.inputs;
@@ -50,14 +48,24 @@ pub(in super::super) fn backward<F: Float>(
     // By query.
     let pairs = Pairs::by_query(inputs);
     let parts_of = parts(pairs);
-    let feature_dim = if wants_features { problem.feature_dim() } else { 0 };
+    let slots = SlotOfPair::new(inputs.pattern())?;
+    // Straight to its place, if that is in the order of the rows.
+    let (mut direct, scattered) = match grad_features.filter(|_| problem.feature_dim() > 0) {
+        Some(grad) if slots.0.is_none() && grad.is_standard_layout() => (Some(grad), None),
+        grad => (None, grad),
+    };
+    let scattered_dim = if scattered.is_some() { problem.feature_dim() } else { 0 };
+    let mut in_rows = try_zeros("grads.edge_features", inputs.num_pairs(), scattered_dim)?;
+    let features = match &mut direct {
+        Some(direct) => direct.view_mut(),
+        None => in_rows.view_mut(),
+    };
     let num_attention = match &problem.logit {
         Logit::DotProduct => 0,
         Logit::Additive { edge_attention, .. } => edge_attention.len(),
         Logit::Concatenated { attention, .. } => attention.len(),
     };
     let mut states = try_zeros("pairs of the backward pass", inputs.num_pairs(), 2 * heads)?;
-    let mut features = try_zeros("grads.edge_features", inputs.num_pairs(), feature_dim)?;
     let mut sums =
         try_zeros("gradients", parts_of.len(), num_attention + problem.edge_weight.len())?;
     let pass =
@@ -67,7 +75,7 @@ pub(in super::super) fn backward<F: Float>(
         softmax.work(),
         Outputs {
             by_row: [query.view_mut()],
-            by_slot: [states.view_mut(), features.view_mut()],
+            by_slot: [states.view_mut(), features],
             by_part: sums.view_mut(),
         },
         |part, outputs| dispatch!(level, simd => pass.run(simd, part, outputs)),
@@ -76,7 +84,6 @@ pub(in super::super) fn backward<F: Float>(
     let sums = sums.sum_axis(Axis(0));
 
     // By key.
-    let slots = SlotOfPair::new(inputs.pattern())?;
     let pairs = Pairs::by_key(inputs);
     let parts_of = parts(pairs);
     let pass = ByKey {
@@ -95,14 +102,17 @@ pub(in super::super) fn backward<F: Float>(
         add_up,
     );
 
-    let features = wants_features.then(|| slots.in_callers_order(features)).transpose()?;
+    if let Some(mut grad) = scattered {
+        for (pair, mut grad) in grad.rows_mut().into_iter().enumerate() {
+            grad += &in_rows.row(slots.slot(pair));
+        }
+    }
     let edge_weight = sums.slice(s![num_attention..]).to_owned();
     let edge_weight = edge_weight.into_shape_with_order(problem.edge_weight.raw_dim());
     Ok(EdgeGradients {
         query,
         key,
         value,
-        features,
         attention: sums.slice(s![..num_attention]).to_owned(),
         edge_weight: edge_weight.expect("one for each"),
     })
@@ -266,6 +276,8 @@ impl<F: Float> ByQuery<'_, F> {
         let sums = by_part.into_slice().expect("a row of an array of our own");
         let (grad_attention, grad_weight) = sums.split_at_mut(self.num_attention);
         let wants_features = grad_features.ncols() > 0;
+        let states = states.as_slice_mut().expect("an array of our own");
+        let grad_features = grad_features.as_slice_mut().expect("it is in standard layout");
         let values = Others { rows: softmax.value.slices(), are_keys: true };
         let keys = Others { rows: softmax.key.slices(), are_keys: true };
 
@@ -388,14 +400,16 @@ impl<F: Float> ByQuery<'_, F> {
                     scorer.features.add_sums(simd, &ones, weights, count, &mut value_sums);
                     grad_tile.add_outer(simd, heads, count, weights, &of_grad_out);
                 }
-                for (t, slot) in tile.slots.iter().map(|slot| slot - part.slots.start).enumerate() {
-                    for head in 0..heads {
-                        states[[slot, head]] = tile.weights[head * stride + t];
-                        states[[slot, heads + head]] = grads[head * stride + t];
+                for (t, slot) in tile.slots.iter().enumerate() {
+                    let slot = slot - part.slots.start;
+                    let (of_weights, of_grads) =
+                        states[slot * 2 * heads..][..2 * heads].split_at_mut(heads);
+                    for (head, (weight, grad)) in of_weights.iter_mut().zip(of_grads).enumerate() {
+                        *weight = tile.weights[head * stride + t];
+                        *grad = grads[head * stride + t];
                     }
                     if wants_features {
-                        let mut row = grad_features.row_mut(slot);
-                        grad_tile.copy_to(t, row.as_slice_mut().expect("rows of our own"));
+                        grad_tile.add_to(t, &mut grad_features[slot * dim..][..dim]);
                     }
                 }
             }
@@ -411,7 +425,7 @@ impl<F: Float> ByQuery<'_, F> {
                 value_sums.store(simd, &mut coefficients);
                 add_outer(F::one(), grad_out, value_dim, &coefficients, grad_weight);
             }
-            grad_query.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum));
+            add_to_row(grad_query.row_mut(r), F::one(), &sum);
         }
         if let Logit::Additive { .. } = problem.logit {
             logit_sums.store(simd, &mut coefficients);
@@ -475,6 +489,9 @@ impl<F: Float> ByKey<'_, F> {
             sum_value.fill(F::zero());
             while tile.fill(softmax, &mut row, [queries.rows, grads_out.rows]) {
                 let (stride, count) = (tile.stride, tile.pairs.len());
+                let all_states = Slices { data: states, columns: 2 * heads };
+                tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));
+                tile.prefetch_pairs(self.pairs, problem.features.slices(), |pair| pair);
                 for (t, pair) in tile.pairs.iter().enumerate() {
                     let state = &states[2 * heads * slots.slot(pair.index)..][..2 * heads];
                     for (head, (&weight, &grad)) in
@@ -509,8 +526,8 @@ impl<F: Float> ByKey<'_, F> {
                 Logit::DotProduct => softmax.scale,
                 _ => F::one(),
             };
-            grad_key.row_mut(r).scaled_add(factor, &ArrayView1::from(&sum_key));
-            grad_value.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum_value));
+            add_to_row(grad_key.row_mut(r), factor, &sum_key);
+            add_to_row(grad_value.row_mut(r), F::one(), &sum_value);
         }
     }
 }

@@ -115,11 +115,11 @@ impl<F: Float> FeatureTile<F> {
         }
     }
 
-    /// Overwrites rows with what the tile holds for some pairs.
+    /// row += what the tile holds for a pair.
     #[inline(always)]
-    pub(super) fn copy_to(&self, t: usize, row: &mut [F]) {
+    pub(super) fn add_to(&self, t: usize, row: &mut [F]) {
         for (value, column) in row.iter_mut().zip(self.data.chunks_exact(self.stride)) {
-            *value = column[t];
+            *value += column[t];
         }
     }
 

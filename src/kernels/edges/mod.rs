@@ -13,7 +13,7 @@ pub(super) use backward::{backward, weights};
 use super::heads::{Columns, Weights};
 use super::matmul::Vector;
 use super::problem::{Problem, Rows, Slices};
-use super::rows::{DotScorer, Others, Scorer, Tile};
+use super::rows::{DotScorer, Others, Pairs, Scorer, Tile};
 use crate::float::Float;
 use crate::inputs::Pair;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
@@ -84,6 +84,7 @@ pub(super) struct EdgeScorer<'p, F: Float> {
     /// What a head multiplies the features by in a logit in units of ln 2.
     coefficients: Coefficients<F>,
     activated: Activated<F>,
+    pairs: Pairs<'p>,
     query: usize,
     value_sums: FeatureSums<F>,
     value_coefficients: Coefficients<F>,
@@ -114,6 +115,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
             features: FeatureTile::new(dim, tile.stride),
             coefficients,
             activated: Activated::new(problem, tile),
+            pairs: Pairs::by_query(&problem.softmax.inputs),
             query: 0,
             value_sums: FeatureSums::zeros(simd, heads, value_dim),
             value_coefficients: Coefficients::zeros(simd, heads, value_dim),
@@ -135,6 +137,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         let problem = self.problem;
         let softmax = &problem.softmax;
         let (heads, count) = (softmax.heads, tile.pairs.len());
+        tile.prefetch_pairs(self.pairs, problem.features.slices(), |pair| pair);
         self.features.load(simd, problem.features.slices(), &tile.pairs);
         match &problem.logit {
             Logit::DotProduct => {

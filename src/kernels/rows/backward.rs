@@ -5,15 +5,15 @@ use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
-    DotScorer, Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_up, for_each_part,
-    level_for, parts,
+    DotScorer, Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_to_row, add_up,
+    for_each_part, level_for, parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayView1, ArrayViewMut2};
+use ndarray::{Array2, ArrayViewMut2};
 
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
 pub(crate) fn backward<F: Float>(
@@ -223,9 +223,9 @@ impl<F: Float> Pass<'_, F> {
                     }
                 }
             }
-            grad_a.row_mut(r).scaled_add(problem.scale, &ArrayView1::from(&sum_a));
+            add_to_row(grad_a.row_mut(r), problem.scale, &sum_a);
             if let Some(grad_b) = &mut grad_b {
-                grad_b.row_mut(r).scaled_add(F::one(), &ArrayView1::from(&sum_b));
+                add_to_row(grad_b.row_mut(r), F::one(), &sum_b);
             }
         }
     }

@@ -372,6 +372,27 @@ impl<F: Float> Tile<F> {
         !self.pairs.is_empty()
     }
 
+    /// Asks for the rows of pairs to come, where those are not in the order of the rows anyway.
+    #[inline(always)]
+    pub(super) fn prefetch_pairs(
+        &self,
+        pairs: Pairs<'_>,
+        rows: Slices<'_, F>,
+        row_of: impl Fn(usize) -> usize,
+    ) {
+        let (Pairs::ByQuery(graph) | Pairs::ByKey(graph)) = pairs else {
+            return;
+        };
+        let ids = graph.edge_ids().unwrap_or_default();
+        if size_of_val(rows.data) >= PREFETCH_FROM {
+            for slot in &self.slots {
+                if let Some(&id) = ids.get(slot + PREFETCH_AHEAD) {
+                    prefetch(rows.row(row_of(id as usize)));
+                }
+            }
+        }
+    }
+
     /// The place of a head's pairs, and with those past the end that fill the last vector.
     #[inline(always)]
     pub(super) fn of_head<S: Simd>(&self, _: S, head: usize) -> [Range<usize>; 2] {
@@ -508,6 +529,16 @@ fn add_bad<'r, F: Float>(
                 }
             }
         }
+    }
+}
+
+/// row += factor · values.
+#[inline(always)]
+pub(super) fn add_to_row<F: Float>(mut row: ArrayViewMut1<'_, F>, factor: F, values: &[F]) {
+    let add = |(sum, &value): (&mut F, &F)| *sum += factor * value;
+    match row.as_slice_mut() {
+        Some(row) => row.iter_mut().zip(values).for_each(add),
+        None => row.iter_mut().zip(values).for_each(add),
     }
 }
 
