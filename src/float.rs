@@ -60,10 +60,10 @@ pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -
     let too_large = || Error::TooLarge { what, shape: shape.to_vec() };
     let len =
         (shape.iter()).try_fold(1usize, |len, &n| len.checked_mul(n)).ok_or_else(too_large)?;
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len).map_err(|_| too_large())?;
-    vec.resize(len, value);
-    Ok(vec)
+    // Asked for first, since `vec!` may not fail; but only `vec!` leaves it to the operating system
+    // to make zeros, page by page as they are used.
+    Vec::<T>::new().try_reserve_exact(len).map_err(|_| too_large())?;
+    Ok(vec![value; len])
 }
 
 /// A zero matrix, or an error where the allocation is refused.

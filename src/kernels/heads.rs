@@ -1,10 +1,14 @@
 //! Dot products and weighted sums of rows that hold several heads side by side.
 //!
+//! The two functions that do the work are compiled once for each type and instruction set, and called
+//! for a tile of rows at a time: inlined everywhere they would make the build take minutes.
+//!
 //! One row, the *own*, meets many others: a query its keys, or a key its queries. The columns of a
 //! head may lie elsewhere in the others than in the own, since heads of queries may share those of
 //! keys.
 
 use super::matmul::Vector;
+use super::problem::Slices;
 use crate::float::Float;
 use fearless_simd::{Simd, SimdBase, SimdFloat};
 
@@ -35,6 +39,8 @@ struct Start {
     head: usize,
     own: usize,
     other: usize,
+    /// Whether it is the first vector of the head.
+    is_first: bool,
 }
 
 /// The columns of heads in own and other rows.
@@ -42,11 +48,11 @@ struct Start {
 pub(crate) struct Columns<F> {
     /// Columns of a head.
     dim: usize,
-    /// The vectors of columns of all heads, and the columns that are left of each.
-    vectors: Vec<Start>,
+    /// The vectors of columns of all heads: by fours where they follow each other in both rows.
+    fours: Vec<[Start; 4]>,
+    ones: Vec<Start>,
+    /// The columns that are left of each head.
     rest: Vec<Start>,
-    /// Whether no two heads have the same own columns.
-    are_disjoint: bool,
     /// For [`dots`](Self::dots): a vector of products for each head and lane.
     scratch: Vec<F>,
 }
@@ -63,74 +69,93 @@ impl<F: Float> Columns<F> {
         let len = Vector::<S, F>::LEN;
         let start = |head| {
             let [own, other] = starts(head);
-            Start { head, own, other }
+            Start { head, own, other, is_first: true }
         };
         let heads: Vec<_> = (0..heads).map(start).collect();
         let skip = |start: &Start, columns: usize| Start {
             own: start.own + columns,
             other: start.other + columns,
+            is_first: columns == 0,
             ..*start
         };
         let of_head = |start| (0..dim / len).map(move |v| skip(start, v * len));
-        let vectors = heads.iter().flat_map(of_head).collect();
+        let mut vectors = heads.iter().flat_map(of_head).collect::<Vec<_>>();
         let rest = heads.iter().filter(|_| !dim.is_multiple_of(len));
         let rest = rest.map(|start| skip(start, dim - dim % len)).collect();
-        let are_disjoint = heads.windows(2).all(|pair| pair[0].own < pair[1].own);
+        let (mut fours, mut ones) = (Vec::with_capacity(vectors.len() / 4), Vec::new());
+        // Heads of several vectors one by one, the others side by side.
+        vectors.reverse();
+        while let Some(&first) = vectors.last() {
+            let next = vectors.iter().rev().take(4).copied();
+            let follow = |(n, next): (usize, Start)| {
+                let is_same = dim == len || next.head == first.head;
+                is_same && [next.own, next.other] == [first.own + n * len, first.other + n * len]
+            };
+            if vectors.len() >= 4 && next.clone().enumerate().all(follow) {
+                let four = vectors.split_off(vectors.len() - 4);
+                fours.push([four[3], four[2], four[1], four[0]]);
+            } else {
+                ones.extend(vectors.pop());
+            }
+        }
         let scratch = vec![F::zero(); heads.len() * len * len];
-        Self { dim, vectors, rest, are_disjoint, scratch }
+        Self { dim, fours, ones, rest, scratch }
     }
 
-    /// out[h · stride + t] = own · row(t) in the columns of head h, for t < count. Overwrites up to a
-    /// whole vector of `out` with what means nothing.
+    /// out[h · stride + t] = own · row t in the columns of head h. Overwrites up to a whole vector of
+    /// `out` with what means nothing.
     ///
     /// The products of as many rows as a vector has lanes are kept as vectors, and folded together into
     /// one vector of sums: a quarter of the shuffles that one row at a time takes.
-    #[inline(always)]
-    pub(crate) fn dots<'r, S: Simd>(
+    #[inline(never)]
+    pub(crate) fn dots<S: Simd>(
         &mut self,
         simd: S,
         own: &[F],
-        count: usize,
-        row: impl Fn(usize) -> &'r [F],
+        rows: Gather<'_, F>,
         out: &mut [F],
         stride: usize,
-    ) where
-        F: 'r,
-    {
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.dots_inline(simd, own, rows, out, stride),
+        );
+    }
+
+    #[inline(always)]
+    fn dots_inline<S: Simd>(
+        &mut self,
+        simd: S,
+        own: &[F],
+        rows: Gather<'_, F>,
+        out: &mut [F],
+        stride: usize,
+    ) {
+        let count = rows.at.len();
         let len = Vector::<S, F>::LEN;
         let whole = self.dim - self.dim % len;
-        let Self { vectors, scratch, .. } = self;
+        let Self { fours, ones, scratch, .. } = self;
         if whole == 0 {
             // Of no use to any sum, but what a tile before left there might be NaN.
             scratch.fill(F::zero());
         }
 
         for start in (0..count).step_by(len) {
-            let row = |t: usize| row(start + t);
-            let count = len.min(count - start);
+            let rows = Gather { at: &rows.at[start..count.min(start + len)], ..rows };
             if whole == len {
-                let fours = vectors.chunks_exact(4);
-                for &vector in fours.remainder() {
-                    multiply(simd, [vector], own, count, &row, scratch);
+                for &vectors in fours.iter() {
+                    multiply(simd, vectors, own, rows, scratch);
                 }
-                for vectors in fours {
-                    let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
-                    multiply(simd, vectors, own, count, &row, scratch);
+                for &vector in ones.iter() {
+                    multiply(simd, [vector], own, rows, scratch);
                 }
             } else {
-                for of_head in vectors.chunk_by(|a, b| a.head == b.head) {
-                    let products = &mut scratch[of_head[0].head * len * len..][..len * len];
-                    let products = &mut products[..count * len];
-                    let fours = of_head.chunks_exact(4);
-                    let rest = fours.remainder();
-                    let is_first = |vector: Start| vector.own == of_head[0].own;
-                    for vectors in fours {
-                        let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
-                        add_products(simd, vectors, own, is_first(vectors[0]), &row, products);
-                    }
-                    for &vector in rest {
-                        add_products(simd, [vector], own, is_first(vector), &row, products);
-                    }
+                // A head's fours come before its ones.
+                for &vectors in fours.iter() {
+                    add_products(simd, vectors, own, rows, scratch);
+                }
+                for &vector in ones.iter() {
+                    add_products(simd, [vector], own, rows, scratch);
                 }
             }
             for (head, products) in scratch.chunks_exact(len * len).enumerate() {
@@ -141,40 +166,48 @@ impl<F: Float> Columns<F> {
         for rest in &self.rest {
             let len = self.dim - whole;
             for (t, out) in out[rest.head * stride..][..count].iter_mut().enumerate() {
-                *out += plain_dot(&own[rest.own..][..len], &row(t)[rest.other..][..len]);
+                *out += plain_dot(&own[rest.own..][..len], &rows.row(t)[rest.other..][..len]);
             }
         }
     }
 
-    /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row(t) in the columns of each head h, for
-    /// t < count.
+    /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row t in the columns of each head h.
     ///
     /// The sum stays in registers over all rows, four vectors of it at a time.
-    #[inline(always)]
-    pub(crate) fn add_weighted<'r, S: Simd>(
+    #[inline(never)]
+    pub(crate) fn add_weighted<S: Simd>(
         &self,
         simd: S,
         sum: &mut [F],
         weights: Weights<'_, F>,
-        row: impl Fn(usize) -> &'r [F],
-    ) where
-        F: 'r,
-    {
-        // Four at once read all their sums before they write any.
-        let fours = self.vectors.chunks_exact(if self.are_disjoint { 4 } else { usize::MAX });
-        for &vector in fours.remainder() {
-            add_weighted_vectors(simd, [vector], sum, weights, &row);
+        rows: Gather<'_, F>,
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.add_weighted_inline(simd, sum, weights, rows),
+        );
+    }
+
+    #[inline(always)]
+    fn add_weighted_inline<S: Simd>(
+        &self,
+        simd: S,
+        sum: &mut [F],
+        weights: Weights<'_, F>,
+        rows: Gather<'_, F>,
+    ) {
+        for &vectors in &self.fours {
+            add_weighted_vectors(simd, vectors, sum, weights, rows);
         }
-        for vectors in fours {
-            let vectors = [vectors[0], vectors[1], vectors[2], vectors[3]];
-            add_weighted_vectors(simd, vectors, sum, weights, &row);
+        for &vector in &self.ones {
+            add_weighted_vectors(simd, [vector], sum, weights, rows);
         }
         for rest in &self.rest {
             let len = self.dim % Vector::<S, F>::LEN;
             let sum = &mut sum[rest.own..][..len];
             sum.iter_mut().for_each(|sum| *sum *= weights.factors[rest.head]);
-            for (t, &weight) in weights.of_head(rest.head).iter().enumerate() {
-                let row = &row(t)[rest.other..][..len];
+            for (t, &weight) in weights.of_head(rest.head, rows.at.len()).iter().enumerate() {
+                let row = &rows.row(t)[rest.other..][..len];
                 sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += weight * value);
             }
         }
@@ -183,24 +216,24 @@ impl<F: Float> Columns<F> {
 
 /// Products of heads of one vector each.
 #[inline(always)]
-fn multiply<'r, S: Simd, F: Float, const N: usize>(
+fn multiply<S: Simd, F: Float, const N: usize>(
     simd: S,
     vectors: [Start; N],
     own: &[F],
-    count: usize,
-    row: &impl Fn(usize) -> &'r [F],
+    rows: Gather<'_, F>,
     products: &mut [F],
 ) {
     let len = Vector::<S, F>::LEN;
     let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+    let own = &own[vectors[0].own..][..N * len];
     for n in 0..N {
-        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[vectors[n].own..][..len]);
+        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
     }
     let products = &mut products[vectors[0].head * len * len..][..N * len * len];
-    for t in 0..count {
-        let row = row(t);
+    for t in 0..rows.at.len() {
+        let row = &rows.row(t)[vectors[0].other..][..N * len];
         for n in 0..N {
-            let row = Vector::<S, F>::from_slice(simd, &row[vectors[n].other..][..len]);
+            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
             (row * own_vectors[n]).store_slice(&mut products[(n * len + t) * len..][..len]);
         }
     }
@@ -208,21 +241,23 @@ fn multiply<'r, S: Simd, F: Float, const N: usize>(
 
 /// The products of vectors of one head, on top of those before unless they are the first.
 #[inline(always)]
-fn add_products<'r, S: Simd, F: Float, const N: usize>(
+fn add_products<S: Simd, F: Float, const N: usize>(
     simd: S,
     vectors: [Start; N],
     own: &[F],
-    is_first: bool,
-    row: &impl Fn(usize) -> &'r [F],
+    rows: Gather<'_, F>,
     products: &mut [F],
 ) {
     let len = Vector::<S, F>::LEN;
+    let Start { head, is_first, .. } = vectors[0];
+    let products = &mut products[head * len * len..][..rows.at.len() * len];
     let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+    let own = &own[vectors[0].own..][..N * len];
     for n in 0..N {
-        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[vectors[n].own..][..len]);
+        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
     }
     for (t, products) in products.chunks_exact_mut(len).enumerate() {
-        let row = &row(t)[vectors[0].other..][..N * len];
+        let row = &rows.row(t)[vectors[0].other..][..N * len];
         let mut sum = match is_first {
             true => Vector::<S, F>::splat(simd, F::zero()),
             false => Vector::<S, F>::from_slice(simd, products),
@@ -278,6 +313,20 @@ fn fold_eight<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
     fold::<S, F>(fold_four(simd, a), fold_four(simd, b))
 }
 
+/// Some rows of a matrix, in some order.
+#[derive(Clone, Copy)]
+pub(crate) struct Gather<'r, F> {
+    pub(crate) rows: Slices<'r, F>,
+    pub(crate) at: &'r [usize],
+}
+
+impl<'r, F: Copy> Gather<'r, F> {
+    #[inline(always)]
+    fn row(self, t: usize) -> &'r [F] {
+        self.rows.row(self.at[t])
+    }
+}
+
 /// What [`Columns::add_weighted`] multiplies by.
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'w, F> {
@@ -286,54 +335,54 @@ pub(crate) struct Weights<'w, F> {
     /// Of the rows: head h's start at h · stride.
     pub(crate) weights: &'w [F],
     pub(crate) stride: usize,
-    /// The number of rows.
-    pub(crate) count: usize,
 }
 
 impl<'w, F> Weights<'w, F> {
     #[inline(always)]
-    fn of_head(&self, head: usize) -> &'w [F] {
-        &self.weights[head * self.stride..][..self.count]
+    fn of_head(&self, head: usize, count: usize) -> &'w [F] {
+        &self.weights[head * self.stride..][..count]
     }
 }
 
 #[inline(always)]
-fn add_weighted_vectors<'r, S: Simd, F: Float, const N: usize>(
+fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
     simd: S,
     vectors: [Start; N],
     sum: &mut [F],
     weights: Weights<'_, F>,
-    row: &impl Fn(usize) -> &'r [F],
+    rows: Gather<'_, F>,
 ) {
     let len = Vector::<S, F>::LEN;
+    let count = rows.at.len();
     // Two sums in turn, so that an addition need not wait for the one before.
     let mut even = [Vector::<S, F>::splat(simd, F::zero()); N];
     let mut odd = even;
     let mut of_head = [weights.weights; N];
+    let sum = &mut sum[vectors[0].own..][..N * len];
     for n in 0..N {
         let factor = Vector::<S, F>::splat(simd, weights.factors[vectors[n].head]);
-        even[n] = Vector::<S, F>::from_slice(simd, &sum[vectors[n].own..][..len]) * factor;
-        of_head[n] = weights.of_head(vectors[n].head);
+        even[n] = Vector::<S, F>::from_slice(simd, &sum[n * len..][..len]) * factor;
+        of_head[n] = weights.of_head(vectors[n].head, count);
     }
-    for t in (0..weights.count & !1).step_by(2) {
+    let row = |t| &rows.row(t)[vectors[0].other..][..N * len];
+    for t in (0..count & !1).step_by(2) {
         let (even_row, odd_row) = (row(t), row(t + 1));
         for n in 0..N {
-            let column = vectors[n].other;
-            let a = Vector::<S, F>::from_slice(simd, &even_row[column..][..len]);
-            let b = Vector::<S, F>::from_slice(simd, &odd_row[column..][..len]);
+            let a = Vector::<S, F>::from_slice(simd, &even_row[n * len..][..len]);
+            let b = Vector::<S, F>::from_slice(simd, &odd_row[n * len..][..len]);
             even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(a, even[n]);
             odd[n] = Vector::<S, F>::splat(simd, of_head[n][t + 1]).mul_add(b, odd[n]);
         }
     }
-    if let Some(t) = (weights.count % 2 == 1).then(|| weights.count - 1) {
+    if let Some(t) = (count % 2 == 1).then(|| count - 1) {
         let row = row(t);
         for n in 0..N {
-            let row = Vector::<S, F>::from_slice(simd, &row[vectors[n].other..][..len]);
+            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
             even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(row, even[n]);
         }
     }
     for n in 0..N {
-        (even[n] + odd[n]).store_slice(&mut sum[vectors[n].own..][..len]);
+        (even[n] + odd[n]).store_slice(&mut sum[n * len..][..len]);
     }
 }
 
@@ -356,17 +405,19 @@ mod tests {
         let own: Vec<F> = entries(own_len, 1);
         let others: Vec<F> = entries(count * other_len, 2);
         let row = |t: usize| &others[t * other_len..][..other_len];
+        let at: Vec<usize> = (0..count).collect();
+        let gather = |data, columns| Gather { rows: Slices { data, columns }, at: &at };
 
         let mut columns = Columns::new(simd, heads, dim, |head| [head * dim, kv_head(head) * dim]);
         // What a tile before left behind must not matter.
         columns.scratch.fill(F::nan());
         let mut products = vec![F::nan(); heads * stride];
-        columns.dots(simd, &own, count, row, &mut products, stride);
+        columns.dots(simd, &own, gather(&others, other_len), &mut products, stride);
         let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
         let mut sum: Vec<F> = entries(own_len, 5);
         let before = sum.clone();
-        let all = Weights { factors: &factors, weights: &weights, stride, count };
-        columns.add_weighted(simd, &mut sum, all, row);
+        let all = Weights { factors: &factors, weights: &weights, stride };
+        columns.add_weighted(simd, &mut sum, all, gather(&others, other_len));
         for head in 0..heads {
             let other = |t: usize| &row(t)[kv_head(head) * dim..][..dim];
             for t in 0..count {
@@ -388,7 +439,7 @@ mod tests {
         let mut sum = vec![F::zero(); other_len];
         let ones = vec![F::one(); heads];
         let all = Weights { factors: &ones, ..all };
-        columns.add_weighted(simd, &mut sum, all, row);
+        columns.add_weighted(simd, &mut sum, all, gather(&others, own_len));
         for (kv_column, &sum) in sum.iter().enumerate() {
             let of_heads = (0..heads).filter(|&head| kv_head(head) == kv_column / dim);
             let terms = of_heads.flat_map(|head| {

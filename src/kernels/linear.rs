@@ -3,7 +3,7 @@
 //! The right factor is packed once into rows of whole panels, the rows of the left factor are shared
 //! among threads.
 
-use super::matmul::{Matrix, PanelRow, columns_times, load, panel_width, rows_times, store};
+use super::matmul::{Matrix, PanelRow, columns_times, load, panel_width, rows_times, splat, store};
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
@@ -29,21 +29,11 @@ pub(crate) fn linear_into<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    out.fill(F::zero());
-    add_linear(x, weight, bias, out)
-}
-
-/// out += x Wᵀ + b.
-pub(crate) fn add_linear<F: Float>(
-    x: ArrayView2<'_, F>,
-    weight: ArrayView2<'_, F>,
-    bias: Option<ArrayView1<'_, F>>,
-    mut out: ArrayViewMut2<'_, F>,
-) -> Result<()> {
+    product(x, weight.t(), Target::Overwrite, out.view_mut())?;
     if let Some(bias) = bias {
         out += &bias;
     }
-    add_product(x, weight.t(), out)
+    Ok(())
 }
 
 /// x Wᵀ + b.
@@ -53,8 +43,22 @@ pub(crate) fn linear<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
 ) -> Result<Array2<F>> {
     let mut out = try_zeros("projection", x.nrows(), weight.nrows())?;
-    add_linear(x, weight, bias, out.view_mut())?;
+    linear_into(x, weight, bias, out.view_mut())?;
     Ok(out)
+}
+
+/// out += x Wᵀ + b.
+pub(crate) fn add_linear<F: Float>(
+    x: ArrayView2<'_, F>,
+    weight: ArrayView2<'_, F>,
+    bias: Option<ArrayView1<'_, F>>,
+    mut out: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    product(x, weight.t(), Target::Add, out.view_mut())?;
+    if let Some(bias) = bias {
+        out += &bias;
+    }
+    Ok(())
 }
 
 /// y = x Wᵀ + b, so with g the gradient of y: grad_x += g W.
@@ -63,7 +67,7 @@ pub(crate) fn linear_input_vjp<F: Float>(
     grad_out: ArrayView2<'_, F>,
     grad_x: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    add_product(grad_out, weight, grad_x)
+    product(grad_out, weight, Target::Add, grad_x)
 }
 
 /// y = x Wᵀ + b, so with g the gradient of y: grad_W += gᵀ x, grad_b += Σ_rows g.
@@ -102,23 +106,37 @@ fn without_dead_rows<F: Float>(
     Ok(Some(Rows::from(copy)))
 }
 
-/// out += left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
+/// What becomes of what was there before.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    Add,
+    /// Not read first: a page of zeros that nobody has touched is not there yet, and would come
+    /// twice.
+    Overwrite,
+}
+
+/// left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
 /// meet what is not finite.
-fn add_product<F: Float>(
+fn product<F: Float>(
     left: ArrayView2<'_, F>,
     right: ArrayView2<'_, F>,
-    out: ArrayViewMut2<'_, F>,
+    target: Target,
+    mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
     let (inner, work) = (right.nrows(), left.len().saturating_mul(right.ncols()));
+    let left = Rows::new("product", left)?;
+    let right = Rows::new("product", right)?;
+    let is_sparse = is_sparse(&left) && all_finite(right.slices().data);
+    if target == Target::Overwrite && (work == 0 || is_sparse) {
+        out.fill(F::zero());
+    }
     if work == 0 {
         return Ok(());
     }
-    let left = Rows::new("product", left)?;
     let parts = parts(out.nrows(), BLOCK, PARTS);
     let outs = row_chunks(out, parts.iter().map(|part| part.len()));
     let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
-    let right = Rows::new("product", right)?;
-    if is_sparse(&left) && all_finite(right.slices().data) {
+    if is_sparse {
         parallel::for_each(tasks, work / SPARSE, |(rows, mut out)| {
             for (mut out, row) in out.rows_mut().into_iter().zip(rows) {
                 for (inner, &factor) in non_zeros(left.row(row)) {
@@ -130,11 +148,13 @@ fn add_product<F: Float>(
     }
     let level = Level::new();
     let right = pack(level, &right, inner)?;
-    parallel::for_each(tasks, work, |(rows, out)| F::add_product(level, &left, rows, &right, out));
+    parallel::for_each(tasks, work, |(rows, out)| {
+        F::product_rows(level, &left, rows, &right, target, out)
+    });
     Ok(())
 }
 
-/// out += leftᵀ · right; a sparse `right` as in [`add_product`].
+/// out += leftᵀ · right; a sparse `right` as in [`product`].
 fn add_transposed_product<F: Float>(
     left: ArrayView2<'_, F>,
     right: &Rows<'_, F>,
@@ -203,12 +223,13 @@ fn panel_width_of<S: Simd, F: Float>(_: S) -> usize {
     panel_width::<S, F>()
 }
 
-/// out += left · right for some rows; `right` in whole panels.
-pub(super) fn add_product_rows<F: Float>(
+/// left · right for some rows; `right` in whole panels.
+pub(super) fn product_rows<F: Float>(
     level: Level,
     left: &Rows<'_, F>,
     rows: Range<usize>,
     right: &Array2<F>,
+    target: Target,
     out: ArrayViewMut2<'_, F>,
 ) {
     #[inline(always)]
@@ -217,30 +238,31 @@ pub(super) fn add_product_rows<F: Float>(
         left: &Rows<'_, F>,
         rows: Range<usize>,
         right: Matrix<'_, F>,
+        target: Target,
         mut out: ArrayViewMut2<'_, F>,
     ) {
         let left = left.slices();
         let columns = out.ncols();
-        // Where the rows do not lie one after the other, sums are formed in place of them.
-        let mut sums = match out.as_slice_mut() {
+        // Rows that do not lie one after the other are worked on in a copy.
+        let mut copy = match out.as_slice_mut() {
             Some(_) => Vec::new(),
-            None => vec![F::zero(); out.len()],
+            None => out.iter().copied().collect(),
         };
-        let data = out.as_slice_mut().unwrap_or(&mut sums);
+        let data = out.as_slice_mut().unwrap_or(&mut copy);
         for block in parallel::ranges(rows.len(), BLOCK) {
             let row = |m: usize| left.row(rows.start + block.start + m);
             rows_times(simd, block.len(), row, right, columns, |m, column, sums| {
                 let len = panel_width::<S, F>().min(columns - column);
                 let start = (block.start + m) * columns + column;
-                add_panel_row(simd, sums, &mut data[start..start + len]);
+                store_panel_row(simd, sums, target, &mut data[start..start + len]);
             });
         }
-        if !sums.is_empty() {
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        if !copy.is_empty() {
+            out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
         }
     }
     let right = Matrix { data: right.as_slice().expect("packed"), stride: right.ncols() };
-    dispatch!(level, simd => run(simd, left, rows, right, out));
+    dispatch!(level, simd => run(simd, left, rows, right, target, out));
 }
 
 /// sum += leftᵀ · right for some rows of both; `sum` in whole panels.
@@ -273,22 +295,33 @@ pub(super) fn add_transposed_product_rows<F: Float>(
             let right = Matrix { data: &packed[..block.len() * stride], stride };
             columns_times(simd, num_rows, left, right, stride, |m, column, sums| {
                 let start = m * stride + column;
-                add_panel_row(simd, sums, &mut sum[start..start + panel_width::<S, F>()]);
+                let sum = &mut sum[start..start + panel_width::<S, F>()];
+                store_panel_row(simd, sums, Target::Add, sum);
             });
         }
     }
     dispatch!(level, simd => run(simd, left, right, rows, sum));
 }
 
-/// out += the first lanes of a row of a panel.
+/// The first lanes of a row of a panel.
 #[inline(always)]
-fn add_panel_row<S: Simd, F: Float>(simd: S, sums: PanelRow<S, F>, out: &mut [F]) {
+fn store_panel_row<S: Simd, F: Float>(
+    simd: S,
+    sums: PanelRow<S, F>,
+    target: Target,
+    out: &mut [F],
+) {
     if out.len() == panel_width::<S, F>() {
-        let [a, b] = load::<S, F>(simd, out);
+        let [a, b] = match target {
+            Target::Add => load::<S, F>(simd, out),
+            Target::Overwrite => splat(simd, F::zero()),
+        };
         store::<S, F>([a + sums[0], b + sums[1]], out);
     } else {
         let lanes = sums.iter().flat_map(|sums| sums.as_slice());
-        out.iter_mut().zip(lanes).for_each(|(out, &sum)| *out += sum);
+        for (out, &sum) in out.iter_mut().zip(lanes) {
+            *out = if target == Target::Add { *out + sum } else { sum };
+        }
     }
 }
 

@@ -64,6 +64,7 @@ use crate::graph::Graph;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
+use linear::Target;
 use ndarray::{Array2, ArrayViewMut2};
 use problem::{Problem, Rows, Upstream};
 use std::ops::Range;
@@ -76,12 +77,13 @@ pub trait Kernels: exp2::HasExp2 {
     where
         Self: Float;
 
-    /// [`linear::add_product_rows`].
-    fn add_product(
+    /// [`linear::product_rows`].
+    fn product_rows(
         level: Level,
         left: &Rows<'_, Self>,
         rows: Range<usize>,
         right: &Array2<Self>,
+        target: Target,
         out: ArrayViewMut2<'_, Self>,
     ) where
         Self: Float;
@@ -176,14 +178,15 @@ macro_rules! compile_kernels {
                 linear::width::<Self>(level)
             }
 
-            fn add_product(
+            fn product_rows(
                 level: Level,
                 left: &Rows<'_, Self>,
                 rows: Range<usize>,
                 right: &Array2<Self>,
+                target: Target,
                 out: ArrayViewMut2<'_, Self>,
             ) {
-                linear::add_product_rows(level, left, rows, right, out);
+                linear::product_rows(level, left, rows, right, target, out);
             }
 
             fn add_transposed_product(

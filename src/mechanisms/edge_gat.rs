@@ -588,6 +588,7 @@ impl<F: Float> EdgeGat<F> {
             features: Rows::new("edge_features", features)?,
             edge_weight: transposed,
             in_values: has_edges && config.edge_values,
+            ones: vec![F::one(); config.num_heads],
         })
     }
 

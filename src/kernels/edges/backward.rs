@@ -5,8 +5,8 @@ use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
-    Others, Outputs, Pairs, Part, Scorer, Tile, add_to_row, add_up, for_each_part, level_for,
-    parts, weights_and_logits_vjp,
+    Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
+    weights_and_logits_vjp,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{Activated, EdgeProblem, EdgeScorer, Logit, add_projected, project, value_columns};
@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::float::{Float, try_vec, try_zeros};
 use crate::inputs::Pattern;
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use std::f64::consts::LN_2;
 
 /// Gradients with respect to an [`EdgeProblem`].
@@ -209,8 +209,23 @@ impl SlotOfPair {
 }
 
 /// dm = ds · a · LeakyReLU'(m) of the pairs of a tile, in place of LeakyReLU(m).
-#[inline(always)]
+#[inline(never)]
 fn activated_vjp<S: Simd, F: Float>(
+    simd: S,
+    problem: &EdgeProblem<'_, F>,
+    activated: &mut Activated<F>,
+    grads: &[F],
+    stride: usize,
+    count: usize,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || activated_vjp_inline(simd, problem, activated, grads, stride, count),
+    );
+}
+
+#[inline(always)]
+fn activated_vjp_inline<S: Simd, F: Float>(
     simd: S,
     problem: &EdgeProblem<'_, F>,
     activated: &mut Activated<F>,
@@ -245,10 +260,10 @@ fn activated_vjp<S: Simd, F: Float>(
     }
 }
 
-/// sum += Σ of some rows.
+/// sum += Σ of the first rows.
 #[inline(always)]
-fn add_rows<'r, F: Float>(sum: &mut [F], rows: impl Iterator<Item = &'r [F]>) {
-    for row in rows {
+fn add_rows<F: Float>(sum: &mut [F], rows: &[F], count: usize) {
+    for row in rows.chunks_exact(sum.len().max(1)).take(count) {
         sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value);
     }
 }
@@ -263,9 +278,9 @@ struct ByQuery<'p, F: Float> {
 }
 
 impl<F: Float> ByQuery<'_, F> {
-    /// The rows of a part: adds the gradients of queries and, over the whole part, of attention and
-    /// edge weight; overwrites the state of each pair (weights after dropout, then gradients of
-    /// logits before the activation where that is a single one) and the gradients of its features.
+    /// The rows of a part: overwrites the gradients of queries and the state of each pair (weights
+    /// after dropout, then gradients of logits before the activation where that is a single one);
+    /// adds the gradients of features and, over the whole part, of attention and edge weight.
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 1, 2>) {
         let Self { problem, upstream, .. } = *self;
@@ -278,8 +293,7 @@ impl<F: Float> ByQuery<'_, F> {
         let wants_features = grad_features.ncols() > 0;
         let states = states.as_slice_mut().expect("an array of our own");
         let grad_features = grad_features.as_slice_mut().expect("it is in standard layout");
-        let values = Others { rows: softmax.value.slices(), are_keys: true };
-        let keys = Others { rows: softmax.key.slices(), are_keys: true };
+        let (keys, values) = (softmax.key.slices(), softmax.value.slices());
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
         let stride = tile.stride;
@@ -290,7 +304,7 @@ impl<F: Float> ByQuery<'_, F> {
         let mut whole = Columns::new(simd, 1, num_columns, |_| [0, 0]);
         let [mut log_sums, mut deltas, mut grads, mut logits] =
             [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
-        let ones = vec![F::one(); heads];
+        let ones = &problem.ones;
         let mut grad_tile = FeatureTile::new(if wants_features { dim } else { 0 }, stride);
         // Σ ds x and Σ p̃ x of a row; for single logits Σ ds x of the part.
         let mut logit_sums = FeatureSums::zeros(simd, heads, dim);
@@ -311,7 +325,7 @@ impl<F: Float> ByQuery<'_, F> {
                 deltas[head * stride..][..stride].fill(delta);
             }
             if problem.in_values {
-                project(simd, &mut columns, problem, grad_out, &mut of_grad_out);
+                project(simd, &mut columns, problem, &scorer.rows, grad_out, &mut of_grad_out);
                 value_sums.clear();
             }
             if let Logit::DotProduct = problem.logit {
@@ -320,14 +334,13 @@ impl<F: Float> ByQuery<'_, F> {
                 let pairs = natural.data.iter_mut().zip(&scorer.coefficients.data);
                 pairs.for_each(|(natural, &scaled)| *natural = scaled * ln_2);
             }
-            while tile.fill(softmax, &mut row, [keys.rows, values.rows]) {
+            while tile.fill(softmax, &mut row, [keys, values]) {
                 let count = tile.pairs.len();
                 scorer.score(simd, &mut tile);
                 tile.add_bias(simd, softmax);
                 logits.copy_from_slice(&tile.weights);
                 // dp = m g·(v + W x)
-                let value = |t: usize| values.row(&tile.pairs[t]);
-                columns.dots(simd, grad_out, count, value, &mut grads, stride);
+                columns.dots(simd, grad_out, tile.gather(values), &mut grads, stride);
                 if problem.in_values {
                     scorer.features.add_scores(simd, heads, count, &of_grad_out, &mut grads);
                 }
@@ -361,43 +374,43 @@ impl<F: Float> ByQuery<'_, F> {
                 }
 
                 grad_tile.clear();
-                let of_pairs = Weights { factors: &ones, weights: &grads, stride, count };
+                let of_pairs = Weights { factors: ones, weights: &grads, stride };
                 match &problem.logit {
                     Logit::DotProduct => {
-                        let key = |t: usize| keys.row(&tile.pairs[t]);
-                        columns.add_weighted(simd, &mut sum, of_pairs, key);
-                        scorer.features.add_sums(simd, &ones, &grads, count, &mut logit_sums);
+                        columns.add_weighted(simd, &mut sum, of_pairs, tile.gather(keys));
+                        scorer.features.add_sums(simd, ones, &grads, count, &mut logit_sums);
                         grad_tile.add_outer(simd, heads, count, &grads, &natural);
                     }
                     Logit::Additive { .. } => {
                         for (sum, grads) in sum.iter_mut().zip(grads.chunks_exact(stride)) {
                             *sum += grads[..count].iter().copied().sum::<F>();
                         }
-                        scorer.features.add_sums(simd, &ones, &grads, count, &mut logit_sums);
+                        scorer.features.add_sums(simd, ones, &grads, count, &mut logit_sums);
                         grad_tile.add_outer(simd, heads, count, &grads, &scorer.coefficients);
                     }
                     Logit::Concatenated { .. } => {
                         let activated = &mut scorer.activated;
-                        columns.add_weighted(simd, grad_attention, of_pairs, |t| activated.row(t));
+                        let all = &scorer.rows[..count];
+                        columns.add_weighted(simd, grad_attention, of_pairs, activated.gather(all));
                         activated_vjp(simd, problem, activated, &grads, stride, count);
-                        let row = |t: usize| activated.row(t);
-                        add_rows(&mut sum, (0..count).map(row));
+                        add_rows(&mut sum, &activated.rows, count);
+                        let rows = activated.gather(all);
                         let weight = problem.edge_weight();
                         for feature in 0..dim {
                             let x = scorer.features.of_feature(feature);
-                            let x = Weights { factors: &ones, weights: x, stride, count };
+                            let x = Weights { factors: ones, weights: x, stride };
                             let grad = &mut grad_weight[feature * num_columns..][..num_columns];
-                            whole.add_weighted(simd, grad, x, row);
+                            whole.add_weighted(simd, grad, x, rows);
                             if wants_features {
                                 let grad = grad_tile.of_feature_mut(feature);
-                                whole.dots(simd, weight.row(feature), count, row, grad, stride);
+                                whole.dots(simd, weight.row(feature), rows, grad, stride);
                             }
                         }
                     }
                 }
                 if problem.in_values {
                     let weights = &tile.weights;
-                    scorer.features.add_sums(simd, &ones, weights, count, &mut value_sums);
+                    scorer.features.add_sums(simd, ones, weights, count, &mut value_sums);
                     grad_tile.add_outer(simd, heads, count, weights, &of_grad_out);
                 }
                 for (t, slot) in tile.slots.iter().enumerate() {
@@ -416,7 +429,7 @@ impl<F: Float> ByQuery<'_, F> {
 
             if let Logit::DotProduct = problem.logit {
                 logit_sums.store(simd, &mut coefficients);
-                add_projected(simd, &columns, problem, &coefficients, &mut sum);
+                add_projected(simd, &columns, problem, &scorer.rows, &coefficients, &mut sum);
                 sum.iter_mut().for_each(|sum| *sum *= softmax.scale);
                 let query = softmax.query.row(query);
                 add_outer(softmax.scale, query, value_dim, &coefficients, grad_weight);
@@ -425,7 +438,7 @@ impl<F: Float> ByQuery<'_, F> {
                 value_sums.store(simd, &mut coefficients);
                 add_outer(F::one(), grad_out, value_dim, &coefficients, grad_weight);
             }
-            add_to_row(grad_query.row_mut(r), F::one(), &sum);
+            grad_query.row_mut(r).assign(&ArrayView1::from(&sum));
         }
         if let Logit::Additive { .. } = problem.logit {
             logit_sums.store(simd, &mut coefficients);
@@ -465,33 +478,34 @@ struct ByKey<'p, F: Float> {
 }
 
 impl<F: Float> ByKey<'_, F> {
-    /// The rows of a part: adds the gradients of keys and values.
+    /// The rows of a part: overwrites the gradients of keys and values.
     #[inline(always)]
     fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 2, 0>) {
         let Self { problem, upstream, states, slots, .. } = *self;
         let softmax = &problem.softmax;
         let heads = softmax.heads;
         let [mut grad_key, mut grad_value] = outputs.by_row;
-        let queries = Others { rows: softmax.query.slices(), are_keys: false };
-        let grads_out = Others { rows: upstream.grad_out, are_keys: false };
+        let (queries, grads_out) = (softmax.query.slices(), upstream.grad_out);
         let states = states.to_slice().expect("an array of our own");
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
         let mut activated = Activated::new(problem, &tile);
         let columns = value_columns(simd, problem);
         let mut grads = vec![F::zero(); tile.weights.len()];
-        let ones = vec![F::one(); heads];
+        let ones = &problem.ones;
         let mut sum_key = vec![F::zero(); grad_key.ncols()];
         let mut sum_value = vec![F::zero(); grad_value.ncols()];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             let key = row.row;
             sum_key.fill(F::zero());
             sum_value.fill(F::zero());
-            while tile.fill(softmax, &mut row, [queries.rows, grads_out.rows]) {
+            while tile.fill(softmax, &mut row, [queries, grads_out]) {
                 let (stride, count) = (tile.stride, tile.pairs.len());
                 let all_states = Slices { data: states, columns: 2 * heads };
                 tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));
-                tile.prefetch_pairs(self.pairs, problem.features.slices(), |pair| pair);
+                if let Logit::Concatenated { .. } = problem.logit {
+                    tile.prefetch_pairs(self.pairs, problem.features.slices(), |pair| pair);
+                }
                 for (t, pair) in tile.pairs.iter().enumerate() {
                     let state = &states[2 * heads * slots.slot(pair.index)..][..2 * heads];
                     for (head, (&weight, &grad)) in
@@ -501,13 +515,12 @@ impl<F: Float> ByKey<'_, F> {
                         grads[head * stride + t] = grad;
                     }
                 }
-                let grad_out = |t: usize| grads_out.row(&tile.pairs[t]);
-                columns.add_weighted(simd, &mut sum_value, tile.weights(&ones), grad_out);
+                let rows = tile.gather(grads_out);
+                columns.add_weighted(simd, &mut sum_value, tile.weights(ones), rows);
                 match &problem.logit {
                     Logit::DotProduct => {
-                        let query = |t: usize| queries.row(&tile.pairs[t]);
-                        let of_pairs = Weights { factors: &ones, weights: &grads, stride, count };
-                        columns.add_weighted(simd, &mut sum_key, of_pairs, query);
+                        let of_pairs = Weights { factors: ones, weights: &grads, stride };
+                        columns.add_weighted(simd, &mut sum_key, of_pairs, tile.gather(queries));
                     }
                     Logit::Additive { .. } => {
                         for (sum, grads) in sum_key.iter_mut().zip(grads.chunks_exact(stride)) {
@@ -516,9 +529,9 @@ impl<F: Float> ByKey<'_, F> {
                     }
                     Logit::Concatenated { .. } => {
                         let own = softmax.key.row(key);
-                        activated.fill(simd, problem, own, queries, &tile.pairs);
+                        activated.fill(simd, problem, own, queries, &tile);
                         activated_vjp(simd, problem, &mut activated, &grads, stride, count);
-                        add_rows(&mut sum_key, (0..count).map(|t| activated.row(t)));
+                        add_rows(&mut sum_key, &activated.rows, count);
                     }
                 }
             }
@@ -526,8 +539,9 @@ impl<F: Float> ByKey<'_, F> {
                 Logit::DotProduct => softmax.scale,
                 _ => F::one(),
             };
-            add_to_row(grad_key.row_mut(r), factor, &sum_key);
-            add_to_row(grad_value.row_mut(r), F::one(), &sum_value);
+            sum_key.iter_mut().for_each(|sum| *sum *= factor);
+            grad_key.row_mut(r).assign(&ArrayView1::from(&sum_key));
+            grad_value.row_mut(r).assign(&ArrayView1::from(&sum_value));
         }
     }
 }

@@ -98,8 +98,16 @@ impl<F: Float> FeatureTile<F> {
     }
 
     /// The features of some pairs, zeros past them up to a whole vector.
+    #[inline(never)]
+    pub(super) fn load<S: Simd>(&mut self, simd: S, features: Slices<'_, F>, pairs: &[Pair]) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.load_inline(simd, features, pairs),
+        );
+    }
+
     #[inline(always)]
-    pub(super) fn load<S: Simd>(&mut self, _: S, features: Slices<'_, F>, pairs: &[Pair]) {
+    fn load_inline<S: Simd>(&mut self, _: S, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
             return;
         }
@@ -129,7 +137,7 @@ impl<F: Float> FeatureTile<F> {
     }
 
     /// scores[h · stride + t] += Σ coefficients of head h · features of pair t.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn add_scores<S: Simd>(
         &self,
         simd: S,
@@ -138,26 +146,67 @@ impl<F: Float> FeatureTile<F> {
         coefficients: &Coefficients<F>,
         scores: &mut [F],
     ) {
-        let len = Vector::<S, F>::LEN;
-        let count = count.next_multiple_of(len);
-        for head in (0..heads).filter(|_| self.dim > 0) {
-            let coefficients = &coefficients.of_head(head)[..self.dim];
-            let scores = &mut scores[head * self.stride..][..count];
-            for (v, scores) in scores.chunks_exact_mut(len).enumerate() {
-                let mut sum = Vector::<S, F>::from_slice(simd, scores);
-                let columns = self.data.chunks_exact(self.stride);
-                for (&coefficient, column) in coefficients.iter().zip(columns) {
-                    let feature = Vector::<S, F>::from_slice(simd, &column[v * len..][..len]);
-                    sum = feature.mul_add(Vector::<S, F>::splat(simd, coefficient), sum);
+        simd.vectorize(
+            #[inline(always)]
+            || self.add_scores_inline(simd, heads, count, coefficients, scores),
+        );
+    }
+
+    #[inline(always)]
+    fn add_scores_inline<S: Simd>(
+        &self,
+        simd: S,
+        heads: usize,
+        count: usize,
+        coefficients: &Coefficients<F>,
+        scores: &mut [F],
+    ) {
+        for start in (0..heads).step_by(4) {
+            for lanes in (0..count).step_by(Vector::<S, F>::LEN) {
+                if start + 4 <= heads {
+                    self.add_scores_block::<S, 4>(simd, start, lanes, coefficients, scores);
+                } else {
+                    for head in start..heads {
+                        self.add_scores_block::<S, 1>(simd, head, lanes, coefficients, scores);
+                    }
                 }
-                sum.store_slice(scores);
             }
+        }
+    }
+
+    /// N heads and a vector of pairs.
+    #[inline(always)]
+    fn add_scores_block<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        head: usize,
+        pair: usize,
+        coefficients: &Coefficients<F>,
+        scores: &mut [F],
+    ) {
+        let (len, stride) = (Vector::<S, F>::LEN, self.stride);
+        let mut sums = [Vector::<S, F>::splat(simd, F::zero()); N];
+        let mut of_heads = [&coefficients.data[..0]; N];
+        for n in 0..N {
+            let scores = &scores[(head + n) * stride + pair..][..len];
+            sums[n] = Vector::<S, F>::from_slice(simd, scores);
+            of_heads[n] = &coefficients.of_head(head + n)[..self.dim];
+        }
+        for (feature, column) in self.data.chunks_exact(stride).enumerate() {
+            let features = Vector::<S, F>::from_slice(simd, &column[pair..][..len]);
+            for n in 0..N {
+                let coefficient = Vector::<S, F>::splat(simd, of_heads[n][feature]);
+                sums[n] = coefficient.mul_add(features, sums[n]);
+            }
+        }
+        for n in 0..N {
+            sums[n].store_slice(&mut scores[(head + n) * stride + pair..][..len]);
         }
     }
 
     /// sums ← factors · sums + Σₜ weights[h · stride + t] · features of pair t. The weights past the
     /// end must be 0.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn add_sums<S: Simd>(
         &self,
         simd: S,
@@ -166,29 +215,73 @@ impl<F: Float> FeatureTile<F> {
         count: usize,
         sums: &mut FeatureSums<F>,
     ) {
-        let len = Vector::<S, F>::LEN;
-        let count = count.next_multiple_of(len);
-        if self.dim == 0 {
-            return;
-        }
-        let sums = sums.lanes.chunks_exact_mut(self.dim * len);
-        for ((head, sums), &factor) in sums.enumerate().zip(factors) {
-            let weights = &weights[head * self.stride..][..count];
-            let factor = Vector::<S, F>::splat(simd, factor);
-            for (feature, lanes) in sums.chunks_exact_mut(len).enumerate() {
-                let mut sum = Vector::<S, F>::from_slice(simd, lanes) * factor;
-                let features = self.column(feature, count).chunks_exact(len);
-                for (weights, features) in weights.chunks_exact(len).zip(features) {
-                    let features = Vector::<S, F>::from_slice(simd, features);
-                    sum = Vector::<S, F>::from_slice(simd, weights).mul_add(features, sum);
+        simd.vectorize(
+            #[inline(always)]
+            || self.add_sums_inline(simd, factors, weights, count, sums),
+        );
+    }
+
+    #[inline(always)]
+    fn add_sums_inline<S: Simd>(
+        &self,
+        simd: S,
+        factors: &[F],
+        weights: &[F],
+        count: usize,
+        sums: &mut FeatureSums<F>,
+    ) {
+        for (head, &factor) in factors.iter().enumerate() {
+            let weights = &weights[head * self.stride..][..self.stride];
+            for start in (0..self.dim).step_by(4) {
+                if start + 4 <= self.dim {
+                    let first = head * self.dim + start;
+                    self.add_sums_block::<S, 4>(simd, factor, weights, count, start, first, sums);
+                } else {
+                    for feature in start..self.dim {
+                        let first = head * self.dim + feature;
+                        let block = Self::add_sums_block::<S, 1>;
+                        block(self, simd, factor, weights, count, feature, first, sums);
+                    }
                 }
-                sum.store_slice(lanes);
             }
         }
     }
 
-    /// Feature c of pair t += Σ_h weights[h · stride + t] · coefficients of head h.
+    /// N features of one head, whose sums start at number `first`.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "the body of a loop, twice")]
+    fn add_sums_block<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        factor: F,
+        weights: &[F],
+        count: usize,
+        feature: usize,
+        first: usize,
+        sums: &mut FeatureSums<F>,
+    ) {
+        let (len, stride) = (Vector::<S, F>::LEN, self.stride);
+        let all_lanes = &mut sums.lanes[first * len..][..N * len];
+        let factor = Vector::<S, F>::splat(simd, factor);
+        let mut lanes = [factor; N];
+        for (n, lanes) in lanes.iter_mut().enumerate() {
+            *lanes = Vector::<S, F>::from_slice(simd, &all_lanes[n * len..][..len]) * factor;
+        }
+        let features = &self.data[feature * stride..][..N * stride];
+        for pair in (0..count).step_by(len) {
+            let weights = Vector::<S, F>::from_slice(simd, &weights[pair..][..len]);
+            for (n, lanes) in lanes.iter_mut().enumerate() {
+                let features = &features[n * stride + pair..][..len];
+                *lanes = Vector::<S, F>::from_slice(simd, features).mul_add(weights, *lanes);
+            }
+        }
+        for (n, lanes) in lanes.iter().enumerate() {
+            lanes.store_slice(&mut all_lanes[n * len..][..len]);
+        }
+    }
+
+    /// Feature c of pair t += Σ_h weights[h · stride + t] · coefficients of head h.
+    #[inline(never)]
     pub(super) fn add_outer<S: Simd>(
         &mut self,
         simd: S,
@@ -197,19 +290,64 @@ impl<F: Float> FeatureTile<F> {
         weights: &[F],
         coefficients: &Coefficients<F>,
     ) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.add_outer_inline(simd, heads, count, weights, coefficients),
+        );
+    }
+
+    #[inline(always)]
+    fn add_outer_inline<S: Simd>(
+        &mut self,
+        simd: S,
+        heads: usize,
+        count: usize,
+        weights: &[F],
+        coefficients: &Coefficients<F>,
+    ) {
         let len = Vector::<S, F>::LEN;
-        let (stride, count) = (self.stride, count.next_multiple_of(len));
-        for (feature, column) in self.data.chunks_exact_mut(stride.max(1)).enumerate() {
-            for (v, lanes) in column[..count].chunks_exact_mut(len).enumerate() {
-                let mut sum = Vector::<S, F>::from_slice(simd, lanes);
-                for head in 0..heads {
-                    let coefficient = coefficients.data[head * coefficients.stride + feature];
-                    let coefficient = Vector::<S, F>::splat(simd, coefficient);
-                    let weights = &weights[head * stride + v * len..][..len];
-                    sum = coefficient.mul_add(Vector::<S, F>::from_slice(simd, weights), sum);
+        for start in (0..self.dim).step_by(4) {
+            for lanes in (0..count).step_by(len) {
+                if start + 4 <= self.dim {
+                    self.add_outer_block::<S, 4>(simd, heads, start, lanes, weights, coefficients);
+                } else {
+                    for feature in start..self.dim {
+                        let block = Self::add_outer_block::<S, 1>;
+                        block(self, simd, heads, feature, lanes, weights, coefficients);
+                    }
                 }
-                sum.store_slice(lanes);
             }
+        }
+    }
+
+    /// N features and a vector of pairs.
+    #[inline(always)]
+    fn add_outer_block<S: Simd, const N: usize>(
+        &mut self,
+        simd: S,
+        heads: usize,
+        feature: usize,
+        pair: usize,
+        weights: &[F],
+        coefficients: &Coefficients<F>,
+    ) {
+        let (len, stride) = (Vector::<S, F>::LEN, self.stride);
+        let mut sums = [Vector::<S, F>::splat(simd, F::zero()); N];
+        for (n, sum) in sums.iter_mut().enumerate() {
+            let lanes = &self.data[(feature + n) * stride + pair..][..len];
+            *sum = Vector::<S, F>::from_slice(simd, lanes);
+        }
+        for head in 0..heads {
+            let weights = &weights[head * stride + pair..][..len];
+            let weights = Vector::<S, F>::from_slice(simd, weights);
+            let coefficients = &coefficients.of_head(head)[feature..][..N];
+            for n in 0..N {
+                let coefficient = Vector::<S, F>::splat(simd, coefficients[n]);
+                sums[n] = coefficient.mul_add(weights, sums[n]);
+            }
+        }
+        for (n, sum) in sums.iter().enumerate() {
+            sum.store_slice(&mut self.data[(feature + n) * stride + pair..][..len]);
         }
     }
 }

@@ -10,12 +10,11 @@ mod features;
 pub(crate) use backward::EdgeGradients;
 pub(super) use backward::{backward, weights};
 
-use super::heads::{Columns, Weights};
+use super::heads::{Columns, Gather, Weights};
 use super::matmul::Vector;
 use super::problem::{Problem, Rows, Slices};
-use super::rows::{DotScorer, Others, Pairs, Scorer, Tile};
+use super::rows::{DotScorer, Pairs, Scorer, Tile};
 use crate::float::Float;
-use crate::inputs::Pair;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
 use features::{Coefficients, FeatureSums, FeatureTile};
 use ndarray::Array2;
@@ -54,6 +53,8 @@ pub struct EdgeProblem<'p, F: Float> {
     pub(crate) edge_weight: Array2<F>,
     /// Whether a value is v + W x.
     pub(crate) in_values: bool,
+    /// One for each head: the factor of a sum that is only added to.
+    pub(crate) ones: Vec<F>,
 }
 
 impl<F: Float> EdgeProblem<'_, F> {
@@ -85,6 +86,8 @@ pub(super) struct EdgeScorer<'p, F: Float> {
     coefficients: Coefficients<F>,
     activated: Activated<F>,
     pairs: Pairs<'p>,
+    /// 0, 1, 2, …: all rows of a matrix in order.
+    rows: Vec<usize>,
     query: usize,
     value_sums: FeatureSums<F>,
     value_coefficients: Coefficients<F>,
@@ -116,6 +119,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
             coefficients,
             activated: Activated::new(problem, tile),
             pairs: Pairs::by_query(&problem.softmax.inputs),
+            rows: (0..tile.len.max(dim)).collect(),
             query: 0,
             value_sums: FeatureSums::zeros(simd, heads, value_dim),
             value_coefficients: Coefficients::zeros(simd, heads, value_dim),
@@ -128,7 +132,8 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         self.value_sums.clear();
         if let Logit::DotProduct = self.problem.logit {
             self.dot.begin(simd, query);
-            project(simd, &mut self.columns, self.problem, &self.dot.own, &mut self.coefficients);
+            let Self { columns, problem, dot, coefficients, rows, .. } = self;
+            project(simd, columns, problem, rows, &dot.own, coefficients);
         }
     }
 
@@ -163,11 +168,10 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
             }
             Logit::Concatenated { attention, .. } => {
                 let own = softmax.query.row(self.query);
-                let keys = Others { rows: softmax.key.slices(), are_keys: true };
-                self.activated.fill(simd, problem, own, keys, &tile.pairs);
-                let row = |t: usize| self.activated.row(t);
+                self.activated.fill(simd, problem, own, softmax.key.slices(), tile);
+                let rows = self.activated.gather(&self.rows[..count]);
                 let Tile { weights, stride, .. } = tile;
-                self.columns.dots(simd, attention, count, row, weights, *stride);
+                self.columns.dots(simd, attention, rows, weights, *stride);
                 for head in 0..heads {
                     let [_, vectors] = tile.of_head(simd, head);
                     let log2_e = Vector::<S, F>::splat(simd, F::of(LOG2_E));
@@ -191,7 +195,8 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
     fn finish<S: Simd>(&mut self, simd: S, out: &mut [F]) {
         if self.problem.in_values {
             self.value_sums.store(simd, &mut self.value_coefficients);
-            add_projected(simd, &self.columns, self.problem, &self.value_coefficients, out);
+            let Self { columns, problem, rows, value_coefficients, .. } = self;
+            add_projected(simd, columns, problem, rows, value_coefficients, out);
         }
     }
 }
@@ -209,12 +214,12 @@ fn project<S: Simd, F: Float>(
     simd: S,
     columns: &mut Columns<F>,
     problem: &EdgeProblem<'_, F>,
+    rows: &[usize],
     row: &[F],
     projected: &mut Coefficients<F>,
 ) {
-    let weight = problem.edge_weight();
-    let (dim, stride) = (problem.feature_dim(), projected.stride);
-    columns.dots(simd, row, dim, |c| weight.row(c), &mut projected.data, stride);
+    let weight = Gather { rows: problem.edge_weight(), at: &rows[..problem.feature_dim()] };
+    columns.dots(simd, row, weight, &mut projected.data, projected.stride);
 }
 
 /// out += W x of each head in its columns.
@@ -223,14 +228,13 @@ fn add_projected<S: Simd, F: Float>(
     simd: S,
     columns: &Columns<F>,
     problem: &EdgeProblem<'_, F>,
+    rows: &[usize],
     x: &Coefficients<F>,
     out: &mut [F],
 ) {
-    let weight = problem.edge_weight();
-    let ones = vec![F::one(); problem.softmax.heads];
-    let (stride, count) = (x.stride, problem.feature_dim());
-    let x = Weights { factors: &ones, weights: &x.data, stride, count };
-    columns.add_weighted(simd, out, x, |c| weight.row(c));
+    let weight = Gather { rows: problem.edge_weight(), at: &rows[..problem.feature_dim()] };
+    let x = Weights { factors: &problem.ones, weights: &x.data, stride: x.stride };
+    columns.add_weighted(simd, out, x, weight);
 }
 
 /// factor · LeakyReLU of each. Whole vectors.
@@ -262,18 +266,33 @@ impl<F: Float> Activated<F> {
     }
 
     #[inline(always)]
-    fn row(&self, t: usize) -> &[F] {
-        &self.rows[t * self.columns..][..self.columns]
+    fn gather<'r>(&'r self, at: &'r [usize]) -> Gather<'r, F> {
+        Gather { rows: Slices { data: &self.rows, columns: self.columns }, at }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     fn fill<S: Simd>(
         &mut self,
         simd: S,
         problem: &EdgeProblem<'_, F>,
         own: &[F],
-        others: Others<'_, F>,
-        pairs: &[Pair],
+        others: Slices<'_, F>,
+        tile: &Tile<F>,
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.fill_inline(simd, problem, own, others, tile),
+        );
+    }
+
+    #[inline(always)]
+    fn fill_inline<S: Simd>(
+        &mut self,
+        simd: S,
+        problem: &EdgeProblem<'_, F>,
+        own: &[F],
+        others: Slices<'_, F>,
+        tile: &Tile<F>,
     ) {
         let Logit::Concatenated { slope, .. } = problem.logit else {
             return;
@@ -281,8 +300,9 @@ impl<F: Float> Activated<F> {
         let len = Vector::<S, F>::LEN;
         let columns = self.columns;
         let weight = problem.edge_weight();
-        for (pair, row) in pairs.iter().zip(self.rows.chunks_exact_mut(columns.max(1))) {
-            let (other, x) = (others.row(pair), problem.features.row(pair.index));
+        let pairs = tile.pairs.iter().zip(&tile.others);
+        for ((pair, &other), row) in pairs.zip(self.rows.chunks_exact_mut(columns.max(1))) {
+            let (other, x) = (others.row(other), problem.features.row(pair.index));
             let (mut start, own) = (0, &own[..columns]);
             while start + 4 * len <= columns {
                 sum_columns::<S, F, 4>(simd, slope, own, other, x, weight, start, row);

@@ -5,8 +5,8 @@ use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
-    DotScorer, Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_to_row, add_up,
-    for_each_part, level_for, parts,
+    DotScorer, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_to_row, add_up, for_each_part,
+    level_for, parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
@@ -138,10 +138,7 @@ impl<F: Float> Pass<'_, F> {
             })
         };
         let (columns_a, mut columns_b) = (columns(problem.key_dim), columns(problem.value_dim));
-        let others = |rows| Others { rows, are_keys: other.is_keys };
-        let b_rows = others(other.b);
-        let [finite_a, finite_b] =
-            [&other.finite_a, &other.finite_b].map(|rows| others(rows.slices()));
+        let (finite_a, finite_b) = (other.finite_a.slices(), other.finite_b.slices());
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
         let mut scorer = DotScorer::of_side(simd, problem, own.is_keys);
@@ -167,11 +164,11 @@ impl<F: Float> Pass<'_, F> {
             while tile.fill(problem, &mut row, [other.a, other.b]) {
                 scorer.score(simd, &mut tile);
                 tile.add_bias(simd, problem);
-                let Tile { stride, pairs, weights, .. } = &mut tile;
-                let (stride, len) = (*stride, pairs.len());
                 // dp = m g·v
-                let b = |t: usize| b_rows.row(&pairs[t]);
-                columns_b.dots(simd, own_b, len, b, &mut grads, stride);
+                let stride = tile.stride;
+                columns_b.dots(simd, own_b, tile.gather(other.b), &mut grads, stride);
+                let Tile { pairs, weights, .. } = &mut tile;
+                let len = pairs.len();
                 if !other.is_keys {
                     for (t, pair) in pairs.iter().enumerate() {
                         let terms = &terms[pair.query * heads..][..heads];
@@ -205,11 +202,10 @@ impl<F: Float> Pass<'_, F> {
                     }
                 }
                 // s = scale a·a'
-                let a = |t: usize| finite_a.row(&pairs[t]);
-                let grad_logits = Weights { factors: &ones, weights: &grads, stride, count: len };
-                columns_a.add_weighted(simd, &mut sum_a, grad_logits, a);
+                let grad_logits = Weights { factors: &ones, weights: &grads, stride };
+                columns_a.add_weighted(simd, &mut sum_a, grad_logits, tile.gather(finite_a));
                 if grad_b.is_some() {
-                    let b = |t: usize| finite_b.row(&tile.pairs[t]);
+                    let b = tile.gather(finite_b);
                     columns_b.add_weighted(simd, &mut sum_b, tile.weights(&ones), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());

@@ -4,7 +4,7 @@ use super::super::exp2::exp2;
 use super::super::heads::Columns;
 use super::super::matmul::Vector;
 use super::super::problem::FiniteRows;
-use super::{Others, Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
+use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::partial::Partial;
@@ -64,7 +64,6 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     let [mut out, mut log_sum_exp] = outputs.by_row;
     let softmax = C::softmax(problem);
     let (heads, dim) = (softmax.heads, softmax.value_dim);
-    let values_of = Others { rows: values.slices(), are_keys: true };
     let columns = Columns::new(simd, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
     let mut tile = Tile::new(simd, heads, tile_len);
     let mut scorer = C::new(simd, problem, &tile);
@@ -78,7 +77,7 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
         sums.fill(F::zero());
         row_out.fill(F::zero());
 
-        while tile.fill(softmax, &mut row, [softmax.key.slices(), values_of.rows]) {
+        while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
             scorer.score(simd, &mut tile);
             tile.add_bias(simd, softmax);
             for head in 0..heads {
@@ -103,8 +102,8 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
                     }
                 }
             }
-            let value = |t: usize| values_of.row(&tile.pairs[t]);
-            columns.add_weighted(simd, &mut row_out, tile.weights(&alphas), value);
+            let rows = tile.gather(values.slices());
+            columns.add_weighted(simd, &mut row_out, tile.weights(&alphas), rows);
             scorer.add_values(simd, &tile, &alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
                 let row_out = &mut row_out[head_columns(head, dim)];

@@ -13,7 +13,7 @@ mod forward;
 pub(super) use backward::{backward, weights_and_logits_vjp};
 pub(super) use forward::forward;
 
-use super::heads::{Columns, Weights};
+use super::heads::{Columns, Gather, Weights};
 use super::matmul::Vector;
 use super::parallel::{self, Rest};
 use super::prefetch::prefetch;
@@ -291,33 +291,15 @@ fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item =
     })
 }
 
-/// The rows that a row meets, and whether they are those of keys or of queries.
-#[derive(Clone, Copy)]
-pub(super) struct Others<'r, F> {
-    pub(super) rows: Slices<'r, F>,
-    pub(super) are_keys: bool,
-}
-
-impl<'r, F: Copy> Others<'r, F> {
-    #[inline(always)]
-    pub(super) fn index(self, pair: &Pair) -> usize {
-        if self.are_keys { pair.key } else { pair.query }
-    }
-
-    #[inline(always)]
-    pub(super) fn row(self, pair: &Pair) -> &'r [F] {
-        self.rows.row(self.index(pair))
-    }
-}
-
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
 pub(super) struct Tile<F> {
     pub(super) len: usize,
     /// From head to head: the length in whole vectors.
     pub(super) stride: usize,
     pub(super) pairs: Vec<Pair>,
-    /// The slot of each pair.
+    /// The slot of each pair, and its index on the other side.
     pub(super) slots: Vec<usize>,
+    pub(super) others: Vec<usize>,
     /// Logits in units of ln 2, −∞ where hidden or past the end; then weights.
     pub(super) weights: Vec<F>,
 }
@@ -331,6 +313,7 @@ impl<F: Float> Tile<F> {
             stride,
             pairs: Vec::with_capacity(len),
             slots: Vec::with_capacity(len),
+            others: Vec::with_capacity(len),
             weights: vec![F::zero(); heads * stride],
         }
     }
@@ -369,7 +352,20 @@ impl<F: Float> Tile<F> {
                 self.pairs.retain(sees);
             }
         }
+        self.others.clear();
+        match row.pairs {
+            Pairs::Dense { .. } | Pairs::ByQuery(_) => {
+                self.others.extend(self.pairs.iter().map(|pair| pair.key));
+            }
+            _ => self.others.extend(self.pairs.iter().map(|pair| pair.query)),
+        }
         !self.pairs.is_empty()
+    }
+
+    /// The rows of the other side.
+    #[inline(always)]
+    pub(super) fn gather<'r>(&'r self, rows: Slices<'r, F>) -> Gather<'r, F> {
+        Gather { rows, at: &self.others }
     }
 
     /// Asks for the rows of pairs to come, where those are not in the order of the rows anyway.
@@ -402,8 +398,7 @@ impl<F: Float> Tile<F> {
 
     /// The weights, for sums that are multiplied by `factors` first.
     pub(super) fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
-        let (weights, stride, count) = (&self.weights, self.stride, self.pairs.len());
-        Weights { factors, weights, stride, count }
+        Weights { factors, weights: &self.weights, stride: self.stride }
     }
 
     /// Logits that a scorer has left at the visible pairs: adds the bias, and −∞ where it hides a pair
@@ -457,7 +452,7 @@ pub(super) struct DotScorer<'p, F: Float> {
     /// The row that all pairs have in common, times the scale and log₂ e.
     pub(super) own: Vec<F>,
     own_rows: Slices<'p, F>,
-    others: Others<'p, F>,
+    others: Slices<'p, F>,
 }
 
 impl<'p, F: Float> DotScorer<'p, F> {
@@ -469,13 +464,12 @@ impl<'p, F: Float> DotScorer<'p, F> {
         own_are_keys: bool,
     ) -> Self {
         let (query, key) = (problem.query.slices(), problem.key.slices());
-        let (own_rows, rows) = if own_are_keys { (key, query) } else { (query, key) };
+        let (own_rows, others) = if own_are_keys { (key, query) } else { (query, key) };
         let dim = problem.key_dim;
         let columns = Columns::new(simd, problem.heads, dim, |head| {
             let starts = [head * dim, problem.kv_head(head) * dim];
             if own_are_keys { [starts[1], starts[0]] } else { starts }
         });
-        let others = Others { rows, are_keys: !own_are_keys };
         Self { problem, columns, own: vec![F::zero(); own_rows.columns], own_rows, others }
     }
 }
@@ -501,9 +495,9 @@ impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
 
     #[inline(always)]
     fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
-        let Tile { stride, pairs, weights, .. } = tile;
-        let other = |t: usize| self.others.row(&pairs[t]);
-        self.columns.dots(simd, &self.own, pairs.len(), other, weights, *stride);
+        let Tile { stride, others, weights, .. } = tile;
+        let rows = Gather { rows: self.others, at: others };
+        self.columns.dots(simd, &self.own, rows, weights, *stride);
     }
 }
 
