@@ -122,6 +122,16 @@ pub enum Error {
         /// The name that is missing.
         name: String,
     },
+    /// A file of parameters cannot be read or written, or its contents are not what they must be.
+    #[error("{what}: expected {expected}, got {actual}")]
+    File {
+        /// The file, or a part of it.
+        what: String,
+        /// What it must be.
+        expected: &'static str,
+        /// What came.
+        actual: String,
+    },
 }
 
 impl Error {

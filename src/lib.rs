@@ -39,6 +39,7 @@
 //! | feature | default | what it does |
 //! |---|---|---|
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
+//! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
 
 mod attention;
 mod dropout;
@@ -51,6 +52,8 @@ mod kernels;
 mod mechanisms;
 pub mod params;
 mod partial;
+#[cfg(feature = "safetensors")]
+pub mod safetensors;
 pub mod testing;
 
 pub use ndarray;
