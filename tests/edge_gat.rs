@@ -1,0 +1,808 @@
+//! `EdgeGat` beyond the laws of every mechanism: what its scores can express and learn, what it
+//! refuses, its first parameters, precision, threads and memory.
+
+use allocation_counter::{AllocationInfo, measure};
+use graph_attention::ndarray::{
+    Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
+};
+use graph_attention::ndarray::{Ix1, IxDyn, concatenate, s};
+use graph_attention::{
+    Attention, EdgeGat, EdgeGatConfig, Flash, Float, Gradients, Graph, Inputs, Params, Result,
+    Score, params,
+};
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+
+const SCORES: [Score; 3] = [Score::Gat, Score::GatV2, Score::DotProduct];
+
+fn seeded(seed: u64) -> Xoshiro256PlusPlus {
+    Xoshiro256PlusPlus::seed_from_u64(seed)
+}
+
+fn normal<F: Float>(rng: &mut Xoshiro256PlusPlus, rows: usize, columns: usize) -> Array2<F> {
+    Array2::from_shape_simple_fn((rows, columns), || F::of(StandardNormal.sample(rng)))
+}
+
+fn permutation(rng: &mut Xoshiro256PlusPlus, len: usize) -> Vec<usize> {
+    let mut numbers: Vec<usize> = (0..len).collect();
+    numbers.shuffle(rng);
+    numbers
+}
+
+fn complete(queries: usize, keys: usize) -> Graph {
+    Graph::from_mask(Array2::from_elem((queries, keys), true).view()).unwrap()
+}
+
+// What the scores can express.
+
+/// For each head and each query, the keys from the most attended to the least.
+fn rankings(gat: &EdgeGat<f64>, inputs: &Inputs<'_, f64>) -> Vec<Vec<Vec<usize>>> {
+    let weights = gat.weights(inputs).unwrap();
+    let num_keys = inputs.num_keys();
+    let of_query = |weights: Vec<f64>| {
+        let mut keys: Vec<usize> = (0..num_keys).collect();
+        keys.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
+        keys
+    };
+    let of_head = |weights: Vec<f64>| {
+        weights.chunks(num_keys).map(|weights| of_query(weights.to_vec())).collect()
+    };
+    weights.columns().into_iter().map(|weights| of_head(weights.to_vec())).collect()
+}
+
+/// All rankings of many draws of parameters and inputs, with and without shared weights and edge
+/// features, dense and on a complete graph.
+fn rankings_of_draws(score: Score) -> Vec<Vec<Vec<usize>>> {
+    let (mut rng, graph) = (seeded(1), complete(7, 6));
+    let mut all = Vec::new();
+    for draw in 0..100 {
+        let edge_dim = if draw % 2 == 0 { 3 } else { 0 };
+        let shared = score != Score::DotProduct && draw % 4 < 2;
+        let config = EdgeGatConfig::new(score, 5, 4, 3).share_weights(shared).edge_dim(edge_dim);
+        let gat = config.init(&mut rng).unwrap();
+        let (query, key) = (normal(&mut rng, 7, 5), normal(&mut rng, 6, 5));
+        // The same for all edges.
+        let feature = normal(&mut rng, 1, edge_dim);
+        let features = feature.broadcast((7 * 6, edge_dim)).unwrap();
+        for inputs in [
+            Inputs::dense(query.view(), key.view(), key.view()).unwrap(),
+            Inputs::graph(query.view(), key.view(), key.view(), &graph).unwrap(),
+        ] {
+            all.extend(rankings(&gat, &inputs.with_edge_features(features).unwrap()));
+        }
+    }
+    assert_eq!(all.len(), 100 * 2 * 3);
+    all
+}
+
+/// Theorem 1 of Brody et al. 2022.
+#[test]
+fn in_a_head_of_gat_all_queries_rank_the_keys_alike() {
+    for queries in rankings_of_draws(Score::Gat) {
+        assert!(queries.iter().all(|keys| *keys == queries[0]), "{queries:?}");
+    }
+}
+
+#[test]
+fn the_other_scores_let_queries_prefer_different_keys() {
+    for score in [Score::GatV2, Score::DotProduct] {
+        let all = rankings_of_draws(score);
+        let differ = |queries: &&Vec<Vec<usize>>| queries.iter().any(|it| it[0] != queries[0][0]);
+        let count = all.iter().filter(differ).count();
+        assert!(count > all.len() / 2, "{score:?}: {count}");
+    }
+}
+
+/// Weights with which query i looks up the value of the key that carries attribute i, of k. A query
+/// is its attribute, a key its attribute and its value, all one-hot.
+///
+/// Unit c < k of the hidden layer is \[query = c\] + \[attribute = c\] − 1: after LeakyReLU of slope α
+/// it is 1 where both have c, 0 where one has, −α where none has. The sum of the k units is
+/// 1 − (k − 1)α for a key that matches, and −(k − 2)α for another: 1 − α less, whatever the two
+/// attributes are. The attention vector takes that sum times 20/(1 − α), so another key weighs e⁻²⁰
+/// as much. The other k units carry the value to the output and are not scored.
+fn lookup_by_hand(k: usize, slope: f64) -> EdgeGat<f64> {
+    let mut att = ArrayD::zeros(IxDyn(&[1, 1, 2 * k]));
+    att.slice_mut(s![.., .., ..k]).fill(20.0 / (1.0 - slope));
+    let to_units = Array2::from_shape_fn((2 * k, k), |(i, j)| f64::from(i == j));
+    let mut minus_one = ArrayD::zeros(IxDyn(&[2 * k]));
+    minus_one.slice_mut(s![..k]).fill(-1.0);
+    let state = [
+        ("att", att),
+        ("lin_l.weight", Array2::eye(2 * k).into_dyn()),
+        ("lin_l.bias", ArrayD::zeros(IxDyn(&[2 * k]))),
+        ("lin_r.weight", to_units.into_dyn()),
+        ("lin_r.bias", minus_one),
+        ("bias", ArrayD::zeros(IxDyn(&[2 * k]))),
+    ];
+    let config = EdgeGatConfig::new(Score::GatV2, k, 2 * k, 1).key_dim(2 * k).negative_slope(slope);
+    config.from_params(state).unwrap()
+}
+
+/// One row for each key: its attribute and its value, one-hot.
+fn dictionary<F: Float>(attributes: &[usize], values: &[usize]) -> Array2<F> {
+    let k = attributes.len();
+    let mut keys = Array2::zeros((k, 2 * k));
+    for (j, (&attribute, &value)) in attributes.iter().zip(values).enumerate() {
+        keys[[j, attribute]] = F::one();
+        keys[[j, k + value]] = F::one();
+    }
+    keys
+}
+
+fn all_permutations(k: usize) -> Vec<Vec<usize>> {
+    if k == 0 {
+        return vec![vec![]];
+    }
+    let insert = |mut rest: Vec<usize>, at| {
+        rest.insert(at, k - 1);
+        rest
+    };
+    all_permutations(k - 1)
+        .into_iter()
+        .flat_map(|rest| (0..k).map(move |at| insert(rest.clone(), at)))
+        .collect()
+}
+
+#[test]
+fn gat_v2_by_hand_looks_up_any_dictionary() {
+    let mut rng = seeded(2);
+    let some = (0..50).map(|_| permutation(&mut rng, 10)).collect::<Vec<_>>();
+    let all = all_permutations(4);
+    assert_eq!(all.len(), 24);
+    for attributes in all.iter().chain(&some) {
+        let k = attributes.len();
+        let (gat, graph) = (lookup_by_hand(k, 0.2), complete(k, k));
+        let values = permutation(&mut rng, k);
+        let (query, key) = (Array2::eye(k), dictionary(attributes, &values));
+        let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph).unwrap();
+        let weights = gat.weights(&inputs).unwrap();
+        let out = gat.forward(&inputs).unwrap();
+        for (j, (&attribute, &value)) in attributes.iter().zip(&values).enumerate() {
+            assert!(weights[[attribute * k + j, 0]] > 0.999, "{attributes:?}");
+            assert!(out[[attribute, k + value]] > 0.999, "{attributes:?}");
+        }
+    }
+}
+
+// What they can learn.
+
+/// A layer and a linear read-out of its outputs, for k classes.
+struct Model {
+    gat: EdgeGat<f32>,
+    read_out: ArrayD<f32>,
+    bias: ArrayD<f32>,
+}
+
+impl Params<f32> for Model {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f32>)) {
+        self.gat.visit_params(visitor);
+        visitor("read_out", self.read_out.view());
+        visitor("read_out.bias", self.bias.view());
+    }
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+        self.gat.visit_params_mut(visitor);
+        visitor("read_out", self.read_out.view_mut());
+        visitor("read_out.bias", self.bias.view_mut());
+    }
+}
+
+/// Adam (Kingma & Ba 2015) with its usual constants.
+#[derive(Default)]
+struct Adam {
+    moments: Vec<[ArrayD<f32>; 2]>,
+    steps: i32,
+}
+
+impl Adam {
+    fn step(&mut self, model: &mut Model, gradients: &[ArrayD<f32>], rate: f32) {
+        let zeros = |grad: &ArrayD<f32>| [(); 2].map(|()| ArrayD::zeros(grad.raw_dim()));
+        if self.steps == 0 {
+            self.moments = gradients.iter().map(zeros).collect();
+        }
+        self.steps += 1;
+        let [of_mean, of_square] = [0.9f32, 0.999].map(|decay| 1.0 - decay.powi(self.steps));
+        let mut moments = self.moments.iter_mut();
+        let update = |_: &str, mut param: ArrayViewMutD<'_, f32>, grad: ArrayViewD<'_, f32>| {
+            let [mean, square] = moments.next().unwrap();
+            mean.zip_mut_with(&grad, |mean, &grad| *mean = 0.9 * *mean + 0.1 * grad);
+            square.zip_mut_with(&grad, |sq, &grad| *sq = 0.999 * *sq + 0.001 * grad * grad);
+            let mut step = mean.clone();
+            step.zip_mut_with(square, |step, &square| {
+                *step *= rate / of_mean / ((square / of_square).sqrt() + 1e-8);
+            });
+            param -= &step;
+        };
+        params::update(model, gradients, update).unwrap();
+    }
+}
+
+/// Random dictionaries of k keys, many at a time.
+struct Dictionaries {
+    k: usize,
+    count: usize,
+    graph: Graph,
+    query: Array2<f32>,
+}
+
+impl Dictionaries {
+    fn new(k: usize, count: usize) -> Self {
+        let graph = Graph::block_diagonal(&vec![&complete(k, k); count]).unwrap();
+        let query = concatenate(Axis(0), &vec![Array2::eye(k).view(); count]).unwrap();
+        Self { k, count, graph, query }
+    }
+
+    /// Keys, and the class that each query should output.
+    fn draw(&self, rng: &mut Xoshiro256PlusPlus) -> (Array2<f32>, Vec<usize>) {
+        let mut keys = Array2::zeros((self.count * self.k, 2 * self.k));
+        let mut classes = vec![0; self.count * self.k];
+        for (mut keys, classes) in
+            keys.axis_chunks_iter_mut(Axis(0), self.k).zip(classes.chunks_mut(self.k))
+        {
+            let (attributes, values) = (permutation(rng, self.k), permutation(rng, self.k));
+            keys.assign(&dictionary(&attributes, &values));
+            attributes.iter().zip(values).for_each(|(&at, value)| classes[at] = value);
+        }
+        (keys, classes)
+    }
+
+    fn inputs<'a>(&'a self, keys: &'a Array2<f32>) -> Inputs<'a, f32> {
+        Inputs::graph(self.query.view(), keys.view(), keys.view(), &self.graph).unwrap()
+    }
+}
+
+impl Model {
+    fn new(k: usize, score: Score, head_dim: usize, heads: usize) -> Self {
+        let config = EdgeGatConfig::new(score, k, head_dim, heads).key_dim(2 * k);
+        let mut rng = seeded(3);
+        let gat = config.init(&mut rng).unwrap();
+        let bound = (6.0 / (k + head_dim * heads) as f32).sqrt();
+        let uniform = || rng.random_range(-bound..bound);
+        let read_out = Array2::from_shape_simple_fn((k, head_dim * heads), uniform).into_dyn();
+        Self { gat, read_out, bias: ArrayD::zeros(IxDyn(&[k])) }
+    }
+
+    fn read_out(&self) -> ArrayView2<'_, f32> {
+        self.read_out.view().into_dimensionality().unwrap()
+    }
+
+    fn logits(&self, out: &Array2<f32>) -> Array2<f32> {
+        out.dot(&self.read_out().t()) + self.bias.view().into_dimensionality::<Ix1>().unwrap()
+    }
+
+    /// The gradients of the mean cross-entropy.
+    fn gradients(&self, inputs: &Inputs<'_, f32>, classes: &[usize]) -> Vec<ArrayD<f32>> {
+        let (out, saved) = self.gat.forward_train(inputs).unwrap();
+        // Softmax minus one-hot.
+        let mut grad = self.logits(&out);
+        for (mut row, &class) in grad.rows_mut().into_iter().zip(classes) {
+            let max = row.fold(f32::NEG_INFINITY, |max, &logit| max.max(logit));
+            row.mapv_inplace(|logit| (logit - max).exp());
+            let sum = row.sum();
+            row /= sum;
+            row[class] -= 1.0;
+        }
+        grad /= classes.len() as f32;
+        let grad_out = grad.dot(&self.read_out());
+        let mut grads = self.gat.backward(inputs, &saved, grad_out.view()).unwrap().params;
+        grads.push(grad.t().dot(&out).into_dyn());
+        grads.push(grad.sum_axis(Axis(0)).into_dyn());
+        grads
+    }
+
+    /// Trains on new dictionaries at every step; the accuracy on a thousand others.
+    fn train(&mut self, steps: usize) -> f64 {
+        let (mut rng, mut adam) = (seeded(4), Adam::default());
+        let k = self.bias.len();
+        let training = Dictionaries::new(k, 32);
+        for step in 0..steps {
+            let (keys, classes) = training.draw(&mut rng);
+            let gradients = self.gradients(&training.inputs(&keys), &classes);
+            // Falls linearly to 0.
+            let rate = 0.01 * (1.0 - step as f32 / steps as f32);
+            adam.step(self, &gradients, rate);
+        }
+        let fresh = Dictionaries::new(k, 1000);
+        let (keys, classes) = fresh.draw(&mut rng);
+        let logits = self.logits(&self.gat.forward(&fresh.inputs(&keys)).unwrap());
+        let is_right = |&(row, &class): &(ArrayView1<'_, f32>, &usize)| {
+            row.iter().enumerate().all(|(other, &logit)| other == class || logit < row[class])
+        };
+        let right = logits.rows().into_iter().zip(&classes).filter(is_right).count();
+        right as f64 / classes.len() as f64
+    }
+}
+
+/// One head of `Gat` ranks the keys alike for all queries, and so does a linear read-out of it: one
+/// query in k is right. Several heads of it are no such law: they differ in how sharply they attend,
+/// and a read-out can subtract one from another. But they learn it slowly: these 8 heads are at 46 %
+/// here, and at 99 % after ten times as many steps.
+#[test]
+fn a_head_of_gat_v2_learns_to_look_up_and_one_of_gat_cannot() {
+    for (score, head_dim, heads, expected) in [
+        (Score::GatV2, 32, 1, 0.999..=1.0),
+        (Score::DotProduct, 32, 1, 0.999..=1.0),
+        (Score::Gat, 64, 1, 0.05..=0.15),
+        (Score::Gat, 8, 8, 0.15..=0.85),
+    ] {
+        let accuracy = Model::new(10, score, head_dim, heads).train(300);
+        assert!(expected.contains(&accuracy), "{heads} of {score:?}: {accuracy}");
+    }
+}
+
+// What is refused.
+
+/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
+/// say, separated by ` | `.
+#[track_caller]
+fn refused<T>(result: Result<T>, expected: &str) {
+    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
+    let (variant, words) = expected.split_once(" | ").unwrap();
+    let (debug, message) = (format!("{error:?}"), error.to_string());
+    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
+    for word in words.split(" | ") {
+        assert!(message.contains(word), "`{message}` does not say `{word}`");
+    }
+}
+
+fn init(config: &EdgeGatConfig) -> Result<EdgeGat<f64>> {
+    config.init(&mut seeded(5))
+}
+
+#[test]
+fn configurations_that_contradict_themselves() {
+    const HUGE: usize = usize::MAX / 8;
+    let new = EdgeGatConfig::new;
+    let config = |score| new(score, 5, 4, 2);
+    for score in SCORES {
+        for (config, expected) in [
+            (new(score, 0, 4, 2), "InvalidConfig | input_dim | at least 1 | got 0"),
+            (new(score, 5, 0, 2), "InvalidConfig | head_dim | at least 1 | got 0"),
+            (new(score, 5, 4, 0), "InvalidConfig | num_heads | at least 1 | got 0"),
+            (config(score).key_dim(0), "InvalidConfig | key_dim | at least 1 | got 0"),
+            (
+                config(score).residual(false).gate(true),
+                "InvalidConfig | gate | a residual to weigh | got none",
+            ),
+            (new(score, HUGE, 4, 2), "TooLarge | weight | , 2305843009213693951]"),
+            (new(score, 5, HUGE, 9), "TooLarge | expected a size that fits in memory"),
+            (config(score).edge_dim(HUGE), "TooLarge | lin_edge.weight | [8, 2305843009213693951]"),
+        ] {
+            refused(init(&config), expected);
+        }
+        for slope in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let expected =
+                format!("InvalidConfig | negative_slope | a number of at least 0 | got {slope}");
+            refused(init(&config(score).negative_slope(slope)), &expected);
+        }
+        init(&config(score).negative_slope(0.0)).unwrap();
+    }
+    let shared = config(Score::DotProduct).share_weights(true);
+    let expected = "InvalidConfig | share_weights | false for Score::DotProduct | got true";
+    refused(init(&shared), expected);
+    for score in [Score::Gat, Score::GatV2] {
+        let shared = config(score).key_dim(3).share_weights(true);
+        let expected = "InvalidConfig | share_weights | false where key_dim = 3 differs | got true";
+        refused(init(&shared), expected);
+        init(&shared.key_dim(5).share_weights(true)).unwrap();
+    }
+}
+
+/// Two queries of 5 columns, three keys of `key` and values of `value`.
+fn zeros(query: usize, key: usize, value: usize) -> [Array2<f64>; 3] {
+    [(2, query), (3, key), (3, value)].map(Array2::zeros)
+}
+
+fn dense(arrays: &[Array2<f64>; 3]) -> Inputs<'_, f64> {
+    let [query, key, value] = arrays;
+    Inputs::dense(query.view(), key.view(), value.view()).unwrap()
+}
+
+#[test]
+fn inputs_that_do_not_fit_the_configuration() {
+    let arrays = zeros(5, 4, 4);
+    let bare = dense(&arrays);
+    let [features, narrow] = [Array2::zeros((6, 3)), Array2::zeros((6, 2))];
+    let bias = Array2::zeros((2, 3));
+    let of_queries = zeros(4, 4, 4);
+    let of_keys = zeros(5, 5, 4);
+    let of_values = zeros(5, 4, 5);
+    let [of_queries, of_keys, of_values] = [&of_queries, &of_keys, &of_values]
+        .map(|arrays| dense(arrays).with_edge_features(features.view()).unwrap());
+    let full = bare.with_edge_features(features.view()).unwrap();
+    let heads = zeros(6, 4, 4);
+    for score in SCORES {
+        let gat = init(&EdgeGatConfig::new(score, 5, 4, 2).key_dim(4).edge_dim(3)).unwrap();
+        for (inputs, expected) in [
+            (of_queries, "Shape | query | [2, 5] | [2, 4]"),
+            (of_keys, "Shape | key | [3, 4] | [3, 5]"),
+            (of_values, "Shape | value | [3, 4] | [3, 5]"),
+            (
+                bare.with_edge_features(narrow.view()).unwrap(),
+                "Shape | edge_features | [6, 3] | [6, 2]",
+            ),
+            (bare, "MissingInput | edge_gat | with edge features | got inputs without"),
+            (full.with_bias(bias.view()).unwrap(), "Unsupported | edge_gat | an additive bias"),
+            (dense(&heads).with_heads(2).unwrap(), "Unsupported | edge_gat | several heads"),
+        ] {
+            refused(gat.forward(&inputs), expected);
+            refused(gat.forward_train(&inputs), expected);
+            refused(gat.weights(&inputs), expected);
+            // The state is of inputs that fit.
+            let (out, saved) = gat.forward_train(&full).unwrap();
+            refused(gat.backward(&inputs, &saved, out.view()), expected);
+        }
+        let mut narrow = Array2::zeros((2, 7));
+        let expected = "Shape | out | [2, 8] | [2, 7]";
+        refused(gat.forward_into(&full, narrow.view_mut()), expected);
+        refused(gat.forward_train_into(&full, narrow.view_mut()), expected);
+    }
+}
+
+#[test]
+fn states_that_are_not_of_the_configuration() {
+    for score in SCORES {
+        let config = EdgeGatConfig::new(score, 5, 4, 2).key_dim(3).edge_dim(2);
+        let state = params::state(&init(&config).unwrap());
+        let loaded = config.from_params(state.iter().rev().cloned()).unwrap();
+        assert_eq!(params::state(&loaded), state);
+        let from = |state: Vec<(String, ArrayD<f64>)>| config.from_params(state);
+        for at in 0..state.len() {
+            let name = &state[at].0;
+            let mut missing = state.clone();
+            missing.remove(at);
+            refused(from(missing), &format!("MissingParam | parameter {name}: "));
+
+            let mut reshaped = state.clone();
+            let mut shape = reshaped[at].1.shape().to_vec();
+            let expected = format!("{shape:?}");
+            *shape.last_mut().unwrap() += 1;
+            reshaped[at].1 = ArrayD::zeros(&shape[..]);
+            refused(from(reshaped), &format!("Shape | {name} | {expected} | {shape:?}"));
+
+            let mut unknown = state.clone();
+            unknown[at].0 = "lin_x.weight".into();
+            refused(from(unknown), &format!("UnknownParam | lin_x.weight | {name}"));
+
+            let twice = state.iter().chain([&state[at]]).cloned().collect();
+            refused(from(twice), &format!("DuplicateParam | parameter {name}: "));
+        }
+    }
+}
+
+#[test]
+fn a_shared_weight_may_come_under_either_name_or_both() {
+    for (score, shared) in [
+        (Score::Gat, vec![["lin_src.weight", "lin_dst.weight"]]),
+        (Score::GatV2, vec![["lin_l.weight", "lin_r.weight"], ["lin_l.bias", "lin_r.bias"]]),
+    ] {
+        let config = EdgeGatConfig::new(score, 5, 4, 2).share_weights(true);
+        let state = params::state(&init(&config).unwrap());
+        for names in shared {
+            let is_shared = |name: &str| name == names[0] || name == "lin.weight";
+            let renamed = |to: &[&str], scale: f64| {
+                let mut new = Vec::new();
+                for (name, value) in &state {
+                    if is_shared(name) {
+                        let value = |n: i32| value * scale.powi(n);
+                        new.extend((0..).zip(to).map(|(n, to)| (to.to_string(), value(n))));
+                    } else {
+                        new.push((name.clone(), value.clone()));
+                    }
+                }
+                assert_eq!(new.len(), state.len() + to.len() - 1);
+                config.from_params(new)
+            };
+            for to in [&names[..], &names[..1], &names[1..]] {
+                assert_eq!(params::state(&renamed(to, 1.0).unwrap()), state);
+            }
+            // A bias of zeros is the same at any scale.
+            if names[0].ends_with("weight") {
+                let expected = format!("InvalidConfig | share_weights | another | {}", names[1]);
+                refused(renamed(&names, 2.0), &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_transformer_conv_without_residual_leaves_its_skip() {
+    let config = EdgeGatConfig::new(Score::DotProduct, 5, 4, 2);
+    let state = params::state(&init(&config).unwrap());
+    let without = config.clone().residual(false).from_params(state.clone()).unwrap();
+    let expected: Vec<_> =
+        state.iter().filter(|(name, _)| !name.starts_with("lin_skip.")).cloned().collect();
+    assert_eq!(expected.len(), state.len() - 2);
+    assert_eq!(params::state(&without), expected);
+    refused(config.from_params(expected), "MissingParam | lin_skip.weight");
+}
+
+#[test]
+fn gradients_and_states_that_do_not_fit() {
+    let (arrays, features) = (zeros(5, 5, 5), Array2::zeros((6, 3)));
+    let inputs = dense(&arrays).with_edge_features(features.view()).unwrap();
+    for score in SCORES {
+        let gat = init(&EdgeGatConfig::new(score, 5, 4, 2).edge_dim(3)).unwrap();
+        let (out, saved) = gat.forward_train(&inputs).unwrap();
+        let backward = |spoil: &dyn Fn(&mut Gradients<f64>)| {
+            let mut grads = Gradients::zeros(&inputs, &gat)?;
+            spoil(&mut grads);
+            gat.backward_into(&inputs, &saved, out.view(), grads.view_mut())
+        };
+        backward(&|_| {}).unwrap();
+        let bad = || Array2::zeros((7, 9));
+        refused(backward(&|it| it.query = bad()), "Shape | grads.query | [2, 5] | [7, 9]");
+        refused(backward(&|it| it.key = bad()), "Shape | grads.key | [3, 5] | [7, 9]");
+        refused(backward(&|it| it.value = bad()), "Shape | grads.value | [3, 5] | [7, 9]");
+        let features = backward(&|it| it.edge_features = Some(bad()));
+        refused(features, "Shape | grads.edge_features | [6, 3] | [7, 9]");
+        refused(backward(&|it| it.bias = Some(bad())), "MissingInput | an additive bias");
+        for (at, (name, value)) in params::state(&gat).iter().enumerate() {
+            let grad = backward(&|it| it.params[at] = bad().into_dyn());
+            refused(grad, &format!("Shape | grads.params: {name} | {:?} | [7, 9]", value.shape()));
+        }
+        let fewer = backward(&|it| drop(it.params.pop()));
+        refused(fewer, "Shape | number of grads.params");
+        let grad_out = out.slice(s![.., 1..]);
+        let expected = "Shape | grad_out | [2, 8] | [2, 7]";
+        refused(gat.backward(&inputs, &saved, grad_out), expected);
+
+        let (_, others) = Flash::new().forward_train(&inputs).unwrap();
+        let expected = "SavedMismatch | edge_gat | got one saved by flash";
+        refused(gat.backward(&inputs, &others, out.view()), expected);
+        refused(Flash::new().backward(&inputs, &saved, arrays[0].view()), "SavedMismatch | flash");
+        let single = cast::<f32>(&gat);
+        let [query, key, value] = arrays.each_ref().map(|array| array.mapv(|x| x as f32));
+        let features = inputs.edge_features("").unwrap().mapv(|x| x as f32);
+        let inputs_f32 = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        let inputs_f32 = inputs_f32.with_edge_features(features.view()).unwrap();
+        let (_, others) = single.forward_train(&inputs_f32).unwrap();
+        refused(gat.backward(&inputs, &others, out.view()), "SavedMismatch | f64 | f32");
+    }
+}
+
+// First parameters.
+
+#[test]
+fn weights_are_drawn_from_the_whole_of_glorots_interval() {
+    for score in SCORES {
+        let config = EdgeGatConfig::new(score, 60, 50, 4).edge_dim(30).residual(true).gate(true);
+        let of_seed = |seed| params::state(&config.init::<f64>(&mut seeded(seed)).unwrap());
+        let (one, two) = (of_seed(1), of_seed(2));
+        assert_eq!(one, of_seed(1));
+        for ((name, value), (_, other)) in one.iter().zip(&two) {
+            if name.ends_with("bias") {
+                assert!(value.iter().all(|&x| x == 0.0), "{name}");
+                continue;
+            }
+            assert_ne!(value, other, "{name}");
+            let [.., rows, columns] = *value.shape() else { panic!("{name}") };
+            let bound = (6.0 / (rows + columns) as f64).sqrt();
+            let scaled = value.mapv(|x| x / bound);
+            assert!(scaled.iter().all(|x| x.abs() <= 1.0), "{name}");
+            // Of a uniform distribution, both ends, the mean and the variance.
+            for sign in [-1.0, 1.0] {
+                assert!(scaled.iter().any(|x| x * sign > 0.9), "{name}");
+            }
+            let deviations = 5.0 / (value.len() as f64).sqrt();
+            assert!(scaled.mean().unwrap().abs() < deviations, "{name}");
+            let variance = scaled.mapv(|x| x * x).mean().unwrap();
+            assert!((variance - 1.0 / 3.0).abs() < deviations, "{name}: {variance}");
+        }
+    }
+}
+
+// Precision and threads.
+
+/// The same parameters in another precision.
+fn cast<F: Float>(gat: &EdgeGat<f64>) -> EdgeGat<F> {
+    let state = params::state(gat).into_iter();
+    gat.config().from_params(state.map(|(name, value)| (name, value.mapv(F::of)))).unwrap()
+}
+
+/// The output and all gradients, with their names.
+fn arrays_of_training<F: Float>(
+    gat: &EdgeGat<F>,
+    inputs: &Inputs<'_, F>,
+) -> Vec<(String, ArrayD<F>)> {
+    let (out, saved) = gat.forward_train(inputs).unwrap();
+    let grads = gat.backward(inputs, &saved, out.view()).unwrap();
+    let names = params::state(gat).into_iter().map(|(name, _)| name);
+    let features = grads.edge_features.unwrap();
+    [("query", grads.query), ("key", grads.key), ("value", grads.value), ("features", features)]
+        .map(|(name, grad)| (name.to_owned(), grad.into_dyn()))
+        .into_iter()
+        .chain([("out".to_owned(), out.into_dyn())])
+        .chain(names.zip(grads.params))
+        .collect()
+}
+
+/// The difference relative to the largest number of an array.
+#[track_caller]
+fn assert_close(what: &str, tolerance: f64, actual: &ArrayD<f64>, expected: &ArrayD<f64>) {
+    assert_eq!(actual.shape(), expected.shape(), "{what}");
+    let largest = |array: &ArrayD<f64>| array.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
+    let relative = largest(&(actual - expected)) / largest(expected);
+    assert!(relative < tolerance, "{what}: {relative:e}");
+}
+
+#[test]
+fn single_precision_agrees_with_double() {
+    let mut rng = seeded(6);
+    let n = 200;
+    let edges = (0..10 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n)));
+    let graph = Graph::from_edges(n, n, edges.collect::<Vec<_>>()).unwrap();
+    // Exact in both.
+    let nodes = normal::<f32>(&mut rng, n, 10);
+    let features = normal::<f32>(&mut rng, graph.num_edges(), 3);
+    let [nodes_f64, features_f64] = [&nodes, &features].map(|array| array.mapv(f64::from));
+    let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)
+        .and_then(|inputs| inputs.with_edge_features(features.view()))
+        .unwrap();
+    let inputs_f64 = Inputs::graph(nodes_f64.view(), nodes_f64.view(), nodes_f64.view(), &graph)
+        .and_then(|inputs| inputs.with_edge_features(features_f64.view()))
+        .unwrap();
+    for score in SCORES {
+        let config = EdgeGatConfig::new(score, 10, 8, 2).edge_dim(3);
+        let single = config.init::<f32>(&mut rng).unwrap();
+        let state = params::state(&single).into_iter();
+        let state = state.map(|(name, value)| (name, value.mapv(f64::from)));
+        let double = config.from_params(state).unwrap();
+        let expected = arrays_of_training(&double, &inputs_f64);
+        for ((name, actual), (_, expected)) in
+            arrays_of_training(&single, &inputs).iter().zip(&expected)
+        {
+            // A constant added to all logits changes nothing: that gradient is 0 but for rounding.
+            if score == Score::DotProduct && name == "lin_key.bias" {
+                assert!(expected.iter().all(|x| x.abs() < 1e-9));
+                assert!(actual.iter().all(|x| x.abs() < 1e-2));
+                continue;
+            }
+            let what = format!("{score:?}, {name}");
+            assert_close(&what, 1e-5, &actual.mapv(f64::from), expected);
+        }
+    }
+}
+
+/// A query and a key of 40,000 pairs each among 40,000 more, in no order, and the same sorted with
+/// the permutation that sorts them.
+struct Hubs {
+    nodes: Array2<f64>,
+    features: Array2<f64>,
+    graph: Graph,
+    order: Vec<usize>,
+    sorted: Graph,
+}
+
+impl Hubs {
+    fn new() -> Self {
+        let (mut rng, n) = (seeded(7), 40_000);
+        let mut edges: Vec<(usize, usize)> =
+            (0..n).map(|_| (rng.random_range(0..n), rng.random_range(0..n))).collect();
+        edges.extend((0..n).flat_map(|i| [(0, i), (i, 1)]));
+        edges.shuffle(&mut rng);
+        let mut order: Vec<usize> = (0..edges.len()).collect();
+        order.sort_by_key(|&edge| edges[edge]);
+        let sorted = order.iter().map(|&edge| edges[edge]).collect::<Vec<_>>();
+        Self {
+            nodes: normal(&mut rng, n, 6),
+            features: normal(&mut rng, edges.len(), 3),
+            graph: Graph::from_edges(n, n, edges).unwrap(),
+            order,
+            sorted: Graph::from_edges(n, n, sorted).unwrap(),
+        }
+    }
+
+    fn inputs<'a>(&'a self, graph: &'a Graph, features: &'a Array2<f64>) -> Inputs<'a, f64> {
+        let nodes = self.nodes.view();
+        Inputs::graph(nodes, nodes, nodes, graph)
+            .and_then(|inputs| inputs.with_edge_features(features.view()))
+            .unwrap()
+    }
+}
+
+fn of_hubs(score: Score) -> EdgeGat<f64> {
+    init(&EdgeGatConfig::new(score, 6, 5, 2).edge_dim(3)).unwrap()
+}
+
+#[test]
+fn the_order_of_the_edges_does_not_matter() {
+    let hubs = Hubs::new();
+    let features = hubs.features.select(Axis(0), &hubs.order);
+    for score in SCORES {
+        let gat = of_hubs(score);
+        let mixed = arrays_of_training(&gat, &hubs.inputs(&hubs.graph, &hubs.features));
+        let sorted = arrays_of_training(&gat, &hubs.inputs(&hubs.sorted, &features));
+        for ((name, mixed), (_, sorted)) in mixed.iter().zip(&sorted) {
+            let what = format!("{score:?}, {name}");
+            if name == "features" {
+                assert_close(&what, 1e-10, &mixed.select(Axis(0), &hubs.order), sorted);
+            } else if score == Score::DotProduct && name == "lin_key.bias" {
+                assert!((mixed - sorted).iter().all(|x| x.abs() < 1e-8), "{what}");
+            } else {
+                assert_close(&what, 1e-10, mixed, sorted);
+            }
+        }
+    }
+}
+
+#[cfg(feature = "parallel")]
+#[test]
+fn one_two_and_seven_threads_give_the_same_bits() {
+    let hubs = Hubs::new();
+    let inputs = hubs.inputs(&hubs.graph, &hubs.features);
+    for score in SCORES {
+        let gat = of_hubs(score);
+        let [one, two, seven] = [1, 2, 7].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| arrays_of_training(&gat, &inputs))
+        });
+        assert!(one == two, "{score:?}");
+        assert!(one == seven, "{score:?}");
+    }
+}
+
+// Memory.
+
+/// The allocator counts thread by thread, so all the work must be on one.
+fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
+    #[cfg(feature = "parallel")]
+    {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        pool.install(|| measure(run))
+    }
+    #[cfg(not(feature = "parallel"))]
+    measure(run)
+}
+
+/// Nodes of the graphs below.
+const N: usize = 1000;
+const HEADS: usize = 2;
+const EDGE_DIM: usize = 3;
+
+/// Peak bytes beside inputs and outputs, of inference and of training, on a graph of such a degree
+/// whose edges come query by query or in no order.
+fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
+    let mut rng = seeded(8);
+    let mut edges: Vec<_> =
+        (0..N * degree).map(|at| (at / degree, rng.random_range(0..N))).collect();
+    if !is_sorted {
+        edges.shuffle(&mut rng);
+    }
+    let graph = Graph::from_edges(N, N, edges).unwrap();
+    // Part of the graph: computed once and kept there.
+    let _ = graph.transpose();
+    let config = EdgeGatConfig::new(score, 8, 16, HEADS).edge_dim(EDGE_DIM);
+    let gat = config.init::<f32>(&mut rng).unwrap();
+    let (nodes, features) = (normal(&mut rng, N, 8), normal(&mut rng, N * degree, EDGE_DIM));
+    let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)
+        .and_then(|inputs| inputs.with_edge_features(features.view()))
+        .unwrap();
+    let mut out = Array2::zeros((N, 16 * HEADS));
+    let grad_out = Array2::ones(out.raw_dim());
+    let mut grads = Gradients::zeros(&inputs, &gat).unwrap();
+    let inference = on_one_thread(|| gat.forward_into(&inputs, out.view_mut()).unwrap());
+    let training = on_one_thread(|| {
+        let saved = gat.forward_train_into(&inputs, out.view_mut()).unwrap();
+        gat.backward_into(&inputs, &saved, grad_out.view(), grads.view_mut()).unwrap();
+    });
+    [inference.bytes_max, training.bytes_max]
+}
+
+/// Two numbers for each head; where the edges are in no order, also their index and the gradients of
+/// their features. A vector for each edge would be 16 · HEADS numbers more.
+#[test]
+fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
+    for score in SCORES {
+        for (is_sorted, numbers, index) in
+            [(true, 2 * HEADS, 0), (false, 2 * HEADS + EDGE_DIM, size_of::<u32>())]
+        {
+            let [few, many] = [64, 256].map(|degree| peaks(score, degree, is_sorted));
+            assert!(many[0] < few[0] * 11 / 10, "{score:?}: {few:?} {many:?}");
+            let per_edge = (many[1] - few[1]) as f64 / ((256 - 64) * N) as f64;
+            let allowed = numbers * size_of::<f32>() + index + 1;
+            assert!(per_edge < allowed as f64, "{score:?}: {per_edge} bytes, {is_sorted}");
+        }
+    }
+}
