@@ -373,7 +373,7 @@ fn configurations_that_contradict_themselves() {
         }
         for slope in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let expected =
-                format!("InvalidConfig | negative_slope | a number of at least 0 | got {slope}");
+                format!("InvalidConfig | negative_slope | a finite number of at least 0 | got {slope}");
             refused(init(&config(score).negative_slope(slope)), &expected);
         }
         init(&config(score).negative_slope(0.0)).unwrap();
@@ -499,7 +499,7 @@ fn a_shared_weight_may_come_under_either_name_or_both() {
             }
             // A bias of zeros is the same at any scale.
             if names[0].ends_with("weight") {
-                let expected = format!("InvalidConfig | share_weights | another | {}", names[1]);
+                let expected = format!("InvalidConfig | share_weights | different | {}", names[1]);
                 refused(renamed(&names, 2.0), &expected);
             }
         }
@@ -805,4 +805,37 @@ fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
             assert!(per_edge < allowed as f64, "{score:?}: {per_edge} bytes, {is_sorted}");
         }
     }
+}
+
+/// The arrays of a state mean another thing for another configuration, even where they have the same
+/// shape.
+#[test]
+fn the_state_of_another_configuration_is_refused() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+    let x = Array2::<f64>::ones((4, 5));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let config = |score, dim, heads| EdgeGatConfig::new(score, 5, dim, heads);
+    let configs = [
+        config(Score::Gat, 4, 2),
+        config(Score::GatV2, 4, 2),
+        config(Score::GatV2, 2, 4),
+        config(Score::DotProduct, 4, 2),
+        config(Score::DotProduct, 4, 2).residual(false),
+    ];
+    for (i, a) in configs.iter().enumerate() {
+        let (out, saved) = a.init(&mut rng).unwrap().forward_train(&inputs).unwrap();
+        for (j, b) in configs.iter().enumerate() {
+            let result = b.init::<f64>(&mut rng).unwrap().backward(&inputs, &saved, out.view());
+            assert_eq!(result.is_ok(), i == j, "{a:?}, {b:?}");
+        }
+    }
+}
+
+#[test]
+fn a_slope_that_is_only_finite_in_f64_is_refused_in_f32() {
+    let config = EdgeGatConfig::new(Score::Gat, 2, 2, 1).negative_slope(1e300);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    assert!(config.init::<f64>(&mut rng).is_ok());
+    let error = config.init::<f32>(&mut rng).unwrap_err().to_string();
+    assert!(error.contains("negative_slope") && error.contains("1000000"), "{error}");
 }

@@ -180,28 +180,29 @@ impl EdgeGatConfig {
         state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
     ) -> Result<EdgeGat<F>> {
         let mut gat = self.zeros()?;
-        let mut known: Vec<(String, ArrayD<F>)> = Vec::new();
+        // With the name that a value came under.
+        let mut known: Vec<(String, String, ArrayD<F>)> = Vec::new();
         for (name, value) in state {
-            let name = name.as_ref();
-            if self.score == Score::DotProduct && !self.residual && name.starts_with("lin_skip.") {
+            let came_as = name.as_ref().to_owned();
+            if self.score == Score::DotProduct && !self.residual && came_as.starts_with("lin_skip.")
+            {
                 continue;
             }
-            let Some(shared) = self.shared_name(name) else {
-                known.push((name.to_owned(), value));
-                continue;
+            let shared = self.shared_name(&came_as);
+            let name = shared.map_or_else(|| came_as.clone(), str::to_owned);
+            let is_twin = |(known, as_name, _): &&(String, String, ArrayD<F>)| {
+                shared.is_some() && *known == name && *as_name != came_as
             };
-            match known.iter().find(|(name, _)| *name == shared) {
-                Some((_, other)) if *other == value => {}
-                Some(_) => {
-                    return Err(Error::config(
-                        "share_weights",
-                        format!("one value for {shared}"),
-                        format!("another one under {name}"),
-                    ));
+            match known.iter().find(is_twin) {
+                Some((.., twin)) if is_same(twin, &value) => {}
+                Some((_, twin, _)) => {
+                    let expected = format!("the same values under {twin} and {came_as}");
+                    return Err(Error::config("share_weights", expected, "different ones"));
                 }
-                None => known.push((shared.to_owned(), value)),
+                None => known.push((name, came_as, value)),
             }
         }
+        let known = known.into_iter().map(|(name, _, value)| (name, value));
         params::load_state(&mut gat, known)?;
         Ok(gat)
     }
@@ -229,9 +230,10 @@ impl EdgeGatConfig {
                 return Err(Error::config(field, "at least 1", size));
             }
         }
-        let slope = self.negative_slope;
+        let slope = F::of(self.negative_slope).as_f64();
         if !(slope.is_finite() && slope >= 0.0) {
-            return Err(Error::config("negative_slope", "a number of at least 0", slope));
+            let expected = "a finite number of at least 0";
+            return Err(Error::config("negative_slope", expected, self.negative_slope));
         }
         if self.gate && !self.residual {
             return Err(Error::config("gate", "a residual to weigh", "none"));
@@ -392,8 +394,9 @@ struct Names {
 ///   share is one parameter, under the first of its names.
 /// * **Cost** the projection of every node once, O(n · inputs · heads · d); then for each pair
 ///   O(heads · (d + edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2`. Memory O(n
-///   · heads · d), and two numbers for each pair and head in the backward pass; a vector for each
-///   pair exists only within a tile.
+///   · heads · d), and in the backward pass two numbers for each pair and head (and, if the edges were
+///   not given in the order of the queries, its features' gradients once more); a vector of heads · d
+///   for a pair exists only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
 ///   [`Error::MissingInput`] without the edge features it asks for.
 ///
@@ -445,6 +448,8 @@ enum Softmax<F> {
 }
 
 struct State<F> {
+    /// Whose state it is: the arrays mean another thing for another configuration.
+    config: EdgeGatConfig,
     projected: Projected<F>,
     /// Σ p v, heads one after the other.
     context: Array2<F>,
@@ -667,6 +672,12 @@ impl<F: Float> EdgeGat<F> {
     }
 }
 
+/// Whether two arrays are the same, NaN included.
+fn is_same<F: Float>(a: &ArrayD<F>, b: &ArrayD<F>) -> bool {
+    let same = |(a, b): (&F, &F)| a == b || (a.is_nan() && b.is_nan());
+    a.shape() == b.shape() && a.iter().zip(b).all(same)
+}
+
 /// Whether two views are of the same entries in the same order.
 fn same_view<F>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> bool {
     a.as_ptr() == b.as_ptr() && a.shape() == b.shape() && a.strides() == b.strides()
@@ -807,7 +818,8 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         let projected = self.project(inputs)?;
         let (context, softmax) = self.attend(&self.inner_inputs(inputs, &projected)?)?;
         self.finish(inputs, context.view(), out)?;
-        Ok(Saved::new(NAME, State { projected, context, softmax }))
+        let config = self.config.clone();
+        Ok(Saved::new(NAME, State { config, projected, context, softmax }))
     }
 
     fn backward_into(
@@ -817,7 +829,11 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         grad_out: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { projected, context, softmax } = saved.state::<State<F>>(NAME)?;
+        let State { config, projected, context, softmax } = saved.state::<State<F>>(NAME)?;
+        if *config != self.config {
+            let expected = format!("the state of a forward pass with {:?}", self.config);
+            return Err(Error::config("saved", expected, format!("one with {config:?}")));
+        }
         self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         self.check_inputs(inputs)?;
