@@ -372,8 +372,9 @@ fn configurations_that_contradict_themselves() {
             refused(init(&config), expected);
         }
         for slope in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let expected =
-                format!("InvalidConfig | negative_slope | a finite number of at least 0 | got {slope}");
+            let expected = format!(
+                "InvalidConfig | negative_slope | a finite number of at least 0 | got {slope}"
+            );
             refused(init(&config(score).negative_slope(slope)), &expected);
         }
         init(&config(score).negative_slope(0.0)).unwrap();

@@ -126,8 +126,44 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         }
     }
 
-    #[inline(always)]
+    // Compiled once, not in every loop over pairs.
+    #[inline(never)]
     fn begin<S: Simd>(&mut self, simd: S, query: usize) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.begin_inline(simd, query),
+        );
+    }
+
+    #[inline(never)]
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.score_inline(simd, tile),
+        );
+    }
+
+    #[inline(always)]
+    fn add_values<S: Simd>(&mut self, simd: S, tile: &Tile<F>, alphas: &[F]) {
+        if self.problem.in_values {
+            let count = tile.pairs.len();
+            self.features.add_sums(simd, alphas, &tile.weights, count, &mut self.value_sums);
+        }
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd>(&mut self, simd: S, out: &mut [F]) {
+        if self.problem.in_values {
+            self.value_sums.store(simd, &mut self.value_coefficients);
+            let Self { columns, problem, rows, value_coefficients, .. } = self;
+            add_projected(simd, columns, problem, rows, value_coefficients, out);
+        }
+    }
+}
+
+impl<F: Float> EdgeScorer<'_, F> {
+    #[inline(always)]
+    fn begin_inline<S: Simd>(&mut self, simd: S, query: usize) {
         self.query = query;
         self.value_sums.clear();
         if let Logit::DotProduct = self.problem.logit {
@@ -138,7 +174,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
     }
 
     #[inline(always)]
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
         let problem = self.problem;
         let softmax = &problem.softmax;
         let (heads, count) = (softmax.heads, tile.pairs.len());
@@ -180,23 +216,6 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
                     }
                 }
             }
-        }
-    }
-
-    #[inline(always)]
-    fn add_values<S: Simd>(&mut self, simd: S, tile: &Tile<F>, alphas: &[F]) {
-        if self.problem.in_values {
-            let count = tile.pairs.len();
-            self.features.add_sums(simd, alphas, &tile.weights, count, &mut self.value_sums);
-        }
-    }
-
-    #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, out: &mut [F]) {
-        if self.problem.in_values {
-            self.value_sums.store(simd, &mut self.value_coefficients);
-            let Self { columns, problem, rows, value_coefficients, .. } = self;
-            add_projected(simd, columns, problem, rows, value_coefficients, out);
         }
     }
 }

@@ -281,8 +281,22 @@ impl<F: Float> Pass<'_, F> {
 
 /// p = e^{s − L} in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
 /// for hidden pairs, whatever dp. Whole vectors.
-#[inline(always)]
+#[inline(never)]
 pub(in super::super) fn weights_and_logits_vjp<S: Simd, F: Float>(
+    simd: S,
+    logits: &mut [F],
+    log_sums: &[F],
+    deltas: &[F],
+    grads: &mut [F],
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || weights_and_logits_vjp_inline(simd, logits, log_sums, deltas, grads),
+    );
+}
+
+#[inline(always)]
+fn weights_and_logits_vjp_inline<S: Simd, F: Float>(
     simd: S,
     logits: &mut [F],
     log_sums: &[F],
