@@ -10,7 +10,8 @@
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Error, Flash, Graph, Inputs, MultiHeadConfig, Result, ScaledDotProduct,
+    Attention, EdgeGatConfig, Error, Flash, Graph, Inputs, MultiHeadConfig, Result,
+    ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -29,6 +30,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
+        Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
     ])
 }
 

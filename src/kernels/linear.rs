@@ -198,8 +198,13 @@ fn is_sparse<F: Float>(rows: &Rows<'_, F>) -> bool {
     data.iter().filter(|&&value| value != F::zero()).count() < data.len() / SPARSE
 }
 
+/// The entries of a row that are not zero, with their positions. Passes over a stretch of zeros at once.
 fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
-    row.iter().enumerate().filter(|&(_, &value)| value != F::zero())
+    const STRETCH: usize = 16;
+    let any = |values: &[F]| values.iter().fold(false, |any, &value| any | (value != F::zero()));
+    let stretches = row.chunks(STRETCH).zip((0..).step_by(STRETCH)).filter(move |(v, _)| any(v));
+    let entries = stretches.flat_map(|(values, start)| (start..).zip(values));
+    entries.filter(|&(_, &value)| value != F::zero())
 }
 
 /// A right factor in rows of whole panels, with zeros past its columns.
