@@ -325,7 +325,12 @@ impl Graph {
     }
 
     /// Every node with exactly one self-loop: existing loops are removed, then n new ones are
-    /// appended after the remaining edges (which keep their order), node by node.
+    /// appended after the remaining edges (which keep their order), node by node. This is what PyG's
+    /// graph convolutions do inside; here it is done once, and seen.
+    ///
+    /// Where sources and targets are two sets of nodes there are no self-loops, and this is an
+    /// error. (PyG takes nodes of equal number for one node there, adds a loop for as many as both
+    /// sides have, and with the fill rule of the mean fails on edges to the other targets.)
     ///
     /// # Errors
     /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be

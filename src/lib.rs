@@ -31,8 +31,8 @@
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
-//! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and without
-//! unsafe code of our own. Results are the same bits on every run and for any number of threads; another
+//! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
+//! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run and for any number of threads; another
 //! instruction set rounds differently. There is no C and no OS entropy: randomness comes in through an `rng` argument or an
 //! explicit seed.
 //!

@@ -597,19 +597,22 @@ impl<F: Float> EdgeGat<F> {
         })
     }
 
-    /// The outputs of all heads one after the other, and what their backward pass needs.
-    fn attend(&self, inner: &Inputs<'_, F>) -> Result<(Array2<F>, Softmax<F>)> {
+    /// Overwrites `context` with the outputs of all heads one after the other; returns what their
+    /// backward pass needs.
+    fn attend(&self, inner: &Inputs<'_, F>, context: ArrayViewMut2<'_, F>) -> Result<Softmax<F>> {
         if self.is_plain() {
-            let (context, saved) = Flash::new().forward_train(inner)?;
-            return Ok((context, Softmax::Plain(saved)));
+            return Ok(Softmax::Plain(Flash::new().forward_train_into(inner, context)?));
         }
         let heads = self.config.num_heads;
-        let columns = heads * self.config.head_dim;
-        let mut context = try_zeros("context", inner.num_queries(), columns)?;
         let mut log_sum_exp = try_zeros("log_sum_exp", inner.num_queries(), heads)?;
         let problem = self.problem(inner)?;
-        F::edges_forward(&problem, TILE, Level::new(), context.view_mut(), &mut log_sum_exp);
-        Ok((context, Softmax::Edges { log_sum_exp }))
+        F::edges_forward(&problem, TILE, Level::new(), context, &mut log_sum_exp);
+        Ok(Softmax::Edges { log_sum_exp })
+    }
+
+    fn new_context(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let columns = self.config.num_heads * self.config.head_dim;
+        try_zeros("context", inputs.num_queries(), columns)
     }
 
     /// Joins the heads and gates, if there is a gate.
@@ -659,16 +662,24 @@ impl<F: Float> EdgeGat<F> {
             }
         } else {
             self.join_heads(context, out.view_mut());
-            if self.config.residual {
-                let map = self.names.residual;
-                let weight = self.weight(map.weight);
-                add_linear(inputs.query(), weight, self.bias(map), out.view_mut())?;
-            }
+            self.add_residual(inputs, out.view_mut())?;
         }
+        self.add_bias(out);
+        Ok(())
+    }
+
+    fn add_residual(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        if !self.config.residual {
+            return Ok(());
+        }
+        let map = self.names.residual;
+        add_linear(inputs.query(), self.weight(map.weight), self.bias(map), out)
+    }
+
+    fn add_bias(&self, mut out: ArrayViewMut2<'_, F>) {
         if let Some(bias) = self.param::<ndarray::Ix1>("bias") {
             out += &bias;
         }
-        Ok(())
     }
 }
 
@@ -805,8 +816,17 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         self.config.output_columns()
     }
 
-    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.forward_train_into(inputs, out).map(drop)
+    fn forward_into(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<()> {
+        if self.config.average_heads || self.config.gate {
+            return self.forward_train_into(inputs, out).map(drop);
+        }
+        // The heads are the output, and nobody asks for them afterwards.
+        self.check_output("out", inputs, out.shape())?;
+        let projected = self.project(inputs)?;
+        self.attend(&self.inner_inputs(inputs, &projected)?, out.view_mut())?;
+        self.add_residual(inputs, out.view_mut())?;
+        self.add_bias(out);
+        Ok(())
     }
 
     fn forward_train_into(
@@ -816,7 +836,9 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
-        let (context, softmax) = self.attend(&self.inner_inputs(inputs, &projected)?)?;
+        let mut context = self.new_context(inputs)?;
+        let inner = self.inner_inputs(inputs, &projected)?;
+        let softmax = self.attend(&inner, context.view_mut())?;
         self.finish(inputs, context.view(), out)?;
         let config = self.config.clone();
         Ok(Saved::new(NAME, State { config, projected, context, softmax }))
@@ -927,7 +949,8 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         if self.is_plain() {
             return ScaledDotProduct::new().weights(&inner);
         }
-        let Softmax::Edges { log_sum_exp } = self.attend(&inner)?.1 else {
+        let mut context = self.new_context(inputs)?;
+        let Softmax::Edges { log_sum_exp } = self.attend(&inner, context.view_mut())? else {
             return Err(Error::NoWeights { mechanism: NAME });
         };
         F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &log_sum_exp)
