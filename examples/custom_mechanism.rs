@@ -69,7 +69,9 @@ impl Attention<f64> for Mean {
         for query in 0..inputs.num_queries() {
             let share = 1.0 / inputs.row(query).count() as f64;
             for pair in inputs.row(query) {
-                grads.value.row_mut(pair.key).scaled_add(share, &grad_out.row(query));
+                if let Some(grad) = &mut grads.value {
+                    grad.row_mut(pair.key).scaled_add(share, &grad_out.row(query));
+                }
             }
         }
         Ok(())

@@ -100,8 +100,10 @@ impl Gat {
         drop_entries(&mut grad_hidden, on_h);
         // The slope of ELU, from its value y: 1 where y > 0, else eˣ = y + 1.
         Zip::from(&mut grad_hidden).and(&hidden).for_each(|grad, &y| *grad *= 1.0 + y.min(0.0));
-        let first = self.first.backward(&first_inputs, &first_saved, grad_hidden.view())?;
-        Ok([first.params, second_params])
+        // Its inputs are data: nobody needs their gradient.
+        let grad = grad_hidden.view();
+        let first_params = self.first.backward_params(&first_inputs, &first_saved, grad)?;
+        Ok([first_params, second_params])
     }
 }
 

@@ -3,7 +3,7 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::params::Params;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2};
 use std::any::{Any, type_name};
 use std::fmt;
 use std::sync::Arc;
@@ -140,6 +140,32 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         let mut gradients = Gradients::zeros(inputs, self)?;
         self.backward_into(inputs, saved, grad_out, gradients.view_mut())?;
         Ok(gradients)
+    }
+
+    /// [`backward_into`](Self::backward_into) for the parameters alone, in the order of [`Params`]: of
+    /// a first layer, whose inputs are data.
+    ///
+    /// # Errors
+    /// As [`backward_into`](Self::backward_into).
+    fn backward_params(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+    ) -> Result<Vec<ArrayD<F>>> {
+        let mut params = Vec::new();
+        self.visit_params(&mut |_, param| params.push(ArrayD::zeros(param.raw_dim())));
+        let grads = GradientsMut {
+            query: None,
+            key: None,
+            value: None,
+            bias: None,
+            edge_features: None,
+            distances: None,
+            params: &mut params,
+        };
+        self.backward_into(inputs, saved, grad_out, grads)?;
+        Ok(params)
     }
 }
 

@@ -30,11 +30,11 @@ pub struct Gradients<F> {
 #[derive(Debug)]
 pub struct GradientsMut<'a, F> {
     /// With respect to the queries.
-    pub query: ArrayViewMut2<'a, F>,
+    pub query: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the keys.
-    pub key: ArrayViewMut2<'a, F>,
+    pub key: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the values.
-    pub value: ArrayViewMut2<'a, F>,
+    pub value: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the additive logits.
     pub bias: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the edge features.
@@ -72,9 +72,9 @@ impl<F: Float> Gradients<F> {
     /// All of them, to be added to.
     pub fn view_mut(&mut self) -> GradientsMut<'_, F> {
         GradientsMut {
-            query: self.query.view_mut(),
-            key: self.key.view_mut(),
-            value: self.value.view_mut(),
+            query: Some(self.query.view_mut()),
+            key: Some(self.key.view_mut()),
+            value: Some(self.value.view_mut()),
             bias: self.bias.as_mut().map(|grad| grad.view_mut()),
             edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
             distances: self.distances.as_mut().map(|grad| grad.view_mut()),
@@ -121,9 +121,15 @@ impl<F: Float> GradientsMut<'_, F> {
         params: &(impl Params<F> + ?Sized),
     ) -> Result<()> {
         let shapes = inputs.gradient_shapes();
-        check_shape("grads.query", &shapes.query, self.query.shape())?;
-        check_shape("grads.key", &shapes.key, self.key.shape())?;
-        check_shape("grads.value", &shapes.value, self.value.shape())?;
+        for (what, expected, actual) in [
+            ("grads.query", &shapes.query, &self.query),
+            ("grads.key", &shapes.key, &self.key),
+            ("grads.value", &shapes.value, &self.value),
+        ] {
+            if let Some(actual) = actual {
+                check_shape(what, expected, actual.shape())?;
+            }
+        }
         let channel = |what, channel, expected: Option<&[usize]>, actual: Option<&[usize]>| match (
             expected, actual,
         ) {

@@ -211,9 +211,18 @@ fn read_large_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
     }
 }
 
+fn add(grad: &mut Option<ArrayViewMut2<'_, f64>>, value: f64) {
+    grad.iter_mut().for_each(|grad| *grad += value);
+}
+
+fn adds_where_strided(_: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<'_, f64>) {
+    let strided = grads.value.as_ref().is_some_and(|value| !value.is_standard_layout());
+    add(&mut grads.value, f64::from(u8::from(strided)));
+}
+
 /// Hidden keys times zero: harmless until a query that does not see them is NaN.
 fn nan_query_leaks(x: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<'_, f64>) {
-    grads.key += 0.0 * x.query().sum();
+    add(&mut grads.key, 0.0 * x.query().sum());
 }
 
 /// Query heads that read the keys and values of the other group.
@@ -236,12 +245,9 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(leave_empty_rows), "forward_into overwrites its output"),
     (Computes(|_, _, out| *out += drift()), "forward_into overwrites its output and repeats its"),
     (TrainsOtherwise, "forward_train_into gives the numbers of forward_into"),
-    (Adds(|_, _, grads| grads.query += drift()), "backward_into repeats its bits"),
+    (Adds(|_, _, grads| add(&mut grads.query, drift())), "backward_into repeats its bits"),
     (Reads(read_memory), "strided, transposed and reversed views"),
-    (
-        Adds(|_, _, g| g.value += f64::from(u8::from(!g.value.is_standard_layout()))),
-        "strided, transposed and reversed views",
-    ),
+    (Adds(adds_where_strided), "strided, transposed and reversed views"),
     (Reads(|_, [_, key, _]| number_rows(key)), "permuting the keys changes nothing"),
     (Reads(|_, [query, _, _]| number_rows(query)), "permuting the queries permutes the output"),
     (Sees(ignore_masks), "the same visible pairs as a graph"),
@@ -251,10 +257,10 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.value().sum()), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * distances(x)), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * features(x)), "the data of hidden pairs"),
-    (Adds(|x, _, grads| grads.query += 0.0 * x.key().sum()), "keys that nobody sees"),
-    (Adds(|x, _, grads| grads.key += 0.0 * x.key().sum()), "keys that nobody sees"),
-    (Adds(|x, _, grads| grads.value += 0.0 * x.key().sum()), "keys that nobody sees"),
-    (Adds(|_, _, grads| grads.value += 1e-9), "keys that nobody sees have zero gradients"),
+    (Adds(|x, _, grads| add(&mut grads.query, 0.0 * x.key().sum())), "keys that nobody sees"),
+    (Adds(|x, _, grads| add(&mut grads.key, 0.0 * x.key().sum())), "keys that nobody sees"),
+    (Adds(|x, _, grads| add(&mut grads.value, 0.0 * x.key().sum())), "keys that nobody sees"),
+    (Adds(|_, _, grads| add(&mut grads.value, 1e-9)), "keys that nobody sees have zero gradients"),
     (
         Adds(|x, _, g| g.distances.iter_mut().for_each(|grad| *grad += 0.0 * distances(x))),
         "keys that nobody",
@@ -278,12 +284,19 @@ const FAULTS: &[(Fault, &str)] = &[
     (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),
     (Weighs(spread_weights), "weights are non-negative"),
     (Weighs(weigh_hidden_pairs), "weights are non-negative, 0 for hidden pairs"),
-    (Adds(|_, _, grads| grads.query.fill(0.0)), "gradients are added to what is there"),
+    (
+        Adds(|_, _, g| add(&mut g.bias, f64::from(u8::from(g.query.is_none())))),
+        "gradients that are not asked for",
+    ),
+    (
+        Adds(|_, _, grads| grads.query.iter_mut().for_each(|grad| grad.fill(0.0))),
+        "gradients are added to what is there",
+    ),
     (NeedsEveryGradient, "gradients that are not asked for may be left out"),
     (Computes(read_large_values_in_empty_rows), "a query that sees no key reads none"),
     (Computes(|x, _, out| fill_empty_rows(x, out)), "a query that sees no key gets zeros"),
-    (Adds(|x, grad_out, grads| grads.value += leak(x, grad_out)), "gradients do not flow"),
-    (Adds(|x, grad_out, grads| grads.query += leak(x, grad_out)), "gradients do not flow"),
+    (Adds(|x, grad_out, grads| add(&mut grads.value, leak(x, grad_out))), "gradients do not flow"),
+    (Adds(|x, grad_out, grads| add(&mut grads.query, leak(x, grad_out))), "gradients do not flow"),
     (Hides("out:"), "an output of the wrong shape is Error::Shape"),
     (Hides("grad_out:"), "a grad_out of the wrong shape is Error::Shape"),
     (Hides("grads.query:"), "gradients of the wrong shape are Error::Shape"),
@@ -321,9 +334,9 @@ fn every_gradient_is_compared() {
 
     // Hardly wrong, or read forward and forgotten backward.
     let faults: &[(Fault, &str)] = &[
-        (Adds(|_, _, grads| grads.query += 1e-5), "query,"),
-        (Adds(|_, _, grads| grads.key += 1e-5), "key,"),
-        (Adds(|_, _, grads| grads.value += 1e-5), "value,"),
+        (Adds(|_, _, grads| add(&mut grads.query, 1e-5)), "query,"),
+        (Adds(|_, _, grads| add(&mut grads.key, 1e-5)), "key,"),
+        (Adds(|_, _, grads| add(&mut grads.value, 1e-5)), "value,"),
         (Adds(|_, _, grads| grads.bias.iter_mut().for_each(|grad| *grad += 1e-5)), "bias,"),
         (Computes(|x, _, out| *out += distances(x)), "distances,"),
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),

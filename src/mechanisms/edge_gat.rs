@@ -754,35 +754,41 @@ impl<F: Float> ParamGradients<'_, '_, F> {
         self.view(name).expect("the configuration has it")
     }
 
-    /// y = x Wᵀ + b: adds the gradients of W and b, and of x.
+    /// y = x Wᵀ + b: adds the gradients of W and b, and of x if it is asked for.
     fn linear(
         &mut self,
         map: Linear,
         x: ArrayView2<'_, F>,
         grad: ArrayView2<'_, F>,
-        grad_x: ArrayViewMut2<'_, F>,
+        grad_x: Option<ArrayViewMut2<'_, F>>,
     ) -> Result<()> {
         linear_params_vjp(x, grad, self.weight(map.weight), None)?;
         if let Some(mut bias) = map.bias.and_then(|name| self.view::<ndarray::Ix1>(name)) {
             bias += &grad.sum_axis(Axis(0));
         }
-        linear_input_vjp(self.gat.weight(map.weight), grad, grad_x)
+        match grad_x {
+            Some(grad_x) => linear_input_vjp(self.gat.weight(map.weight), grad, grad_x),
+            None => Ok(()),
+        }
     }
 
-    /// y = x foldᵀ: adds the gradients of what was folded, and of x.
+    /// y = x foldᵀ: adds the gradients of what was folded, and of x if it is asked for.
     fn folded(
         &mut self,
         attention: &str,
         map: Linear,
         x: ArrayView2<'_, F>,
         grad: ArrayView2<'_, F>,
-        grad_x: ArrayViewMut2<'_, F>,
+        grad_x: Option<ArrayViewMut2<'_, F>>,
     ) -> Result<()> {
         let folded = fold(self.gat.attention(attention), self.gat.weight(map.weight));
         let mut grad_folded = Array2::zeros(folded.raw_dim());
         linear_params_vjp(x, grad, grad_folded.view_mut(), None)?;
         self.unfold(attention, map.weight, grad_folded.view());
-        linear_input_vjp(folded.view(), grad, grad_x)
+        match grad_x {
+            Some(grad_x) => linear_input_vjp(folded.view(), grad, grad_x),
+            None => Ok(()),
+        }
     }
 
     fn unfold(&mut self, attention: &str, weight: &str, grad_folded: ArrayView2<'_, F>) {
@@ -877,7 +883,8 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         };
         if self.config.residual {
             let map = self.names.residual;
-            params.linear(map, inputs.query(), grad_residual, grad_query.view_mut())?;
+            let grad_x = grad_query.as_mut().map(|grad| grad.view_mut());
+            params.linear(map, inputs.query(), grad_residual, grad_x)?;
         }
         let mut grad_heads;
         let grad_context = if self.config.average_heads {

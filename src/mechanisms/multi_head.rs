@@ -440,7 +440,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
 
         // context = inner(q', k', v')
         let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
-        let [query, key, value] = grad_projected.each_mut().map(|array| array.view_mut());
+        let [query, key, value] = grad_projected.each_mut().map(|array| Some(array.view_mut()));
         let inner_grads = GradientsMut {
             query,
             key,
@@ -470,7 +470,9 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             let grad = grad_projected[which].view();
             let bias = in_bias.as_mut().map(|bias| bias.slice_mut(s![rows]));
             linear_params_vjp(arrays[which], grad, weight, bias)?;
-            linear_input_vjp(self.in_weight(which), grad, grad_x)?;
+            if let Some(grad_x) = grad_x {
+                linear_input_vjp(self.in_weight(which), grad, grad_x)?;
+            }
         }
         Ok(())
     }

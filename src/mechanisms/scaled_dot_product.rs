@@ -219,7 +219,9 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
             // oᵢ += mᵢⱼ pᵢⱼ vⱼ
             let factor = weight * problem.multiplier(pair.index, head);
             let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
-            grads.value.slice_mut(s![pair.key, value_columns]).scaled_add(factor, &grad_out);
+            if let Some(grad) = &mut grads.value {
+                grad.slice_mut(s![pair.key, value_columns]).scaled_add(factor, &grad_out);
+            }
             // pᵢ = softmax(sᵢ): dsᵢⱼ = pᵢⱼ (dpᵢⱼ − δᵢ)
             let grad_logit =
                 weight * (grad_weights[[pair.index, head]] - deltas[[pair.query, head]]);
@@ -233,8 +235,12 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
             let query = query.slice(s![pair.query, query_columns.clone()]);
             let key = inputs.key();
             let key = key.slice(s![pair.key, key_columns.clone()]);
-            grads.query.slice_mut(s![pair.query, query_columns]).scaled_add(grad_product, &key);
-            grads.key.slice_mut(s![pair.key, key_columns]).scaled_add(grad_product, &query);
+            if let Some(grad) = &mut grads.query {
+                grad.slice_mut(s![pair.query, query_columns]).scaled_add(grad_product, &key);
+            }
+            if let Some(grad) = &mut grads.key {
+                grad.slice_mut(s![pair.key, key_columns]).scaled_add(grad_product, &query);
+            }
         });
         Ok(())
     }

@@ -330,7 +330,17 @@ impl<'a, F: Float> Check<'a, F> {
         succeed(law, self.mechanism.backward_into(&inputs, &saved, grad_out, grads))?;
         close(law, &some.query, &self.gradients.query)?;
         close(law, &some.key, &self.gradients.key)?;
-        close(law, &some.value, &self.gradients.value)
+        close(law, &some.value, &self.gradients.value)?;
+
+        let mut rest = succeed(law, Gradients::zeros(&inputs, self.mechanism))?;
+        let grads = GradientsMut { query: None, key: None, value: None, ..rest.view_mut() };
+        succeed(law, self.mechanism.backward_into(&inputs, &saved, grad_out, grads))?;
+        for ((name, rest), (_, all)) in arrays(&rest).into_iter().zip(arrays(&self.gradients)) {
+            if !["query", "key", "value"].contains(&name) {
+                close(law, &rest.to_owned(), &all.to_owned())?;
+            }
+        }
+        Ok(())
     }
 
     fn nothing_flows_through_empty_rows(&self) -> Result<(), Broken> {

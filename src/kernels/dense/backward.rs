@@ -9,7 +9,7 @@ use crate::kernels::matmul::{rows_times, splat, store};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{ArrayViewMut2, s};
+use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
@@ -79,7 +79,15 @@ pub(crate) fn backward<F: Float>(
     let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
     let parts = parts(problem.inputs.num_queries(), sizes.queries, num_parts);
-    let grad_queries = row_chunks(grads.query.view_mut(), parts.iter().map(Range::len));
+    let mut unasked;
+    let grad_query = match &mut grads.query {
+        Some(grad) => grad.view_mut(),
+        None => {
+            unasked = Array2::zeros(problem.inputs.query().raw_dim());
+            unasked.view_mut()
+        }
+    };
+    let grad_queries = row_chunks(grad_query, parts.iter().map(Range::len));
     // Rows of the bias are queries, or their pairs.
     let per_query = if problem.bias.is_some_and(|bias| bias.is_matrix()) { 1 } else { num_keys };
     let bias_lens = parts.iter().map(|part| part.len() * per_query);
@@ -101,8 +109,12 @@ pub(crate) fn backward<F: Float>(
     });
 
     for part in &parts {
-        add_head_rows(&part.keys.key, padded[0], problem.key_dim, grads.key.view_mut());
-        add_head_rows(&part.keys.value, padded[1], problem.value_dim, grads.value.view_mut());
+        if let Some(grad) = &mut grads.key {
+            add_head_rows(&part.keys.key, padded[0], problem.key_dim, grad.view_mut());
+        }
+        if let Some(grad) = &mut grads.value {
+            add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.view_mut());
+        }
     }
 }
 

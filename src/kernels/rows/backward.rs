@@ -34,43 +34,51 @@ pub(crate) fn backward<F: Float>(
     let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
     let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
 
-    let pairs = Pairs::ByQuery(graph);
-    let tile = pairs.tile_len(tile_len);
-    let by_query =
-        Pass { problem, own: &queries, other: &keys, tile_len: tile, terms: &terms, pairs };
-    let parts_of = parts(pairs);
     // In the order of the rows, since each thread must own what it adds to.
     let columns = if grads.bias.is_some() { problem.heads } else { 0 };
     let mut grad_logits = Array2::zeros((graph.num_edges(), columns));
-    let outputs = Outputs::by_row([grads.query.view_mut()], &parts_of);
-    for_each_part(
-        &parts_of,
-        problem.work(),
-        Outputs {
-            by_row: outputs.by_row,
-            by_slot: [grad_logits.view_mut()],
-            by_part: outputs.by_part,
-        },
-        |part, Outputs { by_row: [grad_a], by_slot: [grad_logits], .. }| {
-            let grad_logits = (columns > 0).then_some(grad_logits);
-            dispatch!(level, simd => by_query.run(simd, part, grad_a, None, grad_logits));
-        },
-        add_up,
-    );
-    let pairs = Pairs::ByKey(graph.transpose());
-    let tile = pairs.tile_len(tile_len);
-    let by_key =
-        Pass { problem, own: &keys, other: &queries, tile_len: tile, terms: &terms, pairs };
-    let parts_of = parts(pairs);
-    for_each_part(
-        &parts_of,
-        problem.work(),
-        Outputs::by_row([grads.key.view_mut(), grads.value.view_mut()], &parts_of),
-        |part, Outputs { by_row: [grad_a, grad_b], .. }| {
-            dispatch!(level, simd => by_key.run(simd, part, grad_a, Some(grad_b), None));
-        },
-        add_up,
-    );
+    let mut unasked = [(); 3].map(|()| Array2::zeros((0, 0)));
+    let [for_query, for_key, for_value] = &mut unasked;
+    if grads.query.is_some() || columns > 0 {
+        let pairs = Pairs::ByQuery(graph);
+        let tile_len = pairs.tile_len(tile_len);
+        let by_query =
+            Pass { problem, own: &queries, other: &keys, tile_len, terms: &terms, pairs };
+        let parts = parts(pairs);
+        let query = asked_or(&mut grads.query, for_query, inputs.query().dim());
+        let outputs = Outputs::by_row([query], &parts);
+        for_each_part(
+            &parts,
+            problem.work(),
+            Outputs {
+                by_row: outputs.by_row,
+                by_slot: [grad_logits.view_mut()],
+                by_part: outputs.by_part,
+            },
+            |part, Outputs { by_row: [grad_a], by_slot: [grad_logits], .. }| {
+                let grad_logits = (columns > 0).then_some(grad_logits);
+                dispatch!(level, simd => by_query.run(simd, part, grad_a, None, grad_logits));
+            },
+            add_up,
+        );
+    }
+    if grads.key.is_some() || grads.value.is_some() {
+        let pairs = Pairs::ByKey(graph.transpose());
+        let tile_len = pairs.tile_len(tile_len);
+        let by_key = Pass { problem, own: &keys, other: &queries, tile_len, terms: &terms, pairs };
+        let parts = parts(pairs);
+        let key = asked_or(&mut grads.key, for_key, inputs.key().dim());
+        let value = asked_or(&mut grads.value, for_value, inputs.value().dim());
+        for_each_part(
+            &parts,
+            problem.work(),
+            Outputs::by_row([key, value], &parts),
+            |part, Outputs { by_row: [grad_a, grad_b], .. }| {
+                dispatch!(level, simd => by_key.run(simd, part, grad_a, Some(grad_b), None));
+            },
+            add_up,
+        );
+    }
 
     if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
         for query in 0..graph.num_queries() {
@@ -79,6 +87,21 @@ pub(crate) fn backward<F: Float>(
                     grad[bias.slot(Pair { query, key, index }, head)] += grad_logits[[slot, head]];
                 }
             }
+        }
+    }
+}
+
+/// The array of a gradient that was asked for, or one to be forgotten.
+fn asked_or<'g, F: Float>(
+    asked: &'g mut Option<ArrayViewMut2<'_, F>>,
+    unasked: &'g mut Array2<F>,
+    shape: (usize, usize),
+) -> ArrayViewMut2<'g, F> {
+    match asked {
+        Some(asked) => asked.view_mut(),
+        None => {
+            *unasked = Array2::zeros(shape);
+            unasked.view_mut()
         }
     }
 }
