@@ -1,0 +1,357 @@
+//! Sizes, options and the parameters that follow from them.
+
+use super::EdgeGat;
+use crate::error::{Error, Result};
+use crate::float::{Float, try_zeros};
+use crate::mechanisms::fill_uniform;
+use crate::params;
+use ndarray::{ArrayD, Axis};
+use rand::Rng;
+
+/// How [`EdgeGat`] scores a query node i against a neighbour j with edge features x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Score {
+    /// LeakyReLU(a_dst · W_dst h_i + a_src · W_src h_j + a_edge · W_e x): the graph attention network
+    /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: in a head, all
+    /// queries rank the same keys in the same order (Brody et al. 2022).
+    Gat,
+    /// a · LeakyReLU(W_dst h_i + W_src h_j + W_e x), of Brody et al. 2022, PyG's `GATv2Conv`: any
+    /// query can prefer any key.
+    GatV2,
+    /// (W_q h_i) · (W_k h_j + W_e x) / √d, of Shi et al. 2021, PyG's `TransformerConv`.
+    DotProduct,
+}
+
+/// The sizes and options of an [`EdgeGat`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct EdgeGatConfig {
+    pub(super) score: Score,
+    pub(super) query_dim: usize,
+    pub(super) key_dim: usize,
+    pub(super) head_dim: usize,
+    pub(super) num_heads: usize,
+    pub(super) edge_dim: usize,
+    pub(super) average_heads: bool,
+    pub(super) negative_slope: f64,
+    pub(super) bias: bool,
+    pub(super) share_weights: bool,
+    pub(super) residual: bool,
+    pub(super) gate: bool,
+    pub(super) edge_values: bool,
+}
+
+impl EdgeGatConfig {
+    /// Nodes of `input_dim` columns, `num_heads` heads of `head_dim`, with the defaults of PyG: a
+    /// bias, heads one after the other, a slope of 0.2; [`Score::Gat`] has one weight for both ends
+    /// of an edge, [`Score::DotProduct`] a residual, and the edge features in its values.
+    #[must_use]
+    pub fn new(score: Score, input_dim: usize, head_dim: usize, num_heads: usize) -> Self {
+        Self {
+            score,
+            query_dim: input_dim,
+            key_dim: input_dim,
+            head_dim,
+            num_heads,
+            edge_dim: 0,
+            average_heads: false,
+            negative_slope: 0.2,
+            bias: true,
+            share_weights: score == Score::Gat,
+            residual: score == Score::DotProduct,
+            gate: false,
+            edge_values: score == Score::DotProduct,
+        }
+    }
+
+    /// Keys and values of another number of columns than queries: PyG's `in_channels = (keys,
+    /// queries)`. The two ends of an edge then have weights of their own.
+    #[must_use]
+    pub fn key_dim(mut self, dim: usize) -> Self {
+        self.key_dim = dim;
+        self.share_weights = false;
+        self
+    }
+
+    /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`.
+    #[must_use]
+    pub fn edge_dim(mut self, dim: usize) -> Self {
+        self.edge_dim = dim;
+        self
+    }
+
+    /// The mean of the heads instead of one after the other: PyG's `concat=False`.
+    #[must_use]
+    pub fn average_heads(mut self, average: bool) -> Self {
+        self.average_heads = average;
+        self
+    }
+
+    /// The slope of LeakyReLU on the negative side; without effect on [`Score::DotProduct`].
+    #[must_use]
+    pub fn negative_slope(mut self, slope: f64) -> Self {
+        self.negative_slope = slope;
+        self
+    }
+
+    /// With or without the additive parameters.
+    #[must_use]
+    pub fn bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// One weight for both ends of an edge; not for [`Score::DotProduct`].
+    #[must_use]
+    pub fn share_weights(mut self, share: bool) -> Self {
+        self.share_weights = share;
+        self
+    }
+
+    /// Adds a linear map of the query node to the output: PyG's `residual` or `root_weight`.
+    #[must_use]
+    pub fn residual(mut self, residual: bool) -> Self {
+        self.residual = residual;
+        self
+    }
+
+    /// Weighs residual r against attention o: β r + (1 − β) o, β = σ(w · \[o, r, o − r\]) for each
+    /// node: PyG's `beta`. Needs the residual.
+    #[must_use]
+    pub fn gate(mut self, gate: bool) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Whether a value is W h_j + W_e x, or W h_j alone.
+    #[must_use]
+    pub fn edge_values(mut self, edge_values: bool) -> Self {
+        self.edge_values = edge_values;
+        self
+    }
+
+    /// Fresh parameters: Glorot's uniform in ±√(6/(rows + columns)) for weights and attention
+    /// vectors (Glorot & Bengio 2010), as Veličković et al. have it, and zeros for biases. (PyG draws the
+    /// linear maps of `TransformerConv` from ±1/√columns.)
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if a size is 0, the slope is negative or not finite, weights are to
+    /// be shared between nodes of different sizes or with [`Score::DotProduct`], or a gate has no
+    /// residual; [`Error::TooLarge`].
+    pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<EdgeGat<F>> {
+        let mut gat = self.zeros()?;
+        for (name, param) in &mut gat.params {
+            let shape = param.shape();
+            if let [.., rows, columns] = *shape
+                && !name.ends_with("bias")
+            {
+                let bound = (6.0 / (rows + columns) as f64).sqrt();
+                fill_uniform(param.view_mut(), bound, rng);
+            }
+        }
+        Ok(gat)
+    }
+
+    /// With given parameters, named as in PyG's state dict (see [`EdgeGat`]), in any order.
+    ///
+    /// Where both ends of an edge share a weight, it may come under either end's name or under both
+    /// (older versions of PyG write `lin_src.weight` and `lin_dst.weight` for a `GATConv` of one
+    /// node set). The `lin_skip` that a `TransformerConv` keeps without using it is left out.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidConfig`] if a shared
+    /// weight comes in two different versions.
+    pub fn from_params<F: Float>(
+        &self,
+        state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
+    ) -> Result<EdgeGat<F>> {
+        let mut gat = self.zeros()?;
+        // With the name that a value came under.
+        let mut known: Vec<(String, String, ArrayD<F>)> = Vec::new();
+        for (name, value) in state {
+            let came_as = name.as_ref().to_owned();
+            if self.score == Score::DotProduct && !self.residual && came_as.starts_with("lin_skip.")
+            {
+                continue;
+            }
+            let shared = self.shared_name(&came_as);
+            let name = shared.map_or_else(|| came_as.clone(), str::to_owned);
+            let is_twin = |(known, as_name, _): &&(String, String, ArrayD<F>)| {
+                shared.is_some() && *known == name && *as_name != came_as
+            };
+            match known.iter().find(is_twin) {
+                Some((.., twin)) if is_same(twin, &value) => {}
+                Some((_, twin, _)) => {
+                    let expected = format!("the same values under {twin} and {came_as}");
+                    return Err(Error::config("share_weights", expected, "different ones"));
+                }
+                None => known.push((name, came_as, value)),
+            }
+        }
+        let known = known.into_iter().map(|(name, _, value)| (name, value));
+        params::load_state(&mut gat, known)?;
+        Ok(gat)
+    }
+
+    /// The name that a shared parameter has here.
+    fn shared_name(&self, name: &str) -> Option<&'static str> {
+        let shared = match (self.score, name) {
+            (Score::Gat, "lin.weight" | "lin_src.weight" | "lin_dst.weight") => "lin.weight",
+            (Score::GatV2, "lin_l.weight" | "lin_r.weight") => "lin_l.weight",
+            (Score::GatV2, "lin_l.bias" | "lin_r.bias") => "lin_l.bias",
+            _ => return None,
+        };
+        self.share_weights.then_some(shared)
+    }
+
+    /// Validates, and allocates all parameters as zeros.
+    fn zeros<F: Float>(&self) -> Result<EdgeGat<F>> {
+        for (field, size) in [
+            ("input_dim", self.query_dim),
+            ("key_dim", self.key_dim),
+            ("head_dim", self.head_dim),
+            ("num_heads", self.num_heads),
+        ] {
+            if size == 0 {
+                return Err(Error::config(field, "at least 1", size));
+            }
+        }
+        let slope = F::of(self.negative_slope).as_f64();
+        if !(slope.is_finite() && slope >= 0.0) {
+            let expected = "a finite number of at least 0";
+            return Err(Error::config("negative_slope", expected, self.negative_slope));
+        }
+        if self.gate && !self.residual {
+            return Err(Error::config("gate", "a residual to weigh", "none"));
+        }
+        if self.share_weights && self.score == Score::DotProduct {
+            return Err(Error::config("share_weights", "false for Score::DotProduct", true));
+        }
+        if self.share_weights && self.key_dim != self.query_dim {
+            let expected = format!("false where key_dim = {} differs", self.key_dim);
+            return Err(Error::config("share_weights", expected, true));
+        }
+        let columns = self.num_heads.saturating_mul(self.head_dim);
+        let out = self.output_columns();
+        let names = self.names();
+        let mut params = Vec::new();
+        let mut matrix = |name: &'static str, rows: usize, columns: usize| -> Result<()> {
+            params.push((name, try_zeros(name, rows, columns)?.into_dyn()));
+            Ok(())
+        };
+        let has_edges = self.edge_dim > 0;
+        // In the order of PyG's state dicts; those of rank 1 or 3 get it below.
+        for &name in names.attention {
+            if has_edges || name != "att_edge" {
+                matrix(name, self.num_heads, self.head_dim)?;
+            }
+        }
+        if self.bias && self.score != Score::DotProduct {
+            matrix("bias", 1, out)?;
+        }
+        let ends = [(names.key, self.key_dim), (names.query, self.query_dim)];
+        for (&(name, dim), which) in ends.iter().zip(0..) {
+            if which == 0 || name != names.key {
+                matrix(name.weight, columns, dim)?;
+                if let Some(bias) = name.bias.filter(|_| self.bias) {
+                    matrix(bias, 1, columns)?;
+                }
+            }
+        }
+        if names.value != names.key {
+            matrix(names.value.weight, columns, self.key_dim)?;
+            if let Some(bias) = names.value.bias.filter(|_| self.bias) {
+                matrix(bias, 1, columns)?;
+            }
+        }
+        if has_edges {
+            matrix("lin_edge.weight", columns, self.edge_dim)?;
+        }
+        if self.residual {
+            matrix(names.residual.weight, out, self.query_dim)?;
+            if let Some(bias) = names.residual.bias.filter(|_| self.bias) {
+                matrix(bias, 1, out)?;
+            }
+        }
+        if self.gate {
+            matrix("lin_beta.weight", 1, out.saturating_mul(3))?;
+        }
+        for (name, param) in &mut params {
+            if name.ends_with("bias") {
+                param.index_axis_inplace(Axis(0), 0);
+            } else if name.starts_with("att") {
+                param.insert_axis_inplace(Axis(0));
+            }
+        }
+        Ok(EdgeGat { config: self.clone(), names, params })
+    }
+
+    pub(super) fn output_columns(&self) -> usize {
+        if self.average_heads {
+            self.head_dim
+        } else {
+            self.num_heads.saturating_mul(self.head_dim)
+        }
+    }
+
+    fn names(&self) -> Names {
+        const fn with_bias(weight: &'static str, bias: &'static str) -> Linear {
+            Linear { weight, bias: Some(bias) }
+        }
+        const fn plain(weight: &'static str) -> Linear {
+            Linear { weight, bias: None }
+        }
+        let share = self.share_weights;
+        match self.score {
+            Score::Gat => {
+                let key = plain(if share { "lin.weight" } else { "lin_src.weight" });
+                Names {
+                    attention: &["att_src", "att_dst", "att_edge"],
+                    key,
+                    query: if share { key } else { plain("lin_dst.weight") },
+                    value: key,
+                    residual: plain("res.weight"),
+                }
+            }
+            Score::GatV2 => {
+                let key = with_bias("lin_l.weight", "lin_l.bias");
+                Names {
+                    attention: &["att"],
+                    key,
+                    query: if share { key } else { with_bias("lin_r.weight", "lin_r.bias") },
+                    value: key,
+                    residual: plain("res.weight"),
+                }
+            }
+            Score::DotProduct => Names {
+                attention: &[],
+                key: with_bias("lin_key.weight", "lin_key.bias"),
+                query: with_bias("lin_query.weight", "lin_query.bias"),
+                value: with_bias("lin_value.weight", "lin_value.bias"),
+                residual: with_bias("lin_skip.weight", "lin_skip.bias"),
+            },
+        }
+    }
+}
+
+/// The names of a linear map's parameters. The bias may be switched off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Linear {
+    pub(super) weight: &'static str,
+    pub(super) bias: Option<&'static str>,
+}
+
+/// The linear maps of a score, by what they are applied to.
+#[derive(Clone, Debug)]
+pub(super) struct Names {
+    pub(super) attention: &'static [&'static str],
+    pub(super) key: Linear,
+    pub(super) query: Linear,
+    pub(super) value: Linear,
+    pub(super) residual: Linear,
+}
+
+/// Whether two arrays are the same, NaN included.
+fn is_same<F: Float>(a: &ArrayD<F>, b: &ArrayD<F>) -> bool {
+    let same = |(a, b): (&F, &F)| a == b || (a.is_nan() && b.is_nan());
+    a.shape() == b.shape() && a.iter().zip(b).all(same)
+}
