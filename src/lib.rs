@@ -32,9 +32,9 @@
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
-//! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run and for any number of threads; another
-//! instruction set rounds differently. There is no C and no OS entropy: randomness comes in through an `rng` argument or an
-//! explicit seed.
+//! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
+//! and for any number of threads; another instruction set rounds differently. There is no C and no OS
+//! entropy: randomness comes in through an `rng` argument or an explicit seed.
 //!
 //! | feature | default | what it does |
 //! |---|---|---|

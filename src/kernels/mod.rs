@@ -1,11 +1,15 @@
 //! The inner loops, on slices: the only place where speed may cost beauty.
 //!
 //! The instruction set is chosen at run time by `fearless_simd`, once for each task; every function
-//! that computes in vectors is generic over it and `#[inline(always)]`, since a call across the
-//! boundary costs ten times the work. `matmul`, `exp2` and `heads` are the primitives, `problem` is
+//! that computes in vectors is generic over it. Those that work on a vector are `#[inline(always)]`,
+//! since a call across the boundary costs ten times the work; those that work on a whole tile of
+//! rows enter the instruction set themselves and are called, since inlined everywhere they would make
+//! the build take minutes.
+//!
+//! `matmul`, `exp2` and `heads` are the primitives, `linear` makes projections of them, `problem` is
 //! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
-//! row; neither ever holds more than a tile of logits. What they are checked against is the plain
-//! `ScaledDotProduct`.
+//! row, `edges` row by row with features of the pairs; none ever holds more than a tile of logits.
+//! What they are checked against is the plain `ScaledDotProduct`, and PyG's answers.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///

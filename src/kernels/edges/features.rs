@@ -16,7 +16,6 @@ pub(super) struct FeatureTile<F> {
 }
 
 /// A number for each head and feature.
-#[derive(Clone)]
 pub(super) struct Coefficients<F> {
     /// From head to head: whole vectors.
     pub(super) stride: usize,
@@ -81,15 +80,10 @@ impl<F: Float> FeatureTile<F> {
         Self { dim, stride, data: vec![F::zero(); dim * stride] }
     }
 
-    #[inline(always)]
-    fn column(&self, feature: usize, count: usize) -> &[F] {
-        &self.data[feature * self.stride..][..count]
-    }
-
     /// The weights of a feature in [`Columns::add_weighted`](super::super::heads::Columns).
     #[inline(always)]
     pub(super) fn of_feature(&self, feature: usize) -> &[F] {
-        self.column(feature, self.stride)
+        &self.data[feature * self.stride..][..self.stride]
     }
 
     #[inline(always)]
