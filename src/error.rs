@@ -62,6 +62,18 @@ pub enum Error {
         /// The value that came.
         actual: String,
     },
+    /// A point lies on the boundary of the space that it must lie in, or outside.
+    #[error("{what}: expected a norm less than {limit} in row {row}, got {norm}")]
+    Domain {
+        /// The argument, e.g. `query`.
+        what: &'static str,
+        /// The row; 0 where a single point was expected.
+        row: usize,
+        /// The norm of the point.
+        norm: f64,
+        /// What the norm must be less than.
+        limit: f64,
+    },
     /// The parts of a graph contradict each other.
     #[error("graph: {what}: expected {expected}, got {actual}")]
     Graph {

@@ -45,6 +45,7 @@ mod attention;
 mod dropout;
 mod error;
 mod float;
+pub mod geometry;
 mod gradients;
 mod graph;
 mod inputs;

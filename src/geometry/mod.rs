@@ -1,0 +1,3 @@
+//! Spaces of constant curvature, as pure functions with their vector–Jacobian products.
+
+pub mod poincare;

@@ -1,0 +1,1 @@
+//! The Poincaré ball of curvature −c.
