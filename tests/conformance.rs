@@ -2,7 +2,8 @@
 
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Attention, EdgeGatConfig, Flash, Float, MultiHeadConfig, ScaledDotProduct, Score,
+    Aggregation, Attention, Coordinates, EdgeGatConfig, Flash, Float, MultiHeadConfig,
+    PoincareConfig, ScaledDotProduct, Score,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -74,7 +75,21 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             }),
         ),
     ];
-    others.into_iter().chain(gats).collect()
+    let tangent = || PoincareConfig::new().coordinates(Coordinates::Tangent);
+    let learned = |config: PoincareConfig| config.learn_curvature(true).learn_temperature(true);
+    let linear = Aggregation::TangentAtOrigin;
+    let in_the_ball = |shapes: Shapes| shapes.scale(0.1);
+    let poincare = [
+        (in_the_ball(Shapes::new(3, 3, 3)), PoincareConfig::new()),
+        (in_the_ball(heads()), learned(PoincareConfig::new().curvature(1.7).temperature(0.6))),
+        (in_the_ball(grouped()), PoincareConfig::new().aggregation(linear)),
+        (one_head(), learned(tangent())),
+        (grouped().scale(0.5), learned(tangent().curvature(0.3)).temperature(2.0)),
+        (heads(), learned(tangent().aggregation(linear))),
+        (Shapes::new(19, 19, 35).scale(0.3), tangent()),
+    ]
+    .map(|(shapes, config)| (shapes, Box::new(config.init().unwrap()) as Box<dyn Attention<F>>));
+    others.into_iter().chain(gats).chain(poincare).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

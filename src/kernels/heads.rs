@@ -18,6 +18,12 @@ pub(crate) fn plain_dot<F: Float>(a: &[F], b: &[F]) -> F {
     a.iter().zip(b).fold(F::zero(), |sum, (&a, &b)| sum + a * b)
 }
 
+/// Σ (aᵢ − bᵢ)² over the common length, without SIMD.
+#[inline]
+fn plain_squared_distance<F: Float>(a: &[F], b: &[F]) -> F {
+    a.iter().zip(b).fold(F::zero(), |sum, (&a, &b)| sum + (a - b) * (a - b))
+}
+
 /// Σ aᵢ bᵢ over the common length in eight sums, which compilers turn into vectors.
 #[inline]
 pub(crate) fn unrolled_dot<F: Float>(a: &[F], b: &[F]) -> F {
@@ -118,12 +124,28 @@ impl<F: Float> Columns<F> {
     ) {
         simd.vectorize(
             #[inline(always)]
-            || self.dots_inline(simd, own, rows, out, stride),
+            || self.sums::<S, false>(simd, own, rows, out, stride),
+        );
+    }
+
+    /// |own − row t|² in place of the products of [`dots`](Self::dots), from the differences.
+    #[inline(never)]
+    pub(crate) fn squared_distances<S: Simd>(
+        &mut self,
+        simd: S,
+        own: &[F],
+        rows: Gather<'_, F>,
+        out: &mut [F],
+        stride: usize,
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.sums::<S, true>(simd, own, rows, out, stride),
         );
     }
 
     #[inline(always)]
-    fn dots_inline<S: Simd>(
+    fn sums<S: Simd, const SQUARE: bool>(
         &mut self,
         simd: S,
         own: &[F],
@@ -144,18 +166,18 @@ impl<F: Float> Columns<F> {
             let rows = Gather { at: &rows.at[start..count.min(start + len)], ..rows };
             if whole == len {
                 for &vectors in fours.iter() {
-                    multiply(simd, vectors, own, rows, scratch);
+                    multiply::<S, F, 4, SQUARE>(simd, vectors, own, rows, scratch);
                 }
                 for &vector in ones.iter() {
-                    multiply(simd, [vector], own, rows, scratch);
+                    multiply::<S, F, 1, SQUARE>(simd, [vector], own, rows, scratch);
                 }
             } else {
                 // A head's fours come before its ones.
                 for &vectors in fours.iter() {
-                    add_products(simd, vectors, own, rows, scratch);
+                    add_products::<S, F, 4, SQUARE>(simd, vectors, own, rows, scratch);
                 }
                 for &vector in ones.iter() {
-                    add_products(simd, [vector], own, rows, scratch);
+                    add_products::<S, F, 1, SQUARE>(simd, [vector], own, rows, scratch);
                 }
             }
             for (head, products) in scratch.chunks_exact(len * len).enumerate() {
@@ -166,7 +188,8 @@ impl<F: Float> Columns<F> {
         for rest in &self.rest {
             let len = self.dim - whole;
             for (t, out) in out[rest.head * stride..][..count].iter_mut().enumerate() {
-                *out += plain_dot(&own[rest.own..][..len], &rows.row(t)[rest.other..][..len]);
+                let (own, row) = (&own[rest.own..][..len], &rows.row(t)[rest.other..][..len]);
+                *out += if SQUARE { plain_squared_distance(own, row) } else { plain_dot(own, row) };
             }
         }
     }
@@ -216,7 +239,7 @@ impl<F: Float> Columns<F> {
 
 /// Products of heads of one vector each.
 #[inline(always)]
-fn multiply<S: Simd, F: Float, const N: usize>(
+fn multiply<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     simd: S,
     vectors: [Start; N],
     own: &[F],
@@ -234,14 +257,16 @@ fn multiply<S: Simd, F: Float, const N: usize>(
         let row = &rows.row(t)[vectors[0].other..][..N * len];
         for n in 0..N {
             let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-            (row * own_vectors[n]).store_slice(&mut products[(n * len + t) * len..][..len]);
+            let difference = row - own_vectors[n];
+            let product = if SQUARE { difference * difference } else { row * own_vectors[n] };
+            product.store_slice(&mut products[(n * len + t) * len..][..len]);
         }
     }
 }
 
 /// The products of vectors of one head, on top of those before unless they are the first.
 #[inline(always)]
-fn add_products<S: Simd, F: Float, const N: usize>(
+fn add_products<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     simd: S,
     vectors: [Start; N],
     own: &[F],
@@ -264,7 +289,11 @@ fn add_products<S: Simd, F: Float, const N: usize>(
         };
         for n in 0..N {
             let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-            sum = row.mul_add(own_vectors[n], sum);
+            let difference = row - own_vectors[n];
+            sum = match SQUARE {
+                true => difference.mul_add(difference, sum),
+                false => row.mul_add(own_vectors[n], sum),
+            };
         }
         sum.store_slice(products);
     }

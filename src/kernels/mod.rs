@@ -50,10 +50,12 @@ macro_rules! without_sse2 {
     };
 }
 
+pub(crate) mod asinh;
 pub(crate) mod dense;
 pub(crate) mod edges;
 pub(crate) mod exp2;
 pub(crate) mod heads;
+pub(crate) mod hyperbolic;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod parallel;
@@ -68,14 +70,15 @@ use crate::graph::Graph;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
+use hyperbolic::HyperbolicProblem;
 use linear::Target;
 use ndarray::{Array2, ArrayViewMut2};
-use problem::{Problem, Rows, Upstream};
+use problem::{Problem, Rows, Slices, Upstream};
 use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
 /// and instruction set, and not again in every crate that calls a mechanism.
-pub trait Kernels: exp2::HasExp2 {
+pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh {
     /// [`linear::width`].
     fn panel_width(level: Level) -> usize
     where
@@ -173,6 +176,50 @@ pub trait Kernels: exp2::HasExp2 {
     ) -> Result<Array2<Self>>
     where
         Self: Float;
+
+    /// [`dense::forward`] with the logits of [`hyperbolic`].
+    fn hyperbolic_dense_forward(
+        problem: &HyperbolicProblem<'_, Self>,
+        sizes: TileSizes,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`rows::forward`] with the logits of [`hyperbolic`].
+    fn hyperbolic_rows_forward(
+        problem: &HyperbolicProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`hyperbolic::spread`].
+    fn hyperbolic_spread(
+        problem: &HyperbolicProblem<'_, Self>,
+        directions: Slices<'_, Self>,
+        log_sum_exp: &Array2<Self>,
+        tile_len: usize,
+        level: Level,
+        sums: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`hyperbolic::backward`].
+    fn hyperbolic_backward(
+        problem: &HyperbolicProblem<'_, Self>,
+        points: &hyperbolic::Points<Self>,
+        upstream: &hyperbolic::Upstream<Self>,
+        tile_len: usize,
+        level: Level,
+        wanted: [bool; 2],
+        grad_bias: Option<ArrayViewMut2<'_, Self>>,
+    ) -> Result<hyperbolic::PointGradients<Self>>
+    where
+        Self: Float;
 }
 
 macro_rules! compile_kernels {
@@ -210,7 +257,7 @@ macro_rules! compile_kernels {
                 out: ArrayViewMut2<'_, Self>,
                 log_sum_exp: &mut Array2<Self>,
             ) {
-                dense::forward(problem, sizes, level, out, log_sum_exp);
+                dense::forward::<_, dense::DotTiles<'_, _>>(problem, sizes, level, out, log_sum_exp);
             }
 
             fn dense_backward(
@@ -273,6 +320,53 @@ macro_rules! compile_kernels {
                 log_sum_exp: &Array2<Self>,
             ) -> Result<Array2<Self>> {
                 edges::weights(problem, tile_len, level, log_sum_exp)
+            }
+
+            fn hyperbolic_dense_forward(
+                problem: &HyperbolicProblem<'_, Self>,
+                sizes: TileSizes,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                dense::forward::<_, hyperbolic::DistanceTiles<'_, _>>(
+                    problem, sizes, level, out, log_sum_exp,
+                );
+            }
+
+            fn hyperbolic_rows_forward(
+                problem: &HyperbolicProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                rows::forward::<_, hyperbolic::DistanceScorer<'_, _>>(
+                    problem, tile_len, level, out, log_sum_exp,
+                );
+            }
+
+            fn hyperbolic_spread(
+                problem: &HyperbolicProblem<'_, Self>,
+                directions: Slices<'_, Self>,
+                log_sum_exp: &Array2<Self>,
+                tile_len: usize,
+                level: Level,
+                sums: ArrayViewMut2<'_, Self>,
+            ) {
+                hyperbolic::spread(problem, directions, log_sum_exp, tile_len, level, sums);
+            }
+
+            fn hyperbolic_backward(
+                problem: &HyperbolicProblem<'_, Self>,
+                points: &hyperbolic::Points<Self>,
+                upstream: &hyperbolic::Upstream<Self>,
+                tile_len: usize,
+                level: Level,
+                wanted: [bool; 2],
+                grad_bias: Option<ArrayViewMut2<'_, Self>>,
+            ) -> Result<hyperbolic::PointGradients<Self>> {
+                hyperbolic::backward(problem, points, upstream, tile_len, level, wanted, grad_bias)
             }
         }
     )*};

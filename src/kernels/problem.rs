@@ -201,7 +201,7 @@ impl<F: Float> From<Array2<F>> for Rows<'_, F> {
 
 /// Rows as slices of one slice.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Slices<'r, F> {
+pub struct Slices<'r, F> {
     pub(crate) data: &'r [F],
     pub(crate) columns: usize,
 }

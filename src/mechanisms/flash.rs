@@ -5,6 +5,7 @@ use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::TileSizes;
 use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
+use crate::mechanisms::FEW_QUERIES;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
@@ -12,9 +13,6 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "flash";
-
-/// Below this a block of queries would leave most lanes of a vector empty.
-const FEW_QUERIES: usize = 8;
 
 /// Exact scaled dot-product attention in tiles (Dao et al. 2022, 2205.14135; Dao 2023, 2307.08691;
 /// Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867): the function of

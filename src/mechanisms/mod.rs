@@ -3,12 +3,16 @@
 pub(crate) mod edge_gat;
 pub(crate) mod flash;
 pub(crate) mod multi_head;
+pub(crate) mod poincare;
 pub(crate) mod scaled_dot_product;
 
 use crate::float::Float;
 use ndarray::{ArrayViewMut, Dimension};
 use rand::Rng;
 use rand_distr::{Distribution, Uniform};
+
+/// Below this a block of queries would leave most lanes of a vector empty.
+const FEW_QUERIES: usize = 8;
 
 /// Fresh parameters: uniform in ±`bound`.
 fn fill_uniform<F: Float, D: Dimension>(

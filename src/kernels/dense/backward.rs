@@ -1,5 +1,5 @@
+use super::pack_transposed;
 use super::{BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, block, clip};
-use super::{pack_queries, pack_transposed};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
@@ -55,7 +55,7 @@ struct BackwardPart<'g, F> {
 }
 
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
-pub(crate) fn backward<F: Float>(
+pub(in super::super) fn backward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
     level: Level,
@@ -203,7 +203,7 @@ fn backward_block<S: Simd, F: Float>(
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
     let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
-    let keys = HeadRows::new(problem.key.slices(), kv_head, key_dim);
+    let keys = block.keys();
     let finite_keys = HeadRows::new(operands.key.slices(), kv_head, key_dim);
     let values = HeadRows::new(problem.value.slices(), kv_head, value_dim);
     let [padded_key, padded_value] = [key_dim, value_dim].map(|dim| dim.next_multiple_of(panel));
@@ -211,7 +211,7 @@ fn backward_block<S: Simd, F: Float>(
 
     let grad_out =
         |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
-    pack_queries(block, problem.scale * F::of(LOG2_E), &mut scratch.queries);
+    block.pack_queries(problem.scale * F::of(LOG2_E), &mut scratch.queries);
     pack_transposed(
         value_dim,
         block.queries.clone().map(grad_out),

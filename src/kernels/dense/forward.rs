@@ -1,19 +1,17 @@
-use super::{Block, HeadRows, PARTS, TileSizes, block, clip, pack_queries};
+use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::exp2::exp2;
-use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, rows_times, splat, store};
+use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, splat, store};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use crate::kernels::problem::{FiniteRows, Problem};
+use crate::kernels::problem::FiniteRows;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayViewMut2, s};
-use std::f64::consts::{LN_2, LOG2_E};
+use std::f64::consts::LN_2;
 use std::ops::Range;
 
 /// Buffers of a forward pass over one block after the other.
 struct ForwardScratch<F> {
-    /// key_dim × width.
-    queries: Vec<F>,
     /// keys × width.
     scores: Vec<F>,
     /// value_dim × width.
@@ -23,13 +21,14 @@ struct ForwardScratch<F> {
 }
 
 /// Overwrites `out` and `log_sum_exp` (num_queries × heads).
-pub(crate) fn forward<F: Float>(
-    problem: &Problem<'_, F>,
+pub(in super::super) fn forward<'p, F: Float, C: TileScorer<'p, F>>(
+    whole: &'p C::Problem,
     sizes: TileSizes,
     level: Level,
     out: ArrayViewMut2<'_, F>,
     log_sum_exp: &mut Array2<F>,
 ) {
+    let problem = C::softmax(whole);
     let sizes = clip(problem, sizes);
     let values = FiniteRows::new(problem.value.slices(), problem.may_hide());
     let parts = parts(problem.inputs.num_queries(), sizes.queries, 4 * PARTS);
@@ -37,23 +36,26 @@ pub(crate) fn forward<F: Float>(
     let log_sums = row_chunks(log_sum_exp.view_mut(), parts.iter().map(Range::len));
     let tasks = parts.iter().cloned().zip(outs).zip(log_sums).collect();
     parallel::for_each(tasks, problem.work(), |((queries, out), log_sum)| {
-        dispatch!(level, simd => forward_part(simd, problem, &values, sizes, queries, out, log_sum));
+        dispatch!(level, simd => {
+            forward_part::<_, _, C>(simd, whole, &values, sizes, queries, out, log_sum);
+        });
     });
 }
 
 #[inline(always)]
-fn forward_part<S: Simd, F: Float>(
+fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     simd: S,
-    problem: &Problem<'_, F>,
+    whole: &'p C::Problem,
     values: &FiniteRows<'_, F>,
     sizes: TileSizes,
     queries: Range<usize>,
     mut out: ArrayViewMut2<'_, F>,
     mut log_sum_exp: ArrayViewMut2<'_, F>,
 ) {
+    let problem = C::softmax(whole);
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let mut scorer = C::new(simd, whole, width);
     let mut scratch = ForwardScratch {
-        queries: Vec::with_capacity(problem.key_dim * width),
         scores: vec![F::zero(); sizes.keys * width],
         out: vec![F::zero(); problem.value_dim * width],
         maxima: vec![F::zero(); width],
@@ -64,7 +66,7 @@ fn forward_part<S: Simd, F: Float>(
             let block = block::<S, F>(problem, head, &queries, &rows);
             simd.vectorize(
                 #[inline(always)]
-                || forward_block(simd, &block, values, sizes.keys, &mut scratch),
+                || forward_block(simd, &block, &mut scorer, values, sizes.keys, &mut scratch),
             );
             let dim = problem.value_dim;
             let mut out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
@@ -86,9 +88,10 @@ fn forward_part<S: Simd, F: Float>(
 
 /// Leaves the outputs times the sums, the sums and the maxima in `scratch`.
 #[inline(always)]
-fn forward_block<S: Simd, F: Float>(
+fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     simd: S,
     block: &Block<'_, '_, F>,
+    scorer: &mut C,
     values: &FiniteRows<'_, F>,
     keys_per_tile: usize,
     scratch: &mut ForwardScratch<F>,
@@ -96,10 +99,8 @@ fn forward_block<S: Simd, F: Float>(
     let Block { problem, head, width, .. } = *block;
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
-    let keys = HeadRows::new(problem.key.slices(), kv_head, problem.key_dim);
     let values_of_head = HeadRows::new(values.slices(), kv_head, problem.value_dim);
-    let factor = problem.scale * F::of(LOG2_E);
-    pack_queries(block, factor, &mut scratch.queries);
+    scorer.begin(simd, block);
     scratch.maxima.fill(F::neg_infinity());
     scratch.sums.fill(F::zero());
     scratch.out.fill(F::zero());
@@ -117,15 +118,9 @@ fn forward_block<S: Simd, F: Float>(
             let scores = &mut scratch.scores[..tile.len() * width];
             let may_hide = block.may_hide_in(&tile);
 
-            // S = K Qᵀ, m' = max(m, max S)
+            // S, m' = max(m, max S)
             let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
-            let mut max = old_max;
-            let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
-            let key = |k| keys.row(tile.start + k);
-            rows_times(simd, tile.len(), key, queries, panel, |k, _, score| {
-                max = [max[0].max(score[0]), max[1].max(score[1])];
-                store::<S, F>(score, &mut scores[k * width + column..]);
-            });
+            let mut max = scorer.score(simd, block, &tile, column, old_max, scores);
             if may_hide {
                 block.restrict(block.lanes(column, panel), &tile, scores);
                 max = old_max;

@@ -9,14 +9,14 @@
 mod backward;
 mod forward;
 
-pub(crate) use backward::backward;
-pub(crate) use forward::forward;
+pub(super) use backward::backward;
+pub(super) use forward::forward;
 
-use super::matmul::{Matrix, panel_width};
+use super::matmul::{Matrix, PanelRow, panel_width, rows_times, store};
 use super::problem::{Problem, Slices};
 use crate::float::Float;
 use crate::inputs::Pair;
-use fearless_simd::Simd;
+use fearless_simd::{Simd, SimdBase};
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
@@ -30,69 +30,83 @@ pub struct TileSizes {
 /// The gradients of keys and values are summed in at most this many parts of the queries, each of at
 /// least so many blocks and in order, and then over the parts: numbers that depend on the problem
 /// alone, so that the sums do not depend on the threads.
-const PARTS: usize = 4;
-const BLOCKS_OF_PART: usize = 4;
+pub(super) const PARTS: usize = 4;
+pub(super) const BLOCKS_OF_PART: usize = 4;
 
 /// One head of keys or values: row j starts at `j · stride`.
 #[derive(Clone, Copy)]
-struct HeadRows<'r, F> {
+pub(super) struct HeadRows<'r, F> {
     data: &'r [F],
     stride: usize,
     dim: usize,
 }
 
 impl<'r, F: Float> HeadRows<'r, F> {
-    fn new(rows: Slices<'r, F>, head: usize, dim: usize) -> Self {
+    pub(super) fn new(rows: Slices<'r, F>, head: usize, dim: usize) -> Self {
         let data = rows.data.get(head * dim..).unwrap_or_default();
         Self { data, stride: rows.columns, dim }
     }
 
     #[inline(always)]
-    fn row(self, row: usize) -> &'r [F] {
+    pub(super) fn row(self, row: usize) -> &'r [F] {
         &self.data[row * self.stride..][..self.dim]
     }
 
     /// The rows from this one on.
     #[inline(always)]
-    fn matrix(self, from: usize) -> Matrix<'r, F> {
+    pub(super) fn matrix(self, from: usize) -> Matrix<'r, F> {
         Matrix { data: &self.data[from * self.stride..], stride: self.stride }
     }
 }
 
 /// A block of queries of one head, in columns: lane r is query `queries.start + r`, and lanes past
 /// the end are padding.
-struct Block<'p, 'a, F: Float> {
-    problem: &'p Problem<'a, F>,
-    head: usize,
-    queries: Range<usize>,
+pub(super) struct Block<'p, 'a, F: Float> {
+    pub(super) problem: &'p Problem<'a, F>,
+    pub(super) head: usize,
+    pub(super) queries: Range<usize>,
     /// The number of lanes, a multiple of the panel width.
-    width: usize,
+    pub(super) width: usize,
     /// Whether anything but a causal pattern may hide a pair.
     may_hide_anywhere: bool,
 }
 
 impl<F: Float> Block<'_, '_, F> {
+    /// Overwrites `packed`, key_dim × width, with the queries times a factor, transposed.
+    #[inline(always)]
+    pub(super) fn pack_queries(&self, factor: F, packed: &mut Vec<F>) {
+        let rows = self.queries.clone().map(|query| self.problem.query(query, self.head));
+        pack_transposed(self.problem.key_dim, rows, factor, self.width, packed);
+    }
+
+    /// The keys that it meets.
+    #[inline(always)]
+    pub(super) fn keys(&self) -> HeadRows<'_, F> {
+        let problem = self.problem;
+        HeadRows::new(problem.key.slices(), problem.kv_head(self.head), problem.key_dim)
+    }
+
     /// Keys from this one on are hidden from the whole block by the causal pattern.
-    fn num_visible_keys(&self) -> usize {
+    pub(super) fn num_visible_keys(&self) -> usize {
         self.problem.inputs.num_visible_keys(self.queries.end - 1)
     }
 
-    fn may_hide_in(&self, keys: &Range<usize>) -> bool {
+    pub(super) fn may_hide_in(&self, keys: &Range<usize>) -> bool {
         let diagonal = self.problem.inputs.num_visible_keys(self.queries.start);
         self.may_hide_anywhere || keys.end > diagonal
     }
 
     /// The lanes of a panel that are queries.
-    fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
+    pub(super) fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
         column..(column + panel).min(self.queries.len())
     }
 
-    fn pair(&self, lane: usize, key: usize) -> Pair {
+    pub(super) fn pair(&self, lane: usize, key: usize) -> Pair {
         self.problem.dense_pair(self.queries.start + lane, key)
     }
 
     /// Adds the bias to the scores of some lanes, and hides what is hidden.
-    fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
+    pub(super) fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
         if !self.may_hide_anywhere {
             // The causal pattern alone: the first lanes do not see a key yet.
             for (k, key) in keys.clone().enumerate() {
@@ -115,7 +129,7 @@ impl<F: Float> Block<'_, '_, F> {
     }
 
     /// Multiplies the entries of some lanes by what dropout makes of their weights.
-    fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
+    pub(super) fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
         let Some(dropout) = self.problem.dropout else { return };
         for lane in lanes {
             for (k, key) in keys.clone().enumerate() {
@@ -125,12 +139,12 @@ impl<F: Float> Block<'_, '_, F> {
         }
     }
 
-    fn sees(&self, lane: usize, key: usize) -> bool {
+    pub(super) fn sees(&self, lane: usize, key: usize) -> bool {
         self.problem.dense_bias(self.pair(lane, key), self.head).is_some()
     }
 
     /// Visits the visible pairs of some lanes with some keys.
-    fn for_each_visible(
+    pub(super) fn for_each_visible(
         &self,
         lanes: impl Iterator<Item = usize>,
         keys: impl Iterator<Item = usize> + Clone,
@@ -145,7 +159,7 @@ impl<F: Float> Block<'_, '_, F> {
 }
 
 /// Rows `rows` of the queries from `queries.start` on.
-fn block<'p, 'a, S: Simd, F: Float>(
+pub(super) fn block<'p, 'a, S: Simd, F: Float>(
     problem: &'p Problem<'a, F>,
     head: usize,
     queries: &Range<usize>,
@@ -164,23 +178,89 @@ fn block<'p, 'a, S: Simd, F: Float>(
 const LARGEST_TILE: usize = 1024;
 
 /// Tiles no larger than the problem.
-fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
+pub(super) fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     TileSizes {
         queries: sizes.queries.min(problem.inputs.num_queries()).clamp(1, LARGEST_TILE),
         keys: sizes.keys.min(problem.inputs.num_keys()).clamp(1, LARGEST_TILE),
     }
 }
 
-/// The queries of a block times a factor, transposed to key_dim × width.
-#[inline(always)]
-fn pack_queries<F: Float>(block: &Block<'_, '_, F>, factor: F, packed: &mut Vec<F>) {
-    let rows = block.queries.clone().map(|query| block.problem.query(query, block.head));
-    pack_transposed(block.problem.key_dim, rows, factor, block.width, packed);
+/// How a mechanism makes logits of tiles: what the forward pass of all of them is generic over.
+pub(super) trait TileScorer<'p, F: Float>: Sized {
+    /// The mechanism's problem.
+    type Problem: Sync;
+
+    /// The softmax in it.
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
+
+    /// For blocks of up to so many lanes.
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, width: usize) -> Self;
+
+    /// Takes up the queries of a block.
+    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>);
+
+    /// Writes the logits of a panel of lanes for a tile of keys, in units of ln 2; returns the
+    /// largest of them and `max`.
+    fn score<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        max: PanelRow<S, F>,
+        scores: &mut [F],
+    ) -> PanelRow<S, F>;
+}
+
+/// The logits of scaled dot-product attention.
+pub(super) struct DotTiles<'p, F: Float> {
+    problem: &'p Problem<'p, F>,
+    /// Queries times the scale and log₂ e, key_dim × width.
+    queries: Vec<F>,
+}
+
+impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
+    type Problem = Problem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        problem
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
+        Self { problem, queries: Vec::with_capacity(problem.key_dim * width) }
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _: S, block: &Block<'_, '_, F>) {
+        block.pack_queries(self.problem.scale * F::of(LOG2_E), &mut self.queries);
+    }
+
+    /// S = K Qᵀ
+    #[inline(always)]
+    fn score<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        mut max: PanelRow<S, F>,
+        scores: &mut [F],
+    ) -> PanelRow<S, F> {
+        let (keys, width) = (block.keys(), block.width);
+        let queries = Matrix { data: &self.queries[..], stride: width }.skip_columns(column);
+        let key = |k| keys.row(tile.start + k);
+        rows_times(simd, tile.len(), key, queries, panel_width::<S, F>(), |k, _, score| {
+            max = [max[0].max(score[0]), max[1].max(score[1])];
+            store::<S, F>(score, &mut scores[k * width + column..]);
+        });
+        max
+    }
 }
 
 /// Overwrites `packed`, columns × width, with the transpose of `factor` × rows, and zeros.
 #[inline(always)]
-fn pack_transposed<'r, F: Float>(
+pub(super) fn pack_transposed<'r, F: Float>(
     columns: usize,
     rows: impl Iterator<Item = &'r [F]>,
     factor: F,

@@ -85,6 +85,16 @@ impl<'g> Pairs<'g> {
         }
     }
 
+    /// The slot of each pair with its query, key and number; by query.
+    pub(super) fn numbered(self) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+        (0..self.num_rows()).flat_map(move |row| {
+            let mut pairs = Vec::new();
+            let slots = self.slots(row);
+            Row { pairs: self, row, slots: slots.clone() }.list(slots.clone(), &mut pairs);
+            slots.zip(pairs).map(|(slot, pair)| (slot, pair.query, pair.key, pair.index))
+        })
+    }
+
     fn num_rows(self) -> usize {
         match self {
             Pairs::Dense { num_queries, .. } => num_queries,

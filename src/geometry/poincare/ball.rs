@@ -1,0 +1,160 @@
+//! The ball itself: its curvature, the points in it, and sums over coordinates.
+
+use crate::error::{Error, Result, check_shape};
+use crate::float::Float;
+
+/// The curvature, checked: c and its root.
+#[derive(Clone, Copy)]
+pub(super) struct Ball {
+    pub(super) c: f64,
+    pub(super) root: f64,
+}
+
+impl Ball {
+    pub(super) fn new<F: Float>(c: F) -> Result<Self> {
+        let value = c.as_f64();
+        if !(value.is_finite() && value >= 0.0) {
+            return Err(Error::config("c", "a finite number, at least 0", c));
+        }
+        // No −0, whose root has a reciprocal of the wrong sign.
+        let c = value.abs();
+        Ok(Self { c, root: c.sqrt() })
+    }
+
+    /// α = 1 − c|x|² of a point in the ball, right to an ulp or two.
+    pub(super) fn alpha<F: Float>(self, what: &'static str, x: &[F]) -> Result<f64> {
+        self.alpha_of_row(what, 0, x.len(), |i| x[i].as_f64())
+    }
+
+    pub(super) fn alpha_of_row(
+        self,
+        what: &'static str,
+        row: usize,
+        n: usize,
+        x: impl Fn(usize) -> f64,
+    ) -> Result<f64> {
+        let alpha = one_minus_c_norm2(self.c, n, &x);
+        // NaN is let through.
+        if alpha <= 0.0 {
+            return Err(Error::Domain { what, row, norm: norm(n, x), limit: self.root.recip() });
+        }
+        Ok(alpha)
+    }
+
+    /// c|z|² of a vector of this norm: without overflow in |z|² and exactly zero at c = 0.
+    pub(super) fn c_norm2(self, norm: f64) -> f64 {
+        let scaled = self.root * norm;
+        scaled * scaled
+    }
+}
+
+/// 1 − c|x|², negative or zero outside the ball; −∞ where a coordinate is infinite.
+pub(crate) fn one_minus_c_norm2(c: f64, n: usize, x: impl Fn(usize) -> f64) -> f64 {
+    if c == 0.0 {
+        // The ball has no boundary but infinity; NaN stays NaN.
+        let largest = (0..n).fold(0.0, |sum: f64, i| sum + 0.0 * x(i));
+        let infinite = (0..n).any(|i| x(i).is_infinite());
+        return if infinite { f64::NEG_INFINITY } else { 1.0 + largest };
+    }
+    // c = c' 4^k with c' in [1, 4), and x' = 2^k x: exact, and no square over- or underflows that
+    // counts. A subnormal c is made normal first.
+    let (c, scale) = if c < f64::MIN_POSITIVE { (c * TWO_108, TWO_54.recip()) } else { (c, 1.0) };
+    let exponent = (c.to_bits() >> 52) as i64 - 1023;
+    let k = exponent.div_euclid(2);
+    let c = c * power_of_two(-k) * power_of_two(-k);
+    let x = |i| x(i) * scale * power_of_two(k);
+    let plain = 1.0 - c * sum(n, |i| x(i) * x(i));
+    if plain >= 1.0 / 16.0 || plain.is_nan() || plain < -1.0 {
+        return plain;
+    }
+    // Near the boundary: Σ x² = high + low, each product and sum with its rounding error.
+    let (mut high, mut low) = (0.0, 0.0);
+    for i in 0..n {
+        let (square, square_error) = two_product(x(i), x(i));
+        let (total, total_error) = two_sum(high, square);
+        high = total;
+        low += square_error + total_error;
+    }
+    let (product, product_error) = two_product(c, high);
+    // 1 − product is exact here (Sterbenz).
+    (1.0 - product) - (product_error + c * low)
+}
+
+const TWO_54: f64 = (1_u64 << 54) as f64;
+const TWO_108: f64 = TWO_54 * TWO_54;
+
+/// 2^k for |k| < 1023.
+fn power_of_two(k: i64) -> f64 {
+    f64::from_bits(((1023 + k) as u64) << 52)
+}
+
+/// a + b and the rounding error of it (Knuth, *TAOCP* 2, 4.2.2).
+fn two_sum(a: f64, b: f64) -> (f64, f64) {
+    let sum = a + b;
+    let b_part = sum - a;
+    (sum, (a - (sum - b_part)) + (b - b_part))
+}
+
+/// a · b and the rounding error of it, by splitting both into halves (Dekker 1971). Not by
+/// `mul_add`, which is a slow call where the compiler may not assume the instruction.
+fn two_product(a: f64, b: f64) -> (f64, f64) {
+    let split = |a: f64| {
+        let big = a * ((1_u64 << 27) + 1) as f64;
+        let high = big - (big - a);
+        (high, a - high)
+    };
+    let product = a * b;
+    let ((a_high, a_low), (b_high, b_low)) = (split(a), split(b));
+    let error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low;
+    (product, error)
+}
+
+/// The sum of n terms.
+pub(super) fn sum(n: usize, term: impl Fn(usize) -> f64) -> f64 {
+    (0..n).fold(0.0, |sum, i| sum + term(i))
+}
+
+/// The Euclidean norm; squares that would over- or underflow are scaled by a power of two.
+pub(super) fn norm(n: usize, x: impl Fn(usize) -> f64) -> f64 {
+    let squares = sum(n, |i| x(i) * x(i));
+    if (1e-280..1e280).contains(&squares) || squares.is_nan() {
+        return squares.sqrt();
+    }
+    let largest = (0..n).fold(0.0, |max: f64, i| max.max(x(i).abs()));
+    if largest == 0.0 || largest.is_infinite() {
+        return largest;
+    }
+    let exponent = largest.to_bits() & (0x7ff << 52);
+    let scale = f64::from_bits(exponent).max(f64::MIN_POSITIVE);
+    let scaled = |i| x(i) / scale;
+    scale * sum(n, |i| scaled(i) * scaled(i)).sqrt()
+}
+
+/// The norm of a slice.
+pub(crate) fn norm_of<F: Float>(x: &[F]) -> f64 {
+    norm(x.len(), |i| x[i].as_f64())
+}
+
+/// The dot product of two slices.
+pub(super) fn dot<F: Float>(x: &[F], y: &[F]) -> f64 {
+    sum(x.len(), |i| x[i].as_f64() * y[i].as_f64())
+}
+
+/// Adds to a gradient.
+pub(super) fn add<F: Float>(grad: &mut [F], term: impl Fn(usize) -> f64) {
+    for (i, grad) in grad.iter_mut().enumerate() {
+        *grad += F::of(term(i));
+    }
+}
+
+/// Overwrites an output.
+pub(super) fn assign<F: Float>(out: &mut [F], value: impl Fn(usize) -> f64) {
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = F::of(value(i));
+    }
+}
+
+/// `Ok` when every slice has n coordinates.
+pub(super) fn check_lengths(n: usize, slices: &[(&'static str, usize)]) -> Result<()> {
+    slices.iter().try_for_each(|&(what, len)| check_shape(what, &[n], &[len]))
+}

@@ -1,0 +1,266 @@
+//! The exponential and the logarithmic map.
+
+use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, sum};
+use super::gyro::Addition;
+use super::radial::{
+    artanh_ratio, artanh_ratio_derivative, log_ratio, log_ratio_derivatives, sech2, tanh_ratio,
+    tanh_ratio_derivative,
+};
+use crate::error::Result;
+use crate::float::Float;
+
+/// Multiplies the part of `g` along `v` by `along` and the rest by `across`.
+///
+/// By the unit vector, so that a `g` along `v` has no rest to multiply, but for rounding.
+pub(super) fn stretch(
+    n: usize,
+    v: impl Fn(usize) -> f64,
+    v_norm: f64,
+    g: impl Fn(usize) -> f64,
+    along: f64,
+    across: f64,
+) -> impl Fn(usize) -> f64 {
+    let unit = move |i: usize| if v_norm == 0.0 { 0.0 } else { v(i) / v_norm };
+    let g_u = sum(n, |i| g(i) * unit(i));
+    move |i| across * (g(i) - g_u * unit(i)) + along * g_u * unit(i)
+}
+
+/// Where the geodesic that leaves x with velocity v is at time 1.
+///
+/// ```text
+/// exp_x(v) = x ⊕ tanh(t) v/(√c|v|),  t = √c λ|v|/2        x + v at c = 0, where λ = 2
+/// ```
+///
+/// v is any vector. 1 − tanh²(t), which is what counts next to the boundary, is formed as it is and
+/// not from tanh(t). From λ|v|√c of some 37 (17 for `f32`) on, the end is rounded to the boundary.
+/// (Ganea et al. 2018, arXiv:1805.09112.)
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
+/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
+pub fn exp_map<F: Float>(x: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
+    let (ball, n) = (Ball::new(c)?, x.len());
+    check_lengths(n, &[("v", v.len()), ("out", out.len())])?;
+    let ax = ball.alpha("x", x)?;
+    let step = Step::new(ball, norm_of(v), ax);
+    let sum = step.addition(ball, x, v, ax);
+    assign(out, |i| sum.value(i));
+    Ok(())
+}
+
+/// exp_x(v) = x ⊕ w, w = tanh(t) v/(√c|v|), t = √c|v|/αx. The vector–Jacobian product of
+/// [`exp_map`]: adds to `grad_x` and `grad_v`, returns the derivative with respect to c.
+///
+/// # Errors
+/// Those of [`exp_map`].
+pub fn exp_map_vjp<F: Float>(
+    x: &[F],
+    v: &[F],
+    c: F,
+    grad_out: &[F],
+    grad_x: &mut [F],
+    grad_v: &mut [F],
+) -> Result<F> {
+    let (ball, n) = (Ball::new(c)?, x.len());
+    let lengths = [("grad_out", grad_out.len()), ("grad_x", grad_x.len())];
+    check_lengths(n, &[("v", v.len()), lengths[0], lengths[1], ("grad_v", grad_v.len())])?;
+    let ax = ball.alpha("x", x)?;
+    let (v_norm, x_norm) = (norm_of(v), norm_of(x));
+    let step = Step::new(ball, v_norm, ax);
+    let g = |i: usize| grad_out[i].as_f64();
+    let vjp = step.addition(ball, x, v, ax).vjp(n, g);
+
+    // Along v, w grows by sech²(t)/αx; across, with its own length.
+    let grad_w = |i| vjp.grad_y(g(i), i);
+    add(grad_v, stretch(n, |i| v[i].as_f64(), v_norm, grad_w, step.sech2 / ax, step.scale));
+    let grad_w_v = sum(n, |i| grad_w(i) * v[i].as_f64());
+    let of_alpha = -step.sech2 / ax * grad_w_v / ax;
+    add(grad_x, |i| vjp.grad_x(g(i), i) - 2.0 * ball.c * x[i].as_f64() * of_alpha);
+    Ok(F::of(vjp.grad_c + step.scale_by_c(ball) * grad_w_v - x_norm * x_norm * of_alpha))
+}
+
+/// tanh(t) v/(√c|v|) = `scale` · v with t = √c|v|/α.
+struct Step {
+    v_norm: f64,
+    alpha: f64,
+    t: f64,
+    scale: f64,
+    sech2: f64,
+}
+
+impl Step {
+    fn new(ball: Ball, v_norm: f64, alpha: f64) -> Self {
+        let t = ball.root * v_norm / alpha;
+        // The second form also where t overflows.
+        let scale = if t < 1.0 { tanh_ratio(t) / alpha } else { t.tanh() / (ball.root * v_norm) };
+        Self { v_norm, alpha, t, scale, sech2: sech2(t) }
+    }
+
+    /// d scale/dc.
+    fn scale_by_c(&self, ball: Ball) -> f64 {
+        if self.t < 1.0 {
+            let length = self.v_norm / self.alpha;
+            tanh_ratio_derivative(self.t) * length * length / self.alpha
+        } else {
+            (self.sech2 / self.alpha - self.scale) / (2.0 * ball.c)
+        }
+    }
+
+    /// x ⊕ (scale · v)
+    fn addition<'a, F: Float>(
+        &self,
+        ball: Ball,
+        x: &'a [F],
+        v: &'a [F],
+        ax: f64,
+    ) -> Addition<impl Fn(usize) -> f64 + 'a, impl Fn(usize) -> f64 + 'a> {
+        let scale = self.scale;
+        let x_side = (|i: usize| x[i].as_f64(), ax, norm_of(x));
+        let w_side = (move |i: usize| scale * v[i].as_f64(), self.sech2, scale * self.v_norm);
+        Addition::new(ball, x.len(), x_side, w_side)
+    }
+}
+
+/// The velocity at x of the geodesic that is at y at time 1: the inverse of [`exp_map`].
+///
+/// ```text
+/// log_x(y) = (2/(√c λ)) artanh(√c|−x ⊕ y|) (−x ⊕ y)/|−x ⊕ y|        λ = 2/αx, α = 1 − c|·|²
+///          = (h(q)/αy) (αx z − c|z|² x)                             z = y − x; y − x at c = 0
+/// q = c|z|²/(αx αy),  h(q) = asinh(√q)/√(q(1 + q))
+/// ```
+///
+/// The second form is the one computed: nothing in it cancels but y − x, and λ|log_x(y)| is the
+/// distance to some ulps. (Ganea et al. 2018, arXiv:1805.09112.)
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
+/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
+pub fn log_map<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()> {
+    let (ball, n) = (Ball::new(c)?, x.len());
+    check_lengths(n, &[("y", y.len()), ("out", out.len())])?;
+    let (ax, ay) = (ball.alpha("x", x)?, ball.alpha("y", y)?);
+    let z = |i: usize| y[i].as_f64() - x[i].as_f64();
+    let cz2 = ball.c_norm2(norm(n, z));
+    let scale = log_ratio(cz2 / (ax * ay)) / ay;
+    assign(out, |i| scale * (ax * z(i) - cz2 * x[i].as_f64()));
+    Ok(())
+}
+
+/// log_x(y) = (h(q)/αy) N, N = αx z − c|z|² x, q = c|z|²/(αx αy), z = y − x. The vector–Jacobian
+/// product of [`log_map`]: adds to the gradients of the points, returns the derivative with respect
+/// to c.
+///
+/// # Errors
+/// Those of [`log_map`].
+pub fn log_map_vjp<F: Float>(
+    x: &[F],
+    y: &[F],
+    c: F,
+    grad_out: &[F],
+    grad_x: &mut [F],
+    grad_y: &mut [F],
+) -> Result<F> {
+    let (ball, n) = (Ball::new(c)?, x.len());
+    let lengths = [("grad_out", grad_out.len()), ("grad_x", grad_x.len())];
+    check_lengths(n, &[("y", y.len()), lengths[0], lengths[1], ("grad_y", grad_y.len())])?;
+    let (ax, ay) = (ball.alpha("x", x)?, ball.alpha("y", y)?);
+    let z = |i: usize| y[i].as_f64() - x[i].as_f64();
+    let g = |i: usize| grad_out[i].as_f64();
+    let z_norm = norm(n, z);
+    let cz2 = ball.c_norm2(z_norm);
+    let q = cz2 / (ax * ay);
+    let h = log_ratio(q);
+    let (slope, of_product) = log_ratio_derivatives(q, h);
+
+    let (g_x, g_z) = (dot(grad_out, x), sum(n, |i| g(i) * z(i)));
+    let g_n = sum(n, |i| g(i) * (ax * z(i) - cz2 * x[i].as_f64()));
+    // The derivatives with respect to c|z|², αx and αy; in each the parts that would cancel for
+    // large q are put together by (q h)' = h + q h'.
+    let of_cz2 = slope * g_z / ay / ay - of_product * g_x / ay;
+    let of_ax = (2.0 * h - of_product) * g_z / ay + q * q * slope * g_x;
+    let of_ay = -of_product * g_n / ay / ay;
+    let (direct, shift) = (h * ax / ay, h * cz2 / ay);
+    let of_z = |i| direct * g(i) + 2.0 * ball.c * of_cz2 * z(i);
+    add(grad_x, |i| -of_z(i) - shift * g(i) - 2.0 * ball.c * of_ax * x[i].as_f64());
+    add(grad_y, |i| of_z(i) - 2.0 * ball.c * of_ay * y[i].as_f64());
+    let square = |norm: f64| norm * norm;
+    let of_c = square(z_norm) * of_cz2 - square(norm_of(x)) * of_ax - square(norm_of(y)) * of_ay;
+    Ok(F::of(of_c))
+}
+
+/// Where the geodesic that leaves the origin with velocity v is at time 1.
+///
+/// ```text
+/// exp₀(v) = tanh(√c|v|) v/(√c|v|)        v at c = 0
+/// ```
+///
+/// Right to a few ulps; from √c|v| of some 19 (9 for `f32`) on rounded to the boundary.
+/// (Ganea et al. 2018, arXiv:1805.09112.)
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
+/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite.
+pub fn exp_map_origin<F: Float>(v: &[F], c: F, out: &mut [F]) -> Result<()> {
+    let ball = Ball::new(c)?;
+    check_lengths(v.len(), &[("out", out.len())])?;
+    let step = Step::new(ball, norm_of(v), 1.0);
+    assign(out, |i| step.scale * v[i].as_f64());
+    Ok(())
+}
+
+/// exp₀(v) = tanh(t) v/t, t = √c|v|. The vector–Jacobian product of [`exp_map_origin`]: adds to
+/// `grad_v`, returns the derivative with respect to c.
+///
+/// # Errors
+/// Those of [`exp_map_origin`].
+pub fn exp_map_origin_vjp<F: Float>(v: &[F], c: F, grad_out: &[F], grad_v: &mut [F]) -> Result<F> {
+    let (ball, n) = (Ball::new(c)?, v.len());
+    check_lengths(n, &[("grad_out", grad_out.len()), ("grad_v", grad_v.len())])?;
+    let v_norm = norm_of(v);
+    let step = Step::new(ball, v_norm, 1.0);
+    let g = |i: usize| grad_out[i].as_f64();
+    add(grad_v, stretch(n, |i| v[i].as_f64(), v_norm, g, step.sech2, step.scale));
+    Ok(F::of(step.scale_by_c(ball) * dot(grad_out, v)))
+}
+
+/// The velocity at the origin of the geodesic that is at y at time 1: the inverse of
+/// [`exp_map_origin`].
+///
+/// ```text
+/// log₀(y) = artanh(√c|y|) y/(√c|y|)        y at c = 0
+/// ```
+///
+/// Right to a few ulps, next to the boundary too, where artanh is formed from 1 − c|y|².
+/// (Ganea et al. 2018, arXiv:1805.09112.)
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
+/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
+pub fn log_map_origin<F: Float>(y: &[F], c: F, out: &mut [F]) -> Result<()> {
+    let ball = Ball::new(c)?;
+    check_lengths(y.len(), &[("out", out.len())])?;
+    let alpha = ball.alpha("y", y)?;
+    let scale = artanh_ratio(ball.root * norm_of(y), alpha);
+    assign(out, |i| scale * y[i].as_f64());
+    Ok(())
+}
+
+/// log₀(y) = artanh(r) y/r, r = √c|y|. The vector–Jacobian product of [`log_map_origin`]: adds to
+/// `grad_y`, returns the derivative with respect to c.
+///
+/// # Errors
+/// Those of [`log_map_origin`].
+pub fn log_map_origin_vjp<F: Float>(y: &[F], c: F, grad_out: &[F], grad_y: &mut [F]) -> Result<F> {
+    let (ball, n) = (Ball::new(c)?, y.len());
+    check_lengths(n, &[("grad_out", grad_out.len()), ("grad_y", grad_y.len())])?;
+    let alpha = ball.alpha("y", y)?;
+    let y_norm = norm_of(y);
+    let r = ball.root * y_norm;
+    let g = |i: usize| grad_out[i].as_f64();
+    let across = artanh_ratio(r, alpha);
+    add(grad_y, stretch(n, |i| y[i].as_f64(), y_norm, g, alpha.recip(), across));
+    Ok(F::of(dot(grad_out, y) * y_norm * y_norm * artanh_ratio_derivative(r, alpha)))
+}

@@ -1,0 +1,273 @@
+//! Softmax attention by hyperbolic distance.
+//!
+//! Points come here in polar form: a direction u, and a few functions of the radius R, the distance
+//! from the origin in units of the radius of curvature. In that form nothing cancels, however near to
+//! each other or to the boundary the points are:
+//!
+//! ```text
+//! sinh²(d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4
+//! ```
+//!
+//! So a tile of logits is a tile of squared distances between directions, from their differences, and
+//! elementwise work (`pairs`). The forward pass is that of any softmax attention: what is summed of
+//! the values is linear, and what becomes of the sums is the mechanism's business. `spread` sums
+//! again what the first sums hold too inexactly; `backward` is the other direction.
+
+mod backward;
+mod pairs;
+mod spread;
+
+pub(super) use backward::backward;
+pub(crate) use backward::{PointGradients, Points, Upstream};
+pub(crate) use pairs::Terms;
+pub(super) use spread::spread;
+
+use super::dense::{Block, TileScorer};
+use super::heads::{Columns, Gather};
+use super::matmul::{Matrix, PanelRow, Vector, load, panel_width, squared_distances, store};
+use super::problem::{Problem, Rows};
+use super::rows::{Scorer, Tile};
+use crate::float::Float;
+use fearless_simd::{Simd, SimdBase};
+use pairs::{RADIUS, logit};
+use std::ops::Range;
+
+/// What a logit takes of the radius R of a point.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Radius<T> {
+    /// e^{R/2} − 1.
+    pub(crate) expm1: T,
+    /// e^{−R/2} / 2.
+    pub(crate) half_inverse: T,
+    /// sinh R / 2, and its root.
+    pub(crate) half_sinh: T,
+    pub(crate) root: T,
+    /// cosh R / 2.
+    pub(crate) half_cosh: T,
+}
+
+/// What a sum takes of the radius R of a value.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mass<T> {
+    /// e^{R/2} − 1 and e^{−R/2} / 2.
+    pub(crate) expm1: T,
+    pub(crate) half_inverse: T,
+    pub(crate) sinh: T,
+    pub(crate) cosh: T,
+}
+
+/// Inputs of attention by hyperbolic distance.
+#[derive(Debug)]
+pub struct HyperbolicProblem<'p, F: Float> {
+    /// Directions of queries and keys, and what is summed of the values, as they meet in softmax
+    /// attention.
+    pub(crate) softmax: Problem<'p, F>,
+    /// num_queries × heads.
+    pub(crate) query: Vec<Radius<F>>,
+    /// num_keys × kv_heads.
+    pub(crate) key: Vec<Radius<F>>,
+    /// Logits are −κ d/2, d the distance in units of the radius of curvature.
+    pub(crate) kappa: F,
+    /// Directions of the values, num_keys × kv_heads · dim, without NaN and infinities.
+    pub(crate) directions: Rows<'p, F>,
+    /// Columns of a head of them.
+    pub(crate) dim: usize,
+    /// num_keys × kv_heads.
+    pub(crate) masses: Vec<Mass<F>>,
+}
+
+impl<F: Float> HyperbolicProblem<'_, F> {
+    #[inline(always)]
+    fn query(&self, query: usize, head: usize) -> Radius<F> {
+        self.query[query * self.softmax.heads + head]
+    }
+
+    /// The point of a key, and the value's, that a head of the queries meets.
+    #[inline(always)]
+    fn key_at(&self, key: usize, head: usize) -> usize {
+        key * self.softmax.inputs.kv_heads() + self.softmax.kv_head(head)
+    }
+
+    /// The factor of a logit in units of ln 2.
+    #[inline(always)]
+    fn factor(&self) -> F {
+        -self.kappa
+    }
+
+    /// The columns of heads of queries in own rows, of keys in others.
+    #[inline(always)]
+    fn columns<S: Simd>(&self, simd: S, dim: usize) -> Columns<F> {
+        Columns::new(simd, self.softmax.heads, dim, |head| {
+            [head * dim, self.softmax.kv_head(head) * dim]
+        })
+    }
+}
+
+/// N numbers for each pair of a tile, or for each query of a block.
+struct Lanes<F, const N: usize> {
+    data: Vec<F>,
+    stride: usize,
+}
+
+impl<F: Float, const N: usize> Lanes<F, N> {
+    fn new(stride: usize) -> Self {
+        Self { data: vec![F::zero(); N * stride], stride }
+    }
+
+    #[inline(always)]
+    fn fill(&mut self, lanes: impl Iterator<Item = [F; N]>) {
+        for (t, numbers) in lanes.enumerate() {
+            for (n, number) in numbers.into_iter().enumerate() {
+                self.data[n * self.stride + t] = number;
+            }
+        }
+    }
+
+    /// The numbers of a vector of lanes.
+    #[inline(always)]
+    fn load<S: Simd>(&self, simd: S, at: usize) -> [Vector<S, F>; N] {
+        let mut vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+        for n in 0..N {
+            let lanes = &self.data[n * self.stride + at..][..Vector::<S, F>::LEN];
+            vectors[n] = Vector::<S, F>::from_slice(simd, lanes);
+        }
+        vectors
+    }
+}
+
+/// The same numbers in all lanes.
+#[inline(always)]
+fn splat_all<S: Simd, F: Float, const N: usize>(simd: S, numbers: [F; N]) -> [Vector<S, F>; N] {
+    let mut vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
+    for n in 0..N {
+        vectors[n] = Vector::<S, F>::splat(simd, numbers[n]);
+    }
+    vectors
+}
+
+/// Logits row by row.
+pub(super) struct DistanceScorer<'p, F: Float> {
+    problem: &'p HyperbolicProblem<'p, F>,
+    columns: Columns<F>,
+    keys: Lanes<F, RADIUS>,
+    query: usize,
+}
+
+impl<'p, F: Float> Scorer<'p, F> for DistanceScorer<'p, F> {
+    type Problem = HyperbolicProblem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        &problem.softmax
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        let columns = problem.columns(simd, problem.softmax.key_dim);
+        Self { problem, columns, keys: Lanes::new(tile.stride), query: 0 }
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _: S, query: usize) {
+        self.query = query;
+    }
+
+    #[inline(never)]
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.score_inline(simd, tile),
+        );
+    }
+}
+
+impl<F: Float> DistanceScorer<'_, F> {
+    #[inline(always)]
+    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        let Self { problem, columns, keys, query } = self;
+        let softmax = &problem.softmax;
+        let own = softmax.query.row(*query);
+        let rows = Gather { rows: softmax.key.slices(), at: &tile.others };
+        columns.squared_distances(simd, own, rows, &mut tile.weights, tile.stride);
+        let factor = Vector::<S, F>::splat(simd, problem.factor());
+        for head in 0..softmax.heads {
+            keys.fill(
+                (tile.pairs.iter()).map(|pair| problem.key[problem.key_at(pair.key, head)].array()),
+            );
+            let own = Radius::of(splat_all(simd, problem.query(*query, head).array()));
+            let [_, vectors] = tile.of_head(simd, head);
+            let logits = tile.weights[vectors].chunks_exact_mut(Vector::<S, F>::LEN);
+            for (v, logits) in logits.enumerate() {
+                let squared = Vector::<S, F>::from_slice(simd, logits);
+                let key = Radius::of(keys.load(simd, v * Vector::<S, F>::LEN));
+                logit::<S, F>(simd, squared, own, key, factor).store_slice(logits);
+            }
+        }
+    }
+}
+
+/// Logits in tiles.
+pub(super) struct DistanceTiles<'p, F: Float> {
+    problem: &'p HyperbolicProblem<'p, F>,
+    /// Directions, dim × width.
+    directions: Vec<F>,
+    queries: Lanes<F, RADIUS>,
+}
+
+impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
+    type Problem = HyperbolicProblem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        &problem.softmax
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
+        let directions = Vec::with_capacity(problem.softmax.key_dim * width);
+        Self { problem, directions, queries: Lanes::new(width) }
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _: S, block: &Block<'_, '_, F>) {
+        block.pack_queries(F::one(), &mut self.directions);
+        let queries = block.queries.clone();
+        self.queries.fill(queries.map(|query| self.problem.query(query, block.head).array()));
+    }
+
+    #[inline(always)]
+    fn score<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        mut max: PanelRow<S, F>,
+        scores: &mut [F],
+    ) -> PanelRow<S, F> {
+        let (problem, width) = (self.problem, block.width);
+        let keys = block.keys();
+        let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
+        let key = |k| keys.row(tile.start + k);
+        squared_distances(simd, tile.len(), key, right, panel_width::<S, F>(), |k, _, sums| {
+            store::<S, F>(sums, &mut scores[k * width + column..]);
+        });
+        let factor = Vector::<S, F>::splat(simd, problem.factor());
+        let len = Vector::<S, F>::LEN;
+        let queries = [
+            Radius::of(self.queries.load(simd, column)),
+            Radius::of(self.queries.load(simd, column + len)),
+        ];
+        for (key, scores) in tile.clone().zip(scores.chunks_exact_mut(width)) {
+            let key = problem.key[problem.key_at(key, block.head)].array();
+            let key = Radius::of(splat_all(simd, key));
+            let scores = &mut scores[column..];
+            let squared = load::<S, F>(simd, scores);
+            let logits = [
+                logit::<S, F>(simd, squared[0], queries[0], key, factor),
+                logit::<S, F>(simd, squared[1], queries[1], key, factor),
+            ];
+            max = [max[0].max(logits[0]), max[1].max(logits[1])];
+            store::<S, F>(logits, scores);
+        }
+        max
+    }
+}

@@ -1,0 +1,134 @@
+//! Options.
+
+use super::Poincare;
+use crate::error::{Error, Result};
+use crate::float::Float;
+use ndarray::Array0;
+
+/// The coordinates of points, in and out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Coordinates {
+    /// Points of the ball, of norm less than 1/√c. Numbers near 1 are coarse: `f32` reaches distances
+    /// of 17/√c from the origin, `f64` of 37/√c.
+    Ball,
+    /// Tangent vectors v at the origin: the point is exp₀(v), 2|v| from the origin. Exact however
+    /// far; refused from 40/√c on in `f32` and from 350/√c on in `f64`, where squares would overflow.
+    Tangent,
+}
+
+/// How the weighted points of a query become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Aggregation {
+    /// The weighted gyromidpoint ½ ⊗ (Σ p λ v / Σ p (λ − 1)): the Einstein midpoint in Klein's model,
+    /// the centroid in Lorentz's.
+    Midpoint,
+    /// The mean in the tangent space at the origin, exp₀(Σ p log₀ v). Not invariant under
+    /// translations of the ball.
+    TangentAtOrigin,
+}
+
+/// The options of a [`Poincare`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoincareConfig {
+    pub(super) curvature: f64,
+    pub(super) temperature: f64,
+    pub(super) learn_curvature: bool,
+    pub(super) learn_temperature: bool,
+    pub(super) coordinates: Coordinates,
+    pub(super) aggregation: Aggregation,
+}
+
+impl Default for PoincareConfig {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PoincareConfig {
+    /// The ball of radius 1 (c = 1) in its own coordinates, τ = 1, both fixed, and the midpoint.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            curvature: 1.0,
+            temperature: 1.0,
+            learn_curvature: false,
+            learn_temperature: false,
+            coordinates: Coordinates::Ball,
+            aggregation: Aggregation::Midpoint,
+        }
+    }
+
+    /// c > 0, minus the curvature: the ball has the radius 1/√c.
+    #[must_use]
+    pub fn curvature(mut self, c: f64) -> Self {
+        self.curvature = c;
+        self
+    }
+
+    /// τ > 0, which the distances are divided by.
+    #[must_use]
+    pub fn temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// c is a parameter, `raw_curvature`, of which it is the softplus. As it grows the ball shrinks, so
+    /// learn it with [`Coordinates::Tangent`], in which every vector is a point.
+    #[must_use]
+    pub fn learn_curvature(mut self, learn: bool) -> Self {
+        self.learn_curvature = learn;
+        self
+    }
+
+    /// τ is a parameter, `raw_temperature`, of which it is the softplus.
+    #[must_use]
+    pub fn learn_temperature(mut self, learn: bool) -> Self {
+        self.learn_temperature = learn;
+        self
+    }
+
+    /// The coordinates of queries, keys, values and outputs.
+    #[must_use]
+    pub fn coordinates(mut self, coordinates: Coordinates) -> Self {
+        self.coordinates = coordinates;
+        self
+    }
+
+    /// How the weighted points become one.
+    #[must_use]
+    pub fn aggregation(mut self, aggregation: Aggregation) -> Self {
+        self.aggregation = aggregation;
+        self
+    }
+
+    /// The mechanism.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if c or τ is not positive and finite.
+    pub fn init<F: Float>(&self) -> Result<Poincare<F>> {
+        check_positive("curvature", self.curvature)?;
+        check_positive("temperature", self.temperature)?;
+        // softplus⁻¹(y) = y + ln(1 − e^{−y})
+        let raw = |value: f64| F::of(value + (-(-value).exp_m1()).ln());
+        let learned = |learn: bool, value| learn.then(|| Array0::from_elem((), raw(value)));
+        Ok(Poincare {
+            config: self.clone(),
+            raw_curvature: learned(self.learn_curvature, self.curvature),
+            raw_temperature: learned(self.learn_temperature, self.temperature),
+        })
+    }
+}
+
+/// `Ok` for a usable c or τ.
+pub(super) fn check_positive(field: &'static str, value: f64) -> Result<()> {
+    // Not those whose root or inverse would underflow.
+    if value > 1e-30 && value < 1e30 {
+        return Ok(());
+    }
+    Err(Error::config(field, "a positive finite number", value))
+}
+
+/// √c d(0, x) from here on is refused: squares of its hyperbolic sine must not overflow.
+pub(super) fn largest_radius<F: Float>() -> f64 {
+    if F::max_value().as_f64() > 1e300 { 350.0 } else { 40.0 }
+}

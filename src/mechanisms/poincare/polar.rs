@@ -1,0 +1,293 @@
+//! Points of the ball as a direction and a radius: in this form neither a small distance nor one far
+//! from the origin cancels.
+
+use super::Coordinates;
+use crate::error::{Error, Result};
+use crate::float::{Float, try_vec, try_zeros};
+use crate::geometry::poincare::ball::{norm_of, one_minus_c_norm2};
+use crate::inputs::head_columns;
+use crate::kernels::hyperbolic::{Mass, Radius};
+use crate::kernels::problem::Rows;
+use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+
+/// A ball and the coordinates in it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Space {
+    /// Minus the curvature.
+    pub(super) c: f64,
+    pub(super) coordinates: Coordinates,
+    /// Radii from here on are refused.
+    pub(super) largest_radius: f64,
+}
+
+/// The radius R = √c d(0, x) of a point, in the forms in which it is needed; from its norm.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    norm: f64,
+    /// e^{R/2} − 1.
+    expm1: f64,
+    /// 1 − c|x|² of a point in the coordinates of the ball.
+    gap: f64,
+}
+
+impl Node {
+    fn radius(self) -> f64 {
+        2.0 * self.expm1.ln_1p()
+    }
+
+    fn half_sinh_and_cosh(self) -> [f64; 2] {
+        let exp = 1.0 + self.expm1;
+        // sinh(R/2) and cosh(R/2).
+        let sinh = 0.5 * self.expm1 * (2.0 + self.expm1) / exp;
+        let cosh = 0.5 * (exp + exp.recip());
+        [sinh * cosh, 0.5 + sinh * sinh]
+    }
+
+    fn for_logits<F: Float>(self) -> Radius<F> {
+        let [half_sinh, half_cosh] = self.half_sinh_and_cosh();
+        Radius {
+            expm1: F::of(self.expm1),
+            half_inverse: F::of(0.5 / (1.0 + self.expm1)),
+            half_sinh: F::of(half_sinh),
+            root: F::of(half_sinh.sqrt()),
+            half_cosh: F::of(half_cosh),
+        }
+    }
+
+    fn for_sums<F: Float>(self) -> Mass<F> {
+        let [half_sinh, half_cosh] = self.half_sinh_and_cosh();
+        Mass {
+            expm1: F::of(self.expm1),
+            half_inverse: F::of(0.5 / (1.0 + self.expm1)),
+            sinh: F::of(2.0 * half_sinh),
+            cosh: F::of(2.0 * half_cosh),
+        }
+    }
+}
+
+/// All points of an array, and what the mechanism needs of them.
+pub(super) struct Polar<F> {
+    nodes: Vec<Node>,
+    /// rows × heads · dim; 0 for the origin, NaN where a point is not finite.
+    pub(super) directions: Array2<F>,
+    heads: usize,
+}
+
+impl Space {
+    /// Rows of `heads` points each.
+    pub(super) fn polar<F: Float>(
+        &self,
+        what: &'static str,
+        points: ArrayView2<'_, F>,
+        heads: usize,
+    ) -> Result<Polar<F>> {
+        let (rows, columns) = points.dim();
+        let points = Rows::new(what, points)?;
+        let dim = columns / heads;
+        let mut directions = try_zeros(what, rows, columns)?;
+        let nan = Node { norm: f64::NAN, expm1: f64::NAN, gap: f64::NAN };
+        let mut nodes = try_vec(what, &[rows, heads], nan)?;
+        let all = directions.as_slice_mut().expect("a matrix of our own");
+        for (at, node) in nodes.iter_mut().enumerate() {
+            let (row, head) = (at / heads, at % heads);
+            let x = &points.row(row)[head_columns(head, dim)];
+            let direction = &mut all[row * columns..][head_columns(head, dim)];
+            let norm = norm_of(x);
+            if !norm.is_finite() {
+                direction.fill(F::nan());
+                continue;
+            }
+            *node = self.node(what, row, x, norm)?;
+            let inverse = norm.recip();
+            for (direction, x) in direction.iter_mut().zip(x) {
+                *direction = match norm {
+                    0.0 => F::zero(),
+                    _ if inverse.is_finite() => F::of(x.as_f64() * inverse),
+                    _ => F::of(x.as_f64() / norm),
+                };
+            }
+        }
+        Ok(Polar { nodes, directions, heads })
+    }
+
+    fn node<F: Float>(&self, what: &'static str, row: usize, x: &[F], norm: f64) -> Result<Node> {
+        let root = self.c.sqrt();
+        let domain = |limit| Err(Error::Domain { what, row, norm, limit });
+        match self.coordinates {
+            Coordinates::Ball => {
+                let gap = one_minus_c_norm2(self.c, x.len(), |i| x[i].as_f64());
+                if gap <= 0.0 {
+                    return domain(root.recip());
+                }
+                // e^{R/2} = (1 + √c|x|)/√gap, less 1 without cancellation.
+                let rho = root * norm;
+                let expm1 = (rho + rho * rho / (1.0 + gap.sqrt())) / gap.sqrt();
+                Ok(Node { norm, expm1, gap })
+            }
+            Coordinates::Tangent => {
+                if 2.0 * root * norm >= self.largest_radius {
+                    return domain(self.largest_radius / (2.0 * root));
+                }
+                Ok(Node { norm, expm1: (root * norm).exp_m1(), gap: f64::NAN })
+            }
+        }
+    }
+
+    /// [dR/d|x|, dR/dc, R/|x|, (sinh R / 2)/|x|].
+    fn derivatives(&self, node: Node) -> [f64; 4] {
+        let root = self.c.sqrt();
+        let radius = node.radius();
+        match self.coordinates {
+            Coordinates::Ball => {
+                let slope = if node.norm == 0.0 { 2.0 * root } else { radius / node.norm };
+                let by_c = node.norm / (root * node.gap);
+                [2.0 * root / node.gap, by_c, slope, root / node.gap]
+            }
+            Coordinates::Tangent => {
+                let [half_sinh, _] = node.half_sinh_and_cosh();
+                let slope = if node.norm == 0.0 { root } else { half_sinh / node.norm };
+                [2.0 * root, radius / (2.0 * self.c), 2.0 * root, slope]
+            }
+        }
+    }
+
+    /// Adds the gradient of the points, and returns that of c, from those of their directions (but
+    /// for a factor) and radii.
+    pub(super) fn vjp<F: Float>(
+        &self,
+        polar: &Polar<F>,
+        [grad_directions, grad_radii]: &[Array2<F>; 2],
+        factor: DirectionFactor,
+        mut grad: Option<ArrayViewMut2<'_, F>>,
+    ) -> f64 {
+        let dim = polar.directions.ncols() / polar.heads;
+        let mut grad_c = 0.0;
+        let directions = polar.directions.as_slice().expect("a matrix of our own");
+        let all_grads = grad_directions.as_slice().expect("a matrix of our own");
+        for (at, node) in polar.nodes.iter().enumerate() {
+            let (row, head) = (at / polar.heads, at % polar.heads);
+            let columns = head_columns(at, dim);
+            let (u, h) = (&directions[columns.clone()], &all_grads[columns]);
+            let grad_radius = grad_radii[[row, head]].as_f64();
+            let mut sink = grad.as_mut().map(|grad| {
+                let (_, of_row) = grad.view_mut().split_at(ndarray::Axis(0), row);
+                of_row.index_axis_move(ndarray::Axis(0), 0)
+            });
+            let mut add = |c: usize, value: f64| {
+                if let Some(sink) = &mut sink {
+                    let sink: &mut ArrayViewMut1<'_, F> = sink;
+                    sink[head * dim + c] += F::of(value);
+                }
+            };
+            if node.norm.is_nan() {
+                // Nobody saw it, or its gradient is as little a number as the point.
+                if grad_radius != 0.0 || h.iter().any(|&h| h != F::zero()) {
+                    (0..dim).for_each(|c| add(c, f64::NAN));
+                    grad_c = f64::NAN;
+                }
+                continue;
+            }
+            let [by_norm, by_c, ratio, half_sinh_ratio] = self.derivatives(*node);
+            let along: f64 = u.iter().zip(h).map(|(u, h)| u.as_f64() * h.as_f64()).sum();
+            // u is a unit vector but for rounding, and at the origin there is no u at all.
+            let square: f64 = u.iter().map(|u| u.as_f64().powi(2)).sum();
+            let along = if square == 0.0 { 0.0 } else { along / square };
+            let (across, radial) = match factor {
+                DirectionFactor::HalfSinh => (half_sinh_ratio, grad_radius),
+                DirectionFactor::Sinh => (2.0 * half_sinh_ratio, grad_radius),
+                DirectionFactor::Radius => (ratio, along * square),
+            };
+            grad_c += radial * by_c;
+            for (c, (u, h)) in u.iter().zip(h).enumerate() {
+                let (u, h) = (u.as_f64(), h.as_f64());
+                add(c, across * (h - along * u) + radial * by_norm * u);
+            }
+        }
+        grad_c
+    }
+}
+
+/// What the gradients of directions are still to be multiplied by: sinh R / 2, sinh R, or R, with R's
+/// own gradient in them.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum DirectionFactor {
+    HalfSinh,
+    Sinh,
+    Radius,
+}
+
+impl<F: Float> Polar<F> {
+    pub(super) fn for_logits(&self) -> Vec<Radius<F>> {
+        self.nodes.iter().map(|node| node.for_logits()).collect()
+    }
+
+    /// Zeros for points that are not finite.
+    pub(super) fn for_sums(&self) -> Vec<Mass<F>> {
+        let zero = F::zero();
+        let none = Mass { expm1: zero, half_inverse: zero, sinh: zero, cosh: zero };
+        let mass = |node: &Node| if node.norm.is_nan() { none } else { node.for_sums() };
+        self.nodes.iter().map(mass).collect()
+    }
+
+    /// What is summed for the tangent space at the origin: R u.
+    pub(super) fn tangents(&self) -> Result<Array2<F>> {
+        self.scaled(|node| node.radius())
+    }
+
+    /// The directions times a factor of their own.
+    fn scaled(&self, factor: impl Fn(&Node) -> f64) -> Result<Array2<F>> {
+        let mut scaled = try_zeros("points", self.directions.nrows(), self.directions.ncols())?;
+        let dim = self.directions.ncols() / self.heads;
+        let rows = (scaled.as_slice_mut().expect("a matrix of our own")).chunks_mut(dim.max(1));
+        let directions = self.directions.as_slice().expect("a matrix of our own");
+        let directions = directions.chunks(dim.max(1));
+        for ((scaled, direction), node) in rows.zip(directions).zip(&self.nodes) {
+            let factor = factor(node);
+            for (scaled, u) in scaled.iter_mut().zip(direction) {
+                *scaled = F::of(factor * u.as_f64());
+            }
+        }
+        Ok(scaled)
+    }
+
+    /// sinh R u / 2, and zeros for points that are not finite.
+    pub(super) fn half_sinh_directions(&self) -> Result<Rows<'static, F>> {
+        let mut rows = self.scaled(|node| node.half_sinh_and_cosh()[0])?;
+        zero_nan(&mut rows);
+        Ok(Rows::from(rows))
+    }
+
+    /// \[sinh R u, sinh R, e^{−R}\] for each head.
+    pub(super) fn sums(&self) -> Result<Array2<F>> {
+        let (rows, heads) = (self.directions.nrows(), self.heads);
+        let dim = self.directions.ncols() / heads;
+        let mut sums = try_zeros("points", rows, heads * (dim + 2))?;
+        let all = sums.as_slice_mut().expect("a matrix of our own").chunks_exact_mut(dim + 2);
+        let directions = self.directions.as_slice().expect("a matrix of our own");
+        for (at, (sums, node)) in all.zip(&self.nodes).enumerate() {
+            let [half_sinh, _] = node.half_sinh_and_cosh();
+            let sinh = F::of(2.0 * half_sinh);
+            for (sum, &u) in sums.iter_mut().zip(&directions[head_columns(at, dim)]) {
+                *sum = sinh * u;
+            }
+            sums[dim] = sinh;
+            sums[dim + 1] = F::of((1.0 + node.expm1).powi(-2));
+        }
+        Ok(sums)
+    }
+
+    /// The directions, and zeros for points that are not finite.
+    pub(super) fn finite_directions(&self) -> Result<Rows<'_, F>> {
+        if self.nodes.iter().all(|node| node.norm.is_finite()) {
+            return Rows::new("value", self.directions.view());
+        }
+        let mut directions = self.directions.clone();
+        zero_nan(&mut directions);
+        Ok(Rows::from(directions))
+    }
+}
+
+/// Zeros for NaN.
+pub(super) fn zero_nan<F: Float>(array: &mut Array2<F>) {
+    array.iter_mut().filter(|entry| entry.is_nan()).for_each(|entry| *entry = F::zero());
+}
