@@ -78,6 +78,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let tangent = || PoincareConfig::new().coordinates(Coordinates::Tangent);
     let learned = |config: PoincareConfig| config.learn_curvature(true).learn_temperature(true);
     let linear = Aggregation::TangentAtOrigin;
+    let same_sizes = || Shapes::new(2 * 3, 2 * 3, 2 * 3).heads(2);
     let in_the_ball = |shapes: Shapes| shapes.scale(0.1);
     let poincare = [
         (in_the_ball(Shapes::new(3, 3, 3)), PoincareConfig::new()),
@@ -87,6 +88,9 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (grouped().scale(0.5), learned(tangent().curvature(0.3)).temperature(2.0)),
         (heads(), learned(tangent().aggregation(linear))),
         (Shapes::new(19, 19, 35).scale(0.3), tangent()),
+        (same_sizes().scale(0.3), learned(tangent().aggregation(Aggregation::TangentAtQuery))),
+        (in_the_ball(same_sizes()), PoincareConfig::new().aggregation(Aggregation::FrechetMean)),
+        (heads().scale(0.3), learned(tangent().aggregation(Aggregation::FrechetMean))),
     ]
     .map(|(shapes, config)| (shapes, Box::new(config.init().unwrap()) as Box<dyn Attention<F>>));
     others.into_iter().chain(gats).chain(poincare).collect()

@@ -39,8 +39,8 @@
 //!   ε/(1 − c|x|²), and no formula can know better.
 //!
 //! Nothing is clamped: a result nearer to the boundary than half an ulp of its coordinates is rounded
-//! to the boundary or past it, and the next function then refuses it ([`Error::Domain`]). `project`
-//! will be the explicit remedy. A NaN among the arguments makes NaN, not an error.
+//! to the boundary or past it, and the next function then refuses it ([`Error::Domain`]). [`project`]
+//! is the explicit remedy. A NaN among the arguments makes NaN, not an error.
 //!
 //! # Sources
 //!
@@ -54,7 +54,12 @@ pub(crate) mod ball;
 mod gyro;
 mod maps;
 mod metric;
+mod midpoint;
+mod models;
+mod projection;
 mod radial;
+mod scaling;
+mod transport;
 
 pub use gyro::{mobius_add, mobius_add_vjp};
 pub use maps::{
@@ -62,3 +67,11 @@ pub use maps::{
     log_map_origin_vjp, log_map_vjp,
 };
 pub use metric::{conformal_factor, conformal_factor_vjp, distance, distance_vjp};
+pub use midpoint::{midpoint, midpoint_vjp};
+pub use models::{
+    from_klein, from_klein_vjp, from_lorentz, from_lorentz_vjp, to_klein, to_klein_vjp, to_lorentz,
+    to_lorentz_vjp,
+};
+pub use projection::{project, project_vjp};
+pub use scaling::{mobius_mat_vec, mobius_mat_vec_vjp, mobius_scalar_mul, mobius_scalar_mul_vjp};
+pub use transport::{gyration, gyration_vjp, parallel_transport, parallel_transport_vjp};

@@ -209,13 +209,25 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh {
         Self: Float;
 
     /// [`hyperbolic::backward`].
-    fn hyperbolic_backward(
+    fn hyperbolic_rows_backward(
         problem: &HyperbolicProblem<'_, Self>,
         points: &hyperbolic::Points<Self>,
         upstream: &hyperbolic::Upstream<Self>,
         tile_len: usize,
         level: Level,
         wanted: [bool; 2],
+        grad_bias: Option<ArrayViewMut2<'_, Self>>,
+    ) -> Result<hyperbolic::PointGradients<Self>>
+    where
+        Self: Float;
+
+    /// [`hyperbolic::dense_backward`].
+    fn hyperbolic_dense_backward(
+        problem: &HyperbolicProblem<'_, Self>,
+        points: &hyperbolic::Points<Self>,
+        upstream: &hyperbolic::Upstream<Self>,
+        sizes: TileSizes,
+        level: Level,
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
     ) -> Result<hyperbolic::PointGradients<Self>>
     where
@@ -357,7 +369,7 @@ macro_rules! compile_kernels {
                 hyperbolic::spread(problem, directions, log_sum_exp, tile_len, level, sums);
             }
 
-            fn hyperbolic_backward(
+            fn hyperbolic_rows_backward(
                 problem: &HyperbolicProblem<'_, Self>,
                 points: &hyperbolic::Points<Self>,
                 upstream: &hyperbolic::Upstream<Self>,
@@ -367,6 +379,17 @@ macro_rules! compile_kernels {
                 grad_bias: Option<ArrayViewMut2<'_, Self>>,
             ) -> Result<hyperbolic::PointGradients<Self>> {
                 hyperbolic::backward(problem, points, upstream, tile_len, level, wanted, grad_bias)
+            }
+
+            fn hyperbolic_dense_backward(
+                problem: &HyperbolicProblem<'_, Self>,
+                points: &hyperbolic::Points<Self>,
+                upstream: &hyperbolic::Upstream<Self>,
+                sizes: TileSizes,
+                level: Level,
+                grad_bias: Option<ArrayViewMut2<'_, Self>>,
+            ) -> Result<hyperbolic::PointGradients<Self>> {
+                hyperbolic::dense_backward(problem, points, upstream, sizes, level, grad_bias)
             }
         }
     )*};

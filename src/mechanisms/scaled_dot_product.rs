@@ -50,11 +50,12 @@ pub struct ScaledDotProduct {
     pub(crate) scale: Option<f64>,
 }
 
-struct State<F> {
+/// The weights of all pairs.
+pub(crate) struct Softmax<F> {
     /// num_pairs × heads.
-    weights: Array2<F>,
+    pub(crate) weights: Array2<F>,
     /// num_queries × heads.
-    log_sum_exp: Array2<F>,
+    pub(crate) log_sum_exp: Array2<F>,
 }
 
 impl ScaledDotProduct {
@@ -89,10 +90,10 @@ impl ScaledDotProduct {
         &self,
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
-    ) -> Result<State<F>> {
+    ) -> Result<Softmax<F>> {
         self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
-        let state = softmax(&problem)?;
+        let state = dot_softmax(&problem)?;
         out.fill(F::zero());
         for_each_pair(&problem, &state, |pair, head, weight| {
             let weight = weight * problem.multiplier(pair.index, head);
@@ -104,8 +105,17 @@ impl ScaledDotProduct {
     }
 }
 
-/// The weights of all pairs, one row of pairs at a time.
-fn softmax<F: Float>(problem: &Problem<'_, F>) -> Result<State<F>> {
+fn dot_softmax<F: Float>(problem: &Problem<'_, F>) -> Result<Softmax<F>> {
+    softmax(problem, |pair, head| {
+        problem.scale * plain_dot(problem.query(pair.query, head), problem.key(pair.key, head))
+    })
+}
+
+/// The weights of all pairs, one row of pairs at a time; the bias is added to their logits.
+pub(crate) fn softmax<F: Float>(
+    problem: &Problem<'_, F>,
+    logit: impl Fn(Pair, usize) -> F,
+) -> Result<Softmax<F>> {
     let inputs = &problem.inputs;
     let mut weights = try_zeros("weights", inputs.num_pairs(), problem.heads)?;
     let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
@@ -116,8 +126,7 @@ fn softmax<F: Float>(problem: &Problem<'_, F>) -> Result<State<F>> {
         };
         let mut max = F::neg_infinity();
         for (pair, bias) in visible() {
-            let product = plain_dot(problem.query(query, head), problem.key(pair.key, head));
-            let logit = problem.scale * product + bias;
+            let logit = logit(pair, head) + bias;
             weights[[pair.index, head]] = logit;
             max = nan_max(max, logit);
         }
@@ -134,13 +143,13 @@ fn softmax<F: Float>(problem: &Problem<'_, F>) -> Result<State<F>> {
         visible().for_each(|(pair, _)| weights[[pair.index, head]] /= sum);
         *log_sum = max + sum.ln();
     }
-    Ok(State { weights, log_sum_exp })
+    Ok(Softmax { weights, log_sum_exp })
 }
 
 /// Visits every pair and head that takes part, with its weight.
-fn for_each_pair<F: Float>(
+pub(crate) fn for_each_pair<F: Float>(
     problem: &Problem<'_, F>,
-    state: &State<F>,
+    state: &Softmax<F>,
     mut visit: impl FnMut(Pair, usize, F),
 ) {
     for ((query, head), &log_sum) in state.log_sum_exp.indexed_iter() {
@@ -188,7 +197,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let state: &State<F> = saved.state(NAME)?;
+        let state: &Softmax<F> = saved.state(NAME)?;
         self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
@@ -246,7 +255,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
     }
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        Ok(softmax(&Problem::new(inputs, self.scale)?)?.weights)
+        Ok(dot_softmax(&Problem::new(inputs, self.scale)?)?.weights)
     }
 }
 

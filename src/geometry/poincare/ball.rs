@@ -21,6 +21,11 @@ impl Ball {
         Ok(Self { c, root: c.sqrt() })
     }
 
+    /// A ball with a boundary.
+    pub(super) fn curved<F: Float>(c: F) -> Result<Self> {
+        let ball = Self::new(c)?;
+        if ball.c > 0.0 { Ok(ball) } else { Err(Error::config("c", "a finite number above 0", c)) }
+    }
     /// α = 1 − c|x|² of a point in the ball, right to an ulp or two.
     pub(super) fn alpha<F: Float>(self, what: &'static str, x: &[F]) -> Result<f64> {
         self.alpha_of_row(what, 0, x.len(), |i| x[i].as_f64())
@@ -124,10 +129,14 @@ pub(super) fn norm(n: usize, x: impl Fn(usize) -> f64) -> f64 {
     if largest == 0.0 || largest.is_infinite() {
         return largest;
     }
-    let exponent = largest.to_bits() & (0x7ff << 52);
-    let scale = f64::from_bits(exponent).max(f64::MIN_POSITIVE);
+    let scale = power_of_two_below(largest);
     let scaled = |i| x(i) / scale;
     scale * sum(n, |i| scaled(i) * scaled(i)).sqrt()
+}
+
+/// The largest power of two that is not above a positive number, but for subnormal ones.
+pub(super) fn power_of_two_below(x: f64) -> f64 {
+    f64::from_bits(x.to_bits() & (0x7ff << 52)).max(f64::MIN_POSITIVE)
 }
 
 /// The norm of a slice.
@@ -157,4 +166,20 @@ pub(super) fn assign<F: Float>(out: &mut [F], value: impl Fn(usize) -> f64) {
 /// `Ok` when every slice has n coordinates.
 pub(super) fn check_lengths(n: usize, slices: &[(&'static str, usize)]) -> Result<()> {
     slices.iter().try_for_each(|&(what, len)| check_shape(what, &[n], &[len]))
+}
+
+/// The part of `g` along `v`, multiplied by `along`, and the rest, multiplied by `across`.
+///
+/// By the unit vector, so that a `g` along `v` has no rest to multiply, but for rounding.
+pub(super) fn stretch(
+    n: usize,
+    v: impl Fn(usize) -> f64,
+    v_norm: f64,
+    g: impl Fn(usize) -> f64,
+    along: f64,
+    across: f64,
+) -> impl Fn(usize) -> f64 {
+    let unit = move |i: usize| if v_norm == 0.0 { 0.0 } else { v(i) / v_norm };
+    let g_u = sum(n, |i| g(i) * unit(i));
+    move |i| across * (g(i) - g_u * unit(i)) + along * g_u * unit(i)
 }

@@ -15,10 +15,10 @@ pub(super) struct Addition<X, Y> {
     x_norm: f64,
     y_norm: f64,
     /// |z|² and c|z|², z = x + y.
-    z2: f64,
+    pub(super) z2: f64,
     cz2: f64,
     /// αx αy + c|z|²: a sum of positives, also where 1 + 2c x·y + c²|x|²|y|² cancels.
-    den: f64,
+    pub(super) den: f64,
 }
 
 impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
@@ -42,7 +42,7 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
         (self.y)(i)
     }
 
-    fn z(&self, i: usize) -> f64 {
+    pub(super) fn z(&self, i: usize) -> f64 {
         self.x(i) + self.y(i)
     }
 
@@ -69,17 +69,21 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
         } / self.den;
         let (scale, shift) = (self.ax / self.den, self.cz2 / self.den);
         let grad_c = self.y_norm * self.y_norm * g_w * scale - g_e * self.z2 / self.den;
-        AdditionVjp { of_z: 2.0 * c * g_e, of_y: 2.0 * c * g_w, scale, shift, grad_c, sum: self }
+        let (of_z, of_y) = (2.0 * c * g_e, 2.0 * c * g_w);
+        AdditionVjp { of_z, of_y, scale, shift, g_w, grad_c, sum: self }
     }
 }
 
 /// The gradients of x ⊕ y.
 pub(super) struct AdditionVjp<X, Y> {
     pub(super) sum: Addition<X, Y>,
-    of_z: f64,
+    /// 2c g·e/den and 2c g·w.
+    pub(super) of_z: f64,
     of_y: f64,
+    /// αx/den and c|z|²/den.
     scale: f64,
     shift: f64,
+    pub(super) g_w: f64,
     pub(super) grad_c: f64,
 }
 

@@ -1,6 +1,6 @@
 //! The exponential and the logarithmic map.
 
-use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, sum};
+use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::gyro::Addition;
 use super::radial::{
     artanh_ratio, artanh_ratio_derivative, log_ratio, log_ratio_derivatives, sech2, tanh_ratio,
@@ -8,22 +8,6 @@ use super::radial::{
 };
 use crate::error::Result;
 use crate::float::Float;
-
-/// Multiplies the part of `g` along `v` by `along` and the rest by `across`.
-///
-/// By the unit vector, so that a `g` along `v` has no rest to multiply, but for rounding.
-pub(super) fn stretch(
-    n: usize,
-    v: impl Fn(usize) -> f64,
-    v_norm: f64,
-    g: impl Fn(usize) -> f64,
-    along: f64,
-    across: f64,
-) -> impl Fn(usize) -> f64 {
-    let unit = move |i: usize| if v_norm == 0.0 { 0.0 } else { v(i) / v_norm };
-    let g_u = sum(n, |i| g(i) * unit(i));
-    move |i| across * (g(i) - g_u * unit(i)) + along * g_u * unit(i)
-}
 
 /// Where the geodesic that leaves x with velocity v is at time 1.
 ///
@@ -77,20 +61,42 @@ pub fn exp_map_vjp<F: Float>(
     let grad_w_v = sum(n, |i| grad_w(i) * v[i].as_f64());
     let of_alpha = -step.sech2 / ax * grad_w_v / ax;
     add(grad_x, |i| vjp.grad_x(g(i), i) - 2.0 * ball.c * x[i].as_f64() * of_alpha);
-    Ok(F::of(vjp.grad_c + step.scale_by_c(ball) * grad_w_v - x_norm * x_norm * of_alpha))
+    let of_step = step.scale_by_c(ball) * grad_w_v;
+    if step.t > 0.25 {
+        return Ok(F::of(vjp.grad_c + of_step - x_norm * x_norm * of_alpha));
+    }
+
+    // For a short step the first and the last term cancel, up to the square of its length: in
+    // −|z|² g·e/den² + (|x|² sech²(t)/(ratio den)) (g·w − 2c z·w g·e/den + 2c|w|² g·(x ⊕ w)), of the
+    // first and the last, the factor of g·w is put together from parts that all are small.
+    let (c, to) = (ball.c, &vjp.sum);
+    let (den, ratio) = (to.den, step.scale * ax);
+    let [g_x, g_w] = [dot(grad_out, x), step.scale * dot(grad_out, v)];
+    let dot_w = |a: &dyn Fn(usize) -> f64| sum(n, |i| a(i) * to.y(i));
+    let (x_w, z_w, w2) = (dot_w(&|i| to.x(i)), dot_w(&|i| to.z(i)), dot_w(&|i| to.y(i)));
+    let x2 = x_norm * x_norm;
+    let den_less_1 = 2.0 * c * x_w + (c * x2) * (c * w2);
+    let length = step.v_norm / ax;
+    // sech² − ratio = 2τ ratio'(τ)
+    let sech2_less_ratio = 2.0 * ball.c_norm2(length) * tanh_ratio_derivative(step.t);
+    let of_g_w = x2 * (sech2_less_ratio + step.sech2 * den_less_1) - (2.0 * x_w + w2) * ratio;
+    let rest = x2 * step.sech2 / (ratio * den) * (2.0 * c * w2 * vjp.g_w - z_w * vjp.of_z)
+        - to.z2 / den * c * w2 * g_x / den;
+    let of_sum = w2 * vjp.g_w * ax / den;
+    Ok(F::of(of_sum + of_step + g_w * of_g_w / (ratio * den * den) + rest))
 }
 
 /// tanh(t) v/(√c|v|) = `scale` · v with t = √c|v|/α.
-struct Step {
+pub(super) struct Step {
     v_norm: f64,
     alpha: f64,
     t: f64,
-    scale: f64,
-    sech2: f64,
+    pub(super) scale: f64,
+    pub(super) sech2: f64,
 }
 
 impl Step {
-    fn new(ball: Ball, v_norm: f64, alpha: f64) -> Self {
+    pub(super) fn new(ball: Ball, v_norm: f64, alpha: f64) -> Self {
         let t = ball.root * v_norm / alpha;
         // The second form also where t overflows.
         let scale = if t < 1.0 { tanh_ratio(t) / alpha } else { t.tanh() / (ball.root * v_norm) };
@@ -98,7 +104,7 @@ impl Step {
     }
 
     /// d scale/dc.
-    fn scale_by_c(&self, ball: Ball) -> f64 {
+    pub(super) fn scale_by_c(&self, ball: Ball) -> f64 {
         if self.t < 1.0 {
             let length = self.v_norm / self.alpha;
             tanh_ratio_derivative(self.t) * length * length / self.alpha

@@ -128,8 +128,13 @@ impl Mean {
         let s = ball.root * s_norm;
         let difference = if s > 0.5 * t {
             sum(rows, |j| {
-                let off = |i: usize| ball.root * x(j, i) - m[i] / s_norm;
-                weight(j) * sum(n, |i| off(i) * off(i)) / alphas[j]
+                // |√c x − ŝ|² = (1 − r)² + r|x/|x| − ŝ|², r = √c|x|, 1 − r = α/(1 + r).
+                let x_norm = norm(n, |i| x(j, i));
+                let r = ball.root * x_norm;
+                let unit = |i: usize| if x_norm == 0.0 { 0.0 } else { x(j, i) / x_norm };
+                let off = |i: usize| unit(i) - m[i] / s_norm;
+                let across = r * sum(n, |i| off(i) * off(i)) / alphas[j];
+                weight(j) * (alphas[j] / ((1.0 + r) * (1.0 + r)) + across)
             })
         } else {
             t - s

@@ -58,10 +58,15 @@ pub fn mobius_scalar_mul_vjp<F: Float>(
     add(grad_x, stretch(n, |i| x[i].as_f64(), x_norm, g, along, across));
 
     let g_x = dot(grad_out, x);
-    // d(t²)/dc = r²|x|² artanh/α, all as ratios.
-    let of_tanh = tanh_ratio_derivative(t) * (r * artanh) * (r * artanh) / alpha;
-    let of_artanh = tanh * artanh_ratio_derivative(radius, alpha);
-    let grad_c = g_x * r * x_norm * x_norm * (of_tanh + of_artanh);
+    let grad_c = if radius < 0.35 {
+        // d(t²)/dc = r²|x|² artanh/α, all as ratios.
+        let of_tanh = tanh_ratio_derivative(t) * (r * artanh) * (r * artanh) / alpha;
+        let of_artanh = tanh * artanh_ratio_derivative(radius, alpha);
+        g_x * r * x_norm * x_norm * (of_tanh + of_artanh)
+    } else {
+        // The same as one difference: next to the boundary the two terms above are large.
+        g_x * (along - across) / (2.0 * ball.c)
+    };
     Ok((F::of(g_x * sech2 * artanh), F::of(grad_c)))
 }
 

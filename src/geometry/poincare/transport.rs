@@ -13,16 +13,15 @@ struct Gyration<A, B, V> {
     v: V,
     aa: f64,
     ab: f64,
-    /// The squares |a|², |b|², |z|², and c|a|², c|z|²; z = a + b.
+    /// |a|², |b|², |z|², c|a|² and c|z|²; z = a + b.
     a2: f64,
     b2: f64,
     z2: f64,
     ca2: f64,
     cz2: f64,
     den: f64,
-    /// 2c/den, and the products with v.
+    /// 2c/den, and products with v.
     factor: f64,
-    a_v: f64,
     b_v: f64,
     z_v: f64,
     p: f64,
@@ -52,7 +51,7 @@ impl<A: Fn(usize) -> f64, B: Fn(usize) -> f64, V: Fn(usize) -> f64> Gyration<A, 
         let [a2, b2, z2] = [a_norm, b_norm, z_norm].map(|norm| norm * norm);
         let factor = 2.0 * ball.c / den;
         let c = ball.c;
-        Self { n, c, a, b, v, aa, ab, a2, b2, z2, ca2, cz2, den, factor, a_v, b_v, z_v, p, q }
+        Self { n, c, a, b, v, aa, ab, a2, b2, z2, ca2, cz2, den, factor, b_v, z_v, p, q }
     }
 
     fn z(&self, i: usize) -> f64 {

@@ -7,7 +7,7 @@ use crate::kernels::exp2::exp2;
 use crate::kernels::matmul::{Matrix, PanelRow, columns_times, load, panel_width};
 use crate::kernels::matmul::{rows_times, splat, store};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use crate::kernels::problem::{FiniteRows, Problem, Upstream};
+use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::LOG2_E;
@@ -119,7 +119,12 @@ pub(in super::super) fn backward<F: Float>(
 }
 
 /// Adds rows of padded length, head after head, to the head's columns of a matrix.
-fn add_head_rows<F: Float>(rows: &[F], padded: usize, dim: usize, mut sum: ArrayViewMut2<'_, F>) {
+pub(in super::super) fn add_head_rows<F: Float>(
+    rows: &[F],
+    padded: usize,
+    dim: usize,
+    mut sum: ArrayViewMut2<'_, F>,
+) {
     let num_rows = sum.nrows();
     for (at, row) in rows.chunks(padded.max(1)).enumerate() {
         let (head, key) = (at / num_rows, at % num_rows);
@@ -219,9 +224,16 @@ fn backward_block<S: Simd, F: Float>(
         width,
         &mut scratch.grad_out,
     );
-    pack_rows(&operands.query, block, key_dim, padded_key, problem.scale, &mut scratch.query_rows);
     pack_rows(
-        &operands.grad_out,
+        operands.query.slices(),
+        block,
+        key_dim,
+        padded_key,
+        problem.scale,
+        &mut scratch.query_rows,
+    );
+    pack_rows(
+        operands.grad_out.slices(),
         block,
         value_dim,
         padded_value,
@@ -346,19 +358,19 @@ fn backward_block<S: Simd, F: Float>(
 }
 
 #[inline(always)]
-fn add<S: Simd, F: Float>(simd: S, [a, b]: PanelRow<S, F>, sum: &mut [F]) {
+pub(in super::super) fn add<S: Simd, F: Float>(simd: S, [a, b]: PanelRow<S, F>, sum: &mut [F]) {
     let [sum_a, sum_b] = load::<S, F>(simd, sum);
     store::<S, F>([sum_a + a, sum_b + b], sum);
 }
 
-fn width_of<S: Simd, F: Float>(_: S) -> usize {
+pub(in super::super) fn width_of<S: Simd, F: Float>(_: S) -> usize {
     panel_width::<S, F>()
 }
 
 /// Overwrites `packed`, width × padded, with `factor` × a head's rows of a block, and zeros.
 #[inline(always)]
-fn pack_rows<F: Float>(
-    rows: &FiniteRows<'_, F>,
+pub(in super::super) fn pack_rows<F: Float>(
+    rows: Slices<'_, F>,
     block: &Block<'_, '_, F>,
     dim: usize,
     padded: usize,
@@ -367,7 +379,7 @@ fn pack_rows<F: Float>(
 ) {
     packed.clear();
     packed.resize(block.width * padded, F::zero());
-    let rows = HeadRows::new(rows.slices(), block.head, dim);
+    let rows = HeadRows::new(rows, block.head, dim);
     for (packed, query) in packed.chunks_exact_mut(padded.max(1)).zip(block.queries.clone()) {
         packed
             .iter_mut()

@@ -9,7 +9,7 @@
 mod backward;
 mod forward;
 
-pub(super) use backward::backward;
+pub(super) use backward::{add, add_head_rows, backward, pack_rows, width_of};
 pub(super) use forward::forward;
 
 use super::matmul::{Matrix, PanelRow, panel_width, rows_times, store};

@@ -50,6 +50,27 @@ pub struct PointGradients<F> {
     pub(crate) kappa: Array2<F>,
 }
 
+impl<F: Float> PointGradients<F> {
+    /// Zeros for what is wanted: gradients by query, and by key.
+    pub(super) fn zeros(
+        problem: &HyperbolicProblem<'_, F>,
+        [by_query, by_key]: [bool; 2],
+    ) -> Result<Self> {
+        let softmax = &problem.softmax;
+        let inputs = &softmax.inputs;
+        let num_queries = if by_query { inputs.num_queries() } else { 0 };
+        let num_keys = if by_key { inputs.num_keys() } else { 0 };
+        let zeros = |rows, columns| try_zeros("gradients", rows, columns);
+        let points = |rows, heads, dim| Ok([zeros(rows, heads * dim)?, zeros(rows, heads)?]);
+        Ok(Self {
+            query: points(num_queries, softmax.heads, softmax.key_dim)?,
+            key: points(num_keys, inputs.kv_heads(), softmax.key_dim)?,
+            value: points(num_keys, inputs.kv_heads(), problem.dim)?,
+            kappa: zeros(num_queries, softmax.heads)?,
+        })
+    }
+}
+
 /// The gradients; those of queries and κ only if `by_query`, those of keys and values only if
 /// `by_key`. Adds those of the logits of all pairs to `grad_bias`.
 pub(in super::super) fn backward<F: Float>(
@@ -63,26 +84,8 @@ pub(in super::super) fn backward<F: Float>(
 ) -> Result<PointGradients<F>> {
     let softmax = &problem.softmax;
     let inputs = &softmax.inputs;
-    let (num_queries, num_keys) = (inputs.num_queries(), inputs.num_keys());
-    let (heads, kv_heads) = (softmax.heads, inputs.kv_heads());
-    let zeros = |wanted: bool, rows, columns| {
-        try_zeros("gradients", if wanted { rows } else { 0 }, columns)
-    };
-    let mut grads = PointGradients {
-        query: [
-            zeros(by_query, num_queries, heads * softmax.key_dim)?,
-            zeros(by_query, num_queries, heads)?,
-        ],
-        key: [
-            zeros(by_key, num_keys, kv_heads * softmax.key_dim)?,
-            zeros(by_key, num_keys, kv_heads)?,
-        ],
-        value: [
-            zeros(by_key, num_keys, kv_heads * problem.dim)?,
-            zeros(by_key, num_keys, kv_heads)?,
-        ],
-        kappa: zeros(by_query, num_queries, heads)?,
-    };
+    let (num_queries, heads) = (inputs.num_queries(), softmax.heads);
+    let mut grads = PointGradients::zeros(problem, [by_query, by_key])?;
     let level = level_for::<F>(level, [softmax.key_dim, problem.dim]);
     let pass = |pairs| Pass { problem, points, upstream, pairs, tile_len };
 

@@ -14,11 +14,13 @@
 //! again what the first sums hold too inexactly; `backward` is the other direction.
 
 mod backward;
+mod dense_backward;
 mod pairs;
 mod spread;
 
 pub(super) use backward::backward;
 pub(crate) use backward::{PointGradients, Points, Upstream};
+pub(super) use dense_backward::dense_backward;
 pub(crate) use pairs::Terms;
 pub(super) use spread::spread;
 
@@ -78,13 +80,13 @@ pub struct HyperbolicProblem<'p, F: Float> {
 
 impl<F: Float> HyperbolicProblem<'_, F> {
     #[inline(always)]
-    fn query(&self, query: usize, head: usize) -> Radius<F> {
+    pub(crate) fn query(&self, query: usize, head: usize) -> Radius<F> {
         self.query[query * self.softmax.heads + head]
     }
 
     /// The point of a key, and the value's, that a head of the queries meets.
     #[inline(always)]
-    fn key_at(&self, key: usize, head: usize) -> usize {
+    pub(crate) fn key_at(&self, key: usize, head: usize) -> usize {
         key * self.softmax.inputs.kv_heads() + self.softmax.kv_head(head)
     }
 

@@ -1,4 +1,5 @@
 mod config;
+mod plain;
 mod polar;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
@@ -13,9 +14,11 @@ use crate::kernels::dense::TileSizes;
 use crate::kernels::hyperbolic::{HyperbolicProblem, Points, Terms, Upstream};
 use crate::kernels::problem::{Problem, Rows};
 use crate::mechanisms::FEW_QUERIES;
+use crate::mechanisms::scaled_dot_product::Softmax;
 use crate::params::Params;
 use fearless_simd::Level;
-use ndarray::{Array0, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use plain::Plain;
 use polar::{DirectionFactor, Polar, Space, zero_nan};
 use std::f64::consts::LOG2_E;
 
@@ -82,7 +85,7 @@ impl<F: Float> Poincare<F> {
         let (temperature, coordinates) = (self.temperature(), self.config.coordinates);
         config::check_positive("curvature", c)?;
         config::check_positive("temperature", temperature)?;
-        let largest_radius = config::largest_radius::<F>();
+        let largest_radius = config::largest_radius::<F>(self.config.aggregation);
         Ok(Space { c, coordinates, largest_radius })
     }
 
@@ -91,6 +94,10 @@ impl<F: Float> Poincare<F> {
         let (heads, kv_heads) = (inputs.heads(), inputs.kv_heads());
         let key_dim = inputs.query().ncols() / heads;
         check_shape("key", &[inputs.num_keys(), kv_heads * key_dim], inputs.key().shape())?;
+        if self.config.aggregation == Aggregation::TangentAtQuery {
+            let shape = [inputs.num_keys(), kv_heads * key_dim];
+            check_shape("value", &shape, inputs.value().shape())?;
+        }
         let value = space.polar("value", inputs.value(), kv_heads)?;
         let sums = match self.config.aggregation {
             Aggregation::TangentAtOrigin => value.tangents()?,
@@ -104,6 +111,24 @@ impl<F: Float> Poincare<F> {
             value,
             sums,
         })
+    }
+
+    /// The weights of all pairs.
+    fn softmax(&self, inputs: &Inputs<'_, F>, embedded: &Embedded<F>) -> Result<Softmax<F>> {
+        let polar = embedded.inputs(inputs)?;
+        plain::weights(&embedded.problem(&polar, self.is_linear())?)
+    }
+
+    /// Adds the gradients of the parameters that there are.
+    fn params_vjp(&self, grad_c: f64, grad_temperature: f64, params: &mut [ArrayD<F>]) {
+        let learned = [
+            self.raw_curvature.as_ref().map(|_| (self.curvature(), grad_c)),
+            self.raw_temperature.as_ref().map(|_| (self.temperature(), grad_temperature)),
+        ];
+        for (param, (value, grad)) in params.iter_mut().zip(learned.into_iter().flatten()) {
+            // The derivative of softplus is 1 − e^{−softplus}.
+            *param += F::of(grad * -(-value).exp_m1());
+        }
     }
 
     fn is_linear(&self) -> bool {
@@ -435,11 +460,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
-        let embedded = self.embed(inputs)?;
-        let state = self.run(inputs, &embedded)?;
-        self.finish(embedded.space, inputs, &state, out);
-        Ok(())
+        self.forward_train_into(inputs, out).map(drop)
     }
 
     fn forward_train_into(
@@ -449,6 +470,11 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
+        if self.config.aggregation.is_plain() {
+            let softmax = self.softmax(inputs, &embedded)?;
+            Plain::new(self, inputs, &softmax)?.forward(out)?;
+            return Ok(Saved::new(NAME, softmax));
+        }
         let state = self.run(inputs, &embedded)?;
         self.finish(embedded.space, inputs, &state, out);
         Ok(Saved::new(NAME, state))
@@ -461,9 +487,19 @@ impl<F: Float> Attention<F> for Poincare<F> {
         grad_out: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let state: &State<F> = saved.state(NAME)?;
         self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
+        if self.config.aggregation.is_plain() {
+            let softmax: &Softmax<F> = saved.state(NAME)?;
+            let shape = [inputs.num_pairs(), inputs.heads()];
+            check_shape("saved weights", &shape, softmax.weights.shape())?;
+            let mut grads = grads;
+            let [grad_c, grad_temperature] =
+                Plain::new(self, inputs, softmax)?.backward(grad_out, &mut grads)?;
+            self.params_vjp(grad_c, grad_temperature, grads.params);
+            return Ok(());
+        }
+        let state: &State<F> = saved.state(NAME)?;
         let embedded = self.embed(inputs)?;
         let sums =
             [inputs.num_queries(), inputs.heads() * embedded.sums.ncols() / inputs.kv_heads()];
@@ -480,15 +516,15 @@ impl<F: Float> Attention<F> for Poincare<F> {
         let is_learned = !params.is_empty();
         let wanted =
             [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
-        let grads = F::hyperbolic_backward(
-            &problem,
-            &points,
-            &upstream,
-            TILES.keys,
-            Level::new(),
-            wanted,
-            bias,
-        )?;
+        let level = Level::new();
+        let grads = match inputs.pattern() {
+            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
+                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, bias)?
+            }
+            _ => F::hyperbolic_rows_backward(
+                &problem, &points, &upstream, TILES.keys, level, wanted, bias,
+            )?,
+        };
         let space = embedded.space;
         if wanted[0] {
             grad_c += space.vjp(&embedded.query, &grads.query, DirectionFactor::HalfSinh, query);
@@ -503,18 +539,13 @@ impl<F: Float> Attention<F> for Poincare<F> {
         let grad_kappa: f64 = grads.kappa.iter().map(|grad| grad.as_f64()).sum();
         grad_c -= grad_kappa * embedded.kappa / (2.0 * space.c);
         let grad_temperature = -grad_kappa * embedded.kappa / self.temperature();
-        let mut params = params.iter_mut();
-        let of_params = [
-            (&self.raw_curvature, space.c, grad_c),
-            (&self.raw_temperature, self.temperature(), grad_temperature),
-        ];
-        for (raw, value, grad) in of_params {
-            if let (Some(_), Some(param)) = (raw, raw.as_ref().and_then(|_| params.next())) {
-                // The derivative of softplus is 1 − e^{−softplus}.
-                *param += F::of(grad * -(-value).exp_m1());
-            }
-        }
+        self.params_vjp(grad_c, grad_temperature, params);
         Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let embedded = self.embed(inputs)?;
+        Ok(self.softmax(inputs, &embedded)?.weights)
     }
 }
 

@@ -1,0 +1,377 @@
+//! The backward pass in tiles of queries × keys.
+
+use super::backward::{PointGradients, Points, Upstream};
+use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
+use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
+use crate::error::Result;
+use crate::float::Float;
+use crate::inputs::{Pair, head_columns};
+use crate::kernels::dense::{
+    BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add, add_head_rows, block, clip, pack_rows,
+    pack_transposed, width_of,
+};
+use crate::kernels::matmul::{
+    Matrix, Vector, columns_times, panel_width, rows_times, squared_distances, store,
+};
+use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::problem::Slices;
+use fearless_simd::{Level, Simd, SimdBase};
+use ndarray::{ArrayViewMut2, s};
+use std::f64::consts::LN_2;
+use std::ops::Range;
+
+/// What one task writes to.
+struct Part<'g, F> {
+    queries: Range<usize>,
+    grad_query: ArrayViewMut2<'g, F>,
+    grad_radius: ArrayViewMut2<'g, F>,
+    grad_kappa: ArrayViewMut2<'g, F>,
+    grad_bias: Option<ArrayViewMut2<'g, F>>,
+    keys: KeySums<F>,
+}
+
+/// Sums over the queries of a part: for each head, row after row of padded length, and radii.
+struct KeySums<F> {
+    key: Vec<F>,
+    value: Vec<F>,
+    key_radii: Vec<F>,
+    value_radii: Vec<F>,
+}
+
+/// Buffers of one block after the other.
+struct Scratch<F> {
+    /// Directions, w and û, transposed to columns × width.
+    queries: Vec<F>,
+    weights: Vec<F>,
+    directions: Vec<F>,
+    /// What products are formed with, width × padded columns.
+    query_rows: Vec<F>,
+    sum_rows: Vec<F>,
+    radii: Lanes<F, RADIUS>,
+    terms: Lanes<F, TERMS>,
+    /// Tiles, keys × width: squared distances, then weights; products, then what the keys' directions
+    /// are multiplied by; distances to û, then gradients of the logits; bias; multipliers.
+    squared: Vec<F>,
+    products: Vec<F>,
+    spreads: Vec<F>,
+    bias: Vec<F>,
+    multipliers: Vec<F>,
+    /// key_dim × width.
+    grad_query: Vec<F>,
+    /// Gradients of radius and κ, lane by lane.
+    grad_radius: Vec<F>,
+    grad_kappa: Vec<F>,
+}
+
+/// [`backward`](super::backward) for dense inputs.
+pub(in super::super) fn dense_backward<F: Float>(
+    problem: &HyperbolicProblem<'_, F>,
+    points: &Points<F>,
+    upstream: &Upstream<F>,
+    sizes: TileSizes,
+    level: Level,
+    mut grad_bias: Option<ArrayViewMut2<'_, F>>,
+) -> Result<PointGradients<F>> {
+    let softmax = &problem.softmax;
+    let inputs = &softmax.inputs;
+    let sizes = clip(softmax, sizes);
+    let mut grads = PointGradients::zeros(problem, [true; 2])?;
+    let num_keys = inputs.num_keys();
+    let panel = dispatch!(level, simd => width_of::<_, F>(simd));
+    let padded = [softmax.key_dim, problem.dim].map(|dim| dim.next_multiple_of(panel));
+    let rows = inputs.kv_heads() * num_keys;
+    let blocks = inputs.num_queries().div_ceil(sizes.queries);
+    let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
+    let ranges = parts(inputs.num_queries(), sizes.queries, num_parts);
+    let lens = || ranges.iter().map(Range::len);
+    let [grad_query, grad_radius] = grads.query.each_mut();
+    let mut grad_query = row_chunks(grad_query.view_mut(), lens());
+    let mut grad_radius = row_chunks(grad_radius.view_mut(), lens());
+    let mut grad_kappa = row_chunks(grads.kappa.view_mut(), lens());
+    // Rows of the bias are queries, or their pairs.
+    let per_query = if softmax.bias.is_some_and(|bias| bias.is_matrix()) { 1 } else { num_keys };
+    let mut grad_bias = grad_bias
+        .as_mut()
+        .map(|bias| row_chunks(bias.view_mut(), lens().map(move |len| len * per_query)));
+    let mut parts = Vec::with_capacity(ranges.len());
+    for queries in ranges.iter().cloned() {
+        let zeros = |columns: usize| vec![F::zero(); rows * columns];
+        let chunk = "a chunk for each part";
+        parts.push(Part {
+            queries,
+            grad_query: grad_query.next().expect(chunk),
+            grad_radius: grad_radius.next().expect(chunk),
+            grad_kappa: grad_kappa.next().expect(chunk),
+            grad_bias: grad_bias.as_mut().and_then(Iterator::next),
+            keys: KeySums {
+                key: zeros(padded[0]),
+                value: zeros(padded[1]),
+                key_radii: zeros(1),
+                value_radii: zeros(1),
+            },
+        });
+    }
+    drop((grad_query, grad_radius, grad_kappa, grad_bias));
+    parallel::for_each(parts.iter_mut().collect(), softmax.work(), |part: &mut Part<'_, F>| {
+        dispatch!(level, simd => backward_part(simd, problem, points, upstream, sizes, part));
+    });
+    let sums: Vec<KeySums<F>> = parts.into_iter().map(|part| part.keys).collect();
+    for KeySums { key, value, key_radii, value_radii } in sums {
+        add_head_rows(&key, padded[0], softmax.key_dim, grads.key[0].view_mut());
+        add_head_rows(&key_radii, 1, 1, grads.key[1].view_mut());
+        add_head_rows(&value, padded[1], problem.dim, grads.value[0].view_mut());
+        add_head_rows(&value_radii, 1, 1, grads.value[1].view_mut());
+    }
+    Ok(grads)
+}
+
+#[inline(always)]
+fn backward_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &HyperbolicProblem<'_, F>,
+    points: &Points<F>,
+    upstream: &Upstream<F>,
+    sizes: TileSizes,
+    part: &mut Part<'_, F>,
+) {
+    let softmax = &problem.softmax;
+    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let tile = || vec![F::zero(); sizes.keys * width];
+    let mut scratch = Scratch {
+        queries: Vec::new(),
+        weights: Vec::new(),
+        directions: Vec::new(),
+        query_rows: Vec::new(),
+        sum_rows: Vec::new(),
+        radii: Lanes::new(width),
+        terms: Lanes::new(width),
+        squared: tile(),
+        products: tile(),
+        spreads: tile(),
+        bias: tile(),
+        multipliers: tile(),
+        grad_query: vec![F::zero(); softmax.key_dim * width],
+        grad_radius: vec![F::zero(); width],
+        grad_kappa: vec![F::zero(); width],
+    };
+    for rows in ranges(part.queries.len(), sizes.queries) {
+        for head in 0..softmax.heads {
+            let block = block::<S, F>(softmax, head, &part.queries, &rows);
+            pack(simd, problem, points, upstream, &block, &mut scratch);
+            for tile in ranges(block.num_visible_keys(), sizes.keys) {
+                backward_tile(
+                    simd,
+                    problem,
+                    points,
+                    upstream,
+                    &block,
+                    &tile,
+                    &mut scratch,
+                    &mut part.keys,
+                );
+                if let (Some(grad), Some(bias)) = (&mut part.grad_bias, softmax.bias) {
+                    let grads = &scratch.spreads;
+                    block.for_each_visible(0..block.queries.len(), tile.clone(), |lane, key| {
+                        let pair = block.pair(lane, key);
+                        let query = pair.query - part.queries.start;
+                        let index = pair.index - part.queries.start * softmax.inputs.num_keys();
+                        grad[bias.slot(Pair { query, key, index }, head)] +=
+                            grads[(key - tile.start) * block.width + lane];
+                    });
+                }
+            }
+            let mut sum =
+                (part.grad_query).slice_mut(s![rows.clone(), head_columns(head, softmax.key_dim)]);
+            for (lane, mut sum) in sum.rows_mut().into_iter().enumerate() {
+                for (sum, grad) in sum.iter_mut().zip(scratch.grad_query.chunks(block.width)) {
+                    *sum += grad[lane];
+                }
+            }
+            for (lane, row) in rows.clone().enumerate() {
+                part.grad_radius[[row, head]] += scratch.grad_radius[lane];
+                // s = −κ ln 2 · asinh(…)/ln 2
+                part.grad_kappa[[row, head]] -= scratch.grad_kappa[lane] * F::of(LN_2);
+            }
+        }
+    }
+}
+
+/// Takes up the queries of a block.
+#[inline(never)]
+fn pack<S: Simd, F: Float>(
+    simd: S,
+    problem: &HyperbolicProblem<'_, F>,
+    points: &Points<F>,
+    upstream: &Upstream<F>,
+    block: &Block<'_, '_, F>,
+    scratch: &mut Scratch<F>,
+) {
+    let Block { head, width, .. } = *block;
+    let (key_dim, dim) = (problem.softmax.key_dim, problem.dim);
+    let queries = || block.queries.clone();
+    fn of_head<F: Float>(rows: Slices<'_, F>, row: usize, head: usize, dim: usize) -> &[F] {
+        &rows.row(row)[head_columns(head, dim)]
+    }
+    block.pack_queries(F::one(), &mut scratch.queries);
+    for (rows, packed) in [
+        (upstream.weights.slices(), &mut scratch.weights),
+        (upstream.directions.slices(), &mut scratch.directions),
+    ] {
+        let rows = queries().map(|query| of_head(rows, query, head, dim));
+        pack_transposed(dim, rows, F::one(), width, packed);
+    }
+    let panel = width_of::<S, F>(simd);
+    let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
+    let (one, query_rows, sum_rows) = (F::one(), &mut scratch.query_rows, &mut scratch.sum_rows);
+    pack_rows(points.query.slices(), block, key_dim, padded_key, one, query_rows);
+    pack_rows(upstream.sums.slices(), block, dim, padded, one, sum_rows);
+    scratch.radii.fill(queries().map(|query| problem.query(query, head).array()));
+    // Lanes past the end take no part.
+    let stride = scratch.terms.stride;
+    let [.., log_sums, _] = [0, 1, 2, 3, 4, 5].map(|n| n * stride..(n + 1) * stride);
+    scratch.terms.data[log_sums].fill(F::infinity());
+    let heads = problem.softmax.heads;
+    scratch.terms.fill(queries().map(|query| upstream.terms[query * heads + head].array()));
+    scratch.grad_query.fill(F::zero());
+    scratch.grad_radius.fill(F::zero());
+    scratch.grad_kappa.fill(F::zero());
+}
+
+#[inline(never)]
+#[allow(clippy::too_many_arguments)]
+fn backward_tile<S: Simd, F: Float>(
+    simd: S,
+    problem: &HyperbolicProblem<'_, F>,
+    points: &Points<F>,
+    upstream: &Upstream<F>,
+    block: &Block<'_, '_, F>,
+    tile: &Range<usize>,
+    scratch: &mut Scratch<F>,
+    sums: &mut KeySums<F>,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || backward_tile_inline(simd, problem, points, upstream, block, tile, scratch, sums),
+    );
+}
+
+/// Adds the gradient of the queries in `scratch`, those of keys and values in `sums`; leaves the
+/// gradients of the logits in `scratch.spreads`.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn backward_tile_inline<S: Simd, F: Float>(
+    simd: S,
+    problem: &HyperbolicProblem<'_, F>,
+    points: &Points<F>,
+    upstream: &Upstream<F>,
+    block: &Block<'_, '_, F>,
+    tile: &Range<usize>,
+    scratch: &mut Scratch<F>,
+    sums: &mut KeySums<F>,
+) {
+    let Block { problem: softmax, head, width, .. } = *block;
+    let panel = panel_width::<S, F>();
+    let kv_head = softmax.kv_head(head);
+    let (key_dim, dim) = (softmax.key_dim, problem.dim);
+    let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
+    let first_row = kv_head * softmax.inputs.num_keys() + tile.start;
+    let keys = block.keys();
+    let values = HeadRows::new(problem.directions.slices(), kv_head, dim);
+    let len = tile.len();
+    let (squared, products, spreads) = (
+        &mut scratch.squared[..len * width],
+        &mut scratch.products[..len * width],
+        &mut scratch.spreads[..len * width],
+    );
+    let may_hide = block.may_hide_in(tile);
+    let (bias, multipliers) =
+        (&mut scratch.bias[..len * width], &mut scratch.multipliers[..len * width]);
+    for column in (0..width).step_by(panel) {
+        let right = |packed| Matrix { data: packed, stride: width }.skip_columns(column);
+        let key = |k| keys.row(tile.start + k);
+        let value = |k| values.row(tile.start + k);
+        squared_distances(simd, len, key, right(&scratch.queries[..]), panel, |k, _, sums| {
+            store::<S, F>(sums, &mut squared[k * width + column..]);
+        });
+        rows_times(simd, len, value, right(&scratch.weights[..]), panel, |k, _, sums| {
+            store::<S, F>(sums, &mut products[k * width + column..]);
+        });
+        if !upstream.is_linear {
+            let directions = right(&scratch.directions[..]);
+            squared_distances(simd, len, value, directions, panel, |k, _, sums| {
+                store::<S, F>(sums, &mut spreads[k * width + column..]);
+            });
+        }
+        let lanes = block.lanes(column, panel);
+        if may_hide {
+            for bias in bias.chunks_exact_mut(width) {
+                bias[column..column + panel].fill(F::zero());
+            }
+            block.restrict(lanes.clone(), tile, bias);
+        }
+        if softmax.dropout.is_some() {
+            for multipliers in multipliers.chunks_exact_mut(width) {
+                multipliers[column..column + panel].fill(F::one());
+            }
+            block.drop_out(lanes, tile, multipliers);
+        }
+
+        let vector_len = Vector::<S, F>::LEN;
+        for half in 0..2 {
+            let at = column + half * vector_len;
+            let query = Radius::of(scratch.radii.load(simd, at));
+            let terms = Terms::of(scratch.terms.load(simd, at));
+            let from = |data: &[F]| Vector::<S, F>::from_slice(simd, &data[..vector_len]);
+            let mut grad_radius = from(&scratch.grad_radius[at..]);
+            let mut grad_kappa = from(&scratch.grad_kappa[at..]);
+            for k in 0..len {
+                let place = k * width + at;
+                let point = problem.key_at(tile.start + k, head);
+                let pairs = Pairs {
+                    query,
+                    key: Radius::of(splat_all(simd, problem.key[point].array())),
+                    mass: Mass::of(splat_all(simd, problem.masses[point].array())),
+                    terms,
+                    squared: from(&squared[place..]),
+                    product: from(&products[place..]),
+                    spread: from(&spreads[place..]),
+                    bias: match may_hide {
+                        true => from(&bias[place..]),
+                        false => Vector::<S, F>::splat(simd, F::zero()),
+                    },
+                    multiplier: match softmax.dropout {
+                        Some(_) => from(&multipliers[place..]),
+                        None => Vector::<S, F>::splat(simd, F::one()),
+                    },
+                };
+                let PairGradients { weight, logit, direction, query, key, value, factor } =
+                    vjp::<S, F>(simd, &pairs, problem.kappa);
+                weight.store_slice(&mut squared[place..place + vector_len]);
+                direction.store_slice(&mut products[place..place + vector_len]);
+                logit.store_slice(&mut spreads[place..place + vector_len]);
+                grad_radius += query;
+                grad_kappa += factor;
+                sums.key_radii[first_row + k] += key.reduce_sum();
+                sums.value_radii[first_row + k] += value.reduce_sum();
+            }
+            grad_radius.store_slice(&mut scratch.grad_radius[at..at + vector_len]);
+            grad_kappa.store_slice(&mut scratch.grad_kappa[at..at + vector_len]);
+        }
+    }
+
+    let right = Matrix { data: &scratch.sum_rows[..], stride: padded };
+    let weights_of = |k: usize| &squared[k * width..][..width];
+    rows_times(simd, len, weights_of, right, padded, |k, column, grad| {
+        add::<S, F>(simd, grad, &mut sums.value[(first_row + k) * padded + column..]);
+    });
+    let right = Matrix { data: &scratch.query_rows[..], stride: padded_key };
+    let directions_of = |k: usize| &products[k * width..][..width];
+    rows_times(simd, len, directions_of, right, padded_key, |k, column, grad| {
+        add::<S, F>(simd, grad, &mut sums.key[(first_row + k) * padded_key + column..]);
+    });
+    let right = Matrix { data: &*products, stride: width };
+    let left = HeadRows::new(points.key.slices(), kv_head, key_dim).matrix(tile.start);
+    columns_times(simd, key_dim, left, right, width, |row, column, grad| {
+        add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
+    });
+}

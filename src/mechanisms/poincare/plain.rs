@@ -1,0 +1,443 @@
+//! The weights of all pairs, and the two means that are formed pair by pair: in the tangent space at the
+//! query, and Fréchet's. In the coordinates of the ball, in `f64`, on one thread.
+
+use super::polar::Space;
+use super::{Aggregation, Coordinates, Poincare};
+use crate::error::Result;
+use crate::float::{Float, try_zeros};
+use crate::geometry::poincare::ball::norm_of;
+use crate::geometry::poincare::{
+    conformal_factor, distance, distance_vjp, exp_map, exp_map_origin, exp_map_origin_vjp,
+    exp_map_vjp, log_map, log_map_origin, log_map_origin_vjp, log_map_vjp, midpoint,
+};
+use crate::gradients::GradientsMut;
+use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::hyperbolic::HyperbolicProblem;
+use crate::mechanisms::scaled_dot_product::{Softmax, softmax};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
+use std::ops::Range;
+
+/// Steps after which the Fréchet mean is taken as it is.
+const STEPS: usize = 100;
+
+/// The softmax of the distances.
+pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<Softmax<F>> {
+    softmax(&problem.softmax, |pair, head| {
+        let (query, key) =
+            (problem.query(pair.query, head), problem.key[problem.key_at(pair.key, head)]);
+        let directions = problem.softmax.query(pair.query, head).iter();
+        let differences = directions.zip(problem.softmax.key(pair.key, head));
+        let squared: F = differences.map(|(&a, &b)| (a - b) * (a - b)).sum();
+        let radial = (query.expm1 - key.expm1) * (query.half_inverse + key.half_inverse);
+        let across = squared.sqrt() * query.root * key.root;
+        -problem.kappa * radial.hypot(across).asinh()
+    })
+}
+
+/// What the means are formed of, points in the coordinates of the ball.
+pub(super) struct Plain<'i, 'a, F: Float> {
+    inputs: &'i Inputs<'a, F>,
+    c: f64,
+    temperature: f64,
+    coordinates: Coordinates,
+    aggregation: Aggregation,
+    query: Array2<f64>,
+    key: Array2<f64>,
+    value: Array2<f64>,
+    softmax: &'i Softmax<F>,
+}
+
+/// A query and head: its visible pairs, and the mean of their values.
+struct Row {
+    query: usize,
+    head: usize,
+    pairs: Vec<Pair>,
+    /// The weights, and what dropout makes of them.
+    weights: Vec<f64>,
+    kept: Vec<f64>,
+    /// Where the logarithms are taken: at the query, or at the mean.
+    base: Vec<f64>,
+    /// log(yⱼ), row after row, and Σ p log(yⱼ).
+    logarithms: Array2<f64>,
+    sum: Vec<f64>,
+    /// The mean; NaN where anything that it is made of is.
+    mean: Vec<f64>,
+}
+
+impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
+    pub(super) fn new(
+        poincare: &Poincare<F>,
+        inputs: &'i Inputs<'a, F>,
+        softmax: &'i Softmax<F>,
+    ) -> Result<Self> {
+        let Space { c, coordinates, .. } = poincare.space()?;
+        let points = |array: ArrayView2<'_, F>, heads: usize| -> Result<Array2<f64>> {
+            let mut points = array.mapv(Float::as_f64).as_standard_layout().into_owned();
+            if coordinates == Coordinates::Tangent {
+                for_each_point(&mut points, heads, |_, point| {
+                    exp_map_origin(&point.to_vec(), c, point)
+                })?;
+            }
+            Ok(points)
+        };
+        let query = points(inputs.query(), inputs.heads())?;
+        let [key, value] = [inputs.key(), inputs.value()];
+        let [key, value] = [points(key, inputs.kv_heads())?, points(value, inputs.kv_heads())?];
+        let (temperature, aggregation) = (poincare.temperature(), poincare.config.aggregation);
+        Ok(Self { inputs, c, temperature, coordinates, aggregation, query, key, value, softmax })
+    }
+
+    fn kv_head(&self, head: usize) -> usize {
+        head * self.inputs.kv_heads() / self.inputs.heads()
+    }
+
+    fn query_columns(&self, head: usize) -> Range<usize> {
+        head_columns(head, self.query.ncols() / self.inputs.heads())
+    }
+
+    fn key_columns(&self, head: usize) -> Range<usize> {
+        head_columns(self.kv_head(head), self.key.ncols() / self.inputs.kv_heads())
+    }
+
+    fn value_columns(&self, head: usize) -> Range<usize> {
+        head_columns(self.kv_head(head), self.value.ncols() / self.inputs.kv_heads())
+    }
+
+    fn out_columns(&self, head: usize) -> Range<usize> {
+        head_columns(head, self.value.ncols() / self.inputs.kv_heads())
+    }
+
+    fn value(&self, key: usize, head: usize) -> &[f64] {
+        &of_row(&self.value, key)[self.value_columns(head)]
+    }
+
+    /// `None` for a query that sees no key, or whose pairs dropout has dropped.
+    fn row(&self, query: usize, head: usize) -> Result<Option<Row>> {
+        let bias = self.inputs.bias();
+        let is_hidden =
+            |pair: &Pair| bias.is_some_and(|bias| bias.at(*pair, head) == F::neg_infinity());
+        let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
+        let weight = |pair: &Pair| self.softmax.weights[[pair.index, head]].as_f64();
+        let weights: Vec<f64> = pairs.iter().map(weight).collect();
+        let multiplier = |pair: &Pair| self.multiplier(*pair, head);
+        let kept: Vec<f64> =
+            pairs.iter().zip(&weights).map(|(pair, weight)| weight * multiplier(pair)).collect();
+        if kept.iter().all(|&weight| weight == 0.0) {
+            return Ok(None);
+        }
+        let base = of_row(&self.query, query)[self.query_columns(head)].to_vec();
+        let dim = self.value_columns(head).len();
+        let mut row = Row {
+            logarithms: try_zeros("logarithms", pairs.len(), dim)?,
+            sum: vec![0.0; dim],
+            mean: vec![f64::NAN; dim],
+            query,
+            head,
+            pairs,
+            weights,
+            kept,
+            base,
+        };
+        let is_number = |values: &[f64]| values.iter().all(|value| value.is_finite());
+        let values = row.pairs.iter().all(|pair| is_number(self.value(pair.key, head)));
+        if !values || !is_number(&row.base) || !is_number(&row.kept) {
+            return Ok(Some(row));
+        }
+        if self.aggregation == Aggregation::TangentAtQuery {
+            self.take_logarithms(&mut row)?;
+            exp_map(&row.base, &row.sum, self.c, &mut row.mean)?;
+        } else {
+            self.seek_mean(&mut row)?;
+        }
+        Ok(Some(row))
+    }
+
+    fn multiplier(&self, pair: Pair, head: usize) -> f64 {
+        let dropout = self.inputs.dropout();
+        dropout.map_or(1.0, |dropout| dropout.multiplier::<f64>(pair.index, head))
+    }
+
+    /// The logarithms at the base, and their sum.
+    fn take_logarithms(&self, row: &mut Row) -> Result<()> {
+        let Row { head, pairs, kept, base, logarithms, sum, .. } = row;
+        sum.fill(0.0);
+        for ((pair, &weight), mut logarithm) in pairs.iter().zip(&*kept).zip(logarithms.rows_mut())
+        {
+            let logarithm = logarithm.as_slice_mut().expect("a row of our own");
+            log_map(base, self.value(pair.key, *head), self.c, logarithm)?;
+            sum.iter_mut().zip(&*logarithm).for_each(|(sum, log)| *sum += weight * log);
+        }
+        Ok(())
+    }
+
+    /// The point where the weighted logarithms sum to zero. From the midpoint on by Newton's method;
+    /// where that does not come nearer, by the midpoint under the weights p d/sinh d, which always
+    /// does: d² is concave in cosh d, whose weighted sum that midpoint minimises.
+    fn seek_mean(&self, row: &mut Row) -> Result<()> {
+        let (dim, head) = (row.base.len().max(row.mean.len()), row.head);
+        let mut values = Array2::zeros((row.pairs.len(), row.mean.len()));
+        for (pair, mut value) in row.pairs.iter().zip(values.rows_mut()) {
+            value.assign(&ArrayView1::from(self.value(pair.key, head)));
+        }
+        row.base = vec![0.0; row.mean.len()];
+        midpoint(values.view(), &row.kept, self.c, &mut row.base)?;
+        self.take_logarithms(row)?;
+        let mut best = self.residual(row)?;
+        for _ in 0..STEPS {
+            if best <= f64::EPSILON {
+                break;
+            }
+            let last = row.base.clone();
+            let step = self.solve(row, &row.sum)?;
+            exp_map(&last, &step, self.c, &mut row.base)?;
+            self.take_logarithms(row)?;
+            let mut new = self.residual(row)?;
+            if !(new < best) {
+                row.base.copy_from_slice(&last);
+                self.take_logarithms(row)?;
+                // At the end both only stir the last places.
+                if best <= 64.0 * dim as f64 * f64::EPSILON {
+                    break;
+                }
+                let weights = self.distances(row)?;
+                let weights = weights.iter().zip(&row.kept);
+                let weights: Vec<f64> =
+                    weights.map(|(&d, p)| if d == 0.0 { *p } else { p * d / d.sinh() }).collect();
+                midpoint(values.view(), &weights, self.c, &mut row.base)?;
+                self.take_logarithms(row)?;
+                new = self.residual(row)?;
+            }
+            best = new;
+        }
+        row.mean.copy_from_slice(&row.base);
+        Ok(())
+    }
+
+    /// |Σ p log| in parts of Σ p (|log| + |m|): what it is known to, since m is rounded.
+    fn residual(&self, row: &Row) -> Result<f64> {
+        let base = norm_of(&row.base);
+        let logs = row.logarithms.rows().into_iter().zip(&row.kept);
+        let norm = |log: ArrayView1<'_, f64>| norm_of(log.as_slice().expect("our own"));
+        let scale: f64 = logs.map(|(log, p)| p * (base + norm(log))).sum();
+        Ok(if scale == 0.0 { 0.0 } else { norm_of(&row.sum) / scale })
+    }
+
+    /// The distances from the base, in units of the radius of curvature.
+    fn distances(&self, row: &Row) -> Result<Vec<f64>> {
+        let factor = self.c.sqrt() * conformal_factor(&row.base, self.c)?;
+        let norm = |log: ArrayView1<'_, f64>| norm_of(log.as_slice().expect("our own"));
+        Ok(row.logarithms.rows().into_iter().map(|log| factor * norm(log)).collect())
+    }
+
+    /// H⁻¹ b, where H = Σ p (n nᵀ + d coth d (1 − n nᵀ)), n the direction of a logarithm, is minus the
+    /// derivative of Σ p log with respect to the base. By conjugate gradients: its eigenvalues lie
+    /// between Σ p and Σ p d coth d.
+    fn solve(&self, row: &Row, b: &[f64]) -> Result<Vec<f64>> {
+        let distances = self.distances(row)?;
+        let apply = |x: &[f64]| -> Vec<f64> {
+            let mut y = vec![0.0; x.len()];
+            let pairs = row.logarithms.rows().into_iter().zip(&distances).zip(&row.kept);
+            for ((log, &d), &p) in pairs {
+                let log = log.as_slice().expect("a row of our own");
+                let across = if d == 0.0 { 1.0 } else { d / d.tanh() };
+                let norm = norm_of(log);
+                let along = if norm == 0.0 { 0.0 } else { dot(log, x) / norm };
+                for ((y, &x), log) in y.iter_mut().zip(x).zip(log) {
+                    let unit = if norm == 0.0 { 0.0 } else { log / norm };
+                    *y += p * (across * x + (1.0 - across) * along * unit);
+                }
+            }
+            y
+        };
+        let mut x = vec![0.0; b.len()];
+        let (mut rest, mut direction) = (b.to_vec(), b.to_vec());
+        let mut square = dot(&rest, &rest);
+        let goal = f64::EPSILON * f64::EPSILON * square;
+        for _ in 0..2 * b.len() + 10 {
+            if square <= goal {
+                break;
+            }
+            let image = apply(&direction);
+            let step = square / dot(&direction, &image);
+            x.iter_mut().zip(&direction).for_each(|(x, d)| *x += step * d);
+            rest.iter_mut().zip(&image).for_each(|(rest, image)| *rest -= step * image);
+            let next = dot(&rest, &rest);
+            let ratio = next / square;
+            direction.iter_mut().zip(&rest).for_each(|(d, rest)| *d = rest + ratio * *d);
+            square = next;
+        }
+        Ok(x)
+    }
+
+    /// Overwrites `out`.
+    pub(super) fn forward(&self, mut out: ArrayViewMut2<'_, F>) -> Result<()> {
+        out.fill(F::zero());
+        for query in 0..self.inputs.num_queries() {
+            for head in 0..self.inputs.heads() {
+                let Some(row) = self.row(query, head)? else { continue };
+                let mut mean = row.mean;
+                if self.coordinates == Coordinates::Tangent {
+                    log_map_origin(&mean.clone(), self.c, &mut mean)?;
+                }
+                let out = out.slice_mut(s![query, self.out_columns(head)]);
+                out.into_iter().zip(mean).for_each(|(out, mean)| *out = F::of(mean));
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients of the inputs, and returns those of c and τ.
+    pub(super) fn backward(
+        &self,
+        grad_out: ArrayView2<'_, F>,
+        grads: &mut GradientsMut<'_, F>,
+    ) -> Result<[f64; 2]> {
+        let zeros = |array: &Array2<f64>| try_zeros("gradients", array.nrows(), array.ncols());
+        let (mut query, mut key, mut value) =
+            (zeros(&self.query)?, zeros(&self.key)?, zeros(&self.value)?);
+        let mut of_params = [0.0; 2];
+        for at in 0..self.inputs.num_queries() {
+            for head in 0..self.inputs.heads() {
+                let Some(row) = self.row(at, head)? else { continue };
+                let grad_out = grad_out.slice(s![at, self.out_columns(head)]);
+                let grad_out: Vec<f64> = grad_out.iter().map(|grad| grad.as_f64()).collect();
+                let arrays = [&mut query, &mut key, &mut value];
+                let [grad_c, grad_temperature] = self.row_vjp(&row, grad_out, arrays, grads)?;
+                of_params[0] += grad_c;
+                of_params[1] += grad_temperature;
+            }
+        }
+        let (inputs, heads, kv_heads) = (self.inputs, self.inputs.heads(), self.inputs.kv_heads());
+        for (grad, input, heads, sink) in [
+            (query, inputs.query(), heads, &mut grads.query),
+            (key, inputs.key(), kv_heads, &mut grads.key),
+            (value, inputs.value(), kv_heads, &mut grads.value),
+        ] {
+            of_params[0] += self.points_vjp(grad, input, heads, sink)?;
+        }
+        Ok(of_params)
+    }
+
+    fn row_vjp(
+        &self,
+        row: &Row,
+        mut grad_out: Vec<f64>,
+        [query, key, value]: [&mut Array2<f64>; 3],
+        grads: &mut GradientsMut<'_, F>,
+    ) -> Result<[f64; 2]> {
+        let head = row.head;
+        let mut grad_c = 0.0;
+        let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
+        if row.mean.iter().any(|mean| mean.is_nan()) {
+            // All that it touches.
+            grad_query.fill(f64::NAN);
+            for pair in &row.pairs {
+                of_row_mut(key, pair.key)[self.key_columns(head)].fill(f64::NAN);
+                of_row_mut(value, pair.key)[self.value_columns(head)].fill(f64::NAN);
+                if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
+                    grad[bias.slot(*pair, head)] = F::nan();
+                }
+            }
+            return Ok([f64::NAN; 2]);
+        }
+        // out = log₀(m) in tangent coordinates
+        if self.coordinates == Coordinates::Tangent {
+            let mut grad_mean = vec![0.0; grad_out.len()];
+            grad_c += log_map_origin_vjp(&row.mean, self.c, &grad_out, &mut grad_mean)?;
+            grad_out = grad_mean;
+        }
+        // m = exp_q(Σ p log_q(y)), or the m where Σ p log_m(y) = 0; then its own derivative is 0.
+        let mut no_base = vec![0.0; row.base.len()];
+        let (grad_sum, grad_base) = if self.aggregation == Aggregation::TangentAtQuery {
+            let mut grad_sum = vec![0.0; grad_out.len()];
+            grad_c +=
+                exp_map_vjp(&row.base, &row.sum, self.c, &grad_out, grad_query, &mut grad_sum)?;
+            (grad_sum, grad_query)
+        } else {
+            (self.solve(row, &grad_out)?, &mut no_base[..])
+        };
+        let mut grad_weights = Vec::with_capacity(row.pairs.len());
+        let mut grad_log = vec![0.0; grad_sum.len()];
+        for ((pair, &p), log) in row.pairs.iter().zip(&row.kept).zip(row.logarithms.rows()) {
+            let log = log.as_slice().expect("a row of our own");
+            grad_weights.push(self.multiplier(*pair, head) * dot(&grad_sum, log));
+            grad_log.iter_mut().zip(&grad_sum).for_each(|(log, sum)| *log = p * sum);
+            let grad_value = &mut of_row_mut(value, pair.key)[self.value_columns(head)];
+            let point = self.value(pair.key, head);
+            grad_c += log_map_vjp(&row.base, point, self.c, &grad_log, grad_base, grad_value)?;
+        }
+        // p = softmax(s): ds = p (dp − δ);  s = −d/τ + b
+        let delta: f64 = grad_weights.iter().zip(&row.weights).map(|(grad, p)| grad * p).sum();
+        let mut grad_temperature = 0.0;
+        for ((pair, p), grad) in row.pairs.iter().zip(&row.weights).zip(grad_weights) {
+            let grad_logit = p * (grad - delta);
+            if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
+                grad[bias.slot(*pair, head)] += F::of(grad_logit);
+            }
+            let a = &of_row(&self.query, row.query)[self.query_columns(head)];
+            let b = &of_row(&self.key, pair.key)[self.key_columns(head)];
+            let grad_distance = -grad_logit / self.temperature;
+            grad_temperature -= grad_distance * distance(a, b, self.c)? / self.temperature;
+            let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
+            let grad_key = &mut of_row_mut(key, pair.key)[self.key_columns(head)];
+            grad_c += distance_vjp(a, b, self.c, grad_distance, grad_query, grad_key)?;
+        }
+        Ok([grad_c, grad_temperature])
+    }
+
+    /// Adds the gradient of an input to `sink`, from that of its points; returns that of c.
+    fn points_vjp(
+        &self,
+        mut grad: Array2<f64>,
+        input: ArrayView2<'_, F>,
+        heads: usize,
+        sink: &mut Option<ArrayViewMut2<'_, F>>,
+    ) -> Result<f64> {
+        let mut grad_c = 0.0;
+        if self.coordinates == Coordinates::Tangent {
+            let tangents = input.mapv(Float::as_f64).as_standard_layout().into_owned();
+            let dim = tangents.ncols() / heads;
+            for_each_point(&mut grad, heads, |at, grad| {
+                let grad_point = grad.to_vec();
+                // Nobody has seen it, whatever it is.
+                if grad_point.iter().all(|&grad| grad == 0.0) {
+                    return Ok(());
+                }
+                grad.fill(0.0);
+                let tangent = &of_row(&tangents, at / heads)[head_columns(at % heads, dim)];
+                grad_c += exp_map_origin_vjp(tangent, self.c, &grad_point, grad)?;
+                Ok(())
+            })?;
+        }
+        if let Some(sink) = sink {
+            sink.zip_mut_with(&grad, |sink, &grad| *sink += F::of(grad));
+        }
+        Ok(grad_c)
+    }
+}
+
+/// Visits every point of rows of `heads` points each, with its number.
+fn for_each_point(
+    points: &mut Array2<f64>,
+    heads: usize,
+    mut visit: impl FnMut(usize, &mut [f64]) -> Result<()>,
+) -> Result<()> {
+    let dim = points.ncols() / heads;
+    let all = points.as_slice_mut().expect("a matrix of our own");
+    let mut points = all.chunks_mut(dim.max(1)).enumerate();
+    points.try_for_each(|(at, point)| visit(at, point))
+}
+
+fn of_row(array: &Array2<f64>, row: usize) -> &[f64] {
+    let columns = array.ncols();
+    &array.as_slice().expect("a matrix of our own")[row * columns..][..columns]
+}
+
+fn of_row_mut(array: &mut Array2<f64>, row: usize) -> &mut [f64] {
+    let columns = array.ncols();
+    &mut array.as_slice_mut().expect("a matrix of our own")[row * columns..][..columns]
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
