@@ -1,8 +1,10 @@
 //! Poincaré attention against arbitrary precision (`tests/golden/poincare_attention.py`), and its laws.
 
-use graph_attention::ndarray::{Array2, ArrayView2, Ix2};
+use graph_attention::geometry::poincare::{distance, midpoint, mobius_add};
+use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, array};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, Dropout, Float, Graph, Inputs, PoincareConfig,
+    Aggregation, Attention, Coordinates, Dropout, Error, Float, Graph, Inputs, Params,
+    PoincareConfig, params,
 };
 use serde_json::{Value, json};
 
@@ -184,10 +186,14 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
         (193, 95, 16, 17, 1, 1),
         (385, 20, 5, 2, 1, 1),
     ] {
-        for (case, scale) in [0.2, 1.0, 4.0, 0.2, 0.2].into_iter().enumerate() {
+        for (case, scale) in [0.2, 1.0, 4.0, 0.2, 0.2, 0.5, 0.5].into_iter().enumerate() {
             let query = points::<F>(num_queries, heads * dim, scale, &mut seed);
             let key = points::<F>(num_keys, kv_heads * dim, scale, &mut seed);
-            let value = points::<F>(num_keys, kv_heads * value_dim, scale, &mut seed);
+            let mut value = points::<F>(num_keys, kv_heads * value_dim, scale, &mut seed);
+            if case >= 5 {
+                // Far from the origin, where sums are taken a second time.
+                value.column_mut(0).mapv_inplace(|x| x + F::of(4.0));
+            }
             let bias = points::<F>(num_queries * num_keys, heads, 1.0, &mut seed);
             let noise = points::<F>(num_queries, num_keys, 1.0, &mut seed);
             let mask = noise.mapv(|noise| noise.as_f64() > -0.5);
@@ -200,8 +206,8 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
                 let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap();
                 match case {
                     0 => inputs.with_bias(bias.view()).unwrap().with_mask(mask.view()).unwrap(),
-                    3 => inputs.causal(),
-                    4 => inputs.with_dropout(Dropout { probability: 0.3, seed: 5 }).unwrap(),
+                    3 | 6 => inputs.causal(),
+                    4 | 5 => inputs.with_dropout(Dropout { probability: 0.3, seed: 5 }).unwrap(),
                     _ => inputs,
                 }
             });
@@ -215,6 +221,8 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
                 };
                 let ((out, grads), (expected, expected_grads)) = (run(&dense), run(&sparse));
                 let what = format!("{num_queries} x {num_keys} x {dim}, {case}, {aggregation:?}");
+                // Farther out a rounded direction is a longer way off.
+                let tolerance = if case >= 5 { 10.0 * tolerance } else { tolerance };
                 assert_near(&what, &out, &expected, tolerance);
                 assert_near(&what, &grads.query, &expected_grads.query, tolerance);
                 assert_near(&what, &grads.key, &expected_grads.key, tolerance);
@@ -243,4 +251,321 @@ fn tiles_are_rows_in_f64() {
 #[test]
 fn tiles_are_rows_in_f32() {
     tiles_are_rows::<f32>(1e-4);
+}
+
+/// Points of the ball of the given norms.
+fn in_the_ball(
+    rows: usize,
+    dim: usize,
+    norms: std::ops::Range<f64>,
+    seed: &mut u64,
+) -> Array2<f64> {
+    let mut x = points::<f64>(rows, dim, 1.0, seed);
+    for mut row in x.rows_mut() {
+        let norm = norms.start + (norms.end - norms.start) * (0.5 + 0.5 * noise(seed));
+        let factor = norm / row.dot(&row).sqrt();
+        row *= factor;
+    }
+    x
+}
+
+/// Applies a function of slices to every row.
+fn map(x: &Array2<f64>, mut function: impl FnMut(&[f64], &mut [f64])) -> Array2<f64> {
+    let mut mapped = x.clone();
+    for (x, mut mapped) in x.rows().into_iter().zip(mapped.rows_mut()) {
+        function(x.as_slice().unwrap(), mapped.as_slice_mut().unwrap());
+    }
+    mapped
+}
+
+/// Rotation in the first two axes and Möbius translation: an isometry.
+fn moved(x: &Array2<f64>, by: &[f64], c: f64) -> Array2<f64> {
+    map(x, |x, out| {
+        let (sin, cos) = 0.7f64.sin_cos();
+        let mut rotated = x.to_vec();
+        (rotated[0], rotated[1]) = (cos * x[0] - sin * x[1], sin * x[0] + cos * x[1]);
+        mobius_add(by, &rotated, c, out).unwrap();
+    })
+}
+
+#[test]
+fn isometries_move_the_means_and_leave_the_weights() {
+    let (mut seed, c) = (11, 1.3);
+    let radius = 1.0 / f64::sqrt(c);
+    for norms in [0.0..0.5, 0.3..0.9, 0.9..0.99] {
+        let norms = norms.start * radius..norms.end * radius;
+        let [query, key, value] =
+            [9, 13, 13].map(|rows| in_the_ball(rows, 3, norms.clone(), &mut seed));
+        let by = in_the_ball(1, 3, 0.3 * radius..0.7 * radius, &mut seed);
+        let by = by.as_slice().unwrap();
+        let [moved_query, moved_key, moved_value] = [&query, &key, &value].map(|x| moved(x, by, c));
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        let other =
+            Inputs::dense(moved_query.view(), moved_key.view(), moved_value.view()).unwrap();
+        for aggregation in
+            [Aggregation::Midpoint, Aggregation::TangentAtQuery, Aggregation::FrechetMean]
+        {
+            let config = PoincareConfig::new().curvature(c).temperature(0.8);
+            let poincare = config.aggregation(aggregation).init::<f64>().unwrap();
+            let [weights, moved_weights] =
+                [&inputs, &other].map(|inputs| poincare.weights(inputs).unwrap());
+            assert_near("weights", &moved_weights, &weights, 1e-11);
+            let [out, moved_out] =
+                [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
+            let what = format!("{aggregation:?}, {norms:?}");
+            assert_near(&what, &moved_out, &moved(&out, by, c), 1e-11);
+        }
+        // Which the tangent space at the origin knows nothing of.
+        let config = PoincareConfig::new().curvature(c).aggregation(Aggregation::TangentAtOrigin);
+        let poincare = config.init::<f64>().unwrap();
+        let [out, moved_out] = [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
+        let difference = (moved_out - moved(&out, by, c)).mapv(f64::abs);
+        assert!(difference.iter().any(|&difference| difference > 1e-3), "{norms:?}");
+    }
+}
+
+/// Tiles and rows against the weights and the public midpoint.
+#[test]
+fn a_head_is_the_midpoint_under_its_weights() {
+    let (mut seed, c) = (5, 0.8);
+    for norms in [0.0..1e-12, 0.0..0.6, 0.5..1.0, 1.1..1.118] {
+        let [query, key] = [17, 23].map(|rows| in_the_ball(rows, 4, norms.clone(), &mut seed));
+        let value = in_the_ball(23, 3, norms.clone(), &mut seed);
+        let poincare = PoincareConfig::new().curvature(c).init::<f64>().unwrap();
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        let weights = poincare.weights(&inputs).unwrap();
+        let out = poincare.forward(&inputs).unwrap();
+        for (at, out) in out.rows().into_iter().enumerate() {
+            let weights: Vec<f64> = (0..23).map(|key| weights[[at * 23 + key, 0]]).collect();
+            let mut expected = [0.0; 3];
+            midpoint(value.view(), &weights, c, &mut expected).unwrap();
+            let mut logit_sum = 0.0;
+            for (key, &weight) in key.rows().into_iter().zip(&weights) {
+                let query = query.row(at);
+                let d = distance(query.as_slice().unwrap(), key.as_slice().unwrap(), c).unwrap();
+                logit_sum += weight * d.exp();
+            }
+            // p e^d is the same for all keys.
+            for (key, &weight) in key.rows().into_iter().zip(&weights) {
+                let query = query.row(at);
+                let d = distance(query.as_slice().unwrap(), key.as_slice().unwrap(), c).unwrap();
+                assert!((weight * d.exp() * 23.0 / logit_sum - 1.0).abs() < 1e-11, "{norms:?}");
+            }
+            let mut error = distance(out.as_slice().unwrap(), &expected, c).unwrap();
+            error /= norms.end * 2.0 / (1.0 - c * norms.end * norms.end);
+            assert!(error < 1e-13, "{norms:?}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_flat_ball_is_euclidean_space() {
+    let mut seed = 2;
+    let [query, key, value] = [9, 11, 11].map(|rows| points::<f64>(rows, 3, 1.0, &mut seed));
+    let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+    for aggregation in [
+        Aggregation::Midpoint,
+        Aggregation::TangentAtOrigin,
+        Aggregation::TangentAtQuery,
+        Aggregation::FrechetMean,
+    ] {
+        for coordinates in [Coordinates::Ball, Coordinates::Tangent] {
+            let config = PoincareConfig::new().curvature(1e-14).temperature(2.0);
+            let config = config.aggregation(aggregation).coordinates(coordinates);
+            let out = config.init::<f64>().unwrap().forward(&inputs).unwrap();
+            for (query, out) in query.rows().into_iter().zip(out.rows()) {
+                let logit = |key: usize| {
+                    -2.0 * (&query - &key_row(&inputs, key)).mapv(|x| x * x).sum().sqrt() / 2.0
+                };
+                let weights: Vec<f64> = (0..11).map(|key| logit(key).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for (c, out) in out.iter().enumerate() {
+                    let mean =
+                        (0..11).map(|key| weights[key] * value[[key, c]]).sum::<f64>() / total;
+                    assert!(
+                        (out - mean).abs() < 1e-12,
+                        "{aggregation:?} {coordinates:?}: {out} {mean}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn key_row<'a>(inputs: &Inputs<'a, f64>, key: usize) -> ndarray::ArrayView1<'a, f64> {
+    inputs.key().index_axis_move(ndarray::Axis(0), key)
+}
+
+#[test]
+fn points_outside_are_errors_that_name_them() {
+    let inside = array![[0.1, 0.2], [0.3, -0.4], [0.0, 0.5]];
+    let outside = array![[0.1, 0.2], [0.6, 0.8], [0.0, 0.5]];
+    let domain = |what, norm| Error::Domain { what, row: 1, norm, limit: 1.0 };
+    let poincare = PoincareConfig::new().init::<f64>().unwrap();
+    for (arrays, what) in [
+        ([&outside, &inside, &inside], "query"),
+        ([&inside, &outside, &inside], "key"),
+        ([&inside, &inside, &outside], "value"),
+    ] {
+        let [query, key, value] = arrays.map(|array| array.view());
+        let inputs = Inputs::dense(query, key, value).unwrap();
+        assert_eq!(poincare.forward(&inputs), Err(domain(what, 1.0)));
+        assert_eq!(poincare.forward_train(&inputs).unwrap_err(), domain(what, 1.0));
+        assert_eq!(poincare.weights(&inputs), Err(domain(what, 1.0)));
+    }
+    // The last number below 1 is inside.
+    let edge = array![[1.0f32.next_down(), 0.0], [0.0, -1.0f32.next_down()]];
+    let inputs = Inputs::dense(edge.view(), edge.view(), edge.view()).unwrap();
+    let out = PoincareConfig::new().init::<f32>().unwrap().forward(&inputs).unwrap();
+    assert!(out.iter().all(|x| x.is_finite()));
+
+    // Fréchet's mean is formed of points of the ball, which are coarse at the boundary.
+    for (limit, aggregation, tolerance) in
+        [(350.0, Aggregation::Midpoint, 1e-9), (36.0, Aggregation::FrechetMean, 1e-2)]
+    {
+        let config = PoincareConfig::new().curvature(4.0).coordinates(Coordinates::Tangent);
+        let poincare = config.aggregation(aggregation).init::<f64>().unwrap();
+        for (factor, is_inside) in [(0.95, true), (1.0, false)] {
+            let far = array![[0.0, 0.25 * limit * factor]];
+            let inputs = Inputs::dense(far.view(), far.view(), far.view()).unwrap();
+            let result = poincare.forward(&inputs);
+            match result {
+                Ok(out) => {
+                    let error = (out[[0, 1]] / far[[0, 1]] - 1.0).abs();
+                    assert!(is_inside && error < tolerance, "{error}");
+                }
+                Err(error) => {
+                    let expected = Error::Domain {
+                        what: "value",
+                        row: 0,
+                        norm: 0.25 * limit,
+                        limit: 0.25 * limit,
+                    };
+                    assert!(!is_inside && error == expected, "{error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_options_and_states_are_refused() {
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        for (config, field) in [
+            (PoincareConfig::new().curvature(bad), "curvature"),
+            (PoincareConfig::new().temperature(bad), "temperature"),
+        ] {
+            let error = config.init::<f32>().unwrap_err();
+            assert!(
+                matches!(&error, Error::InvalidConfig { field: f, .. } if *f == field),
+                "{error}"
+            );
+        }
+    }
+    let x = array![[0.1, 0.2], [0.3, -0.4]];
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let midpoint = PoincareConfig::new().init::<f64>().unwrap();
+    let (out, saved) = midpoint.forward_train(&inputs).unwrap();
+    let tangent = PoincareConfig::new().coordinates(Coordinates::Tangent).init::<f64>().unwrap();
+    let error = tangent.backward(&inputs, &saved, out.view()).unwrap_err();
+    assert!(error.to_string().contains("Tangent"), "{error}");
+
+    // A value of another size has no place in the tangent space of a query.
+    let value = array![[0.1], [0.2]];
+    let inputs = Inputs::dense(x.view(), x.view(), value.view()).unwrap();
+    let at_query = PoincareConfig::new().aggregation(Aggregation::TangentAtQuery);
+    let error = at_query.init::<f64>().unwrap().forward(&inputs).unwrap_err();
+    let expected = Error::Shape { what: "value".into(), expected: vec![2, 2], actual: vec![2, 1] };
+    assert_eq!(error, expected);
+
+    // What a step of an optimiser has made of a parameter.
+    let mut learned = PoincareConfig::new().learn_curvature(true).init::<f64>().unwrap();
+    learned.visit_params_mut(&mut |_, mut raw| raw.fill(-1e4));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    assert!(matches!(
+        learned.forward(&inputs),
+        Err(Error::InvalidConfig { field: "curvature", .. })
+    ));
+}
+
+#[test]
+fn learned_values_start_where_they_are_told() {
+    let config = PoincareConfig::new().curvature(0.03).temperature(40.0);
+    let poincare = config.learn_curvature(true).learn_temperature(true).init::<f64>().unwrap();
+    assert!((poincare.curvature() / 0.03 - 1.0).abs() < 1e-14);
+    assert!((poincare.temperature() / 40.0 - 1.0).abs() < 1e-14);
+    let names: Vec<String> = params::state(&poincare).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["raw_curvature", "raw_temperature"]);
+}
+
+/// Points of every awkward kind.
+fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
+    let mut x = Array2::<F>::zeros((rows, dim));
+    for at in 0..rows {
+        let norm = match (noise(seed) * 4.0 + 4.0) as usize {
+            0 => 0.0,
+            1 => F::min_positive_value().as_f64(),
+            2 => (noise(seed) * 150.0 - 150.0).exp2(),
+            3 => 1.0 - F::epsilon().as_f64(),
+            4 => 1.0 - (noise(seed) * 10.0 - 11.0).exp2(),
+            _ => 0.5 + 0.5 * noise(seed),
+        };
+        let kind = (noise(seed) * 3.0 + 3.0) as usize;
+        let mut row: Vec<f64> = match kind {
+            // Equal to an earlier one, opposite to it, or on one line with it.
+            0 | 1 | 2 if at > 0 => {
+                let factor = [1.0, -1.0, 0.5][kind];
+                x.row(at / 2).iter().map(|x| factor * x.as_f64()).collect()
+            }
+            3 => (0..dim).map(|c| if c == 0 { norm } else { 0.0 }).collect(),
+            _ => {
+                let row: Vec<f64> = (0..dim).map(|_| noise(seed)).collect();
+                let length = row.iter().map(|x| x * x).sum::<f64>().sqrt();
+                row.iter().map(|x| x * norm / length).collect()
+            }
+        };
+        // Rounding may have put it outside.
+        while row.iter().map(|&x| F::of(x).as_f64().powi(2)).sum::<f64>() >= 1.0 {
+            row.iter_mut().for_each(|x| *x *= 1.0 - F::epsilon().as_f64());
+        }
+        x.row_mut(at).iter_mut().zip(row).for_each(|(x, value)| *x = F::of(value));
+    }
+    x
+}
+
+fn everything_inside_is_finite<F: Float>(sets: usize, seed: &mut u64) {
+    let midpoint = PoincareConfig::new().learn_curvature(true).learn_temperature(true);
+    let origin = midpoint.clone().aggregation(Aggregation::TangentAtOrigin);
+    let mechanisms = [midpoint, origin].map(|config| config.init::<F>().unwrap());
+    for set in 0..sets {
+        let (num_queries, num_keys, dim) = (3 + 7 * (set % 2), 5, 1 + set % 4);
+        let [query, key, value] =
+            [num_queries, num_keys, num_keys].map(|rows| awkward::<F>(rows, dim, seed));
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        for poincare in &mechanisms {
+            let (out, saved) = poincare.forward_train(&inputs).unwrap();
+            assert!(out.iter().all(|x| x.is_finite()), "{query} {key} {value} {out}");
+            let ones = Array2::<F>::ones(out.raw_dim());
+            let grads = poincare.backward(&inputs, &saved, ones.view()).unwrap();
+            for grad in [&grads.query, &grads.key, &grads.value] {
+                assert!(grad.iter().all(|x| x.is_finite()), "{query} {key} {value} {grad}");
+            }
+            let params = grads.params.iter().flatten();
+            assert!(params.into_iter().all(|x| x.is_finite()), "{query} {key} {value}");
+        }
+    }
+}
+
+#[test]
+fn everything_inside_gives_finite_answers() {
+    everything_inside_is_finite::<f32>(1000, &mut 7);
+    everything_inside_is_finite::<f64>(1000, &mut 8);
+}
+
+/// `cargo test --release --test poincare -- --ignored`
+#[test]
+#[ignore = "a million pairs each: some seconds in release mode"]
+fn everything_inside_gives_finite_answers_a_million_times() {
+    everything_inside_is_finite::<f32>(35_000, &mut 9);
+    everything_inside_is_finite::<f64>(35_000, &mut 10);
 }

@@ -2,7 +2,10 @@
 #![cfg(feature = "parallel")]
 
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Causal, Flash, Gradients, Graph, Inputs, MultiHeadConfig};
+use graph_attention::{
+    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MultiHeadConfig,
+    PoincareConfig,
+};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 
@@ -46,6 +49,18 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         let one = run(1, &Flash::new(), &inputs);
         assert_eq!(one, run(2, &Flash::new(), &inputs));
         assert_eq!(one, run(7, &Flash::new(), &inputs));
+    }
+    // In tiles and in rows; far from the center, where sums are taken a second time, and near it.
+    for (factor, inputs) in [(1.0, dense), (1.0, sparse), (0.1, dense.causal())] {
+        let near = x.mapv(|x| factor * x);
+        let inputs = inputs.with_arrays(near.view(), near.view(), near.view()).unwrap();
+        for aggregation in [Aggregation::Midpoint, Aggregation::TangentAtOrigin] {
+            let config = PoincareConfig::new().coordinates(Coordinates::Tangent);
+            let poincare = config.aggregation(aggregation).learn_curvature(true).init().unwrap();
+            let one = run(1, &poincare, &inputs);
+            assert_eq!(one, run(2, &poincare, &inputs));
+            assert_eq!(one, run(7, &poincare, &inputs));
+        }
     }
     for inputs in [dense, sparse] {
         assert_eq!(run(1, &multi_head, &inputs), run(7, &multi_head, &inputs));

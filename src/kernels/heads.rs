@@ -72,12 +72,16 @@ impl<F: Float> Columns<F> {
         dim: usize,
         starts: impl Fn(usize) -> [usize; 2],
     ) -> Self {
-        let len = Vector::<S, F>::LEN;
-        let start = |head| {
+        let starts = (0..heads).map(|head| {
             let [own, other] = starts(head);
             Start { head, own, other, is_first: true }
-        };
-        let heads: Vec<_> = (0..heads).map(start).collect();
+        });
+        Self::of_vectors(Vector::<S, F>::LEN, dim, starts.collect())
+    }
+
+    /// For vectors of so many numbers: compiled once, not for each instruction set.
+    #[inline(never)]
+    fn of_vectors(len: usize, dim: usize, heads: Vec<Start>) -> Self {
         let skip = |start: &Start, columns: usize| Start {
             own: start.own + columns,
             other: start.other + columns,
@@ -442,6 +446,9 @@ mod tests {
         columns.scratch.fill(F::nan());
         let mut products = vec![F::nan(); heads * stride];
         columns.dots(simd, &own, gather(&others, other_len), &mut products, stride);
+        columns.scratch.fill(F::nan());
+        let mut squares = vec![F::nan(); heads * stride];
+        columns.squared_distances(simd, &own, gather(&others, other_len), &mut squares, stride);
         let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
         let mut sum: Vec<F> = entries(own_len, 5);
         let before = sum.clone();
@@ -452,6 +459,8 @@ mod tests {
             for t in 0..count {
                 let expected = plain_dot(&own[head * dim..][..dim], other(t));
                 assert_eq!(products[head * stride + t], expected, "{heads} {kv} {dim} {count}");
+                let expected = plain_squared_distance(&own[head * dim..][..dim], other(t));
+                assert_eq!(squares[head * stride + t], expected, "{heads} {kv} {dim} {count}");
             }
             for c in 0..dim {
                 let at = head * dim + c;

@@ -202,7 +202,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh {
         problem: &HyperbolicProblem<'_, Self>,
         directions: Slices<'_, Self>,
         log_sum_exp: &Array2<Self>,
-        tile_len: usize,
+        sizes: TileSizes,
         level: Level,
         sums: ArrayViewMut2<'_, Self>,
     ) where
@@ -362,11 +362,11 @@ macro_rules! compile_kernels {
                 problem: &HyperbolicProblem<'_, Self>,
                 directions: Slices<'_, Self>,
                 log_sum_exp: &Array2<Self>,
-                tile_len: usize,
+                sizes: TileSizes,
                 level: Level,
                 sums: ArrayViewMut2<'_, Self>,
             ) {
-                hyperbolic::spread(problem, directions, log_sum_exp, tile_len, level, sums);
+                hyperbolic::spread(problem, directions, log_sum_exp, sizes, level, sums);
             }
 
             fn hyperbolic_rows_backward(

@@ -99,6 +99,14 @@ pub(crate) struct Terms<T> {
     pub(crate) delta: T,
 }
 
+impl<F: Float> Terms<F> {
+    /// Of a query that has no part in anything.
+    pub(crate) fn none() -> Self {
+        let zero = F::zero();
+        Self::of([zero, zero, zero, zero, F::infinity(), zero])
+    }
+}
+
 impl<T: Copy> Terms<T> {
     #[inline(always)]
     pub(super) fn array(self) -> [T; TERMS] {

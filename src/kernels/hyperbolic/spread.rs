@@ -1,87 +1,220 @@
 //! The sum that the midpoint of far points is too sensitive to.
 
-use super::{DistanceScorer, HyperbolicProblem};
+use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
 use crate::float::Float;
+use crate::inputs::head_columns;
+use crate::kernels::dense::{
+    Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip, pack_transposed,
+};
 use crate::kernels::exp2::exp2;
 use crate::kernels::heads::{Columns, Gather};
-use crate::kernels::matmul::Vector;
+use crate::kernels::matmul::{Matrix, Vector, load, panel_width, splat, squared_distances, store};
+use crate::kernels::parallel::{self, row_chunks};
 use crate::kernels::problem::Slices;
 use crate::kernels::rows::{
     Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
 };
-use fearless_simd::{Level, Select, Simd, SimdBase};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayViewMut2};
 use std::f64::consts::LOG2_E;
+use std::ops::Range;
 
-/// Adds Σⱼ pᵢⱼ sinh Rⱼ |uⱼ − ûᵢ|²/2 to `sums`, num_queries × heads, for those queries that have a û
-/// (num_queries × heads · dim) other than 0 in any head.
+/// Adds Σⱼ pᵢⱼ sinh Rⱼ |uⱼ − ûᵢ|²/2 to `sums`, num_queries × heads, for those queries and heads that have
+/// a û (num_queries × heads · dim) other than 0; to the others' it may add anything.
 pub(in super::super) fn spread<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     directions: Slices<'_, F>,
     log_sum_exp: &Array2<F>,
-    tile_len: usize,
+    sizes: TileSizes,
     level: Level,
     sums: ArrayViewMut2<'_, F>,
 ) {
     let softmax = &problem.softmax;
+    let task = Task { problem, directions, log_sum_exp };
     let pairs = Pairs::by_query(&softmax.inputs);
+    if let (Pairs::Dense { num_queries, .. }, true) = (pairs, softmax.inputs.num_queries() > 1) {
+        let sizes = clip(softmax, sizes);
+        let ranges = parallel::parts(num_queries, sizes.queries, 4 * PARTS);
+        let chunks = row_chunks(sums, ranges.iter().map(Range::len));
+        let tasks = ranges.iter().cloned().zip(chunks).collect();
+        parallel::for_each(tasks, softmax.work(), |(queries, sums)| {
+            dispatch!(level, simd => task.blocks(simd, sizes, queries, sums));
+        });
+        return;
+    }
     let level = level_for::<F>(level, [softmax.key_dim, problem.dim]);
     let parts = parts(pairs);
-    let tile_len = pairs.tile_len(tile_len);
+    let tile_len = pairs.tile_len(sizes.keys);
     for_each_part(
         &parts,
         softmax.work(),
         Outputs::by_row([sums], &parts),
         |part, Outputs { by_row: [sums], .. }| {
-            dispatch!(level, simd => {
-                spread_rows(simd, problem, directions, log_sum_exp, tile_len, part, sums);
-            });
+            dispatch!(level, simd => task.rows(simd, tile_len, part, sums));
         },
         add_up,
     );
 }
 
-#[inline(always)]
-fn spread_rows<S: Simd, F: Float>(
-    simd: S,
-    problem: &HyperbolicProblem<'_, F>,
-    directions: Slices<'_, F>,
-    log_sum_exp: &Array2<F>,
-    tile_len: usize,
-    part: &Part,
-    mut sums: ArrayViewMut2<'_, F>,
-) {
-    let softmax = &problem.softmax;
-    let pairs = Pairs::by_query(&softmax.inputs);
-    let mut columns: Columns<F> = problem.columns(simd, problem.dim);
-    let mut tile = Tile::new(simd, softmax.heads, tile_len);
-    let mut scorer = DistanceScorer::new(simd, problem, &tile);
-    let mut spreads = vec![F::zero(); tile.weights.len()];
-    for (r, mut row) in part.rows(pairs).enumerate() {
-        let query = row.row;
-        let own = directions.row(query);
-        if own.iter().all(|&entry| entry == F::zero()) {
-            continue;
-        }
-        scorer.begin(simd, query);
-        while tile.fill(softmax, &mut row, [softmax.key.slices(), problem.directions.slices()]) {
-            scorer.score(simd, &mut tile);
-            tile.add_bias(simd, softmax);
-            let rows = Gather { rows: problem.directions.slices(), at: &tile.others };
-            columns.squared_distances(simd, own, rows, &mut spreads, tile.stride);
-            for head in 0..softmax.heads {
-                let [of_head, vectors] = tile.of_head(simd, head);
-                let log_sum = log_sum_exp[[query, head]] * F::of(LOG2_E);
-                weigh(simd, &mut tile.weights[vectors], log_sum);
-                let weights = &tile.weights[of_head.clone()];
-                let terms = weights.iter().zip(&spreads[of_head]).zip(&tile.pairs);
-                let half = F::of(0.5);
-                sums[[r, head]] += terms.fold(F::zero(), |sum, ((&weight, &spread), pair)| {
-                    let sinh = problem.masses[problem.key_at(pair.key, head)].sinh;
-                    let weight = weight * softmax.multiplier(pair.index, head);
-                    sum + weight * (half * sinh * spread)
-                });
+struct Task<'p, F: Float> {
+    problem: &'p HyperbolicProblem<'p, F>,
+    directions: Slices<'p, F>,
+    log_sum_exp: &'p Array2<F>,
+}
+
+impl<F: Float> Task<'_, F> {
+    #[inline(always)]
+    fn rows<S: Simd>(&self, simd: S, tile_len: usize, part: &Part, mut sums: ArrayViewMut2<'_, F>) {
+        let Self { problem, directions, log_sum_exp } = *self;
+        let softmax = &problem.softmax;
+        let pairs = Pairs::by_query(&softmax.inputs);
+        let mut columns: Columns<F> = problem.columns(simd, problem.dim);
+        let mut tile = Tile::new(simd, softmax.heads, tile_len);
+        let mut scorer = DistanceScorer::new(simd, problem, &tile);
+        let mut spreads = vec![F::zero(); tile.weights.len()];
+        for (r, mut row) in part.rows(pairs).enumerate() {
+            let query = row.row;
+            let own = directions.row(query);
+            if own.iter().all(|&entry| entry == F::zero()) {
+                continue;
             }
+            scorer.begin(simd, query);
+            while tile.fill(softmax, &mut row, [softmax.key.slices(), problem.directions.slices()])
+            {
+                scorer.score(simd, &mut tile);
+                tile.add_bias(simd, softmax);
+                let rows = Gather { rows: problem.directions.slices(), at: &tile.others };
+                columns.squared_distances(simd, own, rows, &mut spreads, tile.stride);
+                for head in 0..softmax.heads {
+                    let [of_head, vectors] = tile.of_head(simd, head);
+                    let log_sum = log_sum_exp[[query, head]] * F::of(LOG2_E);
+                    weigh(simd, &mut tile.weights[vectors], log_sum);
+                    let weights = &tile.weights[of_head.clone()];
+                    let terms = weights.iter().zip(&spreads[of_head]).zip(&tile.pairs);
+                    let half = F::of(0.5);
+                    sums[[r, head]] += terms.fold(F::zero(), |sum, ((&weight, &spread), pair)| {
+                        let sinh = problem.masses[problem.key_at(pair.key, head)].sinh;
+                        let weight = weight * softmax.multiplier(pair.index, head);
+                        sum + weight * (half * sinh * spread)
+                    });
+                }
+            }
+        }
+    }
+
+    /// In tiles.
+    #[inline(always)]
+    fn blocks<S: Simd>(
+        &self,
+        simd: S,
+        sizes: TileSizes,
+        queries: Range<usize>,
+        mut sums: ArrayViewMut2<'_, F>,
+    ) {
+        let Self { problem, directions, .. } = *self;
+        let softmax = &problem.softmax;
+        let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+        let mut scorer = DistanceTiles::new(simd, problem, width);
+        let mut scores = vec![F::zero(); sizes.keys * width];
+        let mut packed = Vec::with_capacity(problem.dim * width);
+        let mut lanes = Lanes::<F, 2>::new(width);
+        for rows in parallel::ranges(queries.len(), sizes.queries) {
+            for head in 0..softmax.heads {
+                let block = block::<S, F>(softmax, head, &queries, &rows);
+                let columns = head_columns(head, problem.dim);
+                let of_block = block.queries.clone().map(|at| &directions.row(at)[columns.clone()]);
+                if of_block.clone().flatten().all(|&entry| entry == F::zero()) {
+                    continue;
+                }
+                pack_transposed(problem.dim, of_block, F::one(), block.width, &mut packed);
+                // L in units of ln 2, and the sum. Lanes past the end have weights of 0.
+                lanes.data[..width].fill(F::infinity());
+                lanes.fill(
+                    block
+                        .queries
+                        .clone()
+                        .map(|query| [self.log_sum_exp[[query, head]] * F::of(LOG2_E), F::zero()]),
+                );
+                self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut scores, &mut lanes);
+                for (lane, row) in rows.clone().enumerate() {
+                    sums[[row, head]] += lanes.data[width + lane];
+                }
+            }
+        }
+    }
+
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments)]
+    fn block<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        keys_per_tile: usize,
+        scorer: &mut DistanceTiles<'_, F>,
+        packed: &[F],
+        scores: &mut [F],
+        lanes: &mut Lanes<F, 2>,
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                scorer.begin(simd, block);
+                for tile in parallel::ranges(block.num_visible_keys(), keys_per_tile) {
+                    let scores = &mut scores[..tile.len() * block.width];
+                    self.tile(simd, block, &tile, scorer, packed, scores, lanes);
+                }
+            },
+        );
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn tile<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        scorer: &DistanceTiles<'_, F>,
+        packed: &[F],
+        scores: &mut [F],
+        lanes: &mut Lanes<F, 2>,
+    ) {
+        let problem = self.problem;
+        let (panel, width) = (panel_width::<S, F>(), block.width);
+        let kv_head = problem.softmax.kv_head(block.head);
+        let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
+        let [lowest, highest] =
+            [F::neg_infinity(), F::infinity()].map(|x| splat::<S, F>(simd, x)[0]);
+        for column in (0..width).step_by(panel) {
+            let no_max = splat::<S, F>(simd, F::neg_infinity());
+            scorer.score(simd, block, tile, column, no_max, scores);
+            let of_panel = block.lanes(column, panel);
+            if block.may_hide_in(tile) {
+                block.restrict(of_panel.clone(), tile, scores);
+            }
+            let log_sums = load::<S, F>(simd, &lanes.data[column..]);
+            for scores in scores.chunks_exact_mut(width) {
+                let mut weights = load::<S, F>(simd, &scores[column..]);
+                for half in 0..2 {
+                    let is_hidden = weights[half].simd_eq(lowest);
+                    let is_empty = log_sums[half].simd_eq(highest);
+                    let logit = is_hidden.select(lowest, weights[half] - log_sums[half]);
+                    weights[half] = exp2::<S, F>(simd, is_empty.select(lowest, logit));
+                }
+                store::<S, F>(weights, &mut scores[column..]);
+            }
+            block.drop_out(of_panel, tile, scores);
+            let mut sum = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
+            let right = Matrix { data: packed, stride: width }.skip_columns(column);
+            let value = |k| values.row(tile.start + k);
+            squared_distances(simd, tile.len(), value, right, panel, |k, _, spreads| {
+                let mass = problem.masses[problem.key_at(tile.start + k, block.head)];
+                let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
+                let weights = load::<S, F>(simd, &scores[k * width + column..]);
+                sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
+                sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
+            });
+            store::<S, F>(sum, &mut lanes.data[lanes.stride + column..]);
         }
     }
 }

@@ -1,37 +1,90 @@
 mod config;
+mod mean;
 mod plain;
 mod polar;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
 
 use crate::attention::{Attention, Saved};
-use crate::error::{Result, check_shape};
+use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
-use crate::geometry::poincare::ball::norm_of;
 use crate::gradients::GradientsMut;
-use crate::inputs::{Inputs, Pattern, head_columns};
+use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::TileSizes;
-use crate::kernels::hyperbolic::{HyperbolicProblem, Points, Terms, Upstream};
-use crate::kernels::problem::{Problem, Rows};
+use crate::kernels::hyperbolic::{HyperbolicProblem, Mass, Points};
+use crate::kernels::problem::{Problem, Rows, output_dim};
 use crate::mechanisms::FEW_QUERIES;
 use crate::mechanisms::scaled_dot_product::Softmax;
 use crate::params::Params;
 use fearless_simd::Level;
-use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use mean::Sums;
+use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use plain::Plain;
-use polar::{DirectionFactor, Polar, Space, zero_nan};
-use std::f64::consts::LOG2_E;
+use polar::{DirectionFactor, Polar, Space};
 
 const NAME: &str = "poincare";
 
 /// Sizes of tiles, those of [`Flash`](crate::Flash).
 const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 
-/// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
-/// of |S|, the difference has lost five bits and is summed again from differences.
-const FAR: f64 = 1.0 / 32.0;
-
-/// Attention by hyperbolic distance.
+/// Attention by distance in the Poincaré ball (Gulcehre et al. 2019, 1805.09786; Ganea et al. 2018,
+/// 1805.09112; Shimizu et al. 2021, 2006.08210; Ungar 2009), where trees have room.
+///
+/// ```text
+/// d(x, y) = (2/√c) asinh(√c |x − y| / √((1 − c|x|²)(1 − c|y|²)))
+/// pᵢⱼ = softmaxⱼ(−d(qᵢ, kⱼ)/τ + bᵢⱼ)          oᵢ = ½ ⊗ (Σⱼ pᵢⱼ λⱼ vⱼ / Σⱼ pᵢⱼ (λⱼ − 1)),   λⱼ = 2/(1 − c|vⱼ|²)
+/// ```
+///
+/// with j over the visible pairs of query i, for each head: several heads are a product of balls. The mean is
+/// the weighted gyromidpoint or another one of [`Aggregation`]. The functions behind it are public:
+/// [`geometry::poincare`](crate::geometry::poincare).
+///
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ
+///   from d, but not for [`Aggregation::TangentAtQuery`]); mask, causal, bias, dropout; dense inputs and
+///   graphs. All are points of the ball, of norm less than 1/√c, or tangent vectors at its center:
+///   [`Coordinates`].
+/// * **Output** n_q × heads·d_v, in the same coordinates. A query without visible keys, or whose pairs
+///   dropout has all dropped, gets the center, zeros.
+/// * **Parameters** `raw_curvature` and `raw_temperature`, where they are learned: c = log(1 + e^raw).
+/// * **Cost** O(pairs · (d + d_v)) time per head, O(n · (d + d_v) · heads) memory; the weights are never
+///   held, but by the means that are formed pair by pair and by [`weights`](Attention::weights).
+/// * **Errors** [`Error::Domain`] for a point on the boundary or outside, with its row;
+///   [`Error::Shape`] if queries and keys have heads of different size. NaN and infinities are no errors
+///   but make NaN.
+///
+/// # Accuracy
+///
+/// Inside, a point is a direction u and a radius R = √c d(0, x), and distances come from
+/// sinh²(√c d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, in which nothing cancels: |uᵢ − uⱼ|² is summed
+/// from differences, not formed of norms and a product, which would be twice as fast and wrong for near
+/// points. So distances and means are right to some ten units of rounding in the inputs, near the
+/// boundary and far from the center as well; tangent coordinates reach distances of 40/√c in `f32` and
+/// 350/√c in `f64`. Nothing is clamped. A mean farther than about 2/√c from the center takes a second
+/// pass over its pairs, since the first has lost digits then. What is known less well: the gradient of
+/// c is a difference of terms as large as ⟨x, ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
+///
+/// The distance has no derivative where query and key are one point; there it counts as 0.
+///
+/// Differences from the papers: Gulcehre et al. learn β and an offset in exp(−β d − γ), of which a softmax
+/// keeps β = 1/τ alone.
+///
+/// ```
+/// use graph_attention::{Attention, Inputs, PoincareConfig};
+/// use graph_attention::ndarray::array;
+///
+/// // Two leaves on one branch of a tree and one on another, of the same depth.
+/// let leaves = array![[0.9, 0.1], [0.9, -0.1], [-0.9, 0.1]];
+/// let inputs = Inputs::dense(leaves.view(), leaves.view(), leaves.view())?;
+/// let attention = PoincareConfig::new().temperature(0.5).init::<f64>()?;
+/// let weights = attention.weights(&inputs)?; // pairs × heads
+/// assert!(weights[[1, 0]] > 100.0 * weights[[2, 0]]);
+///
+/// let (out, saved) = attention.forward_train(&inputs)?;
+/// assert!(out.row(0).dot(&out.row(0)) < 1.0); // points of the ball again
+/// let grads = attention.backward(&inputs, &saved, out.view())?;
+/// assert_eq!(grads.query.dim(), (3, 2));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Poincare<F> {
     config: PoincareConfig,
@@ -52,13 +105,16 @@ struct Embedded<F> {
 }
 
 struct State<F> {
+    /// Whose state it is: the numbers mean another thing for another configuration.
     config: PoincareConfig,
-    /// Σ p × what is summed, num_queries × heads · columns.
-    sums: Array2<F>,
-    /// T − |S|, num_queries × heads; for the midpoint.
-    gaps: Array2<F>,
-    /// num_queries × heads.
-    log_sum_exp: Array2<F>,
+    attended: Attended<F>,
+}
+
+/// What is left of a forward pass.
+enum Attended<F> {
+    /// The weights of all pairs, of means that are formed pair by pair.
+    Pairs(Softmax<F>),
+    Sums(Sums<F>),
 }
 
 impl<F: Float> Poincare<F> {
@@ -135,7 +191,7 @@ impl<F: Float> Poincare<F> {
         self.config.aggregation == Aggregation::TangentAtOrigin
     }
 
-    fn run(&self, inputs: &Inputs<'_, F>, embedded: &Embedded<F>) -> Result<State<F>> {
+    fn run(&self, inputs: &Inputs<'_, F>, embedded: &Embedded<F>) -> Result<Sums<F>> {
         let (num_queries, heads) = (inputs.num_queries(), inputs.heads());
         let polar = embedded.inputs(inputs)?;
         let problem = embedded.problem(&polar, self.is_linear())?;
@@ -161,158 +217,8 @@ impl<F: Float> Poincare<F> {
                 &mut log_sum_exp,
             ),
         }
-        let gaps = match self.is_linear() {
-            true => Array2::zeros((0, 0)),
-            false => gaps(&problem, &sums, &log_sum_exp)?,
-        };
-        Ok(State { config: self.config.clone(), sums, gaps, log_sum_exp })
+        Sums::new(&problem, self.is_linear(), sums, log_sum_exp)
     }
-
-    /// Overwrites `out` with the points that the sums stand for.
-    fn finish(
-        &self,
-        space: Space,
-        inputs: &Inputs<'_, F>,
-        state: &State<F>,
-        mut out: ArrayViewMut2<'_, F>,
-    ) {
-        let heads = inputs.heads();
-        let dim = inputs.value().ncols() / inputs.kv_heads();
-        for query in 0..inputs.num_queries() {
-            for head in 0..heads {
-                let center = state.center(query, head, dim);
-                let factor = center.factor(space);
-                let out = out.slice_mut(s![query, head_columns(head, dim)]);
-                out.into_iter()
-                    .zip(center.sum)
-                    .for_each(|(out, sum)| *out = F::of(factor * sum.as_f64()));
-            }
-        }
-    }
-}
-
-/// What the sums of a query and head stand for: a point at distance R in the direction of S.
-#[derive(Clone, Copy)]
-struct Center<'s, F> {
-    /// S.
-    sum: &'s [F],
-    /// |S|.
-    norm: f64,
-    /// T − |S|; `None` where S is R û itself.
-    gap: Option<f64>,
-}
-
-impl<F: Float> State<F> {
-    fn center(&self, query: usize, head: usize, dim: usize) -> Center<'_, F> {
-        let is_linear = self.config.aggregation == Aggregation::TangentAtOrigin;
-        let columns = if is_linear { dim } else { dim + 2 };
-        let row = &self.sums.as_slice().expect("a matrix of our own")[query * self.sums.ncols()..]
-            [head_columns(head, columns)];
-        let sum = &row[..dim];
-        let gap = (!is_linear).then(|| self.gaps[[query, head]].as_f64());
-        Center { sum, norm: norm_of(sum), gap }
-    }
-}
-
-impl<F: Float> Center<'_, F> {
-    /// Whether nothing has been summed: no pair was seen, or dropout left none.
-    fn is_empty(&self) -> bool {
-        self.norm == 0.0 && self.gap == Some(0.0)
-    }
-
-    /// The Lorentz norm N = √(T² − |S|²).
-    fn lorentz(&self) -> f64 {
-        self.gap.map_or(f64::NAN, |gap| (gap * (gap + 2.0 * self.norm)).sqrt())
-    }
-
-    fn radius(&self) -> f64 {
-        match self.gap {
-            None => self.norm,
-            Some(_) => (self.norm / self.lorentz()).asinh(),
-        }
-    }
-
-    /// What S is multiplied by to give the output.
-    fn factor(&self, space: Space) -> f64 {
-        if self.norm == 0.0 {
-            return 0.0;
-        }
-        let root = space.c.sqrt();
-        match (self.gap, space.coordinates) {
-            // ½ ⊗ (S/T) = S/(T + N)
-            (Some(gap), Coordinates::Ball) => (root * (gap + self.norm + self.lorentz())).recip(),
-            (None, Coordinates::Ball) => (0.5 * self.norm).tanh() / (root * self.norm),
-            (_, Coordinates::Tangent) => self.radius() / (2.0 * root * self.norm),
-        }
-    }
-
-    /// [dr/dR, r/sinh R, or r/R where S is R û] for the norm r of the output.
-    fn slopes(&self, space: Space) -> [f64; 2] {
-        let (radius, root) = (self.radius(), space.c.sqrt());
-        let ratio = |function: f64| if radius == 0.0 { 1.0 } else { function };
-        match (self.gap, space.coordinates) {
-            (None, Coordinates::Tangent) => [0.5 / root; 2],
-            (None, Coordinates::Ball) => {
-                let slope = 1.0 / ((1.0 + radius.cosh()) * root);
-                [slope, 0.5 / root * ratio((0.5 * radius).tanh() / (0.5 * radius))]
-            }
-            (Some(_), Coordinates::Ball) => [1.0 / ((1.0 + radius.cosh()) * root); 2],
-            (Some(_), Coordinates::Tangent) => {
-                [0.5 / root, 0.5 / root * ratio(radius / radius.sinh())]
-            }
-        }
-    }
-}
-
-/// T − |S| for each query and head.
-fn gaps<F: Float>(
-    problem: &HyperbolicProblem<'_, F>,
-    sums: &Array2<F>,
-    log_sum_exp: &Array2<F>,
-) -> Result<Array2<F>> {
-    let (num_queries, heads) = log_sum_exp.dim();
-    let dim = problem.dim;
-    let mut gaps = try_zeros("gaps", num_queries, heads)?;
-    let mut far: Option<Array2<F>> = None;
-    let mut is_far = Vec::new();
-    for query in 0..num_queries {
-        for head in 0..heads {
-            let row = sums.slice(s![query, head_columns(head, dim + 2)]);
-            let row = row.as_slice().expect("a matrix of our own");
-            let length = norm_of(&row[..dim]);
-            let (sinh, inverse) = (row[dim].as_f64(), row[dim + 1].as_f64());
-            let difference = sinh - length;
-            gaps[[query, head]] = F::of(inverse + difference);
-            if inverse + difference < FAR * sinh {
-                gaps[[query, head]] = F::of(inverse);
-                is_far.push([query, head]);
-                let far = match &mut far {
-                    Some(far) => far,
-                    None => far.insert(try_zeros("directions", num_queries, heads * dim)?),
-                };
-                let far = far.slice_mut(s![query, head_columns(head, dim)]);
-                far.into_iter()
-                    .zip(row)
-                    .for_each(|(far, &sum)| *far = F::of(sum.as_f64() / length));
-            }
-        }
-    }
-    if let Some(far) = far {
-        let mut spreads = try_zeros("spreads", num_queries, heads)?;
-        let far = Rows::from(far);
-        F::hyperbolic_spread(
-            problem,
-            far.slices(),
-            log_sum_exp,
-            TILES.keys,
-            Level::new(),
-            spreads.view_mut(),
-        );
-        for at in is_far {
-            gaps[at] += spreads[at];
-        }
-    }
-    Ok(gaps)
 }
 
 impl<F: Float> Embedded<F> {
@@ -336,12 +242,7 @@ impl<F: Float> Embedded<F> {
         let masses = if is_linear {
             // Then the sums are those of the directions themselves.
             let (zero, one) = (F::zero(), F::one());
-            let mass = crate::kernels::hyperbolic::Mass {
-                expm1: zero,
-                half_inverse: zero,
-                sinh: one,
-                cosh: zero,
-            };
+            let mass = Mass { expm1: zero, half_inverse: zero, sinh: one, cosh: zero };
             vec![mass; polar.num_keys() * polar.kv_heads()]
         } else {
             self.value.for_sums()
@@ -356,78 +257,6 @@ impl<F: Float> Embedded<F> {
             masses,
         })
     }
-}
-
-/// Where the gradients of the sums come from, and what of them is c's.
-fn upstream<F: Float>(
-    space: Space,
-    inputs: &Inputs<'_, F>,
-    state: &State<F>,
-    grad_out: ArrayView2<'_, F>,
-) -> Result<(Upstream<F>, f64)> {
-    let (num_queries, heads) = (inputs.num_queries(), inputs.heads());
-    let dim = inputs.value().ncols() / inputs.kv_heads();
-    let is_linear = state.config.aggregation == Aggregation::TangentAtOrigin;
-    let zeros = || try_zeros("gradients", num_queries, heads * dim);
-    let (mut weights, mut directions, mut sums) = (zeros()?, zeros()?, zeros()?);
-    let mut terms = Vec::with_capacity(num_queries * heads);
-    let mut grad_c = 0.0;
-    for query in 0..num_queries {
-        for head in 0..heads {
-            let log_sum = state.log_sum_exp[[query, head]];
-            let center = state.center(query, head, dim);
-            if log_sum == F::neg_infinity() || center.is_empty() {
-                let [zero, log_sum] = [F::zero(), F::infinity()];
-                let (radial, spread, delta) = (zero, zero, zero);
-                let (expm1, half_inverse) = (zero, zero);
-                terms.push(Terms { radial, spread, expm1, half_inverse, log_sum, delta });
-                continue;
-            }
-            let columns = head_columns(head, dim);
-            let grad_out = grad_out.slice(s![query, columns.clone()]);
-            let unit = |sum: F| if center.norm == 0.0 { 0.0 } else { sum.as_f64() / center.norm };
-            let along: f64 =
-                grad_out.iter().zip(center.sum).map(|(g, &sum)| g.as_f64() * unit(sum)).sum();
-            // out = r(R, c) û with r ~ 1/√c
-            grad_c -= 0.5 / space.c * center.factor(space) * center.norm * along;
-            let [slope, ratio] = center.slopes(space);
-            let lorentz = if is_linear { 1.0 } else { center.lorentz() };
-            let grad_radius = slope * along / lorentz;
-            let spread =
-                center.gap.map_or(0.0, |gap| 0.5 * grad_radius * (gap + center.norm) / lorentz);
-            let expm1 = (0.5 * center.radius()).exp_m1();
-            let mut row = weights.slice_mut(s![query, columns.clone()]);
-            let mut direction = directions.slice_mut(s![query, columns.clone()]);
-            let mut sum_row = sums.slice_mut(s![query, columns]);
-            let mut delta = 0.0;
-            for (c, (&g, &sum)) in grad_out.iter().zip(center.sum).enumerate() {
-                let u = unit(sum);
-                let across = ratio * (g.as_f64() - along * u) / lorentz;
-                let weight = if is_linear { across + grad_radius * u } else { across };
-                delta += if is_linear { weight * sum.as_f64() } else { 0.0 };
-                row[c] = F::of(weight);
-                direction[c] = F::of(u);
-                sum_row[c] = F::of(weight + 2.0 * spread * u);
-            }
-            terms.push(Terms {
-                radial: F::of(if is_linear { 0.0 } else { grad_radius }),
-                spread: F::of(spread),
-                expm1: F::of(expm1),
-                half_inverse: F::of(0.5 / (1.0 + expm1)),
-                log_sum: log_sum * F::of(LOG2_E),
-                delta: F::of(delta),
-            });
-        }
-    }
-    zero_nan(&mut sums);
-    let upstream = Upstream {
-        weights: Rows::from(weights),
-        directions: Rows::from(directions),
-        sums: Rows::from(sums),
-        terms,
-        is_linear,
-    };
-    Ok((upstream, grad_c))
 }
 
 impl<F: Float> Params<F> for Poincare<F> {
@@ -456,7 +285,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
     }
 
     fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
-        crate::kernels::problem::output_dim(inputs)
+        output_dim(inputs)
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
@@ -470,14 +299,16 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
-        if self.config.aggregation.is_plain() {
+        let attended = if self.config.aggregation.is_plain() {
             let softmax = self.softmax(inputs, &embedded)?;
             Plain::new(self, inputs, &softmax)?.forward(out)?;
-            return Ok(Saved::new(NAME, softmax));
-        }
-        let state = self.run(inputs, &embedded)?;
-        self.finish(embedded.space, inputs, &state, out);
-        Ok(Saved::new(NAME, state))
+            Attended::Pairs(softmax)
+        } else {
+            let sums = self.run(inputs, &embedded)?;
+            sums.finish(embedded.space, inputs, out);
+            Attended::Sums(sums)
+        };
+        Ok(Saved::new(NAME, State { config: self.config.clone(), attended }))
     }
 
     fn backward_into(
@@ -485,29 +316,31 @@ impl<F: Float> Attention<F> for Poincare<F> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
+        let State { config, attended } = saved.state::<State<F>>(NAME)?;
+        if *config != self.config {
+            let [expected, actual] = [&self.config, config].map(|config| format!("{config:?}"));
+            return Err(Error::config("saved config", expected, actual));
+        }
         self.check_output("grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
-        if self.config.aggregation.is_plain() {
-            let softmax: &Softmax<F> = saved.state(NAME)?;
-            let shape = [inputs.num_pairs(), inputs.heads()];
-            check_shape("saved weights", &shape, softmax.weights.shape())?;
-            let mut grads = grads;
-            let [grad_c, grad_temperature] =
-                Plain::new(self, inputs, softmax)?.backward(grad_out, &mut grads)?;
-            self.params_vjp(grad_c, grad_temperature, grads.params);
-            return Ok(());
-        }
-        let state: &State<F> = saved.state(NAME)?;
+        let sums = match attended {
+            Attended::Sums(sums) => sums,
+            Attended::Pairs(softmax) => {
+                let shape = [inputs.num_pairs(), inputs.heads()];
+                check_shape("saved weights", &shape, softmax.weights.shape())?;
+                let plain = Plain::new(self, inputs, softmax)?;
+                let [grad_c, grad_temperature] = plain.backward(grad_out, &mut grads)?;
+                self.params_vjp(grad_c, grad_temperature, grads.params);
+                return Ok(());
+            }
+        };
+        sums.check(inputs)?;
         let embedded = self.embed(inputs)?;
-        let sums =
-            [inputs.num_queries(), inputs.heads() * embedded.sums.ncols() / inputs.kv_heads()];
-        check_shape("saved sums", &sums, state.sums.shape())?;
-        check_shape("saved log_sum_exp", &[sums[0], inputs.heads()], state.log_sum_exp.shape())?;
         let polar = embedded.inputs(inputs)?;
         let problem = embedded.problem(&polar, self.is_linear())?;
-        let (upstream, mut grad_c) = upstream(embedded.space, inputs, state, grad_out)?;
+        let (upstream, mut grad_c) = sums.upstream(embedded.space, inputs, grad_out)?;
         let points = Points {
             query: embedded.query.half_sinh_directions()?,
             key: embedded.key.half_sinh_directions()?,

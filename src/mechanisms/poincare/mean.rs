@@ -1,0 +1,259 @@
+//! The points that weighted sums stand for, and the gradients of the sums.
+
+use super::polar::{Space, zero_nan};
+use super::{Coordinates, TILES};
+use crate::error::{Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::geometry::poincare::ball::norm_of;
+use crate::inputs::{Inputs, head_columns};
+use crate::kernels::hyperbolic::{HyperbolicProblem, Terms, Upstream};
+use crate::kernels::problem::Rows;
+use fearless_simd::Level;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+use std::f64::consts::LOG2_E;
+
+/// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
+/// of sinh R, the difference has lost five bits, and is summed again from differences.
+const FAR: f64 = 1.0 / 32.0;
+
+/// What a forward pass sums for each query and head.
+pub(super) struct Sums<F> {
+    /// Whether S is R û itself, of the mean in the tangent space at the origin; else it is sinh R û.
+    is_linear: bool,
+    /// S = Σ p sinh R u, Σ p sinh R and Σ p e^{−R}; or Σ p R u.
+    sums: Array2<F>,
+    /// T − |S|, T = Σ p cosh R; num_queries × heads. Not where sums are linear.
+    gaps: Array2<F>,
+    log_sum_exp: Array2<F>,
+}
+
+impl<F: Float> Sums<F> {
+    pub(super) fn new(
+        problem: &HyperbolicProblem<'_, F>,
+        is_linear: bool,
+        sums: Array2<F>,
+        log_sum_exp: Array2<F>,
+    ) -> Result<Self> {
+        let gaps = match is_linear {
+            true => Array2::zeros((0, 0)),
+            false => gaps(problem, &sums, &log_sum_exp)?,
+        };
+        Ok(Self { is_linear, sums, gaps, log_sum_exp })
+    }
+
+    /// `Ok` if they are of such inputs.
+    pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        let shape = [inputs.num_queries(), inputs.heads()];
+        check_shape("saved log_sum_exp", &shape, self.log_sum_exp.shape())?;
+        let dim = inputs.value().ncols() / inputs.kv_heads();
+        let columns = if self.is_linear { dim } else { dim + 2 };
+        check_shape("saved sums", &[shape[0], shape[1] * columns], self.sums.shape())
+    }
+
+    fn center(&self, query: usize, head: usize, dim: usize) -> Center<'_, F> {
+        let columns = if self.is_linear { dim } else { dim + 2 };
+        let row = &self.sums.as_slice().expect("a matrix of our own")[query * self.sums.ncols()..]
+            [head_columns(head, columns)];
+        let sum = &row[..dim];
+        let gap = (!self.is_linear).then(|| self.gaps[[query, head]].as_f64());
+        Center { sum, norm: norm_of(sum), gap }
+    }
+
+    /// Overwrites `out` with the points.
+    pub(super) fn finish(
+        &self,
+        space: Space,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) {
+        let dim = inputs.value().ncols() / inputs.kv_heads();
+        for query in 0..inputs.num_queries() {
+            for head in 0..inputs.heads() {
+                let center = self.center(query, head, dim);
+                let factor = center.factor(space);
+                let out = out.slice_mut(s![query, head_columns(head, dim)]);
+                let sum = out.into_iter().zip(center.sum);
+                sum.for_each(|(out, sum)| *out = F::of(factor * sum.as_f64()));
+            }
+        }
+    }
+
+    /// The gradients of the sums, and what of the gradient of c does not go through them.
+    ///
+    /// A change of the sums moves the mean by its part at right angles to it, on the hyperboloid:
+    ///
+    /// ```text
+    /// dR = Σ p̃ (sinh(Rⱼ − R) − sinh Rⱼ cosh R |uⱼ − û|²/2) / N     dû = Σ p̃ sinh Rⱼ (uⱼ)⊥ / (N sinh R)
+    /// ```
+    pub(super) fn upstream(
+        &self,
+        space: Space,
+        inputs: &Inputs<'_, F>,
+        grad_out: ArrayView2<'_, F>,
+    ) -> Result<(Upstream<F>, f64)> {
+        let (num_queries, heads) = (inputs.num_queries(), inputs.heads());
+        let dim = inputs.value().ncols() / inputs.kv_heads();
+        let zeros = || try_zeros("gradients", num_queries, heads * dim);
+        let (mut weights, mut directions, mut sums) = (zeros()?, zeros()?, zeros()?);
+        let mut terms = Vec::with_capacity(num_queries * heads);
+        let mut grad_c = 0.0;
+        for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
+        {
+            let center = self.center(query, head, dim);
+            let log_sum = self.log_sum_exp[[query, head]];
+            if log_sum == F::neg_infinity() || center.is_empty() {
+                terms.push(Terms::none());
+                continue;
+            }
+            let columns = head_columns(head, dim);
+            let grad_out = grad_out.slice(s![query, columns.clone()]);
+            let unit = |sum: F| if center.norm == 0.0 { 0.0 } else { sum.as_f64() / center.norm };
+            let along = grad_out.iter().zip(center.sum).map(|(g, &sum)| g.as_f64() * unit(sum));
+            let along: f64 = along.sum();
+            // out = r û, r ~ 1/√c at the same R
+            grad_c -= 0.5 / space.c * center.factor(space) * center.norm * along;
+
+            let [slope, ratio] = center.slopes(space);
+            let lorentz = center.lorentz();
+            let grad_radius = slope * along / lorentz;
+            let spread =
+                (center.gap).map_or(0.0, |gap| 0.5 * grad_radius * (gap + center.norm) / lorentz);
+            let mut weight = weights.slice_mut(s![query, columns.clone()]);
+            let mut direction = directions.slice_mut(s![query, columns.clone()]);
+            let mut of_values = sums.slice_mut(s![query, columns]);
+            let mut delta = 0.0;
+            for (c, (&g, &sum)) in grad_out.iter().zip(center.sum).enumerate() {
+                let u = unit(sum);
+                let mut w = ratio * (g.as_f64() - along * u) / lorentz;
+                if self.is_linear {
+                    w += grad_radius * u;
+                    delta += w * sum.as_f64();
+                }
+                weight[c] = F::of(w);
+                direction[c] = F::of(u);
+                of_values[c] = F::of(w + 2.0 * spread * u);
+            }
+            let expm1 = (0.5 * center.radius()).exp_m1();
+            terms.push(Terms {
+                radial: F::of(if self.is_linear { 0.0 } else { grad_radius }),
+                spread: F::of(spread),
+                expm1: F::of(expm1),
+                half_inverse: F::of(0.5 / (1.0 + expm1)),
+                log_sum: log_sum * F::of(LOG2_E),
+                delta: F::of(delta),
+            });
+        }
+        zero_nan(&mut sums);
+        let upstream = Upstream {
+            weights: Rows::from(weights),
+            directions: Rows::from(directions),
+            sums: Rows::from(sums),
+            terms,
+            is_linear: self.is_linear,
+        };
+        Ok((upstream, grad_c))
+    }
+}
+
+/// What the sums of a query and head stand for: a point at the distance R in the direction of S.
+#[derive(Clone, Copy)]
+struct Center<'s, F> {
+    /// S.
+    sum: &'s [F],
+    /// |S|.
+    norm: f64,
+    /// T − |S|; `None` where S is R û itself.
+    gap: Option<f64>,
+}
+
+impl<F: Float> Center<'_, F> {
+    /// Whether nothing has been summed: no pair was seen, or dropout left none.
+    fn is_empty(&self) -> bool {
+        self.norm == 0.0 && self.gap == Some(0.0)
+    }
+
+    /// The Lorentz norm N = √(T² − |S|²).
+    fn lorentz(&self) -> f64 {
+        self.gap.map_or(1.0, |gap| (gap * (gap + 2.0 * self.norm)).sqrt())
+    }
+
+    fn radius(&self) -> f64 {
+        match self.gap {
+            None => self.norm,
+            Some(_) => (self.norm / self.lorentz()).asinh(),
+        }
+    }
+
+    /// What S is multiplied by to give the output.
+    fn factor(&self, space: Space) -> f64 {
+        if self.norm == 0.0 {
+            return 0.0;
+        }
+        let root = space.c.sqrt();
+        match (self.gap, space.coordinates) {
+            // ½ ⊗ (S/T) = S/(T + N)
+            (Some(gap), Coordinates::Ball) => (root * (gap + self.norm + self.lorentz())).recip(),
+            (None, Coordinates::Ball) => (0.5 * self.norm).tanh() / (root * self.norm),
+            (_, Coordinates::Tangent) => self.radius() / (2.0 * root * self.norm),
+        }
+    }
+
+    /// [dr/dR, r/sinh R, or r/R where S is R û] for the norm r of the output.
+    fn slopes(&self, space: Space) -> [f64; 2] {
+        let (radius, root) = (self.radius(), space.c.sqrt());
+        // tanh(R/2)' = (1 + cosh R)⁻¹ = tanh(R/2) / sinh R
+        let slope = 1.0 / ((1.0 + radius.cosh()) * root);
+        let ratio = |function: fn(f64) -> f64, x: f64| if x == 0.0 { 1.0 } else { function(x) / x };
+        match (self.gap, space.coordinates) {
+            (Some(_), Coordinates::Ball) => [slope; 2],
+            (None, Coordinates::Ball) => [slope, 0.5 / root * ratio(f64::tanh, 0.5 * radius)],
+            (Some(_), Coordinates::Tangent) => [0.5 / root, 0.5 / root / ratio(f64::sinh, radius)],
+            (None, Coordinates::Tangent) => [0.5 / root; 2],
+        }
+    }
+}
+
+/// T − |S| for each query and head. It is what tells how far a mean is from the origin, and of points
+/// far away and near each other a difference of large numbers: then it is summed as
+/// Σ p (e^{−R} + sinh R |u − S/|S||²/2), once S is known.
+fn gaps<F: Float>(
+    problem: &HyperbolicProblem<'_, F>,
+    sums: &Array2<F>,
+    log_sum_exp: &Array2<F>,
+) -> Result<Array2<F>> {
+    let (num_queries, heads) = log_sum_exp.dim();
+    let dim = problem.dim;
+    let mut gaps = try_zeros("gaps", num_queries, heads)?;
+    let mut is_far = Vec::new();
+    for query in 0..num_queries {
+        for head in 0..heads {
+            let row = sums.slice(s![query, head_columns(head, dim + 2)]);
+            let row = row.as_slice().expect("a matrix of our own");
+            let (sinh, inverse) = (row[dim].as_f64(), row[dim + 1].as_f64());
+            let gap = inverse + (sinh - norm_of(&row[..dim]));
+            gaps[[query, head]] = F::of(gap);
+            if gap < FAR * sinh {
+                gaps[[query, head]] = row[dim + 1];
+                is_far.push([query, head]);
+            }
+        }
+    }
+    if is_far.is_empty() {
+        return Ok(gaps);
+    }
+    let mut directions = try_zeros("directions", num_queries, heads * dim)?;
+    for &[query, head] in &is_far {
+        let sum = sums.slice(s![query, head_columns(head, dim + 2)]);
+        let sum = &sum.as_slice().expect("a matrix of our own")[..dim];
+        let norm = norm_of(sum);
+        let direction = directions.slice_mut(s![query, head_columns(head, dim)]);
+        let direction = direction.into_iter().zip(sum);
+        direction.for_each(|(direction, sum)| *direction = F::of(sum.as_f64() / norm));
+    }
+    let mut spreads = try_zeros("spreads", num_queries, heads)?;
+    let (directions, level) = (Rows::from(directions), Level::new());
+    let sums = spreads.view_mut();
+    F::hyperbolic_spread(problem, directions.slices(), log_sum_exp, TILES, level, sums);
+    is_far.into_iter().for_each(|at| gaps[at] += spreads[at]);
+    Ok(gaps)
+}
