@@ -5,7 +5,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, EdgeGatConfig, Flash, Graph, Inputs, MultiHeadConfig, ScaledDotProduct, Score,
+    Attention, Coordinates, EdgeGatConfig, Flash, Graph, Inputs, MultiHeadConfig, PoincareConfig,
+    ScaledDotProduct, Score,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -16,11 +17,13 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     let multi_head = MultiHeadConfig::new(COLUMNS, 4).init(Flash::new(), &mut rng);
     let gat = EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / 4, 4).init(&mut rng);
+    let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
     vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(multi_head.expect("4 heads divide the columns")),
         Box::new(gat.expect("the sizes are positive")),
+        Box::new(poincare.expect("the defaults are valid")),
     ]
 }
 

@@ -10,8 +10,8 @@
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, EdgeGatConfig, Error, Flash, Graph, Inputs, MultiHeadConfig, Result,
-    ScaledDotProduct, Score,
+    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MultiHeadConfig,
+    PoincareConfig, Result, ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -31,6 +31,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
+        Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
     ])
 }
 

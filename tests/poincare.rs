@@ -513,7 +513,7 @@ fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
         let kind = (noise(seed) * 3.0 + 3.0) as usize;
         let mut row: Vec<f64> = match kind {
             // Equal to an earlier one, opposite to it, or on one line with it.
-            0 | 1 | 2 if at > 0 => {
+            0..=2 if at > 0 => {
                 let factor = [1.0, -1.0, 0.5][kind];
                 x.row(at / 2).iter().map(|x| factor * x.as_f64()).collect()
             }

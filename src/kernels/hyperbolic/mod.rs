@@ -129,9 +129,9 @@ impl<F: Float, const N: usize> Lanes<F, N> {
     #[inline(always)]
     fn load<S: Simd>(&self, simd: S, at: usize) -> [Vector<S, F>; N] {
         let mut vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
-        for n in 0..N {
+        for (n, vector) in vectors.iter_mut().enumerate() {
             let lanes = &self.data[n * self.stride + at..][..Vector::<S, F>::LEN];
-            vectors[n] = Vector::<S, F>::from_slice(simd, lanes);
+            *vector = Vector::<S, F>::from_slice(simd, lanes);
         }
         vectors
     }
@@ -141,8 +141,8 @@ impl<F: Float, const N: usize> Lanes<F, N> {
 #[inline(always)]
 fn splat_all<S: Simd, F: Float, const N: usize>(simd: S, numbers: [F; N]) -> [Vector<S, F>; N] {
     let mut vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
-    for n in 0..N {
-        vectors[n] = Vector::<S, F>::splat(simd, numbers[n]);
+    for (vector, number) in vectors.iter_mut().zip(numbers) {
+        *vector = Vector::<S, F>::splat(simd, number);
     }
     vectors
 }

@@ -75,7 +75,8 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             let mut points = array.mapv(Float::as_f64).as_standard_layout().into_owned();
             if coordinates == Coordinates::Tangent {
                 for_each_point(&mut points, heads, |_, point| {
-                    exp_map_origin(&point.to_vec(), c, point)
+                    let tangent = point.to_vec();
+                    exp_map_origin(&tangent, c, point)
                 })?;
             }
             Ok(points)
@@ -192,7 +193,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             exp_map(&last, &step, self.c, &mut row.base)?;
             self.take_logarithms(row)?;
             let mut new = self.residual(row)?;
-            if !(new < best) {
+            if new >= best {
                 row.base.copy_from_slice(&last);
                 self.take_logarithms(row)?;
                 // At the end both only stir the last places.

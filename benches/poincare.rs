@@ -1,0 +1,88 @@
+//! `Poincare` beside `Flash` on the same pairs: `cargo bench --bench poincare`.
+//!
+//! `near` are points whose means lie near the center, `far` clusters at the boundary, whose sums are
+//! taken twice, and `tangent` the first in tangent coordinates.
+
+mod machine;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use graph_attention::ndarray::Array2;
+use graph_attention::{Attention, Coordinates, Flash, Gradients, Graph, Inputs, PoincareConfig};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+
+/// Points of norms up to `norm`, or within (1 − norm)/2 of one of norm `norm`.
+fn points(rows: usize, dim: usize, norm: f32, is_far: bool, seed: u64) -> Array2<f32> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let bound = 1.0 / (dim as f32).sqrt();
+    let mut x = Array2::from_shape_simple_fn((rows, dim), || rng.random_range(-bound..bound));
+    if is_far {
+        x *= (1.0 - norm) / 2.0;
+        x.column_mut(0).mapv_inplace(|x| x + norm);
+    } else {
+        x *= norm;
+    }
+    x
+}
+
+fn mechanisms() -> [(&'static str, bool, Box<dyn Attention<f32>>); 4] {
+    let ball = PoincareConfig::new();
+    let tangent = ball.clone().coordinates(Coordinates::Tangent);
+    let init = |config: PoincareConfig| Box::new(config.init().expect("the options are valid"));
+    [
+        ("flash", false, Box::new(Flash::new())),
+        ("near", false, init(ball.clone())),
+        ("far", true, init(ball)),
+        ("tangent", false, init(tangent)),
+    ]
+}
+
+fn run(c: &mut Criterion, group: &str, size: &str, graph: Option<&Graph>, n: usize, dim: usize) {
+    for (threads, pool) in machine::pools() {
+        let mut group = c.benchmark_group(format!("poincare {group} {size}, {threads}"));
+        for (name, is_far, attention) in mechanisms() {
+            let norm = if is_far { 0.95 } else { 0.8 };
+            let [query, key, value] = [1, 2, 3].map(|seed| points(n, dim, norm, is_far, seed));
+            let inputs = match graph {
+                None => Inputs::dense(query.view(), key.view(), value.view()),
+                Some(graph) => Inputs::graph(query.view(), key.view(), value.view(), graph),
+            };
+            let inputs = inputs.expect("shapes fit");
+            let mut out = Array2::zeros((n, dim));
+            let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
+            group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
+            group.bench_function(BenchmarkId::new("forward", name), |bencher| {
+                pool.install(|| bencher.iter(|| attention.forward_into(&inputs, out.view_mut())));
+            });
+            let mut train = || {
+                let saved = attention.forward_train_into(&inputs, out.view_mut())?;
+                attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
+            };
+            group.bench_function(BenchmarkId::new("forward and backward", name), |bencher| {
+                pool.install(|| bencher.iter(&mut train));
+            });
+        }
+    }
+}
+
+fn dense(c: &mut Criterion) {
+    machine::print_limits();
+    for (n, dim) in [(1024, 64), (1024, 8), (4096, 64)] {
+        run(c, "dense", &format!("{n}x{dim}"), None, n, dim);
+    }
+}
+
+fn graph(c: &mut Criterion) {
+    let (nodes, degree) = (50_000, 16);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(4);
+    let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
+    let graph = Graph::from_edges(nodes, nodes, edges).expect("edges in range");
+    let _ = graph.transpose();
+    run(c, "graph", &format!("{nodes}x{degree}x64"), Some(&graph), nodes, 64);
+}
+
+criterion_group! {
+    name = all;
+    config = Criterion::default().sample_size(10);
+    targets = dense, graph
+}
+criterion_main!(all);
