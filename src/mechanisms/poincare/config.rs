@@ -74,7 +74,8 @@ impl PoincareConfig {
         }
     }
 
-    /// c > 0, minus the curvature: the ball has the radius 1/√c.
+    /// c > 0, minus the curvature: the ball has the radius 1/√c. As c goes to 0 it becomes flat space, with
+    /// 2|x − y| for a distance.
     #[must_use]
     pub fn curvature(mut self, c: f64) -> Self {
         self.curvature = c;
