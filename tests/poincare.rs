@@ -1,6 +1,6 @@
 //! Poincaré attention against arbitrary precision (`tests/golden/poincare_attention.py`), and its laws.
 
-use graph_attention::geometry::poincare::{distance, midpoint, mobius_add};
+use graph_attention::geometry::poincare::{conformal_factor, distance, midpoint, mobius_add};
 use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, array};
 use graph_attention::{
     Aggregation, Attention, Coordinates, Dropout, Error, Float, Graph, Inputs, Params,
@@ -524,8 +524,12 @@ fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
                 row.iter().map(|x| x * norm / length).collect()
             }
         };
-        // Rounding may have put it outside.
-        while row.iter().map(|&x| F::of(x).as_f64().powi(2)).sum::<f64>() >= 1.0 {
+        // Rounding may have put it outside, by less than a sum of squares in f64 can tell.
+        let is_outside = |row: &[f64]| {
+            let row: Vec<F> = row.iter().map(|&x| F::of(x)).collect();
+            conformal_factor(&row, F::one()).is_err()
+        };
+        while is_outside(&row) {
             row.iter_mut().for_each(|x| *x *= 1.0 - F::epsilon().as_f64());
         }
         x.row_mut(at).iter_mut().zip(row).for_each(|(x, value)| *x = F::of(value));
