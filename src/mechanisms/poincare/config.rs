@@ -30,9 +30,8 @@ pub enum Aggregation {
     /// the origin up to 36/√c.
     TangentAtQuery,
     /// The Fréchet mean, the point with the least Σ p d². By Newton's method to the last places of
-    /// `f64`, or a hundred steps; its gradient is that of the exact mean. As slow as
-    /// [`TangentAtQuery`](Self::TangentAtQuery) times the steps, usually four to seven, and within the
-    /// same bounds.
+    /// `f64`, or a hundred steps; its gradient is that of the exact mean. Every step takes the time of
+    /// [`TangentAtQuery`](Self::TangentAtQuery); it has the same bounds.
     FrechetMean,
 }
 

@@ -54,14 +54,15 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 ///
 /// # Accuracy
 ///
-/// Inside, a point is a direction u and a radius R = √c d(0, x), and distances come from
-/// sinh²(√c d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, in which nothing cancels: |uᵢ − uⱼ|² is summed
-/// from differences, not formed of norms and a product, which would be twice as fast and wrong for near
-/// points. So distances and means are right to some ten units of rounding in the inputs, near the
-/// boundary and far from the center as well; tangent coordinates reach distances of 40/√c in `f32` and
-/// 350/√c in `f64`. Nothing is clamped. A mean farther than about 2/√c from the center takes a second
-/// pass over its pairs, since the first has lost digits then. What is known less well: the gradient of
-/// c is a difference of terms as large as ⟨x, ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
+/// Inside, a point is a direction u and a radius R = √c d(0, x), and distances come from sinh²(√c
+/// d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, in which nothing cancels: |uᵢ − uⱼ|² is
+/// summed from differences, not formed of norms and a product, which would take half the instructions
+/// and be wrong for near points. So distances, means and gradients are right to a few tens of units
+/// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
+/// reach distances of 40/√c in `f32` and 350/√c in `f64`. Nothing is clamped. A mean farther than
+/// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
+/// then. What is known less well: the gradient of c is a difference of terms as large as ⟨x,
+/// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
 ///
 /// The distance has no derivative where query and key are one point; there it counts as 0.
 ///
