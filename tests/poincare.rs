@@ -560,6 +560,30 @@ fn everything_inside_is_finite<F: Float>(sets: usize, seed: &mut u64) {
     }
 }
 
+/// The means that are formed pair by pair compute with points of the ball, which may round to the
+/// boundary there: an error then, but never a number that is none.
+#[test]
+fn means_formed_pair_by_pair_are_finite_or_errors() {
+    let mut seed = 12;
+    let mut num_errors = 0;
+    for set in 0..2000 {
+        let [query, key, value] =
+            [3, 5, 5].map(|rows| awkward::<f64>(rows, 1 + set % 4, &mut seed));
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        for aggregation in [Aggregation::TangentAtQuery, Aggregation::FrechetMean] {
+            let poincare = PoincareConfig::new().aggregation(aggregation).init::<f64>().unwrap();
+            match poincare.forward(&inputs) {
+                Ok(out) => {
+                    assert!(out.iter().all(|x| x.is_finite()), "{query} {key} {value} {out}")
+                }
+                Err(Error::Domain { .. }) => num_errors += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    println!("{num_errors} errors");
+}
+
 #[test]
 fn everything_inside_gives_finite_answers() {
     everything_inside_is_finite::<f32>(1000, &mut 7);

@@ -135,7 +135,7 @@ pub fn gyration<F: Float>(a: &[F], b: &[F], v: &[F], c: F, out: &mut [F]) -> Res
 ///
 /// # Errors
 /// Those of [`gyration`].
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "three vectors and their gradients")]
 pub fn gyration_vjp<F: Float>(
     a: &[F],
     b: &[F],
@@ -189,7 +189,7 @@ pub fn parallel_transport<F: Float>(x: &[F], y: &[F], v: &[F], c: F, out: &mut [
 ///
 /// # Errors
 /// Those of [`parallel_transport`].
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "three vectors and their gradients")]
 pub fn parallel_transport_vjp<F: Float>(
     x: &[F],
     y: &[F],

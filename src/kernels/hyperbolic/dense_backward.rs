@@ -18,6 +18,7 @@ use crate::kernels::problem::Slices;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayViewMut2, s};
 use std::f64::consts::LN_2;
+use std::iter;
 use std::ops::Range;
 
 /// What one task writes to.
@@ -226,19 +227,18 @@ fn pack<S: Simd, F: Float>(
     pack_rows(points.query.slices(), block, key_dim, padded_key, one, query_rows);
     pack_rows(upstream.sums.slices(), block, dim, padded, one, sum_rows);
     scratch.radii.fill(queries().map(|query| problem.query(query, head).array()));
-    // Lanes past the end take no part.
-    let stride = scratch.terms.stride;
-    let [.., log_sums, _] = [0, 1, 2, 3, 4, 5].map(|n| n * stride..(n + 1) * stride);
-    scratch.terms.data[log_sums].fill(F::infinity());
     let heads = problem.softmax.heads;
-    scratch.terms.fill(queries().map(|query| upstream.terms[query * heads + head].array()));
+    let terms = queries().map(|query| upstream.terms[query * heads + head]);
+    // Lanes past the end take no part.
+    let padding = iter::repeat(Terms::none());
+    scratch.terms.fill(terms.chain(padding).take(width).map(Terms::array));
     scratch.grad_query.fill(F::zero());
     scratch.grad_radius.fill(F::zero());
     scratch.grad_kappa.fill(F::zero());
 }
 
 #[inline(never)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
 fn backward_tile<S: Simd, F: Float>(
     simd: S,
     problem: &HyperbolicProblem<'_, F>,
@@ -258,7 +258,7 @@ fn backward_tile<S: Simd, F: Float>(
 /// Adds the gradient of the queries in `scratch`, those of keys and values in `sums`; leaves the
 /// gradients of the logits in `scratch.spreads`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
 fn backward_tile_inline<S: Simd, F: Float>(
     simd: S,
     problem: &HyperbolicProblem<'_, F>,

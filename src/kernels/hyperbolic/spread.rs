@@ -17,6 +17,7 @@ use crate::kernels::rows::{
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayViewMut2};
 use std::f64::consts::LOG2_E;
+use std::iter;
 use std::ops::Range;
 
 /// Adds Σⱼ pᵢⱼ sinh Rⱼ |uⱼ − ûᵢ|²/2 to `sums`, num_queries × heads, for those queries and heads that have
@@ -128,13 +129,11 @@ impl<F: Float> Task<'_, F> {
                 }
                 pack_transposed(problem.dim, of_block, F::one(), block.width, &mut packed);
                 // L in units of ln 2, and the sum. Lanes past the end have weights of 0.
-                lanes.data[..width].fill(F::infinity());
-                lanes.fill(
-                    block
-                        .queries
-                        .clone()
-                        .map(|query| [self.log_sum_exp[[query, head]] * F::of(LOG2_E), F::zero()]),
-                );
+                let log_sum = |query| self.log_sum_exp[[query, head]] * F::of(LOG2_E);
+                let log_sums = block.queries.clone().map(log_sum);
+                let padding = iter::repeat(F::infinity());
+                let of_lanes = log_sums.chain(padding).take(width);
+                lanes.fill(of_lanes.map(|log_sum| [log_sum, F::zero()]));
                 self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut scores, &mut lanes);
                 for (lane, row) in rows.clone().enumerate() {
                     sums[[row, head]] += lanes.data[width + lane];
@@ -144,7 +143,7 @@ impl<F: Float> Task<'_, F> {
     }
 
     #[inline(never)]
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
     fn block<S: Simd>(
         &self,
         simd: S,
@@ -168,7 +167,7 @@ impl<F: Float> Task<'_, F> {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
     fn tile<S: Simd>(
         &self,
         simd: S,

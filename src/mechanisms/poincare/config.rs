@@ -27,7 +27,8 @@ pub enum Aggregation {
     TangentAtOrigin,
     /// The mean in the tangent space at the query, exp_q(Σ p log_q v). Values have the size of
     /// queries. Pair by pair on one thread, and in the coordinates of the ball in `f64`: distances from
-    /// the origin up to 36/√c.
+    /// the origin up to 36/√c. Farther out a mean may round to the boundary, which is
+    /// [`Error::Domain`].
     TangentAtQuery,
     /// The Fréchet mean, the point with the least Σ p d². By Newton's method to the last places of
     /// `f64`, or a hundred steps; its gradient is that of the exact mean. Every step takes the time of

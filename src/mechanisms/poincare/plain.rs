@@ -175,15 +175,15 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     /// where that does not come nearer, by the midpoint under the weights p d/sinh d, which always
     /// does: d² is concave in cosh d, whose weighted sum that midpoint minimises.
     fn seek_mean(&self, row: &mut Row) -> Result<()> {
-        let (dim, head) = (row.base.len().max(row.mean.len()), row.head);
-        let mut values = Array2::zeros((row.pairs.len(), row.mean.len()));
+        let (dim, head) = (row.mean.len(), row.head);
+        let mut values = Array2::zeros((row.pairs.len(), dim));
         for (pair, mut value) in row.pairs.iter().zip(values.rows_mut()) {
             value.assign(&ArrayView1::from(self.value(pair.key, head)));
         }
-        row.base = vec![0.0; row.mean.len()];
+        row.base = vec![0.0; dim];
         midpoint(values.view(), &row.kept, self.c, &mut row.base)?;
         self.take_logarithms(row)?;
-        let mut best = self.residual(row)?;
+        let mut best = Self::residual(row);
         for _ in 0..STEPS {
             if best <= f64::EPSILON {
                 break;
@@ -192,7 +192,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             let step = self.solve(row, &row.sum)?;
             exp_map(&last, &step, self.c, &mut row.base)?;
             self.take_logarithms(row)?;
-            let mut new = self.residual(row)?;
+            let mut new = Self::residual(row);
             if new >= best {
                 row.base.copy_from_slice(&last);
                 self.take_logarithms(row)?;
@@ -206,7 +206,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                     weights.map(|(&d, p)| if d == 0.0 { *p } else { p * d / d.sinh() }).collect();
                 midpoint(values.view(), &weights, self.c, &mut row.base)?;
                 self.take_logarithms(row)?;
-                new = self.residual(row)?;
+                new = Self::residual(row);
             }
             best = new;
         }
@@ -215,12 +215,12 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     }
 
     /// |Σ p log| in parts of Σ p (|log| + |m|): what it is known to, since m is rounded.
-    fn residual(&self, row: &Row) -> Result<f64> {
+    fn residual(row: &Row) -> f64 {
         let base = norm_of(&row.base);
         let logs = row.logarithms.rows().into_iter().zip(&row.kept);
         let norm = |log: ArrayView1<'_, f64>| norm_of(log.as_slice().expect("our own"));
         let scale: f64 = logs.map(|(log, p)| p * (base + norm(log))).sum();
-        Ok(if scale == 0.0 { 0.0 } else { norm_of(&row.sum) / scale })
+        if scale == 0.0 { 0.0 } else { norm_of(&row.sum) / scale }
     }
 
     /// The distances from the base, in units of the radius of curvature.
