@@ -62,6 +62,7 @@ pub(crate) mod parallel;
 mod prefetch;
 pub(crate) mod problem;
 pub(crate) mod rows;
+pub(crate) mod sincos;
 
 use crate::error::Result;
 use crate::float::Float;
@@ -78,7 +79,7 @@ use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
 /// and instruction set, and not again in every crate that calls a mechanism.
-pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh {
+pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     /// [`linear::width`].
     fn panel_width(level: Level) -> usize
     where
