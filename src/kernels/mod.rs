@@ -54,6 +54,7 @@ pub(crate) mod asinh;
 pub(crate) mod dense;
 pub(crate) mod edges;
 pub(crate) mod exp2;
+pub(crate) mod features;
 pub(crate) mod heads;
 pub(crate) mod hyperbolic;
 pub(crate) mod linear;
@@ -71,9 +72,10 @@ use crate::graph::Graph;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
+use features::{FeatureGradients, FeatureProblem, KeySums};
 use hyperbolic::HyperbolicProblem;
 use linear::Target;
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use problem::{Problem, Rows, Slices, Upstream};
 use std::ops::Range;
 
@@ -231,6 +233,31 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
     ) -> Result<hyperbolic::PointGradients<Self>>
+    where
+        Self: Float;
+
+    /// [`features::sum_keys`].
+    fn sum_keys(problem: &FeatureProblem<'_, Self>, level: Level) -> Vec<KeySums<Self>>
+    where
+        Self: Float;
+
+    /// [`features::forward`].
+    fn features_forward(
+        problem: &FeatureProblem<'_, Self>,
+        sums: &[KeySums<Self>],
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`features::backward`].
+    fn features_backward(
+        problem: &FeatureProblem<'_, Self>,
+        sums: &[KeySums<Self>],
+        grad_out: ArrayView2<'_, Self>,
+        is_live: &[bool],
+        level: Level,
+    ) -> Result<FeatureGradients<Self>>
     where
         Self: Float;
 }
@@ -391,6 +418,29 @@ macro_rules! compile_kernels {
                 grad_bias: Option<ArrayViewMut2<'_, Self>>,
             ) -> Result<hyperbolic::PointGradients<Self>> {
                 hyperbolic::dense_backward(problem, points, upstream, sizes, level, grad_bias)
+            }
+
+            fn sum_keys(problem: &FeatureProblem<'_, Self>, level: Level) -> Vec<KeySums<Self>> {
+                features::sum_keys(problem, level)
+            }
+
+            fn features_forward(
+                problem: &FeatureProblem<'_, Self>,
+                sums: &[KeySums<Self>],
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+            ) {
+                features::forward(problem, sums, level, out);
+            }
+
+            fn features_backward(
+                problem: &FeatureProblem<'_, Self>,
+                sums: &[KeySums<Self>],
+                grad_out: ArrayView2<'_, Self>,
+                is_live: &[bool],
+                level: Level,
+            ) -> Result<FeatureGradients<Self>> {
+                features::backward(problem, sums, grad_out, is_live, level)
             }
         }
     )*};
