@@ -70,6 +70,9 @@ pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
+pub use mechanisms::performer::{
+    Accuracy, Features, Performer, PerformerConfig, PerformerState, Projection,
+};
 pub use mechanisms::poincare::{Aggregation, Coordinates, Poincare, PoincareConfig};
 pub use mechanisms::scaled_dot_product::ScaledDotProduct;
 pub use params::Params;

@@ -2,8 +2,8 @@
 
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, EdgeGatConfig, Flash, Float, MultiHeadConfig,
-    PoincareConfig, ScaledDotProduct, Score,
+    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, MultiHeadConfig,
+    PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -93,7 +93,21 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (heads().scale(0.3), learned(tangent().aggregation(Aggregation::FrechetMean))),
     ]
     .map(|(shapes, config)| (shapes, Box::new(config.init().unwrap()) as Box<dyn Attention<F>>));
-    others.into_iter().chain(gats).chain(poincare).collect()
+    let features = |count| PerformerConfig::new(3, count);
+    let relu = Features::Relu { epsilon: 0.01 };
+    let performers = [
+        (one_head(), features(7)),
+        (heads(), features(8).features(Features::Hyperbolic).scale(0.9)),
+        (grouped(), features(37)),
+        (grouped(), features(6).features(Features::Hyperbolic).projection(Projection::Iid)),
+        (heads(), features(5).features(relu)),
+        (grouped(), features(3).features(Features::Elu)),
+        (one_head().scale(0.3), features(64).features(Features::Trigonometric)),
+    ]
+    .map(|(shapes, config)| {
+        (shapes, Box::new(config.init(&mut rng).unwrap()) as Box<dyn Attention<F>>)
+    });
+    others.into_iter().chain(gats).chain(poincare).chain(performers).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

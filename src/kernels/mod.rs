@@ -72,10 +72,10 @@ use crate::graph::Graph;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
-use features::{FeatureGradients, FeatureProblem, KeySums};
+use features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use hyperbolic::HyperbolicProblem;
 use linear::Target;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayViewMut2};
 use problem::{Problem, Rows, Slices, Upstream};
 use std::ops::Range;
 
@@ -247,6 +247,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         sums: &[KeySums<Self>],
         level: Level,
         out: ArrayViewMut2<'_, Self>,
+        denominators: &mut Array2<Self>,
     ) where
         Self: Float;
 
@@ -254,8 +255,28 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     fn features_backward(
         problem: &FeatureProblem<'_, Self>,
         sums: &[KeySums<Self>],
-        grad_out: ArrayView2<'_, Self>,
-        is_live: &[bool],
+        upstream: &FeatureUpstream<'_, Self>,
+        level: Level,
+    ) -> Result<FeatureGradients<Self>>
+    where
+        Self: Float;
+
+    /// [`features::causal_forward`].
+    fn causal_features_forward(
+        problem: &FeatureProblem<'_, Self>,
+        num_queries: &[usize],
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        denominators: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`features::causal_backward`].
+    fn causal_features_backward(
+        problem: &FeatureProblem<'_, Self>,
+        num_queries: &[usize],
+        upstream: &FeatureUpstream<'_, Self>,
+        is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
         level: Level,
     ) -> Result<FeatureGradients<Self>>
     where
@@ -429,18 +450,38 @@ macro_rules! compile_kernels {
                 sums: &[KeySums<Self>],
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
+                denominators: &mut Array2<Self>,
             ) {
-                features::forward(problem, sums, level, out);
+                features::forward(problem, sums, level, out, denominators);
             }
 
             fn features_backward(
                 problem: &FeatureProblem<'_, Self>,
                 sums: &[KeySums<Self>],
-                grad_out: ArrayView2<'_, Self>,
-                is_live: &[bool],
+                upstream: &FeatureUpstream<'_, Self>,
                 level: Level,
             ) -> Result<FeatureGradients<Self>> {
-                features::backward(problem, sums, grad_out, is_live, level)
+                features::backward(problem, sums, upstream, level)
+            }
+
+            fn causal_features_forward(
+                problem: &FeatureProblem<'_, Self>,
+                num_queries: &[usize],
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                denominators: &mut Array2<Self>,
+            ) {
+                features::causal_forward(problem, num_queries, level, out, denominators);
+            }
+
+            fn causal_features_backward(
+                problem: &FeatureProblem<'_, Self>,
+                num_queries: &[usize],
+                upstream: &FeatureUpstream<'_, Self>,
+                is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
+                level: Level,
+            ) -> Result<FeatureGradients<Self>> {
+                features::causal_backward(problem, num_queries, upstream, is_summed, level)
             }
         }
     )*};

@@ -1,15 +1,15 @@
 //! The backward pass: the queries, which give the gradients of the sums, then the keys.
 
 use super::chunk::{CHUNK, Chunk};
-use super::forward::{PARTS, add_outer, pack_values, times_sums, value_stride};
-use super::{FeatureProblem, KeySums, Map};
+use super::forward::{PARTS, QuotientGradients, pack_values, value_stride};
+use super::products::{Left, add_scaled, add_transposed_product, product, transposed};
+use super::{FeatureProblem, FeatureUpstream, KeySums, Map};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::inputs::head_columns;
-use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, rows_times, store};
+use crate::kernels::matmul::panel_width;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use fearless_simd::{Level, Simd, SimdBase};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use fearless_simd::{Level, Simd};
+use ndarray::{Array2, ArrayViewMut2, s};
 use std::ops::Range;
 
 /// The gradients of the inputs, and of the projection: columns of E × dim.
@@ -22,347 +22,311 @@ pub struct FeatureGradients<F> {
     pub(crate) projection: Array2<F>,
 }
 
-/// What the tasks share: transposed sums, and W as rows.
-struct Shared<'p, F: Float> {
-    problem: &'p FeatureProblem<'p, F>,
-    grad_out: ArrayView2<'p, F>,
-    sums: &'p [KeySums<F>],
-    /// For each head of keys, columns × features: of the sums, later of their gradients.
-    transposed: Vec<Vec<F>>,
-    /// columns of E × padded dim.
-    projection: Vec<F>,
-    padded_dim: usize,
+impl<F: Float> FeatureGradients<F> {
+    pub(super) fn zeros(problem: &FeatureProblem<'_, F>) -> Result<Self> {
+        let zeros = |rows, columns| try_zeros("gradients", rows, columns);
+        let keys = problem.keys.len();
+        Ok(Self {
+            query: zeros(problem.inputs.num_queries(), problem.heads * problem.dim)?,
+            key: zeros(keys, problem.kv_heads * problem.dim)?,
+            value: zeros(keys, problem.kv_heads * problem.value_dim)?,
+            projection: zeros(problem.projection.ncols(), problem.dim)?,
+        })
+    }
+
+    /// Of the rows of a projection whose rows are padded.
+    pub(super) fn add_projection(&mut self, padded_dim: usize, padded: &[F]) {
+        let rows = self.projection.rows_mut().into_iter().zip(padded.chunks(padded_dim.max(1)));
+        for (row, padded) in rows {
+            row.into_iter().zip(padded).for_each(|(grad, &sum)| *grad += sum);
+        }
+    }
 }
 
-/// What one task adds up.
+/// The gradient of a chunk's inputs, and of the projection.
+pub(super) struct InputsVjp<F> {
+    /// W as rows: columns of E × padded dim.
+    weight: Vec<F>,
+    pub(super) padded_dim: usize,
+    columns: usize,
+    dim: usize,
+    is_linear: bool,
+    twice_square_scale: F,
+    /// The rows of inputs, then their gradients.
+    rows: Vec<F>,
+    /// Of the projection, like `weight`.
+    pub(super) grad_weight: Vec<F>,
+}
+
+impl<F: Float> InputsVjp<F> {
+    #[inline(always)]
+    pub(super) fn new<S: Simd>(_: S, problem: &FeatureProblem<'_, F>) -> Self {
+        Self::with_panel(problem, panel_width::<S, F>())
+    }
+
+    fn with_panel(problem: &FeatureProblem<'_, F>, panel: usize) -> Self {
+        let (dim, columns) = problem.projection.dim();
+        let padded_dim = dim.next_multiple_of(panel);
+        let mut weight = vec![F::zero(); columns * padded_dim];
+        for ((c, column), &entry) in problem.projection.indexed_iter() {
+            weight[column * padded_dim + c] = entry;
+        }
+        Self {
+            grad_weight: vec![F::zero(); weight.len()],
+            weight,
+            padded_dim,
+            columns,
+            dim: problem.dim,
+            is_linear: problem.map != Map::Elu,
+            twice_square_scale: F::of(2.0) * problem.square_scale,
+            rows: vec![F::zero(); CHUNK * padded_dim],
+        }
+    }
+
+    /// From the gradients of a chunk's E, and of its h where `with_squares`, those of its inputs, which
+    /// `set` takes; adds that of the projection.
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(
+        &mut self,
+        simd: S,
+        chunk: &Chunk<F>,
+        with_squares: bool,
+        mut set: impl FnMut(usize, usize, F),
+    ) {
+        let (dim, stride) = (self.dim, self.padded_dim);
+        let left = Left { data: &chunk.grad_products, stride: chunk.padded, len: self.columns };
+        if self.is_linear {
+            for at in 0..chunk.len {
+                self.rows[at * stride..][..dim].copy_from_slice(&chunk.inputs[at * dim..][..dim]);
+            }
+            let Self { rows, grad_weight, .. } = self;
+            add_transposed_product(simd, chunk.len, left, (rows, stride), grad_weight);
+            product(simd, chunk.len, left, (&self.weight, stride), &mut self.rows);
+        }
+        for at in 0..chunk.len {
+            let grads = match self.is_linear {
+                true => &self.rows[at * stride..][..dim],
+                false => &chunk.grad_products[at * chunk.padded..][..dim],
+            };
+            // h = scale |x|²
+            let factor = self.twice_square_scale * chunk.grad_squares[at];
+            let inputs = &chunk.inputs[at * dim..][..dim];
+            for (c, (&grad, &input)) in grads.iter().zip(inputs).enumerate() {
+                set(at, c, if with_squares { grad + factor * input } else { grad });
+            }
+        }
+        // Zeros again past the columns of the inputs.
+        self.rows.fill(F::zero());
+    }
+}
+
+/// What one task adds up over its queries: the gradients of the sums of each head of keys, and of the
+/// projection.
 struct Sums<F> {
-    /// For each head of keys, features × columns.
-    keys: Vec<Vec<F>>,
-    /// columns of E × padded dim.
+    keys: Vec<KeySums<F>>,
     projection: Vec<F>,
 }
 
-/// Queries that are not finite are left out.
+impl<F: Float> Sums<F> {
+    fn add(&mut self, other: &Self) {
+        for (sums, other) in self.keys.iter_mut().zip(&other.keys) {
+            add_scaled(&mut sums.sums, F::one(), &other.sums);
+            add_scaled(&mut sums.totals, F::one(), &other.totals);
+        }
+        add_scaled(&mut self.projection, F::one(), &other.projection);
+    }
+}
+
+/// Of inputs without a causal pattern.
 pub(in super::super) fn backward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
-    grad_out: ArrayView2<'_, F>,
-    is_live: &[bool],
+    upstream: &FeatureUpstream<'_, F>,
     level: Level,
 ) -> Result<FeatureGradients<F>> {
-    let columns = problem.projection.ncols();
-    let panel = dispatch!(level, simd => panel_of::<_, F>(simd));
-    let padded_dim = problem.dim.next_multiple_of(panel);
-    let fstride = problem.num_features().next_multiple_of(panel);
-    let stride = dispatch!(level, simd => value_stride(simd, problem));
-    let mut projection = vec![F::zero(); columns * padded_dim];
-    for ((c, column), &weight) in problem.projection.indexed_iter() {
-        projection[column * padded_dim + c] = weight;
-    }
-    let mut shared = Shared {
-        problem,
-        grad_out,
-        sums,
-        transposed: sums.iter().map(|sums| transposed(&sums.sums, stride, fstride)).collect(),
-        projection,
-        padded_dim,
-    };
     let num_queries = problem.inputs.num_queries();
-    let new_sums = || Sums {
-        keys: vec![vec![F::zero(); problem.num_features() * stride]; problem.kv_heads],
-        projection: vec![F::zero(); columns * padded_dim],
-    };
-    let zeros = |rows, columns| try_zeros("gradients", rows, columns);
-    let mut grads = FeatureGradients {
-        query: zeros(num_queries, problem.heads * problem.dim)?,
-        key: zeros(problem.keys.len(), problem.kv_heads * problem.dim)?,
-        value: zeros(problem.keys.len(), problem.kv_heads * problem.value_dim)?,
-        projection: zeros(columns, problem.dim)?,
-    };
+    let stride = dispatch!(level, simd => value_stride(simd, problem));
+    let mut grads = FeatureGradients::zeros(problem)?;
 
     let ranges = parts(num_queries, CHUNK, PARTS);
     let chunks = row_chunks(grads.query.view_mut(), ranges.iter().map(Range::len));
-    let mut tasks: Vec<_> =
-        ranges.iter().cloned().zip(chunks).map(|task| (task, new_sums())).collect();
+    type QueryTask<'g, F> = (Range<usize>, ArrayViewMut2<'g, F>, Sums<F>);
+    let mut tasks: Vec<QueryTask<'_, F>> = (ranges.iter().cloned().zip(chunks))
+        .map(|(range, chunk)| {
+            let keys = vec![KeySums::zeros(problem.num_features(), stride); problem.kv_heads];
+            (range, chunk, Sums { keys, projection: Vec::new() })
+        })
+        .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
-        let ((queries, grad), sums): &mut ((Range<usize>, ArrayViewMut2<'_, F>), Sums<F>) = task;
-        dispatch!(level, simd => shared.queries(simd, queries.clone(), is_live, grad, sums));
+        let (queries, grad, of_task): &mut QueryTask<'_, F> = task;
+        dispatch!(level, simd => {
+            query_part(simd, problem, sums, upstream, queries.clone(), grad, of_task);
+        });
     });
-    let mut total = new_sums();
-    for (_, sums) in tasks {
-        total.add(sums);
-    }
+    let mut tasks = tasks.into_iter().map(|(_, _, sums)| sums);
+    let Some(mut total) = tasks.next() else { return Ok(grads) };
+    tasks.for_each(|sums| total.add(&sums));
 
-    shared.transposed = total.keys.iter().map(|sums| transposed(sums, stride, fstride)).collect();
     let ranges = parts(problem.keys.len(), CHUNK, PARTS);
     let keys = row_chunks(grads.key.view_mut(), ranges.iter().map(Range::len));
     let values = row_chunks(grads.value.view_mut(), ranges.iter().map(Range::len));
-    let mut tasks: Vec<_> = (ranges.iter().cloned().zip(keys.zip(values)))
-        .map(|task| (task, vec![F::zero(); columns * padded_dim]))
+    type KeyTask<'g, F> = (Range<usize>, [ArrayViewMut2<'g, F>; 2], Vec<F>);
+    let mut tasks: Vec<KeyTask<'_, F>> = (ranges.iter().cloned().zip(keys.zip(values)))
+        .map(|(range, (keys, values))| (range, [keys, values], Vec::new()))
         .collect();
-    let of_keys = &total.keys;
-    type KeyTask<'g, F> = ((Range<usize>, (ArrayViewMut2<'g, F>, ArrayViewMut2<'g, F>)), Vec<F>);
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
-        let ((keys, grads), projection): &mut KeyTask<'_, F> = task;
-        dispatch!(level, simd => shared.keys(simd, keys.clone(), of_keys, grads, projection));
+        let (keys, grads, projection): &mut KeyTask<'_, F> = task;
+        dispatch!(level, simd => {
+            *projection = key_part(simd, problem, sums, &total.keys, keys.clone(), grads);
+        });
     });
-    for (_, projection) in tasks {
-        add_to(&mut total.projection, &projection);
-    }
-    for (row, padded) in
-        grads.projection.rows_mut().into_iter().zip(total.projection.chunks(padded_dim.max(1)))
-    {
-        row.into_iter().zip(padded).for_each(|(grad, &sum)| *grad = sum);
-    }
+    let of_keys: Vec<_> = tasks.into_iter().map(|(_, _, projection)| projection).collect();
+    of_keys.iter().for_each(|sums| add_scaled(&mut total.projection, F::one(), sums));
+    let padded_dim = dispatch!(level, simd => padded_dim(simd, problem));
+    grads.add_projection(padded_dim, &total.projection);
     Ok(grads)
 }
 
 #[inline(always)]
-fn panel_of<S: Simd, F: Float>(_: S) -> usize {
-    panel_width::<S, F>()
+pub(super) fn padded_dim<S: Simd, F: Float>(_: S, problem: &FeatureProblem<'_, F>) -> usize {
+    problem.projection.nrows().next_multiple_of(panel_width::<S, F>())
 }
 
-impl<F: Float> Sums<F> {
-    fn add(&mut self, other: Self) {
-        self.keys.iter_mut().zip(&other.keys).for_each(|(sums, other)| add_to(sums, other));
-        add_to(&mut self.projection, &other.projection);
-    }
-}
+#[inline(always)]
+fn query_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &FeatureProblem<'_, F>,
+    sums: &[KeySums<F>],
+    upstream: &FeatureUpstream<'_, F>,
+    queries: Range<usize>,
+    grad_query: &mut ArrayViewMut2<'_, F>,
+    of_task: &mut Sums<F>,
+) {
+    let mut chunk = Chunk::new(simd, problem);
+    let mut inputs_vjp = InputsVjp::new(simd, problem);
+    let mut grad_features = Vec::new();
+    let mut transposed_sums = Vec::new();
+    for kv_head in 0..problem.kv_heads {
+        let KeySums { shifts, totals, sums, stride } = &sums[kv_head];
+        transposed(sums, *stride, chunk.stride, &mut transposed_sums);
+        let mut quotients = QuotientGradients::new(*stride);
+        let of_sums = &mut of_task.keys[kv_head];
+        for head in problem.group(kv_head) {
+            for rows in ranges(queries.len(), CHUNK) {
+                let first = queries.start + rows.start;
+                chunk.load(simd, rows.len(), |at| problem.query(first + at, head));
+                chunk.query_features(simd, shifts);
+                let range = first..first + rows.len();
+                quotients.load(upstream, range, head, problem.value_dim, |_| true);
+                let QuotientGradients { numerators, denominators, .. } = &quotients;
+                let KeySums { totals: grad_totals, sums: grad_sums, .. } = &mut *of_sums;
+                let right = (&numerators[..], *stride);
+                add_transposed_product(simd, chunk.len, chunk.left(), right, grad_sums);
+                let grads_of_rows = (0..chunk.len).zip(denominators);
+                grads_of_rows.for_each(|(at, &g)| add_scaled(grad_totals, g, chunk.row(at)));
 
-fn add_to<F: Float>(sums: &mut [F], other: &[F]) {
-    sums.iter_mut().zip(other).for_each(|(sum, &other)| *sum += other);
-}
-
-/// Rows of `stride` as rows of `new_stride`.
-fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize) -> Vec<F> {
-    let mut transposed = vec![F::zero(); stride * new_stride];
-    for (at, row) in rows.chunks_exact(stride).enumerate() {
-        for (c, &entry) in row.iter().enumerate() {
-            transposed[c * new_stride + at] = entry;
-        }
-    }
-    transposed
-}
-
-impl<F: Float> Shared<'_, F> {
-    #[inline(always)]
-    fn queries<S: Simd>(
-        &self,
-        simd: S,
-        queries: Range<usize>,
-        is_live: &[bool],
-        grad_query: &mut ArrayViewMut2<'_, F>,
-        sums: &mut Sums<F>,
-    ) {
-        let Self { problem, sums: of_keys, .. } = *self;
-        let mut chunk = Chunk::new(simd, problem);
-        let (mut quotients, mut grads, mut rows_of_inputs) = (Vec::new(), Vec::new(), Vec::new());
-        for rows in ranges(queries.len(), CHUNK) {
-            for head in 0..problem.heads {
-                let kv_head = problem.kv_head(head);
-                let KeySums { shifts, sums: key_sums, stride } = &of_keys[kv_head];
-                let query_at = |at: usize| queries.start + rows.start + at;
-                chunk.load(simd, problem, rows.len(), |at| problem.query(query_at(at), head));
-                chunk.query_features(simd, problem.map, problem.projection.ncols(), shifts);
-                quotients.resize(rows.len() * stride, F::zero());
-                times_sums(simd, &chunk, key_sums, problem.num_features(), *stride, &mut quotients);
-                // o = N/D: the gradients of N and D in place of them.
-                for (at, sums) in quotients.chunks_exact_mut(*stride).enumerate() {
-                    let denominator = sums[problem.value_dim];
-                    if !is_live[query_at(at)] {
-                        sums.fill(F::zero());
-                        chunk.features[at * chunk.stride..][..chunk.stride].fill(F::zero());
-                        chunk.products[at * chunk.padded..][..chunk.padded].fill(F::zero());
-                        continue;
-                    }
-                    let grad_out = self.grad_out.row(query_at(at));
-                    let columns = head_columns(head, problem.value_dim);
-                    let grad_out = grad_out.iter().skip(columns.start).take(columns.len());
-                    let mut product = F::zero();
-                    for (sum, &grad) in sums.iter_mut().zip(grad_out) {
-                        product += grad * (*sum / denominator);
-                        *sum = grad / denominator;
-                    }
-                    sums[problem.value_dim] = -product / denominator;
+                grad_features.resize(rows.len() * chunk.stride, F::zero());
+                let right = (&transposed_sums[..], chunk.stride);
+                let left = quotients.left(problem.value_dim);
+                product(simd, chunk.len, left, right, &mut grad_features);
+                for (grads, &g) in grad_features.chunks_exact_mut(chunk.stride).zip(denominators) {
+                    add_scaled(grads, g, totals);
                 }
-                let features = problem.num_features();
-                add_outer(simd, &chunk, &quotients, features, *stride, &mut sums.keys[kv_head]);
-                self.features_vjp(simd, &mut chunk, &quotients, *stride, kv_head, &mut grads);
-                let row = |at: usize| match is_live[query_at(at)] {
-                    true => Some(problem.query(query_at(at), head)),
-                    false => None,
-                };
-                self.inputs_vjp(
-                    simd,
-                    &chunk,
-                    row,
-                    &mut rows_of_inputs,
-                    &mut sums.projection,
-                    |at, c, grad| {
-                        grad_query[[rows.start + at, head * problem.dim + c]] = grad;
-                    },
-                );
+                chunk.features_vjp(simd, &grad_features);
+                // Of h nothing is left in a quotient.
+                inputs_vjp.run(simd, &chunk, false, |at, c, grad| {
+                    grad_query[[rows.start + at, head * problem.dim + c]] = grad;
+                });
             }
         }
     }
+    of_task.projection = inputs_vjp.grad_weight;
+}
 
-    #[inline(always)]
-    fn keys<S: Simd>(
-        &self,
-        simd: S,
-        range: Range<usize>,
-        grad_sums: &[Vec<F>],
-        (grad_key, grad_value): &mut (ArrayViewMut2<'_, F>, ArrayViewMut2<'_, F>),
-        grad_projection: &mut [F],
-    ) {
-        let Self { problem, sums: of_keys, .. } = *self;
-        let mut chunk = Chunk::new(simd, problem);
-        let (mut values, mut grads, mut rows_of_inputs) = (Vec::new(), Vec::new(), Vec::new());
-        let mut grad_values = Vec::new();
+/// Returns the gradient of the projection.
+#[inline(always)]
+fn key_part<S: Simd, F: Float>(
+    simd: S,
+    problem: &FeatureProblem<'_, F>,
+    sums: &[KeySums<F>],
+    grad_sums: &[KeySums<F>],
+    range: Range<usize>,
+    [grad_key, grad_value]: &mut [ArrayViewMut2<'_, F>; 2],
+) -> Vec<F> {
+    let mut chunk = Chunk::new(simd, problem);
+    let mut inputs_vjp = InputsVjp::new(simd, problem);
+    let mut step = KeyStep::default();
+    for kv_head in 0..problem.kv_heads {
+        // With the shifts of all keys, which no key raises.
+        let mut shifts = KeySums::without_sums(&sums[kv_head].shifts);
+        step.take(&chunk, &grad_sums[kv_head]);
         for rows in ranges(range.len(), CHUNK) {
             let keys = &problem.keys[range.start + rows.start..range.start + rows.end];
-            for kv_head in 0..problem.kv_heads {
-                let mut sums = of_keys[kv_head].clone();
-                let stride = sums.stride;
-                chunk.load(simd, problem, keys.len(), |at| problem.key(keys[at], kv_head));
-                chunk.key_features(simd, problem.map, problem.projection.ncols(), &mut sums, false);
-                pack_values(problem, keys, kv_head, stride, &mut values);
-                grad_values.resize(keys.len() * stride, F::zero());
-                let features = problem.num_features();
-                times_sums(simd, &chunk, &grad_sums[kv_head], features, stride, &mut grad_values);
-                for (at, grads) in grad_values.chunks_exact(stride).enumerate() {
-                    for (c, &grad) in grads[..problem.value_dim].iter().enumerate() {
-                        grad_value[[rows.start + at, kv_head * problem.value_dim + c]] = grad;
-                    }
-                }
-                self.features_vjp(simd, &mut chunk, &values, stride, kv_head, &mut grads);
-                let squares = &chunk.squares;
-                let twice = F::of(2.0) * problem.square_scale;
-                let row = |at: usize| Some(problem.key(keys[at], kv_head));
-                self.inputs_vjp(
-                    simd,
-                    &chunk,
-                    row,
-                    &mut rows_of_inputs,
-                    grad_projection,
-                    |at, c, grad| {
-                        // h = scale |x|²
-                        let key = problem.key(keys[at], kv_head)[c];
-                        grad_key[[rows.start + at, kv_head * problem.dim + c]] =
-                            grad + twice * squares[at] * key;
-                    },
-                );
-            }
-        }
-    }
-
-    /// The gradient of E in place of it, from that of the products of features and sums, `left` times
-    /// the transposed sums.
-    #[inline(always)]
-    fn features_vjp<S: Simd>(
-        &self,
-        simd: S,
-        chunk: &mut Chunk<F>,
-        left: &[F],
-        stride: usize,
-        kv_head: usize,
-        grads: &mut Vec<F>,
-    ) {
-        let (len, fstride) = (chunk.len, chunk.stride);
-        grads.resize(len * fstride, F::zero());
-        rows_times_rows(
-            simd,
-            len,
-            (left, stride, self.problem.value_dim + 1),
-            (&self.transposed[kv_head], fstride),
-            grads,
-        );
-        chunk.features_vjp(simd, self.problem.map, self.problem.projection.ncols(), grads);
-    }
-
-    /// Hands the gradients of the inputs through E to `set`, and adds those of the projection.
-    #[inline(always)]
-    fn inputs_vjp<'r, S: Simd>(
-        &self,
-        simd: S,
-        chunk: &Chunk<F>,
-        row: impl Fn(usize) -> Option<&'r [F]>,
-        rows: &mut Vec<F>,
-        grad_projection: &mut [F],
-        mut set: impl FnMut(usize, usize, F),
-    ) where
-        F: 'r,
-    {
-        let Self { problem, padded_dim, .. } = *self;
-        let columns = problem.projection.ncols();
-        rows.clear();
-        rows.resize(chunk.len * padded_dim, F::zero());
-        if let Map::Elu = problem.map {
-            for at in 0..chunk.len {
-                for c in 0..problem.dim {
-                    set(at, c, chunk.products[at * chunk.padded + c]);
-                }
-            }
-            return;
-        }
-        for (at, rows) in rows.chunks_exact_mut(padded_dim.max(1)).enumerate() {
-            if let Some(row) = row(at) {
-                rows[..row.len()].copy_from_slice(row);
-            }
-        }
-        add_gradient(simd, chunk, columns, rows, padded_dim, grad_projection);
-        let left = (&chunk.products[..], chunk.padded, columns);
-        rows_times_rows(simd, chunk.len, left, (&self.projection, padded_dim), rows);
-        for (at, grads) in rows.chunks_exact(padded_dim.max(1)).enumerate() {
-            for (c, &grad) in grads[..problem.dim].iter().enumerate() {
-                set(at, c, grad);
-            }
-        }
-    }
-}
-
-/// out = left · right; left is given by its data, the length from row to row, and that of a row.
-#[inline(never)]
-fn rows_times_rows<S: Simd, F: Float>(
-    simd: S,
-    len: usize,
-    (left, left_stride, left_len): (&[F], usize, usize),
-    (right, stride): (&[F], usize),
-    out: &mut [F],
-) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left = |at: usize| &left[at * left_stride..][..left_len];
-            let right = Matrix { data: right, stride };
-            rows_times(simd, len, left, right, stride, |row, column, sums| {
-                store::<S, F>(sums, &mut out[row * stride + column..]);
+            chunk.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
+            chunk.key_features(simd, &mut shifts);
+            step.run(simd, problem, kv_head, keys, &grad_sums[kv_head], &chunk);
+            chunk.features_vjp(simd, &step.grad_features);
+            let mut grad_value = grad_value.slice_mut(s![rows.clone(), ..]);
+            step.store(problem, kv_head, &mut grad_value);
+            inputs_vjp.run(simd, &chunk, true, |at, c, grad| {
+                grad_key[[rows.start + at, kv_head * problem.dim + c]] = grad;
             });
-        },
-    );
+        }
+    }
+    inputs_vjp.grad_weight
 }
 
-/// sums += Eᵀ · rows.
-#[inline(never)]
-fn add_gradient<S: Simd, F: Float>(
-    simd: S,
-    chunk: &Chunk<F>,
-    columns: usize,
-    rows: &[F],
+/// From the gradients of sums over keys to those of a chunk of keys and values.
+#[derive(Default)]
+pub(super) struct KeyStep<F> {
+    transposed: Vec<F>,
+    pub(super) values: Vec<F>,
+    /// Rows × stride of the values, and of the features.
+    pub(super) grad_values: Vec<F>,
+    pub(super) grad_features: Vec<F>,
     stride: usize,
-    sums: &mut [F],
-) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left =
-                Matrix { data: &chunk.products[..chunk.len * chunk.padded], stride: chunk.padded };
-            let right = Matrix { data: rows, stride };
-            columns_times(simd, columns, left, right, stride, |row, column, [a, b]| {
-                let sum = &mut sums[row * stride + column..];
-                let [old_a, old_b] = load::<S, F>(simd, sum);
-                store::<S, F>([old_a + a, old_b + b], sum);
-            });
-        },
-    );
+}
+
+impl<F: Float> KeyStep<F> {
+    pub(super) fn take(&mut self, chunk: &Chunk<F>, grad_sums: &KeySums<F>) {
+        self.stride = grad_sums.stride;
+        transposed(&grad_sums.sums, grad_sums.stride, chunk.stride, &mut self.transposed);
+    }
+
+    #[inline(always)]
+    pub(super) fn run<S: Simd>(
+        &mut self,
+        simd: S,
+        problem: &FeatureProblem<'_, F>,
+        kv_head: usize,
+        keys: &[usize],
+        grad_sums: &KeySums<F>,
+        chunk: &Chunk<F>,
+    ) {
+        let stride = self.stride;
+        pack_values(problem, keys, kv_head, stride, &mut self.values);
+        self.grad_values.resize(keys.len() * stride, F::zero());
+        let right = (&grad_sums.sums[..], stride);
+        product(simd, keys.len(), chunk.left(), right, &mut self.grad_values);
+        self.grad_features.resize(keys.len() * chunk.stride, F::zero());
+        let left = Left { data: &self.values, stride, len: problem.value_dim };
+        let right = (&self.transposed[..], chunk.stride);
+        product(simd, keys.len(), left, right, &mut self.grad_features);
+        for grads in self.grad_features.chunks_exact_mut(chunk.stride) {
+            add_scaled(grads, F::one(), &grad_sums.totals);
+        }
+    }
+
+    pub(super) fn store(
+        &self,
+        problem: &FeatureProblem<'_, F>,
+        head: usize,
+        grad_value: &mut ArrayViewMut2<'_, F>,
+    ) {
+        for (at, grads) in self.grad_values.chunks_exact(self.stride.max(1)).enumerate() {
+            for (c, &grad) in grads[..problem.value_dim].iter().enumerate() {
+                grad_value[[at, head * problem.value_dim + c]] = grad;
+            }
+        }
+    }
 }

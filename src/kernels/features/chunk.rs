@@ -1,28 +1,45 @@
 //! The features of a chunk of rows.
 
+use super::products::{Left, product};
 use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
 use crate::kernels::exp2::exp2;
-use crate::kernels::matmul::{Matrix, Vector, panel_width, rows_times, store};
+use crate::kernels::heads::unrolled_dot;
+use crate::kernels::matmul::{Vector, panel_width};
 use crate::kernels::sincos::sin_cos;
-use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
-use std::f64::consts::LN_2;
+use fearless_simd::{Select, Simd, SimdBase};
+use std::f64::consts::{LN_2, LOG2_E};
 
 /// Rows that are worked on at a time.
 pub(super) const CHUNK: usize = 128;
 
 /// The features of up to [`CHUNK`] rows, and their buffers.
 pub(super) struct Chunk<F> {
-    /// Columns of E, of features, and of inputs, in whole panels.
-    pub(super) padded: usize,
-    pub(super) stride: usize,
+    /// Rows that are there.
     pub(super) len: usize,
+    pub(super) num_features: usize,
+    /// Length of a row of features, in whole panels.
+    pub(super) stride: usize,
+    /// Length of a row of E, in whole panels.
+    pub(super) padded: usize,
+    /// Columns of E.
+    columns: usize,
+    map: Map<F>,
+    /// The inputs, rows × dim.
+    pub(super) inputs: Vec<F>,
+    dim: usize,
+    square_scale: F,
     /// E, rows × padded.
-    pub(super) products: Vec<F>,
+    products: Vec<F>,
     /// h of each row.
-    pub(super) squares: Vec<F>,
+    squares: Vec<F>,
     /// Rows × stride, zeros past the features.
     pub(super) features: Vec<F>,
+    /// What the features of each row are relative to, of queries and in [`own_features`](Self::own_features).
+    pub(super) shifts: Vec<F>,
+    /// The gradients of E, rows × padded, and of h.
+    pub(super) grad_products: Vec<F>,
+    pub(super) grad_squares: Vec<F>,
     /// The projection, dim × padded.
     projection: Vec<F>,
 }
@@ -30,223 +47,250 @@ pub(super) struct Chunk<F> {
 impl<F: Float> Chunk<F> {
     #[inline(always)]
     pub(super) fn new<S: Simd>(_: S, problem: &FeatureProblem<'_, F>) -> Self {
-        let panel = panel_width::<S, F>();
+        Self::with_panel(problem, panel_width::<S, F>())
+    }
+
+    fn with_panel(problem: &FeatureProblem<'_, F>, panel: usize) -> Self {
         let (dim, columns) = problem.projection.dim();
         let padded = columns.next_multiple_of(panel);
         let stride = problem.num_features().next_multiple_of(panel);
         let mut projection = vec![F::zero(); dim * padded];
-        for (row, padded) in
-            problem.projection.rows().into_iter().zip(projection.chunks_mut(padded.max(1)))
-        {
+        let rows = problem.projection.rows().into_iter().zip(projection.chunks_mut(padded.max(1)));
+        for (row, padded) in rows {
             row.iter().zip(padded).for_each(|(&entry, padded)| *padded = entry);
         }
         Self {
-            padded,
-            stride,
             len: 0,
+            num_features: problem.num_features(),
+            stride,
+            padded,
+            columns,
+            map: problem.map,
+            inputs: vec![F::zero(); CHUNK * problem.dim],
+            dim: problem.dim,
+            square_scale: problem.square_scale,
             products: vec![F::zero(); CHUNK * padded],
             squares: vec![F::zero(); CHUNK],
             features: vec![F::zero(); CHUNK * stride],
+            shifts: vec![F::zero(); CHUNK],
+            grad_products: vec![F::zero(); CHUNK * padded],
+            grad_squares: vec![F::zero(); CHUNK],
             projection,
         }
     }
 
-    /// Takes up rows: E and h.
-    #[inline(never)]
-    pub(super) fn load<'r, S: Simd>(
-        &mut self,
-        simd: S,
-        problem: &FeatureProblem<'_, F>,
-        len: usize,
-        row: impl Fn(usize) -> &'r [F],
-    ) {
-        self.len = len;
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let Self { products, padded, projection, .. } = self;
-                if let Map::Elu = problem.map {
-                    for (at, products) in
-                        products.chunks_mut((*padded).max(1)).take(len).enumerate()
-                    {
-                        products[..problem.dim].copy_from_slice(row(at));
-                    }
-                    return;
-                }
-                let right = Matrix { data: &projection[..], stride: *padded };
-                rows_times(simd, len, &row, right, *padded, |at, column, sums| {
-                    store::<S, F>(sums, &mut products[at * *padded + column..]);
-                });
-            },
-        );
-        for (at, square) in self.squares[..len].iter_mut().enumerate() {
-            let row = row(at);
-            *square = problem.square_scale * crate::kernels::heads::unrolled_dot(row, row);
-        }
+    /// The features as the left factor of a product.
+    pub(super) fn left(&self) -> Left<'_, F> {
+        Left { data: &self.features, stride: self.stride, len: self.num_features }
     }
 
-    /// The features of keys, relative to shifts that are raised to the largest exponents.
+    /// The features, row after row.
+    pub(super) fn rows(&self) -> &[F] {
+        &self.features[..self.len * self.stride]
+    }
+
+    pub(super) fn row(&self, at: usize) -> &[F] {
+        &self.features[at * self.stride..][..self.stride]
+    }
+
+    /// Without a row: nothing of it reaches a sum.
+    pub(super) fn clear_row(&mut self, at: usize) {
+        self.features[at * self.stride..][..self.stride].fill(F::zero());
+        self.products[at * self.padded..][..self.padded].fill(F::zero());
+        self.inputs[at * self.dim..][..self.dim].fill(F::zero());
+    }
+
+    /// Takes up rows: E and h, and no gradients yet.
+    #[inline(always)]
+    pub(super) fn load<'r, S: Simd>(&mut self, simd: S, len: usize, row: impl Fn(usize) -> &'r [F])
+    where
+        F: 'r,
+    {
+        self.len = len;
+        self.grad_products[..len * self.padded].fill(F::zero());
+        self.grad_squares[..len].fill(F::zero());
+        for at in 0..len {
+            let row = row(at);
+            self.inputs[at * self.dim..][..self.dim].copy_from_slice(row);
+            self.squares[at] = self.square_scale * unrolled_dot(row, row);
+        }
+        if let Map::Elu = self.map {
+            for at in 0..len {
+                self.products[at * self.padded..][..self.dim]
+                    .copy_from_slice(&self.inputs[at * self.dim..][..self.dim]);
+            }
+            return;
+        }
+        let left = Left { data: &self.inputs, stride: self.dim, len: self.dim };
+        product(simd, len, left, (&self.projection, self.padded), &mut self.products);
+    }
+
+    /// The features of keys, relative to the shifts of the sums, which are raised to the largest
+    /// exponents where these are more.
     #[inline(never)]
-    pub(super) fn key_features<S: Simd>(
-        &mut self,
-        simd: S,
-        map: Map<F>,
-        columns: usize,
-        sums: &mut KeySums<F>,
-        may_raise: bool,
-    ) {
+    pub(super) fn key_features<S: Simd>(&mut self, simd: S, sums: &mut KeySums<F>) {
         simd.vectorize(
             #[inline(always)]
-            || self.key_features_inline(simd, map, columns, sums, may_raise),
+            || self.key_features_inline(simd, sums),
         );
     }
 
     #[inline(always)]
-    fn key_features_inline<S: Simd>(
-        &mut self,
-        simd: S,
-        map: Map<F>,
-        columns: usize,
-        sums: &mut KeySums<F>,
-        may_raise: bool,
-    ) {
-        let features = map.num_features(columns);
-        let Self { padded, stride, len, products, squares, features: rows, .. } = self;
-        let (padded, stride, len) = (*padded, *stride, *len);
-        let products = || products.chunks_exact(padded.max(1)).zip(&squares[..len]);
-        if map.is_exponential() {
-            let mut largest = vec![F::neg_infinity(); stride];
-            for (row, (products, &square)) in rows.chunks_exact_mut(stride).zip(products()) {
-                exponents(map, &products[..columns], square, row);
-                max_into(simd, row, &mut largest);
-            }
-            if may_raise {
-                (0..features).for_each(|feature| sums.raise(feature, largest[feature]));
-            }
-            largest[..features].copy_from_slice(&sums.shifts);
-            // A difference of infinities past the features would not be a number.
-            largest[features..].fill(F::zero());
-            rows.chunks_exact_mut(stride).take(len).for_each(|row| powers(simd, row, &largest));
-            return;
-        }
-        if may_raise {
+    fn key_features_inline<S: Simd>(&mut self, simd: S, sums: &mut KeySums<F>) {
+        let Self { map, columns, stride, padded, num_features, .. } = *self;
+        let rows = self.features.chunks_exact_mut(stride).take(self.len);
+        let products = self.products.chunks_exact(padded).zip(&self.squares);
+        if !map.is_exponential() {
             let shift = match map {
-                Map::Circular => largest_of(&squares[..len]),
+                Map::Circular => largest_of(&self.squares[..self.len]),
                 _ => F::zero(),
             };
-            (0..features).for_each(|feature| sums.raise(feature, shift));
-        }
-        let shift = sums.shifts.first().copied().unwrap_or(F::zero());
-        for (row, (products, &square)) in rows.chunks_exact_mut(stride).zip(products()) {
-            plain_features(simd, map, products, columns, row);
-            if let Map::Circular = map {
-                let factor = (square - shift).exp2();
-                row[..features].iter_mut().for_each(|feature| *feature *= factor);
+            (0..num_features).for_each(|feature| sums.raise(feature, shift));
+            let shift = sums.shifts[0];
+            for (row, (products, &square)) in rows.zip(products) {
+                plain_features(simd, map, &products[..columns], row);
+                if let Map::Circular = map {
+                    let factor = (square - shift).exp2();
+                    row[..num_features].iter_mut().for_each(|feature| *feature *= factor);
+                }
             }
+            return;
+        }
+        let mut largest = vec![F::neg_infinity(); stride];
+        for (row, (products, &square)) in rows.zip(products) {
+            exponents(map, &products[..columns], square, row);
+            max_into(simd, row, &mut largest);
+        }
+        (0..num_features).for_each(|feature| sums.raise(feature, largest[feature]));
+        largest[..num_features].copy_from_slice(&sums.shifts);
+        // A difference of infinities past the features would not be a number.
+        largest[num_features..].fill(F::zero());
+        let rows = self.features.chunks_exact_mut(stride).take(self.len);
+        for (row, products) in rows.zip(self.products.chunks_exact(padded)) {
+            powers(simd, row, &largest);
+            mantissas(map, &products[..columns], row);
         }
     }
 
-    /// The features of queries, relative to what cancels: exponents with the shifts of the keys.
+    /// The features of queries, relative to what cancels: exponents with the shifts of the keys' sums, and
+    /// then to the largest.
     #[inline(never)]
-    pub(super) fn query_features<S: Simd>(
-        &mut self,
-        simd: S,
-        map: Map<F>,
-        columns: usize,
-        shifts: &[F],
-    ) {
+    pub(super) fn query_features<S: Simd>(&mut self, simd: S, shifts: &[F]) {
         simd.vectorize(
             #[inline(always)]
             || {
-                let Self { padded, stride, len, products, features: rows, .. } = self;
-                let rows = rows.chunks_exact_mut((*stride).max(1)).take(*len);
-                for (row, products) in rows.zip(products.chunks_exact((*padded).max(1))) {
+                let Self { map, columns, .. } = *self;
+                // Of other features all have the same.
+                let shift = shifts[0];
+                for at in 0..self.len {
+                    let row = &mut self.features[at * self.stride..][..self.stride];
+                    let products = &self.products[at * self.padded..][..columns];
                     if !map.is_exponential() {
-                        plain_features(simd, map, products, columns, row);
+                        plain_features(simd, map, products, row);
+                        self.shifts[at] = shift;
                         continue;
                     }
-                    exponents(map, &products[..columns], F::zero(), row);
+                    exponents(map, products, F::zero(), row);
                     for (exponent, &shift) in row.iter_mut().zip(shifts) {
                         *exponent += shift;
                     }
-                    let largest = largest(simd, row);
-                    shifted_powers(simd, row, largest);
+                    self.shifts[at] = powers_below_largest(simd, row);
+                    mantissas(map, products, row);
                 }
             },
         );
     }
 
-    /// The gradient of E, in place of E, from those of the features; and that of h of each row, in
-    /// place of h, for keys.
+    /// The features of queries or keys, relative to the largest exponent of each row, without what
+    /// cancels of queries.
     #[inline(never)]
-    pub(super) fn features_vjp<S: Simd>(
-        &mut self,
-        simd: S,
-        map: Map<F>,
-        columns: usize,
-        grads: &[F],
-    ) {
+    pub(super) fn own_features<S: Simd>(&mut self, simd: S, is_query: bool) {
         simd.vectorize(
             #[inline(always)]
             || {
-                let Self { padded, stride, len, products, features, squares, .. } = self;
+                let Self { map, columns, .. } = *self;
+                for at in 0..self.len {
+                    let row = &mut self.features[at * self.stride..][..self.stride];
+                    let products = &self.products[at * self.padded..][..columns];
+                    let square = if is_query { F::zero() } else { self.squares[at] };
+                    if !map.is_exponential() {
+                        plain_features(simd, map, products, row);
+                        let has_shift = map == Map::Circular;
+                        self.shifts[at] = if has_shift { square } else { F::zero() };
+                        continue;
+                    }
+                    exponents(map, products, square, row);
+                    self.shifts[at] = powers_below_largest(simd, row);
+                    mantissas(map, products, row);
+                }
+            },
+        );
+    }
+
+    /// Adds the gradients of E, from those of the features, and of h of each row, for keys.
+    #[inline(never)]
+    pub(super) fn features_vjp<S: Simd>(&mut self, simd: S, grads: &[F]) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let Self { map, columns, stride, padded, .. } = *self;
                 let ln_2 = F::of(LN_2);
-                let rows = features.chunks_exact((*stride).max(1)).take(*len);
-                let products = products.chunks_exact_mut((*padded).max(1));
-                let grads = grads.chunks_exact((*stride).max(1));
-                for (((row, products), grads), square) in
-                    rows.zip(products).zip(grads).zip(squares.iter_mut())
-                {
-                    let products = &mut products[..columns];
-                    let twice =
-                        |at: usize| (row[at] * grads[at], row[columns + at] * grads[columns + at]);
-                    match map {
+                for at in 0..self.len {
+                    let row = &self.features[at * stride..][..stride];
+                    let grads = &grads[at * stride..][..stride];
+                    let products = &self.products[at * padded..][..columns];
+                    let out = &mut self.grad_products[at * padded..][..columns];
+                    let (first, second) = match map {
+                        Map::Both | Map::Circular => (&row[..columns], &row[columns..2 * columns]),
+                        _ => (&row[..columns], &row[..0]),
+                    };
+                    let grad_first = &grads[..columns];
+                    self.grad_squares[at] += match map {
                         // 2^{E − h}
                         Map::Exponential => {
-                            let mut sum = F::zero();
-                            for ((product, &feature), &grad) in
-                                products.iter_mut().zip(row).zip(grads)
-                            {
-                                *product = ln_2 * (feature * grad);
-                                sum += *product;
+                            let steps = out.iter_mut().zip(first.iter().zip(grad_first));
+                            for (out, (&feature, &grad)) in steps {
+                                *out += ln_2 * (feature * grad);
                             }
-                            *square = -sum;
+                            -ln_2 * unrolled_dot(first, grad_first)
                         }
                         Map::Both => {
-                            let mut sum = F::zero();
-                            for (at, product) in products.iter_mut().enumerate() {
-                                let (plus, minus) = twice(at);
-                                *product = ln_2 * (plus - minus);
-                                sum += plus + minus;
+                            let grad_second = &grads[columns..2 * columns];
+                            for c in 0..columns {
+                                let difference =
+                                    first[c] * grad_first[c] - second[c] * grad_second[c];
+                                out[c] += ln_2 * difference;
                             }
-                            *square = -ln_2 * sum;
+                            let sum = unrolled_dot(first, grad_first);
+                            -ln_2 * (sum + unrolled_dot(second, grad_second))
                         }
+                        // 2^h cos E, 2^h sin E
                         Map::Circular => {
-                            let mut sum = F::zero();
-                            for (at, product) in products.iter_mut().enumerate() {
-                                let (cos, sin) = (row[at], row[columns + at]);
-                                let (grad_cos, grad_sin) = (grads[at], grads[columns + at]);
-                                *product = cos * grad_sin - sin * grad_cos;
-                                sum += cos * grad_cos + sin * grad_sin;
+                            let grad_second = &grads[columns..2 * columns];
+                            for c in 0..columns {
+                                out[c] += first[c] * grad_second[c] - second[c] * grad_first[c];
                             }
-                            *square = ln_2 * sum;
+                            let sum = unrolled_dot(first, grad_first);
+                            ln_2 * (sum + unrolled_dot(second, grad_second))
                         }
                         Map::Relu(_) => {
-                            for (product, &grad) in products.iter_mut().zip(grads) {
-                                *product = if *product > F::zero() { grad } else { F::zero() };
+                            let steps = out.iter_mut().zip(products.iter().zip(grad_first));
+                            for (out, (&product, &grad)) in steps {
+                                *out += if product > F::zero() { grad } else { F::zero() };
                             }
-                            *square = F::zero();
+                            F::zero()
                         }
+                        // (x + 1) 2^{−shift} or e^x 2^{−shift}
                         Map::Elu => {
-                            for ((product, &feature), &grad) in
-                                products.iter_mut().zip(row).zip(grads)
+                            let steps = first.iter().zip(grad_first);
+                            for ((out, &x), (&feature, &grad)) in
+                                out.iter_mut().zip(products).zip(steps)
                             {
-                                let slope = if *product > F::zero() { F::one() } else { feature };
-                                *product = slope * grad;
+                                *out += feature / mantissa(x) * grad;
                             }
-                            *square = F::zero();
+                            F::zero()
                         }
-                    }
+                    };
                 }
             },
         );
@@ -258,55 +302,54 @@ impl<F: Float> Chunk<F> {
 fn exponents<F: Float>(map: Map<F>, products: &[F], square: F, row: &mut [F]) {
     let columns = products.len();
     let (first, rest) = row.split_at_mut(columns);
-    first.iter_mut().zip(products).for_each(|(exponent, &product)| *exponent = product - square);
-    let rest = if let Map::Both = map {
-        let (second, rest) = rest.split_at_mut(columns);
-        second
-            .iter_mut()
-            .zip(products)
-            .for_each(|(exponent, &product)| *exponent = -product - square);
-        rest
-    } else {
-        rest
-    };
+    let first = first.iter_mut().zip(products);
+    if let Map::Elu = map {
+        let log2_e = F::of(LOG2_E);
+        // NaN stays.
+        first.for_each(|(e, &x)| *e = if x > F::zero() { F::zero() } else { x * log2_e });
+        rest.fill(F::neg_infinity());
+        return;
+    }
+    first.for_each(|(exponent, &product)| *exponent = product - square);
+    let num_second = if let Map::Both = map { columns } else { 0 };
+    let (second, rest) = rest.split_at_mut(num_second);
+    second.iter_mut().zip(products).for_each(|(exponent, &product)| *exponent = -product - square);
     rest.fill(F::neg_infinity());
+}
+
+/// What a power of two is multiplied by to be the feature of [`Map::Elu`].
+#[inline(always)]
+fn mantissa<F: Float>(x: F) -> F {
+    if x > F::zero() { x + F::one() } else { F::one() }
+}
+
+#[inline(always)]
+fn mantissas<F: Float>(map: Map<F>, products: &[F], row: &mut [F]) {
+    if let Map::Elu = map {
+        row.iter_mut().zip(products).for_each(|(feature, &x)| *feature *= mantissa(x));
+    }
 }
 
 /// Features that need no exponents, zeros past them.
 #[inline(always)]
-fn plain_features<S: Simd, F: Float>(
-    simd: S,
-    map: Map<F>,
-    products: &[F],
-    columns: usize,
-    row: &mut [F],
-) {
-    let products = &products[..columns];
-    let features = map.num_features(columns);
-    row[features..].fill(F::zero());
-    match map {
-        Map::Relu(epsilon) => {
-            for (feature, &product) in row.iter_mut().zip(products) {
-                // A NaN stays one.
-                *feature = if product < F::zero() { epsilon } else { product + epsilon };
-            }
+fn plain_features<S: Simd, F: Float>(simd: S, map: Map<F>, products: &[F], row: &mut [F]) {
+    let columns = products.len();
+    row[map.num_features(columns)..].fill(F::zero());
+    if let Map::Relu(epsilon) = map {
+        for (feature, &product) in row.iter_mut().zip(products) {
+            // A NaN stays one.
+            *feature = if product < F::zero() { epsilon } else { product + epsilon };
         }
-        Map::Elu => {
-            for (feature, &x) in row.iter_mut().zip(products) {
-                *feature = if x > F::zero() { x + F::one() } else { x.exp() };
-            }
-        }
-        _ => {
-            let len = Vector::<S, F>::LEN;
-            for start in (0..columns).step_by(len) {
-                let count = len.min(columns - start);
-                let mut x = Vector::<S, F>::splat(simd, F::zero());
-                x.as_mut_slice()[..count].copy_from_slice(&products[start..start + count]);
-                let [sin, cos] = sin_cos::<S, F>(simd, x);
-                row[start..start + count].copy_from_slice(&cos.as_slice()[..count]);
-                row[columns + start..][..count].copy_from_slice(&sin.as_slice()[..count]);
-            }
-        }
+        return;
+    }
+    let len = Vector::<S, F>::LEN;
+    for start in (0..columns).step_by(len) {
+        let count = len.min(columns - start);
+        let mut x = Vector::<S, F>::splat(simd, F::zero());
+        x.as_mut_slice()[..count].copy_from_slice(&products[start..start + count]);
+        let [sin, cos] = sin_cos::<S, F>(simd, x);
+        row[start..start + count].copy_from_slice(&cos.as_slice()[..count]);
+        row[columns + start..][..count].copy_from_slice(&sin.as_slice()[..count]);
     }
 }
 
@@ -314,20 +357,10 @@ fn plain_features<S: Simd, F: Float>(
 fn max_into<S: Simd, F: Float>(simd: S, row: &[F], largest: &mut [F]) {
     let len = Vector::<S, F>::LEN;
     for (row, largest) in row.chunks_exact(len).zip(largest.chunks_exact_mut(len)) {
-        let (a, b) =
-            (Vector::<S, F>::from_slice(simd, row), Vector::<S, F>::from_slice(simd, largest));
-        a.simd_gt(b).select(a, b).store_slice(largest);
-    }
-}
-
-#[inline(always)]
-fn largest<S: Simd, F: Float>(simd: S, row: &[F]) -> F {
-    let mut largest = Vector::<S, F>::splat(simd, F::neg_infinity());
-    for row in row.chunks_exact(Vector::<S, F>::LEN) {
         let row = Vector::<S, F>::from_slice(simd, row);
-        largest = row.simd_gt(largest).select(row, largest);
+        let old = Vector::<S, F>::from_slice(simd, largest);
+        row.simd_gt(old).select(row, old).store_slice(largest);
     }
-    largest.reduce_max()
 }
 
 /// 2^{exponent − shift} in place of exponents.
@@ -340,15 +373,29 @@ fn powers<S: Simd, F: Float>(simd: S, row: &mut [F], shifts: &[F]) {
     }
 }
 
+/// 2^{exponent − largest} in place of exponents; returns the largest.
 #[inline(always)]
-fn shifted_powers<S: Simd, F: Float>(simd: S, row: &mut [F], shift: F) {
+fn powers_below_largest<S: Simd, F: Float>(simd: S, row: &mut [F]) -> F {
+    let mut largest = Vector::<S, F>::splat(simd, F::neg_infinity());
+    for row in row.chunks_exact(Vector::<S, F>::LEN) {
+        let row = Vector::<S, F>::from_slice(simd, row);
+        largest = row.simd_gt(largest).select(row, largest);
+    }
+    let largest = largest.reduce_max();
+    shifted_powers(simd, row, largest);
+    largest
+}
+
+/// 2^{exponent − shift} in place of exponents of whole vectors.
+#[inline(always)]
+pub(super) fn shifted_powers<S: Simd, F: Float>(simd: S, row: &mut [F], shift: F) {
     let shift = Vector::<S, F>::splat(simd, shift);
     for row in row.chunks_exact_mut(Vector::<S, F>::LEN) {
         exp2::<S, F>(simd, Vector::<S, F>::from_slice(simd, row) - shift).store_slice(row);
     }
 }
 
-/// The largest of some finite numbers.
+/// The largest of some numbers, of those that are numbers.
 fn largest_of<F: Float>(numbers: &[F]) -> F {
     numbers.iter().copied().fold(F::neg_infinity(), |a, b| if b > a { b } else { a })
 }

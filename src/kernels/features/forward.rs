@@ -1,20 +1,22 @@
 //! The forward pass: the sums of the keys, then the queries.
 
 use super::chunk::{CHUNK, Chunk};
+use super::products::{Left, add_scaled, add_transposed_product, product};
 use super::{FeatureProblem, KeySums};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, rows_times, store};
+use crate::kernels::heads::unrolled_dot;
+use crate::kernels::matmul::panel_width;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use fearless_simd::{Level, Simd, SimdBase};
-use ndarray::{ArrayViewMut2, s};
+use fearless_simd::{Level, Simd};
+use ndarray::{Array2, ArrayViewMut2};
 use std::ops::Range;
 
 /// Keys and queries are handed to threads in at most this many parts, of whole chunks. The sums of
 /// the parts are added in order.
 pub(super) const PARTS: usize = 8;
 
-/// Values in whole panels, with a column of ones after them.
+/// Values in whole panels.
 pub(super) fn pack_values<F: Float>(
     problem: &FeatureProblem<'_, F>,
     keys: &[usize],
@@ -24,10 +26,9 @@ pub(super) fn pack_values<F: Float>(
 ) {
     packed.clear();
     packed.resize(keys.len() * stride, F::zero());
-    for (&key, packed) in keys.iter().zip(packed.chunks_exact_mut(stride)) {
+    for (&key, packed) in keys.iter().zip(packed.chunks_exact_mut(stride.max(1))) {
         let value = problem.value(key, kv_head);
         packed[..value.len()].copy_from_slice(value);
-        packed[value.len()] = F::one();
     }
 }
 
@@ -45,74 +46,67 @@ pub(in super::super) fn sum_keys<F: Float>(
         .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (head, range, sums): &mut (usize, Range<usize>, KeySums<F>) = task;
-        dispatch!(level, simd => sum_part(simd, problem, *head, range.clone(), sums));
+        dispatch!(level, simd => {
+            let mut chunk = Chunk::new(simd, problem);
+            add_keys(simd, problem, *head, &problem.keys[range.clone()], &mut chunk, sums);
+        });
     });
     let mut sums: Vec<KeySums<F>> = (0..problem.kv_heads).map(|_| zeros()).collect();
-    tasks.into_iter().for_each(|(head, _, part)| sums[head].add(part));
+    tasks.iter().for_each(|(head, _, part)| sums[*head].add(part, F::one()));
     sums
 }
 
 #[inline(always)]
 pub(super) fn value_stride<S: Simd, F: Float>(_: S, problem: &FeatureProblem<'_, F>) -> usize {
-    (problem.value_dim + 1).next_multiple_of(panel_width::<S, F>())
+    problem.value_dim.next_multiple_of(panel_width::<S, F>())
 }
 
+/// Adds keys to their sums.
 #[inline(always)]
-fn sum_part<S: Simd, F: Float>(
+pub(super) fn add_keys<S: Simd, F: Float>(
     simd: S,
     problem: &FeatureProblem<'_, F>,
     kv_head: usize,
-    range: Range<usize>,
+    keys: &[usize],
+    chunk: &mut Chunk<F>,
     sums: &mut KeySums<F>,
 ) {
-    let mut chunk = Chunk::new(simd, problem);
     let mut values = Vec::new();
-    for range in ranges(range.len(), CHUNK).map(|at| range.start + at.start..range.start + at.end) {
-        let keys = &problem.keys[range];
-        chunk.load(simd, problem, keys.len(), |at| problem.key(keys[at], kv_head));
-        chunk.key_features(simd, problem.map, problem.projection.ncols(), sums, true);
+    for keys in keys.chunks(CHUNK) {
+        chunk.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
+        chunk.key_features(simd, sums);
         pack_values(problem, keys, kv_head, sums.stride, &mut values);
-        add_outer(simd, &chunk, &values, problem.num_features(), sums.stride, &mut sums.sums);
+        add_chunk(simd, chunk, &values, sums);
     }
 }
 
-/// sums += featuresᵀ · rows.
-#[inline(never)]
-pub(super) fn add_outer<S: Simd, F: Float>(
+/// Adds a chunk of features of keys to their sums.
+#[inline(always)]
+pub(super) fn add_chunk<S: Simd, F: Float>(
     simd: S,
     chunk: &Chunk<F>,
-    rows: &[F],
-    features: usize,
-    stride: usize,
-    sums: &mut [F],
+    values: &[F],
+    sums: &mut KeySums<F>,
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left =
-                Matrix { data: &chunk.features[..chunk.len * chunk.stride], stride: chunk.stride };
-            let right = Matrix { data: rows, stride };
-            columns_times(simd, features, left, right, stride, |row, column, [a, b]| {
-                let sum = &mut sums[row * stride + column..];
-                let [old_a, old_b] = load::<S, F>(simd, sum);
-                store::<S, F>([old_a + a, old_b + b], sum);
-            });
-        },
-    );
+    let KeySums { totals, sums, stride, .. } = sums;
+    add_transposed_product(simd, chunk.len, chunk.left(), (values, *stride), sums);
+    (0..chunk.len).for_each(|at| add_scaled(totals, F::one(), chunk.row(at)));
 }
 
-/// Overwrites `out`, whose rows are NaN where `is_bad(query, head)`.
+/// Overwrites `out`, and the denominators: num_queries × heads.
 pub(in super::super) fn forward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
     level: Level,
     out: ArrayViewMut2<'_, F>,
+    denominators: &mut Array2<F>,
 ) {
     let ranges = parts(problem.inputs.num_queries(), CHUNK, 2 * PARTS);
     let outs = row_chunks(out, ranges.iter().map(Range::len));
-    let tasks = ranges.iter().cloned().zip(outs).collect();
-    parallel::for_each(tasks, problem.work(), |(queries, out)| {
-        dispatch!(level, simd => forward_part(simd, problem, sums, queries, out));
+    let denominators = row_chunks(denominators.view_mut(), ranges.iter().map(Range::len));
+    let tasks = ranges.iter().cloned().zip(outs.zip(denominators)).collect();
+    parallel::for_each(tasks, problem.work(), |(queries, outs)| {
+        dispatch!(level, simd => forward_part(simd, problem, sums, queries, outs));
     });
 }
 
@@ -122,54 +116,84 @@ fn forward_part<S: Simd, F: Float>(
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
     queries: Range<usize>,
-    mut out: ArrayViewMut2<'_, F>,
+    (mut out, mut denominators): (ArrayViewMut2<'_, F>, ArrayViewMut2<'_, F>),
 ) {
     let mut chunk = Chunk::new(simd, problem);
-    let mut quotients = Vec::new();
+    let mut numerators = Vec::new();
     for rows in ranges(queries.len(), CHUNK) {
         for head in 0..problem.heads {
             let sums = &sums[problem.kv_head(head)];
             let row = |at| problem.query(queries.start + rows.start + at, head);
-            chunk.load(simd, problem, rows.len(), row);
-            chunk.query_features(simd, problem.map, problem.projection.ncols(), &sums.shifts);
-            quotients.resize(rows.len() * sums.stride, F::zero());
-            times_sums(
-                simd,
-                &chunk,
-                &sums.sums,
-                problem.num_features(),
-                sums.stride,
-                &mut quotients,
-            );
-            let mut out = out.slice_mut(s![rows.clone(), head_columns(head, problem.value_dim)]);
-            for (mut out, sums) in
-                out.rows_mut().into_iter().zip(quotients.chunks_exact(sums.stride))
-            {
-                let denominator = sums[problem.value_dim];
-                out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum / denominator);
+            chunk.load(simd, rows.len(), row);
+            chunk.query_features(simd, &sums.shifts);
+            numerators.resize(rows.len() * sums.stride, F::zero());
+            product(simd, chunk.len, chunk.left(), (&sums.sums, sums.stride), &mut numerators);
+            for at in 0..chunk.len {
+                let denominator = unrolled_dot(&sums.totals, chunk.row(at));
+                denominators[[rows.start + at, head]] = denominator;
+                let row = &numerators[at * sums.stride..][..problem.value_dim];
+                write_quotient(out.row_mut(rows.start + at), head, row, denominator);
             }
         }
     }
 }
 
-/// out = features · sums.
-#[inline(never)]
-pub(super) fn times_sums<S: Simd, F: Float>(
-    simd: S,
-    chunk: &Chunk<F>,
-    sums: &[F],
-    features: usize,
-    stride: usize,
-    out: &mut [F],
+/// out = numerator / denominator in a head's columns.
+pub(super) fn write_quotient<F: Float>(
+    mut out: ndarray::ArrayViewMut1<'_, F>,
+    head: usize,
+    numerator: &[F],
+    denominator: F,
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left = |at: usize| &chunk.features[at * chunk.stride..][..features];
-            let right = Matrix { data: sums, stride };
-            rows_times(simd, chunk.len, left, right, stride, |row, column, sums| {
-                store::<S, F>(sums, &mut out[row * stride + column..]);
-            });
-        },
-    );
+    let columns = head_columns(head, numerator.len());
+    let out = out.iter_mut().skip(columns.start).take(columns.len());
+    out.zip(numerator).for_each(|(out, &sum)| *out = sum / denominator);
+}
+
+/// The gradients of numerators and denominators of a chunk of queries, o = N/D; zeros for rows that
+/// are not summed here.
+pub(super) struct QuotientGradients<F> {
+    /// Rows × padded columns.
+    pub(super) numerators: Vec<F>,
+    pub(super) denominators: Vec<F>,
+    stride: usize,
+}
+
+impl<F: Float> QuotientGradients<F> {
+    pub(super) fn new(stride: usize) -> Self {
+        Self { numerators: Vec::new(), denominators: Vec::new(), stride }
+    }
+
+    pub(super) fn left(&self, value_dim: usize) -> Left<'_, F> {
+        Left { data: &self.numerators, stride: self.stride, len: value_dim }
+    }
+
+    pub(super) fn load(
+        &mut self,
+        upstream: &super::FeatureUpstream<'_, F>,
+        queries: Range<usize>,
+        head: usize,
+        value_dim: usize,
+        is_summed: impl Fn(usize) -> bool,
+    ) {
+        self.numerators.clear();
+        self.numerators.resize(queries.len() * self.stride, F::zero());
+        self.denominators.clear();
+        self.denominators.resize(queries.len(), F::zero());
+        let columns = head_columns(head, value_dim);
+        for (at, query) in queries.enumerate().filter(|&(_, query)| is_summed(query)) {
+            let denominator = upstream.denominators[[query, head]];
+            let grads = upstream.grad_out.row(query);
+            let grads = grads.iter().skip(columns.start).take(columns.len());
+            let out = upstream.out.row(query);
+            let out = out.iter().skip(columns.start);
+            let mut product = F::zero();
+            let row = &mut self.numerators[at * self.stride..][..self.stride];
+            for (numerator, (&grad, &out)) in row.iter_mut().zip(grads.zip(out)) {
+                product += grad * out;
+                *numerator = grad / denominator;
+            }
+            self.denominators[at] = -product / denominator;
+        }
+    }
 }

@@ -1,0 +1,523 @@
+//! Causal inputs: the sums grow from chunk to chunk of queries, and within a chunk the kernels of its own
+//! pairs are formed, of the lower triangle.
+//!
+//! Nothing of a key may reach a row that does not see it, not even through what exponents are relative
+//! to. So the sums that a chunk starts from are relative to the largest exponents before it, and the features of
+//! its own pairs to the largest of each row: κᵢⱼ 2^{Aᵢ + Bⱼ}. The two parts of a row are brought together relative to the
+//! larger of their largest exponents, Z.
+//!
+//! A head of keys is one task, from the first chunk to the last. The backward pass walks once forward, for
+//! the queries, and once back, for the keys, with the gradients of the sums. What these are relative to only
+//! falls on the way back, so that they are multiplied by 2^{s − s'} ≤ 1 and nothing overflows.
+
+use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
+use super::chunk::{CHUNK, Chunk, shifted_powers};
+use super::forward::{
+    QuotientGradients, add_chunk, add_keys, pack_values, value_stride, write_quotient,
+};
+use super::products::{Left, add_product, add_scaled, add_transposed_product, product, transposed};
+use super::{FeatureProblem, FeatureUpstream, KeySums};
+use crate::error::Result;
+use crate::float::Float;
+use crate::kernels::heads::unrolled_dot;
+use crate::kernels::matmul::panel_width;
+use crate::kernels::parallel::{self, ranges};
+use fearless_simd::{Level, Simd};
+use ndarray::{Array2, ArrayViewMut2, Axis, s};
+use std::ops::Range;
+
+/// A chunk of queries, and the keys that some of them see and no query before.
+struct Step {
+    queries: Range<usize>,
+    /// Positions in [`FeatureProblem::keys`].
+    keys: Range<usize>,
+    /// Whether there are keys before.
+    has_sums: bool,
+}
+
+/// The keys that the first query sees, as all others do, and the steps.
+fn steps<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    num_queries: usize,
+) -> (Range<usize>, Vec<Step>) {
+    let first = if num_queries == 0 { 0 } else { problem.num_seen(0) };
+    let mut seen = first;
+    let mut steps = Vec::new();
+    for queries in ranges(num_queries, CHUNK) {
+        let end = problem.num_seen(queries.end - 1);
+        steps.push(Step { queries, keys: seen..end, has_sums: seen > 0 });
+        seen = end;
+    }
+    (0..first, steps)
+}
+
+impl Step {
+    /// How many of its keys each of its queries sees.
+    fn limits<F: Float>(&self, problem: &FeatureProblem<'_, F>) -> impl Iterator<Item = usize> {
+        self.queries.clone().map(|query| problem.num_seen(query) - self.keys.start)
+    }
+
+    #[inline(always)]
+    fn padded_keys<S: Simd, F: Float>(&self, _: S) -> usize {
+        self.keys.len().next_multiple_of(panel_width::<S, F>())
+    }
+}
+
+/// What the two parts of the rows of a step are multiplied by.
+#[derive(Default)]
+struct Factors<F> {
+    /// 2^{m − Z} of the sums, where m is what the query's features are relative to; 0 without sums.
+    of_sums: Vec<F>,
+    /// 2^{A + B − Z} of the pairs, rows × padded; 0 where the key is not seen.
+    of_pairs: Vec<F>,
+    padded: usize,
+}
+
+impl<F: Float> Factors<F> {
+    /// From m in `of_sums`, and A and B in the chunks. Zeros for rows that are not summed.
+    #[inline(always)]
+    fn load<S: Simd>(
+        &mut self,
+        simd: S,
+        limits: impl Iterator<Item = usize>,
+        query: &Chunk<F>,
+        key: &Chunk<F>,
+        is_summed: impl Fn(usize) -> bool,
+    ) {
+        self.padded = key.len.next_multiple_of(panel_width::<S, F>());
+        self.of_pairs.resize(query.len * self.padded, F::zero());
+        let keys = &key.shifts[..key.len];
+        for (at, limit) in limits.enumerate() {
+            let row = &mut self.of_pairs[at * self.padded..][..self.padded];
+            if !is_summed(at) {
+                row.fill(F::zero());
+                self.of_sums[at] = F::zero();
+                continue;
+            }
+            let largest = |max: F, &key: &F| if key > max { key } else { max };
+            let largest = keys[..limit].iter().fold(F::neg_infinity(), largest);
+            let (own, sums) = (query.shifts[at] + largest, self.of_sums[at]);
+            let shift = if own > sums { own } else { sums };
+            self.of_sums[at] =
+                if sums == F::neg_infinity() { F::zero() } else { (sums - shift).exp2() };
+            // Past the limit exponents may be positive: their powers are not looked at.
+            row[..limit].copy_from_slice(&keys[..limit]);
+            row[limit..].fill(F::neg_infinity());
+            shifted_powers(simd, row, shift - query.shifts[at]);
+            row[limit..].fill(F::zero());
+        }
+    }
+
+    /// Rows of pairs times their factors.
+    fn multiply(&self, pairs: &mut [F]) {
+        pairs.iter_mut().zip(&self.of_pairs).for_each(|(pair, &factor)| {
+            // A pair that is not seen may be anything.
+            *pair = if factor == F::zero() { F::zero() } else { *pair * factor };
+        });
+    }
+}
+
+/// Overwrites the rows of the first `num_queries[kv_head]` queries of each head, which see finite keys and
+/// values only, and their denominators, which are less than 1 where terms may have underflowed.
+pub(in super::super) fn forward<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    num_queries: &[usize],
+    level: Level,
+    mut out: ArrayViewMut2<'_, F>,
+    denominators: &mut Array2<F>,
+) {
+    let group = problem.heads / problem.kv_heads;
+    let outs = out.axis_chunks_iter_mut(Axis(1), group * problem.value_dim);
+    let of_heads = denominators.axis_chunks_iter_mut(Axis(1), group);
+    let tasks = (0..problem.kv_heads).zip(outs.zip(of_heads)).collect();
+    parallel::for_each(tasks, problem.work(), |(kv_head, (out, denominators))| {
+        let num_queries = num_queries[kv_head];
+        dispatch!(level, simd => {
+            forward_head(simd, problem, kv_head, num_queries, out, denominators);
+        });
+    });
+}
+
+#[inline(always)]
+fn forward_head<S: Simd, F: Float>(
+    simd: S,
+    problem: &FeatureProblem<'_, F>,
+    kv_head: usize,
+    num_queries: usize,
+    mut out: ArrayViewMut2<'_, F>,
+    mut denominators: ArrayViewMut2<'_, F>,
+) {
+    let (mut query, mut key) = (Chunk::new(simd, problem), Chunk::new(simd, problem));
+    let stride = value_stride(simd, problem);
+    let mut sums = KeySums::zeros(problem.num_features(), stride);
+    let (mut values, mut numerators, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+    let mut transposed_keys = Vec::new();
+    let mut factors = Factors::default();
+    let mut of_sums = Vec::new();
+    let (first, steps) = steps(problem, num_queries);
+    add_keys(simd, problem, kv_head, &problem.keys[first], &mut key, &mut sums);
+    for step in &steps {
+        let keys = &problem.keys[step.keys.clone()];
+        key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
+        key.own_features(simd, false);
+        pack_values(problem, keys, kv_head, stride, &mut values);
+        let padded = step.padded_keys::<S, F>(simd);
+        transposed(key.rows(), key.stride, padded, &mut transposed_keys);
+        for (of_group, head) in problem.group(kv_head).enumerate() {
+            let rows = step.queries.len();
+            query.load(simd, rows, |at| problem.query(step.queries.start + at, head));
+            numerators.clear();
+            numerators.resize(rows * stride, F::zero());
+            of_sums.clear();
+            of_sums.resize(rows, F::zero());
+            step.take_sums(simd, &mut query, &sums, &mut factors);
+            if step.has_sums {
+                product(simd, rows, query.left(), (&sums.sums, stride), &mut numerators);
+                for (at, sum) in of_sums.iter_mut().enumerate() {
+                    *sum = unrolled_dot(&sums.totals, query.row(at));
+                }
+            }
+            query.own_features(simd, true);
+            factors.load(simd, step.limits(problem), &query, &key, |_| true);
+            pairs.resize(rows * padded, F::zero());
+            product(simd, rows, query.left(), (&transposed_keys, padded), &mut pairs);
+            factors.multiply(&mut pairs);
+            for (row, &factor) in numerators.chunks_exact_mut(stride).zip(&factors.of_sums) {
+                row.iter_mut().for_each(|sum| *sum *= factor);
+            }
+            let left = Left { data: &pairs, stride: padded, len: keys.len() };
+            add_product(simd, rows, left, (&values, stride), &mut numerators);
+            for (at, index) in step.queries.clone().enumerate() {
+                let own = pairs[at * padded..][..padded].iter().copied().sum::<F>();
+                let denominator = factors.of_sums[at] * of_sums[at] + own;
+                denominators[[index, of_group]] = denominator;
+                let row = &numerators[at * stride..][..problem.value_dim];
+                write_quotient(out.row_mut(index), of_group, row, denominator);
+            }
+        }
+        key.key_features(simd, &mut sums);
+        add_chunk(simd, &key, &values, &mut sums);
+    }
+}
+
+impl Step {
+    /// The features of its queries relative to the sums, and what these are relative to.
+    #[inline(always)]
+    fn take_sums<S: Simd, F: Float>(
+        &self,
+        simd: S,
+        query: &mut Chunk<F>,
+        sums: &KeySums<F>,
+        factors: &mut Factors<F>,
+    ) {
+        factors.of_sums.clear();
+        if self.has_sums {
+            query.query_features(simd, &sums.shifts);
+            factors.of_sums.extend_from_slice(&query.shifts[..query.len]);
+        } else {
+            factors.of_sums.resize(query.len, F::neg_infinity());
+        }
+    }
+}
+
+/// The gradients of the rows of the first `num_queries[kv_head]` queries of each head, without those that
+/// `is_summed(query, head)` excludes.
+pub(in super::super) fn backward<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    num_queries: &[usize],
+    upstream: &FeatureUpstream<'_, F>,
+    is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
+    level: Level,
+) -> Result<FeatureGradients<F>> {
+    let mut grads = FeatureGradients::zeros(problem)?;
+    let group = problem.heads / problem.kv_heads;
+    type Task<'g, F> = (usize, [ArrayViewMut2<'g, F>; 3], Vec<F>);
+    let queries = grads.query.axis_chunks_iter_mut(Axis(1), group * problem.dim);
+    let keys = grads.key.axis_chunks_iter_mut(Axis(1), problem.dim);
+    let values = grads.value.axis_chunks_iter_mut(Axis(1), problem.value_dim);
+    let mut tasks: Vec<Task<'_, F>> = (0..problem.kv_heads)
+        .zip(queries.zip(keys.zip(values)))
+        .map(|(kv_head, (query, (key, value)))| (kv_head, [query, key, value], Vec::new()))
+        .collect();
+    parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
+        let (kv_head, grads, projection): &mut Task<'_, F> = task;
+        let num_queries = num_queries[*kv_head];
+        let head = Head { problem, kv_head: *kv_head, num_queries, upstream, is_summed };
+        dispatch!(level, simd => *projection = head.backward(simd, grads));
+    });
+    let projections: Vec<_> = tasks.into_iter().map(|(_, _, projection)| projection).collect();
+    let padded_dim = dispatch!(level, simd => padded_dim(simd, problem));
+    projections.iter().for_each(|projection| grads.add_projection(padded_dim, projection));
+    Ok(grads)
+}
+
+/// The backward pass of a head of keys.
+struct Head<'h, 'p, 'u, F: Float> {
+    problem: &'h FeatureProblem<'p, F>,
+    kv_head: usize,
+    num_queries: usize,
+    upstream: &'h FeatureUpstream<'u, F>,
+    is_summed: &'h (dyn Fn(usize, usize) -> bool + Sync),
+}
+
+impl<F: Float> Head<'_, '_, '_, F> {
+    /// Returns the gradient of the projection.
+    #[inline(always)]
+    fn backward<S: Simd>(
+        &self,
+        simd: S,
+        [grad_query, grad_key, grad_value]: &mut [ArrayViewMut2<'_, F>; 3],
+    ) -> Vec<F> {
+        let Self { problem, kv_head, num_queries, .. } = *self;
+        let mut inputs_vjp = InputsVjp::new(simd, problem);
+        let (first, steps) = steps(problem, num_queries);
+        let shifts = self.queries(simd, &first, &steps, grad_query, &mut inputs_vjp);
+
+        let mut key = Chunk::new(simd, problem);
+        let stride = value_stride(simd, problem);
+        let mut step_of_keys = KeyStep::default();
+        let mut own = OwnPairs::new(simd, problem);
+        let mut grad_sums = KeySums::zeros(problem.num_features(), stride);
+        // The keys that all see, then those of the steps; the last come first.
+        let mut blocks: Vec<_> = ranges(first.len(), CHUNK).map(|keys| (None, keys)).collect();
+        blocks.extend(steps.iter().enumerate().map(|step| (Some(step), step.1.keys.clone())));
+        for (step, range) in blocks.into_iter().rev() {
+            let after = step.map_or(0, |(at, _)| at + 1);
+            lower(&mut grad_sums, &shifts[after]);
+            let keys = &problem.keys[range.clone()];
+            key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
+            key.key_features(simd, &mut KeySums::without_sums(&shifts[after]));
+            step_of_keys.take(&key, &grad_sums);
+            step_of_keys.run(simd, problem, kv_head, keys, &grad_sums, &key);
+            key.features_vjp(simd, &step_of_keys.grad_features);
+            if let Some((at, step)) = step {
+                own.run(simd, self, step, &shifts[at], &mut key, &mut step_of_keys);
+                key.features_vjp(simd, &own.grad_features);
+                lower(&mut grad_sums, &shifts[at]);
+                add_scaled(&mut grad_sums.totals, F::one(), &own.sums.totals);
+                add_scaled(&mut grad_sums.sums, F::one(), &own.sums.sums);
+            }
+            step_of_keys.store(problem, 0, &mut grad_value.slice_mut(s![range.clone(), ..]));
+            inputs_vjp.run(simd, &key, true, |at, c, grad| {
+                grad_key[[range.start + at, c]] = grad;
+            });
+        }
+        inputs_vjp.grad_weight
+    }
+
+    /// The gradients of the queries; returns the shifts before each step, and after the last.
+    #[inline(always)]
+    fn queries<S: Simd>(
+        &self,
+        simd: S,
+        first: &Range<usize>,
+        steps: &[Step],
+        grad_query: &mut ArrayViewMut2<'_, F>,
+        inputs_vjp: &mut InputsVjp<F>,
+    ) -> Vec<Vec<F>> {
+        let Self { problem, kv_head, .. } = *self;
+        let (mut query, mut key) = (Chunk::new(simd, problem), Chunk::new(simd, problem));
+        let stride = value_stride(simd, problem);
+        let mut sums = KeySums::zeros(problem.num_features(), stride);
+        let mut quotients = QuotientGradients::new(stride);
+        let (mut values, mut grad_features, mut grad_pairs) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut transposed_sums, mut transposed_values) = (Vec::new(), Vec::new());
+        let mut factors = Factors::default();
+        add_keys(simd, problem, kv_head, &problem.keys[first.clone()], &mut key, &mut sums);
+        let mut shifts = vec![sums.shifts.clone()];
+        for step in steps {
+            let keys = &problem.keys[step.keys.clone()];
+            key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
+            key.own_features(simd, false);
+            pack_values(problem, keys, kv_head, stride, &mut values);
+            let padded = step.padded_keys::<S, F>(simd);
+            transposed(&values, stride, padded, &mut transposed_values);
+            transposed(&sums.sums, stride, query.stride, &mut transposed_sums);
+            for (of_group, head) in problem.group(kv_head).enumerate() {
+                let rows = step.queries.len();
+                let is_summed = |at: usize| (self.is_summed)(step.queries.start + at, head);
+                query.load(simd, rows, |at| problem.query(step.queries.start + at, head));
+                let queries = step.queries.clone();
+                quotients.load(self.upstream, queries, head, problem.value_dim, is_summed);
+                step.take_sums(simd, &mut query, &sums, &mut factors);
+                // The part of the sums, nᵢ = αᵢ φᵢ S; its factor comes from the other part.
+                let of_sums = query.features.clone();
+                query.own_features(simd, true);
+                factors.load(simd, step.limits(problem), &query, &key, is_summed);
+                clear(&mut query, is_summed);
+
+                grad_features.resize(rows * query.stride, F::zero());
+                let left = self.grad_pairs(
+                    simd,
+                    &quotients,
+                    &factors,
+                    (&transposed_values, padded),
+                    &mut grad_pairs,
+                );
+                let left = Left { len: keys.len(), ..left };
+                let right = (key.rows(), key.stride);
+                product(simd, rows, left, right, &mut grad_features);
+                query.features_vjp(simd, &grad_features);
+                if step.has_sums {
+                    query.features.copy_from_slice(&of_sums);
+                    clear(&mut query, is_summed);
+                    let left = quotients.left(problem.value_dim);
+                    let right = (&transposed_sums[..], query.stride);
+                    product(simd, rows, left, right, &mut grad_features);
+                    let grads = grad_features.chunks_exact_mut(query.stride);
+                    let terms = quotients.denominators.iter().zip(&factors.of_sums);
+                    for (grads, (&g, &factor)) in grads.zip(terms) {
+                        add_scaled(grads, g, &sums.totals);
+                        grads.iter_mut().for_each(|grad| *grad *= factor);
+                    }
+                    query.features_vjp(simd, &grad_features);
+                }
+                inputs_vjp.run(simd, &query, false, |at, c, grad| {
+                    grad_query[[step.queries.start + at, of_group * problem.dim + c]] = grad;
+                });
+            }
+            key.key_features(simd, &mut sums);
+            add_chunk(simd, &key, &values, &mut sums);
+            shifts.push(sums.shifts.clone());
+        }
+        shifts
+    }
+
+    /// The gradients of the kernels of a step's pairs, rows × padded.
+    #[inline(always)]
+    fn grad_pairs<'g, S: Simd>(
+        &self,
+        simd: S,
+        quotients: &QuotientGradients<F>,
+        factors: &Factors<F>,
+        (transposed_values, padded): (&[F], usize),
+        grads: &'g mut Vec<F>,
+    ) -> Left<'g, F> {
+        let rows = quotients.denominators.len();
+        grads.resize(rows * padded, F::zero());
+        let left = quotients.left(self.problem.value_dim);
+        product(simd, rows, left, (transposed_values, padded), grads);
+        for (row, &g) in grads.chunks_exact_mut(padded.max(1)).zip(&quotients.denominators) {
+            row.iter_mut().for_each(|grad| *grad += g);
+        }
+        factors.multiply(grads);
+        Left { data: grads, stride: padded, len: padded }
+    }
+}
+
+/// The pairs of a step on the way back, and its queries' part of the gradients of the sums before.
+struct OwnPairs<F> {
+    query: Chunk<F>,
+    quotients: QuotientGradients<F>,
+    factors: Factors<F>,
+    sums: KeySums<F>,
+    /// Of the keys, relative to the largest of each.
+    grad_features: Vec<F>,
+    pairs: Vec<F>,
+    grad_pairs: Vec<F>,
+    transposed_keys: Vec<F>,
+    transposed_values: Vec<F>,
+}
+
+impl<F: Float> OwnPairs<F> {
+    #[inline(always)]
+    fn new<S: Simd>(simd: S, problem: &FeatureProblem<'_, F>) -> Self {
+        let stride = value_stride(simd, problem);
+        Self {
+            query: Chunk::new(simd, problem),
+            quotients: QuotientGradients::new(stride),
+            factors: Factors::default(),
+            sums: KeySums::zeros(problem.num_features(), stride),
+            grad_features: Vec::new(),
+            pairs: Vec::new(),
+            grad_pairs: Vec::new(),
+            transposed_keys: Vec::new(),
+            transposed_values: Vec::new(),
+        }
+    }
+
+    /// `shifts` are those of the sums before the step. Leaves the keys' own features in `key`.
+    #[inline(always)]
+    fn run<S: Simd>(
+        &mut self,
+        simd: S,
+        head: &Head<'_, '_, '_, F>,
+        step: &Step,
+        shifts: &[F],
+        key: &mut Chunk<F>,
+        step_of_keys: &mut KeyStep<F>,
+    ) {
+        let Head { problem, kv_head, .. } = *head;
+        let Self { query, quotients, factors, sums, .. } = self;
+        let stride = sums.stride;
+        sums.totals.fill(F::zero());
+        sums.sums.fill(F::zero());
+        key.own_features(simd, false);
+        self.grad_features.clear();
+        self.grad_features.resize(key.len * key.stride, F::zero());
+        let padded = step.padded_keys::<S, F>(simd);
+        transposed(key.rows(), key.stride, padded, &mut self.transposed_keys);
+        transposed(&step_of_keys.values, stride, padded, &mut self.transposed_values);
+        let before = KeySums::without_sums(shifts);
+        for head_of_query in problem.group(kv_head) {
+            let rows = step.queries.len();
+            let is_summed = |at: usize| (head.is_summed)(step.queries.start + at, head_of_query);
+            query.load(simd, rows, |at| problem.query(step.queries.start + at, head_of_query));
+            let queries = step.queries.clone();
+            quotients.load(head.upstream, queries, head_of_query, problem.value_dim, is_summed);
+            step.take_sums(simd, query, &before, factors);
+            let of_sums = query.features.clone();
+            query.own_features(simd, true);
+            factors.load(simd, step.limits(problem), query, key, is_summed);
+            clear(query, is_summed);
+
+            self.pairs.resize(rows * padded, F::zero());
+            let right = (&self.transposed_keys[..], padded);
+            product(simd, rows, query.left(), right, &mut self.pairs);
+            factors.multiply(&mut self.pairs);
+            // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
+            let left = Left { data: &self.pairs, stride: padded, len: key.len };
+            let right = (&quotients.numerators[..], stride);
+            add_transposed_product(simd, rows, left, right, &mut step_of_keys.grad_values);
+            let right = (&self.transposed_values[..], padded);
+            let left = head.grad_pairs(simd, quotients, factors, right, &mut self.grad_pairs);
+            let left = Left { len: key.len, ..left };
+            let right = (query.rows(), query.stride);
+            add_transposed_product(simd, rows, left, right, &mut self.grad_features);
+            if step.has_sums {
+                query.features.copy_from_slice(&of_sums);
+                clear(query, is_summed);
+                for (at, &factor) in factors.of_sums.iter().enumerate() {
+                    let row = &mut query.features[at * query.stride..][..query.stride];
+                    row.iter_mut().for_each(|feature| *feature *= factor);
+                }
+                let right = (&quotients.numerators[..], stride);
+                add_transposed_product(simd, rows, query.left(), right, &mut sums.sums);
+                let rows = (0..rows).zip(&quotients.denominators);
+                rows.for_each(|(at, &g)| add_scaled(&mut sums.totals, g, query.row(at)));
+            }
+        }
+    }
+}
+
+/// Nothing of the rows that are not summed is left.
+fn clear<F: Float>(chunk: &mut Chunk<F>, is_summed: impl Fn(usize) -> bool) {
+    for at in (0..chunk.len).filter(|&at| !is_summed(at)) {
+        chunk.clear_row(at);
+    }
+}
+
+/// Gradients of sums relative to shifts, relative to lower ones.
+fn lower<F: Float>(grads: &mut KeySums<F>, shifts: &[F]) {
+    for (feature, &shift) in shifts.iter().enumerate() {
+        let old = grads.shifts[feature];
+        grads.shifts[feature] = shift;
+        // The first have none yet, and are zeros.
+        if old > shift {
+            let factor = (shift - old).exp2();
+            grads.totals[feature] *= factor;
+            let row = &mut grads.sums[feature * grads.stride..][..grads.stride];
+            row.iter_mut().for_each(|grad| *grad *= factor);
+        }
+    }
+}

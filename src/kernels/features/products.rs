@@ -1,0 +1,97 @@
+//! The products of chunks, as functions that enter the instruction set.
+
+use crate::float::Float;
+use crate::kernels::matmul::{Matrix, columns_times, load, rows_times, store};
+use fearless_simd::Simd;
+
+/// Rows that start `stride` apart, of which the first `len` entries are read.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'l, F> {
+    pub(super) data: &'l [F],
+    pub(super) stride: usize,
+    pub(super) len: usize,
+}
+
+/// out = left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.
+#[inline(never)]
+pub(super) fn product<S: Simd, F: Float>(
+    simd: S,
+    rows: usize,
+    left: Left<'_, F>,
+    (right, stride): (&[F], usize),
+    out: &mut [F],
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let left = |at: usize| &left.data[at * left.stride..][..left.len];
+            let right = Matrix { data: right, stride };
+            rows_times(simd, rows, left, right, stride, |row, column, sums| {
+                store::<S, F>(sums, &mut out[row * stride + column..]);
+            });
+        },
+    );
+}
+
+/// out += left · right.
+#[inline(never)]
+pub(super) fn add_product<S: Simd, F: Float>(
+    simd: S,
+    rows: usize,
+    left: Left<'_, F>,
+    (right, stride): (&[F], usize),
+    out: &mut [F],
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let left = |at: usize| &left.data[at * left.stride..][..left.len];
+            let right = Matrix { data: right, stride };
+            rows_times(simd, rows, left, right, stride, |row, column, [a, b]| {
+                let out = &mut out[row * stride + column..];
+                let [old_a, old_b] = load::<S, F>(simd, out);
+                store::<S, F>([old_a + a, old_b + b], out);
+            });
+        },
+    );
+}
+
+/// out += leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
+#[inline(never)]
+pub(super) fn add_transposed_product<S: Simd, F: Float>(
+    simd: S,
+    rows: usize,
+    left: Left<'_, F>,
+    (right, stride): (&[F], usize),
+    out: &mut [F],
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let features = left.len;
+            let left = Matrix { data: &left.data[..rows * left.stride], stride: left.stride };
+            let right = Matrix { data: &right[..rows * stride], stride };
+            columns_times(simd, features, left, right, stride, |row, column, [a, b]| {
+                let out = &mut out[row * stride + column..];
+                let [old_a, old_b] = load::<S, F>(simd, out);
+                store::<S, F>([old_a + a, old_b + b], out);
+            });
+        },
+    );
+}
+
+/// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there are.
+pub(super) fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize, out: &mut Vec<F>) {
+    out.clear();
+    out.resize(stride * new_stride, F::zero());
+    for (at, row) in rows.chunks_exact(stride).enumerate() {
+        for (c, &entry) in row.iter().enumerate() {
+            out[c * new_stride + at] = entry;
+        }
+    }
+}
+
+/// sum += factor · row.
+pub(super) fn add_scaled<F: Float>(sum: &mut [F], factor: F, row: &[F]) {
+    sum.iter_mut().zip(row).for_each(|(sum, &entry)| *sum += factor * entry);
+}

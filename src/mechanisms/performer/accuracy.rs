@@ -1,0 +1,167 @@
+//! How wrong the estimate is: before, from the inputs, and afterwards, from the features.
+
+use super::config::Features;
+use super::{Path, Performer};
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::inputs::{Inputs, head_columns};
+use fearless_simd::Level;
+use ndarray::{Array2, ArrayView1};
+
+/// What the features say about their own sums: [`Performer::accuracy`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Accuracy<F> {
+    /// The standard error of each head's output, num_queries × heads: the root of the summed variances
+    /// of its columns.
+    pub standard_error: Array2<F>,
+    /// How many features of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ² over the terms
+    /// of the denominator. Where only a few are left, the sum is that of its largest terms, and the standard
+    /// error too small to be trusted.
+    pub effective_features: Array2<F>,
+}
+
+impl<F: Float> Performer<F> {
+    /// The variance of φ(q)·φ(k) relative to the square of what it estimates, e^{scale·q·k}, for
+    /// independent projections (Lemma 2 of Choromanski et al. 2021, by its closed forms):
+    ///
+    /// ```text
+    /// positive        (e^{s} − 1)/m                 s = scale |q + k|²
+    /// hyperbolic      (e^{s} − 1)(1 − e^{−s})/m
+    /// trigonometric   2 (cosh t − 1)/m              t = scale |q − k|²
+    /// ```
+    ///
+    /// Its root is the relative error of a weight before normalisation: an estimate is hopeless where it is not well
+    /// below 1. Orthogonal projections do not err more, for positive features (Theorem 2).
+    ///
+    /// `query` and `key` are one head, of length head_dim.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another length; [`Error::InvalidConfig`] for features that do not estimate a
+    /// softmax.
+    pub fn relative_variance(
+        &self,
+        query: ArrayView1<'_, F>,
+        key: ArrayView1<'_, F>,
+    ) -> Result<f64> {
+        Ok(self.variance_of_one(query, key)? / self.config.num_features as f64)
+    }
+
+    /// The number of features at which the root of [`relative_variance`](Self::relative_variance) is
+    /// `relative_error`: it may be astronomic, or infinite.
+    ///
+    /// # Errors
+    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidConfig`] for an error that is not
+    /// positive.
+    pub fn num_features_for(
+        &self,
+        query: ArrayView1<'_, F>,
+        key: ArrayView1<'_, F>,
+        relative_error: f64,
+    ) -> Result<f64> {
+        if relative_error.is_nan() || relative_error <= 0.0 {
+            return Err(Error::config("relative_error", "a positive number", relative_error));
+        }
+        let num_features = self.variance_of_one(query, key)? / relative_error.powi(2);
+        Ok(num_features.ceil().max(self.config.features.per_projection() as f64))
+    }
+
+    /// The relative variance times m.
+    fn variance_of_one(&self, query: ArrayView1<'_, F>, key: ArrayView1<'_, F>) -> Result<f64> {
+        self.check_estimate()?;
+        check_shape("query", &[self.config.head_dim], query.shape())?;
+        check_shape("key", &[self.config.head_dim], key.shape())?;
+        let square = |sign: f64| {
+            let terms =
+                query.iter().zip(key).map(|(q, k)| (q.as_f64() + sign * k.as_f64()).powi(2));
+            self.map.scale * terms.sum::<f64>()
+        };
+        Ok(match self.config.features {
+            Features::Hyperbolic => square(1.0).exp_m1() * -(-square(1.0)).exp_m1(),
+            // 2 (cosh t − 1) = (e^{t/2} − e^{−t/2})²
+            Features::Trigonometric => (2.0 * (square(-1.0) / 2.0).sinh()).powi(2),
+            _ => square(1.0).exp_m1(),
+        })
+    }
+
+    /// How far the outputs may be from those of exact attention, as the features tell by themselves: each
+    /// projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the output o = Σ nᵣ/Σ dᵣ
+    /// has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about the time of
+    /// the forward pass. Blocks of orthogonal projections err less than this says.
+    ///
+    /// # Errors
+    /// As the forward pass; [`Error::InvalidConfig`] for features that do not estimate a softmax, and for inputs whose
+    /// queries do not all see the same keys, or with dropout.
+    pub fn accuracy(&self, inputs: &Inputs<'_, F>) -> Result<Accuracy<F>> {
+        self.check_estimate()?;
+        self.map.check(inputs)?;
+        let keys = match self.path(inputs) {
+            Path::Nothing => Vec::new(),
+            Path::Sums(keys) => keys,
+            Path::Causal(_) | Path::Pairs => {
+                let expected =
+                    "dense ones in which all queries see the same keys, without bias and dropout";
+                return Err(Error::config("inputs", expected, "others"));
+            }
+        };
+        let zeros = || try_zeros("accuracy", inputs.num_queries(), inputs.heads());
+        let mut accuracy = Accuracy { standard_error: zeros()?, effective_features: zeros()? };
+        if keys.is_empty() {
+            return Ok(accuracy);
+        }
+        let problem = self.map.problem(inputs, keys)?;
+        let sums = F::sum_keys(&problem, Level::new());
+        let features = self.config.num_features;
+        let projections = features / self.config.features.per_projection();
+        for head in 0..inputs.heads() {
+            let sums = &sums[problem.kv_head(head)];
+            let columns = head_columns(head, self.config.head_dim);
+            let x = inputs.query();
+            let x = x.slice(ndarray::s![.., columns]);
+            let products = self.map.products(x)?;
+            let mut row = ndarray::Array1::zeros(features);
+            for (query, (x, products)) in x.rows().into_iter().zip(products.rows()).enumerate() {
+                self.map.exponents_or_features(&x.to_vec(), &products.to_vec(), row.view_mut());
+                if problem.map.is_exponential() {
+                    row.iter_mut().zip(&sums.shifts).for_each(|(entry, &shift)| *entry += shift);
+                    let max = row.iter().copied().fold(F::neg_infinity(), crate::float::nan_max);
+                    row.mapv_inplace(|exponent| (exponent - max).exp2());
+                }
+                // The terms of each projection, one row each; the last column is the denominator.
+                let width = problem.value_dim + 1;
+                let mut terms = vec![F::zero(); projections * width];
+                for (feature, &phi) in row.iter().enumerate() {
+                    let terms = &mut terms[feature % projections * width..][..width];
+                    let of_feature = &sums.sums[feature * sums.stride..][..width - 1];
+                    terms.iter_mut().zip(of_feature).for_each(|(term, &sum)| *term += phi * sum);
+                    terms[width - 1] += phi * sums.totals[feature];
+                }
+                let mut total = vec![F::zero(); width];
+                let mut of_squares = F::zero();
+                for terms in terms.chunks_exact(width) {
+                    total.iter_mut().zip(terms).for_each(|(total, &term)| *total += term);
+                    of_squares += terms[width - 1] * terms[width - 1];
+                }
+                let denominator = total[width - 1];
+                let mut variance = F::zero();
+                for terms in terms.chunks_exact(width) {
+                    for (&term, &total) in terms[..width - 1].iter().zip(&total) {
+                        let difference =
+                            (term - total / denominator * terms[width - 1]) / denominator;
+                        variance += difference * difference;
+                    }
+                }
+                accuracy.standard_error[[query, head]] = variance.sqrt();
+                accuracy.effective_features[[query, head]] = denominator * denominator / of_squares;
+            }
+        }
+        Ok(accuracy)
+    }
+
+    fn check_estimate(&self) -> Result<()> {
+        if self.config.features.is_estimate() {
+            return Ok(());
+        }
+        let expected = "some that estimate a softmax";
+        Err(Error::config("features", expected, format!("{:?}", self.config.features)))
+    }
+}

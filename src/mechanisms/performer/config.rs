@@ -1,0 +1,162 @@
+//! Sizes and options.
+
+use super::Performer;
+use super::map::FeatureMap;
+use crate::error::{Error, Result};
+use crate::float::Float;
+use ndarray::Array2;
+use rand::Rng;
+
+/// What stands for e^{q·k} in a [`Performer`]: φ(q)·φ(k), with rows w of the projection.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Features {
+    /// φ(x) = m^{−½} e^{w·x − |x|²/2} (FAVOR+): positive, so that the weights are.
+    Positive,
+    /// Both ±w of m/2 projections: positive, and never worse than [`Positive`](Self::Positive).
+    Hyperbolic,
+    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline. It is good
+    /// for q near k and has no floor: weights may be negative and their sum near zero, which makes
+    /// outputs without bound.
+    Trigonometric,
+    /// φ(x) = m^{−½} (max(w·x, 0) + ε): a kernel of its own, not an estimate of the softmax.
+    Relu {
+        /// ε > 0, which keeps denominators from zero; 10⁻³ in the authors' code.
+        epsilon: f64,
+    },
+    /// φ(x) = elu(x) + 1, by columns and without a projection or a scale (Katharopoulos et al. 2020,
+    /// 2006.16236): a kernel of its own, with as many features as a head has columns.
+    Elu,
+}
+
+impl Features {
+    /// How many features share a projection.
+    pub(super) fn per_projection(self) -> usize {
+        match self {
+            Self::Hyperbolic | Self::Trigonometric => 2,
+            _ => 1,
+        }
+    }
+
+    /// Whether φ(q)·φ(k) estimates e^{q·k}.
+    pub(super) fn is_estimate(self) -> bool {
+        matches!(self, Self::Positive | Self::Hyperbolic | Self::Trigonometric)
+    }
+}
+
+/// How the rows of a projection are drawn, each like a normal vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Projection {
+    /// In blocks of orthogonal rows, uniformly distributed rotations, with the lengths of normal vectors
+    /// (χ distributed): the estimates stay unbiased, and err less.
+    Orthogonal,
+    /// Independently.
+    Iid,
+}
+
+/// The sizes and options of a [`Performer`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PerformerConfig {
+    pub(super) head_dim: usize,
+    pub(super) num_features: usize,
+    pub(super) features: Features,
+    pub(super) projection: Projection,
+    pub(super) scale: Option<f64>,
+}
+
+impl PerformerConfig {
+    /// Heads of `head_dim` columns and `num_features` features: positive ones of an orthogonal projection,
+    /// for the scale 1/√head_dim.
+    #[must_use]
+    pub fn new(head_dim: usize, num_features: usize) -> Self {
+        Self {
+            head_dim,
+            num_features,
+            features: Features::Positive,
+            projection: Projection::Orthogonal,
+            scale: None,
+        }
+    }
+
+    /// The kind of features.
+    #[must_use]
+    pub fn features(mut self, features: Features) -> Self {
+        self.features = features;
+        self
+    }
+
+    /// How the projection is drawn.
+    #[must_use]
+    pub fn projection(mut self, projection: Projection) -> Self {
+        self.projection = projection;
+        self
+    }
+
+    /// The scale of the dot products, if not 1/√head_dim: positive.
+    #[must_use]
+    pub fn scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+
+    /// With a projection drawn from `rng`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number, those of
+    /// [`Features::Elu`] not `head_dim`, or the scale or ε is not positive and finite;
+    /// [`Error::TooLarge`].
+    pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {
+        self.validate()?;
+        Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })
+    }
+
+    /// With a given projection, projections × head_dim; none for [`Features::Elu`].
+    ///
+    /// # Errors
+    /// As [`init`](Self::init); [`Error::Shape`] for a projection of another shape.
+    pub fn from_params<F: Float>(&self, projection: Option<Array2<F>>) -> Result<Performer<F>> {
+        self.validate()?;
+        let expected = self.projection_shape();
+        let actual = projection.as_ref().map(|matrix| [matrix.nrows(), matrix.ncols()]);
+        if expected != actual {
+            let shape = |shape: Option<[usize; 2]>| shape.map_or(Vec::new(), Vec::from);
+            return Err(Error::shape("projection_matrix", &shape(expected), &shape(actual)));
+        }
+        let map = FeatureMap { projection, ..FeatureMap::new(self) };
+        Ok(Performer { config: self.clone(), map })
+    }
+
+    /// None without one.
+    pub(super) fn projection_shape(&self) -> Option<[usize; 2]> {
+        let rows = self.num_features / self.features.per_projection();
+        (self.features != Features::Elu).then_some([rows, self.head_dim])
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        let Self { head_dim, num_features, features, .. } = *self;
+        for (field, size) in [("head_dim", head_dim), ("num_features", num_features)] {
+            if size == 0 {
+                return Err(Error::config(field, "at least 1", size));
+            }
+        }
+        if !num_features.is_multiple_of(features.per_projection()) {
+            let expected = "an even number, for features in pairs";
+            return Err(Error::config("num_features", expected, num_features));
+        }
+        if features == Features::Elu && num_features != head_dim {
+            let expected = format!("head_dim = {head_dim}, for one feature a column");
+            return Err(Error::config("num_features", expected, num_features));
+        }
+        if let Features::Relu { epsilon } = features {
+            check_positive("features.epsilon", epsilon)?;
+        }
+        self.scale.map_or(Ok(()), |scale| check_positive("scale", scale))
+    }
+}
+
+/// Not so near to 0 or infinity that a root or product would not be a normal number of `f32`.
+fn check_positive(field: &'static str, value: f64) -> Result<()> {
+    if value > 1e-30 && value < 1e30 {
+        return Ok(());
+    }
+    Err(Error::config(field, "a positive finite number", value))
+}

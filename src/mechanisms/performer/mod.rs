@@ -1,0 +1,414 @@
+mod accuracy;
+mod config;
+mod map;
+mod pairs;
+mod state;
+
+pub use accuracy::Accuracy;
+pub use config::{Features, PerformerConfig, Projection};
+pub use state::PerformerState;
+
+use crate::attention::{Attention, Saved};
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, all_finite, try_zeros};
+use crate::gradients::{GradientsMut, param_slot};
+use crate::inputs::{Inputs, Pattern, head_columns};
+use crate::kernels::features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
+use crate::kernels::problem::output_dim;
+use crate::params::Params;
+use fearless_simd::Level;
+use map::FeatureMap;
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
+use pairs::{Pairs, RowSums, all_rows, least_sum};
+use rand::Rng;
+
+const NAME: &str = "performer";
+
+/// Linear attention by random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al. 2022,
+/// 2205.15317; Katharopoulos et al. 2020, 2006.16236): softmax attention whose exponential is a dot product
+/// of m features, so that the sums over keys are formed once for all queries.
+///
+/// ```text
+/// e^{scale·q·k} ≈ φ(q)·φ(k)      φ(x) = m^{−½} e^{√scale w·x − scale |x|²/2}   for m rows w, and others: Features
+/// S = Σⱼ φ(kⱼ) vⱼᵀ    z = Σⱼ φ(kⱼ)     oᵢ = φ(qᵢ)ᵀ S / φ(qᵢ)ᵀ z
+/// ```
+///
+/// The estimate is unbiased in numerator and denominator, and its error falls like m^{−½}; but it grows like
+/// e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) tells before, and
+/// [`accuracy`](Self::accuracy) measures on given inputs, what it is worth; [`PerformerState`] is S and z as a
+/// value, to which keys are added and from which they are removed.
+///
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ
+///   from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one projection.
+/// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
+/// * **Parameters** `projection_matrix`, projections × d. It has its exact gradient; where features are to
+///   stay estimates of a softmax, leave it out of the optimiser's step, and
+///   [`redraw`](Self::redraw) it from time to time instead.
+/// * **Cost** O(n m (d + d_v)) time and O(m d_v) memory beside the output per head for dense inputs in which all
+///   queries see the same keys, or with the causal pattern (prefix sums; one task per head of keys). A mask with the
+///   same row for all queries, as of padding, leaves keys out of both sums.
+/// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ between queries, biases,
+///   dropout, [`weights`](Attention::weights). Exact attention is then the faster one.
+/// * **Errors** [`Error::Shape`] if heads are not of `head_dim` columns; [`Error::NoWeights`] from `weights`
+///   with trigonometric features, which may be negative.
+///
+/// # Numerics
+///
+/// There is no ε in the denominator. Exponents of keys are taken relative to the largest of each feature,
+/// those of a query relative to its largest sum with these; both cancel, in the gradients too, and the denominator is at
+/// least 1 (at least ε² of [`Features::Relu`]; of [`Features::Trigonometric`] anything). In the causal pattern the
+/// largest exponents are those so far: a row whose denominator underflows nevertheless, since later keys in its block of 128
+/// are much larger, is summed pair by pair.
+///
+/// Differences from the paper and its code: no ε is added to positive features, and the maximum is taken by feature
+/// instead of over all keys. For the same projection the outputs are the same but for the rounding.
+///
+/// ```
+/// use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
+/// use graph_attention::ndarray::Array2;
+/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+///
+/// let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
+/// let performer = PerformerConfig::new(4, 512).init::<f64>(&mut rng)?;
+/// let x = Array2::from_shape_fn((50, 4), |(i, j)| ((i * 7 + j * 3) as f64).sin());
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+///
+/// assert!(performer.relative_variance(x.row(0), x.row(1))?.sqrt() < 0.1);
+/// let (out, saved) = performer.forward_train(&inputs)?;
+/// let error = (&out - &Flash::new().forward(&inputs)?).mapv(f64::abs);
+/// assert!(error.iter().all(|&error| error < 0.1));
+/// let grads = performer.backward(&inputs, &saved, out.view())?;
+/// assert_eq!(grads.key.dim(), (50, 4));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Performer<F> {
+    config: PerformerConfig,
+    map: FeatureMap<F>,
+}
+
+/// How some inputs are computed.
+enum Path {
+    /// Nobody sees anything.
+    Nothing,
+    /// All queries see these keys.
+    Sums(Vec<usize>),
+    /// The keys that no mask hides, of which each query sees those up to the diagonal.
+    Causal(Vec<usize>),
+    Pairs,
+}
+
+struct State<F> {
+    out: Array2<F>,
+    attended: Attended<F>,
+}
+
+/// What is left of a forward pass.
+enum Attended<F> {
+    Nothing,
+    Sums { keys: Vec<usize>, sums: Vec<KeySums<F>>, denominators: Array2<F> },
+    Causal { keys: Vec<usize>, rows: CausalRows, sums: RowSums<F> },
+    Pairs(RowSums<F>),
+}
+
+/// Which rows of a causal pattern are summed how.
+struct CausalRows {
+    /// Of each head of keys, the queries before the first that sees a key or value that is not finite.
+    num_finite: Vec<usize>,
+    /// The rows, query and head, that have underflowed.
+    underflown: Vec<(usize, usize)>,
+}
+
+impl<F: Float> Performer<F> {
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &PerformerConfig {
+        &self.config
+    }
+
+    /// Draws another projection.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`].
+    pub fn redraw(&mut self, rng: &mut impl Rng) -> Result<()> {
+        self.map = FeatureMap::draw(&self.config, rng)?;
+        Ok(())
+    }
+
+    /// φ of each row of `x` (n × head_dim), n × num_features, as the papers have it: φ(q)·φ(k) estimates
+    /// e^{scale·q·k}. It overflows where that does; the mechanism itself works with exponents.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for other columns; [`Error::TooLarge`].
+    pub fn feature_map(&self, x: ArrayView2<'_, F>) -> Result<Array2<F>> {
+        self.map.apply(x)
+    }
+
+    fn path(&self, inputs: &Inputs<'_, F>) -> Path {
+        if inputs.num_queries() == 0 || inputs.value().ncols() == 0 {
+            return Path::Nothing;
+        }
+        let mut keys: Vec<usize> = (0..inputs.num_keys()).collect();
+        if let Some(mask) = inputs.mask() {
+            let first = mask.row(0);
+            let is_uniform =
+                mask.strides()[0] == 0 || mask.rows().into_iter().all(|row| row == first);
+            if !is_uniform {
+                return Path::Pairs;
+            }
+            keys.retain(|&key| first[key]);
+        }
+        let is_dense = matches!(inputs.pattern(), Pattern::Dense);
+        match inputs.causal_alignment() {
+            _ if !is_dense || inputs.bias().is_some() || inputs.dropout().is_some() => Path::Pairs,
+            _ if keys.is_empty() => Path::Nothing,
+            None => Path::Sums(keys),
+            Some(_) => Path::Causal(keys),
+        }
+    }
+
+    fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Attended<F>> {
+        self.check_output("out", inputs, out.shape())?;
+        self.map.check(inputs)?;
+        let level = Level::new();
+        match self.path(inputs) {
+            Path::Nothing => {
+                out.fill(F::zero());
+                Ok(Attended::Nothing)
+            }
+            Path::Sums(keys) => {
+                let problem = self.map.problem(inputs, keys)?;
+                let sums = F::sum_keys(&problem, level);
+                let mut denominators =
+                    try_zeros("denominators", inputs.num_queries(), inputs.heads())?;
+                F::features_forward(&problem, &sums, level, out, &mut denominators);
+                Ok(Attended::Sums { keys: problem.keys, sums, denominators })
+            }
+            Path::Causal(keys) => {
+                let problem = self.map.problem(inputs, keys)?;
+                let mut sums = RowSums::new(inputs)?;
+                let num_finite = num_finite(&problem);
+                let denominators = &mut sums.denominators;
+                F::causal_features_forward(
+                    &problem,
+                    &num_finite,
+                    level,
+                    out.view_mut(),
+                    denominators,
+                );
+                let underflown = repair(&problem, &num_finite, &mut out, denominators);
+                if !underflown.is_empty() {
+                    let pairs = Pairs::new(&self.map, inputs)?;
+                    pairs.forward(underflown.iter().copied(), &mut out, &mut sums);
+                }
+                let rows = CausalRows { num_finite, underflown };
+                Ok(Attended::Causal { keys: problem.keys, rows, sums })
+            }
+            Path::Pairs => {
+                let mut sums = RowSums::new(inputs)?;
+                Pairs::new(&self.map, inputs)?.forward(all_rows(inputs), &mut out, &mut sums);
+                Ok(Attended::Pairs(sums))
+            }
+        }
+    }
+}
+
+/// Of each head of keys, the queries before the first that sees a key or value that is not finite.
+fn num_finite<F: Float>(problem: &FeatureProblem<'_, F>) -> Vec<usize> {
+    let num_queries = problem.inputs.num_queries();
+    let of_head = |kv_head| {
+        let is_bad = |&key: &usize| {
+            !all_finite(problem.key(key, kv_head)) || !all_finite(problem.value(key, kv_head))
+        };
+        let first = problem.keys.iter().copied().find(is_bad);
+        first.map_or(num_queries, |key| problem.inputs.first_query_seeing(key).min(num_queries))
+    };
+    (0..problem.kv_heads).map(of_head).collect()
+}
+
+/// Zeros for the rows that see no key, NaN for those that see one which is not finite; returns those that
+/// have underflowed.
+fn repair<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    num_finite: &[usize],
+    out: &mut ArrayViewMut2<'_, F>,
+    denominators: &mut Array2<F>,
+) -> Vec<(usize, usize)> {
+    let mut underflown = Vec::new();
+    for (query, head) in all_rows(&problem.inputs) {
+        let denominator = &mut denominators[[query, head]];
+        let mut fill = |value| {
+            out.slice_mut(s![query, head_columns(head, problem.value_dim)]).fill(value);
+        };
+        if query >= num_finite[problem.kv_head(head)] {
+            *denominator = F::nan();
+            fill(F::nan());
+        } else if problem.num_seen(query) == 0 {
+            fill(F::zero());
+        } else if denominator.abs() < least_sum() {
+            underflown.push((query, head));
+        }
+    }
+    underflown
+}
+
+impl<F: Float> Params<F> for Performer<F> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        if let Some(projection) = &self.map.projection {
+            visitor("projection_matrix", projection.view().into_dyn());
+        }
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        if let Some(projection) = &mut self.map.projection {
+            visitor("projection_matrix", projection.view_mut().into_dyn());
+        }
+    }
+}
+
+impl<F: Float> Attention<F> for Performer<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.run(inputs, out).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        let attended = self.run(inputs, out.view_mut())?;
+        let mut copy = try_zeros("saved output", out.nrows(), out.ncols())?;
+        copy.assign(&out);
+        Ok(Saved::new(NAME, State { out: copy, attended }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { out, attended }: &State<F> = saved.state(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        self.check_output("saved output", inputs, out.shape())?;
+        self.map.check(inputs)?;
+        grads.check(NAME, inputs, self)?;
+        let mut grad_weight =
+            try_zeros("projection", self.map.weight()?.nrows(), self.config.head_dim)?;
+        let level = Level::new();
+        match attended {
+            Attended::Nothing => return Ok(()),
+            Attended::Sums { keys, sums, denominators } => {
+                check_shape("saved keys", &[sums.len()], &[inputs.kv_heads()])?;
+                let problem = self.map.problem(inputs, keys.clone())?;
+                let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
+                let of_features = F::features_backward(&problem, sums, &upstream, level)?;
+                add(&of_features, keys, &mut grads, &mut grad_weight);
+            }
+            Attended::Causal { keys, rows, sums } => {
+                let problem = self.map.problem(inputs, keys.clone())?;
+                let denominators = &sums.denominators;
+                let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
+                let num_finite = &rows.num_finite;
+                check_shape("saved keys", &[num_finite.len()], &[inputs.kv_heads()])?;
+                let is_summed = |query: usize, head: usize| {
+                    let denominator = denominators[[query, head]];
+                    denominator.is_finite()
+                        && denominator != F::zero()
+                        && rows.underflown.binary_search(&(query, head)).is_err()
+                };
+                let mut of_features = F::causal_features_backward(
+                    &problem, num_finite, &upstream, &is_summed, level,
+                )?;
+                spread_nan(&problem, denominators, &mut of_features);
+                add(&of_features, keys, &mut grads, &mut grad_weight);
+                if !rows.underflown.is_empty() {
+                    let underflown = rows.underflown.iter().copied();
+                    let pairs = Pairs::new(&self.map, inputs)?;
+                    let out = out.view();
+                    pairs.backward(
+                        underflown,
+                        out,
+                        sums,
+                        grad_out,
+                        &mut grads,
+                        &mut grad_weight,
+                    )?;
+                }
+            }
+            Attended::Pairs(sums) => {
+                let pairs = Pairs::new(&self.map, inputs)?;
+                let (out, rows) = (out.view(), all_rows(inputs));
+                pairs.backward(rows, out, sums, grad_out, &mut grads, &mut grad_weight)?;
+            }
+        }
+        if let Some(slot) = grads.params.first_mut() {
+            let factor = F::of(self.map.weight_factor());
+            param_slot::<F, Ix2>(slot).scaled_add(factor, &grad_weight);
+        }
+        Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        self.map.check(inputs)?;
+        if self.config.features == Features::Trigonometric {
+            return Err(Error::NoWeights { mechanism: NAME });
+        }
+        Pairs::new(&self.map, inputs)?.weights()
+    }
+}
+
+/// Adds what the kernels have found.
+fn add<F: Float>(
+    of_features: &FeatureGradients<F>,
+    keys: &[usize],
+    grads: &mut GradientsMut<'_, F>,
+    grad_weight: &mut Array2<F>,
+) {
+    if let Some(grad) = &mut grads.query {
+        *grad += &of_features.query;
+    }
+    for (grad, rows) in [(&mut grads.key, &of_features.key), (&mut grads.value, &of_features.value)]
+    {
+        if let Some(grad) = grad {
+            keys.iter().zip(rows.rows()).for_each(|(&key, row)| {
+                let mut grad = grad.row_mut(key);
+                grad += &row;
+            });
+        }
+    }
+    *grad_weight += &of_features.projection;
+}
+
+/// NaN in the gradients of rows of a causal pattern that are NaN, of the keys that these see, and of the
+/// projection.
+fn spread_nan<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    denominators: &Array2<F>,
+    grads: &mut FeatureGradients<F>,
+) {
+    for kv_head in 0..problem.kv_heads {
+        let mut num_touched = 0;
+        for (query, head) in all_rows(&problem.inputs) {
+            if problem.kv_head(head) == kv_head && !denominators[[query, head]].is_finite() {
+                num_touched = num_touched.max(problem.num_seen(query));
+                let columns = head_columns(head, problem.dim);
+                grads.query.slice_mut(s![query, columns]).fill(F::nan());
+                grads.projection.fill(F::nan());
+            }
+        }
+        let columns = head_columns(kv_head, problem.dim);
+        grads.key.slice_mut(s![..num_touched, columns]).fill(F::nan());
+        let columns = head_columns(kv_head, problem.value_dim);
+        grads.value.slice_mut(s![..num_touched, columns]).fill(F::nan());
+    }
+}
