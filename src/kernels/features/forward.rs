@@ -181,7 +181,7 @@ impl<F: Float> QuotientGradients<F> {
         self.denominators.clear();
         self.denominators.resize(queries.len(), F::zero());
         let columns = head_columns(head, value_dim);
-        for (at, query) in queries.enumerate().filter(|&(_, query)| is_summed(query)) {
+        for (at, query) in queries.enumerate().filter(|&(at, _)| is_summed(at)) {
             let denominator = upstream.denominators[[query, head]];
             let grads = upstream.grad_out.row(query);
             let grads = grads.iter().skip(columns.start).take(columns.len());

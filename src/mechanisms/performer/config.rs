@@ -4,7 +4,8 @@ use super::Performer;
 use super::map::FeatureMap;
 use crate::error::{Error, Result};
 use crate::float::Float;
-use ndarray::Array2;
+use crate::params;
+use ndarray::ArrayD;
 use rand::Rng;
 
 /// What stands for e^{q·k} in a [`Performer`]: φ(q)·φ(k), with rows w of the projection.
@@ -105,30 +106,20 @@ impl PerformerConfig {
     /// [`Features::Elu`] not `head_dim`, or the scale or ε is not positive and finite;
     /// [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {
-        self.validate()?;
         Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })
     }
 
-    /// With a given projection, projections × head_dim; none for [`Features::Elu`].
+    /// With a given `projection_matrix`, projections × head_dim, from a state dict.
     ///
     /// # Errors
-    /// As [`init`](Self::init); [`Error::Shape`] for a projection of another shape.
-    pub fn from_params<F: Float>(&self, projection: Option<Array2<F>>) -> Result<Performer<F>> {
-        self.validate()?;
-        let expected = self.projection_shape();
-        let actual = projection.as_ref().map(|matrix| [matrix.nrows(), matrix.ncols()]);
-        if expected != actual {
-            let shape = |shape: Option<[usize; 2]>| shape.map_or(Vec::new(), Vec::from);
-            return Err(Error::shape("projection_matrix", &shape(expected), &shape(actual)));
-        }
-        let map = FeatureMap { projection, ..FeatureMap::new(self) };
-        Ok(Performer { config: self.clone(), map })
-    }
-
-    /// None without one.
-    pub(super) fn projection_shape(&self) -> Option<[usize; 2]> {
-        let rows = self.num_features / self.features.per_projection();
-        (self.features != Features::Elu).then_some([rows, self.head_dim])
+    /// As [`init`](Self::init) and [`params::load_state`].
+    pub fn from_params<F: Float>(
+        &self,
+        state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
+    ) -> Result<Performer<F>> {
+        let mut performer = Performer { config: self.clone(), map: FeatureMap::zeros(self)? };
+        params::load_state(&mut performer, state)?;
+        Ok(performer)
     }
 
     pub(super) fn validate(&self) -> Result<()> {

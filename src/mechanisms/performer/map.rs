@@ -24,19 +24,23 @@ pub(super) struct FeatureMap<F> {
 }
 
 impl<F: Float> FeatureMap<F> {
-    /// Still without a projection.
-    pub(super) fn new(config: &PerformerConfig) -> Self {
+    /// With a projection of zeros.
+    pub(super) fn zeros(config: &PerformerConfig) -> Result<Self> {
+        config.validate()?;
         let PerformerConfig { head_dim, num_features, features, scale, .. } = *config;
+        let rows = num_features / features.per_projection();
+        let projection = match features {
+            Features::Elu => None,
+            _ => Some(try_zeros("projection_matrix", rows, head_dim)?),
+        };
         let scale = scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-        Self { features, head_dim, num_features, scale, projection: None }
+        Ok(Self { features, head_dim, num_features, scale, projection })
     }
 
     pub(super) fn draw(config: &PerformerConfig, rng: &mut impl Rng) -> Result<Self> {
-        let mut map = Self::new(config);
-        if let Some([rows, columns]) = config.projection_shape() {
-            let mut drawn = try_zeros("projection_matrix", rows, columns)?;
-            draw(config.projection, &mut drawn, rng);
-            map.projection = Some(drawn);
+        let mut map = Self::zeros(config)?;
+        if let Some(projection) = &mut map.projection {
+            draw(config.projection, projection, rng);
         }
         Ok(map)
     }

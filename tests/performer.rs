@@ -1,0 +1,715 @@
+//! `Performer` against the formulas of its papers, another implementation, and its own other paths.
+
+use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
+use graph_attention::{
+    Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, Performer,
+    PerformerConfig, Projection, params,
+};
+use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::StandardNormal;
+use serde_json::Value;
+use std::collections::HashMap;
+
+const RELU: Features = Features::Relu { epsilon: 1e-3 };
+
+fn rng(seed: u64) -> Xoshiro256PlusPlus {
+    Xoshiro256PlusPlus::seed_from_u64(seed)
+}
+
+fn normal<F: Float>(rows: usize, columns: usize, scale: f64, rng: &mut impl Rng) -> Array2<F> {
+    Array2::from_shape_fn((rows, columns), |_| F::of(scale * rng.sample::<f64, _>(StandardNormal)))
+}
+
+fn projection_of<F: Float>(performer: &Performer<F>) -> Option<Array2<f64>> {
+    let state = params::state(performer);
+    let (_, projection) = state.first()?;
+    Some(projection.mapv(F::as_f64).into_dimensionality().unwrap())
+}
+
+// ---- An oracle ----
+
+/// ln |φᵣ(x)| and its sign, as the papers define φ but for constant factors, by plain loops in `f64`.
+fn log_features(
+    kind: Features,
+    projection: Option<&Array2<f64>>,
+    scale: f64,
+    x: &[f64],
+) -> Vec<(f64, f64)> {
+    let positive = |log: f64| (log, 1.0);
+    let signed = |value: f64| (value.abs().ln(), value.signum());
+    let Some(projection) = projection else {
+        // elu(x) + 1
+        let elu_plus_1 = |&x: &f64| if x > 0.0 { signed(x + 1.0) } else { positive(x) };
+        return x.iter().map(elu_plus_1).collect();
+    };
+    let half_square = scale * x.iter().map(|x| x * x).sum::<f64>() / 2.0;
+    let products = projection
+        .rows()
+        .into_iter()
+        .map(|w| scale.sqrt() * w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>());
+    let products: Vec<f64> = products.collect();
+    let each = |f: &dyn Fn(f64) -> (f64, f64)| products.iter().map(|&p| f(p)).collect::<Vec<_>>();
+    match kind {
+        Features::Positive => each(&|p| positive(p - half_square)),
+        Features::Hyperbolic => {
+            [each(&|p| positive(p - half_square)), each(&|p| positive(-p - half_square))].concat()
+        }
+        Features::Trigonometric => {
+            let with = |(log, sign): (f64, f64)| (log + half_square, sign);
+            [each(&|p| with(signed(p.cos()))), each(&|p| with(signed(p.sin())))].concat()
+        }
+        Features::Relu { epsilon } => each(&|p| signed(p.max(0.0) + epsilon)),
+        Features::Elu => unreachable!("it has no projection"),
+    }
+}
+
+/// Σ sign e^{log} of some terms as (log, sum), so that it does not overflow.
+fn sum(terms: &[(f64, f64)]) -> (f64, f64) {
+    let max = terms.iter().map(|term| term.0).fold(f64::NEG_INFINITY, f64::max);
+    (max, terms.iter().map(|(log, sign)| sign * (log - max).exp()).sum())
+}
+
+/// One head; `sees` tells which pairs there are and what is added to their logits.
+fn oracle(
+    kind: Features,
+    projection: Option<&Array2<f64>>,
+    scale: f64,
+    [q, k, v]: [&Array2<f64>; 3],
+    sees: &dyn Fn(usize, usize) -> Option<f64>,
+) -> Array2<f64> {
+    let features = |x: ArrayView1<'_, f64>| log_features(kind, projection, scale, &x.to_vec());
+    let keys: Vec<_> = k.rows().into_iter().map(features).collect();
+    let mut out = Array2::zeros((q.nrows(), v.ncols()));
+    for (i, query) in q.rows().into_iter().enumerate() {
+        let query = features(query);
+        let mut kernels = Vec::new();
+        for (j, key) in keys.iter().enumerate() {
+            let Some(bias) = sees(i, j) else { continue };
+            let terms: Vec<_> =
+                query.iter().zip(key).map(|(a, b)| (a.0 + b.0, a.1 * b.1)).collect();
+            let (log, value) = sum(&terms);
+            kernels.push((j, (log + bias, value)));
+        }
+        let (_, total) = sum(&kernels.iter().map(|kernel| kernel.1).collect::<Vec<_>>());
+        let max = kernels.iter().map(|kernel| kernel.1.0).fold(f64::NEG_INFINITY, f64::max);
+        for (j, (log, value)) in kernels {
+            out.row_mut(i).scaled_add(value * (log - max).exp() / total, &v.row(j));
+        }
+    }
+    out
+}
+
+fn largest_difference(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
+    assert_eq!(a.dim(), b.dim());
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    // NaN counts as more than anything.
+    differences.fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
+}
+
+fn all_kinds() -> [(Features, usize); 5] {
+    [
+        (Features::Positive, 37),
+        (Features::Hyperbolic, 22),
+        (Features::Trigonometric, 358),
+        (RELU, 19),
+        (Features::Elu, 5),
+    ]
+}
+
+#[test]
+fn dense_causal_and_pairs_are_the_oracle() {
+    for (kind, features) in all_kinds() {
+        for (queries, keys) in [(1, 3), (131, 131), (127, 263), (263, 127), (257, 128)] {
+            let mut rng = rng(5);
+            let config = PerformerConfig::new(5, features).features(kind).scale(0.7);
+            let performer = config.init::<f64>(&mut rng).unwrap();
+            let projection = projection_of(&performer);
+            // Where cosines must not cancel.
+            let size = if kind == Features::Trigonometric { 0.4 } else { 2.0 };
+            let q = normal(queries, 5, size, &mut rng);
+            let k = normal(keys, 5, size, &mut rng);
+            let v = normal(keys, 3, 1.0, &mut rng);
+            let expected = |sees: &dyn Fn(usize, usize) -> Option<f64>| {
+                oracle(kind, projection.as_ref(), 0.7, [&q, &k, &v], sees)
+            };
+            let check = |what: &str, inputs: &Inputs<'_, f64>, expected: &Array2<f64>| {
+                let error = largest_difference(&performer.forward(inputs).unwrap(), expected);
+                assert!(error < 1e-11, "{kind:?} {queries} x {keys} {what}: {error:e}");
+            };
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+            check("dense", &inputs, &expected(&|_, _| Some(0.0)));
+            let top_left = |i: usize, j: usize| (j <= i).then_some(0.0);
+            check("causal", &inputs.causal(), &expected(&top_left));
+            let bottom = inputs.with_causal(Causal::BottomRight);
+            check(
+                "bottom right",
+                &bottom,
+                &expected(&|i, j| (j + queries <= i + keys).then_some(0.0)),
+            );
+            // Every third key is padding.
+            let flags = Array1::from_shape_fn(keys, |j| j % 3 != 1);
+            let padding = flags.broadcast((queries, keys)).unwrap();
+            let padded = inputs.with_mask(padding).unwrap();
+            check("padded", &padded, &expected(&|_, j| (j % 3 != 1).then_some(0.0)));
+            let both = |i: usize, j: usize| (j % 3 != 1 && j <= i).then_some(0.0);
+            check("padded, causal", &padded.causal(), &expected(&both));
+            let mask = Array2::from_shape_fn((queries, keys), |(i, j)| (i * 3 + j * 5) % 7 != 0);
+            let masked = inputs.with_mask(mask.view()).unwrap();
+            check("masked", &masked, &expected(&|i, j| mask[[i, j]].then_some(0.0)));
+            let bias = normal(queries, keys, 1.0, &mut rng);
+            let biased = inputs.with_bias(bias.view()).unwrap();
+            check("biased", &biased, &expected(&|i, j| Some(bias[[i, j]])));
+            let pairs = (0..queries).flat_map(|i| [(i, i % keys), (i, (i * 7 + 1) % keys)]);
+            let graph = Graph::from_edges(queries, keys, pairs).unwrap();
+            if keys > 3 {
+                let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph).unwrap();
+                let sees =
+                    |i: usize, j: usize| graph.neighbors(i).contains(&(j as u32)).then_some(0.0);
+                check("graph", &sparse, &expected(&sees));
+            }
+        }
+    }
+}
+
+#[test]
+fn large_norms_are_the_oracle_too() {
+    // Features and kernels that no number can hold.
+    for (kind, features) in all_kinds().into_iter().filter(|kind| kind.0 != Features::Trigonometric)
+    {
+        for size in [10.0, 100.0, 1000.0] {
+            let mut rng = rng(6);
+            let config = PerformerConfig::new(5, features).features(kind);
+            let performer = config.init::<f64>(&mut rng).unwrap();
+            let projection = projection_of(&performer);
+            let [q, k, v] =
+                [(211, 5), (211, 5), (211, 3)].map(|(n, d)| normal(n, d, 1.0, &mut rng));
+            let (q, k) = (q * size, k * size);
+            let scale = 1.0 / 5f64.sqrt();
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+            let graph_pairs = (0..211).flat_map(|i| (0..211).map(move |j| (i, j)));
+            let graph = Graph::from_edges(211, 211, graph_pairs).unwrap();
+            let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph).unwrap();
+            for (what, inputs, causal) in [
+                ("dense", inputs, false),
+                ("causal", inputs.causal(), true),
+                ("graph", sparse, false),
+            ] {
+                let sees = |i: usize, j: usize| (!causal || j <= i).then_some(0.0);
+                let expected = oracle(kind, projection.as_ref(), scale, [&q, &k, &v], &sees);
+                let error = largest_difference(&performer.forward(&inputs).unwrap(), &expected);
+                // Exponents of up to size² are rounded.
+                let tolerance = 1e-13 * (1.0 + size * size);
+                assert!(error < tolerance, "{kind:?} {size} {what}: {error:e}");
+            }
+        }
+    }
+}
+
+/// The gradients through sums and through pairs, of a loss ⟨grad_out, out⟩.
+#[test]
+fn gradients_of_sums_are_those_of_pairs() {
+    let (n_q, n_k, d, d_v, heads, kv_heads) = (263, 259, 5, 3, 4, 2);
+    for (kind, features) in all_kinds() {
+        // In the largest, rows of the causal pattern underflow.
+        for size in [0.3, 3.0, 300.0] {
+            if kind == Features::Trigonometric && size > 1.0 {
+                continue;
+            }
+            let mut rng = rng(7);
+            let config = PerformerConfig::new(d, features).features(kind);
+            let performer = config.init::<f64>(&mut rng).unwrap();
+            let q = normal(n_q, heads * d, size, &mut rng);
+            let k = normal(n_k, kv_heads * d, size, &mut rng);
+            let v = normal(n_k, kv_heads * d_v, 1.0, &mut rng);
+            let grad_out = normal(n_q, heads * d_v, 1.0, &mut rng);
+            let no_bias = Array2::zeros((n_q, n_k));
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+            let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap();
+            let cases = [inputs, inputs.causal(), inputs.with_causal(Causal::BottomRight)];
+            for (case, inputs) in cases.into_iter().enumerate() {
+                let run = |inputs: &Inputs<'_, f64>| {
+                    let (out, saved) = performer.forward_train(inputs).unwrap();
+                    (out, performer.backward(inputs, &saved, grad_out.view()).unwrap())
+                };
+                let (out, sums) = run(&inputs);
+                let (expected, pairs) = run(&inputs.with_bias(no_bias.view()).unwrap());
+                let what = format!("{kind:?} {size}, case {case}");
+                let tolerance = 1e-12 * (1.0 + size * size);
+                let close = |what: String, a: &Array2<f64>, b: &Array2<f64>| {
+                    let largest = b.iter().fold(0f64, |max, x| max.max(x.abs())).max(1e-3);
+                    let error = largest_difference(a, b) / largest;
+                    assert!(error < tolerance, "{what}: {error:e}");
+                };
+                close(format!("{what}: out"), &out, &expected);
+                close(format!("{what}: query"), &sums.query, &pairs.query);
+                close(format!("{what}: key"), &sums.key, &pairs.key);
+                close(format!("{what}: value"), &sums.value, &pairs.value);
+                let matrix = |grads: &Gradients<f64>| {
+                    grads.params.first().map(|p| p.clone().into_dimensionality().unwrap())
+                };
+                if let (Some(a), Some(b)) = (matrix(&sums), matrix(&pairs)) {
+                    close(format!("{what}: projection"), &a, &b);
+                }
+            }
+        }
+    }
+}
+
+// ---- Lemma 2, Theorem 2 ----
+
+/// Mean and standard error of some numbers.
+fn mean(numbers: &[f64]) -> (f64, f64) {
+    let count = numbers.len() as f64;
+    let mean = numbers.iter().sum::<f64>() / count;
+    let variance = numbers.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (count - 1.0);
+    (mean, (variance / count).sqrt())
+}
+
+/// Estimates of e^{x·y} by fresh projections.
+fn estimates(config: &PerformerConfig, x: &[f64], y: &[f64], count: usize) -> Vec<f64> {
+    let mut rng = rng(11);
+    let rows = Array2::from_shape_vec((2, x.len()), [x, y].concat()).unwrap();
+    let mut performer = config.init::<f64>(&mut rng).unwrap();
+    (0..count)
+        .map(|_| {
+            performer.redraw(&mut rng).unwrap();
+            let phi = performer.feature_map(rows.view()).unwrap();
+            phi.row(0).dot(&phi.row(1))
+        })
+        .collect()
+}
+
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+/// The closed forms of the paper, for r independent projections.
+fn lemma_2(kind: Features, x: &[f64], y: &[f64], r: f64) -> f64 {
+    let sm = dot(x, y).exp();
+    let square = |sign: f64| x.iter().zip(y).map(|(x, y)| (x + sign * y).powi(2)).sum::<f64>();
+    let (sum, difference) = (square(1.0), square(-1.0));
+    let positive = sum.exp() * sm.powi(2) * (1.0 - (-sum).exp()) / r;
+    match kind {
+        Features::Positive => positive,
+        Features::Hyperbolic => (1.0 - (-sum).exp()) / 2.0 * positive,
+        _ => sum.exp() / sm.powi(2) * (1.0 - (-difference).exp()).powi(2) / (2.0 * r),
+    }
+}
+
+#[test]
+fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
+    let x = [0.3, -0.4, 0.1];
+    for y in [[0.2, 0.1, -0.3], [0.4, -0.4, 0.2], [-0.3, 0.35, 0.0]] {
+        for (kind, features, r) in [
+            (Features::Positive, 4, 4.0),
+            (Features::Hyperbolic, 8, 4.0),
+            (Features::Trigonometric, 8, 4.0),
+        ] {
+            let config = PerformerConfig::new(3, features).features(kind).scale(1.0);
+            let exact = dot(&x, &y).exp();
+            let expected = lemma_2(kind, &x, &y, r);
+            let values = estimates(&config.clone().projection(Projection::Iid), &x, &y, 40_000);
+            let (average, error) = mean(&values);
+            assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
+            assert!(error < 0.01 * exact, "{error}");
+            let squares: Vec<f64> = values.iter().map(|value| (value - exact).powi(2)).collect();
+            let (average, error) = mean(&squares);
+            assert!((average - expected).abs() < 4.5 * error, "{kind:?}: {average} {expected}");
+            assert!(error < 0.1 * expected, "{error} {expected}");
+            // And so the crate says beforehand.
+            let performer = config.init::<f64>(&mut rng(1)).unwrap();
+            let (q, k) = (Array1::from(x.to_vec()), Array1::from(y.to_vec()));
+            let variance = performer.relative_variance(q.view(), k.view()).unwrap();
+            assert!((variance * exact * exact / expected - 1.0).abs() < 1e-12, "{kind:?}");
+            let wanted = performer.num_features_for(q.view(), k.view(), 0.01).unwrap();
+            assert_eq!(wanted, (variance * features as f64 / 1e-4).ceil());
+            // Orthogonal ones are unbiased too.
+            let (average, error) = mean(&estimates(&config, &x, &y, 40_000));
+            assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
+        }
+    }
+}
+
+#[test]
+fn orthogonal_projections_err_less_by_theorem_2() {
+    // m ≤ d
+    let (d, m) = (5, 5);
+    let x = [0.3, -0.3, 0.2, 0.1, 0.2];
+    let y = [0.2, -0.4, 0.1, 0.2, 0.0];
+    let config = PerformerConfig::new(d, m).scale(1.0);
+    let exact = dot(&x, &y).exp();
+    let squares = |config: &PerformerConfig| -> (f64, f64) {
+        let values = estimates(config, &x, &y, 100_000);
+        mean(&values.iter().map(|value| (value - exact).powi(2)).collect::<Vec<_>>())
+    };
+    let norms = (-(dot(&x, &x) + dot(&y, &y)) / 2.0).exp();
+    let gain = 2.0 * (m as f64 - 1.0) / (m as f64 * (d as f64 + 2.0)) * (exact - norms).powi(2);
+    let bound = lemma_2(Features::Positive, &x, &y, m as f64) - gain;
+    let (orthogonal, error) = squares(&config);
+    assert!(orthogonal < bound + 4.5 * error, "{orthogonal} {bound} {error}");
+    // A test that independent ones fail.
+    let (independent, error) = squares(&config.projection(Projection::Iid));
+    assert!(independent > bound + 4.5 * error, "{independent} {bound} {error}");
+}
+
+#[test]
+fn orthogonal_blocks_are_uniform_rotations_with_chi_norms() {
+    let mut rng = rng(12);
+    let (mut squares, mut of_squares, mut traces, mut of_traces) = (vec![], vec![], vec![], vec![]);
+    let mut performer = PerformerConfig::new(3, 7).init::<f64>(&mut rng).unwrap();
+    for _ in 0..20_000 {
+        performer.redraw(&mut rng).unwrap();
+        let mut w = projection_of(&performer).unwrap();
+        for mut row in w.rows_mut() {
+            let square = row.dot(&row);
+            squares.push(square);
+            of_squares.push((square - 3.0).powi(2));
+            row /= square.sqrt();
+        }
+        for block in [s![0..3, ..], s![3..6, ..]] {
+            let block = w.slice(block);
+            let error = (block.dot(&block.t()) - Array2::<f64>::eye(3)).mapv(f64::abs).sum();
+            assert!(error < 1e-12, "{error}");
+            let trace = block.diag().sum();
+            traces.push(trace);
+            of_traces.push(trace * trace);
+        }
+    }
+    // |w|² is χ² distributed with 3 degrees of freedom. The trace of a uniform orthogonal matrix has the
+    // mean 0 and the variance 1; without the signs of R it would have another mean.
+    for (numbers, expected) in [(squares, 3.0), (of_squares, 6.0), (traces, 0.0), (of_traces, 1.0)]
+    {
+        let (average, error) = mean(&numbers);
+        assert!((average - expected).abs() < 4.5 * error, "{average} {expected} {error}");
+    }
+}
+
+#[test]
+fn errors_of_outputs_fall_with_the_root_of_the_features() {
+    let (n, d) = (61, 16);
+    let mut rng = rng(13);
+    let mut unit = || {
+        let mut x: Array2<f64> = normal(n, d, 1.0, &mut rng);
+        x.rows_mut().into_iter().for_each(|mut row| row /= row.dot(&row).sqrt());
+        x
+    };
+    let (q, k, v) = (unit(), unit(), unit());
+    let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+    let exact = Flash::new().with_scale(1.0).unwrap().forward(&inputs).unwrap();
+    for kind in [Features::Positive, Features::Hyperbolic, Features::Trigonometric] {
+        let mut points = Vec::new();
+        for num_features in [16, 64, 256, 1024] {
+            let config = PerformerConfig::new(d, num_features).features(kind).scale(1.0);
+            let mut square = 0.0;
+            for seed in 0..20 {
+                let performer = config.init::<f64>(&mut self::rng(seed)).unwrap();
+                let error = performer.forward(&inputs).unwrap() - &exact;
+                square += error.iter().map(|e| e * e).sum::<f64>();
+            }
+            points.push(((num_features as f64).ln(), square.sqrt().ln()));
+        }
+        let count = points.len() as f64;
+        let middle = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+        let (x, y) = (middle(|p| p.0), middle(|p| p.1));
+        let slope = points.iter().map(|p| (p.0 - x) * (p.1 - y)).sum::<f64>()
+            / points.iter().map(|p| (p.0 - x).powi(2)).sum::<f64>();
+        assert!((-0.7..=-0.3).contains(&slope), "{kind:?}: {slope}");
+    }
+}
+
+// ---- Range ----
+
+#[test]
+fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
+    let graph = Graph::from_edges(211, 211, (0..211).flat_map(|i| [(i, i), (i, (i * 5) % 211)]));
+    let graph = graph.unwrap();
+    for (kind, features) in all_kinds() {
+        for size in [1e-3, 1.0, 30.0, 1e3] {
+            let mut rng = rng(14);
+            let config = PerformerConfig::new(5, features).features(kind).scale(1.0);
+            let performer = config.init::<f32>(&mut rng).unwrap();
+            let unit = |rng: &mut Xoshiro256PlusPlus| {
+                let mut x: Array2<f32> = normal(211, 5, 1.0, rng);
+                for mut row in x.rows_mut() {
+                    let norm = row.dot(&row).sqrt();
+                    row *= size / norm;
+                }
+                x
+            };
+            let (q, k) = (unit(&mut rng), unit(&mut rng));
+            let ones = Array2::<f32>::ones((211, 2));
+            let dense = Inputs::dense(q.view(), k.view(), ones.view()).unwrap();
+            let sparse = Inputs::graph(q.view(), k.view(), ones.view(), &graph).unwrap();
+            for inputs in [dense, dense.causal(), sparse] {
+                let (out, saved) = performer.forward_train(&inputs).unwrap();
+                let grads = performer.backward(&inputs, &saved, out.view()).unwrap();
+                let all = grads.query.iter().chain(&grads.key).chain(&grads.value).chain(&out);
+                assert!(
+                    all.chain(grads.params.iter().flatten()).all(|x| x.is_finite()),
+                    "{kind:?}"
+                );
+                // The mean of ones; cosines may cancel.
+                let error = out.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
+                let is_stable = kind != Features::Trigonometric || size < 0.1;
+                assert!(error < 1e-5 || !is_stable, "{kind:?} {size}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_comes_later_changes_no_bit_of_causal_rows() {
+    let mut rng = rng(15);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind);
+        let performer = config.init::<f32>(&mut rng).unwrap();
+        let [q, k, v] = [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
+        let run = |k: &Array2<f32>, v: &Array2<f32>| {
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().causal();
+            performer.forward(&inputs).unwrap()
+        };
+        let all = run(&k, &v);
+        for first in [1, 77, 128, 131, 256, 299] {
+            let (mut k, mut v) = (k.clone(), v.clone());
+            k.slice_mut(s![first.., ..]).mapv_inplace(|x| -30.0 * x);
+            v.slice_mut(s![first.., ..]).fill(7.0);
+            assert_eq!(run(&k, &v).slice(s![..first, ..]), all.slice(s![..first, ..]), "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn padding_leaves_both_sums() {
+    let mut rng = rng(16);
+    let performer = PerformerConfig::new(5, 33).init::<f32>(&mut rng).unwrap();
+    let [q, k, v] = [(11, 5), (290, 5), (290, 3)].map(|(n, d)| normal(n, d, 1.0, &mut rng));
+    let flags = Array1::from_shape_fn(290, |j| j < 173);
+    let mask = flags.broadcast((11, 290)).unwrap();
+    let mut bad = k.clone();
+    bad.slice_mut(s![173.., ..]).fill(f32::NAN);
+    let padded = Inputs::dense(q.view(), bad.view(), v.view()).unwrap().with_mask(mask).unwrap();
+    let (k, v) = (k.slice(s![..173, ..]), v.slice(s![..173, ..]));
+    let short = Inputs::dense(q.view(), k, v).unwrap();
+    assert_eq!(performer.forward(&padded).unwrap(), performer.forward(&short).unwrap());
+}
+
+// ---- State ----
+
+#[test]
+fn a_state_is_the_attention_over_its_keys() {
+    for (kind, features) in all_kinds() {
+        let mut rng = rng(17);
+        let config = PerformerConfig::new(5, features).features(kind);
+        let performer = config.init::<f64>(&mut rng).unwrap();
+        let [q, k, v] = [(7, 5), (173, 5), (173, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
+        let part = |x: &Array2<f64>, from: usize, to: usize| x.slice(s![from..to, ..]).to_owned();
+        let expect = |state: &graph_attention::PerformerState<f64>, from, to| {
+            let (k, v) = (part(&k, from, to), part(&v, from, to));
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+            let expected = performer.forward(&inputs).unwrap();
+            let error = largest_difference(&state.query(q.view()).unwrap(), &expected);
+            assert!(error < 1e-10, "{kind:?} {from}..{to}: {error:e}");
+            assert_eq!(state.num_keys(), to - from);
+        };
+        let mut state = performer.state(3).unwrap();
+        assert_eq!(state.query(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
+        state.add(part(&k, 0, 60).view(), part(&v, 0, 60).view()).unwrap();
+        expect(&state, 0, 60);
+        let mut other = performer.state(3).unwrap();
+        other.add(part(&k, 60, 173).view(), part(&v, 60, 173).view()).unwrap();
+        state.merge(&other).unwrap();
+        expect(&state, 0, 173);
+        for at in 0..100 {
+            let (k, v) = (part(&k, at, at + 1), part(&v, at, at + 1));
+            state.remove(k.view(), v.view()).unwrap();
+        }
+        expect(&state, 100, 173);
+        state.remove(part(&k, 100, 173).view(), part(&v, 100, 173).view()).unwrap();
+        assert_eq!(state.query(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
+    }
+}
+
+#[test]
+fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
+    let mut rng = rng(18);
+    let performer = PerformerConfig::new(2, 64).scale(1.0).init::<f64>(&mut rng).unwrap();
+    let near = array![[1.0, 0.0], [0.9, 0.1]];
+    // Its features are e^{−200} of the others'.
+    let far = array![[-20.0, 0.0]];
+    let mut state = performer.state(1).unwrap();
+    state.add(near.view(), array![[1.0], [1.0]].view()).unwrap();
+    state.add(far.view(), array![[5.0]].view()).unwrap();
+    assert!((state.query(near.view()).unwrap()[[0, 0]] - 1.0).abs() < 1e-12);
+    state.remove(near.view(), array![[1.0], [1.0]].view()).unwrap();
+    let error = state.query(near.view()).unwrap_err().to_string();
+    assert!(error.contains("removed"), "{error}");
+
+    let bad = array![[f64::NAN, 0.0]];
+    assert!(state.add(bad.view(), array![[1.0]].view()).unwrap_err().to_string().contains("row 0"));
+    assert!(state.remove(near.view(), array![[1.0], [1.0]].view()).is_err());
+    let other = PerformerConfig::new(2, 64).init::<f64>(&mut rng).unwrap().state(1).unwrap();
+    assert!(state.merge(&other).is_err());
+    assert!(performer.state(0).is_err());
+}
+
+// ---- How wrong ----
+
+#[test]
+fn the_standard_error_is_the_error() {
+    let mut rng = rng(19);
+    let [q, k, v] = [(5, 4), (83, 4), (83, 3)].map(|(n, d)| normal::<f64>(n, d, 0.3, &mut rng));
+    let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+    let exact = Flash::new().forward(&inputs).unwrap();
+    for kind in [Features::Positive, Features::Hyperbolic, Features::Trigonometric] {
+        let config = PerformerConfig::new(4, 256).features(kind).projection(Projection::Iid);
+        let mut performer = config.init::<f64>(&mut rng).unwrap();
+        let (mut actual, mut said) = (Array1::<f64>::zeros(5), Array1::<f64>::zeros(5));
+        for _ in 0..300 {
+            performer.redraw(&mut rng).unwrap();
+            let error = performer.forward(&inputs).unwrap() - &exact;
+            actual += &error.mapv(|e| e * e).sum_axis(Axis(1));
+            let accuracy = performer.accuracy(&inputs).unwrap();
+            said += &accuracy.standard_error.column(0).mapv(|e| e * e);
+            let effective = &accuracy.effective_features;
+            assert!(effective.iter().all(|&m| m > 5.0 && m <= 256.0), "{kind:?}: {effective}");
+        }
+        // Three hundred squares are good to some ten percent.
+        for ratio in (&said / &actual).mapv(f64::sqrt) {
+            assert!((0.8..1.25).contains(&ratio), "{kind:?}: {ratio}");
+        }
+    }
+    let hopeless = PerformerConfig::new(4, 64).init::<f64>(&mut rng).unwrap();
+    let far = (&q * 30.0, &k * 30.0);
+    let inputs = Inputs::dense(far.0.view(), far.1.view(), v.view()).unwrap();
+    let accuracy = hopeless.accuracy(&inputs).unwrap();
+    assert!(accuracy.effective_features.iter().all(|&m| m < 5.0), "{accuracy:?}");
+    assert!(hopeless.relative_variance(far.0.row(0), far.1.row(0)).unwrap() > 1e10);
+}
+
+// ---- Parameters and errors ----
+
+#[test]
+fn a_projection_is_saved_and_loaded() {
+    let config = PerformerConfig::new(3, 8).features(Features::Hyperbolic);
+    let performer = config.init::<f64>(&mut rng(20)).unwrap();
+    let state = params::state(&performer);
+    assert_eq!(state[0].0, "projection_matrix");
+    assert_eq!(state[0].1.shape(), [4, 3]);
+    let loaded = config.from_params(state).unwrap();
+    let x: Array2<f64> = normal(7, 3, 1.0, &mut rng(21));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    assert_eq!(loaded.forward(&inputs).unwrap(), performer.forward(&inputs).unwrap());
+    let mut redrawn = loaded.clone();
+    redrawn.redraw(&mut rng(22)).unwrap();
+    assert_ne!(redrawn.forward(&inputs).unwrap(), performer.forward(&inputs).unwrap());
+    let wrong = [("projection_matrix", ArrayD::<f64>::zeros(IxDyn(&[8, 3])))];
+    assert!(matches!(config.from_params(wrong), Err(Error::Shape { .. })));
+    let elu = PerformerConfig::new(3, 3).features(Features::Elu);
+    assert!(params::state(&elu.init::<f64>(&mut rng(1)).unwrap()).is_empty());
+}
+
+#[test]
+fn bad_configurations_and_inputs_are_refused() {
+    let init = |config: PerformerConfig| config.init::<f32>(&mut rng(23)).map(drop);
+    let new = PerformerConfig::new;
+    for (config, field) in [
+        (new(0, 4), "head_dim"),
+        (new(4, 0), "num_features"),
+        (new(4, 5).features(Features::Hyperbolic), "num_features"),
+        (new(4, 5).features(Features::Trigonometric), "num_features"),
+        (new(4, 5).features(Features::Elu), "num_features"),
+        (new(4, 5).features(Features::Relu { epsilon: 0.0 }), "features.epsilon"),
+        (new(4, 5).features(Features::Relu { epsilon: f64::NAN }), "features.epsilon"),
+        (new(4, 5).scale(-1.0), "scale"),
+        (new(4, 5).scale(f64::INFINITY), "scale"),
+    ] {
+        let error = init(config).unwrap_err();
+        assert!(matches!(error, Error::InvalidConfig { field: f, .. } if f == field), "{error}");
+    }
+    let performer = new(4, 6).init::<f64>(&mut rng(24)).unwrap();
+    let (x, y) = (Array2::<f64>::zeros((3, 4)), Array2::<f64>::zeros((3, 5)));
+    let wrong = Inputs::dense(y.view(), x.view(), x.view()).unwrap();
+    assert_eq!(
+        performer.forward(&wrong).unwrap_err(),
+        Error::Shape { what: "query".into(), expected: vec![3, 4], actual: vec![3, 5] }
+    );
+    let right = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let dropout = Dropout { probability: 0.5, seed: 1 };
+    let dropped = right.with_dropout(dropout).unwrap();
+    for inputs in [dropped, right.causal()] {
+        assert!(matches!(performer.accuracy(&inputs), Err(Error::InvalidConfig { .. })));
+    }
+    assert!(performer.relative_variance(x.row(0), y.row(0)).is_err());
+    assert!(performer.num_features_for(x.row(0), x.row(1), f64::NAN).is_err());
+    assert!(performer.feature_map(y.view()).is_err());
+    let relu = new(4, 6).features(RELU).init::<f64>(&mut rng(25)).unwrap();
+    assert!(relu.relative_variance(x.row(0), x.row(1)).is_err());
+    let circular = new(4, 6).features(Features::Trigonometric).init::<f64>(&mut rng(26)).unwrap();
+    assert_eq!(circular.weights(&right), Err(Error::NoWeights { mechanism: "performer" }));
+    // Saved by another path.
+    let (out, saved) = performer.forward_train(&right).unwrap();
+    let two_heads = right.with_heads(1).unwrap();
+    assert!(performer.backward(&two_heads, &saved, out.view()).is_ok());
+}
+
+#[test]
+fn weights_are_those_of_the_outputs() {
+    let mut rng = rng(27);
+    let performer = PerformerConfig::new(5, 24).init::<f64>(&mut rng).unwrap();
+    let [q, k, v] = [(7, 5), (11, 5), (11, 3)].map(|(n, d)| normal(n, d, 1.0, &mut rng));
+    let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+    let weights = performer.weights(&inputs).unwrap().into_shape_with_order((7, 11)).unwrap();
+    assert!(largest_difference(&weights.dot(&v), &performer.forward(&inputs).unwrap()) < 1e-13);
+    assert!(weights.iter().all(|&weight| weight > 0.0));
+}
+
+// ---- performer-pytorch ----
+
+fn dynamic(value: &Value) -> Array2<f64> {
+    let numbers = |value: &Value| -> Vec<f64> {
+        value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    let shape = numbers(&value["shape"]);
+    let shape = (shape[0] as usize, shape[1] as usize);
+    Array::from_shape_vec(shape, numbers(&value["data"])).unwrap()
+}
+
+#[test]
+fn outputs_and_gradients_are_those_of_performer_pytorch() {
+    let golden: Value = serde_json::from_str(include_str!("golden/performer.json")).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let arrays: HashMap<&str, Array2<f64>> = case
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(_, value)| value.is_object())
+            .map(|(name, value)| (name.as_str(), dynamic(value)))
+            .collect();
+        let projection = &arrays["projection"];
+        let kind = if case["features"] == "relu" { RELU } else { Features::Positive };
+        let config = PerformerConfig::new(projection.ncols(), projection.nrows()).features(kind);
+        let state = [("projection_matrix", projection.clone().into_dyn())];
+        let performer = config.from_params(state).unwrap();
+        let [q, k, v] = ["query", "key", "value"].map(|name| arrays[name].view());
+        let heads = case["heads"].as_u64().unwrap() as usize;
+        let mut inputs = Inputs::dense(q, k, v).unwrap().with_heads(heads).unwrap();
+        if case["causal"] == true {
+            inputs = inputs.causal();
+        }
+        let (out, saved) = performer.forward_train(&inputs).unwrap();
+        let grads = performer.backward(&inputs, &saved, arrays["grad_out"].view()).unwrap();
+        let grad_projection = grads.params[0].clone().into_dimensionality().unwrap();
+        for (name, actual) in [
+            ("out", &out),
+            ("grad_query", &grads.query),
+            ("grad_key", &grads.key),
+            ("grad_value", &grads.value),
+            ("grad_projection", &grad_projection),
+        ] {
+            let error = largest_difference(actual, &arrays[name]);
+            assert!(error < 1e-13, "{}: {name}: {error:e}", case["name"]);
+        }
+    }
+}
