@@ -11,7 +11,7 @@
 use graph_attention::ndarray::Array2;
 use graph_attention::{
     Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MultiHeadConfig,
-    PoincareConfig, Result, ScaledDotProduct, Score,
+    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -32,6 +32,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
+        Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),
     ])
 }
 

@@ -30,6 +30,7 @@
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
+//! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for

@@ -3,9 +3,10 @@
 use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Poincare, PoincareConfig,
-    ScaledDotProduct,
+    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Performer, PerformerConfig, Poincare,
+    PoincareConfig, ScaledDotProduct,
 };
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 const COLUMNS: usize = 4;
 
@@ -46,6 +47,10 @@ fn poincare() -> Poincare<f32> {
     PoincareConfig::new().coordinates(Coordinates::Tangent).learn_curvature(true).init().unwrap()
 }
 
+fn performer(head_dim: usize) -> Performer<f32> {
+    PerformerConfig::new(head_dim, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(1)).unwrap()
+}
+
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
     let peaks: Vec<u64> =
         [1, 2, 4, 8, 16].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
@@ -59,9 +64,10 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 }
 
 #[test]
-fn flash_and_poincare_train_in_memory_linear_in_n() {
+fn flash_poincare_and_performer_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
     trains_in_memory_linear_in_n(&poincare());
+    trains_in_memory_linear_in_n(&performer(COLUMNS));
 }
 
 #[test]
@@ -104,7 +110,8 @@ fn inference_allocates_a_constant_number_of_times() {
         on_one_thread(|| attention.forward_into(&inputs, out.view_mut()).unwrap()).count_total
     };
     let plain = ScaledDotProduct::new();
-    for attention in [&Flash::new() as &dyn Attention<f32>, &plain, &poincare()] {
+    let performer = performer(COLUMNS / 2);
+    for attention in [&Flash::new() as &dyn Attention<f32>, &plain, &poincare(), &performer] {
         // The plain mechanism holds all weights: only on a graph can they be so many.
         for sparse in [attention.name() == "scaled_dot_product", true] {
             // Small problems are cut into fewer parts.

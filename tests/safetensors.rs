@@ -4,8 +4,8 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MultiHead, MultiHeadConfig, Params, Poincare, PoincareConfig,
-    Result, ScaledDotProduct, params, safetensors,
+    Attention, Error, Flash, Float, MultiHead, MultiHeadConfig, Params, Performer, PerformerConfig,
+    Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -75,6 +75,10 @@ fn poincare<F: Float>(seed: u64) -> Poincare<F> {
     config.learn_curvature(true).learn_temperature(true).init().unwrap()
 }
 
+fn performer<F: Float>(seed: u64) -> Performer<F> {
+    PerformerConfig::new(3, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
+}
+
 fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
@@ -85,6 +89,7 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         Box::new(multi_head(&config, multi_head(&config, Flash::new(), seed + 1), seed)),
         Box::new(Flash::new()),
         Box::new(poincare(seed)),
+        Box::new(performer(seed)),
     ]
 }
 

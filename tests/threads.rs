@@ -4,7 +4,7 @@
 use graph_attention::ndarray::Array2;
 use graph_attention::{
     Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MultiHeadConfig,
-    PoincareConfig,
+    PerformerConfig, PoincareConfig,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -61,6 +61,13 @@ fn one_two_and_seven_threads_give_the_same_bits() {
             assert_eq!(one, run(2, &poincare, &inputs));
             assert_eq!(one, run(7, &poincare, &inputs));
         }
+    }
+    let performer = PerformerConfig::new(8, 64).init(&mut rng).unwrap();
+    for inputs in [dense, dense.causal(), sparse] {
+        let inputs = inputs.with_heads(4).unwrap();
+        let one = run(1, &performer, &inputs);
+        assert_eq!(one, run(2, &performer, &inputs));
+        assert_eq!(one, run(7, &performer, &inputs));
     }
     for inputs in [dense, sparse] {
         assert_eq!(run(1, &multi_head, &inputs), run(7, &multi_head, &inputs));

@@ -42,7 +42,7 @@ fn steps<F: Float>(
 ) -> (Range<usize>, Vec<Step>) {
     let first = if num_queries == 0 { 0 } else { problem.num_seen(0) };
     let mut seen = first;
-    let mut steps = Vec::new();
+    let mut steps = Vec::with_capacity(num_queries.div_ceil(CHUNK));
     for queries in ranges(num_queries, CHUNK) {
         let end = problem.num_seen(queries.end - 1);
         steps.push(Step { queries, keys: seen..end, has_sums: seen > 0 });

@@ -40,6 +40,8 @@ pub(super) struct Chunk<F> {
     /// The gradients of E, rows × padded, and of h.
     pub(super) grad_products: Vec<F>,
     pub(super) grad_squares: Vec<F>,
+    /// The largest exponent of each feature of a chunk.
+    largest: Vec<F>,
     /// The projection, dim × padded.
     projection: Vec<F>,
 }
@@ -75,6 +77,7 @@ impl<F: Float> Chunk<F> {
             shifts: vec![F::zero(); CHUNK],
             grad_products: vec![F::zero(); CHUNK * padded],
             grad_squares: vec![F::zero(); CHUNK],
+            largest: vec![F::zero(); stride],
             projection,
         }
     }
@@ -156,10 +159,11 @@ impl<F: Float> Chunk<F> {
             }
             return;
         }
-        let mut largest = vec![F::neg_infinity(); stride];
+        let largest = &mut self.largest;
+        largest.fill(F::neg_infinity());
         for (row, (products, &square)) in rows.zip(products) {
             exponents(map, &products[..columns], square, row);
-            max_into(simd, row, &mut largest);
+            max_into(simd, row, largest);
         }
         (0..num_features).for_each(|feature| sums.raise(feature, largest[feature]));
         largest[..num_features].copy_from_slice(&sums.shifts);
@@ -167,7 +171,7 @@ impl<F: Float> Chunk<F> {
         largest[num_features..].fill(F::zero());
         let rows = self.features.chunks_exact_mut(stride).take(self.len);
         for (row, products) in rows.zip(self.products.chunks_exact(padded)) {
-            powers(simd, row, &largest);
+            powers(simd, row, largest);
             mantissas(map, &products[..columns], row);
         }
     }

@@ -120,7 +120,7 @@ impl<F: Float> Performer<F> {
             let products = self.map.products(x)?;
             let mut row = ndarray::Array1::zeros(features);
             for (query, (x, products)) in x.rows().into_iter().zip(products.rows()).enumerate() {
-                self.map.exponents_or_features(&x.to_vec(), &products.to_vec(), row.view_mut());
+                self.map.exponents_or_features(x, products, row.view_mut());
                 if problem.map.is_exponential() {
                     row.iter_mut().zip(&sums.shifts).for_each(|(entry, &shift)| *entry += shift);
                     let max = row.iter().copied().fold(F::neg_infinity(), crate::float::nan_max);

@@ -7,7 +7,7 @@ use crate::inputs::Inputs;
 use crate::kernels::features::{FeatureProblem, Map};
 use crate::kernels::linear::linear;
 use crate::kernels::problem::Rows;
-use ndarray::{Array2, ArrayView2, ArrayViewMut1};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 use std::f64::consts::LOG2_E;
@@ -132,11 +132,11 @@ impl<F: Float> FeatureMap<F> {
     /// trigonometric ones without the factor e^{|x|²/2}.
     pub(super) fn exponents_or_features(
         &self,
-        x: &[F],
-        products: &[F],
+        x: ArrayView1<'_, F>,
+        products: ArrayView1<'_, F>,
         mut out: ArrayViewMut1<'_, F>,
     ) {
-        let square = self.square_scale() * x.iter().map(|&x| x * x).sum::<F>();
+        let square = self.square_scale() * x.dot(&x);
         let columns = products.len();
         for (c, &product) in products.iter().enumerate() {
             match self.map() {
@@ -176,9 +176,8 @@ impl<F: Float> FeatureMap<F> {
         for ((x, products), mut out) in
             x.rows().into_iter().zip(products.rows()).zip(out.rows_mut())
         {
-            let x = x.to_vec();
-            self.exponents_or_features(&x, products.as_slice().unwrap_or_default(), out.view_mut());
-            let square = self.square_scale() * x.iter().map(|&x| x * x).sum::<F>();
+            self.exponents_or_features(x, products, out.view_mut());
+            let square = self.square_scale() * x.dot(&x);
             out.mapv_inplace(|entry| match self.map() {
                 map if map.is_exponential() => norm * entry.exp2(),
                 Map::Circular => norm * square.exp2() * entry,

@@ -46,12 +46,12 @@ impl<F: Float> Side<F> {
             let columns = head_columns(head, features);
             for (row, (x, products)) in x.rows().into_iter().zip(products.rows()).enumerate() {
                 let mut exponents = side.exponents.slice_mut(s![row, columns.clone()]);
-                map.exponents_or_features(&x.to_vec(), &products.to_vec(), exponents.view_mut());
+                map.exponents_or_features(x, products, exponents.view_mut());
                 let shift = &mut side.shifts[[row, head]];
                 if is_exponential {
                     *shift = exponents.iter().copied().fold(F::neg_infinity(), nan_max);
                 } else if map.map() == Map::Circular {
-                    *shift = map.square_scale() * x.iter().map(|&x| x * x).sum::<F>();
+                    *shift = map.square_scale() * x.dot(&x);
                 }
                 let mut features = side.features.slice_mut(s![row, columns.clone()]);
                 features.zip_mut_with(&exponents, |feature, &exponent| {
