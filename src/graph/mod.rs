@@ -1,5 +1,6 @@
 mod hops;
 mod patterns;
+mod spectral;
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};

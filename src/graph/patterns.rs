@@ -90,20 +90,20 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if there is no such graph, because `degree` is not below n (0 for no nodes)
-    /// or n · `degree` is odd, or if there would be more than `u32::MAX` pairs.
+    /// [`Error::InvalidConfig`] if there is no such graph, because there are not `degree` other nodes
+    /// or n · `degree` is odd; [`Error::Graph`] if there would be more than `u32::MAX` nodes or pairs.
     pub fn expander(n: usize, degree: usize, rng: &mut (impl Rng + ?Sized)) -> Result<Self> {
         check_sizes(n, n)?;
         let others = n.saturating_sub(1);
         if degree > others {
             let expected = format!("at most {others}, the number of other nodes");
-            return Err(Error::graph("degree", expected, degree));
+            return Err(Error::config("degree", expected, degree));
         }
         let num_edges = n.checked_mul(degree).ok_or_else(|| too_large(n))?;
         check_num_edges(num_edges)?;
         if !num_edges.is_multiple_of(2) {
-            let actual = format!("{n} · {degree}");
-            return Err(Error::graph("n · degree", "an even number of half-edges", actual));
+            let expected = format!("an even number for {n} nodes");
+            return Err(Error::config("degree", expected, degree));
         }
         if degree <= others / 2 {
             let drawn = HalfEdges::random(n, degree, rng)?;
@@ -149,13 +149,13 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if there are no graphs or more than 256, or if there would be more than
-    /// `u32::MAX` pairs; [`Error::Shape`] if they are not all over as many queries and keys as the
-    /// first.
+    /// [`Error::InvalidConfig`] if there are no graphs or more than 256; [`Error::Shape`] if they are
+    /// not all over as many queries and keys as the first; [`Error::Graph`] if there would be more
+    /// than `u32::MAX` pairs.
     pub fn union(graphs: &[&Graph]) -> Result<(Self, Vec<u8>)> {
         let first = match graphs {
             [first, ..] if graphs.len() <= 256 => first,
-            _ => return Err(Error::graph("number of graphs", "1 to 256", graphs.len())),
+            _ => return Err(Error::config("number of graphs", "1 to 256", graphs.len())),
         };
         let (num_queries, num_keys) = (first.num_queries(), first.num_keys());
         for (number, graph) in graphs.iter().enumerate() {
