@@ -339,7 +339,7 @@ mod tests {
             ("ring of 1009", ring(1009), 1.0 - angle(1009.0)),
             ("even ring", ring(10), 0.0),
             ("path", path(13), 0.0),
-            // A walk that stays where it is with a probability of 1/2 or 1/3.
+            // A walk that stays at an end with a probability of 1/2.
             (
                 "path with loops at its ends",
                 {
@@ -353,7 +353,7 @@ mod tests {
             ("cube with loops", lazy_cube, 0.5),
             ("folded cube", folded, 0.4),
             ("two pieces", two, 0.0),
-            // Of degrees 1 and 2, the eigenvalues of a triangle with a tail: those of the walk.
+            // Every edge of a triangle twice: the same walk.
             (
                 "parallel edges",
                 undirected(3, [(0, 1), (1, 2), (2, 0), (0, 1), (1, 2), (2, 0)]),
@@ -382,6 +382,8 @@ mod tests {
         let message = |graph: Graph| graph.spectral_gap().unwrap_err().to_string();
         let one_way = Graph::from_edges(3, 3, [(0, 1), (1, 0), (1, 2), (2, 1), (1, 2)])?;
         assert!(message(one_way).contains("both directions, got one without, at node 1"));
+        let one_way_ring = Graph::from_edges(3, 3, [(0, 1), (1, 2), (2, 0)])?;
+        assert!(message(one_way_ring).contains("got one without, at node 0"));
         assert!(message(undirected(3, [(0, 2)])).contains("none at node 1"));
         assert!(message(Graph::window(0, 0)?).contains("no nodes"));
         assert!(message(Graph::from_edges(2, 3, [])?).contains("2 queries"));
