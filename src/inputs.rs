@@ -308,6 +308,24 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// A distance for each pair (hops, weights, lengths). In dense inputs: a num_queries × num_keys
     /// matrix, row after row.
     ///
+    /// [`Graph::hop_distances`] counts hops in another graph. Weights of edges, in the order of the
+    /// list that the graph was made from, are distances as they are; layers are so as numbers:
+    ///
+    /// ```
+    /// use graph_attention::{Graph, Inputs};
+    /// use graph_attention::ndarray::{Array1, Array2, array};
+    ///
+    /// let graph = Graph::from_edges(3, 3, [(2, 0), (0, 1)])?;
+    /// let x = Array2::<f32>::zeros((3, 8));
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?;
+    /// let weights = array![0.5, 2.0];
+    /// let weighted = inputs.with_distances(weights.view())?;
+    /// let layers: Array1<f32> = [0u8, 3].map(f32::from).into_iter().collect();
+    /// let layered = inputs.with_distances(layers.view())?;
+    /// # assert_eq!((weighted.num_pairs(), layered.num_pairs()), (2, 2));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.
     pub fn with_distances(mut self, distances: ArrayView1<'a, F>) -> Result<Self> {
@@ -327,6 +345,26 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Coordinates of queries (num_queries × axes) and keys (num_keys × axes).
+    ///
+    /// [`Graph::hops_from`] counts hops from anchors, and with the feature `spectral`
+    /// `Graph::spectral_coordinates` embeds a graph by its resistances. One number for each node,
+    /// such as its level in an HNSW index, is an array of one column; several sources side by side
+    /// are one array of all their axes:
+    ///
+    /// ```
+    /// use graph_attention::{Graph, Inputs};
+    /// use graph_attention::ndarray::{Array2, Axis, array, concatenate};
+    ///
+    /// let graph = Graph::from_edges(3, 3, [(0, 1), (1, 2)])?;
+    /// let levels = array![2f32, 0., 1.].insert_axis(Axis(1));
+    /// let hops = graph.hops_from(&[[0]], 3.0)?;
+    /// let positions = concatenate![Axis(1), levels, hops];
+    /// let x = Array2::zeros((3, 8));
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?
+    ///     .with_positions(positions.view(), positions.view())?;
+    /// # assert_eq!(positions, array![[2., 0.], [0., 1.], [1., 2.]]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Shape`] if a number of rows is wrong or the numbers of axes differ.

@@ -41,6 +41,7 @@
 //! | feature | default | what it does |
 //! |---|---|---|
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
+//! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
 
 mod attention;

@@ -187,6 +187,8 @@ fn graphs_that_contradict_themselves() {
     let select = |queries: &[usize]| GRAPH.select_queries(queries).map(|it| it.0);
     let loops = |rows| GRAPH.with_self_loops_and_features(zeros(rows, 2), LoopFill::Mean);
     let most_keys = Graph::from_csr(u32::MAX as usize, vec![0], vec![]).unwrap();
+    let expander =
+        |n, degree| Graph::expander(n, degree, &mut Xoshiro256PlusPlus::seed_from_u64(1));
     for (result, words) in [
         (Graph::from_edges(2, 3, [(0, 0), (2, 0)]), "edges[1].query | below 2 | got 2"),
         (Graph::from_edges(2, 3, [(0, 3)]), "edges[0].key | below 3 | got 3"),
@@ -218,9 +220,32 @@ fn graphs_that_contradict_themselves() {
         (select(&[HUGE]), "queries[0] | below 2 | got 2305843009213693951"),
         (GRAPH.with_self_loops(), "with_self_loops | as many queries as 3 keys | 2 queries"),
         (GRAPH.k_hop(2).map(|it| it.0), "k_hop | as many queries as 3 keys | 2 queries"),
+        (expander(HUGE, 4), "num_queries | at most 4294967295 | got 23058"),
+        (expander(1 << 20, 1 << 12), "edges | at most 4294967295 | got 4294967296"),
     ] {
         refused(result, &format!("Graph | {words}"));
     }
+    refused(
+        expander(5, 5),
+        "InvalidConfig | degree | at most 4, the number of other nodes | got 5",
+    );
+    refused(expander(5, HUGE), "InvalidConfig | degree | at most 4, the number of other nodes");
+    refused(
+        expander(0, 1),
+        "InvalidConfig | degree | at most 0, the number of other nodes | got 1",
+    );
+    refused(expander(7, 3), "InvalidConfig | degree | an even number for 7 nodes | got 3");
+    let square = Graph::window(3, 1).unwrap();
+    let union = Graph::union;
+    refused(union(&[]), "InvalidConfig | number of graphs | 1 to 256 | got 0");
+    refused(union(&[&square; 257]), "InvalidConfig | number of graphs | 1 to 256 | got 257");
+    refused(union(&[&square, &square, &complete]), "Shape | graphs[2] | [3, 3] | [2048, 2048]");
+    let hops = |graph: &Graph, anchors: &[&[usize]]| graph.hops_from(anchors, -1.0);
+    refused(hops(&GRAPH, &[]), "Graph | hops_from | as many queries as 3 keys | 2 queries");
+    refused(hops(&square, &[&[0], &[1, 3]]), "Graph | anchors[1][1] | a node below 3 | got 3");
+    let distances = |graph: &Graph, pattern| graph.hop_distances(pattern, 2, -1.0);
+    refused(distances(&GRAPH, &GRAPH), "Graph | hop_distances | as many queries as 3 keys");
+    refused(distances(&square, &GRAPH), "Shape | pattern | [3, 3] | [2, 3]");
     refused(loops(4), "Graph | with_self_loops | as many queries as 3 keys | 2 queries");
     refused(loops(1), "Shape | edge_features | [4, 2] | [1, 2]");
 }
@@ -509,8 +534,12 @@ fn empty_graphs_are_valid() {
         (empty.with_self_loops(), "with_self_loops"),
         (empty.k_hop(3).map(|it| it.0), "k_hop"),
         (empty.select_queries(&[]).map(|it| it.0), "select_queries"),
+        (Graph::expander(0, 0, &mut Xoshiro256PlusPlus::seed_from_u64(1)), "expander"),
+        (Graph::union(&[&empty, &empty]).map(|it| it.0), "union"),
         (Ok(empty.transpose().clone()), "transpose"),
     ] {
         assert_eq!(result.as_ref(), Ok(&empty), "{what}");
     }
+    assert_eq!(empty.hops_from(&[[], []] as &[[usize; 0]], -1.0).unwrap().dim(), (0, 2));
+    assert_eq!(empty.hop_distances(&empty, 3, -1.0).unwrap().len(), 0);
 }

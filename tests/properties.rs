@@ -6,6 +6,8 @@ use graph_attention::{
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::collections::BTreeMap;
 
 /// Numbers of queries and keys, and edges between them in any order.
 fn edge_lists() -> impl Strategy<Value = (usize, usize, Vec<(usize, usize)>)> {
@@ -22,6 +24,18 @@ fn edges(graph: &Graph) -> Vec<(usize, usize)> {
     edges.sort();
     assert!(edges.iter().enumerate().all(|(number, &(edge, _))| number == edge));
     edges.into_iter().map(|(_, edge)| edge).collect()
+}
+
+/// The shortest distance of every pair of nodes, more than n where there is no way.
+fn floyd_warshall(n: usize, edges: &[(usize, usize)]) -> Array2<usize> {
+    let mut distance = Array2::from_elem((n, n), usize::MAX / 2);
+    edges.iter().for_each(|&edge| distance[edge] = 1);
+    (0..n).for_each(|node| distance[[node, node]] = 0);
+    for (via, from, to) in (0..n * n * n).map(|x| (x / (n * n), x / n % n, x % n)) {
+        let detour = distance[[from, via]] + distance[[via, to]];
+        distance[[from, to]] = distance[[from, to]].min(detour);
+    }
+    distance
 }
 
 fn matrices(rows: usize, columns: usize) -> impl Strategy<Value = Array2<f64>> {
@@ -82,14 +96,7 @@ proptest! {
         let list: Vec<_> = list.into_iter().map(|(query, key)| (query, key % n)).collect();
         let graph = Graph::from_edges(n, n, list.iter().copied()).unwrap();
         let (reached, hops) = graph.k_hop(k).unwrap();
-        // Shortest distances by Floyd and Warshall.
-        let mut distance = Array2::from_elem((n, n), usize::MAX / 2);
-        list.iter().for_each(|&edge| distance[edge] = 1);
-        (0..n).for_each(|node| distance[[node, node]] = 0);
-        for (via, from, to) in (0..n * n * n).map(|x| (x / (n * n), x / n % n, x % n)) {
-            let detour = distance[[from, via]] + distance[[via, to]];
-            distance[[from, to]] = distance[[from, to]].min(detour);
-        }
+        let distance = floyd_warshall(n, &list);
         let mut expected: Vec<_> = distance.indexed_iter()
             .filter(|&(_, &hops)| hops >= 1 && hops <= k.into())
             .map(|((from, to), &hops)| (from, to, hops as u8))
@@ -100,6 +107,83 @@ proptest! {
         expected.sort();
         actual.sort();
         prop_assert_eq!(actual, expected);
+    }
+
+    #[test]
+    fn hops_and_distances_are_those_of_all_shortest_ways(
+        (n, _, list) in edge_lists(),
+        (_, _, pairs) in edge_lists(),
+        anchors in vec(vec(0..12usize, 0..4), 0..5),
+        max_hops in 0..7usize,
+    ) {
+        let inside = |list: Vec<(usize, usize)>| -> Vec<_> {
+            list.into_iter().map(|(query, key)| (query % n, key % n)).collect()
+        };
+        let (list, pairs) = (inside(list), inside(pairs));
+        let anchors: Vec<Vec<usize>> =
+            anchors.into_iter().map(|set| set.into_iter().map(|node| node % n).collect()).collect();
+        let graph = Graph::from_edges(n, n, list.iter().copied()).unwrap();
+        let pattern = Graph::from_edges(n, n, pairs.iter().copied()).unwrap();
+        let distance = floyd_warshall(n, &list);
+        let or_far = |hops: Option<usize>, max: usize| match hops {
+            Some(hops) if hops <= max => hops as f64,
+            _ => -3.5,
+        };
+
+        let positions = graph.hops_from(&anchors, -3.5).unwrap();
+        prop_assert_eq!(positions.dim(), (n, anchors.len()));
+        for ((node, axis), &hops) in positions.indexed_iter() {
+            let nearest = anchors[axis].iter().map(|&anchor| distance[[anchor, node]]).min();
+            prop_assert_eq!(hops, or_far(nearest, n));
+        }
+        let distances = graph.hop_distances(&pattern, max_hops, -3.5).unwrap().to_vec();
+        let expected: Vec<f64> =
+            pairs.iter().map(|&pair| or_far(Some(distance[pair]), max_hops)).collect();
+        prop_assert_eq!(distances, expected);
+    }
+
+    #[test]
+    fn a_union_has_every_pair_once_and_says_whence(
+        (num_queries, num_keys, _) in edge_lists(),
+        lists in vec(vec((0..12usize, 0..12usize), 0..30), 1..6),
+    ) {
+        let graphs: Vec<Graph> = lists.iter().map(|list| {
+            let list = list.iter().map(|&(query, key)| (query % num_queries, key % num_keys));
+            Graph::from_edges(num_queries, num_keys, list).unwrap()
+        }).collect();
+        let (union, layers) = Graph::union(&graphs.iter().collect::<Vec<_>>()).unwrap();
+        let mut first = BTreeMap::new();
+        for (number, graph) in graphs.iter().enumerate() {
+            edges(graph).into_iter().for_each(|pair| { first.entry(pair).or_insert(number as u8); });
+        }
+        // The map is in the order that the union promises.
+        prop_assert_eq!(edges(&union), first.keys().copied().collect::<Vec<_>>());
+        prop_assert_eq!(layers, first.into_values().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn an_expander_is_simple_regular_and_undirected(
+        n in 1..40usize,
+        degree in 0..40usize,
+        seed in any::<u64>(),
+    ) {
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let result = Graph::expander(n, degree, &mut rng);
+        if degree >= n || n * degree % 2 == 1 {
+            let refused = matches!(result, Err(Error::InvalidConfig { field: "degree", .. }));
+            prop_assert!(refused, "{:?}", result);
+            return Ok(());
+        }
+        let graph = result.unwrap();
+        for node in 0..n {
+            let row = graph.neighbors(node);
+            prop_assert_eq!(row.len(), degree);
+            prop_assert!(row.is_sorted_by(|a, b| a < b));
+            prop_assert!(!row.contains(&(node as u32)));
+            prop_assert_eq!(row, graph.transpose().neighbors(node));
+        }
+        let again = Graph::expander(n, degree, &mut Xoshiro256PlusPlus::seed_from_u64(seed));
+        prop_assert_eq!(graph, again.unwrap());
     }
 
     #[test]

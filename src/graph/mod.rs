@@ -1,7 +1,10 @@
+mod hops;
+mod patterns;
+mod spectral;
+
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
 use ndarray::{Array2, ArrayView2, Axis};
-use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -139,59 +142,6 @@ impl Graph {
         Self::from_rows(mask.nrows(), mask.ncols(), num_edges, |query, row| {
             let keys = (0..mask.ncols() as u32).zip(mask.row(query));
             row.extend(keys.filter(|(_, seen)| **seen).map(|(key, _)| key));
-        })
-    }
-
-    /// The sliding window of Longformer (Beltagy et al. 2020, 2004.05150) over n nodes in a line:
-    /// node i attends to all j with |i − j| ≤ `radius`, itself included.
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if there are more than `u32::MAX` nodes or pairs.
-    pub fn window(n: usize, radius: usize) -> Result<Self> {
-        Self::local_global(n, radius, &[])
-    }
-
-    /// A window and global nodes (Longformer, 2004.05150; BigBird, 2007.14062): the pairs (i, j)
-    /// with |i − j| ≤ `radius`, or i global, or j global. Each pair once, keys ascending.
-    ///
-    /// Repeated entries in `globals` count once. O(n + pairs).
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if a global node is not below n, or if there are more than `u32::MAX` nodes
-    /// or pairs.
-    pub fn local_global(n: usize, radius: usize, globals: &[usize]) -> Result<Self> {
-        check_sizes(n, n)?;
-        let mut is_global = try_vec("local_global", &[n], false)?;
-        for (position, &node) in globals.iter().enumerate() {
-            *(is_global.get_mut(node)).ok_or_else(|| {
-                let what = format!("globals[{position}]");
-                Error::graph(what, format!("a node below {n}"), node)
-            })? = true;
-        }
-        let globals: Vec<u32> = (0..n as u32).filter(|&j| is_global[j as usize]).collect();
-        let window = |i: usize| {
-            i.saturating_sub(radius) as u32..(i.saturating_add(radius).min(n - 1) + 1) as u32
-        };
-        // The window of a node, and the globals before and after it.
-        let split = |i: usize| {
-            let window = window(i);
-            let before = globals.partition_point(|&j| j < window.start);
-            let after = globals.partition_point(|&j| j < window.end);
-            (&globals[..before], window, &globals[after..])
-        };
-        let len = |i: usize| {
-            let (before, window, after) = split(i);
-            if is_global[i] { n } else { before.len() + window.len() + after.len() }
-        };
-        let num_edges = (0..n).fold(0usize, |sum, i| sum.saturating_add(len(i)));
-        Self::from_rows(n, n, num_edges, |i, row| {
-            if is_global[i] {
-                return row.extend(0..n as u32);
-            }
-            let (before, window, after) = split(i);
-            row.extend(before);
-            row.extend(window);
-            row.extend(after);
         })
     }
 
@@ -388,43 +338,6 @@ impl Graph {
         Ok((Self::from_edges(n, n, edges)?, kept))
     }
 
-    /// All pairs of different nodes at a distance of 1 to `k` edges, and that distance for each
-    /// pair (fit for [`Inputs::with_layers`](crate::Inputs::with_layers)). The nodes of a row are
-    /// in order of distance. A node is at distance 0 from itself, so it is not in its own row.
-    ///
-    /// Breadth-first search from every node: O(n + the edges walked).
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
-    /// more than `u32::MAX` pairs.
-    pub fn k_hop(&self, k: u8) -> Result<(Self, Vec<u8>)> {
-        self.check_square("k_hop")?;
-        let n = self.num_keys;
-        let mut hops = Vec::new();
-        let mut seen_from = vec![u32::MAX; n];
-        let mut queue = VecDeque::new();
-        let graph = Self::from_rows(n, n, 0, |start, row| {
-            seen_from[start] = start as u32;
-            queue.push_back((start as u32, 0));
-            while let Some((node, distance)) = queue.pop_front() {
-                if distance > 0 {
-                    row.push(node);
-                    hops.push(distance);
-                }
-                if distance == k {
-                    continue;
-                }
-                for &next in self.neighbors(node as usize) {
-                    if seen_from[next as usize] != start as u32 {
-                        seen_from[next as usize] = start as u32;
-                        queue.push_back((next, distance + 1));
-                    }
-                }
-            }
-        })?;
-        Ok((graph, hops))
-    }
-
     /// The rows of some queries, in the given order, and for each edge of the result its number in
     /// `self`, with which per-edge arrays are gathered. A query may be named more than once.
     ///
@@ -594,35 +507,6 @@ mod tests {
             graph.with_self_loops_and_features(features.view(), LoopFill::Value(5.0))?;
         assert_eq!(fives.slice(s![2.., ..]), Array2::from_elem((3, 2), 5.0));
         assert_eq!(graph.with_self_loops()?, looped);
-        Ok(())
-    }
-
-    #[test]
-    fn k_hop_counts_the_shortest_way() -> Result<()> {
-        // A path 0 - 1 - 2 - 3 with a shortcut 0 -> 2.
-        let edges = [(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (0, 2)];
-        let graph = Graph::from_edges(4, 4, edges)?;
-        let (two, hops) = graph.k_hop(2)?;
-        assert_eq!(two.neighbors(0), [1, 2, 3]);
-        assert_eq!(two.neighbors(3), [2, 1]);
-        assert_eq!(hops[..3], [1, 1, 2]);
-        assert_eq!(graph.k_hop(0)?.0.num_edges(), 0);
-        assert_eq!(graph.k_hop(255)?.0.num_edges(), 4 * 3);
-        Ok(())
-    }
-
-    #[test]
-    fn patterns_hold_the_pairs_they_promise_each_once() -> Result<()> {
-        for (n, radius, globals) in
-            [(7, 2, vec![]), (7, 0, vec![6, 0, 6]), (5, 9, vec![2]), (0, 1, vec![])]
-        {
-            let mask = Array2::from_shape_fn((n, n), |(i, j)| {
-                i.abs_diff(j) <= radius || globals.contains(&i) || globals.contains(&j)
-            });
-            let graph = Graph::local_global(n, radius, &globals)?;
-            assert_eq!(graph, Graph::from_mask(mask.view())?);
-        }
-        assert_eq!(Graph::window(4, usize::MAX)?.num_edges(), 16);
         Ok(())
     }
 

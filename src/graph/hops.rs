@@ -1,0 +1,260 @@
+use super::Graph;
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_vec, try_zeros};
+use ndarray::{Array1, Array2};
+
+impl Graph {
+    /// All pairs of different nodes at a distance of 1 to `k` edges, and that distance for each
+    /// pair (fit for [`Inputs::with_layers`](crate::Inputs::with_layers)). The nodes of a row are
+    /// in order of distance. A node is at distance 0 from itself, so it is not in its own row.
+    ///
+    /// Breadth-first search from every node: O(n + the edges walked).
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
+    /// more than `u32::MAX` pairs.
+    pub fn k_hop(&self, k: u8) -> Result<(Self, Vec<u8>)> {
+        let mut search = Search::new(self, "k_hop")?;
+        let n = self.num_keys;
+        let mut hops = Vec::new();
+        let graph = Self::from_rows(n, n, 0, |start, row| {
+            search.start([start as u32]);
+            for distance in 1..=k {
+                let nodes = search.step();
+                if nodes.is_empty() {
+                    break;
+                }
+                row.extend(nodes);
+                hops.resize(row.len(), distance);
+            }
+        })?;
+        Ok((graph, hops))
+    }
+
+    /// How many edges lead to every node from each set of anchors: n × sets, entry (i, a) for the
+    /// shortest way to node i from the nearest node of `anchors[a]`. Coordinates of the nodes, one
+    /// axis for each set (fit for [`Inputs::with_positions`](crate::Inputs::with_positions)).
+    ///
+    /// ```text
+    /// hops[i, a] = min over s in anchors[a] of the number of edges from s to i
+    /// ```
+    ///
+    /// Ways follow the edges from query to key. For the ways *to* the anchors search the
+    /// [`transpose`](Self::transpose); in an undirected graph, which has every edge in both
+    /// directions, they are as long. Where there is no way the entry is `unreachable`: coordinates
+    /// must be real numbers, and only you know which one is far enough, so there is no default. Nodes
+    /// without a way are found by passing NaN or −1.
+    ///
+    /// Breadth-first search from each set: O(sets · (n + edges)). In `f32` a number of hops above
+    /// 2²⁴ is rounded.
+    ///
+    /// ```
+    /// use graph_attention::{Graph, Inputs};
+    /// use graph_attention::ndarray::{Array2, array};
+    ///
+    /// // 0 – 1 – 2, and a node 3 apart from them.
+    /// let path = Graph::from_edges(4, 4, [(0, 1), (1, 0), (1, 2), (2, 1)])?;
+    /// // Two axes: hops from node 0, and hops from the nearer of nodes 2 and 3.
+    /// let positions = path.hops_from(&[vec![0], vec![2, 3]], 9f32)?;
+    /// assert_eq!(positions, array![[0., 2.], [1., 1.], [2., 0.], [9., 0.]]);
+    ///
+    /// let x = Array2::zeros((4, 8));
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &path)?
+    ///     .with_positions(positions.view(), positions.view())?;
+    /// # assert_eq!(inputs.num_pairs(), 4);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if an anchor is not
+    /// a node; [`Error::TooLarge`] if the result does not fit in memory.
+    pub fn hops_from<F: Float, A: AsRef<[usize]>>(
+        &self,
+        anchors: &[A],
+        unreachable: F,
+    ) -> Result<Array2<F>> {
+        let mut search = Search::new(self, "hops_from")?;
+        let n = self.num_keys;
+        for (axis, set) in anchors.iter().enumerate() {
+            let set = set.as_ref();
+            if let Some(position) = set.iter().position(|&node| node >= n) {
+                let what = format!("anchors[{axis}][{position}]");
+                return Err(Error::graph(what, format!("a node below {n}"), set[position]));
+            }
+        }
+        let mut hops = try_zeros("hops_from", n, anchors.len())?;
+        for (set, mut axis) in anchors.iter().zip(hops.columns_mut()) {
+            search.start(set.as_ref().iter().map(|&node| node as u32));
+            while !search.step().is_empty() {}
+            for (node, hops) in (0..n as u32).zip(&mut axis) {
+                *hops = search.hops(node).map_or(unreachable, |hops| F::of(f64::from(hops)));
+            }
+        }
+        Ok(hops)
+    }
+
+    /// The distance in this graph of every pair of another one over the same nodes: the number of
+    /// edges on the shortest way from the query to the key, 0 for a pair (i, i). In `pattern`'s
+    /// pair order (fit for [`Inputs::with_distances`](crate::Inputs::with_distances) of inputs on
+    /// `pattern`).
+    ///
+    /// Ways follow the edges from query to key. Where there is no way, or none of at most
+    /// `max_hops` edges, the distance is `unreachable`, as in [`hops_from`](Self::hops_from).
+    ///
+    /// Breadth-first search from every query that has pairs, until its keys are found: O(n + the
+    /// edges walked + (pairs · hops)).
+    ///
+    /// ```
+    /// use graph_attention::Graph;
+    /// use graph_attention::ndarray::array;
+    ///
+    /// // A ring of six nodes, in one direction; every node attends to itself and those beside it.
+    /// let ring = Graph::from_edges(6, 6, (0..6).map(|i| (i, (i + 1) % 6)))?;
+    /// let pattern = Graph::window(6, 1)?;
+    /// let distances = ring.hop_distances(&pattern, 4, 10.0)?;
+    /// // From 0 to 0 and 1; from 1 to 0 (5 hops, more than 4), 1 and 2.
+    /// assert_eq!(distances.slice_move(graph_attention::ndarray::s![..5]), array![0., 1., 10., 0., 1.]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes; [`Error::Shape`] if
+    /// `pattern` is not over the same nodes; [`Error::TooLarge`] if the result does not fit in
+    /// memory.
+    pub fn hop_distances<F: Float>(
+        &self,
+        pattern: &Graph,
+        max_hops: usize,
+        unreachable: F,
+    ) -> Result<Array1<F>> {
+        let mut search = Search::new(self, "hop_distances")?;
+        let n = self.num_keys;
+        check_shape("pattern", &[n, n], &[pattern.num_queries(), pattern.num_keys()])?;
+        let mut distances = try_vec("distances", &[pattern.num_edges()], unreachable)?;
+        for query in 0..n {
+            let keys = pattern.neighbors(query);
+            search.start([query as u32]);
+            for _ in 0..max_hops {
+                let found = keys.iter().all(|&key| search.hops(key).is_some());
+                if found || search.step().is_empty() {
+                    break;
+                }
+            }
+            for (key, pair) in pattern.row(query) {
+                if let Some(hops) = search.hops(key as u32) {
+                    distances[pair] = F::of(f64::from(hops));
+                }
+            }
+        }
+        Ok(distances.into())
+    }
+}
+
+/// A breadth-first search along the edges from query to key, one hop at a time. Starting anew costs
+/// no more than what the last search reached.
+struct Search<'a> {
+    graph: &'a Graph,
+    /// The hops to every node, `UNSEEN` where it was not reached.
+    hops: Vec<u32>,
+    /// The nodes reached, in order of distance.
+    reached: Vec<u32>,
+    /// Where those of the last hop start.
+    frontier: usize,
+    /// The hops that were made.
+    distance: u32,
+}
+
+/// More hops than there can be: the shortest way visits no node twice.
+const UNSEEN: u32 = u32::MAX;
+
+impl<'a> Search<'a> {
+    fn new(graph: &'a Graph, what: &'static str) -> Result<Self> {
+        graph.check_square(what)?;
+        let hops = try_vec(what, &[graph.num_keys], UNSEEN)?;
+        Ok(Self { graph, hops, reached: Vec::new(), frontier: 0, distance: 0 })
+    }
+
+    fn start(&mut self, sources: impl IntoIterator<Item = u32>) {
+        self.reached.drain(..).for_each(|node| self.hops[node as usize] = UNSEEN);
+        (self.frontier, self.distance) = (0, 0);
+        sources.into_iter().for_each(|node| self.reach(node));
+    }
+
+    /// One hop farther; the nodes that it reached.
+    fn step(&mut self) -> &[u32] {
+        let last = self.frontier..self.reached.len();
+        self.frontier = last.end;
+        self.distance += 1;
+        for position in last {
+            let node = self.reached[position];
+            self.graph.neighbors(node as usize).iter().for_each(|&next| self.reach(next));
+        }
+        &self.reached[self.frontier..]
+    }
+
+    fn reach(&mut self, node: u32) {
+        let hops = &mut self.hops[node as usize];
+        if *hops == UNSEEN {
+            *hops = self.distance;
+            self.reached.push(node);
+        }
+    }
+
+    fn hops(&self, node: u32) -> Option<u32> {
+        Some(self.hops[node as usize]).filter(|&hops| hops != UNSEEN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn k_hop_counts_the_shortest_way() -> Result<()> {
+        // A path 0 - 1 - 2 - 3 with a shortcut 0 -> 2.
+        let edges = [(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2), (0, 2)];
+        let graph = Graph::from_edges(4, 4, edges)?;
+        let (two, hops) = graph.k_hop(2)?;
+        assert_eq!(two.neighbors(0), [1, 2, 3]);
+        assert_eq!(two.neighbors(3), [2, 1]);
+        assert_eq!(hops[..3], [1, 1, 2]);
+        assert_eq!(graph.k_hop(0)?.0.num_edges(), 0);
+        assert_eq!(graph.k_hop(255)?.0.num_edges(), 4 * 3);
+        Ok(())
+    }
+
+    #[test]
+    fn anchors_are_counted_from_along_the_edges() -> Result<()> {
+        // 0 → 1 → 2 → 3, back from 3 to 1, and 4 on its own.
+        let graph = Graph::from_edges(5, 5, [(2, 3), (0, 1), (1, 2), (3, 1), (3, 3)])?;
+        let anchors: [&[usize]; 4] = [&[0], &[3], &[3, 0, 3], &[]];
+        let no = -1.0;
+        let expected = array![
+            [0.0, no, 0.0, no],
+            [1.0, 1.0, 1.0, no],
+            [2.0, 2.0, 2.0, no],
+            [3.0, 0.0, 0.0, no],
+            [no, no, no, no],
+        ];
+        assert_eq!(graph.hops_from(&anchors, no)?, expected);
+        assert_eq!(
+            graph.transpose().hops_from(&[[3]], 7.0f32)?,
+            array![[3.], [2.], [1.], [0.], [7.]]
+        );
+        assert_eq!(graph.hops_from::<f64, [usize; 1]>(&[], no)?.dim(), (5, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn distances_follow_the_pairs_of_the_pattern() -> Result<()> {
+        let graph = Graph::from_edges(5, 5, [(2, 3), (0, 1), (1, 2), (3, 1), (3, 3)])?;
+        let pattern = Graph::from_edges(5, 5, [(3, 0), (0, 3), (2, 2), (3, 2), (0, 3), (2, 1)])?;
+        let far = f64::INFINITY;
+        let distances = |max_hops| graph.hop_distances(&pattern, max_hops, far);
+        assert_eq!(distances(usize::MAX)?, array![far, 3.0, 0.0, 2.0, 3.0, 2.0]);
+        assert_eq!(distances(2)?, array![far, far, 0.0, 2.0, far, 2.0]);
+        assert_eq!(distances(0)?, array![far, far, 0.0, far, far, far]);
+        Ok(())
+    }
+}
