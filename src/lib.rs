@@ -66,7 +66,7 @@ pub use error::{Channel, Error, Result};
 pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill};
-pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
+pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
