@@ -1,7 +1,7 @@
 //! Some of the queries of inputs, as inputs of their own.
 
 use super::{Bias, Inputs, Origin, Pattern, Positions, View2};
-use crate::error::{Error, Result};
+use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
@@ -63,10 +63,11 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// [`Error::TooLarge`] if the arrays do not fit in memory.
     pub fn select_queries(&self, queries: &[usize]) -> Result<SelectedInputs<'a, F>> {
         let mut first = 0;
-        for &query in queries {
+        for (position, &query) in queries.iter().enumerate() {
             if query < first || query >= self.num_queries() {
                 let expected = format!("numbers below {}, in ascending order", self.num_queries());
-                return Err(Error::config("queries", expected, format!("{queries:?}")));
+                let actual = format!("{query} at position {position}");
+                return Err(Error::config("queries", expected, actual));
             }
             first = query + 1;
         }
@@ -117,8 +118,13 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// Where the data of selected pairs stand in arrays with one row per pair.
+    /// Where the data of selected pairs stand in arrays with one row per pair; not looked for if there
+    /// is none.
     fn rows_of_pairs(&self, numbers: &Numbers) -> Vec<Range<usize>> {
+        let channels = [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::Layers];
+        if !channels.into_iter().any(|channel| self.has(channel)) {
+            return Vec::new();
+        }
         if let Some(pairs) = &numbers.pairs {
             return runs(pairs);
         }
