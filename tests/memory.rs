@@ -3,9 +3,10 @@
 use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Poincare, PoincareConfig,
-    ScaledDotProduct,
+    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Moe, MoeConfig, Poincare,
+    PoincareConfig, ScaledDotProduct,
 };
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 const COLUMNS: usize = 4;
 
@@ -38,12 +39,19 @@ fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> Allocat
 
 fn dense_training_peak(attention: &dyn Attention<f32>, n: usize) -> u64 {
     let x = matrix(n);
-    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap()).bytes_max
+    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap().causal()).bytes_max
 }
 
 /// By the means that are not formed pair by pair.
 fn poincare() -> Poincare<f32> {
     PoincareConfig::new().coordinates(Coordinates::Tangent).learn_curvature(true).init().unwrap()
+}
+
+/// Of experts that need no memory for each pair.
+fn moe() -> Moe<f32> {
+    let experts = (0..4).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    MoeConfig::new(COLUMNS, 2).init(experts, &mut rng).unwrap()
 }
 
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
@@ -59,9 +67,11 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 }
 
 #[test]
-fn flash_and_poincare_train_in_memory_linear_in_n() {
+fn flash_poincare_and_moe_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
     trains_in_memory_linear_in_n(&poincare());
+    // No square for the causal pattern of selected queries either.
+    trains_in_memory_linear_in_n(&moe());
 }
 
 #[test]

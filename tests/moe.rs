@@ -323,9 +323,10 @@ fn selections_are_checked() {
     let data = Data::new();
     let [dense, graph] = data.all_data();
     for inputs in [dense, graph] {
-        for queries in [&[0, 23][..], &[4, 2], &[4, 4]] {
-            let words = "InvalidConfig | queries | below 23, in ascending order | got [";
-            refused(inputs.select_queries(queries), words);
+        for queries in [[0, 23], [4, 2], [4, 4]] {
+            let words = format!("below 23, in ascending order | got {} at position 1", queries[1]);
+            let words = format!("InvalidConfig | queries | {words}");
+            refused(inputs.select_queries(&queries), &words);
         }
         let selected = inputs.select_queries(&[1, 2]).unwrap();
         let mut wrong = Gradients::zeros(&selected.inputs(), &Flash::new()).unwrap();
