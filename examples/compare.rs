@@ -10,7 +10,7 @@
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MultiHeadConfig,
+    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MoeConfig, MultiHeadConfig,
     PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
@@ -26,10 +26,16 @@ const COLUMNS: usize = 32;
 
 /// The list of mechanisms: a new one is added here.
 fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>>>> {
+    let experts: Vec<Box<dyn Attention<f32>>> = vec![
+        Box::new(Flash::new()),
+        Box::new(Flash::new().with_scale(1.0)?),
+        Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
+    ];
     Ok(vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
+        Box::new(MoeConfig::new(COLUMNS, 2).init(experts, rng)?),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
         Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),

@@ -45,7 +45,7 @@ impl Dropout {
 /// The output function of SplitMix64 (Steele, Lea & Flood 2014, doi 10.1145/2714064.2660195):
 /// a bijection of `u64` in which every input bit flips every output bit about half of the time.
 #[inline]
-fn mix(x: u64) -> u64 {
+pub(crate) fn mix(x: u64) -> u64 {
     let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

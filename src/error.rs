@@ -37,8 +37,9 @@ pub enum Error {
         "{mechanism}: expected inputs with {channel}, got inputs without (see `Inputs::with_*`)"
     )]
     MissingInput {
-        /// [`Attention::name`](crate::Attention::name) of the mechanism.
-        mechanism: &'static str,
+        /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
+        /// expert in a mixture.
+        mechanism: Cow<'static, str>,
         /// The channel it needs.
         channel: Channel,
     },
@@ -47,8 +48,9 @@ pub enum Error {
         "{mechanism}: expected inputs without {channel}, which it cannot honour, got inputs with it"
     )]
     Unsupported {
-        /// [`Attention::name`](crate::Attention::name) of the mechanism.
-        mechanism: &'static str,
+        /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
+        /// expert in a mixture.
+        mechanism: Cow<'static, str>,
         /// The channel it cannot honour.
         channel: Channel,
     },
@@ -172,6 +174,28 @@ impl Error {
             what: what.into(),
             expected: expected.to_string(),
             actual: actual.to_string(),
+        }
+    }
+
+    /// The error of an expert on some queries, in the words of the mixture around it: says which
+    /// expert, and numbers the rows of queries as the mixture does.
+    pub(crate) fn in_expert(self, expert: usize, name: &str, queries: &[usize]) -> Self {
+        let of_expert = |name: &str| format!("expert {expert} ({name})");
+        match self {
+            Self::MissingInput { mechanism: name, channel } => {
+                Self::MissingInput { mechanism: of_expert(&name).into(), channel }
+            }
+            Self::Unsupported { mechanism: name, channel } => {
+                Self::Unsupported { mechanism: of_expert(&name).into(), channel }
+            }
+            Self::Shape { what, expected, actual } => {
+                let what = format!("{}: {what}", of_expert(name)).into();
+                Self::Shape { what, expected, actual }
+            }
+            Self::Domain { what: what @ "query", row, norm, limit } => {
+                Self::Domain { what, row: queries.get(row).copied().unwrap_or(row), norm, limit }
+            }
+            other => other,
         }
     }
 }

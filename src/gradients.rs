@@ -94,6 +94,19 @@ impl<F: Float> Gradients<F> {
 }
 
 impl<F: Float> GradientsMut<'_, F> {
+    /// The same gradients for a shorter time: to lend them more than once.
+    pub fn reborrow(&mut self) -> GradientsMut<'_, F> {
+        GradientsMut {
+            query: self.query.as_mut().map(|grad| grad.view_mut()),
+            key: self.key.as_mut().map(|grad| grad.view_mut()),
+            value: self.value.as_mut().map(|grad| grad.view_mut()),
+            bias: self.bias.as_mut().map(|grad| grad.view_mut()),
+            edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
+            distances: self.distances.as_mut().map(|grad| grad.view_mut()),
+            params: self.params,
+        }
+    }
+
     /// The gradient of a parameter, by its number in the order of [`Params`], with its rank: `Ix0`
     /// for a scalar.
     ///
@@ -120,6 +133,16 @@ impl<F: Float> GradientsMut<'_, F> {
         inputs: &Inputs<'_, F>,
         params: &(impl Params<F> + ?Sized),
     ) -> Result<()> {
+        self.check_inputs(mechanism, inputs)?;
+        params::check_gradients(params, self.params)
+    }
+
+    /// [`check`](Self::check) of all but the parameters.
+    pub(crate) fn check_inputs(
+        &self,
+        mechanism: &'static str,
+        inputs: &Inputs<'_, F>,
+    ) -> Result<()> {
         let shapes = inputs.gradient_shapes();
         for (what, expected, actual) in [
             ("grads.query", &shapes.query, &self.query),
@@ -134,7 +157,7 @@ impl<F: Float> GradientsMut<'_, F> {
             expected, actual,
         ) {
             (_, None) => Ok(()),
-            (None, Some(_)) => Err(Error::MissingInput { mechanism, channel }),
+            (None, Some(_)) => Err(Error::MissingInput { mechanism: mechanism.into(), channel }),
             (Some(expected), Some(actual)) => check_shape(what, expected, actual),
         };
         channel(
@@ -154,8 +177,7 @@ impl<F: Float> GradientsMut<'_, F> {
             Channel::Distances,
             shapes.distances.as_ref().map(<[usize; 1]>::as_slice),
             self.distances.as_ref().map(|grad| grad.shape()),
-        )?;
-        params::check_gradients(params, self.params)
+        )
     }
 }
 

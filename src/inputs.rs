@@ -1,3 +1,7 @@
+mod selected;
+
+pub use selected::SelectedInputs;
+
 use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
@@ -57,6 +61,8 @@ pub struct Inputs<'a, F: Float> {
     positions: Option<Positions<'a, F>>,
     latent: Option<&'a Graph>,
     dropout: Option<Dropout>,
+    /// Where the queries and pairs come from, if these are some of the queries of other inputs.
+    origin: Option<Origin<'a>>,
 }
 
 /// Which pairs exist.
@@ -95,6 +101,17 @@ pub struct Bias<'a, F> {
     logits: View2<'a, F>,
     /// The array is `num_queries × num_keys` instead of one row per pair.
     is_matrix: bool,
+}
+
+/// Queries and pairs by their numbers in the inputs that they have been selected from.
+#[derive(Clone, Copy, Debug)]
+struct Origin<'a> {
+    /// Ascending.
+    queries: &'a [usize],
+    /// On a graph; in dense inputs the numbers follow from query and key.
+    pairs: Option<&'a [usize]>,
+    /// Of the whole inputs.
+    num_queries: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -176,6 +193,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             positions: None,
             latent: None,
             dropout: None,
+            origin: None,
         })
     }
 
@@ -457,7 +475,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.pattern
     }
 
-    /// The alignment of the causal pattern, if there is one.
+    /// The alignment of the causal pattern, if there is one. Which keys a query sees is said by
+    /// [`row`](Self::row): of [selected queries](Self::select_queries) the diagonal is that of the
+    /// whole inputs.
     #[must_use]
     pub fn causal_alignment(&self) -> Option<Causal> {
         self.causal
@@ -479,6 +499,18 @@ impl<'a, F: Float> Inputs<'a, F> {
     #[must_use]
     pub fn dropout(&self) -> Option<Dropout> {
         self.dropout
+    }
+
+    /// What dropout multiplies the weight of a pair by; 1 without dropout. It is
+    /// [`Dropout::multiplier`] of the pair's number, which for [selected
+    /// queries](Self::select_queries) is the number in the whole inputs.
+    ///
+    /// # Panics
+    /// If there is no such pair: take pairs from [`row`](Self::row).
+    #[inline]
+    #[must_use]
+    pub fn dropout_multiplier(&self, pair: Pair, head: usize) -> F {
+        self.dropout.map_or(F::one(), |dropout| dropout.multiplier(self.pair_number(pair), head))
     }
 
     /// The features of the pairs, one row each.
@@ -548,7 +580,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// [`Error::Unsupported`] naming the first of `channels` that the inputs carry.
     pub fn refuse(&self, mechanism: &'static str, channels: &[Channel]) -> Result<()> {
         match channels.iter().find(|channel| self.has(**channel)) {
-            Some(&channel) => Err(Error::Unsupported { mechanism, channel }),
+            Some(&channel) => Err(Error::Unsupported { mechanism: mechanism.into(), channel }),
             None => Ok(()),
         }
     }
@@ -584,12 +616,12 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// The causal pattern hides the keys from this one on.
     pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
         let num_keys = self.num_keys();
+        let query = || self.query_number(query).saturating_add(1);
         let end = match self.causal {
             None => num_keys,
-            Some(Causal::TopLeft) => query.saturating_add(1),
+            Some(Causal::TopLeft) => query(),
             Some(Causal::BottomRight) => {
-                let end = query.saturating_add(1).saturating_add(num_keys);
-                end.saturating_sub(self.num_queries())
+                query().saturating_add(num_keys).saturating_sub(self.num_rows_of_causal())
             }
         };
         end.min(num_keys)
@@ -597,11 +629,39 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// The causal pattern hides a key from the queries before this one.
     pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
-        match self.causal {
+        let number = match self.causal {
             None => 0,
             Some(Causal::TopLeft) => key,
-            Some(Causal::BottomRight) => (key + self.num_queries()).saturating_sub(self.num_keys()),
+            Some(Causal::BottomRight) => {
+                (key + self.num_rows_of_causal()).saturating_sub(self.num_keys())
+            }
+        };
+        match self.origin {
+            None => number,
+            Some(origin) => origin.queries.partition_point(|&query| query < number),
         }
+    }
+
+    /// The number of queries for which the causal pattern is made.
+    fn num_rows_of_causal(&self) -> usize {
+        self.origin.map_or(self.num_queries(), |origin| origin.num_queries)
+    }
+
+    /// The number of a pair in the inputs that these are selected from; otherwise its own.
+    #[inline]
+    pub(crate) fn pair_number(&self, pair: Pair) -> usize {
+        match self.origin {
+            None => pair.index,
+            Some(Origin { pairs: Some(pairs), .. }) => pairs[pair.index],
+            Some(origin) => origin.queries[pair.query] * self.num_keys() + pair.key,
+        }
+    }
+
+    /// The number of a query in the inputs that these are selected from; otherwise its own, as that
+    /// of a query that does not exist.
+    pub(crate) fn query_number(&self, query: usize) -> usize {
+        let number = self.origin.and_then(|origin| origin.queries.get(query));
+        number.copied().unwrap_or(query)
     }
 
     /// The shape of the gradient of each channel that has one.
@@ -689,7 +749,7 @@ fn check_graph<F>(
 }
 
 fn require<T>(channel: Option<T>, mechanism: &'static str, name: Channel) -> Result<T> {
-    channel.ok_or(Error::MissingInput { mechanism, channel: name })
+    channel.ok_or_else(|| Error::MissingInput { mechanism: mechanism.into(), channel: name })
 }
 
 #[cfg(test)]

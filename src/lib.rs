@@ -28,6 +28,7 @@
 //! | [`ScaledDotProduct`] | softmax attention, in the form to read; returns its weights | O(pairs · heads) |
 //! | [`Flash`] | the same function in tiles | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
+//! | [`Moe`] | a mixture of experts of any kind, of which each query asks its own few | O(n) and the experts' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
@@ -68,9 +69,10 @@ pub use error::{Channel, Error, Result};
 pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill};
-pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
+pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
+pub use mechanisms::moe::{Moe, MoeConfig, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{
     Accuracy, Features, Performer, PerformerConfig, PerformerState, Projection,

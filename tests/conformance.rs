@@ -2,8 +2,8 @@
 
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score,
+    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, MoeConfig,
+    MultiHeadConfig, PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -107,7 +107,32 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     .map(|(shapes, config)| {
         (shapes, Box::new(config.init(&mut rng).unwrap()) as Box<dyn Attention<F>>)
     });
-    others.into_iter().chain(gats).chain(poincare).chain(performers).collect()
+    // Experts of one kind and of several, all of them chosen and some, behind each other. A limit to
+    // what they take would make the answer to a query depend on others.
+    let boxed = |expert: Flash| Box::new(expert) as Box<dyn Attention<F>>;
+    let scaled = |scale| boxed(flash(2, 3).with_scale(scale).unwrap());
+    let flashes = || vec![scaled(0.3), scaled(-0.5), scaled(1.0), scaled(2.0)];
+    let mut projected = |heads| -> Box<dyn Attention<F>> {
+        let config = MultiHeadConfig::new(6, heads).bias(heads == 1);
+        Box::new(config.init(Flash::new(), &mut rng).unwrap())
+    };
+    let mixed = vec![projected(1), boxed(Flash::new()), projected(3)];
+    let inside = vec![projected(1), projected(1)];
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(9);
+    let mut moe = |config: MoeConfig, experts| config.init(experts, &mut rng).unwrap();
+    let around: Vec<Box<dyn Attention<F>>> =
+        vec![boxed(Flash::new()), Box::new(moe(MoeConfig::new(6, 1), inside)), scaled(0.1)];
+    let raw = |config: MoeConfig| config.renormalize(false);
+    let six = || Shapes::new(6, 6, 6);
+    let moes = [
+        (one_head(), moe(MoeConfig::new(3, 2), flashes())),
+        (heads().whole_queries(), moe(MoeConfig::new(6, 2), flashes())),
+        (grouped().whole_queries(), moe(raw(MoeConfig::new(18, 1)), flashes())),
+        (six(), moe(MoeConfig::new(6, 3), mixed)),
+        (six(), moe(raw(MoeConfig::new(6, 2)), around)),
+    ]
+    .map(|(shapes, moe)| (shapes, Box::new(moe) as Box<dyn Attention<F>>));
+    others.into_iter().chain(gats).chain(poincare).chain(performers).chain(moes).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

@@ -3,8 +3,8 @@
 use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Performer, PerformerConfig, Poincare,
-    PoincareConfig, ScaledDotProduct,
+    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Moe, MoeConfig, Performer,
+    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -39,7 +39,7 @@ fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> Allocat
 
 fn dense_training_peak(attention: &dyn Attention<f32>, n: usize) -> u64 {
     let x = matrix(n);
-    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap()).bytes_max
+    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap().causal()).bytes_max
 }
 
 /// By the means that are not formed pair by pair.
@@ -49,6 +49,13 @@ fn poincare() -> Poincare<f32> {
 
 fn performer(head_dim: usize) -> Performer<f32> {
     PerformerConfig::new(head_dim, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(1)).unwrap()
+}
+
+/// Of experts that need no memory for each pair.
+fn moe() -> Moe<f32> {
+    let experts = (0..4).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    MoeConfig::new(COLUMNS, 2).init(experts, &mut rng).unwrap()
 }
 
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
@@ -64,10 +71,12 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 }
 
 #[test]
-fn flash_poincare_and_performer_train_in_memory_linear_in_n() {
+fn most_mechanisms_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
     trains_in_memory_linear_in_n(&poincare());
     trains_in_memory_linear_in_n(&performer(COLUMNS));
+    // No square for the causal pattern of selected queries either.
+    trains_in_memory_linear_in_n(&moe());
 }
 
 #[test]

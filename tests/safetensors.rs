@@ -4,8 +4,8 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MultiHead, MultiHeadConfig, Params, Performer, PerformerConfig,
-    Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
+    Attention, Error, Flash, Float, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer,
+    PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -90,6 +90,15 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         Box::new(Flash::new()),
         Box::new(poincare(seed)),
         Box::new(performer(seed)),
+        Box::new({
+            let experts: Vec<Box<dyn Attention<F>>> = vec![
+                Box::new(multi_head(&config, Flash::new(), seed + 2)),
+                Box::new(Flash::new()),
+                Box::new(poincare(seed + 1)),
+            ];
+            let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+            MoeConfig::new(6, 2).noise(true).init(experts, rng).unwrap()
+        }),
     ]
 }
 

@@ -324,6 +324,24 @@ fn every_law_is_broken_by_a_fault() {
 }
 
 #[test]
+fn heads_may_share_queries_but_not_keys() {
+    // As a router does: every head takes the sum of all columns of its query into account.
+    let routed = Reads(|_, [query, ..]| {
+        let sums = query.sum_axis(Axis(1)).insert_axis(Axis(1));
+        *query += &sums;
+    });
+    let shapes = Shapes::new(8, 4, 4).kv_heads(4, 2).scale(0.1);
+    let law = |fault, shapes: &Shapes| {
+        check_attention(&Wrong(fault, Flash::new()), shapes).map_err(|violation| violation.law)
+    };
+    let own_columns = Err("a head reads its own columns, and no others");
+    assert_eq!(law(routed, &shapes).map(drop), own_columns);
+    let shapes = shapes.whole_queries();
+    assert!(law(routed, &shapes).is_ok());
+    assert_eq!(law(Sees(|x| x.with_kv_heads(2, 1)), &shapes).map(drop), own_columns);
+}
+
+#[test]
 fn every_gradient_is_compared() {
     let wrong = |fault| {
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);

@@ -3,8 +3,8 @@
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MultiHeadConfig,
-    PerformerConfig, PoincareConfig,
+    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MoeConfig,
+    MultiHeadConfig, PerformerConfig, PoincareConfig,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -69,7 +69,15 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         assert_eq!(one, run(2, &performer, &inputs));
         assert_eq!(one, run(7, &performer, &inputs));
     }
-    for inputs in [dense, sparse] {
-        assert_eq!(run(1, &multi_head, &inputs), run(7, &multi_head, &inputs));
+    let experts = (1..5).map(|_| {
+        let expert = MultiHeadConfig::new(columns, 4).init(Flash::new(), &mut rng).unwrap();
+        Box::new(expert) as Box<dyn Attention<f32>>
+    });
+    let experts = experts.collect();
+    let moe = MoeConfig::new(columns, 2).init(experts, &mut rng).unwrap();
+    for attention in [&multi_head as &dyn Attention<f32>, &moe] {
+        for inputs in [dense, sparse, dense.causal()] {
+            assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
+        }
     }
 }

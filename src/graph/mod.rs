@@ -354,8 +354,14 @@ impl Graph {
         let graph = Self::from_rows(queries.len(), self.num_keys, num_edges, |row, keys| {
             keys.extend(self.neighbors(queries[row]));
         })?;
-        let edges = queries.iter().flat_map(|&query| self.row(query)).map(|(_, edge)| edge);
-        Ok((graph, edges.collect()))
+        let mut edges = reserved(num_edges)?;
+        for &query in queries {
+            match &self.edge_ids {
+                Some(ids) => edges.extend(ids[self.slots(query)].iter().map(|&id| id as usize)),
+                None => edges.extend(self.slots(query)),
+            }
+        }
+        Ok((graph, edges))
     }
 
     /// A graph row by row: `fill` appends the keys of a query to the list of all keys, `num_edges`

@@ -1,7 +1,6 @@
 //! Softmax attention laid out for the kernels.
 
 use super::heads::unrolled_dot;
-use crate::dropout::Dropout;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
@@ -24,7 +23,6 @@ pub struct Problem<'a, F: Float> {
     pub(crate) value_dim: usize,
     pub(crate) scale: F,
     pub(crate) bias: Option<Bias<'a, F>>,
-    pub(crate) dropout: Option<Dropout>,
 }
 
 impl<'a, F: Float> Problem<'a, F> {
@@ -50,7 +48,6 @@ impl<'a, F: Float> Problem<'a, F> {
             value_dim: inputs.value().ncols() / inputs.kv_heads(),
             scale: F::of(scale),
             bias: inputs.bias(),
-            dropout: inputs.dropout(),
         })
     }
 
@@ -112,8 +109,12 @@ impl<'a, F: Float> Problem<'a, F> {
 
     /// What dropout multiplies the weight of a pair by.
     #[inline]
-    pub(crate) fn multiplier(&self, pair: usize, head: usize) -> F {
-        (self.dropout).map_or(F::one(), |dropout| dropout.multiplier(pair, head))
+    pub(crate) fn multiplier(&self, pair: Pair, head: usize) -> F {
+        self.inputs.dropout_multiplier(pair, head)
+    }
+
+    pub(crate) fn has_dropout(&self) -> bool {
+        self.inputs.dropout().is_some()
     }
 }
 

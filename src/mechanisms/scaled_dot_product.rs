@@ -96,7 +96,7 @@ impl ScaledDotProduct {
         let state = dot_softmax(&problem)?;
         out.fill(F::zero());
         for_each_pair(&problem, &state, |pair, head, weight| {
-            let weight = weight * problem.multiplier(pair.index, head);
+            let weight = weight * problem.multiplier(pair, head);
             let mut out = out.slice_mut(s![pair.query, head_columns(head, problem.value_dim)]);
             let value = problem.value(pair.key, head);
             out.iter_mut().zip(value).for_each(|(out, &v)| *out += weight * v);
@@ -217,7 +217,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
             let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
             let value = problem.value(pair.key, head);
             let product = grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>();
-            let grad_weight = problem.multiplier(pair.index, head) * product;
+            let grad_weight = problem.multiplier(pair, head) * product;
             grad_weights[[pair.index, head]] = grad_weight;
             deltas[[pair.query, head]] += weight * grad_weight;
         });
@@ -226,7 +226,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
             let key_columns = head_columns(problem.kv_head(head), problem.key_dim);
             let value_columns = head_columns(problem.kv_head(head), problem.value_dim);
             // oᵢ += mᵢⱼ pᵢⱼ vⱼ
-            let factor = weight * problem.multiplier(pair.index, head);
+            let factor = weight * problem.multiplier(pair, head);
             let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
             if let Some(grad) = &mut grads.value {
                 grad.slice_mut(s![pair.key, value_columns]).scaled_add(factor, &grad_out);

@@ -16,6 +16,7 @@ pub struct Shapes {
     edge_dim: usize,
     axes: usize,
     scale: f64,
+    whole_queries: bool,
 }
 
 impl Shapes {
@@ -32,6 +33,7 @@ impl Shapes {
             edge_dim: 3,
             axes: 2,
             scale: 1.0,
+            whole_queries: false,
         }
     }
 
@@ -71,6 +73,14 @@ impl Shapes {
         self
     }
 
+    /// For a mechanism in which every head depends on the whole row of the query, as where a router
+    /// chooses: only of keys and values are heads then expected to read their own columns alone.
+    #[must_use]
+    pub fn whole_queries(mut self) -> Self {
+        self.whole_queries = true;
+        self
+    }
+
     /// The standard deviation of queries, keys and values, which are normal; 1 unless set.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
@@ -90,6 +100,8 @@ pub(super) struct Sample<F> {
     pub(super) value: Array2<F>,
     /// The pairs; all of them without a graph.
     pub(super) graph: Option<Graph>,
+    /// Whether all heads read whole rows of queries.
+    pub(super) whole_queries: bool,
     /// The causal pattern.
     pub(super) causal: Option<Causal>,
     /// Heads of the queries.
@@ -137,6 +149,7 @@ impl<F: Float> Sample<F> {
             key,
             value,
             graph: None,
+            whole_queries: shapes.whole_queries,
             causal: None,
             heads: shapes.heads,
             kv_heads: shapes.kv_heads,

@@ -9,7 +9,7 @@ use crate::kernels::matmul::{rows_times, splat, store};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
@@ -125,11 +125,12 @@ pub(in super::super) fn add_head_rows<F: Float>(
     dim: usize,
     mut sum: ArrayViewMut2<'_, F>,
 ) {
-    let num_rows = sum.nrows();
-    for (at, row) in rows.chunks(padded.max(1)).enumerate() {
-        let (head, key) = (at / num_rows, at % num_rows);
-        let mut sum = sum.slice_mut(s![key, head_columns(head, dim)]);
-        sum.iter_mut().zip(row).for_each(|(sum, &grad)| *sum += grad);
+    let of_head = (padded * sum.nrows()).max(1);
+    for (head, rows) in rows.chunks(of_head).enumerate() {
+        let mut sum = sum.slice_mut(s![.., head_columns(head, dim)]);
+        for (mut sum, row) in sum.rows_mut().into_iter().zip(rows.chunks(padded.max(1))) {
+            sum += &ArrayView1::from(&row[..dim]);
+        }
     }
 }
 

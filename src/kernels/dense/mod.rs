@@ -130,11 +130,13 @@ impl<F: Float> Block<'_, '_, F> {
 
     /// Multiplies the entries of some lanes by what dropout makes of their weights.
     pub(super) fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
-        let Some(dropout) = self.problem.dropout else { return };
+        if !self.problem.has_dropout() {
+            return;
+        }
         for lane in lanes {
             for (k, key) in keys.clone().enumerate() {
-                let pair = self.pair(lane, key);
-                weights[k * self.width + lane] *= dropout.multiplier::<F>(pair.index, self.head);
+                weights[k * self.width + lane] *=
+                    self.problem.multiplier(self.pair(lane, key), self.head);
             }
         }
     }

@@ -348,10 +348,10 @@ impl<F: Float> ByQuery<'_, F> {
                     let [pairs, vectors] = tile.of_head(simd, head);
                     let multiply = |numbers: &mut [F]| {
                         for (number, pair) in numbers.iter_mut().zip(&tile.pairs) {
-                            *number *= softmax.multiplier(pair.index, head);
+                            *number *= softmax.multiplier(*pair, head);
                         }
                     };
-                    if softmax.dropout.is_some() {
+                    if softmax.has_dropout() {
                         multiply(&mut grads[pairs.clone()]);
                     }
                     weights_and_logits_vjp(
@@ -361,7 +361,7 @@ impl<F: Float> ByQuery<'_, F> {
                         &deltas[vectors.clone()],
                         &mut grads[vectors.clone()],
                     );
-                    if softmax.dropout.is_some() {
+                    if softmax.has_dropout() {
                         multiply(&mut tile.weights[pairs]);
                     }
                     if let Logit::Additive { slope, .. } = problem.logit {

@@ -12,9 +12,7 @@
 
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
-use super::forward::{
-    QuotientGradients, add_chunk, add_keys, pack_values, value_stride, write_quotient,
-};
+use super::forward::{QuotientGradients, add_chunk, pack_values, value_stride, write_quotient};
 use super::products::{Left, add_product, add_scaled, add_transposed_product, product, transposed};
 use super::{FeatureProblem, FeatureUpstream, KeySums};
 use crate::error::Result;
@@ -26,32 +24,45 @@ use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
-/// A chunk of queries, and the keys that some of them see and no query before.
+/// A chunk of queries, perhaps none, and the keys that some of them see and no query before.
 struct Step {
     queries: Range<usize>,
-    /// Positions in [`FeatureProblem::keys`].
+    /// At most [`CHUNK`] positions in [`FeatureProblem::keys`].
     keys: Range<usize>,
-    /// Whether there are keys before.
-    has_sums: bool,
 }
 
-/// The keys that the first query sees, as all others do, and the steps.
-fn steps<F: Float>(
-    problem: &FeatureProblem<'_, F>,
-    num_queries: usize,
-) -> (Range<usize>, Vec<Step>) {
-    let first = if num_queries == 0 { 0 } else { problem.num_seen(0) };
-    let mut seen = first;
+/// The first queries in order, with the keys between them: chunks of keys without queries come before the
+/// queries that all see them. How the queries are grouped does not depend on how many are wanted, and
+/// so no bit of a row.
+fn steps<F: Float>(problem: &FeatureProblem<'_, F>, num_wanted: usize) -> Vec<Step> {
+    let num_queries = problem.inputs.num_queries();
     let mut steps = Vec::with_capacity(num_queries.div_ceil(CHUNK));
-    for queries in ranges(num_queries, CHUNK) {
-        let end = problem.num_seen(queries.end - 1);
-        steps.push(Step { queries, keys: seen..end, has_sums: seen > 0 });
-        seen = end;
+    let (mut start, mut seen) = (0, 0);
+    while start < num_wanted {
+        let mut end = num_queries.min(start + CHUNK);
+        if problem.num_seen(end - 1) > seen + CHUNK {
+            let first = problem.num_seen(start);
+            let keys = ranges(first - seen, CHUNK).map(|keys| seen + keys.start..seen + keys.end);
+            steps.extend(keys.map(|keys| Step { queries: start..start, keys }));
+            seen = first;
+            while problem.num_seen(end - 1) > seen + CHUNK {
+                end -= 1;
+            }
+        }
+        let queries = start..end.min(num_wanted);
+        let last = problem.num_seen(queries.end - 1);
+        steps.push(Step { queries, keys: seen..last });
+        (start, seen) = (end, last);
     }
-    (0..first, steps)
+    steps
 }
 
 impl Step {
+    /// Whether there are keys before.
+    fn has_sums(&self) -> bool {
+        self.keys.start > 0
+    }
+
     /// How many of its keys each of its queries sees.
     fn limits<F: Float>(&self, problem: &FeatureProblem<'_, F>) -> impl Iterator<Item = usize> {
         self.queries.clone().map(|query| problem.num_seen(query) - self.keys.start)
@@ -154,9 +165,7 @@ fn forward_head<S: Simd, F: Float>(
     let mut transposed_keys = Vec::new();
     let mut factors = Factors::default();
     let mut of_sums = Vec::new();
-    let (first, steps) = steps(problem, num_queries);
-    add_keys(simd, problem, kv_head, &problem.keys[first], &mut key, &mut sums);
-    for step in &steps {
+    for step in &steps(problem, num_queries) {
         let keys = &problem.keys[step.keys.clone()];
         key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
         key.own_features(simd, false);
@@ -171,7 +180,7 @@ fn forward_head<S: Simd, F: Float>(
             of_sums.clear();
             of_sums.resize(rows, F::zero());
             step.take_sums(simd, &mut query, &sums, &mut factors);
-            if step.has_sums {
+            if step.has_sums() {
                 product(simd, rows, query.left(), (&sums.sums, stride), &mut numerators);
                 for (at, sum) in of_sums.iter_mut().enumerate() {
                     *sum = unrolled_dot(&sums.totals, query.row(at));
@@ -211,7 +220,7 @@ impl Step {
         factors: &mut Factors<F>,
     ) {
         factors.of_sums.clear();
-        if self.has_sums {
+        if self.has_sums() {
             query.query_features(simd, &sums.shifts);
             factors.of_sums.extend_from_slice(&query.shifts[..query.len]);
         } else {
@@ -270,36 +279,32 @@ impl<F: Float> Head<'_, '_, '_, F> {
     ) -> Vec<F> {
         let Self { problem, kv_head, num_queries, .. } = *self;
         let mut inputs_vjp = InputsVjp::new(simd, problem);
-        let (first, steps) = steps(problem, num_queries);
-        let shifts = self.queries(simd, &first, &steps, grad_query, &mut inputs_vjp);
+        let steps = steps(problem, num_queries);
+        let shifts = self.queries(simd, &steps, grad_query, &mut inputs_vjp);
 
         let mut key = Chunk::new(simd, problem);
         let stride = value_stride(simd, problem);
         let mut step_of_keys = KeyStep::default();
         let mut own = OwnPairs::new(simd, problem);
         let mut grad_sums = KeySums::zeros(problem.num_features(), stride);
-        // The keys that all see, then those of the steps; the last come first.
-        let mut blocks: Vec<_> = ranges(first.len(), CHUNK).map(|keys| (None, keys)).collect();
-        blocks.extend(steps.iter().enumerate().map(|step| (Some(step), step.1.keys.clone())));
-        for (step, range) in blocks.into_iter().rev() {
-            let after = step.map_or(0, |(at, _)| at + 1);
-            lower(&mut grad_sums, &shifts[after]);
-            let keys = &problem.keys[range.clone()];
+        for (at, step) in steps.iter().enumerate().rev() {
+            let keys = &problem.keys[step.keys.clone()];
             key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-            key.key_features(simd, &mut KeySums::without_sums(&shifts[after]));
+            key.key_features(simd, &mut KeySums::without_sums(&shifts[at + 1]));
             step_of_keys.take(&key, &grad_sums);
             step_of_keys.run(simd, problem, kv_head, keys, &grad_sums, &key);
             key.features_vjp(simd, &step_of_keys.grad_features);
-            if let Some((at, step)) = step {
+            lower(&mut grad_sums, &shifts[at]);
+            if !step.queries.is_empty() {
                 own.run(simd, self, step, &shifts[at], &mut key, &mut step_of_keys);
                 key.features_vjp(simd, &own.grad_features);
-                lower(&mut grad_sums, &shifts[at]);
                 add_scaled(&mut grad_sums.totals, F::one(), &own.sums.totals);
                 add_scaled(&mut grad_sums.sums, F::one(), &own.sums.sums);
             }
-            step_of_keys.store(problem, 0, &mut grad_value.slice_mut(s![range.clone(), ..]));
+            let rows = step.keys.clone();
+            step_of_keys.store(problem, 0, &mut grad_value.slice_mut(s![rows, ..]));
             inputs_vjp.run(simd, &key, true, |at, c, grad| {
-                grad_key[[range.start + at, c]] = grad;
+                grad_key[[step.keys.start + at, c]] = grad;
             });
         }
         inputs_vjp.grad_weight
@@ -310,7 +315,6 @@ impl<F: Float> Head<'_, '_, '_, F> {
     fn queries<S: Simd>(
         &self,
         simd: S,
-        first: &Range<usize>,
         steps: &[Step],
         grad_query: &mut ArrayViewMut2<'_, F>,
         inputs_vjp: &mut InputsVjp<F>,
@@ -323,7 +327,6 @@ impl<F: Float> Head<'_, '_, '_, F> {
         let (mut values, mut grad_features, mut grad_pairs) = (Vec::new(), Vec::new(), Vec::new());
         let (mut transposed_sums, mut transposed_values) = (Vec::new(), Vec::new());
         let mut factors = Factors::default();
-        add_keys(simd, problem, kv_head, &problem.keys[first.clone()], &mut key, &mut sums);
         let mut shifts = vec![sums.shifts.clone()];
         for step in steps {
             let keys = &problem.keys[step.keys.clone()];
@@ -358,7 +361,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
                 let right = (key.rows(), key.stride);
                 product(simd, rows, left, right, &mut grad_features);
                 query.features_vjp(simd, &grad_features);
-                if step.has_sums {
+                if step.has_sums() {
                     query.features.copy_from_slice(&of_sums);
                     clear(&mut query, is_summed);
                     let left = quotients.left(problem.value_dim);
@@ -484,7 +487,7 @@ impl<F: Float> OwnPairs<F> {
             let left = Left { len: key.len, ..left };
             let right = (query.rows(), query.stride);
             add_transposed_product(simd, rows, left, right, &mut self.grad_features);
-            if step.has_sums {
+            if step.has_sums() {
                 query.features.copy_from_slice(&of_sums);
                 clear(query, is_summed);
                 for (at, &factor) in factors.of_sums.iter().enumerate() {

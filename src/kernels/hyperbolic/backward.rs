@@ -332,7 +332,7 @@ impl<'p, F: Float> Pass<'p, F> {
         pairs.fill(tile.pairs.iter().map(|&pair| {
             let bias = softmax.bias_of(pair, head);
             let bias = bias.map_or(F::neg_infinity(), |bias| bias * F::of(LOG2_E));
-            [bias, softmax.multiplier(pair.index, head)]
+            [bias, softmax.multiplier(pair, head)]
         }));
         let [of_head, vectors] = tile.of_head(simd, head);
         let count = of_head.len();

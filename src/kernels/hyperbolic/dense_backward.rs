@@ -309,7 +309,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
             }
             block.restrict(lanes.clone(), tile, bias);
         }
-        if softmax.dropout.is_some() {
+        if softmax.has_dropout() {
             for multipliers in multipliers.chunks_exact_mut(width) {
                 multipliers[column..column + panel].fill(F::one());
             }
@@ -339,9 +339,9 @@ fn backward_tile_inline<S: Simd, F: Float>(
                         true => from(&bias[place..]),
                         false => Vector::<S, F>::splat(simd, F::zero()),
                     },
-                    multiplier: match softmax.dropout {
-                        Some(_) => from(&multipliers[place..]),
-                        None => Vector::<S, F>::splat(simd, F::one()),
+                    multiplier: match softmax.has_dropout() {
+                        true => from(&multipliers[place..]),
+                        false => Vector::<S, F>::splat(simd, F::one()),
                     },
                 };
                 let PairGradients { weight, logit, direction, query, key, value, factor } =

@@ -95,7 +95,7 @@ impl<F: Float> Task<'_, F> {
                     let half = F::of(0.5);
                     sums[[r, head]] += terms.fold(F::zero(), |sum, ((&weight, &spread), pair)| {
                         let sinh = problem.masses[problem.key_at(pair.key, head)].sinh;
-                        let weight = weight * softmax.multiplier(pair.index, head);
+                        let weight = weight * softmax.multiplier(*pair, head);
                         sum + weight * (half * sinh * spread)
                     });
                 }

@@ -202,10 +202,9 @@ impl<F: Float> Pass<'_, F> {
                     }
                 }
                 for head in 0..heads {
-                    let multipliers =
-                        || pairs.iter().map(|pair| problem.multiplier(pair.index, head));
+                    let multipliers = || pairs.iter().map(|&pair| problem.multiplier(pair, head));
                     let of_head = head * stride..head * stride + len;
-                    if problem.dropout.is_some() {
+                    if problem.has_dropout() {
                         let grads = grads[of_head.clone()].iter_mut();
                         grads.zip(multipliers()).for_each(|(grad, m)| *grad *= m);
                     }
@@ -219,7 +218,7 @@ impl<F: Float> Pass<'_, F> {
                         &mut grads[vectors],
                     );
                     // õ = m p v
-                    if problem.dropout.is_some() && grad_b.is_some() {
+                    if problem.has_dropout() && grad_b.is_some() {
                         let weights = weights[of_head].iter_mut();
                         weights.zip(multipliers()).for_each(|(weight, m)| *weight *= m);
                     }

@@ -96,9 +96,9 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
                 let sum = exponentials(simd, logits, shift);
                 sums[head] = sums[head] * alphas[head] + sum;
 
-                if let Some(dropout) = softmax.dropout {
-                    for (weight, pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
-                        *weight *= dropout.multiplier::<F>(pair.index, head);
+                if softmax.has_dropout() {
+                    for (weight, &pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
+                        *weight *= softmax.multiplier(pair, head);
                     }
                 }
             }

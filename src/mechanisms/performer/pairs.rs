@@ -189,7 +189,7 @@ impl<'p, F: Float> Pairs<'p, F> {
             }
             for term in &terms {
                 let weight = term.kernel.kappa * ((term.logit - max).exp2() / sum);
-                let weight = weight * self.problem.multiplier(term.pair.index, head);
+                let weight = weight * self.problem.multiplier(term.pair, head);
                 let value = self.problem.value(term.pair.key, head);
                 out.iter_mut().zip(value).for_each(|(out, &value)| *out += weight * value);
             }
@@ -243,7 +243,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                 // oᵢ = Σ mᵢⱼ pᵢⱼ vⱼ, pᵢⱼ = κᵢⱼ uᵢⱼ
                 let factor = (*logit - max).exp2() / sum;
                 let weight = kernel.kappa * factor;
-                let multiplier = problem.multiplier(pair.index, head);
+                let multiplier = problem.multiplier(*pair, head);
                 let value = problem.value(pair.key, head);
                 if let Some(grad) = &mut grads.value {
                     let columns = head_columns(kv_head, problem.value_dim);

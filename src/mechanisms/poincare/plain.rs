@@ -155,7 +155,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
 
     fn multiplier(&self, pair: Pair, head: usize) -> f64 {
         let dropout = self.inputs.dropout();
-        dropout.map_or(1.0, |dropout| dropout.multiplier::<f64>(pair.index, head))
+        dropout.map_or(1.0, |dropout| dropout.multiplier(self.inputs.pair_number(pair), head))
     }
 
     /// The logarithms at the base, and their sum.

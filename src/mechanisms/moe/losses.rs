@@ -1,0 +1,97 @@
+//! Losses that keep all experts busy and the logits small.
+
+use super::Routing;
+use crate::error::Result;
+use crate::float::{Float, try_zeros};
+use ndarray::{Array1, Array2, Axis, Zip};
+
+impl<F: Float> Routing<F> {
+    /// The load-balancing loss of the Switch Transformer (Fedus et al. 2021, 2101.03961), and its
+    /// gradient with respect to the logits.
+    ///
+    /// ```text
+    /// L = N Σ_e f_e P_e    f_e the share of the choices that falls on expert e (held constant),
+    ///                      P_e the mean over the queries of its probability
+    /// ```
+    ///
+    /// 1 when the experts are balanced, and up to N when one gets all. For k > 1, f counts all k
+    /// choices of a query, so that this stays so. 0 without queries.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.
+    pub fn switch_load_balance(&self) -> Result<(F, Array2<F>)> {
+        let (num_queries, num_experts) = self.logits.dim();
+        let factor = num_experts as f64 / num_queries.max(1) as f64;
+        let shares = Array1::from(self.shares()).mapv(|share| F::of(factor * share));
+        let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
+        let mut value = 0.0;
+        for (p, mut grad) in self.probabilities.rows().into_iter().zip(grad_logits.rows_mut()) {
+            // L = Σ p · s, so dz = p (s − p · s)
+            let mean = p.dot(&shares);
+            value += mean.as_f64();
+            Zip::from(&mut grad)
+                .and(&p)
+                .and(&shares)
+                .for_each(|grad, &p, &s| *grad = p * (s - mean));
+        }
+        Ok((F::of(value), grad_logits))
+    }
+
+    /// The importance loss of Shazeer et al. 2017 (1701.06538), and its gradient with respect to the
+    /// logits.
+    ///
+    /// ```text
+    /// L = CV(I)² = variance of I_e over experts / (mean of I_e)²    I_e = Σ_i w_ie
+    /// ```
+    ///
+    /// Over the weights of the chosen experts, renormalised if they are (and before any are dropped);
+    /// the variance is that of the population. 0 when the experts are balanced, up to N − 1 when one
+    /// gets all; 0 without queries.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.
+    pub fn importance_cv2(&self) -> Result<(F, Array2<F>)> {
+        let (num_queries, num_experts) = self.logits.dim();
+        if num_queries == 0 {
+            return Ok((F::zero(), try_zeros("grad_logits", 0, num_experts)?));
+        }
+        let mut importance = Array1::<f64>::zeros(num_experts);
+        Zip::from(&self.experts)
+            .and(&self.weights)
+            .for_each(|&expert, weight| importance[expert] += weight.as_f64());
+        let count = num_experts as f64;
+        let mean = importance.sum() / count;
+        let variance = importance.iter().map(|i| (i - mean).powi(2)).sum::<f64>() / count;
+        // L = V/μ², dV/dI_e = 2 (I_e − μ)/N, dμ/dI_e = 1/N
+        let grad = |i: f64| 2.0 / (count * mean * mean) * (i - mean - variance / mean);
+        let grad_weights = self.experts.mapv(|expert| F::of(grad(importance[expert])));
+        Ok((F::of(variance / (mean * mean)), self.weights_vjp(grad_weights.view())?))
+    }
+
+    /// The z-loss of ST-MoE (Zoph et al. 2022, 2202.08906), which keeps the logits small, and its
+    /// gradient with respect to them.
+    ///
+    /// ```text
+    /// L = mean over the queries of (ln Σ_e exp z_ie)²
+    /// ```
+    ///
+    /// 0 without queries.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.
+    pub fn z_loss(&self) -> Result<(F, Array2<F>)> {
+        let (num_queries, num_experts) = self.logits.dim();
+        let factor = 1.0 / num_queries.max(1) as f64;
+        let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
+        let mut value = 0.0;
+        for (query, mut grad) in grad_logits.axis_iter_mut(Axis(0)).enumerate() {
+            let (z, p) = (self.logits.row(query), self.probabilities.row(query));
+            let max = z.iter().fold(f64::NEG_INFINITY, |max, z| max.max(z.as_f64()));
+            let log_sum = max + z.iter().map(|z| (z.as_f64() - max).exp()).sum::<f64>().ln();
+            value += factor * log_sum * log_sum;
+            let slope = F::of(2.0 * factor * log_sum);
+            Zip::from(&mut grad).and(&p).for_each(|grad, &p| *grad = slope * p);
+        }
+        Ok((F::of(value), grad_logits))
+    }
+}

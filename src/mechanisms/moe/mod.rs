@@ -1,0 +1,428 @@
+mod config;
+mod losses;
+mod routing;
+
+pub use config::MoeConfig;
+pub use routing::Routing;
+
+use crate::attention::{Attention, Saved};
+use crate::dropout::mix;
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::{GradientsMut, param_slot};
+use crate::inputs::Inputs;
+use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
+use crate::params::{self, Params};
+use ndarray::{
+    Array1, Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Zip,
+};
+use rand::SeedableRng;
+use rand::rngs::Xoshiro256PlusPlus;
+use rand_distr::{Distribution, StandardNormal};
+use routing::Served;
+use std::mem::take;
+
+const NAME: &str = "moe";
+
+/// A mixture of attention experts of any kind, of which each query asks only a few (Shazeer et al.
+/// 2017, 1701.06538; Fedus et al. 2021, 2101.03961; Jiang et al. 2024, 2401.04088).
+///
+/// ```text
+/// z_i = W q_i + b [+ ε_i ⊙ softplus(W_noise q_i)]    ε standard normal
+/// p_i = softmax(z_i)
+/// T_i = the k experts with the largest p_ie + c_e; ties to the lower number
+/// w_ie = p_ie / Σ_{T_i} p_ie    or p_ie itself      (MoeConfig::renormalize)
+/// o_i = Σ_{e ∈ T_i} w_ie Expert_e(i)
+/// ```
+///
+/// * **Reads** whole rows of queries, all heads together, for the router; keys, values, heads and every
+///   channel are the experts', for the pairs of their own queries
+///   ([`Inputs::select_queries`]). Experts with projections of their own refuse heads, others do not.
+/// * **Output** of the experts' common number of columns. What it is for a query that sees no key, the
+///   experts say: zeros, or their biases.
+/// * **Sparse for real**: queries are grouped, each expert runs once on its own, one expert after the
+///   other, and one that nobody chose does not run; it neither checks its inputs then. A query with NaN
+///   asks the first k experts, and its row becomes NaN.
+/// * **Parameters** `router.weight` (N × `query_dim`), `router.bias` (N), with
+///   [`MoeConfig::noise`] `router.noise_weight` (N × `query_dim`), and the experts' behind
+///   `experts.0.`, `experts.1.`, …. The gradient is that of the function with the choice held constant,
+///   which jumps where it changes; losses that keep all experts in use are on [`Routing`].
+/// * **c**, the expert bias, takes part in the choice alone, and is moved against the load instead
+///   of trained ([`update_expert_bias`](Self::update_expert_bias), Wang et al. 2024, 2408.15664). It is
+///   no parameter: save [`expert_bias`](Self::expert_bias) beside them.
+/// * **Cost** of the experts on k queries in N each, beside O(n · N · (`query_dim` + k)) for the router,
+///   and copies of k · n rows of queries, outputs and pair data. An expert that projects its keys
+///   projects all of them for however few queries. Training keeps the experts' outputs.
+/// * **Errors** [`Error::Shape`] if queries have not `query_dim` columns, or experts would give different
+///   numbers of columns. Experts' errors say which: `expert 2 (edge_gat)`.
+///
+/// Dropout is numbered by the pairs of the whole inputs, so experts that are the same drop the same.
+///
+/// ```
+/// use graph_attention::ndarray::Array2;
+/// use graph_attention::{Attention, Flash, Inputs, MoeConfig, MultiHeadConfig, ScaledDotProduct};
+/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+///
+/// let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
+/// let experts: Vec<Box<dyn Attention<f32>>> = vec![
+///     Box::new(Flash::new()),
+///     Box::new(ScaledDotProduct::new().with_scale(0.1)?),
+///     Box::new(MultiHeadConfig::new(6, 2).init(Flash::new(), &mut rng)?),
+/// ];
+/// let moe = MoeConfig::new(6, 2).init(experts, &mut rng)?;
+/// let x = Array2::from_shape_fn((5, 6), |(i, j)| ((7 * i + 3 * j) % 5) as f32 - 2.0);
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+/// assert_eq!(moe.forward(&inputs)?.dim(), (5, 6));
+///
+/// let routing = moe.route(&inputs)?;
+/// assert_eq!(routing.experts().dim(), (5, 2));
+/// assert_eq!(routing.shares().iter().sum::<f64>(), 1.0);
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Moe<F: Float> {
+    config: MoeConfig,
+    /// W, experts × query_dim.
+    weight: Array2<F>,
+    bias: Array1<F>,
+    /// W_noise, experts × query_dim.
+    noise_weight: Option<Array2<F>>,
+    noise_seed: Option<u64>,
+    /// c.
+    expert_bias: Array1<F>,
+    experts: Vec<Box<dyn Attention<F>>>,
+}
+
+struct State<F> {
+    routing: Routing<F>,
+    /// The output and the state of each expert that ran, in their order.
+    experts: Vec<(Array2<F>, Saved)>,
+}
+
+impl<F: Float> Moe<F> {
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &MoeConfig {
+        &self.config
+    }
+
+    /// The experts.
+    #[must_use]
+    pub fn experts(&self) -> &[Box<dyn Attention<F>>] {
+        &self.experts
+    }
+
+    /// Switches the noise of the router on, with a seed, or off: for training only, with another
+    /// seed for every step. The noise is drawn from a generator for each (seed, query number), so a
+    /// seed always gives the same answer, forward and backward.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if there is a seed but no parameter of the noise
+    /// ([`MoeConfig::noise`]).
+    pub fn set_noise(&mut self, seed: Option<u64>) -> Result<()> {
+        if seed.is_some() && self.noise_weight.is_none() {
+            return Err(Error::config("noise", "a configuration with it", "one without"));
+        }
+        self.noise_seed = seed;
+        Ok(())
+    }
+
+    /// What is added to the probability of each expert in the choice; zeros at first.
+    #[must_use]
+    pub fn expert_bias(&self) -> ArrayView1<'_, F> {
+        self.expert_bias.view()
+    }
+
+    /// Sets the expert bias.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one number for each expert, [`Error::InvalidConfig`] if one
+    /// is not finite.
+    pub fn set_expert_bias(&mut self, bias: Array1<F>) -> Result<()> {
+        check_shape("expert_bias", &[self.experts.len()], bias.shape())?;
+        if let Some(number) = bias.iter().find(|number| !number.is_finite()) {
+            return Err(Error::config("expert_bias", "finite numbers", number));
+        }
+        self.expert_bias = bias;
+        Ok(())
+    }
+
+    /// Balances without a loss (Wang et al. 2024, 2408.15664): raises the bias of experts that fewer
+    /// queries chose than the mean, and lowers that of the others, by `step`. (0.001 there.)
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the routing is over another number of experts, [`Error::InvalidConfig`] if
+    /// `step` or the new bias is not finite.
+    pub fn update_expert_bias(&mut self, routing: &Routing<F>, step: f64) -> Result<()> {
+        let choices = routing.choices();
+        check_shape("routing", &[self.experts.len()], &[choices.len()])?;
+        if !step.is_finite() {
+            return Err(Error::config("step", "a finite number", step));
+        }
+        let (total, count) = (routing.experts().len(), choices.len());
+        let mut bias = self.expert_bias.clone();
+        for (bias, choices) in bias.iter_mut().zip(choices) {
+            // The load against the mean load, in whole numbers.
+            *bias += match (choices * count).cmp(&total) {
+                std::cmp::Ordering::Less => F::of(step),
+                std::cmp::Ordering::Equal => F::zero(),
+                std::cmp::Ordering::Greater => -F::of(step),
+            };
+        }
+        self.set_expert_bias(bias)
+    }
+
+    /// Where the queries would go, without running an expert.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if queries have not `query_dim` columns, [`Error::TooLarge`].
+    pub fn route(&self, inputs: &Inputs<'_, F>) -> Result<Routing<F>> {
+        let query = inputs.query();
+        check_shape("query", &[query.nrows(), self.config.query_dim], query.shape())?;
+        let mut logits = linear(query, self.weight.view(), Some(self.bias.view()))?;
+        let mut slopes = None;
+        if let (Some(weight), Some(seed)) = (&self.noise_weight, self.noise_seed) {
+            let mut raw = linear(query, weight.view(), None)?;
+            for (row, (mut z, mut u)) in
+                logits.rows_mut().into_iter().zip(raw.rows_mut()).enumerate()
+            {
+                let hash = mix(mix(seed) ^ inputs.query_number(row) as u64);
+                let mut rng = Xoshiro256PlusPlus::seed_from_u64(hash);
+                Zip::from(&mut z).and(&mut u).for_each(|z, u| {
+                    let noise: f64 = StandardNormal.sample(&mut rng);
+                    // z += ε softplus(u), dz/du = ε σ(u)
+                    *z += F::of(noise) * softplus(*u);
+                    *u = F::of(noise) / (F::one() + (-*u).exp());
+                });
+            }
+            slopes = Some(raw);
+        }
+        Routing::new(&self.config, logits, slopes, &self.expert_bias)
+    }
+
+    /// Where the queries went in a forward pass.
+    ///
+    /// # Errors
+    /// [`Error::SavedMismatch`] if `saved` is another mechanism's.
+    pub fn routing<'s>(&self, saved: &'s Saved) -> Result<&'s Routing<F>> {
+        Ok(&saved.state::<State<F>>(NAME)?.routing)
+    }
+
+    /// Adds to `grads` what a gradient of the router's logits makes of the router's parameters and of
+    /// the queries: the way of the losses of [`Routing`] into training.
+    ///
+    /// ```
+    /// use graph_attention::ndarray::Array2;
+    /// use graph_attention::{Attention, Flash, Inputs, MoeConfig, MultiHeadConfig, params};
+    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    ///
+    /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+    /// let mut expert = || MultiHeadConfig::new(4, 2).init(Flash::new(), &mut rng);
+    /// let experts: Vec<Box<dyn Attention<f64>>> =
+    ///     vec![Box::new(expert()?), Box::new(expert()?), Box::new(expert()?)];
+    /// let mut moe = MoeConfig::new(4, 1).renormalize(false).init(experts, &mut rng)?;
+    /// let x = Array2::from_shape_fn((7, 4), |(i, j)| ((5 * i + 3 * j) % 7) as f64 / 3.0 - 1.0);
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    /// let loss = |out: &Array2<f64>, balance| out.mapv(|y| y * y).sum() / 2.0 + 0.1 * balance;
+    ///
+    /// // One step of training on |out|² / 2 + 0.1 · balance.
+    /// let (out, saved) = moe.forward_train(&inputs)?;
+    /// let mut grads = moe.backward(&inputs, &saved, out.view())?;
+    /// let routing = moe.routing(&saved)?;
+    /// let (balance, grad_logits) = routing.switch_load_balance()?;
+    /// moe.router_backward(&inputs, routing, (0.1 * grad_logits).view(), grads.view_mut())?;
+    /// params::update(&mut moe, &grads.params, |_, mut param, grad| {
+    ///     param.scaled_add(-0.01, &grad);
+    /// })?;
+    ///
+    /// let new_balance = moe.route(&inputs)?.switch_load_balance()?.0;
+    /// assert!(loss(&moe.forward(&inputs)?, new_balance) < loss(&out, balance));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if an array or the routing does not fit the inputs and the experts.
+    pub fn router_backward(
+        &self,
+        inputs: &Inputs<'_, F>,
+        routing: &Routing<F>,
+        grad_logits: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let shape = [inputs.num_queries(), self.experts.len()];
+        check_shape("query", &[shape[0], self.config.query_dim], inputs.query().shape())?;
+        check_shape("routing", &shape, routing.logits.shape())?;
+        check_shape("grad_logits", &shape, grad_logits.shape())?;
+        let (params, query) = (&mut *grads.params, inputs.query());
+        // z = W q + b
+        let [weight, bias, noise @ ..] = params else { return Ok(()) };
+        linear_params_vjp(query, grad_logits, param_slot(weight), Some(param_slot(bias)))?;
+        if let Some(grad_query) = &mut grads.query {
+            linear_input_vjp(self.weight.view(), grad_logits, grad_query.view_mut())?;
+        }
+        // z += ε softplus(u), u = W_noise q
+        if let (Some(noise_weight), Some(slopes)) = (&self.noise_weight, &routing.noise_slopes) {
+            let grad_raw = slopes * &grad_logits;
+            linear_params_vjp(query, grad_raw.view(), param_slot(&mut noise[0]), None)?;
+            if let Some(grad_query) = grads.query {
+                linear_input_vjp(noise_weight.view(), grad_raw.view(), grad_query)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The experts that have queries, with their numbers.
+    fn busy<'s>(
+        &'s self,
+        routing: &'s Routing<F>,
+    ) -> impl Iterator<Item = (usize, &'s dyn Attention<F>, &'s Served)> {
+        let experts = self.experts.iter().zip(&routing.served).enumerate();
+        let experts = experts.map(|(number, (expert, served))| (number, &**expert, served));
+        experts.filter(|(.., served)| !served.queries.is_empty())
+    }
+
+    /// Refuses experts whose outputs cannot be added.
+    fn check_experts(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        let first = &self.experts[0];
+        for (number, expert) in self.experts.iter().enumerate() {
+            let what = || {
+                let (name, first) = (expert.name(), first.name());
+                format!("output columns of expert {number} ({name}), as of expert 0 ({first})")
+            };
+            let columns = [first, expert].map(|expert| expert.output_dim(inputs));
+            if columns[0] != columns[1] {
+                return Err(Error::shape(what(), &columns[..1], &columns[1..]));
+            }
+        }
+        Ok(())
+    }
+
+    /// Overwrites `out`. `forward` runs an expert, `keep` gets what it gave.
+    fn run<T>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+        forward: impl Fn(&dyn Attention<F>, &Inputs<'_, F>) -> Result<(Array2<F>, T)>,
+        mut keep: impl FnMut(Array2<F>, T),
+    ) -> Result<Routing<F>> {
+        self.check_output("out", inputs, out.shape())?;
+        self.check_experts(inputs)?;
+        let routing = self.route(inputs)?;
+        out.fill(F::zero());
+        for (number, expert, served) in self.busy(&routing) {
+            let selected = inputs.select_queries(&served.queries)?;
+            let (answer, rest) = forward(expert, &selected.inputs())
+                .map_err(|error| error.in_expert(number, expert.name(), &served.queries))?;
+            for ((query, weight), answer) in routing.weights_of(served).zip(answer.rows()) {
+                out.row_mut(query).scaled_add(weight, &answer);
+            }
+            keep(answer, rest);
+        }
+        Ok(routing)
+    }
+}
+
+impl<F: Float> Params<F> for Moe<F> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        visitor("router.weight", self.weight.view().into_dyn());
+        visitor("router.bias", self.bias.view().into_dyn());
+        if let Some(weight) = &self.noise_weight {
+            visitor("router.noise_weight", weight.view().into_dyn());
+        }
+        for (number, expert) in self.experts.iter().enumerate() {
+            expert.visit_params(&mut |name, param| {
+                visitor(&format!("experts.{number}.{name}"), param);
+            });
+        }
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        visitor("router.weight", self.weight.view_mut().into_dyn());
+        visitor("router.bias", self.bias.view_mut().into_dyn());
+        if let Some(weight) = &mut self.noise_weight {
+            visitor("router.noise_weight", weight.view_mut().into_dyn());
+        }
+        for (number, expert) in self.experts.iter_mut().enumerate() {
+            expert.visit_params_mut(&mut |name, param| {
+                visitor(&format!("experts.{number}.{name}"), param);
+            });
+        }
+    }
+}
+
+impl<F: Float> Attention<F> for Moe<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        self.experts[0].output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        let forward =
+            |expert: &dyn Attention<F>, inputs: &Inputs<'_, F>| Ok((expert.forward(inputs)?, ()));
+        self.run(inputs, out, forward, |_, ()| ()).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        let mut experts = Vec::new();
+        let forward =
+            |expert: &dyn Attention<F>, inputs: &Inputs<'_, F>| expert.forward_train(inputs);
+        let keep = |answer, saved| experts.push((answer, saved));
+        let routing = self.run(inputs, out, forward, keep)?;
+        Ok(Saved::new(NAME, State { routing, experts }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { routing, experts } = saved.state::<State<F>>(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        let shape = [inputs.num_queries(), self.experts.len()];
+        check_shape("saved routing", &shape, routing.logits.shape())?;
+
+        // o_i = Σ w_ie y_ie
+        let mut grad_weights = try_zeros("grad_weights", shape[0], routing.experts.ncols())?;
+        let num_router = 2 + usize::from(self.noise_weight.is_some());
+        let counts: Vec<usize> = self.experts.iter().map(|expert| params::count(expert)).collect();
+        for ((number, expert, served), (answer, saved)) in self.busy(routing).zip(experts) {
+            check_shape(
+                "saved answers",
+                &[served.queries.len(), grad_out.ncols()],
+                answer.shape(),
+            )?;
+            let mut grad_answer = try_zeros("grad_answer", answer.nrows(), answer.ncols())?;
+            let rows = routing.weights_of(served).zip(&served.ranks).zip(answer.rows());
+            for ((((query, weight), &rank), answer), mut grad) in rows.zip(grad_answer.rows_mut()) {
+                grad.scaled_add(weight, &grad_out.row(query));
+                grad_weights[[query, rank]] = grad_out.row(query).dot(&answer);
+            }
+            let first = num_router + counts[..number].iter().sum::<usize>();
+            let mut grads = grads.reborrow();
+            grads.params = &mut take(&mut grads.params)[first..first + counts[number]];
+            inputs.select_queries(&served.queries)?.backward(grads, |inputs, grads| {
+                expert
+                    .backward_into(inputs, saved, grad_answer.view(), grads)
+                    .map_err(|error| error.in_expert(number, expert.name(), &served.queries))
+            })?;
+        }
+        let grad_logits = routing.weights_vjp(grad_weights.view())?;
+        self.router_backward(inputs, routing, grad_logits.view(), grads)
+    }
+}
+
+/// ln(1 + eˣ)
+fn softplus<F: Float>(x: F) -> F {
+    x.max(F::zero()) + (-x.abs()).exp().ln_1p()
+}

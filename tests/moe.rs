@@ -1,0 +1,986 @@
+//! What only a mixture of experts does: it selects queries, routes, balances, and leaves the rest to
+//! its experts. The laws of every mechanism are in `conformance`.
+
+use graph_attention::ndarray::{
+    Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, array, s,
+};
+use graph_attention::testing::{Shapes, check_gradients};
+use graph_attention::{
+    Attention, Causal, Coordinates, Dropout, EdgeGatConfig, Flash, Gradients, GradientsMut, Graph,
+    Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PoincareConfig, Result, Saved,
+    ScaledDotProduct, Score, params,
+};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+use std::sync::{Arc, Mutex};
+
+type Expert = Box<dyn Attention<f64>>;
+
+fn rng(seed: u64) -> Xoshiro256PlusPlus {
+    Xoshiro256PlusPlus::seed_from_u64(seed)
+}
+
+fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
+    let mut rng = rng(seed);
+    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(&mut rng))
+}
+
+#[track_caller]
+fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
+    assert_eq!(actual.dim(), expected.dim());
+    let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
+    for (actual, expected) in actual.iter().zip(expected) {
+        assert!((actual - expected).abs() <= 1e-12 * largest, "{actual} instead of {expected}");
+    }
+}
+
+#[track_caller]
+fn close_gradients(actual: &Gradients<f64>, expected: &Gradients<f64>) {
+    close(&actual.query, &expected.query);
+    close(&actual.key, &expected.key);
+    close(&actual.value, &expected.value);
+    for (actual, expected) in [
+        (&actual.bias, &expected.bias),
+        (&actual.edge_features, &expected.edge_features),
+        (&column(&actual.distances), &column(&expected.distances)),
+    ] {
+        assert_eq!(actual.is_some(), expected.is_some());
+        actual.iter().zip(expected).for_each(|(actual, expected)| close(actual, expected));
+    }
+}
+
+fn column(vector: &Option<Array1<f64>>) -> Option<Array2<f64>> {
+    vector.as_ref().map(|vector| vector.clone().insert_axis(Axis(1)))
+}
+
+/// The error of a call that is refused, after the rules of `bad_input`.
+#[track_caller]
+fn refused<T>(result: Result<T>, expected: &str) {
+    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
+    let (variant, words) = expected.split_once(" | ").unwrap();
+    let (debug, message) = (format!("{error:?}"), error.to_string());
+    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
+    for word in words.split(" | ") {
+        assert!(message.contains(word), "`{message}` does not say `{word}`");
+    }
+}
+
+/// Reads every channel there is:
+/// o_i = q_i + Σ_j m_ij s_ij v_j + Σ_{j latent} v_j, s = (1 + layer) · distance + Σ features + bias
+/// + positions of query · key.
+#[derive(Debug)]
+struct ReadsAll;
+
+impl ReadsAll {
+    fn for_each_pair(
+        inputs: &Inputs<'_, f64>,
+        mut visit: impl FnMut(Pair, f64, f64, f64),
+    ) -> Result<()> {
+        let (features, distances) = (inputs.edge_features("all")?, inputs.distances("all")?);
+        let (layers, (query, key)) = (inputs.layers("all")?, inputs.positions("all")?);
+        for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
+            let logit = inputs.bias().map_or(0.0, |bias| bias.at(pair, 0));
+            if logit == f64::NEG_INFINITY {
+                continue;
+            }
+            let slope = 1.0 + f64::from(layers[pair.index]);
+            let score = slope * distances[pair.index]
+                + features.row(pair.index).sum()
+                + logit
+                + query.row(pair.query).dot(&key.row(pair.key));
+            visit(pair, inputs.dropout_multiplier(pair, 0), score, slope);
+        }
+        Ok(())
+    }
+}
+
+impl Params<f64> for ReadsAll {
+    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+}
+
+impl Attention<f64> for ReadsAll {
+    fn name(&self) -> &'static str {
+        "reads_all"
+    }
+    fn output_dim(&self, inputs: &Inputs<'_, f64>) -> usize {
+        inputs.value().ncols()
+    }
+    fn forward_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        mut out: ArrayViewMut2<'_, f64>,
+    ) -> Result<()> {
+        out.assign(&inputs.query());
+        Self::for_each_pair(inputs, |pair, multiplier, score, _| {
+            let value = inputs.value();
+            out.row_mut(pair.query).scaled_add(multiplier * score, &value.row(pair.key));
+        })?;
+        let latent = inputs.latent("all")?;
+        for query in 0..inputs.num_queries() {
+            for (key, _) in latent.row(query) {
+                out.row_mut(query).scaled_add(1.0, &inputs.value().row(key));
+            }
+        }
+        Ok(())
+    }
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        out: ArrayViewMut2<'_, f64>,
+    ) -> Result<Saved> {
+        self.forward_into(inputs, out)?;
+        Ok(Saved::new("reads_all", ()))
+    }
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, f64>,
+        mut grads: GradientsMut<'_, f64>,
+    ) -> Result<()> {
+        saved.state::<()>("reads_all")?;
+        grads.check("reads_all", inputs, self)?;
+        if let Some(query) = &mut grads.query {
+            *query += &grad_out;
+        }
+        let mut grad_value = grads.value.expect("asked for");
+        for query in 0..inputs.num_queries() {
+            for (key, _) in inputs.latent("all")?.row(query) {
+                grad_value.row_mut(key).scaled_add(1.0, &grad_out.row(query));
+            }
+        }
+        Self::for_each_pair(inputs, |pair, multiplier, score, slope| {
+            let grad = grad_out.row(pair.query);
+            grad_value.row_mut(pair.key).scaled_add(multiplier * score, &grad);
+            let grad_score = multiplier * grad.dot(&inputs.value().row(pair.key));
+            if let Some(grads) = &mut grads.distances {
+                grads[pair.index] += slope * grad_score;
+            }
+            if let Some(grads) = &mut grads.edge_features {
+                grads.row_mut(pair.index).map_inplace(|grad| *grad += grad_score);
+            }
+            if let (Some(grads), Some(bias)) = (&mut grads.bias, inputs.bias()) {
+                grads[bias.slot(pair, 0)] += grad_score;
+            }
+        })
+    }
+}
+
+/// Arrays for every channel.
+struct Data {
+    graph: Graph,
+    latent: Graph,
+    query: Array2<f64>,
+    key: Array2<f64>,
+    value: Array2<f64>,
+    mask: Array2<bool>,
+    /// num_queries × num_keys, and one row per pair.
+    bias: [Array2<f64>; 2],
+    edge_bias: Array2<f64>,
+    features: Array2<f64>,
+    layers: Vec<u8>,
+    positions: [Array2<f64>; 2],
+}
+
+const QUERIES: usize = 23;
+const KEYS: usize = 19;
+const COLUMNS: usize = 6;
+
+impl Data {
+    fn new() -> Self {
+        let mut rng = rng(1);
+        let mut edges = |count: usize| {
+            let mut edge = |_| (rng.random_range(0..QUERIES), rng.random_range(0..KEYS));
+            (0..count).map(&mut edge).collect::<Vec<_>>()
+        };
+        let (graph, latent) = (edges(131), edges(41));
+        let pairs = QUERIES * KEYS;
+        let hidden = matrix(QUERIES, KEYS, 3);
+        Self {
+            graph: Graph::from_edges(QUERIES, KEYS, graph).unwrap(),
+            latent: Graph::from_edges(QUERIES, KEYS, latent).unwrap(),
+            query: 0.5 * matrix(QUERIES, COLUMNS, 4),
+            key: 0.5 * matrix(KEYS, COLUMNS, 5),
+            value: 0.5 * matrix(KEYS, COLUMNS, 6),
+            mask: hidden.mapv(|x| x < 0.7),
+            bias: [matrix(QUERIES, KEYS, 7), matrix(pairs, 2, 8)],
+            edge_bias: matrix(131, 1, 9),
+            features: 0.1 * matrix(pairs, 3, 10),
+            layers: (0..pairs).map(|pair| (pair % 5) as u8).collect(),
+            positions: [matrix(QUERIES, 2, 11), matrix(KEYS, 2, 12)],
+        }
+    }
+
+    /// Dense inputs and a graph, with all that is data.
+    fn all_data(&self) -> [Inputs<'_, f64>; 2] {
+        let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
+        [
+            Inputs::dense(query, key, value).unwrap(),
+            Inputs::graph(query, key, value, &self.graph).unwrap(),
+        ]
+        .map(|inputs| {
+            let pairs = inputs.num_pairs();
+            inputs
+                .with_edge_features(self.features.slice(s![..pairs, ..]))
+                .and_then(|inputs| inputs.with_distances(self.features.slice(s![..pairs, 1])))
+                .and_then(|inputs| inputs.with_layers(&self.layers[..pairs]))
+                .and_then(|inputs| {
+                    inputs.with_positions(self.positions[0].view(), self.positions[1].view())
+                })
+                .and_then(|inputs| inputs.with_latent(&self.latent))
+                .unwrap()
+        })
+    }
+
+    /// With every channel that changes the answer, one after the other.
+    fn inputs(&self) -> Vec<Inputs<'_, f64>> {
+        let [dense, graph] = self.all_data();
+        let dropout = Dropout { probability: 0.3, seed: 5 };
+        vec![
+            dense,
+            dense.with_heads(2).unwrap().with_bias(self.bias[1].view()).unwrap(),
+            dense.causal(),
+            dense.with_causal(Causal::BottomRight).with_dropout(dropout).unwrap(),
+            dense.with_mask(self.mask.view()).unwrap().causal(),
+            dense.with_bias(self.bias[0].view()).unwrap().with_dropout(dropout).unwrap(),
+            graph,
+            graph.with_heads(2).unwrap().with_dropout(dropout).unwrap(),
+            graph.with_bias(self.edge_bias.view()).unwrap().with_causal(Causal::BottomRight),
+            graph.with_mask(self.mask.view()).unwrap().causal().with_dropout(dropout).unwrap(),
+        ]
+    }
+}
+
+fn readers() -> Vec<Expert> {
+    let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent);
+    let gat = EdgeGatConfig::new(Score::GatV2, COLUMNS, 3, 2).edge_dim(3).init(&mut rng(13));
+    vec![
+        Box::new(ScaledDotProduct::new()),
+        Box::new(Flash::new()),
+        // Blocks of queries that are cut by the causal pattern in several ways.
+        Box::new(Flash::new().with_tiles(5, 4).unwrap()),
+        Box::new(poincare.init().unwrap()),
+        Box::new(gat.unwrap()),
+        Box::new(ReadsAll),
+    ]
+}
+
+/// Whether a mechanism takes the inputs.
+fn takes(attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>) -> bool {
+    let refuses = inputs.heads() > 1 || inputs.bias().is_some();
+    match attention.name() {
+        "edge_gat" => !refuses,
+        "reads_all" => inputs.heads() == 1,
+        _ => true,
+    }
+}
+
+#[test]
+fn selected_queries_get_the_answers_that_they_get_among_all() {
+    let data = Data::new();
+    // Many, with runs of neighbours; few; one after the other; none.
+    let selections: [&[usize]; 4] =
+        [&[0, 1, 2, 5, 7, 8, 9, 11, 15, 16, 17, 18, 22], &[3, 21], &[6], &[]];
+    for inputs in data.inputs() {
+        for attention in readers().iter().filter(|attention| takes(&**attention, &inputs)) {
+            let all = attention.forward(&inputs).unwrap();
+            for queries in selections {
+                let selected = inputs.select_queries(queries).unwrap();
+                assert_eq!(selected.queries(), queries);
+                let (out, saved) = attention.forward_train(&selected.inputs()).unwrap();
+                close(&out, &all.select(Axis(0), queries));
+
+                // Gradients that flow from these queries alone, added to what is there.
+                let grad_out = matrix(queries.len(), COLUMNS, 14);
+                let mut grads = Gradients::zeros(&inputs, attention).unwrap();
+                grads.query.fill(1.0);
+                let backward = |inputs: &Inputs<'_, f64>, grads: GradientsMut<'_, f64>| {
+                    attention.backward_into(inputs, &saved, grad_out.view(), grads)
+                };
+                selected.backward(grads.view_mut(), backward).unwrap();
+                grads.query -= 1.0;
+                let mut grad_all = Array2::zeros((QUERIES, COLUMNS));
+                for (&query, row) in queries.iter().zip(grad_out.rows()) {
+                    grad_all.row_mut(query).assign(&row);
+                }
+                let (_, saved) = attention.forward_train(&inputs).unwrap();
+                let expected = attention.backward(&inputs, &saved, grad_all.view()).unwrap();
+                close_gradients(&grads, &expected);
+            }
+            // Some of some.
+            let some = inputs.select_queries(selections[0]).unwrap();
+            let some = some.inputs();
+            let fewer = some.select_queries(&[0, 2, 3, 4, 7, 8, 9, 10, 12]).unwrap();
+            let out = attention.forward(&fewer.inputs()).unwrap();
+            close(&out, &all.select(Axis(0), &[0, 2, 5, 7, 11, 15, 16, 17, 22]));
+        }
+    }
+}
+
+#[test]
+fn selections_are_checked() {
+    let data = Data::new();
+    let [dense, graph] = data.all_data();
+    for inputs in [dense, graph] {
+        for queries in [[0, 23], [4, 2], [4, 4]] {
+            let words = format!("below 23, in ascending order | got {} at position 1", queries[1]);
+            let words = format!("InvalidConfig | queries | {words}");
+            refused(inputs.select_queries(&queries), &words);
+        }
+        let selected = inputs.select_queries(&[1, 2]).unwrap();
+        let mut wrong = Gradients::zeros(&selected.inputs(), &Flash::new()).unwrap();
+        let nothing = |_: &Inputs<'_, f64>, _: GradientsMut<'_, f64>| Ok(());
+        let words = "Shape | grads.query | [23, 6] | [2, 6]";
+        refused(selected.backward(wrong.view_mut(), nothing), words);
+    }
+}
+
+/// Softmax attention of one head over all keys, plainly.
+fn softmax_attention(
+    scale: f64,
+    q: ArrayView2<f64>,
+    k: ArrayView2<f64>,
+    v: ArrayView2<f64>,
+) -> Array2<f64> {
+    let mut weights = (scale * q.dot(&k.t())).mapv(f64::exp);
+    for mut row in weights.rows_mut() {
+        let sum = row.sum();
+        row /= sum;
+    }
+    weights.dot(&v)
+}
+
+fn scaled(scale: f64) -> Expert {
+    Box::new(Flash::new().with_scale(scale).unwrap())
+}
+
+const SCALES: [f64; 4] = [0.9, -0.4, 0.1, 2.0];
+
+fn flashes() -> Vec<Expert> {
+    SCALES.map(scaled).into()
+}
+
+fn moe(config: MoeConfig, experts: Vec<Expert>) -> Moe<f64> {
+    let mut moe = config.init(experts, &mut rng(15)).unwrap();
+    // The bias of a fresh router is zero, and hides nothing.
+    moe.visit_params_mut(&mut |name, mut param| {
+        if name == "router.bias" {
+            param.iter_mut().zip(matrix(1, 9, 16).iter()).for_each(|(bias, &x)| *bias = 0.3 * x);
+        }
+    });
+    moe
+}
+
+fn param(moe: &Moe<f64>, name: &str) -> ArrayD<f64> {
+    params::state(moe).into_iter().find(|(known, _)| known == name).unwrap().1
+}
+
+#[test]
+fn a_mixture_is_the_weighted_sum_of_what_its_experts_say() {
+    let data = Data::new();
+    let (q, k, v) = (data.query.view(), data.key.view(), data.value.view());
+    let inputs = Inputs::dense(q, k, v).unwrap().with_heads(2).unwrap();
+    let expert_bias = array![0.0, 0.4, -0.2, 0.1];
+    for chosen in 1..=4 {
+        for renormalize in [true, false] {
+            let config = MoeConfig::new(COLUMNS, chosen).renormalize(renormalize);
+            let mut moe = moe(config, flashes());
+            moe.set_expert_bias(expert_bias.clone()).unwrap();
+            let router: Array2<f64> = param(&moe, "router.weight").into_dimensionality().unwrap();
+            let bias: Array1<f64> = param(&moe, "router.bias").into_dimensionality().unwrap();
+
+            let mut expected = Array2::zeros((QUERIES, COLUMNS));
+            let mut ranked = Vec::new();
+            for (i, mut out) in expected.rows_mut().into_iter().enumerate() {
+                let p = (router.dot(&q.row(i)) + &bias).mapv(f64::exp);
+                let p = &p / p.sum();
+                let mut order = [0, 1, 2, 3];
+                order.sort_by(|&a, &b| (p[b] + expert_bias[b]).total_cmp(&(p[a] + expert_bias[a])));
+                let order = &order[..chosen];
+                let sum: f64 = order.iter().map(|&e| p[e]).sum();
+                for &e in order {
+                    let weight = if renormalize { p[e] / sum } else { p[e] };
+                    for columns in [0..3, 3..6] {
+                        let head =
+                            |x: &ArrayView2<f64>| x.slice(s![.., columns.clone()]).to_owned();
+                        let (k, v) = (head(&k), head(&v));
+                        let q = q.slice(s![i..=i, columns.clone()]);
+                        let answer = softmax_attention(SCALES[e], q, k.view(), v.view());
+                        out.slice_mut(s![columns]).scaled_add(weight, &answer.row(0));
+                    }
+                }
+                ranked.extend_from_slice(order);
+            }
+            close(&moe.forward(&inputs).unwrap(), &expected);
+            let routing = moe.route(&inputs).unwrap();
+            assert_eq!(routing.experts().iter().copied().collect::<Vec<_>>(), ranked);
+        }
+    }
+}
+
+#[test]
+fn a_mixture_of_one_or_of_the_same_is_that_expert() {
+    let data = Data::new();
+    for inputs in data.inputs() {
+        for number in 0..readers().len() {
+            let expert = || readers().swap_remove(number);
+            if !takes(&*expert(), &inputs) {
+                continue;
+            }
+            let (expected, saved) = expert().forward_train(&inputs).unwrap();
+            let grad_out = matrix(QUERIES, COLUMNS, 17);
+            let expected_grads = expert().backward(&inputs, &saved, grad_out.view()).unwrap();
+            for (count, k) in [(1, 1), (3, 1), (5, 3), (3, 3)] {
+                let experts = (0..count).map(|_| expert()).collect();
+                let mixture = moe(MoeConfig::new(COLUMNS, k), experts);
+                let (out, saved) = mixture.forward_train(&inputs).unwrap();
+                close(&out, &expected);
+                let grads = mixture.backward(&inputs, &saved, grad_out.view()).unwrap();
+                // Whoever is asked says the same, so that the router learns nothing.
+                close_gradients(&grads, &expected_grads);
+                let router = grads.params[0].iter().chain(&grads.params[1]);
+                router.for_each(|grad| assert!(grad.abs() < 1e-11, "{grad}"));
+                if count == 1 {
+                    assert_eq!(out, expected);
+                    assert_eq!(grads.key, expected_grads.key);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_permutation_of_the_experts_permutes_nothing_else() {
+    let data = Data::new();
+    let inputs = data.all_data()[1];
+    let order = [2, 0, 3, 1];
+    let one = moe(MoeConfig::new(COLUMNS, 2), flashes());
+    let state = ["router.weight", "router.bias"]
+        .map(|name| (name, param(&one, name).select(Axis(0), &order)));
+    let experts = order.map(|expert| scaled(SCALES[expert])).into();
+    let other = MoeConfig::new(COLUMNS, 2).from_params(experts, state).unwrap();
+    close(&other.forward(&inputs).unwrap(), &one.forward(&inputs).unwrap());
+    let [one, other] = [&one, &other].map(|moe| moe.route(&inputs).unwrap());
+    for (new, &old) in order.iter().enumerate() {
+        assert_eq!(other.queries(new), one.queries(old));
+    }
+}
+
+/// Every call of an expert: how many queries forward, and how many backward.
+type Calls = Arc<Mutex<Vec<(&'static str, usize)>>>;
+
+#[derive(Debug)]
+struct Counted(Calls, Flash);
+
+impl Params<f64> for Counted {
+    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+}
+
+impl Attention<f64> for Counted {
+    fn name(&self) -> &'static str {
+        "counted"
+    }
+    fn output_dim(&self, inputs: &Inputs<'_, f64>) -> usize {
+        self.1.output_dim(inputs)
+    }
+    fn forward_into(&self, inputs: &Inputs<'_, f64>, out: ArrayViewMut2<'_, f64>) -> Result<()> {
+        self.0.lock().unwrap().push(("forward", inputs.num_queries()));
+        self.1.forward_into(inputs, out)
+    }
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        out: ArrayViewMut2<'_, f64>,
+    ) -> Result<Saved> {
+        self.0.lock().unwrap().push(("train", inputs.num_queries()));
+        self.1.forward_train_into(inputs, out)
+    }
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, f64>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, f64>,
+        grads: GradientsMut<'_, f64>,
+    ) -> Result<()> {
+        self.0.lock().unwrap().push(("backward", inputs.num_queries()));
+        self.1.backward_into(inputs, saved, grad_out, grads)
+    }
+}
+
+#[test]
+fn an_expert_runs_once_on_its_own_queries_or_not_at_all() {
+    let data = Data::new();
+    let inputs = data.all_data()[0];
+    let calls: [Calls; 4] = Default::default();
+    let counted = |calls: &Calls| Box::new(Counted(calls.clone(), Flash::new())) as Expert;
+    let mut moe = moe(MoeConfig::new(COLUMNS, 2), calls.iter().map(counted).collect());
+    // Nobody chooses expert 1.
+    moe.set_expert_bias(array![0.0, -2.0, 0.0, 0.0]).unwrap();
+    let counts = [0, 1, 2, 3].map(|e| moe.route(&inputs).unwrap().queries(e).len());
+    assert_eq!((counts[1], counts.iter().sum::<usize>()), (0, 2 * QUERIES));
+    assert!(calls.iter().all(|calls| calls.lock().unwrap().is_empty()));
+
+    moe.forward(&inputs).unwrap();
+    let (out, saved) = moe.forward_train(&inputs).unwrap();
+    moe.backward(&inputs, &saved, out.view()).unwrap();
+    for (calls, count) in calls.iter().zip(counts) {
+        let expected = match count {
+            0 => vec![],
+            count => vec![("forward", count), ("train", count), ("backward", count)],
+        };
+        assert_eq!(*calls.lock().unwrap(), expected);
+    }
+}
+
+/// A router without weights, whose logits are the bias.
+fn with_logits(config: MoeConfig, experts: Vec<Expert>, logits: &[f64]) -> Moe<f64> {
+    let mut moe = config.init(experts, &mut rng(30)).unwrap();
+    moe.visit_params_mut(&mut |name, mut param| match name {
+        "router.weight" => param.fill(0.0),
+        "router.bias" => param.assign(&Array1::from(logits.to_vec())),
+        _ => {}
+    });
+    moe
+}
+
+#[test]
+fn ties_and_nan_go_to_the_lower_numbers() {
+    let data = Data::new();
+    let inputs = data.all_data()[0];
+    for (logits, expected) in [
+        ([0.0, 0.0, 0.0, 0.0], [0, 1]),
+        ([0.5, 1.0, 0.5, 1.0], [1, 3]),
+        ([0.5, 1.0, 0.5, 0.5], [1, 0]),
+        ([0.0, f64::NAN, 0.0, 9.0], [0, 1]),
+        ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 0]),
+    ] {
+        let moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &logits);
+        let routing = moe.route(&inputs).unwrap();
+        assert_eq!(routing.experts().row(4).to_vec(), expected);
+        let out = moe.forward(&inputs).unwrap();
+        assert_eq!(out.iter().all(|x| x.is_nan()), logits[1].is_nan(), "{logits:?}");
+    }
+    // Chosen for their bias, with probabilities that are too small for a number.
+    let mut moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &[0.0, -800.0, -800.0, 0.0]);
+    moe.set_expert_bias(array![0.0, 2.0, 2.0, 0.0]).unwrap();
+    let routing = moe.route(&inputs).unwrap();
+    assert_eq!(routing.weights().row(0).to_vec(), [0.5, 0.5]);
+}
+
+#[test]
+fn a_full_expert_drops_those_who_come_later() {
+    let data = Data::new();
+    let (q, k, v) = (data.query.view(), data.key.view(), data.value.view());
+    let inputs = Inputs::dense(q, k, v).unwrap().causal();
+    // ⌈0.5 · 2 · 23 / 4⌉ = 6.
+    let config = MoeConfig::new(COLUMNS, 2);
+    let free = moe(config.clone(), flashes());
+    let limited = moe(config.clone().capacity_factor(0.5), flashes());
+    let (all, routing) = (free.route(&inputs).unwrap(), limited.route(&inputs).unwrap());
+    assert_eq!((all.experts(), all.weights()), (routing.experts(), routing.weights()));
+    let mut dropped = 0;
+    for expert in 0..4 {
+        let wanted = all.queries(expert);
+        assert_eq!(routing.queries(expert), &wanted[..wanted.len().min(6)]);
+        dropped += wanted.len().saturating_sub(6);
+    }
+    assert_eq!((all.num_dropped(), routing.num_dropped()), (0, dropped));
+    assert_eq!(all.shares(), routing.shares());
+    assert!(dropped > 10);
+
+    // What is dropped is missing, the rest keeps its weight.
+    let out = limited.forward(&inputs).unwrap();
+    let answers = SCALES.map(|scale| scaled(scale).forward(&inputs).unwrap());
+    for query in 0..QUERIES {
+        let mut expected = Array1::zeros(COLUMNS);
+        for (&expert, &weight) in all.experts().row(query).iter().zip(all.weights().row(query)) {
+            if routing.queries(expert).contains(&query) {
+                expected.scaled_add(weight, &answers[expert].row(query));
+            }
+        }
+        close(&out.slice(s![query..=query, ..]).to_owned(), &expected.insert_axis(Axis(0)));
+    }
+    // Later queries change nothing, with as many of them.
+    let mut changed = data.query.clone();
+    changed.slice_mut(s![12.., ..]).mapv_inplace(|x| 3.0 - x);
+    let changed = inputs.with_arrays(changed.view(), k, v).unwrap();
+    let changed = limited.forward(&changed).unwrap();
+    assert_eq!(changed.slice(s![..12, ..]), out.slice(s![..12, ..]));
+
+    for renormalize in [true, false] {
+        let config = config.clone().capacity_factor(0.3).renormalize(renormalize);
+        check_gradients(&mut moe(config, flashes()), &Shapes::new(6, 6, 6)).unwrap();
+    }
+}
+
+#[test]
+fn gradients_are_exact_with_edge_features_and_every_channel() {
+    let gat = |score| -> Expert {
+        let config = EdgeGatConfig::new(score, COLUMNS, 5, 1).edge_dim(3);
+        Box::new(config.init(&mut rng(18)).unwrap())
+    };
+    for renormalize in [true, false] {
+        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize);
+        let experts = vec![gat(Score::Gat), gat(Score::GatV2), gat(Score::DotProduct)];
+        let report = check_gradients(&mut moe(config.clone(), experts), &Shapes::new(6, 6, 6));
+        assert!(report.unwrap().refused.iter().all(|case| case.contains("bias")));
+
+        let experts: Vec<Expert> = vec![Box::new(ReadsAll), scaled(0.5), Box::new(ReadsAll)];
+        check_gradients(&mut moe(config, experts), &Shapes::new(6, 6, 6)).unwrap();
+    }
+}
+
+#[test]
+fn noise_is_seeded_normal_and_differentiable() {
+    let x = matrix(4001, COLUMNS, 19);
+    let inputs = Inputs::dense(x.view(), x.slice(s![..3, ..]), x.slice(s![..3, ..])).unwrap();
+    let config = MoeConfig::new(COLUMNS, 2).noise(true);
+    let mut noisy = moe(config, flashes());
+    let quiet = noisy.route(&inputs).unwrap();
+    assert_eq!(quiet, moe(MoeConfig::new(COLUMNS, 2), flashes()).route(&inputs).unwrap());
+    noisy.set_noise(Some(7)).unwrap();
+    let routing = noisy.route(&inputs).unwrap();
+    assert_eq!(routing, noisy.route(&inputs).unwrap());
+    // With fresh weights of 0 the deviation is softplus(0) = ln 2.
+    let noise = (&routing.logits() - &quiet.logits()) / 2f64.ln();
+    let count = noise.len() as f64;
+    let mean = noise.sum() / count;
+    let variance = noise.mapv(|x| x * x).sum() / count - mean * mean;
+    // Five standard errors: 1/√16004 and √(2/16004).
+    assert!(mean.abs() < 0.04 && (variance - 1.0).abs() < 0.056, "{mean} {variance}");
+    // Neither the same for all queries nor for all experts, and another with another seed.
+    let correlation = |a: ArrayView2<f64>, b: ArrayView2<f64>| (&a * &b).sum() / a.len() as f64;
+    noisy.set_noise(Some(8)).unwrap();
+    let other = (&noisy.route(&inputs).unwrap().logits() - &quiet.logits()) / 2f64.ln();
+    for correlation in [
+        correlation(noise.slice(s![..-1, ..]), noise.slice(s![1.., ..])),
+        correlation(noise.slice(s![.., ..3]), noise.slice(s![.., 1..])),
+        correlation(noise.view(), other.view()),
+    ] {
+        assert!(correlation.abs() < 0.05, "{correlation}");
+    }
+    // The deviation is softplus(W_noise q).
+    let weight = matrix(4, COLUMNS, 20);
+    noisy.visit_params_mut(&mut |name, mut param| {
+        if name == "router.noise_weight" {
+            param.assign(&weight);
+        }
+    });
+    let deviation = x.dot(&weight.t()).mapv(|u| u.exp().ln_1p());
+    let expected = &quiet.logits() + &(other * deviation);
+    close(&noisy.route(&inputs).unwrap().logits().to_owned(), &expected);
+
+    // Selected queries keep their noise.
+    let selected = inputs.select_queries(&[2, 3, 11]).unwrap();
+    let some = noisy.route(&selected.inputs()).unwrap();
+    close(&some.logits().to_owned(), &expected.select(Axis(0), &[2, 3, 11]));
+
+    check_gradients(&mut noisy, &Shapes::new(6, 6, 6)).unwrap();
+    noisy.set_noise(None).unwrap();
+    assert_eq!(noisy.route(&inputs).unwrap(), quiet);
+    // Without noise its weight has a gradient of zero.
+    check_gradients(&mut noisy, &Shapes::new(6, 6, 6)).unwrap();
+}
+
+#[test]
+fn losses_have_their_closed_forms() {
+    let x = matrix(8, COLUMNS, 21);
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let config = |k| MoeConfig::new(COLUMNS, k).renormalize(false);
+    // The loss does not depend on the scale, so all equal is balanced whoever is chosen.
+    let uniform = with_logits(config(1), flashes(), &[0.25; 4]).route(&inputs).unwrap();
+    assert!((uniform.switch_load_balance().unwrap().0 - 1.0).abs() < 1e-14);
+    assert!((uniform.entropy() - 4f64.ln()).abs() < 1e-14);
+    assert!((uniform.z_loss().unwrap().0 - (0.25 + 4f64.ln()).powi(2)).abs() < 1e-14);
+    // All to expert 0: I = (2, 0, 0, 0).
+    assert_eq!(uniform.shares(), [1.0, 0.0, 0.0, 0.0]);
+    assert!((uniform.importance_cv2().unwrap().0 - 3.0).abs() < 1e-14);
+    let all = with_logits(config(4), flashes(), &[0.25; 4]).route(&inputs).unwrap();
+    assert_eq!(all.shares(), [0.25; 4]);
+    assert!(all.importance_cv2().unwrap().0.abs() < 1e-14);
+    assert!((all.switch_load_balance().unwrap().0 - 1.0).abs() < 1e-14);
+    // One expert gets all, for certain.
+    let one = with_logits(config(1), flashes(), &[0.0, 0.0, 99.0, 0.0]).route(&inputs).unwrap();
+    assert!((one.switch_load_balance().unwrap().0 - 4.0).abs() < 1e-14);
+    assert!(one.entropy() < 1e-30 && (one.z_loss().unwrap().0 - 99.0 * 99.0).abs() < 1e-10);
+
+    // By their definitions, where nothing is equal.
+    let routing = moe(config(2).capacity_factor(0.5), flashes()).route(&inputs).unwrap();
+    let p = routing.probabilities();
+    let mean_p = p.mean_axis(Axis(0)).unwrap();
+    let (mut chosen, mut importance) = ([0.0; 4], [0.0; 4]);
+    for (&expert, &weight) in routing.experts().iter().zip(routing.weights()) {
+        chosen[expert] += 1.0 / 16.0;
+        importance[expert] += weight;
+    }
+    assert_eq!(routing.shares(), chosen);
+    let balance: f64 = (0..4).map(|e| 4.0 * chosen[e] * mean_p[e]).sum();
+    assert!((routing.switch_load_balance().unwrap().0 - balance).abs() < 1e-14);
+    let mean = importance.iter().sum::<f64>() / 4.0;
+    let variance = importance.iter().map(|i| (i - mean).powi(2)).sum::<f64>() / 4.0;
+    assert!((routing.importance_cv2().unwrap().0 - variance / mean.powi(2)).abs() < 1e-14);
+    let log_sums = routing.logits().mapv(f64::exp).sum_axis(Axis(1)).mapv(f64::ln);
+    let z = log_sums.mapv(|z| z * z).mean().unwrap();
+    assert!((routing.z_loss().unwrap().0 - z).abs() < 1e-13);
+    let entropy = -p.mapv(|p| p * p.ln()).sum() / 8.0;
+    assert!((routing.entropy() - entropy).abs() < 1e-14);
+
+    // Of nothing.
+    let empty = Inputs::dense(x.slice(s![..0, ..]), x.view(), x.view()).unwrap();
+    let routing = moe(config(2), flashes()).route(&empty).unwrap();
+    for (value, grad) in [
+        routing.switch_load_balance().unwrap(),
+        routing.importance_cv2().unwrap(),
+        routing.z_loss().unwrap(),
+    ] {
+        assert_eq!((value, grad.dim()), (0.0, (0, 4)));
+    }
+    assert_eq!((routing.entropy(), routing.num_dropped()), (0.0, 0));
+    assert_eq!(routing.shares(), [0.0; 4]);
+}
+
+#[test]
+fn losses_reach_the_router_and_the_queries() {
+    type Loss = fn(&graph_attention::Routing<f64>) -> Result<(f64, Array2<f64>)>;
+    let losses: [Loss; 3] = [
+        |routing| routing.switch_load_balance(),
+        |routing| routing.importance_cv2(),
+        |routing| routing.z_loss(),
+    ];
+    let keys = matrix(3, COLUMNS, 22);
+    for (config, loss) in
+        [MoeConfig::new(COLUMNS, 2), MoeConfig::new(COLUMNS, 3).renormalize(false)]
+            .iter()
+            .flat_map(|config| losses.map(|loss| (config.clone().noise(true), loss)))
+    {
+        let mut moe = moe(config, flashes());
+        moe.set_noise(Some(3)).unwrap();
+        let mut query = matrix(7, COLUMNS, 23);
+        let value = |moe: &Moe<f64>, query: &Array2<f64>| {
+            let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).unwrap();
+            loss(&moe.route(&inputs).unwrap()).unwrap().0
+        };
+        let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).unwrap();
+        let mut grads = Gradients::zeros(&inputs, &moe).unwrap();
+        // Added to what is there.
+        grads.query.fill(1.0);
+        grads.params.iter_mut().for_each(|grad| grad.fill(1.0));
+        let routing = moe.route(&inputs).unwrap();
+        let (_, grad_logits) = loss(&routing).unwrap();
+        let grad_logits = grad_logits.view();
+        moe.router_backward(&inputs, &routing, grad_logits, grads.view_mut()).unwrap();
+
+        let step = 1e-4;
+        let difference = |f: &mut dyn FnMut(f64) -> f64| {
+            let difference = 8.0 * (f(step) - f(-step)) - (f(2.0 * step) - f(-2.0 * step));
+            difference / (12.0 * step)
+        };
+        for (place, &grad) in grads.query.indexed_iter() {
+            let old = query[place];
+            let numeric = difference(&mut |delta| {
+                query[place] = old + delta;
+                value(&moe, &query)
+            });
+            query[place] = old;
+            assert!((grad - 1.0 - numeric).abs() < 1e-10, "{grad} {numeric}");
+        }
+        for (param, grads) in grads.params.iter().enumerate() {
+            for (entry, &grad) in grads.iter().enumerate() {
+                let numeric = difference(&mut |delta| {
+                    let mut number = 0..;
+                    let mut add = |delta: f64, moe: &mut Moe<f64>| {
+                        moe.visit_params_mut(&mut |_, mut array| {
+                            if number.next() == Some(param) {
+                                *array.iter_mut().nth(entry).unwrap() += delta;
+                            }
+                        });
+                        number = 0..;
+                    };
+                    add(delta, &mut moe);
+                    let value = value(&moe, &query);
+                    add(-delta, &mut moe);
+                    value
+                });
+                assert!((grad - 1.0 - numeric).abs() < 1e-10, "{param}: {grad} {numeric}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_expert_bias_balances_without_touching_the_weights() {
+    let x = matrix(509, COLUMNS, 24);
+    let inputs = Inputs::dense(x.view(), x.slice(s![..3, ..]), x.slice(s![..3, ..])).unwrap();
+    let config = MoeConfig::new(COLUMNS, 1).renormalize(false);
+    let mut moe = moe(config, flashes());
+    moe.visit_params_mut(&mut |name, mut param| {
+        if name == "router.bias" {
+            param.iter_mut().zip([3.0, 1.0, 0.0, 0.5]).for_each(|(bias, x)| *bias = x);
+        }
+    });
+    let before = moe.route(&inputs).unwrap();
+    assert!(before.shares()[0] > 0.9, "{:?}", before.shares());
+    moe.update_expert_bias(&before, 0.25).unwrap();
+    assert_eq!(moe.expert_bias().to_vec(), [-0.25, 0.25, 0.25, 0.25]);
+    for _ in 0..500 {
+        let routing = moe.route(&inputs).unwrap();
+        moe.update_expert_bias(&routing, 0.002).unwrap();
+    }
+    let after = moe.route(&inputs).unwrap();
+    assert!(after.shares().iter().all(|share| (share - 0.25).abs() < 0.06), "{:?}", after.shares());
+    assert_eq!(after.probabilities(), before.probabilities());
+    for ((query, rank), &expert) in after.experts().indexed_iter() {
+        assert_eq!(after.weights()[[query, rank]], after.probabilities()[[query, expert]]);
+    }
+    // Balanced loads move nothing.
+    let balanced = with_logits(MoeConfig::new(COLUMNS, 4), flashes(), &[0.0; 4]);
+    let routing = balanced.route(&inputs).unwrap();
+    let bias = moe.expert_bias().to_owned();
+    moe.update_expert_bias(&routing, 0.1).unwrap();
+    assert_eq!(moe.expert_bias(), bias);
+}
+
+#[test]
+fn parameters_carry_the_number_of_their_expert() {
+    let projected = |seed| -> Expert {
+        let config = MultiHeadConfig::new(COLUMNS, 2).bias(false);
+        Box::new(config.init(Flash::new(), &mut rng(seed)).unwrap())
+    };
+    let experts = || vec![projected(25), scaled(1.0), projected(26)];
+    let config = MoeConfig::new(COLUMNS, 2).noise(true);
+    let moe = moe(config.clone(), experts());
+    let state = params::state(&moe);
+    let names: Vec<&str> = state.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "router.weight",
+            "router.bias",
+            "router.noise_weight",
+            "experts.0.in_proj_weight",
+            "experts.0.out_proj.weight",
+            "experts.2.in_proj_weight",
+            "experts.2.out_proj.weight",
+        ]
+    );
+    let loaded = config.from_params(vec![projected(1), scaled(1.0), projected(2)], state.clone());
+    let data = Data::new();
+    let inputs = data.all_data()[0];
+    assert_eq!(loaded.unwrap().forward(&inputs).unwrap(), moe.forward(&inputs).unwrap());
+    let refusal = config.from_params(experts(), state.into_iter().skip(1));
+    refused(refusal, "MissingParam | router.weight");
+
+    // Fresh weights fill ±1/√6.
+    let fresh: Moe<f64> = MoeConfig::new(COLUMNS, 1)
+        .init((0..40).map(|_| scaled(1.0)).collect(), &mut rng(27))
+        .unwrap();
+    let weight = param(&fresh, "router.weight");
+    let largest = weight.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
+    assert!(largest <= 6f64.powf(-0.5) && largest > 0.95 * 6f64.powf(-0.5), "{largest}");
+    assert!(param(&fresh, "router.bias").iter().all(|&bias| bias == 0.0));
+    assert_eq!(fresh.experts().len(), 40);
+    assert_eq!(fresh.config(), &MoeConfig::new(COLUMNS, 1));
+}
+
+#[test]
+fn bad_calls_are_refused() {
+    let data = Data::new();
+    let (q, k, v) = (data.query.view(), data.key.view(), data.value.view());
+    let bare = Inputs::dense(q, k, v).unwrap();
+    let init = |config: &MoeConfig, experts: Vec<Expert>| config.init(experts, &mut rng(28));
+    for (config, words) in [
+        (MoeConfig::new(6, 0), "k | between 1 and 4 | got 0"),
+        (MoeConfig::new(6, 5), "k | between 1 and 4 | got 5"),
+        (MoeConfig::new(0, 1), "query_dim | at least 1 | got 0"),
+        (MoeConfig::new(6, 1).capacity_factor(0.0), "capacity_factor | positive | got 0"),
+        (MoeConfig::new(6, 1).capacity_factor(f64::NAN), "capacity_factor | positive | got NaN"),
+        (MoeConfig::new(6, 1).capacity_factor(1.0 / 0.0), "capacity_factor | positive | got inf"),
+    ] {
+        refused(init(&config, flashes()), &format!("InvalidConfig | {words}"));
+    }
+    let one = MoeConfig::new(6, 1);
+    refused(init(&one, vec![]), "InvalidConfig | experts | at least 1 | got 0");
+    let huge = MoeConfig::new(usize::MAX / 8, 1);
+    refused(init(&huge, flashes()), "TooLarge | router.weight");
+
+    let gat = |dim| -> Expert {
+        let config = EdgeGatConfig::new(Score::GatV2, 6, dim, 1).edge_dim(3);
+        Box::new(config.init(&mut rng(29)).unwrap())
+    };
+    let all = |experts| with_logits(MoeConfig::new(6, 3), experts, &[0.0; 3]);
+    let third = all(vec![scaled(1.0), scaled(2.0), gat(6)]);
+    refused(third.forward(&bare), "MissingInput | expert 2 (edge_gat) | edge features");
+    let with_bias = bare
+        .with_edge_features(data.features.view())
+        .and_then(|inputs| inputs.with_bias(data.bias[0].view()))
+        .unwrap();
+    refused(third.forward_train(&with_bias), "Unsupported | expert 2 (edge_gat) | additive bias");
+    // An expert inside a mixture inside a mixture.
+    let inner = Box::new(all(vec![gat(6), gat(6), gat(6)]));
+    let outer = all(vec![scaled(1.0), inner, scaled(2.0)]);
+    refused(outer.forward(&bare), "MissingInput | expert 1 (expert 0 (edge_gat)) | edge features");
+    let narrow = bare.with_edge_features(data.positions[0].view());
+    assert!(narrow.is_err());
+    let narrow = data.features.slice(s![.., ..2]);
+    let narrow = bare.with_edge_features(narrow).unwrap();
+    refused(third.forward(&narrow), "Shape | expert 2 (edge_gat): edge_features | [437, 3] | 2]");
+    let unequal = all(vec![scaled(1.0), scaled(2.0), gat(5)]);
+    let words = "Shape | expert 2 (edge_gat) | expert 0 (flash) | shape [6] | got [5]";
+    refused(unequal.forward(&bare), words);
+    // By its number among all queries.
+    let mut outside = 0.1 * &data.query;
+    outside.row_mut(21).fill(1.0);
+    let (near, near_values) = (0.1 * &data.key, 0.1 * &data.value);
+    let ball = Inputs::dense(outside.view(), near.view(), near_values.view()).unwrap();
+    let poincare = || Box::new(PoincareConfig::new().init().unwrap()) as Expert;
+    let mut weight = ArrayD::zeros(vec![2, 6]);
+    weight[[1, 0]] = 10.0;
+    let state = [("router.weight", weight), ("router.bias", ArrayD::zeros(vec![2]))];
+    let points = MoeConfig::new(6, 1).from_params(vec![poincare(), poincare()], state).unwrap();
+    assert!(points.route(&ball).unwrap().queries(1)[..] != *(0..22).collect::<Vec<_>>());
+    refused(points.forward(&ball), "Domain | query | in row 21, got");
+
+    let mut moe = moe(MoeConfig::new(6, 2), flashes());
+    let wide = Inputs::dense(data.features.slice(s![..5, ..]), k, v).unwrap();
+    refused(moe.route(&wide), "Shape | query | [5, 6] | [5, 3]");
+    refused(moe.weights(&bare), "NoWeights | moe");
+    refused(moe.set_noise(Some(1)), "InvalidConfig | noise | one without");
+    assert!(moe.set_noise(None).is_ok());
+    refused(moe.set_expert_bias(Array1::zeros(3)), "Shape | expert_bias | [4] | [3]");
+    let infinite = array![0.0, f64::INFINITY, 0.0, 0.0];
+    refused(moe.set_expert_bias(infinite), "InvalidConfig | expert_bias | finite | got inf");
+    let routing = third.route(&bare).unwrap();
+    refused(moe.update_expert_bias(&routing, 0.1), "Shape | routing | [4] | [3]");
+    let routing = moe.route(&bare).unwrap();
+    refused(moe.update_expert_bias(&routing, f64::NAN), "InvalidConfig | step | finite | got NaN");
+    assert!(moe.expert_bias().iter().all(|&bias| bias == 0.0));
+    assert_eq!(routing.queries(4), [0; 0]);
+
+    let mut grads = Gradients::zeros(&bare, &moe).unwrap();
+    let mut router_backward = |inputs, routing, grad_logits: &Array2<f64>| {
+        moe.router_backward(inputs, routing, grad_logits.view(), grads.view_mut())
+    };
+    let logits = Array2::zeros((QUERIES, 4));
+    let wrong = Array2::zeros((QUERIES, 3));
+    let words = "Shape | grad_logits | [23, 4] | [23, 3]";
+    refused(router_backward(&bare, &routing, &wrong), words);
+    let other = third.route(&bare).unwrap();
+    refused(router_backward(&bare, &other, &logits), "Shape | routing | [23, 4] | [23, 3]");
+    refused(router_backward(&wide, &routing, &logits), "Shape | grads.query");
+
+    let (out, saved) = moe.forward_train(&bare).unwrap();
+    assert_eq!(moe.routing(&saved).unwrap(), &routing);
+    let (_, flash) = Flash::new().forward_train(&bare).unwrap();
+    refused(moe.routing(&flash), "SavedMismatch | moe | flash");
+    refused(moe.backward(&bare, &flash, out.view()), "SavedMismatch | moe | flash");
+    let fewer = bare.select_queries(&[0, 1, 2]).unwrap();
+    let grad_out = Array2::zeros((3, 6));
+    let words = "Shape | saved routing | [3, 4] | [23, 4]";
+    refused(moe.backward(&fewer.inputs(), &saved, grad_out.view()), words);
+    let others = all(vec![scaled(1.0), scaled(2.0), Box::new(ScaledDotProduct::new())]);
+    let (_, saved) = others.forward_train(&bare).unwrap();
+    let flashes = all(vec![scaled(1.0), scaled(2.0), scaled(3.0)]);
+    refused(flashes.backward(&bare, &saved, out.view()), "SavedMismatch | scaled_dot_product");
+}
