@@ -52,6 +52,7 @@ mod graph;
 mod inputs;
 mod kernels;
 mod mechanisms;
+pub mod neighbors;
 pub mod params;
 mod partial;
 #[cfg(feature = "safetensors")]
