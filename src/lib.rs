@@ -31,6 +31,8 @@
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //!
+//! [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over.
+//!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
 //! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
@@ -41,6 +43,7 @@
 //! |---|---|---|
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 //! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
+//! | `hnsw` | no | `neighbors::HnswIndex`, an approximate index of nearest neighbours, by the crate `hnsw_rs` |
 
 mod attention;
 mod dropout;

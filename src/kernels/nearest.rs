@@ -10,7 +10,7 @@ use super::matmul::{Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::parallel::ranges;
 use super::problem::Rows;
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec};
+use crate::float::{Float, all_finite, try_vec};
 use crate::neighbors::{Metric, Neighbor, NeighborSearch};
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use std::cmp::Ordering;
@@ -163,16 +163,23 @@ pub(crate) struct Query {
     norm: f64,
 }
 
-/// The norm without overflow or underflow on the way; NaN if a value is not finite.
+/// The norm; NaN if a value is not finite.
 fn norm_of<F: Float>(row: &[F]) -> f64 {
+    let sum_of_squares =
+        |scale: f64| row.iter().map(|value| (value.as_f64() / scale).powi(2)).sum::<f64>();
+    let sum = sum_of_squares(1.0);
+    if (1e-280..1e300).contains(&sum) {
+        return sum.sqrt();
+    }
+    // In f64, squares may overflow or underflow where the norm does not.
     let scale = row.iter().fold(0.0, |max: f64, value| max.max(value.as_f64().abs()));
-    if row.iter().any(|value| !value.is_finite()) {
-        return f64::NAN;
+    if !all_finite(row) {
+        f64::NAN
+    } else if scale == 0.0 {
+        0.0
+    } else {
+        scale * sum_of_squares(scale).sqrt()
     }
-    if scale == 0.0 {
-        return 0.0;
-    }
-    scale * row.iter().map(|value| (value.as_f64() / scale).powi(2)).sum::<f64>().sqrt()
 }
 
 /// Σ qᵢ kᵢ or Σ (qᵢ − kᵢ)² in eight sums, which compilers turn into vectors.
@@ -457,4 +464,104 @@ pub(super) fn nearest<F: Float>(
         }
     }
     dispatch!(level, simd => run(simd, keys, queries, rows, search, &mut lists));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+    use ndarray::Array2;
+
+    /// Entries from −1 to 1 with ties and zeros among them.
+    fn rows<F: Float>(len: usize, dim: usize, salt: usize) -> Rows<'static, F> {
+        let entry = |(i, j)| F::of(((i * 37 + j * 11 + salt) * 53 % 101) as f64 / 50.0 - 1.0);
+        Rows::from(Array2::from_shape_fn((len, dim), entry))
+    }
+
+    fn lists<F: Float>(
+        level: Level,
+        keys: &Keys<'_, F>,
+        queries: &Rows<'_, F>,
+        len: usize,
+        k: usize,
+    ) -> Vec<Vec<Neighbor<F>>> {
+        let (mut lens, mut found) = (vec![0; len], vec![0; len * k]);
+        let mut similarities = vec![F::nan(); len * k];
+        let lists =
+            Lists { k, lens: lens.iter_mut(), keys: &mut found, similarities: &mut similarities };
+        nearest(level, keys, queries, 0..len, &NeighborSearch::new(k), lists);
+        let neighbor =
+            |at: usize| Neighbor { key: found[at] as usize, similarity: similarities[at] };
+        let list = |(query, &len): (usize, &usize)| (query * k..query * k + len).map(neighbor);
+        lens.iter().enumerate().map(|list_of| list(list_of).collect()).collect()
+    }
+
+    fn check<F: Float>() {
+        for (num_queries, num_keys, dim, k) in
+            [(1, 1, 1, 1), (5, 97, 3, 7), (67, 193, 17, 10), (130, 211, 33, 300), (31, 96, 8, 2)]
+        {
+            for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean] {
+                let keys = Keys::new(rows::<F>(num_keys, dim, 1), num_keys, metric).unwrap();
+                let queries = rows::<F>(num_queries, dim, 2);
+                let k = k.min(num_keys);
+                // Every key offered, without tiles and bounds.
+                let expected: Vec<Vec<Neighbor<F>>> = (0..num_queries)
+                    .map(|query| {
+                        let query = keys.prepare(queries.row(query)).unwrap();
+                        let candidate = |key| {
+                            let similarity = keys.similarity(&query, key);
+                            Candidate { similarity, key: key as u32 }
+                        };
+                        let mut all: Vec<_> = (0..num_keys).map(candidate).collect();
+                        all.sort();
+                        all.into_iter().take(k).map(Candidate::into_neighbor).collect()
+                    })
+                    .collect();
+                for level in levels() {
+                    let found = lists(level, &keys, &queries, num_queries, k);
+                    assert_eq!(
+                        found, expected,
+                        "{metric:?} {num_queries} {num_keys} {dim} {level:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_finds_the_same_bits() {
+        check::<f32>();
+        check::<f64>();
+    }
+
+    #[test]
+    fn few_keys_are_looked_at_twice() {
+        // By a bound that is too low the answer would be right, and slow.
+        let (len, k) = (4000, 5);
+        let keys = Keys::new(rows::<f32>(len, 16, 1), len, Metric::Cosine).unwrap();
+        let queries = rows::<f32>(1, 16, 7);
+        let search = NeighborSearch::new(k);
+        let query = keys.prepare(queries.row(0)).unwrap();
+        let absolute_error = keys.absolute_error(&query);
+        assert!(absolute_error < 1e-5);
+        let nearest = BinaryHeap::new();
+        let mut lane =
+            Lane { number: 0, query: Some(query), search: &search, nearest, absolute_error };
+        assert_eq!(lane.bound(&keys), f32::NEG_INFINITY);
+        for key in 0..len {
+            lane.offer(&keys, key);
+        }
+        let worst = lane.nearest.peek().unwrap().similarity;
+        let slack = worst - f64::from(lane.bound(&keys));
+        assert!(slack > 0.0 && slack < 2e-5, "{slack}");
+    }
+
+    #[test]
+    fn norms_neither_overflow_nor_underflow_on_the_way() {
+        assert_eq!((norm_of(&[3f32, -4.0]), norm_of(&[0.0f32, -0.0])), (5.0, 0.0));
+        for scale in [1e200, 1e-200] {
+            assert!((norm_of(&[3.0 * scale, -4.0 * scale]) / (5.0 * scale) - 1.0).abs() < 1e-15);
+        }
+        assert!(norm_of(&[1.0, f64::NAN]).is_nan() && norm_of(&[f32::INFINITY]).is_nan());
+    }
 }

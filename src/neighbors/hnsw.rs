@@ -93,6 +93,8 @@ impl HnswConfig {
 ///
 /// All metrics become the Euclidean distance of points, for [`Metric::Cosine`] of unit vectors, for
 /// [`Metric::Dot`] with one more coordinate that gives all keys the same norm (Bachrach et al. 2014).
+/// The latter leaves little room between keys much shorter than the longest: where norms differ by
+/// factors of ten, many of the nearest are missed.
 ///
 /// The index keeps the keys twice, once in the crate's points. Keys are inserted in order and by one
 /// thread, and their layers drawn from a fixed seed, so the same keys give the same index; another

@@ -266,10 +266,9 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     #[must_use]
     pub fn accepts(&self, query: usize, Neighbor { key, similarity }: Neighbor<F>) -> bool {
         let is_known = |graph: &Graph| graph.neighbors(query).iter().any(|&k| k as usize == key);
-        !similarity.is_nan()
-            && self.threshold.is_none_or(|threshold| similarity >= threshold)
-            && !(self.exclude_self && query == key)
-            && !self.exclude.is_some_and(is_known)
+        let is_excluded = (self.exclude_self && query == key) || self.exclude.is_some_and(is_known);
+        let is_near = self.threshold.is_none_or(|threshold| similarity >= threshold);
+        is_near && !similarity.is_nan() && !is_excluded
     }
 }
 
