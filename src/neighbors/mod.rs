@@ -44,6 +44,25 @@ use std::ops::Range;
 ///
 /// A vector that holds NaN or an infinity, or whose norm is not finite, is similar to none: as a key
 /// it is never chosen, as a query it has no neighbours.
+///
+/// ```
+/// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+/// use graph_attention::ndarray::array;
+///
+/// let keys = array![[1.0, 0.0], [3.0, 3.0]];
+/// let query = array![[2.0, 0.0]];
+/// for (metric, similarities) in [
+///     (Metric::Cosine, [1.0, 0.5f64.sqrt()]),
+///     (Metric::Dot, [2.0, 6.0]),
+///     (Metric::Euclidean, [-1.0, -10.0]),
+/// ] {
+///     let index = ExactIndex::new(keys.view(), metric)?;
+///     for neighbor in index.search(query.view(), &NeighborSearch::new(2))?.row(0) {
+///         assert!((neighbor.similarity - similarities[neighbor.key]).abs() < 1e-12);
+///     }
+/// }
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Metric {
     /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
@@ -70,6 +89,14 @@ pub struct Neighbors<F> {
     pub graph: Graph,
     /// Of each pair of the graph, in its pair order.
     pub similarities: Array1<F>,
+}
+
+impl<F: Float> Neighbors<F> {
+    /// The neighbours of a query, the nearest first; none for a query that does not exist.
+    pub fn row(&self, query: usize) -> impl Iterator<Item = Neighbor<F>> + '_ {
+        let row = self.graph.row(query);
+        row.map(|(key, pair)| Neighbor { key, similarity: self.similarities[pair] })
+    }
 }
 
 /// Keys among which the nearest to a query can be found.
