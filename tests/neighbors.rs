@@ -118,7 +118,11 @@ fn near_points_far_from_the_origin_and_of_all_sizes_are_told_apart() {
     // Where sums of squares or products overflow, or all of them underflow.
     let huge = normal::<f32>(173, 13, 5).mapv(|x| x * 2e37);
     let tiny = normal::<f32>(173, 13, 6).mapv(|x| x * 3e-39);
-    for (name, points) in [("far", far), ("scales", scales), ("huge", huge), ("tiny", tiny)] {
+    // Where products keep a few bits.
+    let small = normal::<f32>(173, 13, 7).mapv(|x| x * 1e-22);
+    for (name, points) in
+        [("far", far), ("scales", scales), ("huge", huge), ("tiny", tiny), ("small", small)]
+    {
         for metric in METRICS {
             if (name, metric) == ("far", Metric::Cosine) {
                 // These cosines differ from 1 by less than f64 can tell.

@@ -308,6 +308,10 @@ impl<F: Float> Lane<'_, F> {
         let worst = worst.map_or(f64::NEG_INFINITY, |worst| worst.similarity);
         let threshold = self.search.threshold.map_or(f64::NEG_INFINITY, Float::as_f64);
         let needed = worst.max(threshold);
+        if needed.is_infinite() && self.absolute_error.is_finite() {
+            // Infinity less its relative error would be NaN.
+            return F::of(needed);
+        }
         F::of(needed - self.absolute_error - keys.relative_error() * needed.abs())
     }
 }
@@ -541,6 +545,7 @@ mod tests {
         let keys = Keys::new(rows::<f32>(len, 16, 1), len, Metric::Cosine).unwrap();
         let queries = rows::<f32>(1, 16, 7);
         let search = NeighborSearch::new(k);
+        let unreachable = search.threshold(f32::INFINITY);
         let query = keys.prepare(queries.row(0)).unwrap();
         let absolute_error = keys.absolute_error(&query);
         assert!(absolute_error < 1e-5);
@@ -548,6 +553,9 @@ mod tests {
         let mut lane =
             Lane { number: 0, query: Some(query), search: &search, nearest, absolute_error };
         assert_eq!(lane.bound(&keys), f32::NEG_INFINITY);
+        lane.search = &unreachable;
+        assert_eq!(lane.bound(&keys), f32::INFINITY);
+        lane.search = &search;
         for key in 0..len {
             lane.offer(&keys, key);
         }
