@@ -33,6 +33,8 @@
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
 //!
+//! [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over.
+//!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
 //! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
@@ -44,6 +46,7 @@
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
+//! | `hnsw` | no | `neighbors::HnswIndex`, an approximate index of nearest neighbours, by the crate `hnsw_rs` |
 
 mod attention;
 mod dropout;
@@ -55,6 +58,7 @@ mod graph;
 mod inputs;
 mod kernels;
 mod mechanisms;
+pub mod neighbors;
 pub mod params;
 mod partial;
 #[cfg(feature = "safetensors")]

@@ -2,6 +2,7 @@
 #![cfg(feature = "parallel")]
 
 use graph_attention::ndarray::Array2;
+use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
     Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MoeConfig,
     MultiHeadConfig, PerformerConfig, PoincareConfig,
@@ -79,5 +80,37 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         for inputs in [dense, sparse, dense.causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
         }
+    }
+}
+
+#[test]
+fn neighbours_are_the_same_for_any_number_of_threads() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(2);
+    let x: Array2<f32> =
+        Array2::from_shape_simple_fn((1_009, 31), || StandardNormal.sample(&mut rng));
+    let search = NeighborSearch::new(7).exclude_self(true);
+    for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean] {
+        let index = ExactIndex::new(x.view(), metric).unwrap();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| index.search(x.view(), &search).unwrap())
+        };
+        let one = run(1);
+        assert_eq!(one, run(2));
+        assert_eq!(one, run(7));
+    }
+    #[cfg(feature = "hnsw")]
+    {
+        use graph_attention::neighbors::HnswConfig;
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let index = HnswConfig::new(Metric::Cosine).build(x.clone()).unwrap();
+                (index.search(x.view(), &search).unwrap(), index.links().unwrap())
+            })
+        };
+        let one = run(1);
+        assert_eq!(one, run(2));
+        assert_eq!(one, run(7));
     }
 }

@@ -90,8 +90,9 @@ pub(crate) fn squared_distances<'l, S: Simd, F: SimdFloatElement + 'static>(
     rows_with::<S, F, true>(simd, num_rows, left, right, columns, visit);
 }
 
+/// [`squared_distances`] or [`rows_times`].
 #[inline(always)]
-fn rows_with<'l, S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
+pub(crate) fn rows_with<'l, S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
     num_rows: usize,
     left: impl Fn(usize) -> &'l [F],

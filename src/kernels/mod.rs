@@ -9,6 +9,7 @@
 //! `matmul`, `exp2` and `heads` are the primitives, `linear` makes projections of them, `problem` is
 //! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
 //! row, `edges` row by row with features of the pairs; none ever holds more than a tile of logits.
+//! `nearest` walks queries × keys in tiles too, and keeps the best keys of each query.
 //! What they are checked against is the plain `ScaledDotProduct`, and PyG's answers.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
@@ -59,6 +60,7 @@ pub(crate) mod heads;
 pub(crate) mod hyperbolic;
 pub(crate) mod linear;
 pub(crate) mod matmul;
+pub(crate) mod nearest;
 pub(crate) mod parallel;
 mod prefetch;
 pub(crate) mod problem;
@@ -69,6 +71,7 @@ use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
+use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
@@ -76,6 +79,7 @@ use features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use hyperbolic::HyperbolicProblem;
 use linear::Target;
 use ndarray::{Array2, ArrayViewMut2};
+use nearest::{Keys, Lists};
 use problem::{Problem, Rows, Slices, Upstream};
 use std::ops::Range;
 
@@ -106,6 +110,23 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         rows: Range<usize>,
         sum: ArrayViewMut2<'_, Self>,
     ) where
+        Self: Float;
+
+    /// [`nearest::nearest`].
+    fn nearest(
+        level: Level,
+        keys: &Keys<'_, Self>,
+        queries: &Rows<'_, Self>,
+        rows: Range<usize>,
+        search: &NeighborSearch<'_, Self>,
+        lists: Lists<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`nearest::squared_distance`].
+    #[cfg(feature = "hnsw")]
+    fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self
+    where
         Self: Float;
 
     /// [`dense::forward`].
@@ -309,6 +330,22 @@ macro_rules! compile_kernels {
                 sum: ArrayViewMut2<'_, Self>,
             ) {
                 linear::add_transposed_product_rows(level, left, right, rows, sum);
+            }
+
+            fn nearest(
+                level: Level,
+                keys: &Keys<'_, Self>,
+                queries: &Rows<'_, Self>,
+                rows: Range<usize>,
+                search: &NeighborSearch<'_, Self>,
+                lists: Lists<'_, Self>,
+            ) {
+                nearest::nearest(level, keys, queries, rows, search, lists);
+            }
+
+            #[cfg(feature = "hnsw")]
+            fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self {
+                nearest::squared_distance(level, a, b)
             }
 
             fn dense_forward(

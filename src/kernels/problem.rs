@@ -175,6 +175,22 @@ impl<'a, F: Float> Rows<'a, F> {
         Ok(Self::from(copy))
     }
 
+    /// Of a matrix to keep: its own memory where the rows lie one after the other.
+    pub(crate) fn owned(what: &'static str, matrix: Array2<F>) -> Result<Self> {
+        let (rows, columns) = matrix.dim();
+        if matrix.is_standard_layout() {
+            let len = matrix.len();
+            let (mut data, offset) = matrix.into_raw_vec_and_offset();
+            // What was sliced off an owned matrix is still there.
+            data.drain(..offset.unwrap_or(0));
+            data.truncate(len);
+            return Ok(Self { data: data.into(), columns });
+        }
+        let mut copy = try_zeros(what, rows, columns)?;
+        copy.assign(&matrix);
+        Ok(Self::from(copy))
+    }
+
     #[inline]
     pub(crate) fn row(&self, row: usize) -> &[F] {
         self.slices().row(row)

@@ -1,0 +1,348 @@
+//! The nearest keys of a query: which pairs attend by what they mean, not by where they stand in a
+//! graph.
+//!
+//! A [`NeighborIndex`] holds keys and finds those most similar to queries. What is asked for is a
+//! [`NeighborSearch`]; the answer is a [`Graph`] from queries to keys, fit for
+//! [`Inputs::graph`](crate::Inputs::graph) and
+//! [`Inputs::with_latent`](crate::Inputs::with_latent), with the similarity of each of its pairs.
+//!
+//! [`ExactIndex`] compares every query with every key. `HnswIndex`, behind the feature `hnsw`, looks
+//! at a few of them and may miss some neighbours.
+//!
+//! ```
+//! use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+//! use graph_attention::ndarray::array;
+//!
+//! let nodes = array![[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]];
+//! let index = ExactIndex::new(nodes.view(), Metric::Cosine)?;
+//! let search = NeighborSearch::new(2).threshold(0.0).exclude_self(true);
+//! let found = index.search(nodes.view(), &search)?;
+//! assert_eq!(found.graph.neighbors(0), [1, 2]);
+//! assert_eq!(found.graph.neighbors(2), [1, 0]); // the nearest first
+//! assert_eq!(found.graph.neighbors(3), [2]); // all others point away
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
+
+mod exact;
+#[cfg(feature = "hnsw")]
+mod hnsw;
+
+pub use exact::ExactIndex;
+#[cfg(feature = "hnsw")]
+pub use hnsw::{HnswConfig, HnswIndex};
+
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_vec};
+use crate::graph::Graph;
+use crate::kernels::nearest::Lists;
+use crate::kernels::parallel::{self, parts};
+use ndarray::{Array1, ArrayView1, ArrayView2};
+use std::fmt;
+use std::ops::Range;
+
+/// How similar two vectors are; more is nearer.
+///
+/// A vector that holds NaN or an infinity, or whose norm is not finite, is similar to none: as a key
+/// it is never chosen, as a query it has no neighbours.
+///
+/// ```
+/// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+/// use graph_attention::ndarray::array;
+///
+/// let keys = array![[1.0, 0.0], [3.0, 3.0]];
+/// let query = array![[2.0, 0.0]];
+/// for (metric, similarities) in [
+///     (Metric::Cosine, [1.0, 0.5f64.sqrt()]),
+///     (Metric::Dot, [2.0, 6.0]),
+///     (Metric::Euclidean, [-1.0, -10.0]),
+/// ] {
+///     let index = ExactIndex::new(keys.view(), metric)?;
+///     for neighbor in index.search(query.view(), &NeighborSearch::new(2))?.row(0) {
+///         assert!((neighbor.similarity - similarities[neighbor.key]).abs() < 1e-12);
+///     }
+/// }
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Metric {
+    /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
+    Cosine,
+    /// q · k.
+    Dot,
+    /// −|q − k|², the negative of the squared Euclidean distance.
+    Euclidean,
+}
+
+/// A key that was found, and how similar it is to the query.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Neighbor<F> {
+    /// The number of the key.
+    pub key: usize,
+    /// More is nearer.
+    pub similarity: F,
+}
+
+/// What [`NeighborIndex::search`] finds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Neighbors<F> {
+    /// From each query to its neighbours, the nearest first.
+    pub graph: Graph,
+    /// Of each pair of the graph, in its pair order.
+    pub similarities: Array1<F>,
+}
+
+impl<F: Float> Neighbors<F> {
+    /// The neighbours of a query, the nearest first; none for a query that does not exist.
+    pub fn row(&self, query: usize) -> impl Iterator<Item = Neighbor<F>> + '_ {
+        let row = self.graph.row(query);
+        row.map(|(key, pair)| Neighbor { key, similarity: self.similarities[pair] })
+    }
+}
+
+/// Keys among which the nearest to a query can be found.
+///
+/// Object-safe, so that a mechanism can hold a `Box<dyn NeighborIndex<F>>`. To bring an index of your
+/// own, say how many keys it has and how to find the nearest of one query:
+///
+/// ```
+/// use graph_attention::neighbors::{Neighbor, NeighborIndex, NeighborSearch};
+/// use graph_attention::ndarray::{Array1, ArrayView1, array};
+/// use graph_attention::Result;
+///
+/// /// Numbers on a line.
+/// #[derive(Debug)]
+/// struct Line(Array1<f64>);
+///
+/// impl NeighborIndex<f64> for Line {
+///     fn num_keys(&self) -> usize {
+///         self.0.len()
+///     }
+///     fn dim(&self) -> usize {
+///         1
+///     }
+///     fn nearest_into(
+///         &self,
+///         query: ArrayView1<'_, f64>,
+///         k: usize,
+///         nearest: &mut Vec<Neighbor<f64>>,
+///     ) -> Result<()> {
+///         let keys = self.0.iter().enumerate();
+///         nearest.clear();
+///         nearest.extend(keys.map(|(key, at)| Neighbor { key, similarity: -(at - query[0]).abs() }));
+///         nearest.sort_by(|a, b| b.similarity.total_cmp(&a.similarity));
+///         nearest.truncate(k);
+///         Ok(())
+///     }
+/// }
+///
+/// let line = Line(array![0.0, 1.0, 5.0]);
+/// let search = NeighborSearch::new(1).exclude_self(true);
+/// let found = line.search(array![[0.0], [1.0], [5.0]].view(), &search)?;
+/// assert_eq!(found.graph.indices(), [1, 0, 1]);
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
+    /// The number of keys.
+    fn num_keys(&self) -> usize;
+
+    /// The number of columns of keys and queries.
+    fn dim(&self) -> usize;
+
+    /// Overwrites `nearest` with the `k` keys most similar to a query, the nearest first: fewer
+    /// where there are not so many, or where an approximate index does not find them. No key comes
+    /// twice.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the query has not [`dim`](Self::dim) columns; any other that an index of
+    /// your own needs.
+    fn nearest_into(
+        &self,
+        query: ArrayView1<'_, F>,
+        k: usize,
+        nearest: &mut Vec<Neighbor<F>>,
+    ) -> Result<()>;
+
+    /// The neighbours of many queries, num_queries × [`dim`](Self::dim).
+    ///
+    /// As provided, it asks [`nearest_into`](Self::nearest_into) for so many more than k as are
+    /// excluded from a query, drops those that the search does not [accept](NeighborSearch::accepts),
+    /// and cuts the rest at k. An approximate index may so be left with fewer than k, though there
+    /// are more.
+    ///
+    /// # Errors
+    /// Those of [`NeighborSearch::check`] and of [`nearest_into`](Self::nearest_into);
+    /// [`Error::TooLarge`] if num_queries × k pairs do not fit in memory, [`Error::Graph`] if there
+    /// may be more than `u32::MAX` of them.
+    fn search(
+        &self,
+        queries: ArrayView2<'_, F>,
+        search: &NeighborSearch<'_, F>,
+    ) -> Result<Neighbors<F>> {
+        let num_keys = self.num_keys();
+        search.check(queries.dim(), num_keys, self.dim())?;
+        // An index looks at some thousand keys to find the nearest.
+        let work = queries.len().saturating_mul(num_keys.min(1000));
+        collect(queries.nrows(), num_keys, search.k, work, |rows, mut lists| {
+            let mut nearest = Vec::new();
+            for query in rows {
+                let k = search.k.saturating_add(search.num_excluded(query)).min(num_keys);
+                self.nearest_into(queries.row(query), k, &mut nearest)?;
+                let accepted = nearest.iter().filter(|found| search.accepts(query, **found));
+                lists.push(accepted.copied());
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What to look for: the k nearest keys of each query, if they are near enough and not excluded.
+///
+/// ```
+/// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+/// use graph_attention::{Graph, ndarray::array};
+///
+/// // Four points on a line, of which each knows the next; the latent neighbours are to be others.
+/// let nodes = array![[0.0], [1.0], [2.0], [7.0]];
+/// let known = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3)])?;
+/// let search = NeighborSearch::new(1).threshold(-9.0).exclude_self(true).exclude(&known);
+/// let index = ExactIndex::new(nodes.view(), Metric::Euclidean)?;
+/// let latent = index.search(nodes.view(), &search)?.graph;
+/// assert_eq!(latent.indices(), [2, 0, 1]);
+/// assert!(latent.neighbors(3).is_empty()); // none within a distance of 3
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct NeighborSearch<'a, F> {
+    pub(crate) k: usize,
+    pub(crate) threshold: Option<F>,
+    exclude_self: bool,
+    exclude: Option<&'a Graph>,
+}
+
+impl<'a, F: Float> NeighborSearch<'a, F> {
+    /// The k nearest keys of each query.
+    #[must_use]
+    pub fn new(k: usize) -> Self {
+        Self { k, threshold: None, exclude_self: false, exclude: None }
+    }
+
+    /// Only keys of at least this similarity, in the units of the index' [`Metric`]. Default: all.
+    #[must_use]
+    pub fn threshold(mut self, similarity: F) -> Self {
+        self.threshold = Some(similarity);
+        self
+    }
+
+    /// Whether query i never finds key i: for queries and keys that are the same nodes. Default:
+    /// `false`.
+    #[must_use]
+    pub fn exclude_self(mut self, exclude: bool) -> Self {
+        self.exclude_self = exclude;
+        self
+    }
+
+    /// Queries do not find those keys that they attend to in a graph. Default: none are excluded.
+    #[must_use]
+    pub fn exclude(mut self, graph: &'a Graph) -> Self {
+        self.exclude = Some(graph);
+        self
+    }
+
+    /// Refuses a search that makes no sense for queries of this shape in an index of `num_keys` ×
+    /// `dim`: the first line of [`NeighborIndex::search`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the queries have another number of columns, or other rows than the keys
+    /// where a node is not to find itself, or if the excluded graph is over other numbers of queries
+    /// or keys; [`Error::InvalidConfig`] if the threshold is NaN.
+    pub fn check(
+        &self,
+        (num_queries, columns): (usize, usize),
+        num_keys: usize,
+        dim: usize,
+    ) -> Result<()> {
+        let rows = if self.exclude_self { num_keys } else { num_queries };
+        check_shape("queries", &[rows, dim], &[num_queries, columns])?;
+        if let Some(graph) = self.exclude {
+            let actual = [graph.num_queries(), graph.num_keys()];
+            check_shape("exclude", &[num_queries, num_keys], &actual)?;
+        }
+        match self.threshold {
+            Some(threshold) if threshold.is_nan() => {
+                Err(Error::config("threshold", "a number", threshold))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The number of keys wanted for each query.
+    #[must_use]
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// At most so many keys are excluded from a query.
+    #[must_use]
+    pub fn num_excluded(&self, query: usize) -> usize {
+        let known = self.exclude.map_or(0, |graph| graph.neighbors(query).len());
+        known + usize::from(self.exclude_self)
+    }
+
+    /// Whether a query may have this neighbour: it is not excluded, and its similarity is a number
+    /// and not below the threshold.
+    #[must_use]
+    pub fn accepts(&self, query: usize, Neighbor { key, similarity }: Neighbor<F>) -> bool {
+        let is_known = |graph: &Graph| graph.neighbors(query).iter().any(|&k| k as usize == key);
+        let is_excluded = (self.exclude_self && query == key) || self.exclude.is_some_and(is_known);
+        let is_near = self.threshold.is_none_or(|threshold| similarity >= threshold);
+        is_near && !similarity.is_nan() && !is_excluded
+    }
+}
+
+/// Queries are handed to threads in at most this many parts, in whole blocks.
+const PARTS: usize = 64;
+const BLOCK: usize = 64;
+
+/// Runs `fill` for parts of the queries, each of which pushes one list for each of its queries.
+pub(crate) fn collect<F: Float>(
+    num_queries: usize,
+    num_keys: usize,
+    k: usize,
+    work: usize,
+    fill: impl Fn(Range<usize>, Lists<'_, F>) -> Result<()> + Send + Sync,
+) -> Result<Neighbors<F>> {
+    let k = k.min(num_keys);
+    let mut offsets = try_vec("neighbors", &[num_queries], 0)?;
+    let mut keys = try_vec("neighbors", &[num_queries, k], 0)?;
+    let mut similarities = try_vec("neighbors", &[num_queries, k], F::zero())?;
+    // There is nothing to look for without k.
+    let parts = if k == 0 { Vec::new() } else { parts(num_queries, BLOCK, PARTS) };
+    let mut results = vec![Ok(()); parts.len()];
+    let mut rest = (&mut offsets[..], &mut keys[..], &mut similarities[..]);
+    let tasks = (parts.iter().cloned().zip(&mut results))
+        .map(|(rows, result)| {
+            let (lens, keys, similarities) = std::mem::take(&mut rest);
+            let (lens, other_lens) = lens.split_at_mut(rows.len());
+            let (keys, other_keys) = keys.split_at_mut(rows.len() * k);
+            let (similarities, others) = similarities.split_at_mut(rows.len() * k);
+            rest = (other_lens, other_keys, others);
+            (rows, Lists { k, lens: lens.iter_mut(), keys, similarities }, result)
+        })
+        .collect();
+    parallel::for_each(tasks, work, |(rows, lists, result)| *result = fill(rows, lists));
+    results.into_iter().collect::<Result<()>>()?;
+
+    // The lists moved together, in place.
+    let mut end = 0;
+    for (query, len) in offsets.iter_mut().enumerate() {
+        keys.copy_within(query * k..query * k + *len, end);
+        similarities.copy_within(query * k..query * k + *len, end);
+        end += *len;
+        *len = end;
+    }
+    keys.truncate(end);
+    similarities.truncate(end);
+    offsets.insert(0, 0);
+    let graph = Graph::from_csr(num_keys, offsets, keys)?;
+    Ok(Neighbors { graph, similarities: similarities.into() })
+}
