@@ -118,7 +118,8 @@ fn draw(points: &[[f64; 4]], exact_time: f64) -> std::io::Result<Document> {
             picture = picture.add(dot.set("fill", color));
             picture = picture.add(label(x(at) - 14.0, 310.0, format!("{}", point[0]), "#555"));
             if column != 2 {
-                let text = format!("{:.3}", point[column]);
+                let digits = if column == 1 { 4 } else { 0 };
+                let text = format!("{:.digits$}", point[column]);
                 picture = picture.add(label(x(at) + 6.0, y(point[column]) - 8.0, text, color));
             }
         }
@@ -140,5 +141,5 @@ fn draw(points: &[[f64; 4]], exact_time: f64) -> std::io::Result<Document> {
             ));
         }
     }
-    Ok(picture.add(label(320.0, 332.0, "number of features".into(), "#555")))
+    Ok(picture.add(label(320.0, 332.0, "number of features; all axes logarithmic".into(), "#555")))
 }

@@ -478,6 +478,33 @@ fn what_comes_later_changes_no_bit_of_causal_rows() {
     }
 }
 
+/// Rows of a causal pattern between which there are more keys than a chunk.
+#[test]
+fn selected_queries_are_the_rows_of_the_whole() {
+    let mut rng = rng(28);
+    let performer = PerformerConfig::new(5, 24).init::<f64>(&mut rng).unwrap();
+    let [q, k, v] = [(701, 10), (701, 10), (701, 6)].map(|(n, d)| normal(n, d, 0.7, &mut rng));
+    let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(2).unwrap();
+    let inputs = inputs.causal();
+    let all: Vec<usize> = (0..701).collect();
+    for queries in [vec![0, 3, 300, 301, 302, 650], vec![5], vec![700], all] {
+        let selected = inputs.select_queries(&queries).unwrap();
+        let (out, saved) = performer.forward_train(&selected.inputs()).unwrap();
+        let whole = performer.forward(&inputs).unwrap().select(Axis(0), &queries);
+        assert!(largest_difference(&out, &whole) < 1e-12);
+        let grads = performer.backward(&selected.inputs(), &saved, out.view()).unwrap();
+        // The whole inputs with a gradient of these rows alone.
+        let (_, saved) = performer.forward_train(&inputs).unwrap();
+        let mut grad_out = Array2::zeros((701, 6));
+        queries.iter().zip(out.rows()).for_each(|(&i, row)| grad_out.row_mut(i).assign(&row));
+        let expected = performer.backward(&inputs, &saved, grad_out.view()).unwrap();
+        assert!(largest_difference(&grads.key, &expected.key) < 1e-12);
+        assert!(largest_difference(&grads.value, &expected.value) < 1e-12);
+        let rows = expected.query.select(Axis(0), &queries);
+        assert!(largest_difference(&grads.query, &rows) < 1e-12);
+    }
+}
+
 #[test]
 fn padding_leaves_both_sums() {
     let mut rng = rng(16);

@@ -82,11 +82,18 @@ pub(super) fn add_transposed_product<S: Simd, F: Float>(
 
 /// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there are.
 pub(super) fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize, out: &mut Vec<F>) {
+    // So many rows and columns at a time stay in the first-level cache.
+    const BLOCK: usize = 16;
     out.clear();
     out.resize(stride * new_stride, F::zero());
-    for (at, row) in rows.chunks_exact(stride).enumerate() {
-        for (c, &entry) in row.iter().enumerate() {
-            out[c * new_stride + at] = entry;
+    for (block, rows) in rows.chunks(BLOCK * stride).enumerate() {
+        for first in (0..stride).step_by(BLOCK) {
+            for c in first..stride.min(first + BLOCK) {
+                let out = &mut out[c * new_stride + block * BLOCK..];
+                for (out, row) in out.iter_mut().zip(rows.chunks_exact(stride)) {
+                    *out = row[c];
+                }
+            }
         }
     }
 }
