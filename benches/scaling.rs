@@ -1,9 +1,9 @@
 //! Linear against exact attention as inputs grow: `cargo bench --bench scaling`.
 //!
 //! `Performer` with 256 features and `Flash`, n queries over n keys of 64 columns. Throughput is in
-//! the multiplications and additions of the matrix products, so that it can be held against the peak
-//! that is printed first: 8 n m d of the one, 4 n² d of the other, and 20 n m d and 14 n² d with the
-//! backward pass.
+//! the multiplications and additions of the matrix products, so that it can be held against the
+//! peak that is printed first: 8 n m d of the one, 4 n² d of the other, and 20 n m d and 14 n² d
+//! with the backward pass.
 
 mod machine;
 

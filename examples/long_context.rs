@@ -1,13 +1,15 @@
-//! Linear attention over a long context: what it costs, what it is wrong by, and that it says so itself.
+//! Linear attention over a long context: what it costs, what it is wrong by, and that it says so
+//! itself.
 //!
 //! ```sh
 //! cargo run --release --example long_context                          # 50,000 keys
 //! cargo run --release --example long_context -- 20000 --svg plot.svg
 //! ```
 //!
-//! Every vector attends to all others, exactly and through more and more random features. The error is
-//! measured against the exact answer, and predicted from the features alone. The plot goes into the
-//! temporary folder unless a file is given. Dev-dependencies: `peak_alloc`, `rand`, `rand_distr`, `svg`.
+//! Every vector attends to all others, exactly and through more and more random features. The error
+//! is measured against the exact answer, and predicted from the features alone. The plot goes into
+//! the temporary folder unless a file is given. Dev-dependencies: `peak_alloc`, `rand`,
+//! `rand_distr`, `svg`.
 
 use graph_attention::ndarray::{Array2, s};
 use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
@@ -67,7 +69,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let performer = PerformerConfig::new(COLUMNS, num_features).init::<f32>(&mut rng)?;
         let (out, time, memory) = run(&performer)?;
         let error = rms(&(out - &exact));
-        // Of the features' own scatter: the error of a whole row, so of each column its root mean square.
+        // Of the features' own scatter: the error of a whole row, so of each column its root mean
+        // square.
         let of_rows = performer.accuracy(&sample)?.standard_error;
         let predicted = rms(&of_rows) / (COLUMNS as f32).sqrt();
         // From the closed form, before any feature is drawn: the relative error of one weight.

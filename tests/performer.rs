@@ -28,7 +28,8 @@ fn projection_of<F: Float>(performer: &Performer<F>) -> Option<Array2<f64>> {
 
 // ---- An oracle ----
 
-/// ln |φᵣ(x)| and its sign, as the papers define φ but for constant factors, by plain loops in `f64`.
+/// ln |φᵣ(x)| and its sign, as the papers define φ but for constant factors, by plain loops in
+/// `f64`.
 fn log_features(
     kind: Features,
     projection: Option<&Array2<f64>>,

@@ -83,8 +83,8 @@ impl<F: Float> InputsVjp<F> {
         }
     }
 
-    /// From the gradients of a chunk's E, and of its h where `with_squares`, those of its inputs, which
-    /// `set` takes; adds that of the projection.
+    /// From the gradients of a chunk's E, and of its h where `with_squares`, those of its inputs,
+    /// which `set` takes; adds that of the projection.
     #[inline(always)]
     pub(super) fn run<S: Simd>(
         &mut self,
@@ -120,8 +120,8 @@ impl<F: Float> InputsVjp<F> {
     }
 }
 
-/// What one task adds up over its queries: the gradients of the sums of each head of keys, and of the
-/// projection.
+/// What one task adds up over its queries: the gradients of the sums of each head of keys, and of
+/// the projection.
 struct Sums<F> {
     keys: Vec<KeySums<F>>,
     projection: Vec<F>,

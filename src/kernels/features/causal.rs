@@ -1,14 +1,15 @@
-//! Causal inputs: the sums grow from chunk to chunk of queries, and within a chunk the kernels of its own
-//! pairs are formed, of the lower triangle.
+//! Causal inputs: the sums grow from chunk to chunk of queries, and within a chunk the kernels of
+//! its own pairs are formed, of the lower triangle.
 //!
-//! Nothing of a key may reach a row that does not see it, not even through what exponents are relative
-//! to. So the sums that a chunk starts from are relative to the largest exponents before it, and the features of
-//! its own pairs to the largest of each row: κᵢⱼ 2^{Aᵢ + Bⱼ}. The two parts of a row are brought together relative to the
-//! larger of their largest exponents, Z.
+//! Nothing of a key may reach a row that does not see it, not even through what exponents are
+//! relative to. So the sums that a chunk starts from are relative to the largest exponents before
+//! it, and the features of its own pairs to the largest of each row: κᵢⱼ 2^{Aᵢ + Bⱼ}. The two parts
+//! of a row are brought together relative to the larger of their largest exponents, Z.
 //!
-//! A head of keys is one task, from the first chunk to the last. The backward pass walks once forward, for
-//! the queries, and once back, for the keys, with the gradients of the sums. What these are relative to only
-//! falls on the way back, so that they are multiplied by 2^{s − s'} ≤ 1 and nothing overflows.
+//! A head of keys is one task, from the first chunk to the last. The backward pass walks once
+//! forward, for the queries, and once back, for the keys, with the gradients of the sums. What
+//! these are relative to only falls on the way back, so that they are multiplied by 2^{s − s'} ≤ 1
+//! and nothing overflows.
 
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
@@ -31,9 +32,9 @@ struct Step {
     keys: Range<usize>,
 }
 
-/// The first queries in order, with the keys between them: chunks of keys without queries come before the
-/// queries that all see them. How the queries are grouped does not depend on how many are wanted, and
-/// so no bit of a row.
+/// The first queries in order, with the keys between them: chunks of keys without queries come
+/// before the queries that all see them. How the queries are grouped does not depend on how many
+/// are wanted, and so no bit of a row.
 fn steps<F: Float>(problem: &FeatureProblem<'_, F>, num_wanted: usize) -> Vec<Step> {
     let num_queries = problem.inputs.num_queries();
     let mut steps = Vec::with_capacity(num_queries.div_ceil(CHUNK));
@@ -128,8 +129,9 @@ impl<F: Float> Factors<F> {
     }
 }
 
-/// Overwrites the rows of the first `num_queries[kv_head]` queries of each head, which see finite keys and
-/// values only, and their denominators, which are less than 1 where terms may have underflowed.
+/// Overwrites the rows of the first `num_queries[kv_head]` queries of each head, which see finite
+/// keys and values only, and their denominators, which are less than 1 where terms may have
+/// underflowed.
 pub(in super::super) fn forward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     num_queries: &[usize],
@@ -229,8 +231,8 @@ impl Step {
     }
 }
 
-/// The gradients of the rows of the first `num_queries[kv_head]` queries of each head, without those that
-/// `is_summed(query, head)` excludes.
+/// The gradients of the rows of the first `num_queries[kv_head]` queries of each head, without
+/// those that `is_summed(query, head)` excludes.
 pub(in super::super) fn backward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     num_queries: &[usize],

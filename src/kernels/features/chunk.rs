@@ -35,7 +35,8 @@ pub(super) struct Chunk<F> {
     squares: Vec<F>,
     /// Rows × stride, zeros past the features.
     pub(super) features: Vec<F>,
-    /// What the features of each row are relative to, of queries and in [`own_features`](Self::own_features).
+    /// What the features of each row are relative to, of queries and in
+    /// [`own_features`](Self::own_features).
     pub(super) shifts: Vec<F>,
     /// The gradients of E, rows × padded, and of h.
     pub(super) grad_products: Vec<F>,
@@ -176,8 +177,8 @@ impl<F: Float> Chunk<F> {
         }
     }
 
-    /// The features of queries, relative to what cancels: exponents with the shifts of the keys' sums, and
-    /// then to the largest.
+    /// The features of queries, relative to what cancels: exponents with the shifts of the keys'
+    /// sums, and then to the largest.
     #[inline(never)]
     pub(super) fn query_features<S: Simd>(&mut self, simd: S, shifts: &[F]) {
         simd.vectorize(

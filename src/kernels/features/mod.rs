@@ -1,13 +1,14 @@
 //! Attention by a kernel φ(q)·φ(k): the sums over keys are formed once for all queries.
 //!
-//! Rows go through a chunk at a time: their products with the projection, features, and the products
-//! of those with the sums. So nothing is held of the size of keys × features, but one chunk.
+//! Rows go through a chunk at a time: their products with the projection, features, and the
+//! products of those with the sums. So nothing is held of the size of keys × features, but one
+//! chunk.
 //!
-//! Exponential features carry exponents, in units of ln 2, that would overflow. Those of the keys are
-//! taken relative to the largest of each feature, those of a query relative to the largest of its
-//! own plus the keys': both cancel in the quotient, and no denominator is less than 1. Under a causal
-//! pattern the largest are those up to a chunk's end, so that an earlier row may underflow: it is
-//! reported, for another to sum pair by pair.
+//! Exponential features carry exponents, in units of ln 2, that would overflow. Those of the keys
+//! are taken relative to the largest of each feature, those of a query relative to the largest of
+//! its own plus the keys': both cancel in the quotient, and no denominator is less than 1. Under a
+//! causal pattern the largest are those up to a chunk's end, so that an earlier row may underflow:
+//! it is reported, for another to sum pair by pair.
 
 mod backward;
 mod causal;

@@ -12,7 +12,8 @@ pub(super) struct Left<'l, F> {
     pub(super) len: usize,
 }
 
-/// out = left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.
+/// out = left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole
+/// panels.
 #[inline(never)]
 pub(super) fn product<S: Simd, F: Float>(
     simd: S,
@@ -80,7 +81,8 @@ pub(super) fn add_transposed_product<S: Simd, F: Float>(
     );
 }
 
-/// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there are.
+/// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there
+/// are.
 pub(super) fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize, out: &mut Vec<F>) {
     // So many rows and columns at a time stay in the first-level cache.
     const BLOCK: usize = 16;

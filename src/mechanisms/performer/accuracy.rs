@@ -11,12 +11,12 @@ use ndarray::{Array2, ArrayView1};
 /// What the features say about their own sums: [`Performer::accuracy`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Accuracy<F> {
-    /// The standard error of each head's output, num_queries × heads: the root of the summed variances
-    /// of its columns.
+    /// The standard error of each head's output, num_queries × heads: the root of the summed
+    /// variances of its columns.
     pub standard_error: Array2<F>,
-    /// How many features of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ² over the terms
-    /// of the denominator. Where only a few are left, the sum is that of its largest terms, and the standard
-    /// error too small to be trusted.
+    /// How many features of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ²
+    /// over the terms of the denominator. Where only a few are left, the sum is that of its largest
+    /// terms, and the standard error too small to be trusted.
     pub effective_features: Array2<F>,
 }
 
@@ -30,14 +30,15 @@ impl<F: Float> Performer<F> {
     /// trigonometric   2 (cosh t − 1)/m              t = scale |q − k|²
     /// ```
     ///
-    /// Its root is the relative error of a weight before normalisation: an estimate is hopeless where it is not well
-    /// below 1. Orthogonal projections do not err more, for positive features (Theorem 2).
+    /// Its root is the relative error of a weight before normalisation: an estimate is hopeless
+    /// where it is not well below 1. Orthogonal projections do not err more, for positive features
+    /// (Theorem 2).
     ///
     /// `query` and `key` are one head, of length head_dim.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another length; [`Error::InvalidConfig`] for features that do not estimate a
-    /// softmax.
+    /// [`Error::Shape`] for another length; [`Error::InvalidConfig`] for features that do not
+    /// estimate a softmax.
     pub fn relative_variance(
         &self,
         query: ArrayView1<'_, F>,
@@ -46,12 +47,12 @@ impl<F: Float> Performer<F> {
         Ok(self.variance_of_one(query, key)? / self.config.num_features as f64)
     }
 
-    /// The number of features at which the root of [`relative_variance`](Self::relative_variance) is
-    /// `relative_error`: it may be astronomic, or infinite.
+    /// The number of features at which the root of [`relative_variance`](Self::relative_variance)
+    /// is `relative_error`: it may be astronomic, or infinite.
     ///
     /// # Errors
-    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidConfig`] for an error that is not
-    /// positive.
+    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidConfig`] for an error
+    /// that is not positive.
     pub fn num_features_for(
         &self,
         query: ArrayView1<'_, F>,
@@ -83,14 +84,14 @@ impl<F: Float> Performer<F> {
         })
     }
 
-    /// How far the outputs may be from those of exact attention, as the features tell by themselves: each
-    /// projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the output o = Σ nᵣ/Σ dᵣ
-    /// has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about the time of
-    /// the forward pass. Blocks of orthogonal projections err less than this says.
+    /// How far the outputs may be from those of exact attention, as the features tell by
+    /// themselves: each projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the
+    /// output o = Σ nᵣ/Σ dᵣ has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about
+    /// the time of the forward pass. Blocks of orthogonal projections err less than this says.
     ///
     /// # Errors
-    /// As the forward pass; [`Error::InvalidConfig`] for features that do not estimate a softmax, and for inputs whose
-    /// queries do not all see the same keys, or with dropout.
+    /// As the forward pass; [`Error::InvalidConfig`] for features that do not estimate a softmax,
+    /// and for inputs whose queries do not all see the same keys, or with dropout.
     pub fn accuracy(&self, inputs: &Inputs<'_, F>) -> Result<Accuracy<F>> {
         self.check_estimate()?;
         self.map.check(inputs)?;

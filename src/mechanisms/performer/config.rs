@@ -15,17 +15,17 @@ pub enum Features {
     Positive,
     /// Both ±w of m/2 projections: positive, and never worse than [`Positive`](Self::Positive).
     Hyperbolic,
-    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline. It is good
-    /// for q near k and has no floor: weights may be negative and their sum near zero, which makes
-    /// outputs without bound.
+    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline. It is
+    /// good for q near k and has no floor: weights may be negative and their sum near zero, which
+    /// makes outputs without bound.
     Trigonometric,
     /// φ(x) = m^{−½} (max(w·x, 0) + ε): a kernel of its own, not an estimate of the softmax.
     Relu {
         /// ε > 0, which keeps denominators from zero; 10⁻³ in the authors' code.
         epsilon: f64,
     },
-    /// φ(x) = elu(x) + 1, by columns and without a projection or a scale (Katharopoulos et al. 2020,
-    /// 2006.16236): a kernel of its own, with as many features as a head has columns.
+    /// φ(x) = elu(x) + 1, by columns and without a projection or a scale (Katharopoulos et al.
+    /// 2020, 2006.16236): a kernel of its own, with as many features as a head has columns.
     Elu,
 }
 
@@ -47,8 +47,8 @@ impl Features {
 /// How the rows of a projection are drawn, each like a normal vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Projection {
-    /// In blocks of orthogonal rows, uniformly distributed rotations, with the lengths of normal vectors
-    /// (χ distributed): the estimates stay unbiased, and err less.
+    /// In blocks of orthogonal rows, uniformly distributed rotations, with the lengths of normal
+    /// vectors (χ distributed): the estimates stay unbiased, and err less.
     Orthogonal,
     /// Independently.
     Iid,
@@ -65,8 +65,8 @@ pub struct PerformerConfig {
 }
 
 impl PerformerConfig {
-    /// Heads of `head_dim` columns and `num_features` features: positive ones of an orthogonal projection,
-    /// for the scale 1/√head_dim.
+    /// Heads of `head_dim` columns and `num_features` features: positive ones of an orthogonal
+    /// projection, for the scale 1/√head_dim.
     #[must_use]
     pub fn new(head_dim: usize, num_features: usize) -> Self {
         Self {
@@ -102,8 +102,8 @@ impl PerformerConfig {
     /// With a projection drawn from `rng`.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number, those of
-    /// [`Features::Elu`] not `head_dim`, or the scale or ε is not positive and finite;
+    /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number,
+    /// those of [`Features::Elu`] not `head_dim`, or the scale or ε is not positive and finite;
     /// [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {
         Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })

@@ -63,8 +63,8 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// What the kernels multiply the projection by: E = weight x is an exponent in units of ln 2, an
-    /// angle, or a plain product.
+    /// What the kernels multiply the projection by: E = weight x is an exponent in units of ln 2,
+    /// an angle, or a plain product.
     pub(super) fn weight_factor(&self) -> f64 {
         match self.features {
             Features::Positive | Features::Hyperbolic => self.scale.sqrt() * LOG2_E,
@@ -128,8 +128,8 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// log₂ of the features of a row, of those that are positive; the features themselves of the others,
-    /// trigonometric ones without the factor e^{|x|²/2}.
+    /// log₂ of the features of a row, of those that are positive; the features themselves of the
+    /// others, trigonometric ones without the factor e^{|x|²/2}.
     pub(super) fn exponents_or_features(
         &self,
         x: ArrayView1<'_, F>,
@@ -204,7 +204,8 @@ fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl
         let direction = loop {
             let mut direction: Vec<f64> = (0..dim).map(|_| normal()).collect();
             // The part at right angles to the rows before; twice, for what rounding has left. A
-            // normal vector's has a uniform direction there, so that the block is a uniform rotation.
+            // normal vector's has a uniform direction there, so that the block is a uniform
+            // rotation.
             for other in block.iter().chain(&block) {
                 let product = dot(&direction, other);
                 direction

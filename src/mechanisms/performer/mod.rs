@@ -24,44 +24,49 @@ use rand::Rng;
 
 const NAME: &str = "performer";
 
-/// Linear attention by random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al. 2022,
-/// 2205.15317; Katharopoulos et al. 2020, 2006.16236): softmax attention whose exponential is a dot product
-/// of m features, so that the sums over keys are formed once for all queries.
+/// Linear attention by random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al.
+/// 2022, 2205.15317; Katharopoulos et al. 2020, 2006.16236): softmax attention whose exponential is
+/// a dot product of m features, so that the sums over keys are formed once for all queries.
 ///
 /// ```text
 /// e^{scale·q·k} ≈ φ(q)·φ(k)      φ(x) = m^{−½} e^{√scale w·x − scale |x|²/2}   for m rows w, and others: Features
 /// S = Σⱼ φ(kⱼ) vⱼᵀ    z = Σⱼ φ(kⱼ)     oᵢ = φ(qᵢ)ᵀ S / φ(qᵢ)ᵀ z
 /// ```
 ///
-/// The estimate is unbiased in numerator and denominator, and its error falls like m^{−½}; but it grows like
-/// e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) tells before, and
-/// [`accuracy`](Self::accuracy) measures on given inputs, what it is worth; [`PerformerState`] is S and z as a
-/// value, to which keys are added and from which they are removed.
+/// The estimate is unbiased in numerator and denominator, and its error falls like m^{−½}; but it
+/// grows like e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) tells before,
+/// and [`accuracy`](Self::accuracy) measures on given inputs, what it is worth; [`PerformerState`]
+/// is S and z as a value, to which keys are added and from which they are removed.
 ///
-/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ
-///   from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one projection.
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
+///   differ from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one
+///   projection.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `projection_matrix`, projections × d. It has its exact gradient; where features are to
-///   stay estimates of a softmax, leave it out of the optimiser's step, and
+/// * **Parameters** `projection_matrix`, projections × d. It has its exact gradient; where features
+///   are to stay estimates of a softmax, leave it out of the optimiser's step, and
 ///   [`redraw`](Self::redraw) it from time to time instead.
-/// * **Cost** O(n m (d + d_v)) time and O(m d_v) memory beside the output per head for dense inputs in which all
-///   queries see the same keys, or with the causal pattern (prefix sums; one task per head of keys). A mask with the
-///   same row for all queries, as of padding, leaves keys out of both sums.
-/// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ between queries, biases,
-///   dropout, [`weights`](Attention::weights). Exact attention is then the faster one.
-/// * **Errors** [`Error::Shape`] if heads are not of `head_dim` columns; [`Error::NoWeights`] from `weights`
-///   with trigonometric features, which may be negative.
+/// * **Cost** O(n m (d + d_v)) time and O(m d_v) memory beside the output per head for dense inputs
+///   in which all queries see the same keys, or with the causal pattern (prefix sums; one task per
+///   head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
+///   both sums.
+/// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ
+///   between queries, biases, dropout, [`weights`](Attention::weights). Exact attention is then the
+///   faster one.
+/// * **Errors** [`Error::Shape`] if heads are not of `head_dim` columns; [`Error::NoWeights`] from
+///   `weights` with trigonometric features, which may be negative.
 ///
 /// # Numerics
 ///
-/// There is no ε in the denominator. Exponents of keys are taken relative to the largest of each feature,
-/// those of a query relative to its largest sum with these; both cancel, in the gradients too, and the denominator is at
-/// least 1 (at least ε² of [`Features::Relu`]; of [`Features::Trigonometric`] anything). In the causal pattern the
-/// largest exponents are those so far: a row whose denominator underflows nevertheless, since later keys in its block of 128
-/// are much larger, is summed pair by pair.
+/// There is no ε in the denominator. Exponents of keys are taken relative to the largest of each
+/// feature, those of a query relative to its largest sum with these; both cancel, in the gradients
+/// too, and the denominator is at least 1 (at least ε² of [`Features::Relu`]; of
+/// [`Features::Trigonometric`] anything). In the causal pattern the largest exponents are those so
+/// far: a row whose denominator underflows nevertheless, since later keys in its block of 128 are
+/// much larger, is summed pair by pair.
 ///
-/// Differences from the paper and its code: no ε is added to positive features, and the maximum is taken by feature
-/// instead of over all keys. For the same projection the outputs are the same but for the rounding.
+/// Differences from the paper and its code: no ε is added to positive features, and the maximum is
+/// taken by feature instead of over all keys. For the same projection the outputs are the same but
+/// for the rounding.
 ///
 /// ```
 /// use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
@@ -113,7 +118,8 @@ enum Attended<F> {
 
 /// Which rows of a causal pattern are summed how.
 struct CausalRows {
-    /// Of each head of keys, the queries before the first that sees a key or value that is not finite.
+    /// Of each head of keys, the queries before the first that sees a key or value that is not
+    /// finite.
     num_finite: Vec<usize>,
     /// The rows, query and head, that have underflowed.
     underflown: Vec<(usize, usize)>,
@@ -135,8 +141,9 @@ impl<F: Float> Performer<F> {
         Ok(())
     }
 
-    /// φ of each row of `x` (n × head_dim), n × num_features, as the papers have it: φ(q)·φ(k) estimates
-    /// e^{scale·q·k}. It overflows where that does; the mechanism itself works with exponents.
+    /// φ of each row of `x` (n × head_dim), n × num_features, as the papers have it: φ(q)·φ(k)
+    /// estimates e^{scale·q·k}. It overflows where that does; the mechanism itself works with
+    /// exponents.
     ///
     /// # Errors
     /// [`Error::Shape`] for other columns; [`Error::TooLarge`].
@@ -226,8 +233,8 @@ fn num_finite<F: Float>(problem: &FeatureProblem<'_, F>) -> Vec<usize> {
     (0..problem.kv_heads).map(of_head).collect()
 }
 
-/// Zeros for the rows that see no key, NaN for those that see one which is not finite; returns those that
-/// have underflowed.
+/// Zeros for the rows that see no key, NaN for those that see one which is not finite; returns
+/// those that have underflowed.
 fn repair<F: Float>(
     problem: &FeatureProblem<'_, F>,
     num_finite: &[usize],
@@ -389,8 +396,8 @@ fn add<F: Float>(
     *grad_weight += &of_features.projection;
 }
 
-/// NaN in the gradients of rows of a causal pattern that are NaN, of the keys that these see, and of the
-/// projection.
+/// NaN in the gradients of rows of a causal pattern that are NaN, of the keys that these see, and
+/// of the projection.
 fn spread_nan<F: Float>(
     problem: &FeatureProblem<'_, F>,
     denominators: &Array2<F>,

@@ -85,7 +85,8 @@ fn data<F>(matrix: &Array2<F>) -> &[F] {
 struct Kernel<F> {
     kappa: F,
     exponent: F,
-    /// What κ is relative to, where the features have underflowed and it is a sum of 2^{aᵣ + bᵣ − max}.
+    /// What κ is relative to, where the features have underflowed and it is a sum of 2^{aᵣ + bᵣ −
+    /// max}.
     underflow: Option<F>,
 }
 

@@ -11,19 +11,20 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2};
 use std::marker::PhantomData;
 
-/// The running sums of a [`Performer`] head over keys and values, which come and go: for an index that
-/// changes while it is queried.
+/// The running sums of a [`Performer`] head over keys and values, which come and go: for an index
+/// that changes while it is queried.
 ///
 /// ```text
 /// S = Σⱼ φ(kⱼ) vⱼᵀ      z = Σⱼ φ(kⱼ)      query: φ(q)ᵀ S / φ(q)ᵀ z
 /// ```
 ///
-/// Adding, removing or asking takes O(m (d + d_v)) for each row; memory is O(m d_v). Sums are kept in `f64` and relative to the
-/// largest exponent that each feature has met, so that nothing overflows.
+/// Adding, removing or asking takes O(m (d + d_v)) for each row; memory is O(m d_v). Sums are kept
+/// in `f64` and relative to the largest exponent that each feature has met, so that nothing
+/// overflows.
 ///
-/// What is removed must have been added, with the same numbers: this cannot be checked. Removing leaves
-/// the rounding of what was there, 10⁻¹⁶ of the largest sum so far; a query that this would reach is
-/// an error. A state without keys starts afresh.
+/// What is removed must have been added, with the same numbers: this cannot be checked. Removing
+/// leaves the rounding of what was there, 10⁻¹⁶ of the largest sum so far; a query that this would
+/// reach is an error. A state without keys starts afresh.
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, PerformerConfig};
@@ -92,8 +93,8 @@ impl<F: Float> PerformerState<F> {
     /// Adds keys (n × head_dim) and their values (n × value_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidConfig`] for numbers that are not finite, which no removal would take
-    /// out again.
+    /// [`Error::Shape`]; [`Error::InvalidConfig`] for numbers that are not finite, which no removal
+    /// would take out again.
     pub fn add(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
         let (count, sums) = self.checked_sums(keys, values)?;
         self.sums.add(&sums, 1.0);
@@ -141,11 +142,12 @@ impl<F: Float> PerformerState<F> {
         Ok(())
     }
 
-    /// The attention of queries (n × head_dim) over the keys, n × value_dim: zeros if there are none.
+    /// The attention of queries (n × head_dim) over the keys, n × value_dim: zeros if there are
+    /// none.
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidConfig`] where of the keys near a query so many have been removed
-    /// that rounding is left of their sums.
+    /// [`Error::Shape`]; [`Error::InvalidConfig`] where of the keys near a query so many have been
+    /// removed that rounding is left of their sums.
     pub fn query(&self, queries: ArrayView2<'_, F>) -> Result<Array2<F>> {
         check_shape("queries", &[queries.nrows(), self.map.head_dim], queries.shape())?;
         let mut out = try_zeros("out", queries.nrows(), self.value_dim)?;
