@@ -69,6 +69,7 @@ pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
+pub use mechanisms::graph_rope::{GraphRope, GraphRopeConfig, Layout};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::poincare::{Aggregation, Coordinates, Poincare, PoincareConfig};
 pub use mechanisms::scaled_dot_product::ScaledDotProduct;

@@ -1,9 +1,10 @@
 //! Every mechanism against the laws of the contract. A new mechanism is added to `mechanisms`.
 
+use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, EdgeGatConfig, Flash, Float, MultiHeadConfig,
-    PoincareConfig, ScaledDotProduct, Score,
+    Aggregation, Attention, Coordinates, EdgeGatConfig, Flash, Float, GraphRopeConfig, Layout,
+    MultiHeadConfig, PoincareConfig, ScaledDotProduct, Score,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -93,7 +94,44 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (heads().scale(0.3), learned(tangent().aggregation(Aggregation::FrechetMean))),
     ]
     .map(|(shapes, config)| (shapes, Box::new(config.init().unwrap()) as Box<dyn Attention<F>>));
-    others.into_iter().chain(gats).chain(poincare).collect()
+    let rope = |head_dim| GraphRopeConfig::new(head_dim, Layout::Half).base(5.0);
+    let several_axes = |head_dim| GraphRopeConfig::new(head_dim, Layout::Interleaved).axes(2);
+    let mixed = array![[0.5, -1.5, 0.0], [1.25, 0.75, -0.5]];
+    let ropes: Vec<Entry<F>> = vec![
+        (Shapes::new(6, 6, 5).axes(1), Box::new(rope(6).init(Flash::new()).unwrap())),
+        (
+            Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
+            Box::new(several_axes(7).rotary_dim(6).learnable(true).init(flash(2, 3)).unwrap()),
+        ),
+        (
+            Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
+            Box::new({
+                let config = rope(6).frequencies(mixed.clone()).learnable(true);
+                config.init(ScaledDotProduct::new()).unwrap()
+            }),
+        ),
+        (
+            Shapes::new(8, 8, 8).bias_heads(2),
+            Box::new({
+                let inner = several_axes(4).learnable(true).init(Flash::new()).unwrap();
+                MultiHeadConfig::new(8, 2).init(inner, &mut rng).unwrap()
+            }),
+        ),
+        (
+            // Parameters inside parameters, and a rotation inside a rotation.
+            Shapes::new(6, 6, 6).bias_heads(3),
+            Box::new({
+                let heads = MultiHeadConfig::new(6, 3).init(Flash::new(), &mut rng).unwrap();
+                let inner = rope(6).frequencies(mixed).learnable(true).init(heads).unwrap();
+                several_axes(6).learnable(true).init(inner).unwrap()
+            }),
+        ),
+        (
+            heads().scale(0.3).axes(1),
+            Box::new(rope(3).rotary_dim(2).init(tangent().init().unwrap()).unwrap()),
+        ),
+    ];
+    others.into_iter().chain(gats).chain(poincare).chain(ropes).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

@@ -61,6 +61,7 @@ pub(crate) mod matmul;
 pub(crate) mod parallel;
 mod prefetch;
 pub(crate) mod problem;
+pub(crate) mod rotary;
 pub(crate) mod rows;
 pub(crate) mod sincos;
 
@@ -75,6 +76,7 @@ use hyperbolic::HyperbolicProblem;
 use linear::Target;
 use ndarray::{Array2, ArrayViewMut2};
 use problem::{Problem, Rows, Slices, Upstream};
+use rotary::Rotary;
 use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
@@ -232,6 +234,28 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
     ) -> Result<hyperbolic::PointGradients<Self>>
     where
+        Self: Float;
+
+    /// [`rotary::rotate`].
+    fn rotate(
+        rotary: &Rotary,
+        level: Level,
+        positions: &Rows<'_, Self>,
+        x: &Rows<'_, Self>,
+        out: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`rotary::rotate_vjp`].
+    fn rotate_vjp(
+        rotary: &Rotary,
+        level: Level,
+        positions: &Rows<'_, Self>,
+        x: &Rows<'_, Self>,
+        grad_out: &Array2<Self>,
+        grad_x: Option<ArrayViewMut2<'_, Self>>,
+        grad_frequencies: Option<&mut Array2<f64>>,
+    ) where
         Self: Float;
 }
 
@@ -391,6 +415,28 @@ macro_rules! compile_kernels {
                 grad_bias: Option<ArrayViewMut2<'_, Self>>,
             ) -> Result<hyperbolic::PointGradients<Self>> {
                 hyperbolic::dense_backward(problem, points, upstream, sizes, level, grad_bias)
+            }
+
+            fn rotate(
+                rotary: &Rotary,
+                level: Level,
+                positions: &Rows<'_, Self>,
+                x: &Rows<'_, Self>,
+                out: ArrayViewMut2<'_, Self>,
+            ) {
+                rotary::rotate(rotary, level, positions, x, out);
+            }
+
+            fn rotate_vjp(
+                rotary: &Rotary,
+                level: Level,
+                positions: &Rows<'_, Self>,
+                x: &Rows<'_, Self>,
+                grad_out: &Array2<Self>,
+                grad_x: Option<ArrayViewMut2<'_, Self>>,
+                grad_frequencies: Option<&mut Array2<f64>>,
+            ) {
+                rotary::rotate_vjp(rotary, level, positions, x, grad_out, grad_x, grad_frequencies);
             }
         }
     )*};
