@@ -30,6 +30,8 @@
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
+//! | [`GraphRope`] | rotary embeddings of node positions, before any mechanism | O(n) and the inner's |
+//! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
@@ -69,7 +71,7 @@ pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
-pub use mechanisms::graph_rope::{GraphRope, GraphRopeConfig, Layout};
+pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::poincare::{Aggregation, Coordinates, Poincare, PoincareConfig};
 pub use mechanisms::scaled_dot_product::ScaledDotProduct;

@@ -130,6 +130,27 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             heads().scale(0.3).axes(1),
             Box::new(rope(3).rotary_dim(2).init(tangent().init().unwrap()).unwrap()),
         ),
+        (Shapes::new(34, 34, 19), Box::new(rope(34).init_edges().unwrap())),
+        (
+            Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
+            Box::new({
+                let config = GraphRopeConfig::new(7, Layout::Interleaved).rotary_dim(4);
+                config.learnable(true).init_edges().unwrap()
+            }),
+        ),
+        (
+            Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
+            Box::new({
+                let config = rope(6).frequencies(array![[0.5, -1.5, 0.75]]).learnable(true);
+                config.init_edges().unwrap()
+            }),
+        ),
+        (
+            Shapes::new(8, 8, 8).bias_heads(2),
+            Box::new(
+                MultiHeadConfig::new(8, 2).init(rope(4).init_edges().unwrap(), &mut rng).unwrap(),
+            ),
+        ),
     ];
     others.into_iter().chain(gats).chain(poincare).chain(ropes).collect()
 }

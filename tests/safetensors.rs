@@ -4,8 +4,8 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MultiHead, MultiHeadConfig, Params, Poincare, PoincareConfig,
-    Result, ScaledDotProduct, params, safetensors,
+    Attention, Error, Flash, Float, GraphRopeConfig, Layout, MultiHead, MultiHeadConfig, Params,
+    Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -69,12 +69,16 @@ fn multi_head<F: Float, A: Attention<F>>(
     config.init(inner, &mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
 }
 
-/// Every mechanism that has parameters, each in the forms that its parameters take.
+fn rope(seed: u64) -> GraphRopeConfig {
+    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learnable(true)
+}
+
 fn poincare<F: Float>(seed: u64) -> Poincare<F> {
     let config = PoincareConfig::new().curvature(seed as f64).temperature(0.1 * seed as f64);
     config.learn_curvature(true).learn_temperature(true).init().unwrap()
 }
 
+/// Every mechanism that has parameters, each in the forms that its parameters take.
 fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
@@ -85,6 +89,8 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         Box::new(multi_head(&config, multi_head(&config, Flash::new(), seed + 1), seed)),
         Box::new(Flash::new()),
         Box::new(poincare(seed)),
+        Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
+        Box::new(rope(seed).init_edges().unwrap()),
     ]
 }
 

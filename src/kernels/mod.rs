@@ -68,15 +68,14 @@ pub(crate) mod sincos;
 use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::graph::Graph;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use hyperbolic::HyperbolicProblem;
 use linear::Target;
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayViewMut2};
 use problem::{Problem, Rows, Slices, Upstream};
-use rotary::Rotary;
+use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
@@ -141,7 +140,6 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     /// [`rows::backward`].
     fn rows_backward(
         problem: &Problem<'_, Self>,
-        graph: &Graph,
         tile_len: usize,
         level: Level,
         upstream: Upstream<'_, Self>,
@@ -170,7 +168,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     where
         Self: Float;
 
-    /// [`edges::weights`].
+    /// [`rows::weights`] with the logits of [`edges`].
     fn edges_weights(
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
@@ -257,6 +255,37 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         grad_frequencies: Option<&mut Array2<f64>>,
     ) where
         Self: Float;
+
+    /// [`rows::forward`] with the logits of [`rotary`].
+    fn rotary_forward(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`rows::backward`] with the logits of [`rotary`]: returns the gradient of the frequencies.
+    fn rotary_backward(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        upstream: Upstream<'_, Self>,
+        grads: &mut GradientsMut<'_, Self>,
+    ) -> Array1<Self>
+    where
+        Self: Float;
+
+    /// [`rows::weights`] with the logits of [`rotary`].
+    fn rotary_weights(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        log_sum_exp: &Array2<Self>,
+    ) -> Result<Array2<Self>>
+    where
+        Self: Float;
 }
 
 macro_rules! compile_kernels {
@@ -319,13 +348,12 @@ macro_rules! compile_kernels {
 
             fn rows_backward(
                 problem: &Problem<'_, Self>,
-                graph: &Graph,
                 tile_len: usize,
                 level: Level,
                 upstream: Upstream<'_, Self>,
                 grads: &mut GradientsMut<'_, Self>,
             ) {
-                rows::backward(problem, graph, tile_len, level, upstream, grads);
+                rows::backward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, upstream, grads);
             }
 
             fn edges_forward(
@@ -356,7 +384,7 @@ macro_rules! compile_kernels {
                 level: Level,
                 log_sum_exp: &Array2<Self>,
             ) -> Result<Array2<Self>> {
-                edges::weights(problem, tile_len, level, log_sum_exp)
+                rows::weights::<_, edges::EdgeScorer<'_, _>>(problem, tile_len, level, log_sum_exp)
             }
 
             fn hyperbolic_dense_forward(
@@ -437,6 +465,41 @@ macro_rules! compile_kernels {
                 grad_frequencies: Option<&mut Array2<f64>>,
             ) {
                 rotary::rotate_vjp(rotary, level, positions, x, grad_out, grad_x, grad_frequencies);
+            }
+
+            fn rotary_forward(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                rows::forward::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, out, log_sum_exp,
+                );
+            }
+
+            fn rotary_backward(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                upstream: Upstream<'_, Self>,
+                grads: &mut GradientsMut<'_, Self>,
+            ) -> Array1<Self> {
+                rows::backward::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, upstream, grads,
+                )
+            }
+
+            fn rotary_weights(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                log_sum_exp: &Array2<Self>,
+            ) -> Result<Array2<Self>> {
+                rows::weights::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, log_sum_exp,
+                )
             }
         }
     )*};

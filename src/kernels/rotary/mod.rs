@@ -2,10 +2,14 @@
 //!
 //! Angles, sines and cosines are computed in `f64`, whatever the element, in vectors along the
 //! frequencies; those of one row are used for all its heads and then forgotten. `nodes` rotates the
-//! rows of a matrix, for any mechanism to go on with.
+//! rows of a matrix, for any mechanism to go on with; `edges` rotates the rows that a query meets, each
+//! by a distance of its own.
 
+mod edges;
 mod nodes;
 
+pub(crate) use edges::RotaryProblem;
+pub(super) use edges::RotaryScorer;
 pub(super) use nodes::{rotate, rotate_vjp};
 
 use super::matmul::Vector;
@@ -51,6 +55,12 @@ struct Turn<F> {
     frequencies: [Vec<f64>; 3],
     cos: Vec<F>,
     sin: Vec<F>,
+}
+
+/// In one pass, so that it is done in vectors.
+#[inline(always)]
+fn is_zero<F: Float>(values: &[F]) -> bool {
+    values.iter().fold(true, |all, &value| all & (value == F::zero()))
 }
 
 /// A number as the sum of two that have few enough bits for the products of such halves to be exact.
@@ -137,6 +147,26 @@ impl<F: Float> Turn<F> {
         }
     }
 
+    /// Overwrites `out` with what a row y is multiplied by in the derivative of scale · x·y, as y turns
+    /// with a position on one axis.
+    #[inline(always)]
+    fn slope(&self, scale: F, x: &[F], out: &mut [F]) {
+        out.fill(F::zero());
+        let heads = x.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
+        for (x, out) in heads {
+            for (p, &frequency) in self.frequencies[0][..self.pairs].iter().enumerate() {
+                let [a, b] = match self.layout {
+                    Layout::Interleaved => [2 * p, 2 * p + 1],
+                    Layout::Half => [p, p + self.pairs],
+                };
+                let factor = scale * F::of(frequency);
+                // y turns (a, b) into (−b, a).
+                out[a] = factor * x[b];
+                out[b] = -factor * x[a];
+            }
+        }
+    }
+
     /// sums\[p\] += x × y, the cross product of the columns of pair p: what a change of its angle by 1
     /// adds to ⟨y, x⟩, over one head or several.
     #[inline(always)]
@@ -200,4 +230,105 @@ fn sin_cos_of_sum<S: Simd>(
         sin_cos::<S, f64>(simd, error)
     };
     [sin * cos_error + cos * sin_error, cos * cos_error - sin * sin_error]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+    use crate::kernels::problem::Rows;
+    use ndarray::array;
+
+    /// What a row of columns 1, 2, 3, … becomes, two heads of it, with a column that stays.
+    fn rotated<F: Float>(layout: Layout, frequencies: &Array2<f64>, position: &[f64]) -> Vec<F> {
+        let (pairs, head_dim) = (frequencies.ncols(), 2 * frequencies.ncols() + 1);
+        let x = |column: usize| (column + 1) as f64;
+        let mut out: Vec<F> = (0..2 * head_dim).map(|column| F::of(x(column))).collect();
+        for head in [0, head_dim] {
+            for p in 0..pairs {
+                let [a, b] = match layout {
+                    Layout::Interleaved => [head + 2 * p, head + 2 * p + 1],
+                    Layout::Half => [head + p, head + p + pairs],
+                };
+                // Angles of a few: rounding of the products does not matter.
+                let angles = position.iter().zip(frequencies.column(p)).map(|(x, theta)| x * theta);
+                let (sin, cos) = angles.sum::<f64>().sin_cos();
+                out[a] = F::of(x(a) * cos - x(b) * sin);
+                out[b] = F::of(x(a) * sin + x(b) * cos);
+            }
+        }
+        out
+    }
+
+    fn rotations_are_those_of_plain_loops<F: Float>() {
+        for level in levels() {
+            for pairs in [1, 2, 3, 4, 5, 8, 9, 17] {
+                let frequencies =
+                    Array2::from_shape_fn((2, pairs), |(a, p)| 1.0 / (1 + a + p) as f64 - 0.2);
+                let positions = array![[1.5, -2.0], [0.0, 0.25], [-3.0, 4.5]];
+                for layout in [Layout::Interleaved, Layout::Half] {
+                    let head_dim = 2 * pairs + 1;
+                    let rotary = Rotary { layout, head_dim, frequencies: frequencies.clone() };
+                    let x =
+                        Array2::from_shape_fn((3, 2 * head_dim), |(_, c)| F::of((c + 1) as f64));
+                    let x = Rows::new("x", x.view()).unwrap();
+                    let mut out = Array2::from_elem((3, 2 * head_dim), F::nan());
+                    let at = positions.mapv(F::of);
+                    let at = Rows::new("positions", at.view()).unwrap();
+                    rotate(&rotary, level, &at, &x, out.view_mut());
+                    for (out, position) in out.rows().into_iter().zip(positions.rows()) {
+                        let expected =
+                            rotated::<F>(layout, &frequencies, position.to_slice().unwrap());
+                        let tolerance = F::of(8.0 * head_dim as f64) * F::epsilon();
+                        for (&a, &b) in out.iter().zip(&expected) {
+                            assert!(
+                                (a - b).abs() <= tolerance,
+                                "{level:?} {layout:?} {pairs}: {a} {b}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rotations_are_those_of_plain_loops_in_either_precision() {
+        rotations_are_those_of_plain_loops::<f32>();
+        rotations_are_those_of_plain_loops::<f64>();
+    }
+
+    /// sin and cos of θ x on one axis, from a Turn.
+    fn sin_cos_of(level: fearless_simd::Level, theta: f64, x: f64) -> [f64; 2] {
+        #[inline(always)]
+        fn run<S: Simd>(simd: S, rotary: &Rotary, x: f64) -> [f64; 2] {
+            let mut turn = Turn::<f64>::new(simd, rotary);
+            turn.set(simd, &[x], 1.0);
+            [turn.sin[0], turn.cos[0]]
+        }
+        let rotary = Rotary {
+            layout: Layout::Half,
+            head_dim: 2,
+            frequencies: Array2::from_elem((1, 1), theta),
+        };
+        dispatch!(level, simd => run(simd, &rotary, x))
+    }
+
+    #[test]
+    fn large_angles_are_those_of_the_exact_product() {
+        for level in levels() {
+            for theta in [0.1, 0.7, 1.0 / 3.0, 1.333_521e-4] {
+                for x in [3.7, 1e5 + 0.1, -7.7e6, 1.3e10, 4.1e15] {
+                    // sin(a + b) of a product and what rounding takes of it.
+                    let product = theta * x;
+                    let rest = f64::mul_add(theta, x, -product);
+                    let ((sin_a, cos_a), (sin_b, cos_b)) = (product.sin_cos(), rest.sin_cos());
+                    let expected = [sin_a * cos_b + cos_a * sin_b, cos_a * cos_b - sin_a * sin_b];
+                    for (a, b) in sin_cos_of(level, theta, x).into_iter().zip(expected) {
+                        assert!((a - b).abs() < 4e-16, "{level:?}: {theta} · {x}: {a} {b}");
+                    }
+                }
+            }
+        }
+    }
 }

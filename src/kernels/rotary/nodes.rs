@@ -3,7 +3,7 @@
 use super::super::parallel::{self, Rest, row_chunks};
 use super::super::problem::Rows;
 use super::super::rows::add_to_row;
-use super::{Rotary, Turn};
+use super::{Rotary, Turn, is_zero};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use fearless_simd::{Level, Simd};
@@ -106,7 +106,6 @@ impl<F: Float> Backward<'_, F> {
         let mut turn = Turn::new(simd, rotary);
         let mut back = vec![F::zero(); head_dim];
         let mut grad_angles = vec![F::zero(); rotary.pairs()];
-        let is_zero = |grads: &[F]| grads.iter().fold(true, |all, &g| all & (g == F::zero()));
         for (r, row) in self.rows.clone().enumerate() {
             let grad_out = grad_out.row(row).to_slice().expect("an array of our own");
             // Of a row or head that nobody reads: its position may be NaN.

@@ -1,6 +1,6 @@
 //! Options, and what they make: the rotation.
 
-use super::GraphRope;
+use super::{EdgeRope, GraphRope};
 use crate::attention::Attention;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
@@ -9,7 +9,7 @@ use crate::inputs::Inputs;
 use crate::kernels::rotary::{Layout, Rotary};
 use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, s};
 
-/// The sizes and options of a [`GraphRope`].
+/// The sizes and options of a [`GraphRope`] or an [`EdgeRope`].
 ///
 /// **Frequencies.** Of d rotated columns, pair p of d/2 turns at θₚ = base^{−2p/d}. Where positions have
 /// several axes, each axis has a block of neighbouring pairs for itself: ⌊d/2 / axes⌋ of them, and one more in each of
@@ -92,6 +92,18 @@ impl GraphRopeConfig {
     /// is not a given frequency for each pair.
     pub fn init<F: Float, A: Attention<F>>(&self, inner: A) -> Result<GraphRope<F, A>> {
         Ok(GraphRope { rotation: self.rotation()?, inner })
+    }
+
+    /// Rotates each key by its distance from the query.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init), and [`Error::InvalidConfig`] if there is more than one axis.
+    pub fn init_edges<F: Float>(&self) -> Result<EdgeRope<F>> {
+        let rotation: Rotation<F> = self.rotation()?;
+        match rotation.axes() {
+            1 => Ok(EdgeRope { rotation }),
+            axes => Err(Error::config("axes", "1, for distances", axes)),
+        }
     }
 
     fn rotation<F: Float>(&self) -> Result<Rotation<F>> {

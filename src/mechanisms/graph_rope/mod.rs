@@ -1,7 +1,9 @@
 mod config;
+mod edges;
 
 pub use crate::kernels::rotary::Layout;
 pub use config::GraphRopeConfig;
+pub use edges::EdgeRope;
 
 use crate::attention::{Attention, Saved};
 use crate::error::{Result, check_shape};
