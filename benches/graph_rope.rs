@@ -26,8 +26,9 @@ fn mechanisms(head_dim: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>)> {
 
 fn run(c: &mut Criterion, group: &str, graph: Option<&Graph>, [n, heads, dim]: [usize; 3]) {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    let mut normal =
-        |columns| Array2::from_shape_simple_fn((n, columns), || StandardNormal.sample(&mut rng));
+    let mut normal = |columns| {
+        Array2::<f32>::from_shape_simple_fn((n, columns), || StandardNormal.sample(&mut rng))
+    };
     let [query, key, value] = [(); 3].map(|()| normal(heads * dim));
     let positions = 100.0 * normal(1);
     let inputs = match graph {

@@ -455,6 +455,8 @@ fn bad_positions_touch_the_rows_that_read_them() {
             assert_eq!(rows_changed(&new_grads.key, &grads.key), keys);
             let column =
                 |grads: &Gradients<f64>| grads.distances.clone().unwrap().insert_axis(Axis(1));
+            let is_nan = new_grads.params[0].iter().any(|x| x.is_nan());
+            assert_eq!(is_nan, !queries.is_empty());
             let edges = if queries.is_empty() { vec![] } else { vec![4, 5] };
             assert_eq!(rows_changed(&column(&new_grads), &column(&grads)), edges);
         }

@@ -1,8 +1,8 @@
-//! Softmax attention in which each pair has a rotation of its own: the query stands at 0, the key at
-//! the pair's distance.
+//! Softmax attention in which each pair has a rotation of its own: the query stands at 0, the key at the
+//! pair's distance.
 //!
-//! The rows of a tile are rotated as they meet the own row: keys by their distances, s = scale · q·(R k), or,
-//! in the backward pass by key, queries by the opposite, s = scale · (R⁻¹ q)·k.
+//! The rows of a tile are rotated as they meet the own row: keys by their distances, s = scale · q·(R
+//! k), or, in the backward pass by key, queries by the opposite, s = scale · (R⁻¹ q)·k.
 
 use super::super::heads::{Columns, Gather, Weights};
 use super::super::problem::{Problem, Rows, Slices};

@@ -13,7 +13,6 @@ use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
-use std::marker::PhantomData;
 
 /// Adds the gradients, given the outputs and log-sum-exp of the forward pass; that of the data of the
 /// pairs, if the scorer has any, to the one of the distances. Returns the scorer's sums.
@@ -48,14 +47,12 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     if grads.query.is_some() || columns + num_data + num_sums > 0 {
         let tile_len = by_query.tile_len(tile_len);
         let pass: Pass<'_, '_, _, C> = Pass {
-            problem,
             of_scorer,
             own: &queries,
             other: &keys,
             tile_len,
             terms: &terms,
             pairs: by_query,
-            scorer: PhantomData,
         };
         let query = asked_or(&mut grads.query, for_query, inputs.query().dim());
         for_each_part(
@@ -76,16 +73,8 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     if grads.key.is_some() || grads.value.is_some() {
         let pairs = Pairs::by_key(inputs);
         let tile_len = pairs.tile_len(tile_len);
-        let pass: Pass<'_, '_, _, C> = Pass {
-            problem,
-            of_scorer,
-            own: &keys,
-            other: &queries,
-            tile_len,
-            terms: &terms,
-            pairs,
-            scorer: PhantomData,
-        };
+        let pass: Pass<'_, '_, _, C> =
+            Pass { of_scorer, own: &keys, other: &queries, tile_len, terms: &terms, pairs };
         let parts = parts(pairs);
         let key = asked_or(&mut grads.key, for_key, inputs.key().dim());
         let value = asked_or(&mut grads.value, for_value, inputs.value().dim());
@@ -164,7 +153,6 @@ struct OfQuery<'a, F> {
 
 /// One pass over the pairs, for the side whose gradients are summed.
 struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
-    problem: &'p Problem<'p, F>,
     of_scorer: &'p C::Problem,
     own: &'s Side<'s, F>,
     other: &'s Side<'s, F>,
@@ -172,7 +160,6 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
     /// L and δ of each query and head.
     terms: &'s [[F; 2]],
     pairs: Pairs<'p>,
-    scorer: PhantomData<fn() -> C>,
 }
 
 impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
@@ -187,7 +174,8 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         mut grad_b: Option<ArrayViewMut2<'_, F>>,
         mut of_query: Option<OfQuery<'_, F>>,
     ) {
-        let Self { problem, own, other, terms, .. } = *self;
+        let Self { own, other, terms, .. } = *self;
+        let problem = C::softmax(self.of_scorer);
         let heads = problem.heads;
         let columns = |dim: usize| {
             Columns::new(simd, heads, dim, |head| {
@@ -300,7 +288,8 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         [sum_a, sum_b]: [&mut [F]; 2],
         wants_b: bool,
     ) {
-        let Self { problem, own, other, terms, .. } = *self;
+        let Self { own, other, terms, .. } = *self;
+        let problem = C::softmax(self.of_scorer);
         let wants_b = wants_b && !other.finite_b.bad.is_empty();
         let wants_a = !other.finite_a.bad.is_empty();
         let index = |pair: Pair| if other.is_keys { pair.key } else { pair.query };

@@ -7,7 +7,8 @@ use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2};
 use std::f64::consts::LN_2;
 
-/// The weights before dropout, pairs × heads in the caller's order, given the log-sum-exp of the forward pass.
+/// The weights before dropout, pairs × heads in the caller's order, given the log-sum-exp of the forward
+/// pass.
 pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
     problem: &'p C::Problem,
     tile_len: usize,

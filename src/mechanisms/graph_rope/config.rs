@@ -12,9 +12,10 @@ use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, s};
 /// The sizes and options of a [`GraphRope`] or an [`EdgeRope`].
 ///
 /// **Frequencies.** Of d rotated columns, pair p of d/2 turns at θₚ = base^{−2p/d}. Where positions have
-/// several axes, each axis has a block of neighbouring pairs for itself: ⌊d/2 / axes⌋ of them, and one more in each of
-/// the first (d/2 mod axes) blocks. Within a block of m pairs the frequencies start anew, base^{−p/m} for p = 0 … m − 1.
-/// Or they are [given](Self::frequencies), and each pair may turn with several axes.
+/// several axes, each axis has a block of neighbouring pairs for itself: ⌊d/2 / axes⌋ of them, and one
+/// more in each of the first (d/2 mod axes) blocks. Within a block of m pairs the frequencies start
+/// anew, base^{−p/m} for p = 0 … m − 1. Or they are [given](Self::frequencies), and each pair may turn
+/// with several axes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GraphRopeConfig {
     head_dim: usize,
@@ -35,8 +36,8 @@ enum Spectrum {
 }
 
 impl GraphRopeConfig {
-    /// For heads of `head_dim` columns, all of them rotated: base 10000, one axis, fixed frequencies. The
-    /// layout must be said, since it cannot be guessed from weights.
+    /// For heads of `head_dim` columns, all of them rotated: base 10000, one axis, fixed frequencies.
+    /// The layout must be said, since it cannot be guessed from weights.
     #[must_use]
     pub fn new(head_dim: usize, layout: Layout) -> Self {
         Self {
@@ -49,7 +50,8 @@ impl GraphRopeConfig {
         }
     }
 
-    /// Rotates only the first `dim` columns of each head: GPT-J's `rotary_dim`. The scale of the scores does not change.
+    /// Rotates only the first `dim` columns of each head: GPT-J's `rotary_dim`. The scale of the scores
+    /// does not change.
     #[must_use]
     pub fn rotary_dim(mut self, dim: usize) -> Self {
         self.rotary_dim = Some(dim);
@@ -63,21 +65,24 @@ impl GraphRopeConfig {
         self
     }
 
-    /// The number of columns of the positions, which share the pairs as said above. Takes the place of frequencies that were given.
+    /// The number of columns of the positions, which share the pairs as said above. Takes the place of
+    /// frequencies that were given.
     #[must_use]
     pub fn axes(mut self, axes: usize) -> Self {
         self.spectrum = Spectrum::Split(axes);
         self
     }
 
-    /// All frequencies, axes × pairs: at position x, pair p turns by Σₐ θₐₚ xₐ. Takes the place of base and axes.
+    /// All frequencies, axes × pairs: at position x, pair p turns by Σₐ θₐₚ xₐ. Takes the place of base
+    /// and axes.
     #[must_use]
     pub fn frequencies(mut self, frequencies: Array2<f64>) -> Self {
         self.spectrum = Spectrum::Given(frequencies);
         self
     }
 
-    /// Whether the frequencies are a parameter, `frequencies`, axes × pairs, that starts at those configured.
+    /// Whether the frequencies are a parameter, `frequencies`, axes × pairs, that starts at those
+    /// configured.
     #[must_use]
     pub fn learnable(mut self, learnable: bool) -> Self {
         self.learnable = learnable;
@@ -87,9 +92,9 @@ impl GraphRopeConfig {
     /// Rotates by node positions before `inner`.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if the number of rotated columns is odd, 0 or more than a head has, if the base is not positive
-    /// and finite, if there are no axes, or more than pairs, or if a given frequency is not finite; [`Error::Shape`] if there
-    /// is not a given frequency for each pair.
+    /// [`Error::InvalidConfig`] if the number of rotated columns is odd, 0 or more than a head has, if
+    /// the base is not positive and finite, if there are no axes, or more than pairs, or if a given
+    /// frequency is not finite; [`Error::Shape`] if there is not a given frequency for each pair.
     pub fn init<F: Float, A: Attention<F>>(&self, inner: A) -> Result<GraphRope<F, A>> {
         Ok(GraphRope { rotation: self.rotation()?, inner })
     }

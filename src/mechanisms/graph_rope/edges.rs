@@ -16,25 +16,28 @@ const NAME: &str = "edge_rope";
 const TILE: usize = 32;
 
 /// Rotary embeddings of distances (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259):
-/// each pair has a rotation of its own, by its distance, which may be anything (hops, a layer, a weight) and need not be a
-/// difference of positions.
+/// each pair has a rotation of its own, by its distance, which may be anything (hops, a layer, a weight)
+/// and need not be a difference of positions.
 ///
 /// ```text
 /// sᵢⱼ = qᵢ·R(δᵢⱼ)kⱼ / √d + bᵢⱼ      pᵢⱼ = softmaxⱼ(sᵢⱼ)      oᵢ = Σⱼ pᵢⱼ vⱼ
 /// ```
 ///
-/// with j over the visible pairs of query i, for each head: the query stands at 0, the key at δ. R is that of
-/// [`GraphRope`](crate::GraphRope) on one axis, and where δᵢⱼ = xⱼ − xᵢ this is `GraphRope` around
-/// [`Flash`](crate::Flash) on the positions x. [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges) makes it.
+/// with j over the visible pairs of query i, for each head: the query stands at 0, the key at δ. R is
+/// that of [`GraphRope`](crate::GraphRope) on one axis, and where δᵢⱼ = xⱼ − xᵢ this is `GraphRope`
+/// around [`Flash`](crate::Flash) on the positions x.
+/// [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges) makes it.
 ///
-/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k × kv_heads·d_v);
-///   [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
+///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable. The backward pass has the gradient of the distances too.
-/// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of columns; memory
-///   O(n · (d + d_v) · heads), never the weights.
-/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances, [`Error::Shape`](crate::Error::Shape) if heads have another size.
-///   A distance that is NaN or infinite makes NaN of its query's row.
+/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable. The backward pass
+///   has the gradient of the distances too.
+/// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of
+///   columns; memory O(n · (d + d_v) · heads), never the weights.
+/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances,
+///   [`Error::Shape`](crate::Error::Shape) if heads have another size. A distance that is NaN or
+///   infinite makes NaN of its query's row.
 ///
 /// ```
 /// use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, Layout};

@@ -18,33 +18,38 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "graph_rope";
 
-/// Rotary position embeddings of nodes (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259), around
-/// any inner mechanism: queries and keys are rotated by their positions, which are real numbers on one axis or
-/// several (hops from an anchor, a level, coordinates, eigenvectors).
+/// Rotary position embeddings of nodes (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025,
+/// 2509.22259), around any inner mechanism: queries and keys are rotated by their positions, which are
+/// real numbers on one axis or several (hops from an anchor, a level, coordinates, eigenvectors).
 ///
 /// ```text
 /// q'ᵢ = R(xᵢ) qᵢ      k'ⱼ = R(xⱼ) kⱼ      o = inner(q', k', v)
-/// R(x) turns pair p of the columns of each head by αₚ = Σₐ θₐₚ xₐ:   (a, b) ↦ (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
+/// R(x): pair p of the columns of each head turns by αₚ = Σₐ θₐₚ xₐ,
+///       (a, b) ↦ (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
 /// ```
 ///
-/// Norms are kept, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends on differences of positions alone. Which columns are a
-/// pair says the [`Layout`], and θ the [`GraphRopeConfig`].
+/// Norms are kept, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends on differences of positions alone. Which
+/// columns are a pair says the [`Layout`], and θ the [`GraphRopeConfig`].
 ///
 /// * **Reads** query (n_q × heads·d) and key (n_k × kv_heads·d), d = `head_dim`;
-///   [`Inputs::with_positions`], with as many columns as the configuration has axes. Values and every channel are handed to the inner mechanism, the
-///   positions too: they stay data, and a second `GraphRope` inside rotates by them once more.
+///   [`Inputs::with_positions`], with as many columns as the configuration has axes. Values and every
+///   channel are handed to the inner mechanism, the positions too: they stay data, and a second
+///   `GraphRope` inside rotates by them once more.
 /// * **Output** that of the inner mechanism.
-/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; then the inner mechanism's behind `inner.`.
-/// * **Cost** O(n · d) time per head and one sine and cosine for each row and pair; memory for the rotated queries and
-///   keys, never for a table of angles.
-/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without positions, [`Error::Shape`](crate::Error::Shape) if they have another number of axes or
-///   if heads have another size. A position that is NaN or infinite makes NaN of its row.
+/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; then the inner mechanism's
+///   behind `inner.`.
+/// * **Cost** O(n · d) time per head and one sine and cosine for each row and pair; memory for the
+///   rotated queries and keys, never for a table of angles.
+/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without positions,
+///   [`Error::Shape`](crate::Error::Shape) if they have another number of axes or if heads have another
+///   size. A position that is NaN or infinite makes NaN of its row.
 ///
-/// Angles are computed in `f64`, products θ x without rounding: the answer does not change by more than its own
-/// rounding if all positions are shifted, however far, as long as the positions themselves are exact. There is no gradient with
-/// respect to positions.
+/// Angles are computed in `f64`, products θ x without rounding: the answer does not change by more than
+/// its own rounding if all positions are shifted, however far, as long as the positions themselves are
+/// exact. Positions are data: [`Gradients`](crate::Gradients) has no place for theirs.
 ///
-/// With the inner [`Flash`](crate::Flash) and inside a [`MultiHead`](crate::MultiHead) this is the attention of rotary transformers:
+/// With the inner [`Flash`](crate::Flash) and inside a [`MultiHead`](crate::MultiHead) this is the
+/// attention of rotary transformers:
 ///
 /// ```
 /// use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, Layout};
