@@ -3,10 +3,10 @@
 //! Throughput is in (query, key) pairs; outputs are preallocated and seeds fixed.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use graph_attention::ndarray::Array2;
+use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Flash, Graph, Inputs, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, ScaledDotProduct, Score,
+    Attention, Coordinates, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, Layout,
+    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct, Score,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -21,6 +21,7 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
     let moe = MoeConfig::new(COLUMNS, 2).init(experts, &mut rng);
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
     let performer = PerformerConfig::new(COLUMNS, 4 * COLUMNS).init(&mut rng);
+    let rope = GraphRopeConfig::new(COLUMNS, Layout::Half);
     vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -29,6 +30,8 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
         Box::new(gat.expect("the sizes are positive")),
         Box::new(poincare.expect("the defaults are valid")),
         Box::new(performer.expect("the sizes are positive")),
+        Box::new(rope.init(Flash::new()).expect("the number of columns is even")),
+        Box::new(rope.init_edges().expect("the number of columns is even")),
     ]
 }
 
@@ -40,6 +43,13 @@ fn matrix(rows: usize) -> Array2<f32> {
 fn forward(c: &mut Criterion, group: &str, size: usize, inputs: &Inputs<'_, f32>) {
     let mut group = c.benchmark_group(group);
     group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
+    // For those that read them.
+    let positions = |n: usize| Array2::from_shape_fn((n, 1), |(node, _)| node as f32);
+    let at = [positions(inputs.num_queries()), positions(inputs.num_keys())];
+    let distances = (0..inputs.num_pairs()).map(|pair| (pair % 7) as f32).collect::<Array1<_>>();
+    let inputs = inputs.with_positions(at[0].view(), at[1].view());
+    let inputs = inputs.and_then(|inputs| inputs.with_distances(distances.view()));
+    let inputs = &inputs.expect("there is one for each");
     for attention in mechanisms() {
         let mut out = Array2::zeros((inputs.num_queries(), attention.output_dim(inputs)));
         group.bench_function(BenchmarkId::new(attention.name(), size), |bencher| {

@@ -5,13 +5,14 @@
 //! cargo run --release --example compare -- edges.csv  # undirected edges, "u,v" or "u v" a line
 //! ```
 //!
-//! Every node attends to its neighbours and itself, with random features. Dev-dependencies:
+//! Every node attends to its neighbours and itself, with random features; its position is the number of
+//! its neighbours, and the distance of a neighbour 1. Dev-dependencies:
 //! `peak_alloc`, `rand`, `rand_distr`.
 
-use graph_attention::ndarray::Array2;
+use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
+    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, GraphRopeConfig, Inputs, Layout,
+    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -31,6 +32,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new().with_scale(1.0)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
     ];
+    let rope = GraphRopeConfig::new(COLUMNS / HEADS, Layout::Half);
     Ok(vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -39,6 +41,8 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
         Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),
+        Box::new(rope.init(Flash::new())?),
+        Box::new(rope.init_edges()?),
     ])
 }
 
@@ -63,7 +67,16 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1977);
     let features = Array2::from_shape_simple_fn((nodes, COLUMNS), || StandardNormal.sample(rng));
     let x = features.view();
-    let inputs = Inputs::graph(x, x, x, &graph)?;
+    let degree = |(node, _): (usize, usize)| graph.neighbors(node).len() as f32;
+    let positions = Array2::from_shape_fn((nodes, 1), degree);
+    let mut distances = Array1::ones(graph.num_edges());
+    for node in 0..nodes {
+        let itself = graph.row(node).filter(|&(neighbour, _)| neighbour == node);
+        itself.for_each(|(_, edge)| distances[edge] = 0.0);
+    }
+    let inputs = Inputs::graph(x, x, x, &graph)?
+        .with_positions(positions.view(), positions.view())?
+        .with_distances(distances.view())?;
     let exact = ScaledDotProduct::new().forward(&inputs.with_heads(HEADS)?)?;
 
     println!("mechanism              forward   fwd + bwd  peak memory  entropy mean/max  distance");

@@ -32,6 +32,8 @@
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
+//! | [`GraphRope`] | rotary embeddings of node positions, before any mechanism | O(n) and the inner's |
+//! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
 //!
 //! [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over.
 //!
@@ -76,6 +78,7 @@ pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
+pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
 pub use mechanisms::moe::{Moe, MoeConfig, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{

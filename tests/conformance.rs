@@ -1,9 +1,11 @@
 //! Every mechanism against the laws of the contract. A new mechanism is added to `mechanisms`.
 
+use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, MoeConfig,
-    MultiHeadConfig, PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score,
+    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, GraphRopeConfig,
+    Layout, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Projection,
+    ScaledDotProduct, Score,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -116,7 +118,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         let config = MultiHeadConfig::new(6, heads).bias(heads == 1);
         Box::new(config.init(Flash::new(), &mut rng).unwrap())
     };
-    let mixed = vec![projected(1), boxed(Flash::new()), projected(3)];
+    let several = vec![projected(1), boxed(Flash::new()), projected(3)];
     let inside = vec![projected(1), projected(1)];
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(9);
     let mut moe = |config: MoeConfig, experts| config.init(experts, &mut rng).unwrap();
@@ -128,11 +130,70 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (one_head(), moe(MoeConfig::new(3, 2), flashes())),
         (heads().whole_queries(), moe(MoeConfig::new(6, 2), flashes())),
         (grouped().whole_queries(), moe(raw(MoeConfig::new(18, 1)), flashes())),
-        (six(), moe(MoeConfig::new(6, 3), mixed)),
+        (six(), moe(MoeConfig::new(6, 3), several)),
         (six(), moe(raw(MoeConfig::new(6, 2)), around)),
     ]
     .map(|(shapes, moe)| (shapes, Box::new(moe) as Box<dyn Attention<F>>));
-    others.into_iter().chain(gats).chain(poincare).chain(performers).chain(moes).collect()
+    let rope = |head_dim| GraphRopeConfig::new(head_dim, Layout::Half).base(5.0);
+    let several_axes = |head_dim| GraphRopeConfig::new(head_dim, Layout::Interleaved).axes(2);
+    let mixed = array![[0.5, -1.5, 0.0], [1.25, 0.75, -0.5]];
+    let ropes: Vec<Entry<F>> = vec![
+        (Shapes::new(6, 6, 5).axes(1), Box::new(rope(6).init(Flash::new()).unwrap())),
+        (
+            Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
+            Box::new(several_axes(7).rotary_dim(6).learnable(true).init(flash(2, 3)).unwrap()),
+        ),
+        (
+            Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
+            Box::new({
+                let config = rope(6).frequencies(mixed.clone()).learnable(true);
+                config.init(ScaledDotProduct::new()).unwrap()
+            }),
+        ),
+        (
+            Shapes::new(8, 8, 8).bias_heads(2),
+            Box::new({
+                let inner = several_axes(4).learnable(true).init(Flash::new()).unwrap();
+                MultiHeadConfig::new(8, 2).init(inner, &mut rng).unwrap()
+            }),
+        ),
+        (
+            // Parameters inside parameters, and a rotation inside a rotation.
+            Shapes::new(6, 6, 6).bias_heads(3),
+            Box::new({
+                let heads = MultiHeadConfig::new(6, 3).init(Flash::new(), &mut rng).unwrap();
+                let inner = rope(6).frequencies(mixed).learnable(true).init(heads).unwrap();
+                several_axes(6).learnable(true).init(inner).unwrap()
+            }),
+        ),
+        (
+            heads().scale(0.3).axes(1),
+            Box::new(rope(3).rotary_dim(2).init(tangent().init().unwrap()).unwrap()),
+        ),
+        (Shapes::new(34, 34, 19), Box::new(rope(34).init_edges().unwrap())),
+        (
+            Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
+            Box::new({
+                let config = GraphRopeConfig::new(7, Layout::Interleaved).rotary_dim(4);
+                config.learnable(true).init_edges().unwrap()
+            }),
+        ),
+        (
+            Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
+            Box::new({
+                let config = rope(6).frequencies(array![[0.5, -1.5, 0.75]]).learnable(true);
+                config.init_edges().unwrap()
+            }),
+        ),
+        (
+            Shapes::new(8, 8, 8).bias_heads(2),
+            Box::new(
+                MultiHeadConfig::new(8, 2).init(rope(4).init_edges().unwrap(), &mut rng).unwrap(),
+            ),
+        ),
+    ];
+    let learned = performers.into_iter().chain(moes).chain(ropes);
+    others.into_iter().chain(gats).chain(poincare).chain(learned).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

@@ -1,10 +1,10 @@
 //! Peak memory beside inputs and outputs, by a counting allocator.
 
 use allocation_counter::{AllocationInfo, measure};
-use graph_attention::ndarray::Array2;
+use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
-    Attention, Coordinates, Flash, Gradients, Graph, Inputs, Moe, MoeConfig, Performer,
-    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
+    Attention, Coordinates, EdgeRope, Flash, Gradients, Graph, GraphRope, GraphRopeConfig, Inputs,
+    Layout, Moe, MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -38,8 +38,23 @@ fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> Allocat
 }
 
 fn dense_training_peak(attention: &dyn Attention<f32>, n: usize) -> u64 {
-    let x = matrix(n);
-    training(attention, &Inputs::dense(x.view(), x.view(), x.view()).unwrap().causal()).bytes_max
+    let (x, at) = (matrix(n), positions(n));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap().causal();
+    training(attention, &inputs.with_positions(at.view(), at.view()).unwrap()).bytes_max
+}
+
+fn positions(n: usize) -> Array2<f32> {
+    Array2::from_shape_fn((n, 1), |(node, _)| node as f32)
+}
+
+/// For `heads` heads.
+fn rope(heads: usize) -> GraphRope<f32, Flash> {
+    let config = GraphRopeConfig::new(COLUMNS / heads, Layout::Half).learnable(true);
+    config.init(Flash::new()).unwrap()
+}
+
+fn edge_rope(heads: usize) -> EdgeRope<f32> {
+    GraphRopeConfig::new(COLUMNS / heads, Layout::Half).init_edges().unwrap()
 }
 
 /// By the means that are not formed pair by pair.
@@ -71,12 +86,13 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 }
 
 #[test]
-fn most_mechanisms_train_in_memory_linear_in_n() {
+fn all_but_the_plain_one_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
     trains_in_memory_linear_in_n(&poincare());
     trains_in_memory_linear_in_n(&performer(COLUMNS));
     // No square for the causal pattern of selected queries either.
     trains_in_memory_linear_in_n(&moe());
+    trains_in_memory_linear_in_n(&rope(1));
 }
 
 #[test]
@@ -90,15 +106,17 @@ fn scaled_dot_product_trains_in_quadratic_memory() {
 fn on_a_graph_no_memory_is_needed_per_edge() {
     let n = 2000;
     let x = matrix(n);
+    let at = positions(n);
     let peak = |attention: &dyn Attention<f32>, degree: usize| {
         let neighbours = |i: usize| (0..degree).map(move |j| (i, (i * 7 + j * 13) % n));
         let graph = Graph::from_edges(n, n, (0..n).flat_map(neighbours)).unwrap();
         let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
+        let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
         // Part of the graph: computed once and kept there.
         let _ = graph.transpose();
         training(attention, &inputs).bytes_max
     };
-    for attention in [&Flash::new() as &dyn Attention<f32>, &poincare()] {
+    for attention in [&Flash::new() as &dyn Attention<f32>, &poincare(), &rope(1)] {
         let (few, many) = (peak(attention, 64), peak(attention, 256));
         assert!(many < few * 11 / 10, "{}: {few} {many}", attention.name());
     }
@@ -114,13 +132,19 @@ fn inference_allocates_a_constant_number_of_times() {
         } else {
             Inputs::dense(x.view(), x.view(), x.view()).unwrap()
         };
+        let (at, distances) = (positions(n), Array1::ones(graph.num_edges()));
         let inputs = inputs.with_heads(2).unwrap();
+        let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
+        // One for each pair: dense inputs would need too many.
+        let inputs = if sparse { inputs.with_distances(distances.view()).unwrap() } else { inputs };
         let mut out = Array2::zeros((n, COLUMNS));
         on_one_thread(|| attention.forward_into(&inputs, out.view_mut()).unwrap()).count_total
     };
     let plain = ScaledDotProduct::new();
     let performer = performer(COLUMNS / 2);
-    for attention in [&Flash::new() as &dyn Attention<f32>, &plain, &poincare(), &performer] {
+    let ropes: [&dyn Attention<f32>; 2] = [&rope(2), &edge_rope(2)];
+    let others = [&Flash::new() as &dyn Attention<f32>, &plain, &poincare(), &performer];
+    for attention in others.into_iter().chain(ropes) {
         // The plain mechanism holds all weights: only on a graph can they be so many.
         for sparse in [attention.name() == "scaled_dot_product", true] {
             // Small problems are cut into fewer parts.

@@ -4,8 +4,9 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer,
-    PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
+    Attention, Error, Flash, Float, GraphRopeConfig, Layout, MoeConfig, MultiHead, MultiHeadConfig,
+    Params, Performer, PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params,
+    safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -69,7 +70,10 @@ fn multi_head<F: Float, A: Attention<F>>(
     config.init(inner, &mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
 }
 
-/// Every mechanism that has parameters, each in the forms that its parameters take.
+fn rope(seed: u64) -> GraphRopeConfig {
+    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learnable(true)
+}
+
 fn poincare<F: Float>(seed: u64) -> Poincare<F> {
     let config = PoincareConfig::new().curvature(seed as f64).temperature(0.1 * seed as f64);
     config.learn_curvature(true).learn_temperature(true).init().unwrap()
@@ -79,6 +83,7 @@ fn performer<F: Float>(seed: u64) -> Performer<F> {
     PerformerConfig::new(3, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
 }
 
+/// Every mechanism that has parameters, each in the forms that its parameters take.
 fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
@@ -99,6 +104,8 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
             let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
             MoeConfig::new(6, 2).noise(true).init(experts, rng).unwrap()
         }),
+        Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
+        Box::new(rope(seed).init_edges().unwrap()),
     ]
 }
 

@@ -1,11 +1,11 @@
 //! The same bits for any number of threads.
 #![cfg(feature = "parallel")]
 
-use graph_attention::ndarray::Array2;
+use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
-    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MoeConfig,
-    MultiHeadConfig, PerformerConfig, PoincareConfig,
+    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
+    Layout, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -76,6 +76,21 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     });
     let experts = experts.collect();
     let moe = MoeConfig::new(columns, 2).init(experts, &mut rng).unwrap();
+    let config = GraphRopeConfig::new(columns, Layout::Half).learnable(true);
+    let positions = Array2::from_shape_fn((n, 1), |(node, _)| node as f32 / 7.0);
+    for inputs in [dense, sparse] {
+        let distances =
+            (0..inputs.num_pairs()).map(|pair| (pair % 11) as f32).collect::<Array1<_>>();
+        let inputs = inputs.with_positions(positions.view(), positions.view()).unwrap();
+        let inputs = inputs.with_distances(distances.view()).unwrap();
+        let of_nodes = config.init(Flash::new()).unwrap();
+        let of_edges = config.init_edges().unwrap();
+        for rope in [&of_nodes as &dyn Attention<f32>, &of_edges] {
+            let one = run(1, rope, &inputs);
+            assert_eq!(one, run(2, rope, &inputs));
+            assert_eq!(one, run(7, rope, &inputs));
+        }
+    }
     for attention in [&multi_head as &dyn Attention<f32>, &moe] {
         for inputs in [dense, sparse, dense.causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));

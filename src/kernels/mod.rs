@@ -64,13 +64,13 @@ pub(crate) mod nearest;
 pub(crate) mod parallel;
 mod prefetch;
 pub(crate) mod problem;
+pub(crate) mod rotary;
 pub(crate) mod rows;
 pub(crate) mod sincos;
 
 use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::graph::Graph;
 use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
 use edges::{EdgeGradients, EdgeProblem};
@@ -78,9 +78,10 @@ use fearless_simd::Level;
 use features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use hyperbolic::HyperbolicProblem;
 use linear::Target;
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayViewMut2};
 use nearest::{Keys, Lists};
 use problem::{Problem, Rows, Slices, Upstream};
+use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
@@ -162,7 +163,6 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     /// [`rows::backward`].
     fn rows_backward(
         problem: &Problem<'_, Self>,
-        graph: &Graph,
         tile_len: usize,
         level: Level,
         upstream: Upstream<'_, Self>,
@@ -191,7 +191,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     where
         Self: Float;
 
-    /// [`edges::weights`].
+    /// [`rows::weights`] with the logits of [`edges`].
     fn edges_weights(
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
@@ -302,6 +302,59 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     ) -> Result<FeatureGradients<Self>>
     where
         Self: Float;
+
+    /// [`rotary::rotate`].
+    fn rotate(
+        rotary: &Rotary,
+        level: Level,
+        positions: &Rows<'_, Self>,
+        x: &Rows<'_, Self>,
+        out: ArrayViewMut2<'_, Self>,
+    ) where
+        Self: Float;
+
+    /// [`rotary::rotate_vjp`].
+    fn rotate_vjp(
+        rotary: &Rotary,
+        level: Level,
+        positions: &Rows<'_, Self>,
+        x: &Rows<'_, Self>,
+        grad_out: &Array2<Self>,
+        grad_x: Option<ArrayViewMut2<'_, Self>>,
+        grad_frequencies: Option<&mut Array2<f64>>,
+    ) where
+        Self: Float;
+
+    /// [`rows::forward`] with the logits of [`rotary`].
+    fn rotary_forward(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        out: ArrayViewMut2<'_, Self>,
+        log_sum_exp: &mut Array2<Self>,
+    ) where
+        Self: Float;
+
+    /// [`rows::backward`] with the logits of [`rotary`]: returns the gradient of the frequencies.
+    fn rotary_backward(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        upstream: Upstream<'_, Self>,
+        grads: &mut GradientsMut<'_, Self>,
+    ) -> Array1<Self>
+    where
+        Self: Float;
+
+    /// [`rows::weights`] with the logits of [`rotary`].
+    fn rotary_weights(
+        problem: &RotaryProblem<'_, Self>,
+        tile_len: usize,
+        level: Level,
+        log_sum_exp: &Array2<Self>,
+    ) -> Result<Array2<Self>>
+    where
+        Self: Float;
 }
 
 macro_rules! compile_kernels {
@@ -380,13 +433,12 @@ macro_rules! compile_kernels {
 
             fn rows_backward(
                 problem: &Problem<'_, Self>,
-                graph: &Graph,
                 tile_len: usize,
                 level: Level,
                 upstream: Upstream<'_, Self>,
                 grads: &mut GradientsMut<'_, Self>,
             ) {
-                rows::backward(problem, graph, tile_len, level, upstream, grads);
+                rows::backward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, upstream, grads);
             }
 
             fn edges_forward(
@@ -417,7 +469,7 @@ macro_rules! compile_kernels {
                 level: Level,
                 log_sum_exp: &Array2<Self>,
             ) -> Result<Array2<Self>> {
-                edges::weights(problem, tile_len, level, log_sum_exp)
+                rows::weights::<_, edges::EdgeScorer<'_, _>>(problem, tile_len, level, log_sum_exp)
             }
 
             fn hyperbolic_dense_forward(
@@ -519,6 +571,63 @@ macro_rules! compile_kernels {
                 level: Level,
             ) -> Result<FeatureGradients<Self>> {
                 features::causal_backward(problem, num_queries, upstream, is_summed, level)
+            }
+
+            fn rotate(
+                rotary: &Rotary,
+                level: Level,
+                positions: &Rows<'_, Self>,
+                x: &Rows<'_, Self>,
+                out: ArrayViewMut2<'_, Self>,
+            ) {
+                rotary::rotate(rotary, level, positions, x, out);
+            }
+
+            fn rotate_vjp(
+                rotary: &Rotary,
+                level: Level,
+                positions: &Rows<'_, Self>,
+                x: &Rows<'_, Self>,
+                grad_out: &Array2<Self>,
+                grad_x: Option<ArrayViewMut2<'_, Self>>,
+                grad_frequencies: Option<&mut Array2<f64>>,
+            ) {
+                rotary::rotate_vjp(rotary, level, positions, x, grad_out, grad_x, grad_frequencies);
+            }
+
+            fn rotary_forward(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                out: ArrayViewMut2<'_, Self>,
+                log_sum_exp: &mut Array2<Self>,
+            ) {
+                rows::forward::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, out, log_sum_exp,
+                );
+            }
+
+            fn rotary_backward(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                upstream: Upstream<'_, Self>,
+                grads: &mut GradientsMut<'_, Self>,
+            ) -> Array1<Self> {
+                rows::backward::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, upstream, grads,
+                )
+            }
+
+            fn rotary_weights(
+                problem: &RotaryProblem<'_, Self>,
+                tile_len: usize,
+                level: Level,
+                log_sum_exp: &Array2<Self>,
+            ) -> Result<Array2<Self>> {
+                rows::weights::<_, rotary::RotaryScorer<'_, _>>(
+                    problem, tile_len, level, log_sum_exp,
+                )
             }
         }
     )*};

@@ -73,7 +73,7 @@ impl HasSinCos for f64 {
         magic: 6_755_399_441_055_744.0,
         two_over_pi: std::f64::consts::FRAC_2_PI,
         half_pi: HALF_PI_F64,
-        limit: 1e5,
+        limit: 1e6,
         sin: &[
             reciprocal_factorial(3),
             reciprocal_factorial(5),
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn f64_is_good_to_the_last_place_of_one() {
         let fine = (-400_000..400_000).map(|i| f64::from(i) * 1e-3 + 1e-7);
-        let coarse = (0..200_000).map(|i| f64::from(i) * 0.511_7);
+        let coarse = (0..200_000).map(|i| f64::from(i) * 5.117_3);
         let powers = (-1000..1000).map(|i| f64::from(i).exp2());
         let xs: Vec<f64> = fine.chain(coarse).chain(powers).collect();
         for level in levels() {

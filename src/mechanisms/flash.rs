@@ -178,8 +178,8 @@ impl<F: Float> Attention<F> for Flash {
         let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
             Pattern::Dense => F::dense_backward(&problem, tiles, level, upstream, &mut grads),
-            Pattern::Graph(graph) => {
-                F::rows_backward(&problem, graph, tiles.keys, level, upstream, &mut grads);
+            Pattern::Graph(_) => {
+                F::rows_backward(&problem, tiles.keys, level, upstream, &mut grads);
             }
         }
         Ok(())

@@ -183,6 +183,7 @@ impl<'a, F: Float> Check<'a, F> {
         for &key in &unseen {
             poisoned.key.row_mut(key).fill(F::nan());
             poisoned.value.row_mut(key).fill(F::infinity());
+            poisoned.key_positions.row_mut(key).fill(F::nan());
         }
         same_bits(law, &self.forward(law, &poisoned)?, &self.out)?;
 

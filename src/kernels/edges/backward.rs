@@ -5,14 +5,13 @@ use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
-    Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
+    Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_part, level_for, parts,
     weights_and_logits_vjp,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{Activated, EdgeProblem, EdgeScorer, Logit, add_projected, project, value_columns};
 use crate::error::Result;
-use crate::float::{Float, try_vec, try_zeros};
-use crate::inputs::Pattern;
+use crate::float::{Float, try_zeros};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
 use std::f64::consts::LN_2;
@@ -51,7 +50,7 @@ pub(in super::super) fn backward<F: Float>(
     let slots = SlotOfPair::new(inputs.pattern())?;
     // Straight to its place, if that is in the order of the rows.
     let (mut direct, scattered) = match grad_features.filter(|_| problem.feature_dim() > 0) {
-        Some(grad) if slots.0.is_none() && grad.is_standard_layout() => (Some(grad), None),
+        Some(grad) if slots.is_identity() && grad.is_standard_layout() => (Some(grad), None),
         grad => (None, grad),
     };
     let scattered_dim = if scattered.is_some() { problem.feature_dim() } else { 0 };
@@ -116,96 +115,6 @@ pub(in super::super) fn backward<F: Float>(
         attention: sums.slice(s![..num_attention]).to_owned(),
         edge_weight: edge_weight.expect("one for each"),
     })
-}
-
-/// The weights before dropout, pairs × heads in the caller's order.
-pub(in super::super) fn weights<F: Float>(
-    problem: &EdgeProblem<'_, F>,
-    tile_len: usize,
-    level: Level,
-    log_sum_exp: &Array2<F>,
-) -> Result<Array2<F>> {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(
-        simd: S,
-        problem: &EdgeProblem<'_, F>,
-        pairs: Pairs<'_>,
-        tile_len: usize,
-        part: &Part,
-        log_sum_exp: &Array2<F>,
-        mut weights: ArrayViewMut2<'_, F>,
-    ) {
-        let softmax = &problem.softmax;
-        let mut tile = Tile::new(simd, softmax.heads, tile_len);
-        let mut scorer = EdgeScorer::new(simd, problem, &tile);
-        for mut row in part.rows(pairs) {
-            scorer.begin(simd, row.row);
-            while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
-                scorer.score(simd, &mut tile);
-                for (t, slot) in tile.slots.iter().enumerate() {
-                    for head in 0..softmax.heads {
-                        let logit = tile.weights[head * tile.stride + t] * F::of(LN_2);
-                        let log_weight = logit - log_sum_exp[[row.row, head]];
-                        weights[[slot - part.slots.start, head]] = log_weight.exp();
-                    }
-                }
-            }
-        }
-    }
-    let softmax = &problem.softmax;
-    let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
-    let pairs = Pairs::by_query(&softmax.inputs);
-    let parts = parts(pairs);
-    let tile_len = pairs.tile_len(tile_len);
-    let mut weights = try_zeros("weights", softmax.inputs.num_pairs(), softmax.heads)?;
-    let outputs = Outputs::by_row([], &parts);
-    for_each_part(
-        &parts,
-        softmax.work(),
-        Outputs { by_row: [], by_slot: [weights.view_mut()], by_part: outputs.by_part },
-        |part, Outputs { by_slot: [weights], .. }| {
-            dispatch!(level, simd => {
-                run(simd, problem, pairs, tile_len, part, log_sum_exp, weights);
-            });
-        },
-        |[], []| {},
-    );
-    SlotOfPair::new(softmax.inputs.pattern())?.in_callers_order(weights)
-}
-
-/// Where the pairs of the caller's order are in the order of the rows: `None` where the orders are one.
-struct SlotOfPair(Option<Vec<u32>>);
-
-impl SlotOfPair {
-    fn new(pattern: Pattern<'_>) -> Result<Self> {
-        let Pattern::Graph(graph) = pattern else {
-            return Ok(Self(None));
-        };
-        let Some(ids) = graph.edge_ids() else {
-            return Ok(Self(None));
-        };
-        let mut slots = try_vec("pairs of the backward pass", &[ids.len()], 0)?;
-        for (slot, &id) in ids.iter().enumerate() {
-            slots[id as usize] = slot as u32;
-        }
-        Ok(Self(Some(slots)))
-    }
-
-    #[inline(always)]
-    fn slot(&self, pair: usize) -> usize {
-        self.0.as_ref().map_or(pair, |slots| slots[pair] as usize)
-    }
-
-    fn in_callers_order<F: Float>(&self, rows: Array2<F>) -> Result<Array2<F>> {
-        if self.0.is_none() {
-            return Ok(rows);
-        }
-        let mut ordered = try_zeros("pairs", rows.nrows(), rows.ncols())?;
-        for (pair, mut row) in ordered.rows_mut().into_iter().enumerate() {
-            row.assign(&rows.row(self.slot(pair)));
-        }
-        Ok(ordered)
-    }
 }
 
 /// dm = ds · a · LeakyReLU'(m) of the pairs of a tile, in place of LeakyReLU(m).

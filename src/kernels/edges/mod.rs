@@ -8,7 +8,7 @@ mod backward;
 mod features;
 
 pub(crate) use backward::EdgeGradients;
-pub(super) use backward::{backward, weights};
+pub(super) use backward::backward;
 
 use super::heads::{Columns, Gather, Weights};
 use super::matmul::Vector;
@@ -113,7 +113,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         let value_dim = problem.value_feature_dim();
         Self {
             problem,
-            dot: DotScorer::of_side(simd, &problem.softmax, false),
+            dot: DotScorer::new(simd, &problem.softmax, tile),
             columns: value_columns(simd, problem),
             features: FeatureTile::new(dim, tile.stride),
             coefficients,

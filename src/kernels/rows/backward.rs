@@ -5,25 +5,26 @@ use super::super::heads::{Columns, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
-    DotScorer, Outputs, Pairs, Part, Scorer, Tile, add_bad, add_to_row, add_up, for_each_part,
-    level_for, parts,
+    Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part, level_for,
+    parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::graph::Graph;
 use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
 
-/// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
-pub(crate) fn backward<F: Float>(
-    problem: &Problem<'_, F>,
-    graph: &Graph,
+/// Adds the gradients, given the outputs and log-sum-exp of the forward pass; that of the data of the
+/// pairs, if the scorer has any, to the one of the distances. Returns the scorer's sums.
+pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
+    of_scorer: &'p C::Problem,
     tile_len: usize,
     level: Level,
     upstream: Upstream<'_, F>,
     grads: &mut GradientsMut<'_, F>,
-) {
+) -> Array1<F> {
+    let problem = C::softmax(of_scorer);
+    let [num_data, num_sums] = C::num_extras(of_scorer);
     let inputs = &problem.inputs;
     let num_rows = inputs.num_queries() * problem.heads;
     let terms: Vec<[F; 2]> = (0..num_rows)
@@ -36,36 +37,44 @@ pub(crate) fn backward<F: Float>(
 
     // In the order of the rows, since each thread must own what it adds to.
     let columns = if grads.bias.is_some() { problem.heads } else { 0 };
-    let mut grad_logits = Array2::zeros((graph.num_edges(), columns));
+    let by_query = Pairs::by_query(inputs);
+    let mut grad_logits = Array2::zeros((inputs.num_pairs(), columns));
+    let mut grad_data = Array2::zeros((inputs.num_pairs(), num_data));
+    let parts_by_query = parts(by_query);
+    let mut sums = Array2::zeros((parts_by_query.len(), num_sums));
     let mut unasked = [(); 3].map(|()| Array2::zeros((0, 0)));
     let [for_query, for_key, for_value] = &mut unasked;
-    if grads.query.is_some() || columns > 0 {
-        let pairs = Pairs::ByQuery(graph);
-        let tile_len = pairs.tile_len(tile_len);
-        let by_query =
-            Pass { problem, own: &queries, other: &keys, tile_len, terms: &terms, pairs };
-        let parts = parts(pairs);
+    if grads.query.is_some() || columns + num_data + num_sums > 0 {
+        let tile_len = by_query.tile_len(tile_len);
+        let pass: Pass<'_, '_, _, C> = Pass {
+            of_scorer,
+            own: &queries,
+            other: &keys,
+            tile_len,
+            terms: &terms,
+            pairs: by_query,
+        };
         let query = asked_or(&mut grads.query, for_query, inputs.query().dim());
-        let outputs = Outputs::by_row([query], &parts);
         for_each_part(
-            &parts,
+            &parts_by_query,
             problem.work(),
             Outputs {
-                by_row: outputs.by_row,
-                by_slot: [grad_logits.view_mut()],
-                by_part: outputs.by_part,
+                by_row: [query],
+                by_slot: [grad_logits.view_mut(), grad_data.view_mut()],
+                by_part: sums.view_mut(),
             },
-            |part, Outputs { by_row: [grad_a], by_slot: [grad_logits], .. }| {
-                let grad_logits = (columns > 0).then_some(grad_logits);
-                dispatch!(level, simd => by_query.run(simd, part, grad_a, None, grad_logits));
+            |part, Outputs { by_row: [grad_a], by_slot, by_part }| {
+                let of_query = OfQuery { by_slot, sums: by_part };
+                dispatch!(level, simd => pass.run(simd, part, grad_a, None, Some(of_query)));
             },
             add_up,
         );
     }
     if grads.key.is_some() || grads.value.is_some() {
-        let pairs = Pairs::ByKey(graph.transpose());
+        let pairs = Pairs::by_key(inputs);
         let tile_len = pairs.tile_len(tile_len);
-        let by_key = Pass { problem, own: &keys, other: &queries, tile_len, terms: &terms, pairs };
+        let pass: Pass<'_, '_, _, C> =
+            Pass { of_scorer, own: &keys, other: &queries, tile_len, terms: &terms, pairs };
         let parts = parts(pairs);
         let key = asked_or(&mut grads.key, for_key, inputs.key().dim());
         let value = asked_or(&mut grads.value, for_value, inputs.value().dim());
@@ -74,21 +83,25 @@ pub(crate) fn backward<F: Float>(
             problem.work(),
             Outputs::by_row([key, value], &parts),
             |part, Outputs { by_row: [grad_a, grad_b], .. }| {
-                dispatch!(level, simd => by_key.run(simd, part, grad_a, Some(grad_b), None));
+                dispatch!(level, simd => pass.run(simd, part, grad_a, Some(grad_b), None));
             },
             add_up,
         );
     }
 
     if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
-        for query in 0..graph.num_queries() {
-            for (slot, (key, index)) in graph.slots(query).zip(graph.row(query)) {
-                for head in 0..problem.heads {
-                    grad[bias.slot(Pair { query, key, index }, head)] += grad_logits[[slot, head]];
-                }
+        for (slot, query, key, index) in by_query.numbered() {
+            for head in 0..problem.heads {
+                grad[bias.slot(Pair { query, key, index }, head)] += grad_logits[[slot, head]];
             }
         }
     }
+    if let (Some(grad), 1) = (&mut grads.distances, num_data) {
+        for (slot, _, _, index) in by_query.numbered() {
+            grad[index] += grad_data[[slot, 0]];
+        }
+    }
+    sums.sum_axis(Axis(0))
 }
 
 /// The array of a gradient that was asked for, or one to be forgotten.
@@ -130,20 +143,28 @@ impl<'r, F: Float> Side<'r, F> {
     }
 }
 
+/// What the pass by query writes beside the gradients of its rows.
+struct OfQuery<'a, F> {
+    /// Of the logits and of the data of each pair.
+    by_slot: [ArrayViewMut2<'a, F>; 2],
+    /// The scorer's, of the part.
+    sums: ArrayViewMut2<'a, F>,
+}
+
 /// One pass over the pairs, for the side whose gradients are summed.
-struct Pass<'p, F: Float> {
-    problem: &'p Problem<'p, F>,
-    own: &'p Side<'p, F>,
-    other: &'p Side<'p, F>,
+struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
+    of_scorer: &'p C::Problem,
+    own: &'s Side<'s, F>,
+    other: &'s Side<'s, F>,
     tile_len: usize,
     /// L and δ of each query and head.
-    terms: &'p [[F; 2]],
+    terms: &'s [[F; 2]],
     pairs: Pairs<'p>,
 }
 
-impl<F: Float> Pass<'_, F> {
-    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b`, and overwrites those
-    /// of the logits.
+impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
+    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b`, and overwrites what
+    /// else follows.
     #[inline(always)]
     fn run<S: Simd>(
         &self,
@@ -151,9 +172,10 @@ impl<F: Float> Pass<'_, F> {
         part: &Part,
         mut grad_a: ArrayViewMut2<'_, F>,
         mut grad_b: Option<ArrayViewMut2<'_, F>>,
-        mut grad_of_slots: Option<ArrayViewMut2<'_, F>>,
+        mut of_query: Option<OfQuery<'_, F>>,
     ) {
-        let Self { problem, own, other, terms, .. } = *self;
+        let Self { own, other, terms, .. } = *self;
+        let problem = C::softmax(self.of_scorer);
         let heads = problem.heads;
         let columns = |dim: usize| {
             Columns::new(simd, heads, dim, |head| {
@@ -164,10 +186,11 @@ impl<F: Float> Pass<'_, F> {
         let (finite_a, finite_b) = (other.finite_a.slices(), other.finite_b.slices());
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
-        let mut scorer = DotScorer::of_side(simd, problem, own.is_keys);
+        let mut scorer = C::of_side(simd, self.of_scorer, own.is_keys, &tile);
         // L and δ of the query of each pair, and the gradient of its weight, then logit.
         let [mut log_sums, mut deltas, mut grads] =
             [(); 3].map(|()| vec![F::zero(); tile.weights.len()]);
+        let mut grad_data = vec![F::zero(); tile.stride];
         let ones = vec![F::one(); heads];
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
@@ -225,21 +248,28 @@ impl<F: Float> Pass<'_, F> {
                 }
                 // s = scale a·a'
                 let grad_logits = Weights { factors: &ones, weights: &grads, stride };
-                columns_a.add_weighted(simd, &mut sum_a, grad_logits, tile.gather(finite_a));
+                let factors = scorer.factors(&tile, finite_a);
+                columns_a.add_weighted(simd, &mut sum_a, grad_logits, factors);
                 if grad_b.is_some() {
                     let b = tile.gather(finite_b);
                     columns_b.add_weighted(simd, &mut sum_b, tile.weights(&ones), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
-                if let Some(grad_of_slots) = &mut grad_of_slots {
-                    for (t, slot) in tile.slots.iter().enumerate() {
-                        for (head, grad) in
-                            grad_of_slots.row_mut(slot - part.slots.start).iter_mut().enumerate()
-                        {
+                if let Some(OfQuery { by_slot: [of_logits, of_data], .. }) = &mut of_query {
+                    scorer.logits_vjp(simd, &tile, &grads, &mut grad_data);
+                    let is_wanted = of_logits.ncols() + of_data.ncols() > 0;
+                    for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
+                        let slot = slot - part.slots.start;
+                        for (head, grad) in of_logits.row_mut(slot).iter_mut().enumerate() {
                             *grad = grads[head * stride + t];
                         }
+                        of_data.row_mut(slot).fill(grad_data[t]);
                     }
                 }
+            }
+            if let Some(OfQuery { sums, .. }) = &mut of_query {
+                let sums = sums.as_slice_mut().expect("a row of an array of our own");
+                scorer.finish_vjp(simd, sums);
             }
             add_to_row(grad_a.row_mut(r), problem.scale, &sum_a);
             if let Some(grad_b) = &mut grad_b {
@@ -257,7 +287,8 @@ impl<F: Float> Pass<'_, F> {
         [sum_a, sum_b]: [&mut [F]; 2],
         wants_b: bool,
     ) {
-        let Self { problem, own, other, terms, .. } = *self;
+        let Self { own, other, terms, .. } = *self;
+        let problem = C::softmax(self.of_scorer);
         let wants_b = wants_b && !other.finite_b.bad.is_empty();
         let wants_a = !other.finite_a.bad.is_empty();
         let index = |pair: Pair| if other.is_keys { pair.key } else { pair.query };

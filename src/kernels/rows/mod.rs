@@ -9,17 +9,19 @@
 
 mod backward;
 mod forward;
+mod weights;
 
 pub(super) use backward::{backward, weights_and_logits_vjp};
 pub(super) use forward::forward;
+pub(super) use weights::weights;
 
 use super::heads::{Columns, Gather, Weights};
 use super::matmul::Vector;
 use super::parallel::{self, Rest};
 use super::prefetch::prefetch;
 use super::problem::{FiniteRows, Problem, Slices};
-use crate::error::Channel;
-use crate::float::Float;
+use crate::error::{Channel, Result};
+use crate::float::{Float, try_vec, try_zeros};
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, Pattern};
 use fearless_simd::{Level, Simd, SimdBase};
@@ -301,6 +303,45 @@ fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item =
     })
 }
 
+/// Where the pairs of the caller's order are in the order of the rows: `None` where the orders are one.
+pub(super) struct SlotOfPair(Option<Vec<u32>>);
+
+impl SlotOfPair {
+    pub(super) fn new(pattern: Pattern<'_>) -> Result<Self> {
+        let Pattern::Graph(graph) = pattern else {
+            return Ok(Self(None));
+        };
+        let Some(ids) = graph.edge_ids() else {
+            return Ok(Self(None));
+        };
+        let mut slots = try_vec("pairs", &[ids.len()], 0)?;
+        for (slot, &id) in ids.iter().enumerate() {
+            slots[id as usize] = slot as u32;
+        }
+        Ok(Self(Some(slots)))
+    }
+
+    pub(super) fn is_identity(&self) -> bool {
+        self.0.is_none()
+    }
+
+    #[inline(always)]
+    pub(super) fn slot(&self, pair: usize) -> usize {
+        self.0.as_ref().map_or(pair, |slots| slots[pair] as usize)
+    }
+
+    pub(super) fn in_callers_order<F: Float>(&self, rows: Array2<F>) -> Result<Array2<F>> {
+        if self.is_identity() {
+            return Ok(rows);
+        }
+        let mut ordered = try_zeros("pairs", rows.nrows(), rows.ncols())?;
+        for (pair, mut row) in ordered.rows_mut().into_iter().enumerate() {
+            row.assign(&rows.row(self.slot(pair)));
+        }
+        Ok(ordered)
+    }
+}
+
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
 pub(super) struct Tile<F> {
     pub(super) len: usize,
@@ -455,6 +496,35 @@ pub(super) trait Scorer<'p, F: Float>: Sized {
     fn finish<S: Simd>(&mut self, _: S, _out: &mut [F]) {}
 }
 
+/// A scorer for either side, by products of one side's row with the other's: what the backward pass is
+/// generic over.
+pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
+    /// How many gradients of data of a pair there are, 0 or 1, and sums over all pairs.
+    fn num_extras(_: &'p Self::Problem) -> [usize; 2] {
+        [0; 2]
+    }
+
+    /// For passes by key if `own_are_keys`, otherwise by query.
+    fn of_side<S: Simd>(
+        simd: S,
+        problem: &'p Self::Problem,
+        own_are_keys: bool,
+        tile: &Tile<F>,
+    ) -> Self;
+
+    /// What the own row has been multiplied by: the rows of the other side, `others` where NaN and
+    /// infinities are left out, or what was made of them.
+    fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
+        tile.gather(others)
+    }
+
+    /// By query: overwrites the gradients of the pairs' data, given those of the logits of a tile.
+    fn logits_vjp<S: Simd>(&mut self, _: S, _: &Tile<F>, _grads: &[F], _of_pairs: &mut [F]) {}
+
+    /// By query: adds to the sums what the row brings.
+    fn finish_vjp<S: Simd>(&mut self, _: S, _sums: &mut [F]) {}
+}
+
 /// The logits of scaled dot-product attention: one side's row against the other's.
 pub(super) struct DotScorer<'p, F: Float> {
     problem: &'p Problem<'p, F>,
@@ -465,25 +535,6 @@ pub(super) struct DotScorer<'p, F: Float> {
     others: Slices<'p, F>,
 }
 
-impl<'p, F: Float> DotScorer<'p, F> {
-    /// For either side; `head(is_keys, h)` is the head of a side's rows that head h reads.
-    #[inline(always)]
-    pub(super) fn of_side<S: Simd>(
-        simd: S,
-        problem: &'p Problem<'p, F>,
-        own_are_keys: bool,
-    ) -> Self {
-        let (query, key) = (problem.query.slices(), problem.key.slices());
-        let (own_rows, others) = if own_are_keys { (key, query) } else { (query, key) };
-        let dim = problem.key_dim;
-        let columns = Columns::new(simd, problem.heads, dim, |head| {
-            let starts = [head * dim, problem.kv_head(head) * dim];
-            if own_are_keys { [starts[1], starts[0]] } else { starts }
-        });
-        Self { problem, columns, own: vec![F::zero(); own_rows.columns], own_rows, others }
-    }
-}
-
 impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
     type Problem = Problem<'p, F>;
 
@@ -492,8 +543,8 @@ impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
     }
 
     #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, _: &Tile<F>) -> Self {
-        Self::of_side(simd, problem, false)
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        Self::of_side(simd, problem, false, tile)
     }
 
     #[inline(always)]
@@ -509,6 +560,35 @@ impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
         let rows = Gather { rows: self.others, at: others };
         self.columns.dots(simd, &self.own, rows, weights, *stride);
     }
+}
+
+impl<'p, F: Float> TwoSided<'p, F> for DotScorer<'p, F> {
+    #[inline(always)]
+    fn of_side<S: Simd>(
+        simd: S,
+        problem: &'p Problem<'p, F>,
+        own_are_keys: bool,
+        _: &Tile<F>,
+    ) -> Self {
+        let (query, key) = (problem.query.slices(), problem.key.slices());
+        let (own_rows, others) = if own_are_keys { (key, query) } else { (query, key) };
+        let columns = key_columns(simd, problem, own_are_keys);
+        Self { problem, columns, own: vec![F::zero(); own_rows.columns], own_rows, others }
+    }
+}
+
+/// The columns of the heads of queries and keys.
+#[inline(always)]
+pub(super) fn key_columns<S: Simd, F: Float>(
+    simd: S,
+    problem: &Problem<'_, F>,
+    own_are_keys: bool,
+) -> Columns<F> {
+    let dim = problem.key_dim;
+    Columns::new(simd, problem.heads, dim, |head| {
+        let starts = [head * dim, problem.kv_head(head) * dim];
+        if own_are_keys { [starts[1], starts[0]] } else { starts }
+    })
 }
 
 /// Adds what is not finite in the rows of visible pairs, which the products left out. `row_of`

@@ -1,0 +1,313 @@
+//! Softmax attention in which each pair has a rotation of its own: the query stands at 0, the key at the
+//! pair's distance.
+//!
+//! The rows of a tile are rotated as they meet the own row: keys by their distances, s = scale · q·(R
+//! k), or, in the backward pass by key, queries by the opposite, s = scale · (R⁻¹ q)·k.
+
+use super::super::heads::{Columns, Gather, Weights};
+use super::super::problem::{Problem, Rows, Slices};
+use super::super::rows::{Pairs, Scorer, Tile, TwoSided, key_columns};
+use super::{Rotary, Turn, is_zero};
+use crate::float::Float;
+use crate::inputs::head_columns;
+use fearless_simd::Simd;
+use std::f64::consts::LOG2_E;
+
+/// Inputs of attention with rotations of the pairs.
+#[derive(Debug)]
+pub struct RotaryProblem<'p, F: Float> {
+    pub(crate) softmax: Problem<'p, F>,
+    /// On one axis.
+    pub(crate) rotary: Rotary,
+    /// One row for each pair.
+    pub(crate) distances: Rows<'p, F>,
+    /// Whether the backward pass computes the gradients of distances and frequencies.
+    pub(crate) wants_distances: bool,
+    pub(crate) wants_frequencies: bool,
+}
+
+/// The logits, row by row.
+pub(in super::super) struct RotaryScorer<'p, F: Float> {
+    problem: &'p RotaryProblem<'p, F>,
+    own_are_keys: bool,
+    is_backward: bool,
+    pairs: Pairs<'p>,
+    columns: Columns<F>,
+    turn: Turn<F>,
+    /// The row that all pairs have in common.
+    row: usize,
+    /// It, times the scale and log₂ e.
+    own: Vec<F>,
+    /// The rotated rows of a tile.
+    rotated: Vec<F>,
+    /// 0, 1, 2, …
+    all: Vec<usize>,
+    /// What the rotated rows are multiplied by in the derivative of a logit by its distance.
+    slope: Vec<F>,
+    /// For each head and pair of a tile.
+    scratch: Vec<F>,
+    ones: Vec<F>,
+    /// scale · Σ ds δ R k of the row.
+    moments: Vec<F>,
+}
+
+impl<'p, F: Float> RotaryScorer<'p, F> {
+    #[inline(always)]
+    fn make<S: Simd>(
+        simd: S,
+        problem: &'p RotaryProblem<'p, F>,
+        own_are_keys: bool,
+        is_backward: bool,
+        tile: &Tile<F>,
+    ) -> Self {
+        let softmax = &problem.softmax;
+        let (query, key) = (softmax.query.slices(), softmax.key.slices());
+        let (own, others) = if own_are_keys { (key, query) } else { (query, key) };
+        let inputs = &softmax.inputs;
+        let zeros = |len| vec![F::zero(); len];
+        let if_wanted = |is_wanted: bool, len| zeros(if is_wanted { len } else { 0 });
+        Self {
+            problem,
+            own_are_keys,
+            is_backward,
+            pairs: if own_are_keys { Pairs::by_key(inputs) } else { Pairs::by_query(inputs) },
+            columns: key_columns(simd, softmax, own_are_keys),
+            turn: Turn::new(simd, &problem.rotary),
+            row: 0,
+            own: zeros(own.columns),
+            rotated: zeros(tile.len * others.columns),
+            all: (0..tile.len).collect(),
+            slope: if_wanted(problem.wants_distances, own.columns),
+            scratch: zeros(tile.weights.len()),
+            ones: vec![F::one(); softmax.heads],
+            moments: if_wanted(problem.wants_frequencies, own.columns),
+        }
+    }
+
+    fn own_rows(&self) -> Slices<'p, F> {
+        let softmax = &self.problem.softmax;
+        if self.own_are_keys { softmax.key.slices() } else { softmax.query.slices() }
+    }
+
+    fn others(&self) -> Slices<'p, F> {
+        let softmax = &self.problem.softmax;
+        if self.own_are_keys { softmax.query.slices() } else { softmax.key.slices() }
+    }
+
+    #[inline(always)]
+    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        let distances = self.problem.distances.slices();
+        tile.prefetch_pairs(self.pairs, distances, |pair| pair);
+        let others = self.others();
+        let sign = if self.own_are_keys { -1.0 } else { 1.0 };
+        let rows = self.rotated.chunks_exact_mut(others.columns.max(1));
+        for ((pair, &other), rotated) in tile.pairs.iter().zip(&tile.others).zip(rows) {
+            self.turn.set(simd, distances.row(pair.index), sign);
+            self.turn.apply(others.row(other), rotated);
+        }
+        let rows = Slices { data: &self.rotated, columns: others.columns };
+        let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
+        self.columns.dots(simd, &self.own, rows, &mut tile.weights, tile.stride);
+        if self.is_backward {
+            // A logit that is NaN makes NaN of its gradient. What a bias hides is multiplied by 0.
+            for x in &mut self.rotated[..tile.pairs.len() * others.columns] {
+                *x = if x.is_finite() { *x } else { F::zero() };
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn logits_vjp_inline<S: Simd>(
+        &mut self,
+        simd: S,
+        tile: &Tile<F>,
+        grads: &[F],
+        of_pairs: &mut [F],
+    ) {
+        let (heads, stride) = (self.problem.softmax.heads, tile.stride);
+        let rows = Slices { data: &self.rotated, columns: self.others().columns };
+        let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
+        // Where the gradient is 0 the pair may be hidden, and the rest NaN.
+        let times = |grad: F, x: F| if grad == F::zero() { grad } else { grad * x };
+        if self.problem.wants_distances {
+            self.columns.dots(simd, &self.slope, rows, &mut self.scratch, stride);
+            of_pairs.fill(F::zero());
+            for head in 0..heads {
+                let of_head = head * stride..(head + 1) * stride;
+                let slopes = grads[of_head.clone()].iter().zip(&self.scratch[of_head]);
+                let sums = of_pairs.iter_mut().zip(slopes);
+                sums.for_each(|(sum, (&grad, &slope))| *sum += times(grad, slope));
+            }
+        }
+        if self.problem.wants_frequencies {
+            let distances = self.problem.distances.slices();
+            for head in 0..heads {
+                for (t, pair) in tile.pairs.iter().enumerate() {
+                    let distance = distances.row(pair.index)[0];
+                    self.scratch[head * stride + t] = times(grads[head * stride + t], distance);
+                }
+            }
+            let weights = Weights { factors: &self.ones, weights: &self.scratch, stride };
+            self.columns.add_weighted(simd, &mut self.moments, weights, rows);
+        }
+    }
+}
+
+impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
+    type Problem = RotaryProblem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        &problem.softmax
+    }
+
+    #[inline(always)]
+    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        Self::make(simd, problem, false, false, tile)
+    }
+
+    #[inline(always)]
+    fn begin<S: Simd>(&mut self, _: S, row: usize) {
+        let scale = self.problem.softmax.scale;
+        self.row = row;
+        let values = self.own_rows().row(row);
+        let factor = scale * F::of(LOG2_E);
+        self.own.iter_mut().zip(values).for_each(|(own, &value)| *own = factor * value);
+        if self.is_backward && !self.slope.is_empty() {
+            self.turn.slope(scale, values, &mut self.slope);
+        }
+    }
+
+    #[inline(never)]
+    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.score_inline(simd, tile),
+        );
+    }
+}
+
+impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
+    fn num_extras(problem: &'p Self::Problem) -> [usize; 2] {
+        let sums = if problem.wants_frequencies { problem.rotary.pairs() } else { 0 };
+        [usize::from(problem.wants_distances), sums]
+    }
+
+    #[inline(always)]
+    fn of_side<S: Simd>(
+        simd: S,
+        problem: &'p Self::Problem,
+        own_are_keys: bool,
+        tile: &Tile<F>,
+    ) -> Self {
+        Self::make(simd, problem, own_are_keys, true, tile)
+    }
+
+    fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
+        let rows = Slices { data: &self.rotated, columns: others.columns };
+        Gather { rows, at: &self.all[..tile.pairs.len()] }
+    }
+
+    #[inline(never)]
+    fn logits_vjp<S: Simd>(&mut self, simd: S, tile: &Tile<F>, grads: &[F], of_pairs: &mut [F]) {
+        simd.vectorize(
+            #[inline(always)]
+            || self.logits_vjp_inline(simd, tile, grads, of_pairs),
+        );
+    }
+
+    fn finish_vjp<S: Simd>(&mut self, _: S, sums: &mut [F]) {
+        let Problem { heads, key_dim: dim, scale, .. } = self.problem.softmax;
+        if self.moments.is_empty() {
+            return;
+        }
+        for head in 0..heads {
+            let moments = &mut self.moments[head_columns(head, dim)];
+            // Of a head that sees nothing the query may be NaN.
+            if !is_zero(moments) {
+                let query = self.problem.softmax.query(self.row, head);
+                moments.iter_mut().for_each(|moment| *moment *= scale);
+                self.turn.add_cross_products(moments, query, sums);
+                moments.fill(F::zero());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Layout;
+    use super::*;
+    use crate::gradients::GradientsMut;
+    use crate::inputs::Inputs;
+    use crate::kernels::problem::Upstream;
+    use crate::kernels::{Kernels, levels};
+    use fearless_simd::Level;
+    use ndarray::{Array2, ArrayD, Axis};
+
+    fn matrix(rows: usize, columns: usize, seed: usize) -> Array2<f64> {
+        let entry = |(i, j)| ((i * 37 + j * 11 + seed * 5) % 23) as f64 / 11.5 - 1.0;
+        Array2::from_shape_fn((rows, columns), entry)
+    }
+
+    /// The output and the gradients of query, key, value, distances and frequencies.
+    fn run(level: Level, layout: Layout, pairs: usize) -> Vec<ArrayD<f64>> {
+        let (n_q, n_k, heads, kv_heads, head_dim, value_dim) = (3, 41, 4, 2, 2 * pairs + 1, 5);
+        let query = matrix(n_q, heads * head_dim, 1);
+        let [key, value] = [head_dim, value_dim].map(|dim| matrix(n_k, kv_heads * dim, 2));
+        let distances = matrix(n_q * n_k, 1, 3) * 40.0;
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+        let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap().causal();
+        let inputs = inputs.with_distances(distances.column(0)).unwrap();
+        let problem = RotaryProblem {
+            softmax: Problem::new(&inputs, None).unwrap(),
+            rotary: Rotary { layout, head_dim, frequencies: matrix(1, pairs, 4) },
+            distances: Rows::new("distances", distances.view()).unwrap(),
+            wants_distances: true,
+            wants_frequencies: true,
+        };
+        let mut out = Array2::zeros((n_q, heads * value_dim));
+        let mut log_sum_exp = Array2::zeros((n_q, heads));
+        f64::rotary_forward(&problem, 8, level, out.view_mut(), &mut log_sum_exp);
+        let mut grads = [&query, &key, &value, &distances].map(|x| Array2::zeros(x.raw_dim()));
+        let [grad_query, grad_key, grad_value, grad_distances] =
+            grads.each_mut().map(|grad| grad.view_mut());
+        let slices = Slices { data: out.as_slice().unwrap(), columns: heads * value_dim };
+        let upstream = Upstream { out: slices, log_sum_exp: &log_sum_exp, grad_out: slices };
+        let grad_frequencies = f64::rotary_backward(
+            &problem,
+            8,
+            level,
+            upstream,
+            &mut GradientsMut {
+                query: Some(grad_query),
+                key: Some(grad_key),
+                value: Some(grad_value),
+                bias: None,
+                edge_features: None,
+                distances: Some(grad_distances.index_axis_move(Axis(1), 0)),
+                params: &mut [],
+            },
+        );
+        let arrays = std::iter::once(out).chain(grads).map(Array2::into_dyn);
+        arrays.chain([grad_frequencies.into_dyn()]).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_answer() {
+        let [best, others @ ..] = &levels()[..] else { panic!("there is always a best") };
+        for layout in [Layout::Interleaved, Layout::Half] {
+            for pairs in [1, 2, 7, 8, 19] {
+                let expected = run(*best, layout, pairs);
+                assert!(expected.iter().all(|array| array.iter().any(|&x| x.abs() > 1e-3)));
+                for &level in others {
+                    for (array, (a, b)) in
+                        run(level, layout, pairs).iter().zip(&expected).enumerate()
+                    {
+                        let error = (a - b).mapv(f64::abs).into_iter().fold(0.0, f64::max);
+                        assert!(error < 1e-12, "{level:?} {layout:?} {pairs} {array}: {error:e}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Rows of a matrix, each rotated by its position.
+
+use super::super::parallel::{self, Rest, row_chunks};
+use super::super::problem::Rows;
+use super::super::rows::add_to_row;
+use super::{Rotary, Turn, is_zero};
+use crate::float::Float;
+use crate::inputs::head_columns;
+use fearless_simd::{Level, Simd};
+use ndarray::{Array2, Array3, ArrayViewMut2, ArrayViewMut3, Axis, s};
+use std::ops::Range;
+
+/// Rows are handed to threads in at most this many parts, of whole blocks.
+const PARTS: usize = 64;
+const BLOCK: usize = 16;
+
+/// Multiplications for the sine and cosine of an angle.
+const WORK_OF_ANGLE: usize = 50;
+
+fn work(rotary: &Rotary, rows: usize, columns: usize) -> usize {
+    rows.saturating_mul(columns + WORK_OF_ANGLE * rotary.pairs())
+}
+
+/// Overwrites `out` with the heads of `x`, each row rotated by its row of `positions`.
+pub(in super::super) fn rotate<F: Float>(
+    rotary: &Rotary,
+    level: Level,
+    positions: &Rows<'_, F>,
+    x: &Rows<'_, F>,
+    out: ArrayViewMut2<'_, F>,
+) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        rotary: &Rotary,
+        positions: &Rows<'_, F>,
+        x: &Rows<'_, F>,
+        rows: Range<usize>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) {
+        let mut turn = Turn::new(simd, rotary);
+        for (row, mut out) in rows.zip(out.rows_mut()) {
+            let out = out.as_slice_mut().expect("an array of our own");
+            turn.set(simd, positions.row(row), 1.0);
+            turn.apply(x.row(row), out);
+        }
+    }
+    let (rows, columns) = out.dim();
+    let parts = parallel::parts(rows, BLOCK, PARTS);
+    let outs = row_chunks(out, parts.iter().map(|part| part.len()));
+    let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
+    parallel::for_each(tasks, work(rotary, rows, columns), |(rows, out)| {
+        dispatch!(level, simd => run(simd, rotary, positions, x, rows, out));
+    });
+}
+
+/// Given the gradient of what [`rotate`] wrote: adds that of `x`, and that of the frequencies.
+pub(in super::super) fn rotate_vjp<F: Float>(
+    rotary: &Rotary,
+    level: Level,
+    positions: &Rows<'_, F>,
+    x: &Rows<'_, F>,
+    grad_out: &Array2<F>,
+    grad_x: Option<ArrayViewMut2<'_, F>>,
+    grad_frequencies: Option<&mut Array2<f64>>,
+) {
+    let (rows, columns) = grad_out.dim();
+    let parts = parallel::parts(rows, BLOCK, PARTS);
+    let mut unwanted = Array2::zeros((rows, 0));
+    let mut rest = Rest::new(grad_x.unwrap_or(unwanted.view_mut()));
+    let (axes, pairs) = rotary.frequencies.dim();
+    let count = if grad_frequencies.is_some() { parts.len() } else { 0 };
+    let mut sums = Array3::zeros((count, axes, pairs));
+    let mut sums_of_parts = sums.axis_chunks_iter_mut(Axis(0), 1);
+    let tasks =
+        parts.iter().map(|part| (part.clone(), rest.take(part.len()), sums_of_parts.next()));
+    let tasks: Vec<_> = tasks.collect();
+    parallel::for_each(tasks, work(rotary, rows, columns), |(rows, grad_x, sums)| {
+        let pass = Backward { rotary, positions, x, grad_out, rows };
+        dispatch!(level, simd => pass.run(simd, grad_x, sums));
+    });
+    if let Some(grad) = grad_frequencies {
+        sums.outer_iter().for_each(|sums| *grad += &sums);
+    }
+}
+
+/// Some rows of a backward pass.
+struct Backward<'r, F: Float> {
+    rotary: &'r Rotary,
+    positions: &'r Rows<'r, F>,
+    x: &'r Rows<'r, F>,
+    grad_out: &'r Array2<F>,
+    rows: Range<usize>,
+}
+
+impl<F: Float> Backward<'_, F> {
+    #[inline(always)]
+    fn run<S: Simd>(
+        &self,
+        simd: S,
+        mut grad_x: ArrayViewMut2<'_, F>,
+        mut sums: Option<ArrayViewMut3<'_, f64>>,
+    ) {
+        let Self { rotary, positions, x, grad_out, .. } = *self;
+        let head_dim = rotary.head_dim;
+        let mut turn = Turn::new(simd, rotary);
+        let mut back = vec![F::zero(); head_dim];
+        let mut grad_angles = vec![F::zero(); rotary.pairs()];
+        for (r, row) in self.rows.clone().enumerate() {
+            let grad_out = grad_out.row(row).to_slice().expect("an array of our own");
+            // Of a row or head that nobody reads: its position may be NaN.
+            if is_zero(grad_out) {
+                continue;
+            }
+            turn.set(simd, positions.row(row), -1.0);
+            grad_angles.fill(F::zero());
+            let heads = grad_out.chunks_exact(head_dim).zip(x.row(row).chunks_exact(head_dim));
+            for (head, (grad_out, x)) in heads.enumerate().filter(|(_, (grad, _))| !is_zero(grad)) {
+                // x' = R x, so the gradient of x is R⁻¹ times that of x'.
+                turn.apply(grad_out, &mut back);
+                if sums.is_some() {
+                    turn.add_cross_products(x, &back, &mut grad_angles);
+                }
+                if grad_x.ncols() > 0 {
+                    let grad_x = grad_x.slice_mut(s![r, head_columns(head, head_dim)]);
+                    add_to_row(grad_x, F::one(), &back);
+                }
+            }
+            if let Some(sums) = &mut sums {
+                for (axis, &x) in positions.row(row).iter().enumerate() {
+                    for (p, &grad) in grad_angles.iter().enumerate() {
+                        sums[[0, axis, p]] += x.as_f64() * grad.as_f64();
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The weights, for those who ask for them.
+
+use super::{Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, for_each_part, level_for, parts};
+use crate::error::Result;
+use crate::float::{Float, try_zeros};
+use fearless_simd::{Level, Simd};
+use ndarray::{Array2, ArrayViewMut2};
+use std::f64::consts::LN_2;
+
+/// The weights before dropout, pairs × heads in the caller's order, given the log-sum-exp of the forward
+/// pass.
+pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
+    problem: &'p C::Problem,
+    tile_len: usize,
+    level: Level,
+    log_sum_exp: &Array2<F>,
+) -> Result<Array2<F>> {
+    let softmax = C::softmax(problem);
+    let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
+    let pairs = Pairs::by_query(&softmax.inputs);
+    let parts = parts(pairs);
+    let tile_len = pairs.tile_len(tile_len);
+    let mut weights = try_zeros("weights", softmax.inputs.num_pairs(), softmax.heads)?;
+    let outputs = Outputs::by_row([], &parts);
+    for_each_part(
+        &parts,
+        softmax.work(),
+        Outputs { by_row: [], by_slot: [weights.view_mut()], by_part: outputs.by_part },
+        |part, Outputs { by_slot: [weights], .. }| {
+            dispatch!(level, simd => {
+                run::<_, _, C>(simd, problem, pairs, tile_len, part, log_sum_exp, weights);
+            });
+        },
+        |[], []| {},
+    );
+    SlotOfPair::new(softmax.inputs.pattern())?.in_callers_order(weights)
+}
+
+#[inline(always)]
+fn run<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
+    simd: S,
+    problem: &'p C::Problem,
+    pairs: Pairs<'_>,
+    tile_len: usize,
+    part: &Part,
+    log_sum_exp: &Array2<F>,
+    mut weights: ArrayViewMut2<'_, F>,
+) {
+    let softmax = C::softmax(problem);
+    let mut tile = Tile::new(simd, softmax.heads, tile_len);
+    let mut scorer = C::new(simd, problem, &tile);
+    for mut row in part.rows(pairs) {
+        scorer.begin(simd, row.row);
+        while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
+            scorer.score(simd, &mut tile);
+            tile.add_bias(simd, softmax);
+            for (t, slot) in tile.slots.iter().enumerate() {
+                for head in 0..softmax.heads {
+                    let logit = tile.weights[head * tile.stride + t];
+                    // Also where no key is seen, and the log-sum is −∞ too.
+                    let is_hidden = logit == F::neg_infinity();
+                    let log_weight = logit * F::of(LN_2) - log_sum_exp[[row.row, head]];
+                    weights[[slot - part.slots.start, head]] =
+                        if is_hidden { F::zero() } else { log_weight.exp() };
+                }
+            }
+        }
+    }
+}

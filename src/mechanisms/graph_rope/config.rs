@@ -1,0 +1,236 @@
+//! Options, and what they make: the rotation.
+
+use super::{EdgeRope, GraphRope};
+use crate::attention::Attention;
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::param_slot;
+use crate::inputs::Inputs;
+use crate::kernels::rotary::{Layout, Rotary};
+use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, s};
+
+/// The sizes and options of a [`GraphRope`] or an [`EdgeRope`].
+///
+/// **Frequencies.** Of d rotated columns, pair p of d/2 turns at θₚ = base^{−2p/d}. Where positions have
+/// several axes, each axis has a block of neighbouring pairs for itself: ⌊d/2 / axes⌋ of them, and one
+/// more in each of the first (d/2 mod axes) blocks. Within a block of m pairs the frequencies start
+/// anew, base^{−p/m} for p = 0 … m − 1. Or they are [given](Self::frequencies), and each pair may turn
+/// with several axes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GraphRopeConfig {
+    head_dim: usize,
+    layout: Layout,
+    rotary_dim: Option<usize>,
+    base: f64,
+    spectrum: Spectrum,
+    learnable: bool,
+}
+
+/// Where the frequencies come from.
+#[derive(Clone, Debug, PartialEq)]
+enum Spectrum {
+    /// Powers of the base, the pairs split among so many axes.
+    Split(usize),
+    /// axes × pairs.
+    Given(Array2<f64>),
+}
+
+impl GraphRopeConfig {
+    /// For heads of `head_dim` columns, all of them rotated: base 10000, one axis, fixed frequencies.
+    /// The layout must be said, since it cannot be guessed from weights.
+    #[must_use]
+    pub fn new(head_dim: usize, layout: Layout) -> Self {
+        Self {
+            head_dim,
+            layout,
+            rotary_dim: None,
+            base: 10_000.0,
+            spectrum: Spectrum::Split(1),
+            learnable: false,
+        }
+    }
+
+    /// Rotates only the first `dim` columns of each head: GPT-J's `rotary_dim`. The scale of the scores
+    /// does not change.
+    #[must_use]
+    pub fn rotary_dim(mut self, dim: usize) -> Self {
+        self.rotary_dim = Some(dim);
+        self
+    }
+
+    /// The base of frequencies that are not given.
+    #[must_use]
+    pub fn base(mut self, base: f64) -> Self {
+        self.base = base;
+        self
+    }
+
+    /// The number of columns of the positions, which share the pairs as said above. Takes the place of
+    /// frequencies that were given.
+    #[must_use]
+    pub fn axes(mut self, axes: usize) -> Self {
+        self.spectrum = Spectrum::Split(axes);
+        self
+    }
+
+    /// All frequencies, axes × pairs: at position x, pair p turns by Σₐ θₐₚ xₐ. Takes the place of base
+    /// and axes.
+    #[must_use]
+    pub fn frequencies(mut self, frequencies: Array2<f64>) -> Self {
+        self.spectrum = Spectrum::Given(frequencies);
+        self
+    }
+
+    /// Whether the frequencies are a parameter, `frequencies`, axes × pairs, that starts at those
+    /// configured.
+    #[must_use]
+    pub fn learnable(mut self, learnable: bool) -> Self {
+        self.learnable = learnable;
+        self
+    }
+
+    /// Rotates by node positions before `inner`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if the number of rotated columns is odd, 0 or more than a head has, if
+    /// the base is not positive and finite, if there are no axes, or more than pairs, or if a given
+    /// frequency is not finite; [`Error::Shape`] if there is not a given frequency for each pair.
+    pub fn init<F: Float, A: Attention<F>>(&self, inner: A) -> Result<GraphRope<F, A>> {
+        Ok(GraphRope { rotation: self.rotation()?, inner })
+    }
+
+    /// Rotates each key by its distance from the query.
+    ///
+    /// # Errors
+    /// As [`init`](Self::init), and [`Error::InvalidConfig`] if there is more than one axis.
+    pub fn init_edges<F: Float>(&self) -> Result<EdgeRope<F>> {
+        let rotation: Rotation<F> = self.rotation()?;
+        match rotation.axes() {
+            1 => Ok(EdgeRope { rotation }),
+            axes => Err(Error::config("axes", "1, for distances", axes)),
+        }
+    }
+
+    fn rotation<F: Float>(&self) -> Result<Rotation<F>> {
+        let Self { head_dim, layout, base, .. } = *self;
+        let rotary_dim = self.rotary_dim.unwrap_or(head_dim);
+        if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
+            let expected = format!("an even number from 2 to head_dim = {head_dim}");
+            return Err(Error::config("rotary_dim", expected, rotary_dim));
+        }
+        let pairs = rotary_dim / 2;
+        let frequencies = match &self.spectrum {
+            Spectrum::Split(axes) => split(*axes, pairs, base)?,
+            Spectrum::Given(frequencies) => {
+                check_shape(
+                    "frequencies",
+                    &[frequencies.nrows().max(1), pairs],
+                    frequencies.shape(),
+                )?;
+                if let Some(bad) = frequencies.iter().find(|frequency| !frequency.is_finite()) {
+                    return Err(Error::config("frequencies", "finite numbers", bad));
+                }
+                frequencies.clone()
+            }
+        };
+        let frequencies = if self.learnable {
+            Frequencies::Learned(frequencies.mapv(F::of))
+        } else {
+            Frequencies::Fixed(frequencies)
+        };
+        Ok(Rotation { layout, head_dim, frequencies })
+    }
+}
+
+/// The frequencies of pairs split among axes: axes × pairs.
+fn split(axes: usize, pairs: usize, base: f64) -> Result<Array2<f64>> {
+    if !(base > 0.0 && base.is_finite()) {
+        return Err(Error::config("base", "a positive finite number", base));
+    }
+    if axes == 0 || axes > pairs {
+        let expected = format!("from 1 to the number of rotated pairs, {pairs}");
+        return Err(Error::config("axes", expected, axes));
+    }
+    let mut frequencies = try_zeros("frequencies", axes, pairs)?;
+    let mut start = 0;
+    for axis in 0..axes {
+        let count = pairs / axes + usize::from(axis < pairs % axes);
+        let mut block = frequencies.slice_mut(s![axis, start..start + count]);
+        for (p, frequency) in block.iter_mut().enumerate() {
+            *frequency = base.powf(-(p as f64) / count as f64);
+        }
+        start += count;
+    }
+    Ok(frequencies)
+}
+
+/// What a configuration makes: the rotation and its parameter.
+#[derive(Clone, Debug)]
+pub(super) struct Rotation<F> {
+    layout: Layout,
+    head_dim: usize,
+    frequencies: Frequencies<F>,
+}
+
+/// axes × pairs.
+#[derive(Clone, Debug)]
+enum Frequencies<F> {
+    Fixed(Array2<f64>),
+    Learned(Array2<F>),
+}
+
+impl<F: Float> Rotation<F> {
+    pub(super) fn frequencies(&self) -> Array2<f64> {
+        match &self.frequencies {
+            Frequencies::Fixed(frequencies) => frequencies.clone(),
+            Frequencies::Learned(frequencies) => frequencies.mapv(F::as_f64),
+        }
+    }
+
+    pub(super) fn axes(&self) -> usize {
+        match &self.frequencies {
+            Frequencies::Fixed(frequencies) => frequencies.nrows(),
+            Frequencies::Learned(frequencies) => frequencies.nrows(),
+        }
+    }
+
+    pub(super) fn rotary(&self) -> Rotary {
+        let Self { layout, head_dim, .. } = *self;
+        Rotary { layout, head_dim, frequencies: self.frequencies() }
+    }
+
+    /// The number of parameters: 0 or 1.
+    pub(super) fn num_params(&self) -> usize {
+        usize::from(matches!(self.frequencies, Frequencies::Learned(_)))
+    }
+
+    pub(super) fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        if let Frequencies::Learned(frequencies) = &self.frequencies {
+            visitor("frequencies", frequencies.view().into_dyn());
+        }
+    }
+
+    pub(super) fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        if let Frequencies::Learned(frequencies) = &mut self.frequencies {
+            visitor("frequencies", frequencies.view_mut().into_dyn());
+        }
+    }
+
+    /// Adds the gradient of the frequencies, where they are a parameter.
+    pub(super) fn params_vjp(&self, grad: &Array2<f64>, params: &mut [ArrayD<F>]) {
+        if let Some(slot) = params.first_mut() {
+            param_slot::<F, Ix2>(slot).zip_mut_with(grad, |sum, &grad| *sum += F::of(grad));
+        }
+    }
+
+    /// `Ok` if the heads of queries and keys are those configured.
+    pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        for (what, array, heads) in
+            [("query", inputs.query(), inputs.heads()), ("key", inputs.key(), inputs.kv_heads())]
+        {
+            let columns = heads.saturating_mul(self.head_dim);
+            check_shape(what, &[array.nrows(), columns], array.shape())?;
+        }
+        Ok(())
+    }
+}

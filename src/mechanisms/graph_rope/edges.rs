@@ -1,0 +1,164 @@
+use super::config::Rotation;
+use crate::attention::{Attention, Saved};
+use crate::error::{Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::Inputs;
+use crate::kernels::problem::{Problem, Rows, Upstream, output_dim};
+use crate::kernels::rotary::RotaryProblem;
+use crate::params::Params;
+use fearless_simd::Level;
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
+
+const NAME: &str = "edge_rope";
+
+/// Pairs of a tile, few enough for their rotated keys to stay in the first-level cache.
+const TILE: usize = 32;
+
+/// Rotary embeddings of distances (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259):
+/// each pair has a rotation of its own, by its distance, which may be anything (hops, a layer, a weight)
+/// and need not be a difference of positions.
+///
+/// ```text
+/// sᵢⱼ = qᵢ·R(δᵢⱼ)kⱼ / √d + bᵢⱼ      pᵢⱼ = softmaxⱼ(sᵢⱼ)      oᵢ = Σⱼ pᵢⱼ vⱼ
+/// ```
+///
+/// with j over the visible pairs of query i, for each head: the query stands at 0, the key at δ. R is
+/// that of [`GraphRope`](crate::GraphRope) on one axis, and where δᵢⱼ = xⱼ − xᵢ this is `GraphRope`
+/// around [`Flash`](crate::Flash) on the positions x.
+/// [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges) makes it.
+///
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
+///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
+/// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
+/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable. The backward pass
+///   has the gradient of the distances too.
+/// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of
+///   columns; memory O(n · (d + d_v) · heads), never the weights.
+/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances,
+///   [`Error::Shape`](crate::Error::Shape) if heads have another size. A distance that is NaN or
+///   infinite makes NaN of its query's row.
+///
+/// ```
+/// use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, Layout};
+/// use graph_attention::ndarray::{Array2, array};
+///
+/// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+/// let hops = array![1.0, 2.0, 1.0];
+/// let x = Array2::from_shape_fn((3, 4), |(i, j)| ((3 * i + 5 * j) % 7) as f64);
+/// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_distances(hops.view())?;
+///
+/// let rope = GraphRopeConfig::new(4, Layout::Half).init_edges()?;
+/// let (out, saved) = rope.forward_train(&inputs)?;
+/// let grads = rope.backward(&inputs, &saved, out.view())?;
+/// let grad_hops = grads.distances.expect("the inputs have distances");
+/// assert!(grad_hops[0] != 0.0 && grad_hops[2] == 0.0); // node 1 has a single neighbour
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct EdgeRope<F> {
+    pub(super) rotation: Rotation<F>,
+}
+
+/// What is left of a forward pass.
+struct State<F> {
+    out: Array2<F>,
+    /// num_queries × heads.
+    log_sum_exp: Array2<F>,
+}
+
+impl<F: Float> EdgeRope<F> {
+    /// The frequencies, 1 × pairs of columns.
+    #[must_use]
+    pub fn frequencies(&self) -> Array2<f64> {
+        self.rotation.frequencies()
+    }
+
+    fn problem<'p>(&self, inputs: &Inputs<'p, F>) -> Result<RotaryProblem<'p, F>> {
+        let distances = inputs.distances(NAME)?;
+        self.rotation.check(inputs)?;
+        Ok(RotaryProblem {
+            softmax: Problem::new(inputs, None)?,
+            rotary: self.rotation.rotary(),
+            distances: Rows::new("distances", distances.insert_axis(Axis(1)))?,
+            wants_distances: false,
+            wants_frequencies: false,
+        })
+    }
+
+    /// Overwrites `out`, returns the log-sum-exp.
+    fn run(&self, problem: &RotaryProblem<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<Array2<F>> {
+        let softmax = &problem.softmax;
+        let rows = softmax.inputs.num_queries();
+        let mut log_sum_exp = try_zeros("log_sum_exp", rows, softmax.heads)?;
+        F::rotary_forward(problem, TILE, Level::new(), out, &mut log_sum_exp);
+        Ok(log_sum_exp)
+    }
+}
+
+impl<F: Float> Params<F> for EdgeRope<F> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.rotation.visit_params(visitor);
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.rotation.visit_params_mut(visitor);
+    }
+}
+
+impl<F: Float> Attention<F> for EdgeRope<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.check_output("out", inputs, out.shape())?;
+        self.run(&self.problem(inputs)?, out).map(drop)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        self.check_output("out", inputs, out.shape())?;
+        let log_sum_exp = self.run(&self.problem(inputs)?, out.view_mut())?;
+        Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { out, log_sum_exp } = saved.state::<State<F>>(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        self.check_output("saved out", inputs, out.shape())?;
+        let log_sum_shape = [inputs.num_queries(), inputs.heads()];
+        check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
+        grads.check(NAME, inputs, self)?;
+        let problem = RotaryProblem {
+            wants_distances: grads.distances.is_some(),
+            wants_frequencies: !grads.params.is_empty(),
+            ..self.problem(inputs)?
+        };
+        let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
+        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
+        let grad = F::rotary_backward(&problem, TILE, Level::new(), upstream, &mut grads);
+        self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
+        Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let problem = self.problem(inputs)?;
+        let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
+        let log_sum_exp = self.run(&problem, out.view_mut())?;
+        F::rotary_weights(&problem, TILE, Level::new(), &log_sum_exp)
+    }
+}

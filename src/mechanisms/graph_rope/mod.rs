@@ -1,0 +1,236 @@
+mod config;
+mod edges;
+
+pub use crate::kernels::rotary::Layout;
+pub use config::GraphRopeConfig;
+pub use edges::EdgeRope;
+
+use crate::attention::{Attention, Saved};
+use crate::error::{Result, check_shape};
+use crate::float::{Float, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::Inputs;
+use crate::kernels::problem::Rows;
+use crate::params::Params;
+use config::Rotation;
+use fearless_simd::Level;
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+
+const NAME: &str = "graph_rope";
+
+/// Rotary position embeddings of nodes (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025,
+/// 2509.22259), around any inner mechanism: queries and keys are rotated by their positions, which are
+/// real numbers on one axis or several (hops from an anchor, a level, coordinates, eigenvectors).
+///
+/// ```text
+/// q'ᵢ = R(xᵢ) qᵢ      k'ⱼ = R(xⱼ) kⱼ      o = inner(q', k', v)
+/// R(x): pair p of the columns of each head turns by αₚ = Σₐ θₐₚ xₐ,
+///       (a, b) ↦ (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
+/// ```
+///
+/// Norms are kept, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends on differences of positions alone. Which
+/// columns are a pair says the [`Layout`], and θ the [`GraphRopeConfig`].
+///
+/// * **Reads** query (n_q × heads·d) and key (n_k × kv_heads·d), d = `head_dim`;
+///   [`Inputs::with_positions`], with as many columns as the configuration has axes. Values and every
+///   channel are handed to the inner mechanism, the positions too: they stay data, and a second
+///   `GraphRope` inside rotates by them once more.
+/// * **Output** that of the inner mechanism.
+/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; then the inner mechanism's
+///   behind `inner.`.
+/// * **Cost** O(n · d) time per head and one sine and cosine for each row and pair; memory for the
+///   rotated queries and keys, never for a table of angles.
+/// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without positions,
+///   [`Error::Shape`](crate::Error::Shape) if they have another number of axes or if heads have another
+///   size. A position that is NaN or infinite makes NaN of its row.
+///
+/// Angles are computed in `f64`, products θ x without rounding: the answer does not change by more than
+/// its own rounding if all positions are shifted, however far, as long as the positions themselves are
+/// exact. Positions are data: [`Gradients`](crate::Gradients) has no place for theirs.
+///
+/// With the inner [`Flash`](crate::Flash) and inside a [`MultiHead`](crate::MultiHead) this is the
+/// attention of rotary transformers:
+///
+/// ```
+/// use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, Layout};
+/// use graph_attention::ndarray::{Array2, array};
+///
+/// // Nodes at their levels in a tree; each attends to itself and its parent.
+/// let levels = array![[0.0], [1.0], [1.0], [2.0]];
+/// let graph = Graph::from_edges(4, 4, [(1, 0), (2, 0), (3, 1)])?.with_self_loops()?;
+/// let x = Array2::from_shape_fn((4, 8), |(i, j)| ((3 * i + 5 * j) % 7) as f64);
+/// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
+///
+/// let rope = GraphRopeConfig::new(4, Layout::Interleaved).init(Flash::new())?;
+/// let out = rope.forward(&inputs.with_positions(levels.view(), levels.view())?)?;
+/// // Only differences of levels matter.
+/// let higher = &levels + 1000.0;
+/// let shifted = rope.forward(&inputs.with_positions(higher.view(), higher.view())?)?;
+/// assert!((out - shifted).iter().all(|difference| difference.abs() < 1e-13));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct GraphRope<F, A> {
+    rotation: Rotation<F>,
+    inner: A,
+}
+
+/// What is left of a forward pass.
+struct State<F> {
+    /// Queries and keys.
+    rotated: [Array2<F>; 2],
+    inner: Saved,
+}
+
+impl<F: Float, A: Attention<F>> GraphRope<F, A> {
+    /// The mechanism inside.
+    pub fn inner(&self) -> &A {
+        &self.inner
+    }
+
+    /// The frequencies, axes × pairs.
+    #[must_use]
+    pub fn frequencies(&self) -> Array2<f64> {
+        self.rotation.frequencies()
+    }
+
+    /// Queries and keys with their positions, if they fit.
+    fn sides<'a>(&self, inputs: &Inputs<'a, F>) -> Result<[Side<'a, F>; 2]> {
+        let (query, key) = inputs.positions(NAME)?;
+        self.rotation.check(inputs)?;
+        let axes = self.rotation.axes();
+        check_shape("query positions", &[query.nrows(), axes], query.shape())?;
+        check_shape("key positions", &[key.nrows(), axes], key.shape())?;
+        let side = |what, x, positions| {
+            Ok(Side { x: Rows::new(what, x)?, positions: Rows::new("positions", positions)? })
+        };
+        Ok([side("query", inputs.query(), query)?, side("key", inputs.key(), key)?])
+    }
+
+    fn rotate(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 2]> {
+        let (rotary, level) = (self.rotation.rotary(), Level::new());
+        let [query, key] = self.sides(inputs)?;
+        let mut rotated = [
+            try_zeros("rotated query", inputs.num_queries(), inputs.query().ncols())?,
+            try_zeros("rotated key", inputs.num_keys(), inputs.key().ncols())?,
+        ];
+        for (Side { x, positions }, out) in [query, key].iter().zip(&mut rotated) {
+            F::rotate(&rotary, level, positions, x, out.view_mut());
+        }
+        Ok(rotated)
+    }
+
+    /// The inputs of the inner mechanism.
+    fn inner_inputs<'b>(
+        &self,
+        inputs: &Inputs<'b, F>,
+        rotated: &'b [Array2<F>; 2],
+    ) -> Result<Inputs<'b, F>> {
+        let [query, key] = rotated.each_ref().map(|array| array.view());
+        let inner = inputs.with_arrays(query, key, inputs.value())?;
+        inner.with_kv_heads(inputs.heads(), inputs.kv_heads())
+    }
+}
+
+/// What is rotated, and by what.
+struct Side<'a, F: Float> {
+    x: Rows<'a, F>,
+    positions: Rows<'a, F>,
+}
+
+impl<F: Float, A: Attention<F>> Params<F> for GraphRope<F, A> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.rotation.visit_params(visitor);
+        self.inner.visit_params(&mut |name, param| visitor(&format!("inner.{name}"), param));
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.rotation.visit_params_mut(visitor);
+        self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
+    }
+}
+
+impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        self.inner.output_dim(inputs)
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.check_output("out", inputs, out.shape())?;
+        let rotated = self.rotate(inputs)?;
+        self.inner.forward_into(&self.inner_inputs(inputs, &rotated)?, out)
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        self.check_output("out", inputs, out.shape())?;
+        let rotated = self.rotate(inputs)?;
+        let inner = self.inner.forward_train_into(&self.inner_inputs(inputs, &rotated)?, out)?;
+        Ok(Saved::new(NAME, State { rotated, inner }))
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let State { rotated, inner } = saved.state::<State<F>>(NAME)?;
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        let sides = self.sides(inputs)?;
+        check_shape("saved query", inputs.query().shape(), rotated[0].shape())?;
+        check_shape("saved key", inputs.key().shape(), rotated[1].shape())?;
+        let inner_inputs = self.inner_inputs(inputs, rotated)?;
+        let (own_params, inner_params) = grads.params.split_at_mut(self.rotation.num_params());
+
+        // o = inner(q', k', v)
+        let is_learned = !own_params.is_empty();
+        let of_rotated = |what, x: ArrayView2<'_, F>, is_wanted: bool| {
+            let is_wanted = is_wanted || is_learned;
+            is_wanted.then(|| try_zeros(what, x.nrows(), x.ncols())).transpose()
+        };
+        let mut grad_rotated = [
+            of_rotated("rotated query", inputs.query(), grads.query.is_some())?,
+            of_rotated("rotated key", inputs.key(), grads.key.is_some())?,
+        ];
+        let [query, key] =
+            grad_rotated.each_mut().map(|grad| grad.as_mut().map(|grad| grad.view_mut()));
+        let inner_grads = GradientsMut {
+            query,
+            key,
+            value: grads.value,
+            bias: grads.bias,
+            edge_features: grads.edge_features,
+            distances: grads.distances,
+            params: inner_params,
+        };
+        self.inner.backward_into(&inner_inputs, inner, grad_out, inner_grads)?;
+
+        // x' = R x for query and key
+        let (rotary, level) = (self.rotation.rotary(), Level::new());
+        let mut grad_frequencies = Array2::zeros(rotary.frequencies.raw_dim());
+        let of_sides = sides.iter().zip(&grad_rotated).zip([grads.query, grads.key]);
+        for ((Side { x, positions }, grad_rotated), grad_x) in of_sides {
+            if let Some(grad_rotated) = grad_rotated {
+                let grad_frequencies = is_learned.then_some(&mut grad_frequencies);
+                F::rotate_vjp(&rotary, level, positions, x, grad_rotated, grad_x, grad_frequencies);
+            }
+        }
+        self.rotation.params_vjp(&grad_frequencies, own_params);
+        Ok(())
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let rotated = self.rotate(inputs)?;
+        self.inner.weights(&self.inner_inputs(inputs, &rotated)?)
+    }
+}
