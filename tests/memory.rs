@@ -135,7 +135,6 @@ fn inference_allocates_a_constant_number_of_times() {
         let (at, distances) = (positions(n), Array1::ones(graph.num_edges()));
         let inputs = inputs.with_heads(2).unwrap();
         let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
-        // One for each pair: dense inputs would need too many.
         let inputs = if sparse { inputs.with_distances(distances.view()).unwrap() } else { inputs };
         let mut out = Array2::zeros((n, COLUMNS));
         on_one_thread(|| attention.forward_into(&inputs, out.view_mut()).unwrap()).count_total
@@ -145,8 +144,9 @@ fn inference_allocates_a_constant_number_of_times() {
     let ropes: [&dyn Attention<f32>; 2] = [&rope(2), &edge_rope(2)];
     let others = [&Flash::new() as &dyn Attention<f32>, &plain, &poincare(), &performer];
     for attention in others.into_iter().chain(ropes) {
-        // The plain mechanism holds all weights: only on a graph can they be so many.
-        for sparse in [attention.name() == "scaled_dot_product", true] {
+        // These hold all weights, or read a distance for each pair: only on a graph can they be so many.
+        let is_sparse = ["scaled_dot_product", "edge_rope"].contains(&attention.name());
+        for sparse in [is_sparse, true] {
             // Small problems are cut into fewer parts.
             let [few, many] = [5_000, 10_000].map(|n| count(attention, n, sparse));
             assert!(few == many && few > 0, "{}: {few} {many}", attention.name());
