@@ -167,6 +167,13 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             }),
         ),
         (
+            heads().axes(1),
+            Box::new({
+                let inner = PerformerConfig::new(3, 16).init(&mut rng).unwrap();
+                rope(3).rotary_dim(2).learnable(true).init(inner).unwrap()
+            }),
+        ),
+        (
             heads().scale(0.3).axes(1),
             Box::new(rope(3).rotary_dim(2).init(tangent().init().unwrap()).unwrap()),
         ),

@@ -5,8 +5,8 @@ use graph_attention::ndarray::{
 };
 use graph_attention::{
     Attention, Channel, EdgeRope, Error, Flash, Float, Gradients, GradientsMut, Graph, GraphRope,
-    GraphRopeConfig, Inputs, Layout, MultiHeadConfig, Params, Result, Saved, ScaledDotProduct,
-    params,
+    GraphRopeConfig, Inputs, Layout, MultiHeadConfig, Params, PerformerConfig, Result, Saved,
+    ScaledDotProduct, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -596,4 +596,21 @@ fn inputs_that_do_not_fit_are_errors() {
     let distances = Array1::zeros(9);
     let wrong_heads = inputs.with_distances(distances.view()).unwrap();
     assert_eq!(edges.forward(&wrong_heads), shape("query", [3, 4], [3, 8]));
+}
+
+/// Linear attention over rotated rows estimates exact attention over them.
+#[test]
+fn performer_inside_estimates_the_rotated_softmax() {
+    let [query, key, value] = [1, 2, 3].map(|seed| 0.4 * normal(23, 8, seed));
+    let at = positions(23, 1, 4);
+    let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
+    let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
+    let rope = GraphRopeConfig::new(8, Layout::Half);
+    let exact = rope.init(Flash::new()).unwrap().forward(&inputs).unwrap();
+    let unrotated = Flash::new().forward(&inputs).unwrap();
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
+    let performer = PerformerConfig::new(8, 20_000).init(&mut rng).unwrap();
+    let estimate = rope.init(performer).unwrap().forward(&inputs).unwrap();
+    let distance = |a: &Array2<f64>| (a - &exact).mapv(|x| x * x).sum().sqrt();
+    assert!(distance(&estimate) < 0.1 * distance(&unrotated), "{}", distance(&estimate));
 }
