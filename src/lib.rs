@@ -76,6 +76,7 @@ pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
+pub use mechanisms::local_global::{LocalGlobal, Window};
 pub use mechanisms::moe::{Moe, MoeConfig, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{
