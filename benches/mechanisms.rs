@@ -5,8 +5,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Flash, Graph, Inputs, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, ScaledDotProduct, Score,
+    Attention, Coordinates, EdgeGatConfig, Flash, Graph, Inputs, LocalGlobal, MoeConfig,
+    MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct, Score, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -20,12 +20,15 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
     let moe = MoeConfig::new(COLUMNS, 2).init(experts, &mut rng);
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
+    // Wide enough for all pairs.
+    let window = LocalGlobal::by_order(Window::new(10_000), Flash::new());
     let performer = PerformerConfig::new(COLUMNS, 4 * COLUMNS).init(&mut rng);
     vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(multi_head.expect("4 heads divide the columns")),
         Box::new(moe.expect("2 of 8 experts")),
+        Box::new(window.expect("the dilation is positive")),
         Box::new(gat.expect("the sizes are positive")),
         Box::new(poincare.expect("the defaults are valid")),
         Box::new(performer.expect("the sizes are positive")),

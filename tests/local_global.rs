@@ -1,7 +1,7 @@
 //! `LocalGlobal` against plain attention under an explicit mask, and against sums by hand.
 
 use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, s};
-use graph_attention::testing::{Shapes, check_gradients};
+use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
     Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Graph, Inputs, LocalGlobal,
     MultiHeadConfig, Params, Result, ScaledDotProduct, Score, Window, params,
@@ -408,6 +408,21 @@ fn a_bias_may_leave_a_head_one_kind() -> Result<()> {
     assert_eq!(out.slice(s![0, ..2]), x.slice(s![1, ..2]));
     let mean = (&x.slice(s![1, 2..]) + &x.slice(s![2, 2..])) / 2.0;
     assert!((&out.slice(s![0, 2..]) - &mean).iter().all(|d| d.abs() < 1e-15));
+    Ok(())
+}
+
+#[test]
+fn a_gate_between_mechanisms_with_edge_features_keeps_the_laws() -> Result<()> {
+    let gat = |score| EdgeGatConfig::new(score, 5, 4, 2).edge_dim(3).init(&mut rng(20));
+    let [local, global] = [boxed(gat(Score::GatV2)?), boxed(gat(Score::DotProduct)?)];
+    let mut attention = LocalGlobal::by_layer_gate(5, 1, local, global, &mut rng(21))?;
+    let shapes = Shapes::new(5, 5, 5).edge_dim(3);
+    for report in [check_attention(&attention, &shapes), check_gradients(&mut attention, &shapes)] {
+        let report = report.unwrap_or_else(|e| panic!("{e}"));
+        // What graph attention networks refuse.
+        assert!(report.refused.iter().all(|case| case.contains("bias")), "{report:?}");
+        assert!(report.checked.len() >= 14, "{report:?}");
+    }
     Ok(())
 }
 

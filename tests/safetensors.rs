@@ -4,8 +4,9 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer,
-    PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
+    Attention, Error, Flash, Float, LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Params,
+    Performer, PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params,
+    safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -98,6 +99,11 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
             ];
             let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
             MoeConfig::new(6, 2).noise(true).init(experts, rng).unwrap()
+        }),
+        Box::new({
+            let local = Box::new(multi_head(&config, Flash::new(), seed + 3));
+            let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+            LocalGlobal::by_layer_gate(6, 1, local, Box::new(poincare(seed)), rng).unwrap()
         }),
     ]
 }
