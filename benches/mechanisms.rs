@@ -6,7 +6,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
     Attention, Coordinates, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, Layout,
-    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct, Score,
+    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    Score, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -20,6 +21,8 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
     let moe = MoeConfig::new(COLUMNS, 2).init(experts, &mut rng);
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
+    // Wide enough for all pairs.
+    let window = LocalGlobal::by_order(Window::new(10_000), Flash::new());
     let performer = PerformerConfig::new(COLUMNS, 4 * COLUMNS).init(&mut rng);
     let rope = GraphRopeConfig::new(COLUMNS, Layout::Half);
     vec![
@@ -27,6 +30,7 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
         Box::new(Flash::new()),
         Box::new(multi_head.expect("4 heads divide the columns")),
         Box::new(moe.expect("2 of 8 experts")),
+        Box::new(window.expect("the dilation is positive")),
         Box::new(gat.expect("the sizes are positive")),
         Box::new(poincare.expect("the defaults are valid")),
         Box::new(performer.expect("the sizes are positive")),

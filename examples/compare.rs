@@ -12,7 +12,8 @@
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
     Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, GraphRopeConfig, Inputs, Layout,
-    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
+    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result,
+    ScaledDotProduct, Score, Window,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -38,6 +39,8 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
         Box::new(MoeConfig::new(COLUMNS, 2).init(experts, rng)?),
+        // Without the edges between nodes whose numbers are far apart.
+        Box::new(LocalGlobal::by_order(Window::new(12), Flash::new())?),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
         Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),

@@ -177,23 +177,29 @@ impl Error {
         }
     }
 
-    /// The error of an expert on some queries, in the words of the mixture around it: says which
-    /// expert, and numbers the rows of queries as the mixture does.
-    pub(crate) fn in_expert(self, expert: usize, name: &str, queries: &[usize]) -> Self {
-        let of_expert = |name: &str| format!("expert {expert} ({name})");
+    /// The error of a mechanism inside another, in the words of that: says which part it is, and
+    /// numbers the rows of queries as the other does, where it has given the part only some.
+    pub(crate) fn in_part(
+        self,
+        part: impl fmt::Display,
+        name: &str,
+        queries: Option<&[usize]>,
+    ) -> Self {
+        let of_part = |name: &str| format!("{part} ({name})");
         match self {
             Self::MissingInput { mechanism: name, channel } => {
-                Self::MissingInput { mechanism: of_expert(&name).into(), channel }
+                Self::MissingInput { mechanism: of_part(&name).into(), channel }
             }
             Self::Unsupported { mechanism: name, channel } => {
-                Self::Unsupported { mechanism: of_expert(&name).into(), channel }
+                Self::Unsupported { mechanism: of_part(&name).into(), channel }
             }
             Self::Shape { what, expected, actual } => {
-                let what = format!("{}: {what}", of_expert(name)).into();
+                let what = format!("{}: {what}", of_part(name)).into();
                 Self::Shape { what, expected, actual }
             }
             Self::Domain { what: what @ "query", row, norm, limit } => {
-                Self::Domain { what, row: queries.get(row).copied().unwrap_or(row), norm, limit }
+                let number = queries.and_then(|queries| queries.get(row)).copied();
+                Self::Domain { what, row: number.unwrap_or(row), norm, limit }
             }
             other => other,
         }

@@ -61,7 +61,9 @@ pub struct Inputs<'a, F: Float> {
     positions: Option<Positions<'a, F>>,
     latent: Option<&'a Graph>,
     dropout: Option<Dropout>,
-    /// Where the queries and pairs come from, if these are some of the queries of other inputs.
+    /// Each query sees at most so many keys to either side of its own.
+    window: Option<usize>,
+    /// Where queries, keys and pairs come from, if these are some of those of other inputs.
     origin: Option<Origin<'a>>,
 }
 
@@ -103,15 +105,19 @@ pub struct Bias<'a, F> {
     is_matrix: bool,
 }
 
-/// Queries and pairs by their numbers in the inputs that they have been selected from.
+/// Queries, keys and pairs by their numbers in the inputs that they have been selected from; `None`
+/// where all have been.
 #[derive(Clone, Copy, Debug)]
 struct Origin<'a> {
     /// Ascending.
-    queries: &'a [usize],
+    queries: Option<&'a [usize]>,
+    /// Ascending.
+    keys: Option<&'a [usize]>,
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<&'a [usize]>,
     /// Of the whole inputs.
     num_queries: usize,
+    num_keys: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -193,6 +199,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             positions: None,
             latent: None,
             dropout: None,
+            window: None,
             origin: None,
         })
     }
@@ -418,6 +425,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
+    /// Query i sees only keys at most `reach` from the one where it stands: key i, or of
+    /// [`Causal::BottomRight`] key i + num_keys − num_queries. By the numbers in the whole inputs, where
+    /// these are selected. For the kernels of softmax attention alone: other mechanisms do not know of it.
+    #[must_use]
+    pub(crate) fn with_window(mut self, reach: usize) -> Self {
+        self.window = Some(reach);
+        self
+    }
+
     /// The queries, num_queries × (heads · d).
     #[must_use]
     pub fn query(&self) -> ArrayView2<'a, F> {
@@ -591,10 +607,10 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// (A bias of −∞ hides a pair too, but for one head at a time: [`Bias::at`].)
     pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
         let Self { pattern, mask, .. } = *self;
-        let num_visible = self.num_visible_keys(query);
+        let visible = self.visible_keys(query);
         let (slots, first_pair) = match pattern {
             _ if query >= self.num_queries() => (0..0, 0),
-            Pattern::Dense => (0..num_visible, query * self.num_keys()),
+            Pattern::Dense => (visible.clone(), query * self.num_keys()),
             Pattern::Graph(graph) => (graph.slots(query), 0),
         };
         slots.filter_map(move |slot| {
@@ -602,49 +618,101 @@ impl<'a, F: Float> Inputs<'a, F> {
                 Pattern::Dense => (slot, first_pair + slot),
                 Pattern::Graph(graph) => (graph.key(slot), graph.edge_id(slot)),
             };
-            let visible = key < num_visible && mask.is_none_or(|mask| mask[[query, key]]);
+            let visible = visible.contains(&key) && mask.is_none_or(|mask| mask[[query, key]]);
             visible.then_some(Pair { query, key, index })
         })
     }
 
-    /// Whether neither mask nor causal pattern hides a pair.
+    /// Whether neither mask nor causal pattern nor window hides a pair.
     #[inline]
     pub(crate) fn sees(&self, Pair { query, key, .. }: Pair) -> bool {
-        key < self.num_visible_keys(query) && self.mask.is_none_or(|mask| mask[[query, key]])
+        self.visible_keys(query).contains(&key) && self.mask.is_none_or(|mask| mask[[query, key]])
     }
 
-    /// The causal pattern hides the keys from this one on.
+    /// The keys that neither causal pattern nor window hides from a query; both ends ascend with it.
+    #[inline]
+    pub(crate) fn visible_keys(&self, query: usize) -> Range<usize> {
+        self.first_visible_key(query)..self.num_visible_keys(query)
+    }
+
+    /// The window hides the keys before this one.
+    #[inline]
+    pub(crate) fn first_visible_key(&self, query: usize) -> usize {
+        let reach = self.window.map(|reach| reach.saturating_add(1));
+        reach.map_or(0, |reach| self.num_keys_before(self.diagonal(query).saturating_sub(reach)))
+    }
+
+    /// The causal pattern or the window hides the keys from this one on.
     pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
-        let num_keys = self.num_keys();
-        let query = || self.query_number(query).saturating_add(1);
-        let end = match self.causal {
-            None => num_keys,
-            Some(Causal::TopLeft) => query(),
-            Some(Causal::BottomRight) => {
-                query().saturating_add(num_keys).saturating_sub(self.num_rows_of_causal())
-            }
-        };
-        end.min(num_keys)
-    }
-
-    /// The causal pattern hides a key from the queries before this one.
-    pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
-        let number = match self.causal {
-            None => 0,
-            Some(Causal::TopLeft) => key,
-            Some(Causal::BottomRight) => {
-                (key + self.num_rows_of_causal()).saturating_sub(self.num_keys())
-            }
-        };
-        match self.origin {
-            None => number,
-            Some(origin) => origin.queries.partition_point(|&query| query < number),
+        match (self.causal, self.window) {
+            (None, None) => self.num_keys(),
+            (Some(_), _) => self.num_keys_before(self.diagonal(query)),
+            (None, Some(reach)) => self.num_keys_before(self.diagonal(query).saturating_add(reach)),
         }
     }
 
-    /// The number of queries for which the causal pattern is made.
-    fn num_rows_of_causal(&self) -> usize {
-        self.origin.map_or(self.num_queries(), |origin| origin.num_queries)
+    /// The causal pattern or the window hides a key from the queries before this one.
+    pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
+        let key = self.key_number(key);
+        self.num_queries_before(match (self.causal, self.window) {
+            (None, None) => 0,
+            (None, Some(reach)) => key.saturating_sub(reach),
+            (Some(_), _) => self.before_diagonal(key),
+        })
+    }
+
+    /// The window hides a key from the queries from this one on.
+    pub(crate) fn num_queries_seeing(&self, key: usize) -> usize {
+        let Some(reach) = self.window else { return self.num_queries() };
+        let end = self.key_number(key).saturating_add(reach).saturating_add(1);
+        self.num_queries_before(self.before_diagonal(end))
+    }
+
+    /// The number of keys up to the one where a query stands, in the whole inputs.
+    pub(crate) fn diagonal(&self, query: usize) -> usize {
+        let end = self.query_number(query).saturating_add(1);
+        match self.causal {
+            Some(Causal::BottomRight) => {
+                let [num_queries, num_keys] = self.whole_sizes();
+                end.saturating_add(num_keys).saturating_sub(num_queries)
+            }
+            _ => end,
+        }
+    }
+
+    /// The number of the query that stands at a key, in the whole inputs.
+    fn before_diagonal(&self, key: usize) -> usize {
+        match self.causal {
+            Some(Causal::BottomRight) => {
+                let [num_queries, num_keys] = self.whole_sizes();
+                key.saturating_add(num_queries).saturating_sub(num_keys)
+            }
+            _ => key,
+        }
+    }
+
+    /// The numbers of queries and keys for which causal pattern and window are made.
+    pub(crate) fn whole_sizes(&self) -> [usize; 2] {
+        self.origin.map_or([self.num_queries(), self.num_keys()], |origin| {
+            [origin.num_queries, origin.num_keys]
+        })
+    }
+
+    /// How many of the keys have a smaller number than this in the whole inputs.
+    #[inline]
+    fn num_keys_before(&self, number: usize) -> usize {
+        match self.origin.and_then(|origin| origin.keys) {
+            None => number.min(self.num_keys()),
+            Some(keys) => keys.partition_point(|&key| key < number),
+        }
+    }
+
+    /// How many of the queries have a smaller number than this in the whole inputs.
+    fn num_queries_before(&self, number: usize) -> usize {
+        match self.origin.and_then(|origin| origin.queries) {
+            None => number,
+            Some(queries) => queries.partition_point(|&query| query < number),
+        }
     }
 
     /// The number of a pair in the inputs that these are selected from; otherwise its own.
@@ -653,15 +721,35 @@ impl<'a, F: Float> Inputs<'a, F> {
         match self.origin {
             None => pair.index,
             Some(Origin { pairs: Some(pairs), .. }) => pairs[pair.index],
-            Some(origin) => origin.queries[pair.query] * self.num_keys() + pair.key,
+            Some(origin) => {
+                self.query_number(pair.query) * origin.num_keys + self.key_number(pair.key)
+            }
         }
     }
 
     /// The number of a query in the inputs that these are selected from; otherwise its own, as that
     /// of a query that does not exist.
     pub(crate) fn query_number(&self, query: usize) -> usize {
-        let number = self.origin.and_then(|origin| origin.queries.get(query));
-        number.copied().unwrap_or(query)
+        let queries = self.origin.and_then(|origin| origin.queries);
+        queries.and_then(|queries| queries.get(query)).copied().unwrap_or(query)
+    }
+
+    /// The number of a key in the inputs that these are selected from; otherwise its own.
+    pub(crate) fn key_number(&self, key: usize) -> usize {
+        let keys = self.origin.and_then(|origin| origin.keys);
+        keys.map_or(key, |keys| keys[key])
+    }
+
+    /// The number of pairs that a window leaves of those of dense inputs, at most.
+    pub(crate) fn num_pairs_in_window(&self) -> usize {
+        let keys = self.window.map(|reach| reach.saturating_mul(2).saturating_add(1));
+        let pairs = keys.map_or(usize::MAX, |keys| self.num_queries().saturating_mul(keys));
+        self.num_pairs().min(pairs)
+    }
+
+    /// Whether each query sees only the keys of a window.
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.is_some()
     }
 
     /// The shape of the gradient of each channel that has one.

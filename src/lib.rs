@@ -29,6 +29,7 @@
 //! | [`Flash`] | the same function in tiles | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
 //! | [`Moe`] | a mixture of experts of any kind, of which each query asks its own few | O(n) and the experts' |
+//! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global layers, in one softmax or by a learned gate | O(n); by layer O(pairs) |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
@@ -79,6 +80,7 @@ pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
+pub use mechanisms::local_global::{LocalGlobal, Window};
 pub use mechanisms::moe::{Moe, MoeConfig, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{

@@ -1,7 +1,7 @@
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};
 use crate::inputs::head_columns;
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 /// The result of softmax attention over a part of the keys: outputs, and the log-sum-exp of the
 /// logits, with which parts are put together to the exact answer over all keys.
@@ -101,23 +101,41 @@ impl<F: Float> Partial<F> {
     pub fn merge(mut self, other: &Self) -> Result<Self> {
         check_shape("partial.out", self.out.shape(), other.out.shape())?;
         check_shape("partial.log_sum_exp", self.log_sum_exp.shape(), other.log_sum_exp.shape())?;
-        let dim = self.out.ncols() / self.log_sum_exp.ncols();
-        for ((query, head), a) in self.log_sum_exp.indexed_iter_mut() {
-            let b = other.log_sum_exp[[query, head]];
+        let log_sum_exp = self.log_sum_exp.view_mut();
+        merge_rows(self.out.view_mut(), log_sum_exp, other, 0..other.out.nrows());
+        Ok(self)
+    }
+}
+
+/// Merges another part into outputs and their log-sum-exp; `rows` says where its rows belong.
+pub(crate) fn merge_rows<F: Float>(
+    mut out: ArrayViewMut2<'_, F>,
+    mut log_sum_exp: ArrayViewMut2<'_, F>,
+    other: &Partial<F>,
+    rows: impl IntoIterator<Item = usize>,
+) {
+    let heads = log_sum_exp.ncols();
+    let dim = out.ncols() / heads;
+    for (row, into) in rows.into_iter().enumerate() {
+        for head in 0..heads {
+            let (a, b) = (&mut log_sum_exp[[into, head]], other.log_sum_exp[[row, head]]);
             if b == F::neg_infinity() {
+                continue;
+            }
+            let columns = head_columns(head, dim);
+            let mut out = out.slice_mut(s![into, columns.clone()]);
+            let other = other.out.slice(s![row, columns]);
+            if *a == F::neg_infinity() {
+                // A part without keys is left out, not multiplied by zero.
+                out.assign(&other);
+                *a = b;
                 continue;
             }
             let max = nan_max(*a, b);
             let (weight_a, weight_b) = ((*a - max).exp(), (b - max).exp());
             let sum = weight_a + weight_b;
-            // A part without keys is left out, not multiplied by zero.
-            let a_is_empty = *a == F::neg_infinity();
-            for column in head_columns(head, dim) {
-                let (a, b) = (&mut self.out[[query, column]], other.out[[query, column]]);
-                *a = if a_is_empty { b } else { (*a * weight_a + b * weight_b) / sum };
-            }
-            *a = if a_is_empty { b } else { max + sum.ln() };
+            out.zip_mut_with(&other, |a, &b| *a = (*a * weight_a + b * weight_b) / sum);
+            *a = max + sum.ln();
         }
-        Ok(self)
     }
 }

@@ -4,8 +4,8 @@ use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
     Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, GraphRopeConfig,
-    Layout, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Projection,
-    ScaledDotProduct, Score,
+    Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Projection,
+    ScaledDotProduct, Score, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -199,8 +199,25 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             ),
         ),
     ];
-    let learned = performers.into_iter().chain(moes).chain(ropes);
-    others.into_iter().chain(gats).chain(poincare).chain(learned).collect()
+    // The laws are about all pairs, so windows are wide enough for all: in one block and in three.
+    let by_order = |window, flash| LocalGlobal::by_order(window, flash).unwrap();
+    let mut projected = |heads| -> Box<dyn Attention<F>> {
+        Box::new(MultiHeadConfig::new(6, heads).init(Flash::new(), &mut rng).unwrap())
+    };
+    let [local, global] = [projected(1), projected(1)];
+    let mut gate = |head_dim, heads, local, global| {
+        LocalGlobal::by_layer_gate(head_dim, heads, local, global, &mut rng).unwrap()
+    };
+    let local_globals = [
+        (one_head(), by_order(Window::new(7), Flash::new())),
+        (grouped(), by_order(Window::new(9).globals(&[3, 0]), flash(3, 2))),
+        (heads(), LocalGlobal::by_layer_union(flash(2, 3), flash(2, 2).with_scale(-0.6).unwrap())),
+        (grouped(), gate(3, 6, scaled(0.3), scaled(1.1))),
+        (six(), gate(6, 1, local, global)),
+    ]
+    .map(|(shapes, attention)| (shapes, Box::new(attention) as Box<dyn Attention<F>>));
+    let all = others.into_iter().chain(gats).chain(poincare).chain(performers);
+    all.chain(moes).chain(ropes).chain(local_globals).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

@@ -4,7 +4,8 @@ use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
     Attention, Coordinates, EdgeRope, Flash, Gradients, Graph, GraphRope, GraphRopeConfig, Inputs,
-    Layout, Moe, MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
+    Layout, LocalGlobal, Moe, MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig,
+    ScaledDotProduct, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -93,6 +94,27 @@ fn all_but_the_plain_one_train_in_memory_linear_in_n() {
     // No square for the causal pattern of selected queries either.
     trains_in_memory_linear_in_n(&moe());
     trains_in_memory_linear_in_n(&rope(1));
+}
+
+#[test]
+fn a_window_and_globals_train_in_memory_linear_in_n() {
+    for window in [
+        Window::new(16),
+        Window::new(5).dilation(3),
+        Window::new(16).globals(&[0, 7, 900]),
+        Window::new(3).dilation(2).globals(&[1_000]),
+    ] {
+        let attention = LocalGlobal::by_order(window, Flash::new()).unwrap();
+        let peaks: Vec<u64> =
+            (0..8).map(|doublings| dense_training_peak(&attention, 1024 << doublings)).collect();
+        assert!(peaks[0] <= peaks[1], "{attention:?}: {peaks:?}");
+        for doubled in peaks[1..].windows(2) {
+            assert!(doubled[1] <= doubled[0] * 21 / 10, "{attention:?}: {peaks:?}");
+        }
+        // Most of it the sums of gradients of keys, 2 × 4 parts of 32 columns; at 128k a number for each
+        // pair would be 400 times as much.
+        assert!(peaks[7] < (128 << 10) * 320 * 4, "{attention:?}: {peaks:?}");
+    }
 }
 
 #[test]

@@ -4,9 +4,9 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, GraphRopeConfig, Layout, MoeConfig, MultiHead, MultiHeadConfig,
-    Params, Performer, PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params,
-    safetensors,
+    Attention, Error, Flash, Float, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHead,
+    MultiHeadConfig, Params, Performer, PerformerConfig, Poincare, PoincareConfig, Result,
+    ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -106,6 +106,11 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
         Box::new(rope(seed).init_edges().unwrap()),
+        Box::new({
+            let local = Box::new(multi_head(&config, Flash::new(), seed + 3));
+            let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+            LocalGlobal::by_layer_gate(6, 1, local, Box::new(poincare(seed)), rng).unwrap()
+        }),
     ]
 }
 

@@ -5,7 +5,7 @@ use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
     Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
-    Layout, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig,
+    Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -94,6 +94,31 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     for attention in [&multi_head as &dyn Attention<f32>, &moe] {
         for inputs in [dense, sparse, dense.causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
+        }
+    }
+}
+
+#[test]
+fn windows_and_layers_give_the_same_bits() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+    let n = 1_009;
+    let x = Array2::from_shape_simple_fn((n, 32), || StandardNormal.sample(&mut rng));
+    let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap().with_heads(2).unwrap();
+    let layers: Vec<u8> = (0..n * n).map(|_| rng.random_range(0..3)).collect();
+    let by_order = |window| LocalGlobal::by_order(window, Flash::new()).unwrap();
+    let flash = || Box::new(Flash::new()) as Box<dyn Attention<f32>>;
+    let gate = LocalGlobal::by_layer_gate(16, 2, flash(), flash(), &mut rng).unwrap();
+    for attention in [
+        by_order(Window::new(300)),
+        by_order(Window::new(200).dilation(2).globals(&[0, 500])),
+        LocalGlobal::by_layer_union(Flash::new(), Flash::new()),
+        gate,
+    ] {
+        let inputs = dense.with_layers(&layers).unwrap();
+        for inputs in [inputs, inputs.causal()] {
+            let one = run(1, &attention, &inputs);
+            assert_eq!(one, run(2, &attention, &inputs));
+            assert_eq!(one, run(7, &attention, &inputs));
         }
     }
 }

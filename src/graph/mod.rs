@@ -364,6 +364,22 @@ impl Graph {
         Ok((graph, edges))
     }
 
+    /// The edges that `keep` is true of, given query, key and edge number, and the numbers that they
+    /// have in `self`.
+    pub(crate) fn select_edges(
+        &self,
+        keep: impl Fn(usize, usize, usize) -> bool,
+    ) -> Result<(Self, Vec<usize>)> {
+        let mut edges = Vec::new();
+        let graph = Self::from_rows(self.num_queries(), self.num_keys, 0, |query, keys| {
+            for (key, edge) in self.row(query).filter(|&(key, edge)| keep(query, key, edge)) {
+                keys.push(key as u32);
+                edges.push(edge);
+            }
+        })?;
+        Ok((graph, edges))
+    }
+
     /// A graph row by row: `fill` appends the keys of a query to the list of all keys, `num_edges`
     /// in the end where that is known, else 0.
     fn from_rows(

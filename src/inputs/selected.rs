@@ -1,6 +1,6 @@
-//! Some of the queries of inputs, as inputs of their own.
+//! Some of the queries, keys or pairs of inputs, as inputs of their own.
 
-use super::{Bias, Inputs, Origin, Pattern, Positions, View2};
+use super::{Bias, Inputs, Origin, Pair, Pattern, Positions, View2};
 use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
@@ -16,7 +16,10 @@ pub struct SelectedInputs<'a, F: Float> {
     numbers: Numbers,
     /// Numbers further back, where `whole` itself is selected.
     outermost: Option<Numbers>,
-    query: Array2<F>,
+    // What is `None` here is as in `whole`.
+    query: Option<Array2<F>>,
+    key: Option<Array2<F>>,
+    value: Option<Array2<F>>,
     graph: Option<Graph>,
     mask: Option<Array2<bool>>,
     bias: Option<Array2<F>>,
@@ -28,11 +31,13 @@ pub struct SelectedInputs<'a, F: Float> {
     latent: Option<Graph>,
 }
 
-/// The numbers that selected queries and pairs have in other inputs.
+/// The numbers that selected queries, keys and pairs have in other inputs; `None` where all are.
 #[derive(Debug)]
 struct Numbers {
     /// Strictly ascending.
-    queries: Vec<usize>,
+    queries: Option<Vec<usize>>,
+    /// Strictly ascending.
+    keys: Option<Vec<usize>>,
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<Vec<usize>>,
 }
@@ -78,59 +83,122 @@ impl<'a, F: Float> Inputs<'a, F> {
                 (Some(graph), Some(pairs))
             }
         };
-        let numbers = Numbers { queries: queries.to_vec(), pairs };
-        let outermost = self.origin.map(|origin| Numbers {
-            queries: queries.iter().map(|&query| origin.queries[query]).collect(),
-            pairs: numbers
-                .pairs
-                .as_ref()
-                .zip(origin.pairs)
-                .map(|(pairs, numbers)| pairs.iter().map(|&pair| numbers[pair]).collect()),
-        });
-        let rows = runs(queries);
-        let pairs = self.rows_of_pairs(&numbers);
-        let of_pairs = |what, array: Option<View2<'a, F>>| {
-            array.map(|array| gather(what, array, &pairs)).transpose()
+        let numbers = Numbers { queries: Some(queries.to_vec()), keys: None, pairs };
+        self.gather(numbers, graph)
+    }
+
+    /// Some queries with some keys of dense inputs, both by ascending numbers, `None` for all, with
+    /// everything that exact softmax attention reads; the data of pairs, positions and second
+    /// neighbours are left out.
+    pub(crate) fn select_block(
+        &self,
+        queries: Option<Vec<usize>>,
+        keys: Option<Vec<usize>>,
+    ) -> Result<SelectedInputs<'a, F>> {
+        debug_assert!(matches!(self.pattern, Pattern::Dense));
+        let read = Inputs {
+            edge_features: None,
+            distances: None,
+            layers: None,
+            positions: None,
+            latent: None,
+            ..*self
         };
-        let bias = self
-            .bias
-            .map(|bias| gather("bias", bias.logits, if bias.is_matrix { &rows } else { &pairs }));
+        read.gather(Numbers { queries, keys, pairs: None }, None)
+    }
+
+    /// Some of the pairs. Dense inputs get a mask, and keep all data as they are.
+    pub(crate) fn select_pairs(
+        &self,
+        keep: impl Fn(Pair) -> bool,
+    ) -> Result<SelectedInputs<'a, F>> {
+        let mut numbers = Numbers { queries: None, keys: None, pairs: None };
+        match self.pattern {
+            Pattern::Dense => {
+                let shape = (self.num_queries(), self.num_keys());
+                let mut mask = matrix_of("mask", shape, false)?;
+                for pair in (0..shape.0).flat_map(|query| self.row(query)) {
+                    mask[[pair.query, pair.key]] = keep(pair);
+                }
+                Ok(SelectedInputs { mask: Some(mask), ..self.gather(numbers, None)? })
+            }
+            Pattern::Graph(graph) => {
+                let (graph, pairs) =
+                    graph.select_edges(|query, key, index| keep(Pair { query, key, index }))?;
+                numbers.pairs = Some(pairs);
+                self.gather(numbers, Some(graph))
+            }
+        }
+    }
+
+    fn gather(&self, numbers: Numbers, graph: Option<Graph>) -> Result<SelectedInputs<'a, F>> {
+        let outermost = self.origin.map(|origin| Numbers {
+            queries: renumber(numbers.queries.as_deref(), origin.queries),
+            keys: renumber(numbers.keys.as_deref(), origin.keys),
+            pairs: renumber(numbers.pairs.as_deref(), origin.pairs),
+        });
+        let [rows, columns] =
+            [&numbers.queries, &numbers.keys].map(|numbers| numbers.as_deref().map(runs));
+        let pairs = self.rows_of_pairs(&numbers);
+        let of_queries = |what, array| gather_rows(what, array, rows.as_deref());
+        let of_keys = |what, array| gather_rows(what, array, columns.as_deref());
+        let of_pairs = |what, array: Option<View2<'a, F>>| match array {
+            Some(array) => gather_rows(what, array, pairs.as_deref()),
+            None => Ok(None),
+        };
+        let bias = match self.bias {
+            Some(bias) if bias.is_matrix => gather_block("bias", bias.logits, &numbers)?,
+            bias => of_pairs("bias", bias.map(|bias| bias.logits))?,
+        };
         let distances = self.distances.map(|distances| distances.insert_axis(Axis(1)));
-        let layers = self
-            .layers
-            .map(|layers| pairs.iter().flat_map(|pairs| &layers[pairs.clone()]).copied().collect());
-        let latent = self.latent.map(|latent| latent.select_queries(queries));
+        let layers = self.layers.zip(pairs.as_ref()).map(|(layers, pairs)| {
+            pairs.iter().flat_map(|pairs| &layers[pairs.clone()]).copied().collect()
+        });
+        let latent = self.latent.zip(numbers.queries.as_deref());
+        let latent = latent.map(|(latent, queries)| latent.select_queries(queries));
         Ok(SelectedInputs {
             outermost,
-            query: gather("query", self.query, &rows)?,
+            query: of_queries("query", self.query)?,
+            key: of_keys("key", self.key)?,
+            value: of_keys("value", self.value)?,
             graph,
-            mask: self.mask.map(|mask| gather("mask", mask, &rows)).transpose()?,
-            bias: bias.transpose()?,
+            mask: self.mask.map_or(Ok(None), |mask| gather_block("mask", mask, &numbers))?,
+            bias,
             edge_features: of_pairs("edge_features", self.edge_features)?,
             distances: of_pairs("distances", distances)?,
             layers,
             query_positions: (self.positions)
-                .map(|positions| gather("query positions", positions.query, &rows))
-                .transpose()?,
+                .map_or(Ok(None), |positions| of_queries("query positions", positions.query))?,
             latent: latent.transpose()?.map(|(latent, _)| latent),
             whole: *self,
             numbers,
         })
     }
 
-    /// Where the data of selected pairs stand in arrays with one row per pair; not looked for if there
-    /// is none.
-    fn rows_of_pairs(&self, numbers: &Numbers) -> Vec<Range<usize>> {
+    /// Where the data of selected pairs stand in arrays with one row per pair; `None` where those are
+    /// as they were, or not there.
+    fn rows_of_pairs(&self, numbers: &Numbers) -> Option<Vec<Range<usize>>> {
         let channels = [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::Layers];
         if !channels.into_iter().any(|channel| self.has(channel)) {
-            return Vec::new();
+            return None;
         }
         if let Some(pairs) = &numbers.pairs {
-            return runs(pairs);
+            return Some(runs(pairs));
         }
         let num_keys = self.num_keys();
-        let rows = runs(&numbers.queries).into_iter();
-        rows.map(|rows| rows.start * num_keys..rows.end * num_keys).collect()
+        let rows = numbers.queries.as_deref().map(runs);
+        let Some(keys) = &numbers.keys else {
+            let in_pairs = |rows: Range<usize>| rows.start * num_keys..rows.end * num_keys;
+            return rows.map(|rows| rows.into_iter().map(in_pairs).collect());
+        };
+        let all = 0..self.num_queries();
+        let rows = rows.unwrap_or_else(|| vec![all]).into_iter().flatten();
+        let keys = runs(keys);
+        let of_row = |row: usize| {
+            let first = row * num_keys;
+            keys.iter().map(move |keys| first + keys.start..first + keys.end)
+        };
+        Some(rows.flat_map(of_row).collect())
     }
 }
 
@@ -138,83 +206,175 @@ impl<F: Float> SelectedInputs<'_, F> {
     /// The inputs.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
-        let Numbers { queries, pairs } = self.outermost.as_ref().unwrap_or(&self.numbers);
-        let num_queries = self.whole.num_rows_of_causal();
+        let Numbers { queries, keys, pairs } = self.outermost.as_ref().unwrap_or(&self.numbers);
+        let [num_queries, num_keys] = self.whole.whole_sizes();
+        fn view<T>(array: &Option<Array2<T>>) -> Option<View2<'_, T>> {
+            array.as_ref().map(|array| array.view())
+        }
+        let whole = &self.whole;
         Inputs {
-            query: self.query.view(),
+            query: view(&self.query).unwrap_or(whole.query),
+            key: view(&self.key).unwrap_or(whole.key),
+            value: view(&self.value).unwrap_or(whole.value),
             pattern: self.graph.as_ref().map_or(Pattern::Dense, Pattern::Graph),
-            mask: self.mask.as_ref().map(|mask| mask.view()),
-            bias: (self.bias.as_ref().zip(self.whole.bias))
-                .map(|(logits, bias)| Bias { logits: logits.view(), ..bias }),
-            edge_features: self.edge_features.as_ref().map(|features| features.view()),
-            distances: self.distances.as_ref().map(|distances| distances.column(0)),
-            layers: self.layers.as_deref(),
-            positions: (self.query_positions.as_ref().zip(self.whole.positions))
-                .map(|(query, positions)| Positions { query: query.view(), ..positions }),
-            latent: self.latent.as_ref(),
-            origin: Some(Origin { queries, pairs: pairs.as_deref(), num_queries }),
-            ..self.whole
+            mask: view(&self.mask).or(whole.mask),
+            bias: whole
+                .bias
+                .map(|bias| Bias { logits: view(&self.bias).unwrap_or(bias.logits), ..bias }),
+            edge_features: view(&self.edge_features).or(whole.edge_features),
+            distances: view(&self.distances)
+                .map(|distances| distances.index_axis_move(Axis(1), 0))
+                .or(whole.distances),
+            layers: self.layers.as_deref().or(whole.layers),
+            positions: whole.positions.map(|positions| Positions {
+                query: view(&self.query_positions).unwrap_or(positions.query),
+                ..positions
+            }),
+            latent: self.latent.as_ref().or(whole.latent),
+            origin: Some(Origin {
+                queries: queries.as_deref(),
+                keys: keys.as_deref(),
+                pairs: pairs.as_deref(),
+                num_queries,
+                num_keys,
+            }),
+            ..*whole
         }
     }
 
     /// The numbers of the queries in the inputs that they were selected from, ascending.
     #[must_use]
     pub fn queries(&self) -> &[usize] {
-        &self.numbers.queries
+        self.some_queries().unwrap_or_default()
+    }
+
+    /// [`queries`](Self::queries); `None` where all have been selected.
+    pub(crate) fn some_queries(&self) -> Option<&[usize]> {
+        self.numbers.queries.as_deref()
+    }
+
+    /// Adds factor × weights of these pairs to those of all pairs, by query and head.
+    pub(crate) fn add_weights(
+        &self,
+        weights: &Array2<F>,
+        total: &mut Array2<F>,
+        factor: impl Fn(usize, usize) -> F,
+    ) {
+        let inputs = self.inputs();
+        for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
+            let index = self.numbers.pairs.as_ref().map_or(pair.index, |pairs| pairs[pair.index]);
+            for head in 0..weights.ncols() {
+                let weight = weights[[pair.index, head]];
+                total[[index, head]] += factor(pair.query, head) * weight;
+            }
+        }
     }
 
     /// Runs a backward pass on [`inputs`](Self::inputs) with gradients that fit them, and adds what
-    /// it finds to `grads`, the gradients of the inputs that these were selected from. Those of keys,
-    /// values and parameters are lent as they are.
+    /// it finds to `grads`, the gradients of the inputs that these were selected from. What was not
+    /// copied, and the parameters, are lent as they are.
     ///
     /// # Errors
     /// [`Error::Shape`] or [`Error::MissingInput`] if `grads` do not fit the whole inputs,
     /// [`Error::TooLarge`], and those of `backward`.
     pub fn backward(
         &self,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
         backward: impl FnOnce(&Inputs<'_, F>, GradientsMut<'_, F>) -> Result<()>,
     ) -> Result<()> {
         grads.check_inputs("selected queries", &self.whole)?;
-        let GradientsMut { query, key, value, bias, edge_features, distances, params } = grads;
-        let inputs = self.inputs();
-        let shapes = inputs.gradient_shapes();
-        let zeros = |what, wanted: bool, shape: Option<[usize; 2]>| {
-            let shape = shape.filter(|_| wanted);
-            shape.map(|[rows, columns]| try_zeros::<F>(what, rows, columns)).transpose()
+        let mut copies = GatheredGradients {
+            query: zeros_like("grads.query", &grads.query, &self.query)?,
+            key: zeros_like("grads.key", &grads.key, &self.key)?,
+            value: zeros_like("grads.value", &grads.value, &self.value)?,
+            bias: zeros_like("grads.bias", &grads.bias, &self.bias)?,
+            edge_features: zeros_like(
+                "grads.edge_features",
+                &grads.edge_features,
+                &self.edge_features,
+            )?,
+            distances: zeros_like("grads.distances", &grads.distances, &self.distances)?,
         };
-        let distances = distances.map(|grad| grad.insert_axis(Axis(1)));
-        let column = shapes.distances.map(|[len]| [len, 1]);
-        let mut of_query = zeros("grads.query", query.is_some(), Some(shapes.query))?;
-        let mut of_bias = zeros("grads.bias", bias.is_some(), shapes.bias)?;
-        let mut of_features =
-            zeros("grads.edge_features", edge_features.is_some(), shapes.edge_features)?;
-        let mut of_distances = zeros("grads.distances", distances.is_some(), column)?;
-        let selected = GradientsMut {
-            query: of_query.as_mut().map(|grad| grad.view_mut()),
-            key,
-            value,
-            bias: of_bias.as_mut().map(|grad| grad.view_mut()),
-            edge_features: of_features.as_mut().map(|grad| grad.view_mut()),
-            distances: (of_distances.as_mut()).map(|grad| grad.index_axis_mut(Axis(1), 0)),
-            params,
-        };
-        backward(&inputs, selected)?;
+        backward(&self.inputs(), copies.lend(grads.reborrow()))?;
 
-        let rows = runs(&self.numbers.queries);
+        let GatheredGradients { query, key, value, bias, edge_features, distances } = copies;
+        let [rows, columns] =
+            [&self.numbers.queries, &self.numbers.keys].map(|numbers| numbers.as_deref().map(runs));
         let pairs = self.whole.rows_of_pairs(&self.numbers);
-        let is_matrix = self.whole.bias.is_some_and(|bias| bias.is_matrix);
+        let distances_of_whole = grads.distances.map(|grad| grad.insert_axis(Axis(1)));
+        let (whole_bias, bias) = match (grads.bias, bias) {
+            (Some(whole), Some(bias)) if self.whole.bias.is_some_and(|bias| bias.is_matrix) => {
+                scatter_block(&bias, &self.numbers, whole);
+                (None, None)
+            }
+            others => others,
+        };
         for (whole, selected, runs) in [
-            (query, of_query, &rows),
-            (bias, of_bias, if is_matrix { &rows } else { &pairs }),
-            (edge_features, of_features, &pairs),
-            (distances, of_distances, &pairs),
+            (grads.query, query, &rows),
+            (grads.key, key, &columns),
+            (grads.value, value, &columns),
+            (whole_bias, bias, &pairs),
+            (grads.edge_features, edge_features, &pairs),
+            (distances_of_whole, distances, &pairs),
         ] {
-            if let (Some(whole), Some(selected)) = (whole, selected) {
-                scatter(&selected, runs, whole);
+            if let (Some(whole), Some(selected), Some(runs)) = (whole, selected, runs) {
+                scatter_rows(&selected, runs, whole);
             }
         }
         Ok(())
+    }
+}
+
+/// Gradients of what has been gathered; `None` where they are not wanted, or it has not been.
+struct GatheredGradients<F> {
+    query: Option<Array2<F>>,
+    key: Option<Array2<F>>,
+    value: Option<Array2<F>>,
+    bias: Option<Array2<F>>,
+    edge_features: Option<Array2<F>>,
+    distances: Option<Array2<F>>,
+}
+
+impl<F: Float> GatheredGradients<F> {
+    /// These, and of `whole` those that are not here.
+    fn lend<'g>(&'g mut self, whole: GradientsMut<'g, F>) -> GradientsMut<'g, F> {
+        fn lend<'g, F>(
+            copy: &'g mut Option<Array2<F>>,
+            whole: Option<ArrayViewMut2<'g, F>>,
+        ) -> Option<ArrayViewMut2<'g, F>> {
+            copy.as_mut().map(|copy| copy.view_mut()).or(whole)
+        }
+        let distances =
+            self.distances.as_mut().map(|copy| copy.view_mut().index_axis_move(Axis(1), 0));
+        GradientsMut {
+            query: lend(&mut self.query, whole.query),
+            key: lend(&mut self.key, whole.key),
+            value: lend(&mut self.value, whole.value),
+            bias: lend(&mut self.bias, whole.bias),
+            edge_features: lend(&mut self.edge_features, whole.edge_features),
+            distances: distances.or(whole.distances),
+            params: whole.params,
+        }
+    }
+}
+
+/// Zeros for the gradient of a copy, where it is wanted.
+fn zeros_like<F: Float, G>(
+    what: &'static str,
+    wanted: &Option<G>,
+    copy: &Option<Array2<F>>,
+) -> Result<Option<Array2<F>>> {
+    let copy = wanted.as_ref().and(copy.as_ref());
+    copy.map(|copy| try_zeros(what, copy.nrows(), copy.ncols())).transpose()
+}
+
+/// Numbers among selected ones as numbers in what those were selected from.
+fn renumber(numbers: Option<&[usize]>, origin: Option<&[usize]>) -> Option<Vec<usize>> {
+    match (numbers, origin) {
+        (Some(numbers), Some(origin)) => {
+            Some(numbers.iter().map(|&number| origin[number]).collect())
+        }
+        (numbers, origin) => numbers.or(origin).map(<[usize]>::to_vec),
     }
 }
 
@@ -224,27 +384,32 @@ fn runs(numbers: &[usize]) -> Vec<Range<usize>> {
     runs.map(|run| run[0]..run[0] + run.len()).collect()
 }
 
+fn matrix_of<T: Copy>(what: &'static str, shape: (usize, usize), value: T) -> Result<Array2<T>> {
+    let data = try_vec(what, &[shape.0, shape.1], value)?;
+    Array2::from_shape_vec(shape, data)
+        .map_err(|_| Error::TooLarge { what, shape: vec![shape.0, shape.1] })
+}
+
 /// The rows of a matrix, one run after the other.
-fn gather<T: Copy + Default>(
+fn gather_rows<T: Copy + Default>(
     what: &'static str,
     matrix: View2<'_, T>,
-    runs: &[Range<usize>],
-) -> Result<Array2<T>> {
+    runs: Option<&[Range<usize>]>,
+) -> Result<Option<Array2<T>>> {
+    let Some(runs) = runs else { return Ok(None) };
     let shape = (runs.iter().map(|run| run.len()).sum(), matrix.ncols());
-    let data = try_vec(what, &[shape.0, shape.1], T::default())?;
-    let mut gathered = Array2::from_shape_vec(shape, data)
-        .map_err(|_| Error::TooLarge { what, shape: vec![shape.0, shape.1] })?;
+    let mut gathered = matrix_of(what, shape, T::default())?;
     let mut first = 0;
     for run in runs {
         let end = first + run.len();
         gathered.slice_mut(s![first..end, ..]).assign(&matrix.slice(s![run.clone(), ..]));
         first = end;
     }
-    Ok(gathered)
+    Ok(Some(gathered))
 }
 
 /// Adds gathered rows to where they came from.
-fn scatter<F: Float>(
+fn scatter_rows<F: Float>(
     gathered: &Array2<F>,
     runs: &[Range<usize>],
     mut matrix: ArrayViewMut2<'_, F>,
@@ -255,5 +420,40 @@ fn scatter<F: Float>(
         let mut rows = matrix.slice_mut(s![run.clone(), ..]);
         rows += &gathered.slice(s![first..end, ..]);
         first = end;
+    }
+}
+
+/// Of a matrix of queries × keys what is selected.
+fn gather_block<T: Copy + Default>(
+    what: &'static str,
+    matrix: View2<'_, T>,
+    numbers: &Numbers,
+) -> Result<Option<Array2<T>>> {
+    let Some(keys) = &numbers.keys else {
+        let rows = numbers.queries.as_deref().map(runs);
+        return gather_rows(what, matrix, rows.as_deref());
+    };
+    let len = numbers.queries.as_ref().map_or(matrix.nrows(), Vec::len);
+    let mut gathered = matrix_of(what, (len, keys.len()), T::default())?;
+    for (row, mut gathered) in gathered.rows_mut().into_iter().enumerate() {
+        let row = matrix.row(numbers.queries.as_ref().map_or(row, |queries| queries[row]));
+        gathered.iter_mut().zip(keys).for_each(|(gathered, &key)| *gathered = row[key]);
+    }
+    Ok(Some(gathered))
+}
+
+/// Adds a gathered block to where it came from.
+fn scatter_block<F: Float>(
+    gathered: &Array2<F>,
+    numbers: &Numbers,
+    mut matrix: ArrayViewMut2<'_, F>,
+) {
+    for (row, gathered) in gathered.rows().into_iter().enumerate() {
+        let row = numbers.queries.as_ref().map_or(row, |queries| queries[row]);
+        let mut row = matrix.row_mut(row);
+        match &numbers.keys {
+            Some(keys) => keys.iter().zip(gathered).for_each(|(&key, &grad)| row[key] += grad),
+            None => row += &gathered,
+        }
     }
 }

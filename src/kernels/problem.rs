@@ -74,10 +74,13 @@ impl<'a, F: Float> Problem<'a, F> {
         &self.value.row(key)[head_columns(self.kv_head(head), self.value_dim)]
     }
 
-    /// Whether mask, causal pattern or bias may hide pairs of dense inputs.
+    /// Whether mask, causal pattern, window or bias may hide pairs of dense inputs.
     pub(crate) fn may_hide(&self) -> bool {
         let inputs = &self.inputs;
-        inputs.mask().is_some() || inputs.causal_alignment().is_some() || self.bias.is_some()
+        inputs.mask().is_some()
+            || inputs.causal_alignment().is_some()
+            || inputs.has_window()
+            || self.bias.is_some()
     }
 
     /// The additive logit of a pair, `None` where it hides the pair from a head: such a pair is
@@ -104,7 +107,7 @@ impl<'a, F: Float> Problem<'a, F> {
     /// The multiplications of one product over all pairs and both dimensions.
     pub(crate) fn work(&self) -> usize {
         let columns = self.heads.saturating_mul(self.key_dim + self.value_dim);
-        self.inputs.num_pairs().saturating_mul(columns)
+        self.inputs.num_pairs_in_window().saturating_mul(columns)
     }
 
     /// What dropout multiplies the weight of a pair by.

@@ -56,10 +56,19 @@ pub struct Flash {
     tiles: TileSizes,
 }
 
-struct State<F> {
-    out: Array2<F>,
+/// What the backward pass of one softmax starts from.
+pub(crate) struct State<F> {
+    pub(crate) out: Array2<F>,
     /// num_queries × heads.
-    log_sum_exp: Array2<F>,
+    pub(crate) log_sum_exp: Array2<F>,
+}
+
+impl<F: Float> State<F> {
+    pub(crate) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        let (queries, heads) = (inputs.num_queries(), inputs.heads());
+        check_shape("saved out", &[queries, output_dim(inputs)], self.out.shape())?;
+        check_shape("saved log_sum_exp", &[queries, heads], self.log_sum_exp.shape())
+    }
 }
 
 impl Default for Flash {
@@ -113,7 +122,7 @@ impl Flash {
     }
 
     /// Overwrites `out`, returns the log-sum-exp.
-    fn run<F: Float>(
+    pub(crate) fn run<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
@@ -123,12 +132,36 @@ impl Flash {
         let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
         let (tiles, level) = (self.tiles, Level::new());
         match inputs.pattern() {
-            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
+            // Only tiles leave out what is not in a window.
+            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES || inputs.has_window() => {
                 F::dense_forward(&problem, tiles, level, out, &mut log_sum_exp);
             }
             _ => F::rows_forward(&problem, tiles.keys, level, out, &mut log_sum_exp),
         }
         Ok(log_sum_exp)
+    }
+
+    /// Adds the gradients, given outputs and log-sum-exp. Those may be over more keys than `inputs`
+    /// hold: then the gradients are what these keys contribute.
+    pub(crate) fn add_gradients<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayView2<'_, F>,
+        log_sum_exp: &Array2<F>,
+        grad_out: ArrayView2<'_, F>,
+        grads: &mut GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let problem = Problem::new(inputs, self.scale)?;
+        let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
+        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
+        let (tiles, level) = (self.tiles, Level::new());
+        match inputs.pattern() {
+            Pattern::Dense => F::dense_backward(&problem, tiles, level, upstream, grads),
+            Pattern::Graph(_) => {
+                F::rows_backward(&problem, tiles.keys, level, upstream, grads);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -166,23 +199,12 @@ impl<F: Float> Attention<F> for Flash {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { out, log_sum_exp } = saved.state::<State<F>>(NAME)?;
+        let state = saved.state::<State<F>>(NAME)?;
         self.check_output("grad_out", inputs, grad_out.shape())?;
-        self.check_output("saved out", inputs, out.shape())?;
-        let log_sum_shape = [inputs.num_queries(), inputs.heads()];
-        check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
+        state.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        let problem = Problem::new(inputs, self.scale)?;
-        let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
-        let (tiles, level) = (self.tiles, Level::new());
-        match inputs.pattern() {
-            Pattern::Dense => F::dense_backward(&problem, tiles, level, upstream, &mut grads),
-            Pattern::Graph(_) => {
-                F::rows_backward(&problem, tiles.keys, level, upstream, &mut grads);
-            }
-        }
-        Ok(())
+        let State { out, log_sum_exp } = state;
+        self.add_gradients(inputs, out.view(), log_sum_exp, grad_out, &mut grads)
     }
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {

@@ -3,6 +3,7 @@
 pub(crate) mod edge_gat;
 pub(crate) mod flash;
 pub(crate) mod graph_rope;
+pub(crate) mod local_global;
 pub(crate) mod moe;
 pub(crate) mod multi_head;
 pub(crate) mod performer;

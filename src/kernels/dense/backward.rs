@@ -249,10 +249,9 @@ fn backward_block<S: Simd, F: Float>(
     }
     scratch.grad_query.fill(F::zero());
 
-    for tile in ranges(block.num_visible_keys(), keys_per_tile) {
+    for tile in block.tiles(keys_per_tile) {
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
-        let may_hide = block.may_hide_in(&tile);
         for column in (0..width).step_by(panel) {
             // S = K Qᵀ and dP̃ = V Gᵀ
             let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
@@ -265,7 +264,7 @@ fn backward_block<S: Simd, F: Float>(
             rows_times(simd, tile.len(), value, grads, panel, |k, _, grad| {
                 store::<S, F>(grad, &mut grad_scores[k * width + column..]);
             });
-            if may_hide {
+            if block.may_hide_in(&block.lanes(column, panel), &tile) {
                 block.restrict(block.lanes(column, panel), &tile, weights);
             }
 

@@ -105,24 +105,23 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     scratch.sums.fill(F::zero());
     scratch.out.fill(F::zero());
 
-    for tile in ranges(block.num_visible_keys(), keys_per_tile) {
+    for tile in block.tiles(keys_per_tile) {
         for column in (0..width).step_by(panel) {
-            // The causal pattern hides the last keys of a tile from the first panels.
+            // Causal pattern and window hide the ends of a tile from whole panels.
             let lanes = block.lanes(column, panel);
-            let last_query = (block.queries.start + lanes.end).saturating_sub(1);
-            let end = tile.end.min(problem.inputs.num_visible_keys(last_query));
-            if end <= tile.start {
+            let visible = block.visible_keys(&lanes);
+            let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
+            if tile.is_empty() {
                 continue;
             }
-            let tile = tile.start..end;
             let scores = &mut scratch.scores[..tile.len() * width];
-            let may_hide = block.may_hide_in(&tile);
+            let may_hide = block.may_hide_in(&lanes, &tile);
 
             // S, m' = max(m, max S)
             let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
             let mut max = scorer.score(simd, block, &tile, column, old_max, scores);
             if may_hide {
-                block.restrict(block.lanes(column, panel), &tile, scores);
+                block.restrict(lanes.clone(), &tile, scores);
                 max = old_max;
                 for scores in scores.chunks_exact(width) {
                     let score = load::<S, F>(simd, &scores[column..]);
@@ -153,7 +152,7 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
                 store::<S, F>(weight, scores);
             }
             store::<S, F>(sum, &mut scratch.sums[column..]);
-            block.drop_out(block.lanes(column, panel), &tile, scores);
+            block.drop_out(lanes.clone(), &tile, scores);
 
             // O ← α O + P̃ V
             let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
@@ -166,7 +165,7 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
                 store::<S, F>(new, out);
             });
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
-            block.for_each_visible(block.lanes(column, panel), bad_keys, |lane, key| {
+            block.for_each_visible(lanes, bad_keys, |lane, key| {
                 let weight = scores[(key - tile.start) * width + lane];
                 for (c, &value) in problem.value(key, head).iter().enumerate() {
                     if !value.is_finite() {

@@ -13,6 +13,7 @@ pub(super) use backward::{add, add_head_rows, backward, pack_rows, width_of};
 pub(super) use forward::forward;
 
 use super::matmul::{Matrix, PanelRow, panel_width, rows_times, store};
+use super::parallel::ranges;
 use super::problem::{Problem, Slices};
 use crate::float::Float;
 use crate::inputs::Pair;
@@ -67,7 +68,7 @@ pub(super) struct Block<'p, 'a, F: Float> {
     pub(super) queries: Range<usize>,
     /// The number of lanes, a multiple of the panel width.
     pub(super) width: usize,
-    /// Whether anything but a causal pattern may hide a pair.
+    /// Whether anything but a causal pattern or a window may hide a pair.
     may_hide_anywhere: bool,
 }
 
@@ -86,14 +87,34 @@ impl<F: Float> Block<'_, '_, F> {
         HeadRows::new(problem.key.slices(), problem.kv_head(self.head), problem.key_dim)
     }
 
-    /// Keys from this one on are hidden from the whole block by the causal pattern.
-    pub(super) fn num_visible_keys(&self) -> usize {
-        self.problem.inputs.num_visible_keys(self.queries.end - 1)
+    /// The keys that causal pattern and window do not hide from all of some lanes.
+    pub(super) fn visible_keys(&self, lanes: &Range<usize>) -> Range<usize> {
+        let inputs = &self.problem.inputs;
+        let start = inputs.first_visible_key(self.queries.start + lanes.start);
+        let end = inputs.num_visible_keys(self.queries.start + lanes.end - 1);
+        start..end.max(start)
     }
 
-    pub(super) fn may_hide_in(&self, keys: &Range<usize>) -> bool {
-        let diagonal = self.problem.inputs.num_visible_keys(self.queries.start);
-        self.may_hide_anywhere || keys.end > diagonal
+    /// The keys that they hide from none of some lanes.
+    fn keys_of_all(&self, lanes: &Range<usize>) -> Range<usize> {
+        let inputs = &self.problem.inputs;
+        inputs.first_visible_key(self.queries.start + lanes.end - 1)
+            ..inputs.num_visible_keys(self.queries.start + lanes.start)
+    }
+
+    /// The visible keys in tiles.
+    pub(super) fn tiles(
+        &self,
+        keys_per_tile: usize,
+    ) -> impl Iterator<Item = Range<usize>> + use<F> {
+        let keys = self.visible_keys(&(0..self.queries.len()));
+        let tiles = ranges(keys.len(), keys_per_tile);
+        tiles.map(move |tile| keys.start + tile.start..keys.start + tile.end)
+    }
+
+    pub(super) fn may_hide_in(&self, lanes: &Range<usize>, keys: &Range<usize>) -> bool {
+        let seen = self.keys_of_all(lanes);
+        self.may_hide_anywhere || keys.start < seen.start || keys.end > seen.end
     }
 
     /// The lanes of a panel that are queries.
@@ -108,11 +129,18 @@ impl<F: Float> Block<'_, '_, F> {
     /// Adds the bias to the scores of some lanes, and hides what is hidden.
     pub(super) fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
         if !self.may_hide_anywhere {
-            // The causal pattern alone: the first lanes do not see a key yet.
-            for (k, key) in keys.clone().enumerate() {
-                let first = self.problem.inputs.first_query_seeing(key);
-                let end = first.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end);
-                scores[k * self.width..][lanes.start..end].fill(F::neg_infinity());
+            // Causal pattern and window alone: the first lanes do not see a key yet, the last ones no
+            // more.
+            let inputs = &self.problem.inputs;
+            let lane_of = |query: usize| {
+                query.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end)
+            };
+            let seen = self.keys_of_all(&lanes);
+            for (k, key) in keys.clone().enumerate().filter(|(_, key)| !seen.contains(key)) {
+                let scores = &mut scores[k * self.width..];
+                scores[lanes.start..lane_of(inputs.first_query_seeing(key))]
+                    .fill(F::neg_infinity());
+                scores[lane_of(inputs.num_queries_seeing(key))..lanes.end].fill(F::neg_infinity());
             }
             return;
         }

@@ -159,7 +159,7 @@ fn backward_part<S: Simd, F: Float>(
         for head in 0..softmax.heads {
             let block = block::<S, F>(softmax, head, &part.queries, &rows);
             pack(simd, problem, points, upstream, &block, &mut scratch);
-            for tile in ranges(block.num_visible_keys(), sizes.keys) {
+            for tile in block.tiles(sizes.keys) {
                 backward_tile(
                     simd,
                     problem,
@@ -283,7 +283,6 @@ fn backward_tile_inline<S: Simd, F: Float>(
         &mut scratch.products[..len * width],
         &mut scratch.spreads[..len * width],
     );
-    let may_hide = block.may_hide_in(tile);
     let (bias, multipliers) =
         (&mut scratch.bias[..len * width], &mut scratch.multipliers[..len * width]);
     for column in (0..width).step_by(panel) {
@@ -303,6 +302,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
             });
         }
         let lanes = block.lanes(column, panel);
+        let may_hide = block.may_hide_in(&lanes, tile);
         if may_hide {
             for bias in bias.chunks_exact_mut(width) {
                 bias[column..column + panel].fill(F::zero());

@@ -158,7 +158,7 @@ impl<F: Float> Task<'_, F> {
             #[inline(always)]
             || {
                 scorer.begin(simd, block);
-                for tile in parallel::ranges(block.num_visible_keys(), keys_per_tile) {
+                for tile in block.tiles(keys_per_tile) {
                     let scores = &mut scores[..tile.len() * block.width];
                     self.tile(simd, block, &tile, scorer, packed, scores, lanes);
                 }
@@ -188,7 +188,7 @@ impl<F: Float> Task<'_, F> {
             let no_max = splat::<S, F>(simd, F::neg_infinity());
             scorer.score(simd, block, tile, column, no_max, scores);
             let of_panel = block.lanes(column, panel);
-            if block.may_hide_in(tile) {
+            if block.may_hide_in(&of_panel, tile) {
                 block.restrict(of_panel.clone(), tile, scores);
             }
             let log_sums = load::<S, F>(simd, &lanes.data[column..]);

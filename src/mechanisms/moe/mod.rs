@@ -313,7 +313,7 @@ impl<F: Float> Moe<F> {
         for (number, expert, served) in self.busy(&routing) {
             let selected = inputs.select_queries(&served.queries)?;
             let (answer, rest) = forward(expert, &selected.inputs())
-                .map_err(|error| error.in_expert(number, expert.name(), &served.queries))?;
+                .map_err(|error| in_expert(error, number, expert, served))?;
             for ((query, weight), answer) in routing.weights_of(served).zip(answer.rows()) {
                 out.row_mut(query).scaled_add(weight, &answer);
             }
@@ -414,12 +414,21 @@ impl<F: Float> Attention<F> for Moe<F> {
             inputs.select_queries(&served.queries)?.backward(grads, |inputs, grads| {
                 expert
                     .backward_into(inputs, saved, grad_answer.view(), grads)
-                    .map_err(|error| error.in_expert(number, expert.name(), &served.queries))
+                    .map_err(|error| in_expert(error, number, expert, served))
             })?;
         }
         let grad_logits = routing.weights_vjp(grad_weights.view())?;
         self.router_backward(inputs, routing, grad_logits.view(), grads)
     }
+}
+
+fn in_expert<F: Float>(
+    error: Error,
+    number: usize,
+    expert: &dyn Attention<F>,
+    served: &Served,
+) -> Error {
+    error.in_part(format_args!("expert {number}"), expert.name(), Some(&served.queries))
 }
 
 /// ln(1 + eˣ)

@@ -1,0 +1,95 @@
+//! A sliding window beside dense attention as inputs grow: `cargo bench --bench local_global`.
+//!
+//! `LocalGlobal` by order with 128 keys to either side, without and with 4 global positions and with
+//! gaps, and `Flash`, over n nodes of 64 columns. Throughput is in (query, key) pairs that take part.
+
+mod machine;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use graph_attention::ndarray::Array2;
+use graph_attention::{Attention, Flash, Gradients, Inputs, LocalGlobal, Window};
+use peak_alloc::PeakAlloc;
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+
+#[global_allocator]
+static PEAK: PeakAlloc = PeakAlloc;
+
+const COLUMNS: usize = 64;
+const RADIUS: usize = 128;
+const GLOBALS: usize = 4;
+
+fn matrix(rows: usize, seed: u64) -> Array2<f32> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+    Array2::from_shape_simple_fn((rows, COLUMNS), || StandardNormal.sample(&mut rng))
+}
+
+fn pairs_in_window(n: usize, dilation: usize) -> usize {
+    let steps = |keys: usize| (keys / dilation).min(RADIUS);
+    (0..n).map(|query| 1 + steps(query) + steps(n - 1 - query)).sum()
+}
+
+/// Name, mechanism, and the number of pairs.
+fn mechanisms(n: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>, usize)> {
+    let by_order = |window| -> Box<dyn Attention<f32>> {
+        Box::new(LocalGlobal::by_order(window, Flash::new()).expect("the dilation is positive"))
+    };
+    let globals: Vec<usize> = (0..GLOBALS).map(|global| (2 * global + 1) * n / 9).collect();
+    // In both directions, less what is in the windows already.
+    let with_globals = pairs_in_window(n, 1)
+        + globals
+            .iter()
+            .map(|&node| 2 * (n - (n.min(node + RADIUS + 1) - node.saturating_sub(RADIUS))))
+            .sum::<usize>();
+    let mut mechanisms = vec![
+        ("window", by_order(Window::new(RADIUS)), pairs_in_window(n, 1)),
+        ("window and globals", by_order(Window::new(RADIUS).globals(&globals)), with_globals),
+        ("dilated by 4", by_order(Window::new(RADIUS).dilation(4)), pairs_in_window(n, 4)),
+    ];
+    if n <= 1 << 14 {
+        mechanisms.push(("flash", Box::new(Flash::new()), n * n));
+    }
+    mechanisms
+}
+
+fn local_global(c: &mut Criterion) {
+    machine::print_limits();
+    for n in [1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17] {
+        let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, seed));
+        let inputs = Inputs::dense(query.view(), key.view(), value.view()).expect("shapes fit");
+        for (name, attention, pairs) in mechanisms(n) {
+            let mut out = Array2::zeros((n, COLUMNS));
+            let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
+            for (threads, pool) in machine::pools() {
+                let mut group = c.benchmark_group(format!("local_global, {threads}"));
+                group.throughput(Throughput::Elements(pairs as u64));
+                group.bench_function(BenchmarkId::new(name, n), |bencher| {
+                    pool.install(|| {
+                        bencher.iter(|| attention.forward_into(&inputs, out.view_mut()))
+                    });
+                });
+                let mut train = || {
+                    let saved = attention.forward_train_into(&inputs, out.view_mut())?;
+                    attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
+                };
+                group.bench_function(BenchmarkId::new(format!("{name} training"), n), |bencher| {
+                    pool.install(|| bencher.iter(&mut train));
+                });
+            }
+            PEAK.reset_peak_usage();
+            let before = PEAK.current_usage();
+            let saved = attention.forward_train_into(&inputs, out.view_mut()).expect("shapes fit");
+            let backward = attention.backward_into(&inputs, &saved, query.view(), grads.view_mut());
+            backward.expect("shapes fit");
+            let peak = (PEAK.peak_usage() - before) as f64 / 1024.0;
+            println!("{name}, {n}: {peak:.0} KiB in training, beside inputs, output and gradients");
+        }
+    }
+}
+
+criterion_group! {
+    name = all;
+    config = Criterion::default().sample_size(10);
+    targets = local_global
+}
+criterion_main!(all);

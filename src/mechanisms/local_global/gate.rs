@@ -1,0 +1,255 @@
+//! Two mechanisms, and a gate that weighs their answers.
+
+use super::{NAME, by_layer};
+use crate::attention::{Attention, Saved};
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, try_vec, try_zeros};
+use crate::gradients::{GradientsMut, param_slot};
+use crate::inputs::{Inputs, head_columns};
+use crate::params;
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Ix1, Ix2, s};
+use std::mem::take;
+
+/// Names of the two, for errors and parameters.
+pub(super) const SIDES: [&str; 2] = ["local", "global"];
+
+#[derive(Debug)]
+pub(super) struct Gate<F: Float> {
+    /// w, heads × columns of a head.
+    pub(super) weight: Array2<F>,
+    /// b.
+    pub(super) bias: Array1<F>,
+    /// The local mechanism and the global one.
+    pub(super) inner: [Box<dyn Attention<F>>; 2],
+}
+
+/// What a head of a query makes of the two answers.
+#[derive(Clone, Copy, Debug)]
+enum Mix<F> {
+    /// It sees no pair.
+    Nothing,
+    /// It sees pairs of one kind, and takes their answer whole.
+    Only(usize),
+    /// The share of the local answer; the rest is the global one's.
+    Both(F),
+}
+
+pub(super) struct State<F> {
+    /// num_queries × heads.
+    mixes: Array2<Mix<F>>,
+    /// The answer of each side and what it saved.
+    sides: [(Array2<F>, Saved); 2],
+}
+
+impl<F: Float> Mix<F> {
+    /// The share of a side; `None` where it is left out, whatever its answer.
+    fn share(self, side: usize) -> Option<F> {
+        match self {
+            Self::Nothing => None,
+            Self::Only(kind) => (kind == side).then(F::one),
+            Self::Both(local) => Some(if side == 0 { local } else { F::one() - local }),
+        }
+    }
+}
+
+impl<F: Float> Gate<F> {
+    pub(super) fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        self.inner[0].output_dim(inputs)
+    }
+
+    fn heads(&self) -> usize {
+        self.bias.len()
+    }
+
+    fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        let heads = self.heads();
+        check_shape("heads of the inputs, as of the gate", &[heads], &[inputs.heads()])?;
+        check_shape("query", &[inputs.num_queries(), self.weight.len()], inputs.query().shape())?;
+        let [local, global] = self.inner.each_ref().map(|inner| inner.output_dim(inputs));
+        if local != global {
+            let what = format!(
+                "output columns of global ({}), as of local ({})",
+                self.inner[1].name(),
+                self.inner[0].name()
+            );
+            return Err(Error::shape(what, &[local], &[global]));
+        }
+        if !local.is_multiple_of(heads) {
+            return Err(Error::Heads { what: "output", heads, columns: local });
+        }
+        Ok(())
+    }
+
+    /// How each head of each query mixes the two answers.
+    fn mixes(&self, inputs: &Inputs<'_, F>) -> Result<Array2<Mix<F>>> {
+        let layers = inputs.layers(NAME)?;
+        let (rows, heads) = (inputs.num_queries(), self.heads());
+        let mixes = try_vec("mixes", &[rows, heads], Mix::Nothing)?;
+        let mut mixes = Array2::from_shape_vec((rows, heads), mixes)
+            .map_err(|_| Error::TooLarge { what: "mixes", shape: vec![rows, heads] })?;
+        let mut kinds = vec![[false; 2]; heads];
+        for (query, mut mixes) in mixes.rows_mut().into_iter().enumerate() {
+            kinds.fill([false; 2]);
+            for pair in inputs.row(query) {
+                let side = usize::from(layers[pair.index] > 0);
+                for (head, kinds) in kinds.iter_mut().enumerate() {
+                    kinds[side] |= inputs.bias().is_none_or(|bias| {
+                        // A mechanism inside may tell more heads apart than the gate does.
+                        let columns = bias.num_heads();
+                        let of_head = if columns == heads { head..head + 1 } else { 0..columns };
+                        of_head.into_iter().any(|head| bias.at(pair, head) != F::neg_infinity())
+                    });
+                }
+            }
+            for (head, (mix, kinds)) in mixes.iter_mut().zip(&kinds).enumerate() {
+                *mix = match kinds {
+                    [false, false] => Mix::Nothing,
+                    [true, false] => Mix::Only(0),
+                    [false, true] => Mix::Only(1),
+                    [true, true] => Mix::Both(self.local_share(inputs, query, head)),
+                };
+            }
+        }
+        Ok(mixes)
+    }
+
+    /// σ(w · q + b)
+    fn local_share(&self, inputs: &Inputs<'_, F>, query: usize, head: usize) -> F {
+        let columns = head_columns(head, self.weight.ncols());
+        let query = inputs.query().slice_move(s![query, columns]);
+        let logit = self.weight.row(head).dot(&query) + self.bias[head];
+        F::one() / (F::one() + (-logit).exp())
+    }
+
+    /// Overwrites `out`. `forward` runs a side; what it gave comes back.
+    fn run<T>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+        forward: impl Fn(&dyn Attention<F>, &Inputs<'_, F>) -> Result<(Array2<F>, T)>,
+    ) -> Result<(Array2<Mix<F>>, [(Array2<F>, T); 2])> {
+        self.check(inputs)?;
+        let parts = by_layer(inputs)?;
+        let run = |side: usize| {
+            let inner = &*self.inner[side];
+            forward(inner, &parts[side].inputs())
+                .map_err(|error| error.in_part(SIDES[side], inner.name(), None))
+        };
+        let sides = [run(0)?, run(1)?];
+        let mixes = self.mixes(inputs)?;
+        out.fill(F::zero());
+        let dim = out.ncols() / self.heads();
+        for ((query, head), mix) in mixes.indexed_iter() {
+            let mut out = out.slice_mut(s![query, head_columns(head, dim)]);
+            for (side, (answer, _)) in sides.iter().enumerate() {
+                if let Some(share) = mix.share(side) {
+                    out.scaled_add(share, &answer.slice(s![query, head_columns(head, dim)]));
+                }
+            }
+        }
+        Ok((mixes, sides))
+    }
+
+    pub(super) fn forward(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.run(inputs, out, |inner, inputs| Ok((inner.forward(inputs)?, ()))).map(drop)
+    }
+
+    pub(super) fn forward_train(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<State<F>> {
+        let (mixes, sides) = self.run(inputs, out, |inner, inputs| inner.forward_train(inputs))?;
+        Ok(State { mixes, sides })
+    }
+
+    pub(super) fn backward(
+        &self,
+        inputs: &Inputs<'_, F>,
+        State { mixes, sides }: &State<F>,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        self.check(inputs)?;
+        let heads = self.heads();
+        check_shape("saved mixes", &[inputs.num_queries(), heads], mixes.shape())?;
+        for (answer, _) in sides {
+            check_shape("saved answers", grad_out.shape(), answer.shape())?;
+        }
+        let dim = grad_out.ncols() / heads;
+        let parts = by_layer(inputs)?;
+        let mut first = 2;
+        for (side, (_, saved)) in sides.iter().enumerate() {
+            // y += share · answer
+            let mut grad_answer = try_zeros("grad_answer", grad_out.nrows(), grad_out.ncols())?;
+            for ((query, head), mix) in mixes.indexed_iter() {
+                if let Some(share) = mix.share(side) {
+                    let columns = s![query, head_columns(head, dim)];
+                    grad_answer
+                        .slice_mut(columns.clone())
+                        .scaled_add(share, &grad_out.slice(columns));
+                }
+            }
+            let inner = &*self.inner[side];
+            let end = first + params::count(inner);
+            let mut grads = grads.reborrow();
+            grads.params = &mut take(&mut grads.params)[first..end];
+            first = end;
+            parts[side].backward(grads, |inputs, grads| {
+                inner
+                    .backward_into(inputs, saved, grad_answer.view(), grads)
+                    .map_err(|error| error.in_part(SIDES[side], inner.name(), None))
+            })?;
+        }
+
+        let [weight, bias, ..] = grads.params else { return Ok(()) };
+        let (mut grad_weight, mut grad_bias) =
+            (param_slot::<F, Ix2>(weight), param_slot::<F, Ix1>(bias));
+        for ((query, head), &mix) in mixes.indexed_iter() {
+            let Mix::Both(share) = mix else { continue };
+            // y = a y_local + (1 − a) y_global,  a = σ(z)
+            let columns = s![query, head_columns(head, dim)];
+            let (grad, local, global) = (
+                grad_out.slice(columns.clone()),
+                sides[0].0.slice(columns.clone()),
+                sides[1].0.slice(columns),
+            );
+            let grad_logit = share * (F::one() - share) * (grad.dot(&local) - grad.dot(&global));
+            // z = w · q + b
+            let columns = s![query, head_columns(head, self.weight.ncols())];
+            grad_bias[head] += grad_logit;
+            let query = inputs.query();
+            grad_weight.row_mut(head).scaled_add(grad_logit, &query.slice(columns.clone()));
+            if let Some(grad) = &mut grads.query {
+                grad.slice_mut(columns).scaled_add(grad_logit, &self.weight.row(head));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        self.check(inputs)?;
+        let (mixes, parts) = (self.mixes(inputs)?, by_layer(inputs)?);
+        let mut total: Option<Array2<F>> = None;
+        for (side, part) in parts.iter().enumerate() {
+            let inner = &*self.inner[side];
+            let weights = inner
+                .weights(&part.inputs())
+                .map_err(|error| error.in_part(SIDES[side], inner.name(), None))?;
+            let columns = weights.ncols();
+            if !columns.is_multiple_of(self.heads()) {
+                return Err(Error::Heads { what: "weights", heads: self.heads(), columns });
+            }
+            let total = match &mut total {
+                Some(total) => total,
+                None => total.insert(try_zeros("weights", inputs.num_pairs(), columns)?),
+            };
+            check_shape("weights of global, as of local", &[total.ncols()], &[columns])?;
+            let of_head = columns / self.heads();
+            part.add_weights(&weights, total, |query, column| {
+                mixes[[query, column / of_head]].share(side).unwrap_or_default()
+            });
+        }
+        Ok(total.unwrap_or_default())
+    }
+}

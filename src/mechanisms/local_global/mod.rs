@@ -1,0 +1,382 @@
+mod gate;
+mod window;
+
+pub use window::Window;
+
+use crate::attention::{Attention, Saved};
+use crate::error::{Error, Result};
+use crate::float::{Float, try_vec, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::{Inputs, Pattern, SelectedInputs};
+use crate::kernels::problem::output_dim;
+use crate::mechanisms::fill_uniform;
+use crate::mechanisms::flash::{Flash, State};
+use crate::params::Params;
+use crate::partial::merge_rows;
+use gate::{Gate, SIDES};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
+use rand::Rng;
+use std::mem::take;
+
+const NAME: &str = "local_global";
+
+/// Attention to near keys and to a few far ones, in two readings: by the order of the nodes
+/// ([`by_order`](Self::by_order): a sliding window and global positions) and by the layers of the pairs
+/// ([`by_layer_union`](Self::by_layer_union) and [`by_layer_gate`](Self::by_layer_gate): local is
+/// layer 0, as in an HNSW index, and global what is above).
+///
+/// # By order
+///
+/// Longformer's pattern (Beltagy et al. 2020, 2004.05150; Zaheer et al. 2020, 2007.14062): one softmax
+/// of scaled dot products over the pairs
+///
+/// ```text
+/// |i − j| ≤ radius · dilation  and  dilation | i − j,    or i global, or j global
+/// ```
+///
+/// each once, less what mask, causal pattern and bias hide. The answer is that of [`Flash`] under the
+/// equivalent mask, but neither the mask nor a list of the pairs is ever made: the pairs are cut into a
+/// few disjoint dense blocks, which go through the tiles of [`Flash`] and are merged by their
+/// log-sum-exp.
+///
+/// * **Positions.** Query i stands at key i, or with [`Causal::BottomRight`](crate::Causal) at key
+///   i + num_keys − num_queries; so windows and globals are also defined where there are not as many
+///   queries as keys. [Selected](Inputs::select_queries) queries keep the positions that they had.
+/// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask as
+///   among all pairs), grouped heads. On a graph, edges that the window and the globals leave out are
+///   hidden.
+/// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). With
+///   globals or a dilation queries, keys, values, and what the caller gives of mask and bias, are copied
+///   block by block.
+/// * **Errors** as [`Flash`], and [`Error::InvalidConfig`] if there is no node at a global position.
+///
+/// ```
+/// use graph_attention::ndarray::Array2;
+/// use graph_attention::{Attention, Flash, Inputs, LocalGlobal, Window};
+///
+/// let x = Array2::from_shape_fn((500, 8), |(i, j)| ((i * 7 + j * 3) % 11) as f64 / 11.0);
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+/// let window = Window::new(3).globals(&[0, 250]);
+/// let sparse = LocalGlobal::by_order(window, Flash::new())?.forward(&inputs)?;
+///
+/// let mask = Array2::from_shape_fn((500, 500), |(i, j): (usize, usize)| {
+///     i.abs_diff(j) <= 3 || [0, 250].contains(&i) || [0, 250].contains(&j)
+/// });
+/// let masked = Flash::new().forward(&inputs.with_mask(mask.view())?)?;
+/// assert!((sparse - masked).iter().all(|difference| difference.abs() < 1e-14));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+///
+/// # By layer
+///
+/// ```text
+/// union:  one softmax over both kinds, by log-sum-exp:  o = (e^{L₀} o_local + e^{L₁} o_global) / (e^{L₀} + e^{L₁})
+/// gate:   o = a o_local + (1 − a) o_global,             a = σ(w · q_i + b) for each head
+/// ```
+///
+/// A query (and head) that sees pairs of one kind alone takes that answer whole, and one that sees none
+/// gets zeros.
+///
+/// * **Reads** layers ([`Inputs::with_layers`]) and what the mechanisms inside read, each for the pairs of
+///   its own kind; the gate reads queries.
+/// * **Output** of the mechanisms inside; of the gate, in as many blocks as there are heads.
+/// * **Parameters** of the gate: `gate.weight` (heads × columns of a head of queries), `gate.bias` (heads),
+///   and those of the mechanisms inside behind `local.` and `global.`. The union has none.
+/// * **Cost** of the mechanisms inside, and O(pairs) for the two graphs and copies of the pairs' data; on
+///   dense inputs two masks.
+/// * **Errors** [`Error::MissingInput`] without layers; of the gate [`Error::Shape`] if the inputs have not
+///   as many heads, or queries not as many columns, and if the two would give different numbers of
+///   columns. Errors of the mechanisms inside say which: `local (flash)`.
+///
+/// ```
+/// use graph_attention::ndarray::array;
+/// use graph_attention::{Attention, Flash, Graph, Inputs, LocalGlobal};
+///
+/// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 0), (2, 0)])?;
+/// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+/// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_layers(&[0, 1, 0, 2])?;
+///
+/// // One softmax over both kinds is attention to all neighbours, unless the two differ.
+/// let union = LocalGlobal::by_layer_union(Flash::new(), Flash::new()).forward(&inputs)?;
+/// let all = Flash::new().forward(&inputs)?;
+/// assert!((union - all).iter().all(|difference: &f64| difference.abs() < 1e-14));
+/// let sharper = Flash::new().with_scale(3.0)?;
+/// let union = LocalGlobal::by_layer_union(sharper, Flash::new()).forward(&inputs)?;
+/// assert_eq!(union.row(1), x.row(0));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct LocalGlobal<F: Float> {
+    reading: Reading<F>,
+}
+
+#[derive(Debug)]
+enum Reading<F: Float> {
+    Order {
+        window: Window,
+        flash: Flash,
+    },
+    /// One softmax over local pairs and global ones.
+    Union([Flash; 2]),
+    Gate(Gate<F>),
+}
+
+/// A part of the pairs of one softmax.
+struct Part<'p, 'a, F: Float> {
+    flash: &'p Flash,
+    selected: SelectedInputs<'a, F>,
+    /// The window in which these pairs lie, if not all are kept.
+    reach: Option<usize>,
+}
+
+impl<F: Float> Part<'_, '_, F> {
+    fn inputs(&self) -> Inputs<'_, F> {
+        self.in_window(self.selected.inputs())
+    }
+
+    fn in_window<'i>(&self, inputs: Inputs<'i, F>) -> Inputs<'i, F> {
+        self.reach.map_or(inputs, |reach| inputs.with_window(reach))
+    }
+}
+
+impl<F: Float> LocalGlobal<F> {
+    /// A window and global positions, by scaled dot products with the scale and the tiles of `flash`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if the dilation is 0.
+    pub fn by_order(window: Window, flash: Flash) -> Result<Self> {
+        window.validate()?;
+        Ok(Self { reading: Reading::Order { window, flash } })
+    }
+
+    /// One softmax over local and global pairs, each with the scale of its own [`Flash`].
+    #[must_use]
+    pub fn by_layer_union(local: Flash, global: Flash) -> Self {
+        Self { reading: Reading::Union([local, global]) }
+    }
+
+    /// Two mechanisms of any kind and a learned gate for each of `heads` heads, whose queries have
+    /// `head_dim` columns: the heads of the inputs, so 1 where the mechanisms project their own. At
+    /// first w is uniform in ±1/√`head_dim` and b is 0.
+    ///
+    /// ```
+    /// use graph_attention::ndarray::array;
+    /// use graph_attention::{Attention, Flash, Graph, Inputs, LocalGlobal, params};
+    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    ///
+    /// let graph = Graph::from_edges(2, 2, [(0, 1), (0, 0), (1, 0)])?;
+    /// let x = array![[1.0, 0.0], [0.0, 1.0]];
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_layers(&[0, 1, 1])?;
+    ///
+    /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    /// let [local, global] = [Flash::new(), Flash::new()].map(Box::new);
+    /// let mut attention = LocalGlobal::by_layer_gate(2, 1, local, global, &mut rng)?;
+    /// params::load_state(
+    ///     &mut attention,
+    ///     [("gate.weight", array![[0.0, 0.0]].into_dyn()), ("gate.bias", array![3f64.ln()].into_dyn())],
+    /// )?;
+    /// let out = attention.forward(&inputs)?;
+    /// assert!((out[[0, 1]] - 0.75).abs() < 1e-15); // three quarters local
+    /// assert_eq!(out.row(1), x.row(0)); // all it sees is global
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if `head_dim` or `heads` is 0; [`Error::TooLarge`].
+    pub fn by_layer_gate(
+        head_dim: usize,
+        heads: usize,
+        local: Box<dyn Attention<F>>,
+        global: Box<dyn Attention<F>>,
+        rng: &mut impl Rng,
+    ) -> Result<Self> {
+        for (field, size) in [("head_dim", head_dim), ("heads", heads)] {
+            if size == 0 {
+                return Err(Error::config(field, "at least 1", size));
+            }
+        }
+        let mut weight = try_zeros("gate.weight", heads, head_dim)?;
+        fill_uniform(weight.view_mut(), 1.0 / (head_dim as f64).sqrt(), rng);
+        let bias = Array1::from(try_vec("gate.bias", &[heads], F::zero())?);
+        Ok(Self { reading: Reading::Gate(Gate { weight, bias, inner: [local, global] }) })
+    }
+
+    /// The pairs of the one softmax of the readings without a gate, part after part; of no two are
+    /// there copies at a time.
+    fn for_each_part<'a>(
+        &self,
+        inputs: &Inputs<'a, F>,
+        mut visit: impl FnMut(&Part<'_, 'a, F>) -> Result<()>,
+    ) -> Result<()> {
+        match &self.reading {
+            Reading::Order { window, flash } => {
+                window.check_globals(inputs)?;
+                if let Pattern::Graph(_) = inputs.pattern() {
+                    let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
+                    return visit(&Part { flash, selected, reach: None });
+                }
+                for block in window.blocks(inputs)? {
+                    let selected = inputs.select_block(block.queries, block.keys)?;
+                    let reach = block.in_window.then(|| window.reach());
+                    visit(&Part { flash, selected, reach })?;
+                }
+                Ok(())
+            }
+            Reading::Union(sides) => {
+                for (flash, selected) in sides.iter().zip(by_layer(inputs)?) {
+                    visit(&Part { flash, selected, reach: None })?;
+                }
+                Ok(())
+            }
+            Reading::Gate(_) => Ok(()),
+        }
+    }
+
+    /// Overwrites `out`, returns the log-sum-exp over all parts.
+    fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Array2<F>> {
+        let shape = [inputs.num_queries(), inputs.heads()];
+        let log_sum_exp = try_vec("log_sum_exp", &shape, F::neg_infinity())?;
+        let mut log_sum_exp = Array2::from_shape_vec(shape, log_sum_exp)
+            .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
+        out.fill(F::zero());
+        let mut is_first = true;
+        self.for_each_part(inputs, |part| {
+            let queries = part.selected.some_queries();
+            if queries.is_none() && take(&mut is_first) {
+                log_sum_exp = part.flash.run(&part.inputs(), out.view_mut())?;
+                return Ok(());
+            }
+            let partial = part.flash.forward_partial(&part.inputs())?;
+            let into = (0..partial.out().nrows()).map(|row| queries.map_or(row, |all| all[row]));
+            merge_rows(out.view_mut(), log_sum_exp.view_mut(), &partial, into);
+            Ok(())
+        })?;
+        Ok(log_sum_exp)
+    }
+}
+
+/// The inputs with the pairs of layer 0, and with those above.
+fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
+    let layers = inputs.layers(NAME)?;
+    Ok([
+        inputs.select_pairs(|pair| layers[pair.index] == 0)?,
+        inputs.select_pairs(|pair| layers[pair.index] > 0)?,
+    ])
+}
+
+impl<F: Float> Params<F> for LocalGlobal<F> {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        let Reading::Gate(gate) = &self.reading else { return };
+        visitor("gate.weight", gate.weight.view().into_dyn());
+        visitor("gate.bias", gate.bias.view().into_dyn());
+        for (side, inner) in SIDES.iter().zip(&gate.inner) {
+            inner.visit_params(&mut |name, param| visitor(&format!("{side}.{name}"), param));
+        }
+    }
+
+    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        let Reading::Gate(gate) = &mut self.reading else { return };
+        visitor("gate.weight", gate.weight.view_mut().into_dyn());
+        visitor("gate.bias", gate.bias.view_mut().into_dyn());
+        for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
+            inner.visit_params_mut(&mut |name, param| visitor(&format!("{side}.{name}"), param));
+        }
+    }
+}
+
+impl<F: Float> Attention<F> for LocalGlobal<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
+        match &self.reading {
+            Reading::Gate(gate) => gate.output_dim(inputs),
+            _ => output_dim(inputs),
+        }
+    }
+
+    fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
+        self.check_output("out", inputs, out.shape())?;
+        match &self.reading {
+            Reading::Gate(gate) => gate.forward(inputs, out),
+            _ => self.run(inputs, out).map(drop),
+        }
+    }
+
+    fn forward_train_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        self.check_output("out", inputs, out.shape())?;
+        match &self.reading {
+            Reading::Gate(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
+            _ => {
+                let log_sum_exp = self.run(inputs, out.view_mut())?;
+                Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+            }
+        }
+    }
+
+    fn backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        self.check_output("grad_out", inputs, grad_out.shape())?;
+        grads.check(NAME, inputs, self)?;
+        if let Reading::Gate(gate) = &self.reading {
+            return gate.backward(inputs, saved.state(NAME)?, grad_out, grads);
+        }
+        let state = saved.state::<State<F>>(NAME)?;
+        state.check(inputs)?;
+        // No softmax reads them, and blocks do not carry them.
+        (grads.edge_features, grads.distances) = (None, None);
+        self.for_each_part(inputs, |part| {
+            // e^{s − L} with the log-sum-exp over all parts is the weight among all pairs.
+            let rows = part.selected.some_queries();
+            let of_part = |array: ArrayView2<'_, F>| rows.map(|rows| array.select(Axis(0), rows));
+            let [out, log_sum_exp, grad] =
+                [state.out.view(), state.log_sum_exp.view(), grad_out].map(of_part);
+            let out = out.as_ref().unwrap_or(&state.out);
+            let log_sum_exp = log_sum_exp.as_ref().unwrap_or(&state.log_sum_exp);
+            let grad = grad.as_ref().map_or(grad_out, |grad| grad.view());
+            part.selected.backward(grads.reborrow(), |inputs, mut grads| {
+                let inputs = part.in_window(*inputs);
+                part.flash.add_gradients(&inputs, out.view(), log_sum_exp, grad, &mut grads)
+            })
+        })
+    }
+
+    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        match &self.reading {
+            Reading::Gate(gate) => gate.weights(inputs),
+            Reading::Order { window, flash } => {
+                window.check_globals(inputs)?;
+                let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
+                let weights = flash.weights(&selected.inputs())?;
+                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
+                selected.add_weights(&weights, &mut total, |_, _| F::one());
+                Ok(total)
+            }
+            Reading::Union(sides) => {
+                let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
+                let log_sum_exp = self.run(inputs, out.view_mut())?;
+                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
+                for (flash, part) in sides.iter().zip(by_layer(inputs)?) {
+                    let partial = flash.forward_partial(&part.inputs())?;
+                    let of_part = flash.weights(&part.inputs())?;
+                    part.add_weights(&of_part, &mut total, |query, head| {
+                        let part = partial.log_sum_exp()[[query, head]];
+                        let is_empty = part == F::neg_infinity();
+                        if is_empty { F::zero() } else { (part - log_sum_exp[[query, head]]).exp() }
+                    });
+                }
+                Ok(total)
+            }
+        }
+    }
+}

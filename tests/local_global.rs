@@ -1,0 +1,502 @@
+//! `LocalGlobal` against plain attention under an explicit mask, and against sums by hand.
+
+use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, s};
+use graph_attention::testing::{Shapes, check_attention, check_gradients};
+use graph_attention::{
+    Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Graph, Inputs, LocalGlobal,
+    MultiHeadConfig, Params, Result, ScaledDotProduct, Score, Window, params,
+};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use rand_distr::{Distribution, StandardNormal};
+
+type Rng = Xoshiro256PlusPlus;
+
+fn normal(rows: usize, columns: usize, rng: &mut Rng) -> Array2<f64> {
+    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(rng))
+}
+
+fn rng(seed: u64) -> Rng {
+    Rng::seed_from_u64(seed)
+}
+
+/// A pattern by order, pair by pair.
+#[derive(Clone, Debug)]
+struct Pattern {
+    radius: i64,
+    dilation: i64,
+    globals: Vec<usize>,
+}
+
+impl Pattern {
+    fn attention(&self, flash: Flash) -> LocalGlobal<f64> {
+        let window = Window::new(self.radius as usize).dilation(self.dilation as usize);
+        LocalGlobal::by_order(window.globals(&self.globals), flash).unwrap()
+    }
+
+    /// `offset` is the key at which query 0 stands.
+    fn mask(&self, num_queries: usize, num_keys: usize, offset: i64) -> Array2<bool> {
+        let is_global = |place: i64| self.globals.iter().any(|&global| global as i64 == place);
+        Array2::from_shape_fn((num_queries, num_keys), |(query, key)| {
+            let (query, key) = (query as i64 + offset, key as i64);
+            let steps = (query - key) / self.dilation;
+            let in_window = steps * self.dilation == query - key && steps.abs() <= self.radius;
+            in_window || is_global(query) || is_global(key)
+        })
+    }
+}
+
+fn largest_difference(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
+    assert_eq!(a.dim(), b.dim());
+    // A NaN must not get lost.
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d <= max { max } else { d })
+}
+
+/// Outputs and gradients of one mechanism on some inputs are those of another on others.
+fn assert_same(
+    what: &str,
+    (attention, inputs): (&dyn Attention<f64>, &Inputs<'_, f64>),
+    (oracle, plain): (&dyn Attention<f64>, &Inputs<'_, f64>),
+) -> Result<()> {
+    let (out, saved) = attention.forward_train(inputs)?;
+    let (expected, plain_saved) = oracle.forward_train(plain)?;
+    assert!(largest_difference(out.view(), expected.view()) < 1e-12, "{what}");
+    assert_eq!(attention.forward(inputs)?, out, "{what}");
+    let grad_out = normal(out.nrows(), out.ncols(), &mut rng(99));
+    let grads = attention.backward(inputs, &saved, grad_out.view())?;
+    let expected = oracle.backward(plain, &plain_saved, grad_out.view())?;
+    let close = |a: &Array2<f64>, b: &Array2<f64>| largest_difference(a.view(), b.view()) < 1e-12;
+    assert!(close(&grads.query, &expected.query), "{what}: grads.query");
+    assert!(close(&grads.key, &expected.key), "{what}: grads.key");
+    assert!(close(&grads.value, &expected.value), "{what}: grads.value");
+    if let (Some(bias), Some(expected)) = (&grads.bias, &expected.bias) {
+        assert!(close(bias, expected), "{what}: grads.bias");
+    }
+    Ok(())
+}
+
+#[test]
+fn by_order_is_attention_under_the_mask_at_every_size() -> Result<()> {
+    for n in [1, 2, 7, 95, 96, 97, 193] {
+        let mut rng = rng(n as u64);
+        let [q, k, v] = [3, 3, 2].map(|columns| normal(n, columns, &mut rng));
+        let inputs = Inputs::dense(q.view(), k.view(), v.view())?;
+        for radius in [0, 1, 30, 95, 96, 300] {
+            for dilation in [1, 2, 3] {
+                for globals in [vec![], vec![0], vec![n - 1, n / 2, 0, n / 2]] {
+                    let pattern = Pattern { radius, dilation, globals };
+                    let mask = pattern.mask(n, n, 0);
+                    let attention = pattern.attention(Flash::new());
+                    for inputs in [inputs, inputs.causal()] {
+                        let plain = inputs.with_mask(mask.view())?;
+                        let what = format!("{n} {pattern:?} {:?}", inputs.causal_alignment());
+                        let oracle = ScaledDotProduct::new();
+                        assert_same(&what, (&attention, &inputs), (&oracle, &plain))?;
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Inputs with grouped heads of any layout, mask, bias and dropout.
+#[test]
+fn by_order_honours_every_channel() -> Result<()> {
+    let mut rng = rng(5);
+    for (num_queries, num_keys) in [(101, 101), (41, 103), (103, 41), (5, 103), (103, 5)] {
+        // Every other row and column of larger arrays, backwards.
+        let [q, k, v] = [(num_queries, 6 * 3), (num_keys, 2 * 3), (num_keys, 2 * 5)]
+            .map(|(rows, columns)| normal(2 * rows, 3 * columns, &mut rng));
+        let [q, k, v] = [&q, &k, &v].map(|array| array.slice(s![..;-2, ..;3]));
+        let pairs = num_queries * num_keys;
+        let hides =
+            Array2::from_shape_simple_fn((num_queries, num_keys), || rng.random_range(0..5) > 0);
+        let matrix = normal(num_queries, num_keys, &mut rng);
+        let mut per_head = normal(pairs, 6, &mut rng);
+        per_head.mapv_inplace(|logit| if logit > 1.0 { f64::NEG_INFINITY } else { logit });
+        let shared = per_head.slice(s![.., ..1]).to_owned();
+        let dropout = Dropout { probability: 0.3, seed: 3 };
+        let dense = Inputs::dense(q, k, v)?.with_kv_heads(6, 2)?;
+        let globals = vec![1, num_keys.min(num_queries) - 1];
+        for (radius, dilation, globals) in
+            [(2, 1, vec![]), (17, 1, globals.clone()), (5, 3, vec![]), (4, 7, globals)]
+        {
+            let pattern = Pattern { radius, dilation, globals };
+            for causal in [None, Some(Causal::TopLeft), Some(Causal::BottomRight)] {
+                let (inputs, offset) = match causal {
+                    None => (dense, 0),
+                    Some(Causal::TopLeft) => (dense.causal(), 0),
+                    Some(alignment) => {
+                        (dense.with_causal(alignment), num_keys as i64 - num_queries as i64)
+                    }
+                };
+                let mask = pattern.mask(num_queries, num_keys, offset);
+                let mut both = mask.clone();
+                both.zip_mut_with(&hides, |both, &shows| *both &= shows);
+                let attention = pattern.attention(Flash::new().with_scale(0.7)?.with_tiles(13, 7)?);
+                let oracle = ScaledDotProduct::new().with_scale(0.7)?;
+                let with = |inputs: Inputs<'_, f64>, mask, channels: Result<_>| {
+                    let what = format!("{num_queries} {num_keys} {pattern:?} {causal:?}");
+                    let plain = inputs.with_mask(mask)?;
+                    assert_same(&what, (&attention, &channels?), (&oracle, &plain))
+                };
+                with(inputs, mask.view(), Ok(inputs))?;
+                with(inputs, both.view(), inputs.with_mask(hides.view()))?;
+                for bias in [&matrix, &per_head, &shared] {
+                    let inputs = inputs.with_bias(bias.view())?.with_dropout(dropout)?;
+                    with(inputs, mask.view(), Ok(inputs))?;
+                    with(inputs, both.view(), inputs.with_mask(hides.view()))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_window_over_everything_is_dense_attention() -> Result<()> {
+    let x = normal(131, 6, &mut rng(1));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?;
+    for radius in [130, usize::MAX] {
+        let attention = LocalGlobal::by_order(Window::new(radius), Flash::new())?;
+        for inputs in [inputs, inputs.causal()] {
+            assert_eq!(attention.forward(&inputs)?, Flash::new().forward(&inputs)?);
+        }
+    }
+    let globals: Vec<usize> = (0..131).collect();
+    let attention = LocalGlobal::by_order(Window::new(0).globals(&globals), Flash::new())?;
+    assert_same("all global", (&attention, &inputs), (&Flash::new(), &inputs))
+}
+
+#[test]
+fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> Result<()> {
+    let mut rng = rng(6);
+    let (num_queries, num_keys) = (37, 41);
+    let edges = (0..900).map(|_| (rng.random_range(0..num_queries), rng.random_range(0..num_keys)));
+    let graph = Graph::from_edges(num_queries, num_keys, edges.collect::<Vec<_>>())?;
+    let [q, k, v] = [num_queries, num_keys, num_keys].map(|rows| normal(rows, 4, &mut rng));
+    let logits = normal(900, 1, &mut rng);
+    let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph)?
+        .with_bias(logits.view())?
+        .with_dropout(Dropout { probability: 0.2, seed: 1 })?;
+    let dense = Inputs::dense(q.view(), k.view(), v.view())?
+        .with_dropout(Dropout { probability: 0.2, seed: 1 })?;
+    let queries: Vec<usize> = (0..num_queries).filter(|query| query % 5 < 2).collect();
+    for (radius, dilation, globals) in [(4, 1, vec![]), (2, 3, vec![7, 30, 40])] {
+        let pattern = Pattern { radius, dilation, globals };
+        let attention = pattern.attention(Flash::new());
+        for (causal, offset) in [(Causal::TopLeft, 0), (Causal::BottomRight, 4)] {
+            let mask = pattern.mask(num_queries, num_keys, offset);
+            let sparse = sparse.with_causal(causal);
+            let plain = sparse.with_mask(mask.view())?;
+            let oracle = ScaledDotProduct::new();
+            assert_same("graph", (&attention, &sparse), (&oracle, &plain))?;
+            for inputs in [sparse, dense.with_causal(causal)] {
+                let selected = inputs.select_queries(&queries)?;
+                let plain = inputs.with_mask(mask.view())?.select_queries(&queries)?;
+                let (inputs, plain) = (selected.inputs(), plain.inputs());
+                assert_same("selected", (&attention, &inputs), (&oracle, &plain))?;
+                let difference = attention.weights(&inputs)? - oracle.weights(&plain)?;
+                assert!(difference.iter().all(|d| d.abs() < 1e-13));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_reaches_the_queries_that_see_it_and_no_others() -> Result<()> {
+    let n = 107;
+    let x = normal(n, 3, &mut rng(7));
+    for (radius, dilation, globals) in [(9, 1, vec![]), (4, 2, vec![50, 106])] {
+        let pattern = Pattern { radius, dilation, globals };
+        let mask = pattern.mask(n, n, 0);
+        let attention = pattern.attention(Flash::new().with_tiles(16, 16)?);
+        let clean = Inputs::dense(x.view(), x.view(), x.view())?;
+        let (expected, saved) = attention.forward_train(&clean)?;
+        let clean_grads = attention.backward(&clean, &saved, x.view())?;
+        for node in [0, 31, 50, 106] {
+            let mut poisoned = x.clone();
+            poisoned.row_mut(node).fill(f64::NAN);
+            for (key, value) in [(&poisoned, &x), (&x, &poisoned)] {
+                let inputs = Inputs::dense(x.view(), key.view(), value.view())?;
+                let out = attention.forward(&inputs)?;
+                for (query, row) in out.rows().into_iter().enumerate() {
+                    if mask[[query, node]] {
+                        assert!(row.iter().all(|o| o.is_nan()), "{query} {node}");
+                    } else {
+                        assert_eq!(row, expected.row(query), "{query} {node}");
+                    }
+                }
+            }
+            // In its query and the gradient of its output: reaches the keys it sees.
+            let inputs = Inputs::dense(poisoned.view(), x.view(), x.view())?;
+            let (out, saved) = attention.forward_train(&inputs)?;
+            let grads = attention.backward(&inputs, &saved, poisoned.view())?;
+            for other in 0..n {
+                assert_eq!(out.row(other)[0].is_nan(), other == node);
+                assert_eq!(grads.query.row(other)[0].is_nan(), other == node);
+                for (grad, clean) in
+                    [(&grads.key, &clean_grads.key), (&grads.value, &clean_grads.value)]
+                {
+                    let (grad, clean) = (grad[[other, 0]], clean[[other, 0]]);
+                    assert_eq!(grad.is_nan(), mask[[node, other]], "{node} {other}");
+                    assert!(grad.is_nan() || (grad - clean).abs() < 1e-12);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_by_order_are_the_derivatives() {
+    for window in [Window::new(0), Window::new(1), Window::new(1).dilation(2).globals(&[3, 0, 3])] {
+        let flash = Flash::new().with_tiles(2, 3).unwrap();
+        let mut attention = LocalGlobal::by_order(window, flash).unwrap();
+        let shapes = Shapes::new(4 * 3, 2 * 3, 2 * 5).kv_heads(4, 2);
+        let report = check_gradients(&mut attention, &shapes).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(report.refused, Vec::<&str>::new());
+    }
+}
+
+/// A graph with parallel edges, nodes of one kind of edge alone, and one without edges.
+fn layered(rng: &mut Rng) -> Result<(Graph, Vec<u8>)> {
+    let mut edges: Vec<_> =
+        (0..300).map(|_| (rng.random_range(0..28), rng.random_range(0..31))).collect();
+    let mut layers: Vec<u8> = (0..300).map(|_| rng.random_range(0..3)).collect();
+    for (query, layer) in [(28, 0), (28, 0), (29, 2), (29, 1)] {
+        edges.push((query, edges.len() % 31));
+        layers.push(layer);
+    }
+    Ok((Graph::from_edges(31, 31, edges)?, layers))
+}
+
+#[test]
+fn the_union_is_one_softmax() -> Result<()> {
+    let mut rng = rng(8);
+    let (graph, layers) = layered(&mut rng)?;
+    let x = normal(31, 6, &mut rng);
+    let all_layers: Vec<u8> = (0..31 * 31).map(|_| rng.random_range(0..3)).collect();
+    let logits = normal(graph.num_edges(), 2, &mut rng)
+        .mapv(|logit| if logit > 0.8 { f64::NEG_INFINITY } else { logit });
+    let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
+    let sparse = sparse.with_layers(&layers)?;
+    let dense = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?;
+    let dense = dense.with_layers(&all_layers)?;
+    let dropout = Dropout { probability: 0.4, seed: 2 };
+    for inputs in [
+        sparse,
+        sparse.causal().with_dropout(dropout)?,
+        sparse.with_bias(logits.view())?,
+        dense,
+        dense.causal().with_dropout(dropout)?,
+    ] {
+        let union = LocalGlobal::by_layer_union(Flash::new(), Flash::new());
+        assert_same("union", (&union, &inputs), (&ScaledDotProduct::new(), &inputs))?;
+        let difference = union.weights(&inputs)? - Flash::new().weights(&inputs)?;
+        assert!(difference.iter().all(|d| d.abs() < 1e-14));
+    }
+
+    // With scales of their own: logits by hand.
+    let inputs = sparse.with_heads(1)?;
+    let union =
+        LocalGlobal::by_layer_union(Flash::new().with_scale(0.9)?, Flash::new().with_scale(-0.4)?);
+    let out = union.forward(&inputs)?;
+    for query in 0..31 {
+        let logits = graph.row(query).map(|(key, edge)| {
+            let scale = if layers[edge] == 0 { 0.9 } else { -0.4 };
+            (key, scale * x.row(query).dot(&x.row(key)))
+        });
+        let (mut sum, mut mean) = (0.0, Array1::<f64>::zeros(6));
+        for (key, logit) in logits {
+            sum += logit.exp();
+            mean.scaled_add(logit.exp(), &x.row(key));
+        }
+        let expected = if sum > 0.0 { mean / sum } else { mean };
+        assert!((&out.row(query) - &expected).iter().all(|d| d.abs() < 1e-13), "{query}");
+    }
+    Ok(())
+}
+
+fn boxed(attention: impl Attention<f64> + 'static) -> Box<dyn Attention<f64>> {
+    Box::new(attention)
+}
+
+#[test]
+fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
+    let mut rng = rng(9);
+    let (graph, layers) = layered(&mut rng)?;
+    let x = normal(31, 6, &mut rng);
+    let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
+    let inputs = inputs.with_layers(&layers)?;
+    let (sharp, soft) = (Flash::new().with_scale(2.0)?, Flash::new().with_scale(0.3)?);
+    let mut attention =
+        LocalGlobal::by_layer_gate(3, 2, boxed(sharp.clone()), boxed(soft.clone()), &mut rng)?;
+    let mut names = Vec::new();
+    attention.visit_params(&mut |name, _| names.push(name.to_owned()));
+    assert_eq!(names, ["gate.weight", "gate.bias"]);
+    let weight = normal(2, 3, &mut rng);
+    let bias = array![0.4, -1.1];
+    let state =
+        [("gate.weight", weight.clone().into_dyn()), ("gate.bias", bias.clone().into_dyn())];
+    params::load_state(&mut attention, state)?;
+    let out = attention.forward(&inputs)?;
+    let weights = attention.weights(&inputs)?;
+
+    let one_kind = |is_global: bool| {
+        let edges: Vec<usize> =
+            (0..layers.len()).filter(|&edge| (layers[edge] > 0) == is_global).collect();
+        let mut ends = vec![(0, 0); layers.len()];
+        for query in 0..31 {
+            graph.row(query).for_each(|(key, edge)| ends[edge] = (query, key));
+        }
+        Graph::from_edges(31, 31, edges.iter().map(|&edge| ends[edge])).map(|graph| (graph, edges))
+    };
+    let (mut total, mut seen_kinds) = (Array2::<f64>::zeros((304, 2)), [0; 4]);
+    let (local_graph, local_edges) = one_kind(false)?;
+    let (global_graph, global_edges) = one_kind(true)?;
+    let local = Inputs::graph(x.view(), x.view(), x.view(), &local_graph)?.with_heads(2)?;
+    let global = Inputs::graph(x.view(), x.view(), x.view(), &global_graph)?.with_heads(2)?;
+    let (local_out, global_out) = (sharp.forward(&local)?, soft.forward(&global)?);
+    let (local_weights, global_weights) = (sharp.weights(&local)?, soft.weights(&global)?);
+    for query in 0..31 {
+        let kinds = [&local_graph, &global_graph].map(|graph| !graph.neighbors(query).is_empty());
+        seen_kinds[usize::from(kinds[0]) + 2 * usize::from(kinds[1])] += 1;
+        for head in 0..2 {
+            let columns = s![query, 3 * head..3 * head + 3];
+            let logit = weight.row(head).dot(&x.slice(columns)) + bias[head];
+            let share = match kinds {
+                [true, true] => 1.0 / (1.0 + f64::exp(-logit)),
+                [is_local, _] => f64::from(u8::from(is_local)),
+            };
+            let expected =
+                share * &local_out.slice(columns) + (1.0 - share) * &global_out.slice(columns);
+            assert!((&out.slice(columns) - &expected).iter().all(|d| d.abs() < 1e-14), "{query}");
+            for (graph, edges, weights, share) in [
+                (&local_graph, &local_edges, &local_weights, share),
+                (&global_graph, &global_edges, &global_weights, 1.0 - share),
+            ] {
+                for (_, edge) in graph.row(query) {
+                    total[[edges[edge], head]] = share * weights[[edge, head]];
+                }
+            }
+        }
+    }
+    assert!(seen_kinds.iter().all(|&count| count > 0), "{seen_kinds:?}");
+    assert!((weights - total).iter().all(|d| d.abs() < 1e-15));
+    Ok(())
+}
+
+#[test]
+fn a_bias_may_leave_a_head_one_kind() -> Result<()> {
+    let mut rng = rng(10);
+    let x = normal(3, 4, &mut rng);
+    let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2)])?;
+    // Head 0 of query 0 does not see its global pair.
+    let bias = array![[0.0, 0.0], [f64::NEG_INFINITY, 0.0]];
+    let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
+    let inputs = inputs.with_layers(&[0, 4])?.with_bias(bias.view())?;
+    let [local, global] = [boxed(Flash::new()), boxed(Flash::new())];
+    let mut attention = LocalGlobal::by_layer_gate(2, 2, local, global, &mut rng)?;
+    let zeros = [
+        ("gate.weight", Array2::<f64>::zeros((2, 2)).into_dyn()),
+        ("gate.bias", Array1::<f64>::zeros(2).into_dyn()),
+    ];
+    params::load_state(&mut attention, zeros)?;
+    let out = attention.forward(&inputs)?;
+    assert_eq!(out.slice(s![0, ..2]), x.slice(s![1, ..2]));
+    let mean = (&x.slice(s![1, 2..]) + &x.slice(s![2, 2..])) / 2.0;
+    assert!((&out.slice(s![0, 2..]) - &mean).iter().all(|d| d.abs() < 1e-15));
+    Ok(())
+}
+
+#[test]
+fn a_gate_between_mechanisms_with_edge_features_keeps_the_laws() -> Result<()> {
+    let gat = |score| EdgeGatConfig::new(score, 5, 4, 2).edge_dim(3).init(&mut rng(20));
+    let [local, global] = [boxed(gat(Score::GatV2)?), boxed(gat(Score::DotProduct)?)];
+    let mut attention = LocalGlobal::by_layer_gate(5, 1, local, global, &mut rng(21))?;
+    let shapes = Shapes::new(5, 5, 5).edge_dim(3);
+    for report in [check_attention(&attention, &shapes), check_gradients(&mut attention, &shapes)] {
+        let report = report.unwrap_or_else(|e| panic!("{e}"));
+        // What graph attention networks refuse.
+        assert!(report.refused.iter().all(|case| case.contains("bias")), "{report:?}");
+        assert!(report.checked.len() >= 14, "{report:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
+    let x = normal(7, 4, &mut rng(11));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    let refused = LocalGlobal::<f64>::by_order(Window::new(2).dilation(0), Flash::new());
+    assert!(refused.unwrap_err().to_string().contains("dilation: expected at least 1, got 0"));
+    let attention = LocalGlobal::by_order(Window::new(2).globals(&[7, 3]), Flash::new())?;
+    let refused = attention.forward(&inputs).unwrap_err().to_string();
+    assert_eq!(refused, "globals: expected positions below 7, got 7");
+    assert!(attention.weights(&inputs).is_err());
+    // A position without a query is one all the same.
+    assert!(attention.forward(&inputs.select_queries(&[2])?.inputs()).is_err());
+    let wide = normal(9, 4, &mut rng(12));
+    assert!(attention.forward(&Inputs::dense(x.view(), wide.view(), wide.view())?).is_ok());
+
+    let union = LocalGlobal::<f64>::by_layer_union(Flash::new(), Flash::new());
+    let missing =
+        Error::MissingInput { mechanism: "local_global".into(), channel: Channel::Layers };
+    assert_eq!(union.forward(&inputs).unwrap_err(), missing);
+    assert_eq!(union.weights(&inputs).unwrap_err(), missing);
+
+    let layers = vec![0; 49];
+    let inputs = inputs.with_layers(&layers)?;
+    let gate = |head_dim, heads, global| {
+        LocalGlobal::by_layer_gate(head_dim, heads, boxed(Flash::new()), global, &mut rng(13))
+    };
+    for (head_dim, heads) in [(0, 1), (4, 0)] {
+        let refused = gate(head_dim, heads, boxed(Flash::new()));
+        assert!(matches!(refused, Err(Error::InvalidConfig { .. })));
+    }
+    let refused = gate(2, 2, boxed(Flash::new()))?.forward(&inputs).unwrap_err().to_string();
+    assert!(refused.contains("heads of the inputs, as of the gate"), "{refused}");
+    let refused = gate(3, 1, boxed(Flash::new()))?.forward(&inputs).unwrap_err();
+    assert!(matches!(refused, Error::Shape { what, .. } if what == "query"));
+    let wider = MultiHeadConfig::new(4, 1).output_dim(5).init(Flash::new(), &mut rng(14))?;
+    let refused = gate(4, 1, boxed(wider))?.forward(&inputs).unwrap_err().to_string();
+    assert!(refused.contains("global (multi_head), as of local (flash)"), "{refused}");
+    let gat = EdgeGatConfig::new(Score::Gat, 4, 4, 1).edge_dim(2).init(&mut rng(15))?;
+    let refused = gate(4, 1, boxed(gat))?.forward(&inputs).unwrap_err().to_string();
+    assert!(
+        refused.starts_with("global (edge_gat): expected inputs with edge features"),
+        "{refused}"
+    );
+
+    // Saved by another reading.
+    let (out, saved) = union.forward_train(&inputs)?;
+    let refused = gate(4, 1, boxed(Flash::new()))?.backward(&inputs, &saved, out.view());
+    assert!(matches!(refused, Err(Error::SavedMismatch { .. })));
+    Ok(())
+}
+
+#[test]
+fn shards_of_a_long_line_agree_with_the_whole() -> Result<()> {
+    // Longer than the mask of the other tests could be.
+    let n = 20_011;
+    let x = normal(n, 4, &mut rng(16));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?.causal();
+    let window = Window::new(70).dilation(2).globals(&[10_007]);
+    let out = LocalGlobal::by_order(window, Flash::new())?.forward(&inputs)?;
+    for query in [0, 9_999, 10_007, 10_008, 20_010] {
+        let mut keys: Vec<usize> = match query {
+            10_007 => (0..=query).collect(),
+            _ => (0..=70).filter_map(|step: usize| query.checked_sub(2 * step)).collect(),
+        };
+        if query > 10_007 && !keys.contains(&10_007) {
+            keys.push(10_007);
+        }
+        let seen = x.select(Axis(0), &keys);
+        let single = Inputs::single(x.row(query), seen.view(), seen.view())?;
+        let expected = ScaledDotProduct::new().forward(&single)?;
+        assert!((&expected.row(0) - &out.row(query)).iter().all(|d| d.abs() < 1e-13), "{query}");
+    }
+    Ok(())
+}
