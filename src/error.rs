@@ -38,7 +38,7 @@ pub enum Error {
     )]
     MissingInput {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
-        /// expert in a mixture.
+        /// expert in a mixture, `cross (flash)` of a branch.
         mechanism: Cow<'static, str>,
         /// The channel it needs.
         channel: Channel,
@@ -49,7 +49,7 @@ pub enum Error {
     )]
     Unsupported {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
-        /// expert in a mixture.
+        /// expert in a mixture, `cross (flash)` of a branch.
         mechanism: Cow<'static, str>,
         /// The channel it cannot honour.
         channel: Channel,
@@ -68,7 +68,7 @@ pub enum Error {
     #[error("{what}: expected a norm less than {limit} in row {row}, got {norm}")]
     Domain {
         /// The argument, e.g. `query`.
-        what: &'static str,
+        what: Cow<'static, str>,
         /// The row; 0 where a single point was expected.
         row: usize,
         /// The norm of the point.
@@ -177,26 +177,38 @@ impl Error {
         }
     }
 
-    /// The error of an expert on some queries, in the words of the mixture around it: says which
-    /// expert, and numbers the rows of queries as the mixture does.
-    pub(crate) fn in_expert(self, expert: usize, name: &str, queries: &[usize]) -> Self {
-        let of_expert = |name: &str| format!("expert {expert} ({name})");
+    /// The error of a mechanism inside another, in the words of the one around: says which part of it
+    /// that is, `cross` or `expert 2`.
+    pub(crate) fn in_part(self, part: &str, name: &str) -> Self {
+        let of_part = |name: &str| format!("{part} ({name})");
         match self {
             Self::MissingInput { mechanism: name, channel } => {
-                Self::MissingInput { mechanism: of_expert(&name).into(), channel }
+                Self::MissingInput { mechanism: of_part(&name).into(), channel }
             }
             Self::Unsupported { mechanism: name, channel } => {
-                Self::Unsupported { mechanism: of_expert(&name).into(), channel }
+                Self::Unsupported { mechanism: of_part(&name).into(), channel }
             }
             Self::Shape { what, expected, actual } => {
-                let what = format!("{}: {what}", of_expert(name)).into();
+                let what = format!("{}: {what}", of_part(name)).into();
                 Self::Shape { what, expected, actual }
             }
-            Self::Domain { what: what @ "query", row, norm, limit } => {
-                Self::Domain { what, row: queries.get(row).copied().unwrap_or(row), norm, limit }
+            Self::Domain { what, row, norm, limit } => {
+                let what = format!("{}: {what}", of_part(name)).into();
+                Self::Domain { what, row, norm, limit }
             }
             other => other,
         }
+    }
+
+    /// The error of an expert on some queries: [`in_part`](Self::in_part), with the rows of queries
+    /// numbered as in the mixture.
+    pub(crate) fn in_expert(mut self, expert: usize, name: &str, queries: &[usize]) -> Self {
+        if let Self::Domain { what, row, .. } = &mut self
+            && what.ends_with("query")
+        {
+            *row = queries.get(*row).copied().unwrap_or(*row);
+        }
+        self.in_part(&format!("expert {expert}"), name)
     }
 }
 
