@@ -110,6 +110,8 @@ struct Origin<'a> {
     queries: &'a [usize],
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<&'a [usize]>,
+    /// Of the second graph, if it was selected with the queries.
+    latent_pairs: Option<&'a [usize]>,
     /// Of the whole inputs.
     num_queries: usize,
 }
@@ -215,6 +217,19 @@ impl<'a, F: Float> Inputs<'a, F> {
         check_shape("key", &[self.num_keys(), key.ncols()], key.shape())?;
         check_shape("value", &[self.num_keys(), value.ncols()], value.shape())?;
         Ok(Inputs { query, key, value, heads: 1, kv_heads: 1, ..*self })
+    }
+
+    /// The same queries, keys and values over the latent pairs instead, which have no data of their
+    /// own: bias, edge features, distances and layers are left out. Mask, causal pattern and dropout
+    /// stay.
+    ///
+    /// # Errors
+    /// As [`latent`](Self::latent).
+    pub(crate) fn over_latent(&self, mechanism: &'static str) -> Result<Self> {
+        let pattern = Pattern::Graph(self.latent(mechanism)?);
+        let origin = self.origin.map(|origin| Origin { pairs: origin.latent_pairs, ..origin });
+        let (bias, edge_features, distances, layers) = (None, None, None, None);
+        Ok(Self { pattern, origin, bias, edge_features, distances, layers, ..*self })
     }
 
     /// Splits the columns of query, key and value into `heads` equal blocks.
@@ -405,6 +420,9 @@ impl<'a, F: Float> Inputs<'a, F> {
     pub fn with_latent(mut self, latent: &'a Graph) -> Result<Self> {
         check_graph("latent", latent, &self.query, &self.key)?;
         self.latent = Some(latent);
+        if let Some(origin) = &mut self.origin {
+            origin.latent_pairs = None;
+        }
         Ok(self)
     }
 
@@ -621,7 +639,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             None => num_keys,
             Some(Causal::TopLeft) => query(),
             Some(Causal::BottomRight) => {
-                query().saturating_add(num_keys).saturating_sub(self.num_rows_of_causal())
+                query().saturating_add(num_keys).saturating_sub(self.num_whole_queries())
             }
         };
         end.min(num_keys)
@@ -633,7 +651,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             None => 0,
             Some(Causal::TopLeft) => key,
             Some(Causal::BottomRight) => {
-                (key + self.num_rows_of_causal()).saturating_sub(self.num_keys())
+                (key + self.num_whole_queries()).saturating_sub(self.num_keys())
             }
         };
         match self.origin {
@@ -642,8 +660,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The number of queries for which the causal pattern is made.
-    fn num_rows_of_causal(&self) -> usize {
+    /// The number of queries in the inputs that these are selected from, for which the causal pattern
+    /// is made; otherwise their own.
+    pub(crate) fn num_whole_queries(&self) -> usize {
         self.origin.map_or(self.num_queries(), |origin| origin.num_queries)
     }
 

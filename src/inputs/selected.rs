@@ -35,6 +35,8 @@ struct Numbers {
     queries: Vec<usize>,
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<Vec<usize>>,
+    /// Of the second graph.
+    latent_pairs: Option<Vec<usize>>,
 }
 
 impl<'a, F: Float> Inputs<'a, F> {
@@ -78,14 +80,22 @@ impl<'a, F: Float> Inputs<'a, F> {
                 (Some(graph), Some(pairs))
             }
         };
-        let numbers = Numbers { queries: queries.to_vec(), pairs };
+        let (latent, latent_pairs) = match self.latent {
+            None => (None, None),
+            Some(latent) => {
+                let (latent, pairs) = latent.select_queries(queries)?;
+                (Some(latent), Some(pairs))
+            }
+        };
+        let numbers = Numbers { queries: queries.to_vec(), pairs, latent_pairs };
+        let back = |pairs: &Option<Vec<usize>>, numbers: Option<&[usize]>| {
+            let pairs = pairs.as_ref().zip(numbers);
+            pairs.map(|(pairs, numbers)| pairs.iter().map(|&pair| numbers[pair]).collect())
+        };
         let outermost = self.origin.map(|origin| Numbers {
             queries: queries.iter().map(|&query| origin.queries[query]).collect(),
-            pairs: numbers
-                .pairs
-                .as_ref()
-                .zip(origin.pairs)
-                .map(|(pairs, numbers)| pairs.iter().map(|&pair| numbers[pair]).collect()),
+            pairs: back(&numbers.pairs, origin.pairs),
+            latent_pairs: back(&numbers.latent_pairs, origin.latent_pairs),
         });
         let rows = runs(queries);
         let pairs = self.rows_of_pairs(&numbers);
@@ -99,7 +109,6 @@ impl<'a, F: Float> Inputs<'a, F> {
         let layers = self
             .layers
             .map(|layers| pairs.iter().flat_map(|pairs| &layers[pairs.clone()]).copied().collect());
-        let latent = self.latent.map(|latent| latent.select_queries(queries));
         Ok(SelectedInputs {
             outermost,
             query: gather("query", self.query, &rows)?,
@@ -112,7 +121,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             query_positions: (self.positions)
                 .map(|positions| gather("query positions", positions.query, &rows))
                 .transpose()?,
-            latent: latent.transpose()?.map(|(latent, _)| latent),
+            latent,
             whole: *self,
             numbers,
         })
@@ -138,8 +147,9 @@ impl<F: Float> SelectedInputs<'_, F> {
     /// The inputs.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
-        let Numbers { queries, pairs } = self.outermost.as_ref().unwrap_or(&self.numbers);
-        let num_queries = self.whole.num_rows_of_causal();
+        let Numbers { queries, pairs, latent_pairs } =
+            self.outermost.as_ref().unwrap_or(&self.numbers);
+        let num_queries = self.whole.num_whole_queries();
         Inputs {
             query: self.query.view(),
             pattern: self.graph.as_ref().map_or(Pattern::Dense, Pattern::Graph),
@@ -152,7 +162,12 @@ impl<F: Float> SelectedInputs<'_, F> {
             positions: (self.query_positions.as_ref().zip(self.whole.positions))
                 .map(|(query, positions)| Positions { query: query.view(), ..positions }),
             latent: self.latent.as_ref(),
-            origin: Some(Origin { queries, pairs: pairs.as_deref(), num_queries }),
+            origin: Some(Origin {
+                queries,
+                pairs: pairs.as_deref(),
+                latent_pairs: latent_pairs.as_deref(),
+                num_queries,
+            }),
             ..self.whole
         }
     }
