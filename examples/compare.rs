@@ -9,9 +9,11 @@
 //! `peak_alloc`, `rand`, `rand_distr`.
 
 use graph_attention::ndarray::Array2;
+use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, Inputs, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
+    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Error, Flash, Fusion, Graph, Inputs,
+    LatentSearch, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result,
+    ScaledDotProduct, Score,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -31,11 +33,14 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new().with_scale(1.0)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
     ];
+    let dual = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
+    let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), rng)?;
     Ok(vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(COLUMNS, HEADS).init(Flash::new(), rng)?),
         Box::new(MoeConfig::new(COLUMNS, 2).init(experts, rng)?),
+        Box::new(dual.with_search(LatentSearch::new(5, Metric::Cosine))),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
         Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),

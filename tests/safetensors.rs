@@ -4,8 +4,9 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer,
-    PerformerConfig, Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
+    Attention, DualSpace, DualSpaceConfig, Error, Flash, Float, Fusion, MoeConfig, MultiHead,
+    MultiHeadConfig, Params, Performer, PerformerConfig, Poincare, PoincareConfig, Result,
+    ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -79,6 +80,13 @@ fn performer<F: Float>(seed: u64) -> Performer<F> {
     PerformerConfig::new(3, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
 }
 
+fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
+    let branch = |seed| multi_head(&MultiHeadConfig::new(6, 2), Flash::new(), seed);
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+    let config = DualSpaceConfig::new(fusion, 6);
+    config.init(branch(seed + 3), poincare(seed), branch(seed + 4), rng).unwrap()
+}
+
 fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
@@ -99,6 +107,8 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
             let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
             MoeConfig::new(6, 2).noise(true).init(experts, rng).unwrap()
         }),
+        Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
+        Box::new(dual_space(Fusion::Gated, seed)),
     ]
 }
 

@@ -4,8 +4,8 @@
 use graph_attention::ndarray::Array2;
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
-    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, Inputs, MoeConfig,
-    MultiHeadConfig, PerformerConfig, PoincareConfig,
+    Aggregation, Attention, Causal, Coordinates, DualSpaceConfig, Flash, Fusion, Gradients, Graph,
+    Inputs, LatentSearch, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -76,6 +76,18 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     });
     let experts = experts.collect();
     let moe = MoeConfig::new(columns, 2).init(experts, &mut rng).unwrap();
+    let [linear, gated] = [Fusion::Linear { output_dim: 23 }, Fusion::Gated].map(|fusion| {
+        let config = DualSpaceConfig::new(fusion, columns);
+        let dual = config.init(multi_head.clone(), Flash::new(), Flash::new(), &mut rng).unwrap();
+        dual.with_search(LatentSearch::new(7, Metric::Cosine))
+    });
+    for attention in [&linear as &dyn Attention<f32>, &gated] {
+        for inputs in [sparse, dense.causal()] {
+            let one = run(1, attention, &inputs);
+            assert_eq!(one, run(2, attention, &inputs));
+            assert_eq!(one, run(7, attention, &inputs));
+        }
+    }
     for attention in [&multi_head as &dyn Attention<f32>, &moe] {
         for inputs in [dense, sparse, dense.causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
