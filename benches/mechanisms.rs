@@ -4,10 +4,11 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use graph_attention::ndarray::{Array1, Array2};
+use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, Layout,
-    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
-    Score, Window,
+    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Flash, Fusion, Graph, GraphRopeConfig,
+    Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig,
+    PoincareConfig, ScaledDotProduct, Score, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -20,6 +21,10 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
     let gat = EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / 4, 4).init(&mut rng);
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
     let moe = MoeConfig::new(COLUMNS, 2).init(experts, &mut rng);
+    // Exact search included; a single query is not a node.
+    let search = LatentSearch::new(16, Metric::Cosine).exclude_self(false);
+    let dual = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
+    let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), &mut rng);
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
     // Wide enough for all pairs.
     let window = LocalGlobal::by_order(Window::new(10_000), Flash::new());
@@ -31,6 +36,7 @@ fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
         Box::new(multi_head.expect("4 heads divide the columns")),
         Box::new(moe.expect("2 of 8 experts")),
         Box::new(window.expect("the dilation is positive")),
+        Box::new(dual.expect("the sizes are positive").with_search(search)),
         Box::new(gat.expect("the sizes are positive")),
         Box::new(poincare.expect("the defaults are valid")),
         Box::new(performer.expect("the sizes are positive")),

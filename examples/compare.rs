@@ -10,10 +10,11 @@
 //! `peak_alloc`, `rand`, `rand_distr`.
 
 use graph_attention::ndarray::{Array1, Array2};
+use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Error, Flash, Graph, GraphRopeConfig, Inputs, Layout,
-    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result,
-    ScaledDotProduct, Score, Window,
+    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Error, Flash, Fusion, Graph,
+    GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
+    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score, Window,
 };
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -34,6 +35,8 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
     ];
     let rope = GraphRopeConfig::new(COLUMNS / HEADS, Layout::Half);
+    let dual = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
+    let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), rng)?;
     Ok(vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -41,6 +44,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(MoeConfig::new(COLUMNS, 2).init(experts, rng)?),
         // Without the edges between nodes whose numbers are far apart.
         Box::new(LocalGlobal::by_order(Window::new(12), Flash::new())?),
+        Box::new(dual.with_search(LatentSearch::new(5, Metric::Cosine))),
         Box::new(EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / HEADS, HEADS).init(rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),
         Box::new(PerformerConfig::new(COLUMNS / HEADS, 64).init(rng)?),

@@ -38,7 +38,7 @@ pub enum Error {
     )]
     MissingInput {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
-        /// expert in a mixture.
+        /// expert in a mixture, `cross (flash)` of a branch.
         mechanism: Cow<'static, str>,
         /// The channel it needs.
         channel: Channel,
@@ -49,7 +49,7 @@ pub enum Error {
     )]
     Unsupported {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
-        /// expert in a mixture.
+        /// expert in a mixture, `cross (flash)` of a branch.
         mechanism: Cow<'static, str>,
         /// The channel it cannot honour.
         channel: Channel,
@@ -68,7 +68,7 @@ pub enum Error {
     #[error("{what}: expected a norm less than {limit} in row {row}, got {norm}")]
     Domain {
         /// The argument, e.g. `query`.
-        what: &'static str,
+        what: Cow<'static, str>,
         /// The row; 0 where a single point was expected.
         row: usize,
         /// The norm of the point.
@@ -177,8 +177,9 @@ impl Error {
         }
     }
 
-    /// The error of a mechanism inside another, in the words of that: says which part it is, and
-    /// numbers the rows of queries as the other does, where it has given the part only some.
+    /// The error of a mechanism inside another, in the words of the one around: says which part of it
+    /// that is, `cross` or `expert 2`, and numbers the rows of queries as the one around does, where it
+    /// has given the part only some.
     pub(crate) fn in_part(
         self,
         part: impl fmt::Display,
@@ -197,9 +198,11 @@ impl Error {
                 let what = format!("{}: {what}", of_part(name)).into();
                 Self::Shape { what, expected, actual }
             }
-            Self::Domain { what: what @ "query", row, norm, limit } => {
-                let number = queries.and_then(|queries| queries.get(row)).copied();
-                Self::Domain { what, row: number.unwrap_or(row), norm, limit }
+            Self::Domain { what, row, norm, limit } => {
+                let queries = queries.filter(|_| what.ends_with("query"));
+                let row = queries.and_then(|queries| queries.get(row)).copied().unwrap_or(row);
+                let what = format!("{}: {what}", of_part(name)).into();
+                Self::Domain { what, row, norm, limit }
             }
             other => other,
         }

@@ -115,6 +115,8 @@ struct Origin<'a> {
     keys: Option<&'a [usize]>,
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<&'a [usize]>,
+    /// Of the second graph, if it was selected with the queries.
+    latent_pairs: Option<&'a [usize]>,
     /// Of the whole inputs.
     num_queries: usize,
     num_keys: usize,
@@ -222,6 +224,19 @@ impl<'a, F: Float> Inputs<'a, F> {
         check_shape("key", &[self.num_keys(), key.ncols()], key.shape())?;
         check_shape("value", &[self.num_keys(), value.ncols()], value.shape())?;
         Ok(Inputs { query, key, value, heads: 1, kv_heads: 1, ..*self })
+    }
+
+    /// The same queries, keys and values over the latent pairs instead, which have no data of their
+    /// own: bias, edge features, distances and layers are left out. Mask, causal pattern and dropout
+    /// stay.
+    ///
+    /// # Errors
+    /// As [`latent`](Self::latent).
+    pub(crate) fn over_latent(&self, mechanism: &'static str) -> Result<Self> {
+        let pattern = Pattern::Graph(self.latent(mechanism)?);
+        let origin = self.origin.map(|origin| Origin { pairs: origin.latent_pairs, ..origin });
+        let (bias, edge_features, distances, layers) = (None, None, None, None);
+        Ok(Self { pattern, origin, bias, edge_features, distances, layers, ..*self })
     }
 
     /// Splits the columns of query, key and value into `heads` equal blocks.
@@ -412,6 +427,9 @@ impl<'a, F: Float> Inputs<'a, F> {
     pub fn with_latent(mut self, latent: &'a Graph) -> Result<Self> {
         check_graph("latent", latent, &self.query, &self.key)?;
         self.latent = Some(latent);
+        if let Some(origin) = &mut self.origin {
+            origin.latent_pairs = None;
+        }
         Ok(self)
     }
 

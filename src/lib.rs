@@ -30,6 +30,7 @@
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
 //! | [`Moe`] | a mixture of experts of any kind, of which each query asks its own few | O(n) and the experts' |
 //! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global layers, in one softmax or by a learned gate | O(n); by layer O(pairs) |
+//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of one over the other | O(n) and the inner ones' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
@@ -77,6 +78,7 @@ pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
+pub use mechanisms::dual_space::{DualSpace, DualSpaceConfig, Fusion, LatentSearch};
 pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};

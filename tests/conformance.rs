@@ -3,9 +3,9 @@
 use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, EdgeGatConfig, Features, Flash, Float, GraphRopeConfig,
-    Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Projection,
-    ScaledDotProduct, Score, Window,
+    Aggregation, Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeGatConfig, Features,
+    Flash, Float, Fusion, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
+    PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -201,10 +201,10 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     ];
     // The laws are about all pairs, so windows are wide enough for all: in one block and in three.
     let by_order = |window, flash| LocalGlobal::by_order(window, flash).unwrap();
-    let mut projected = |heads| -> Box<dyn Attention<F>> {
-        Box::new(MultiHeadConfig::new(6, heads).init(Flash::new(), &mut rng).unwrap())
+    let mut projected = || -> Box<dyn Attention<F>> {
+        Box::new(MultiHeadConfig::new(6, 1).init(Flash::new(), &mut rng).unwrap())
     };
-    let [local, global] = [projected(1), projected(1)];
+    let [local, global] = [projected(), projected()];
     let mut gate = |head_dim, heads, local, global| {
         LocalGlobal::by_layer_gate(head_dim, heads, local, global, &mut rng).unwrap()
     };
@@ -216,8 +216,42 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (six(), gate(6, 1, local, global)),
     ]
     .map(|(shapes, attention)| (shapes, Box::new(attention) as Box<dyn Attention<F>>));
-    let all = others.into_iter().chain(gats).chain(poincare).chain(performers);
-    all.chain(moes).chain(ropes).chain(local_globals).collect()
+    // Inner mechanisms without parameters and with, a query of the cross branch that it must project,
+    // one in the other and in a mixture.
+    let linear = |output_dim, dim| DualSpaceConfig::new(Fusion::Linear { output_dim }, dim);
+    let gated = |dim| DualSpaceConfig::new(Fusion::Gated, dim);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(10);
+    let plain = |config: DualSpaceConfig, rng: &mut _| -> DualSpace<F> {
+        config.init(flash(2, 3), ScaledDotProduct::new(), Flash::new(), rng).unwrap()
+    };
+    let multi_head = |dim, rng: &mut _| {
+        let config = MultiHeadConfig::new(dim, 1).key_input_dim(5).value_input_dim(3);
+        config.output_dim(4).init(Flash::new(), rng).unwrap()
+    };
+    let mut projected = |config: DualSpaceConfig| {
+        let [graph, latent, cross] = [5, 5, 4].map(|dim| multi_head(dim, &mut rng));
+        config.init(graph, latent, cross, &mut rng).unwrap()
+    };
+    let around = [projected(linear(5, 4)), projected(gated(4))];
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(11);
+    let inside = plain(gated(6), &mut rng);
+    let nested = linear(7, 6).init(inside, flash(1, 2), flash(3, 3), &mut rng).unwrap();
+    let routed: Vec<Box<dyn Attention<F>>> =
+        vec![Box::new(plain(gated(6), &mut rng)), Box::new(plain(linear(6, 6), &mut rng))];
+    let routed = MoeConfig::new(6, 1).init(routed, &mut rng).unwrap();
+    let [a, b] = around;
+    let projections = || Shapes::new(5, 5, 3);
+    let duals: Vec<Entry<F>> = vec![
+        (six(), Box::new(plain(linear(5, 6), &mut rng))),
+        (six(), Box::new(plain(gated(6), &mut rng))),
+        (projections(), Box::new(a)),
+        (projections(), Box::new(b)),
+        (six(), Box::new(nested)),
+        (six(), Box::new(routed)),
+    ];
+    let duals = duals.into_iter().map(|(shapes, dual)| (shapes.reads_latent(), dual));
+    let leaves = others.into_iter().chain(gats).chain(poincare).chain(performers);
+    leaves.chain(moes).chain(ropes).chain(local_globals).chain(duals).collect()
 }
 
 /// Nothing was refused, but a bias by those that take edge features instead.

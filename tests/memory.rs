@@ -2,10 +2,11 @@
 
 use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::{Array1, Array2};
+use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, EdgeRope, Flash, Gradients, Graph, GraphRope, GraphRopeConfig, Inputs,
-    Layout, LocalGlobal, Moe, MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig,
-    ScaledDotProduct, Window,
+    Array2, Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeRope, Flash, Fusion, Gradients,
+    Graph, GraphRope, GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, Metric, Moe,
+    MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -74,6 +75,14 @@ fn moe() -> Moe<f32> {
     MoeConfig::new(COLUMNS, 2).init(experts, &mut rng).unwrap()
 }
 
+/// With a search among all keys.
+fn dual() -> DualSpace<f32> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let config = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
+    let dual = config.init(Flash::new(), Flash::new(), Flash::new(), &mut rng).unwrap();
+    dual.with_search(LatentSearch::new(4, Metric::Cosine))
+}
+
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
     let peaks: Vec<u64> =
         [1, 2, 4, 8, 16].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
@@ -94,6 +103,7 @@ fn all_but_the_plain_one_train_in_memory_linear_in_n() {
     // No square for the causal pattern of selected queries either.
     trains_in_memory_linear_in_n(&moe());
     trains_in_memory_linear_in_n(&rope(1));
+    trains_in_memory_linear_in_n(&dual());
 }
 
 #[test]

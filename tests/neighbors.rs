@@ -2,7 +2,7 @@
 
 use graph_attention::ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, array, s};
 use graph_attention::neighbors::{ExactIndex, Metric, Neighbor, NeighborIndex, NeighborSearch};
-use graph_attention::{Error, Float, Graph, Result};
+use graph_attention::{Error, Float, Graph, Inputs, Result};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 
@@ -350,6 +350,9 @@ fn bad_input_is_refused() {
     let four = nodes.slice(s![..4, ..]);
     assert_eq!(refused(four, &plain.exclude_self(true)), shape("queries", [5, 3], [4, 3]));
     assert_eq!(refused(nodes.view(), &plain.exclude(&graph)), shape("exclude", [5, 5], [5, 4]));
+    let other_keys = Inputs::dense(nodes.view(), four, four).unwrap();
+    let other_keys = refused(nodes.view(), &plain.visible_in(&other_keys));
+    assert_eq!(other_keys, shape("visible_in", [5, 5], [5, 4]));
     let error = refused(nodes.view(), &plain.threshold(f32::NAN)).to_string();
     assert_eq!(error, "threshold: expected a number, got NaN");
     let error = index.nearest_into(others.row(0), 1, &mut Vec::new()).unwrap_err();

@@ -400,7 +400,8 @@ fn key_row<'a>(inputs: &Inputs<'a, f64>, key: usize) -> ndarray::ArrayView1<'a, 
 fn points_outside_are_errors_that_name_them() {
     let inside = array![[0.1, 0.2], [0.3, -0.4], [0.0, 0.5]];
     let outside = array![[0.1, 0.2], [0.6, 0.8], [0.0, 0.5]];
-    let domain = |what, norm| Error::Domain { what, row: 1, norm, limit: 1.0 };
+    let domain =
+        |what: &'static str, norm| Error::Domain { what: what.into(), row: 1, norm, limit: 1.0 };
     let poincare = PoincareConfig::new().init::<f64>().unwrap();
     for (arrays, what) in [
         ([&outside, &inside, &inside], "query"),
@@ -436,7 +437,7 @@ fn points_outside_are_errors_that_name_them() {
                 }
                 Err(error) => {
                     let expected = Error::Domain {
-                        what: "value",
+                        what: "value".into(),
                         row: 0,
                         norm: 0.25 * limit,
                         limit: 0.25 * limit,

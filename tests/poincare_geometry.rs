@@ -639,7 +639,8 @@ fn bad_input() {
             for length in [2.0, 1.0, f64::INFINITY] {
                 let mut a = a.clone();
                 a[k] = vec![0.0, -length];
-                let expected = Error::Domain { what, row: 0, norm: length, limit: 1.0 };
+                let expected =
+                    Error::Domain { what: what.into(), row: 0, norm: length, limit: 1.0 };
                 assert_eq!((function.forward)(&a, 1.0), Err(expected.clone()), "{name}");
                 assert_eq!((function.vjp)(&a, 1.0, &g), Err(expected), "{name}");
             }
@@ -662,7 +663,7 @@ fn bad_input() {
     let curved = config("c", "a finite number above 0", "0");
     assert_eq!(to_lorentz(&x, 0.0, &mut three), Err(curved.clone()));
     assert_eq!(from_lorentz(&three.clone(), 0.0, &mut two), Err(curved));
-    let off = Error::Domain { what: "point", row: 0, norm: 3.0, limit: 3.0 };
+    let off = Error::Domain { what: "point".into(), row: 0, norm: 3.0, limit: 3.0 };
     assert_eq!(from_lorentz(&[2.0, 0.0, 3.0], 1.0, &mut two), Err(off));
 
     let expected = "a number from 4 ε to 1, without 1";
@@ -670,12 +671,13 @@ fn bad_input() {
         let refused = project(&x, 1.0, margin, &mut two);
         assert_eq!(refused, Err(config("margin", expected, text)));
     }
-    let infinite = Error::Domain { what: "x", row: 0, norm: f64::INFINITY, limit: f64::INFINITY };
+    let infinite =
+        Error::Domain { what: "x".into(), row: 0, norm: f64::INFINITY, limit: f64::INFINITY };
     assert_eq!(project(&[f64::INFINITY, 0.0], 1.0, 0.1, &mut two), Err(infinite.clone()));
     assert_eq!(conformal_factor(&[f64::INFINITY, 0.0], 0.0), Err(infinite));
 
     let points = Array2::from_shape_vec((2, 2), [x, far].concat()).unwrap();
-    let row = Error::Domain { what: "points", row: 1, norm: 2.0, limit: 1.0 };
+    let row = Error::Domain { what: "points".into(), row: 1, norm: 2.0, limit: 1.0 };
     assert_eq!(midpoint(points.view(), &[1.0, 0.0], 1.0, &mut two), Err(row));
     let expected = "finite numbers, at least 0 and not all 0";
     for (weights, text) in
@@ -784,7 +786,7 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
             count += 1;
             let out = match (function.forward)(&a, c) {
                 // On the hyperboloid a point of the last ulps is rounded off it.
-                Err(Error::Domain { what: "point", .. }) => {
+                Err(Error::Domain { what, .. }) if what == "point" => {
                     refused += 1;
                     continue;
                 }

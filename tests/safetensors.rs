@@ -4,9 +4,9 @@
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{
-    Attention, Error, Flash, Float, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHead,
-    MultiHeadConfig, Params, Performer, PerformerConfig, Poincare, PoincareConfig, Result,
-    ScaledDotProduct, params, safetensors,
+    Attention, DualSpace, DualSpaceConfig, Error, Flash, Float, Fusion, GraphRopeConfig, Layout,
+    LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer, PerformerConfig,
+    Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::fmt::Write;
@@ -84,6 +84,13 @@ fn performer<F: Float>(seed: u64) -> Performer<F> {
 }
 
 /// Every mechanism that has parameters, each in the forms that its parameters take.
+fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
+    let branch = |seed| multi_head(&MultiHeadConfig::new(6, 2), Flash::new(), seed);
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
+    let config = DualSpaceConfig::new(fusion, 6);
+    config.init(branch(seed + 3), poincare(seed), branch(seed + 4), rng).unwrap()
+}
+
 fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
@@ -111,6 +118,8 @@ fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
             let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
             LocalGlobal::by_layer_gate(6, 1, local, Box::new(poincare(seed)), rng).unwrap()
         }),
+        Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
+        Box::new(dual_space(Fusion::Gated, seed)),
     ]
 }
 

@@ -5,8 +5,8 @@ use graph_attention::ndarray::{
 };
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Attention, Channel, Dropout, Error, Flash, GradientsMut, Inputs, MultiHeadConfig, Params,
-    Pattern, Result, Saved, params,
+    Attention, Channel, Dropout, DualSpaceConfig, Error, Flash, Fusion, GradientsMut, Inputs,
+    MultiHeadConfig, Params, Pattern, Result, Saved, params,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -339,6 +339,19 @@ fn heads_may_share_queries_but_not_keys() {
     let shapes = shapes.whole_queries();
     assert!(law(routed, &shapes).is_ok());
     assert_eq!(law(Sees(|x| x.with_kv_heads(2, 1)), &shapes).map(drop), own_columns);
+}
+
+#[test]
+fn latent_neighbours_are_seen_where_they_are_read() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let config = DualSpaceConfig::new(Fusion::Gated, 3);
+    let dual = config.init(Flash::new(), Flash::new(), Flash::new(), &mut rng).unwrap();
+    let law = |shapes| {
+        check_attention::<f64>(&dual, &shapes).map(drop).map_err(|violation| violation.law)
+    };
+    assert_eq!(law(Shapes::new(3, 3, 3).reads_latent()), Ok(()));
+    let unseen = law(Shapes::new(3, 3, 3)).unwrap_err();
+    assert!(unseen.starts_with("the data of hidden pairs and of keys"), "{unseen}");
 }
 
 #[test]

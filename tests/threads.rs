@@ -4,8 +4,9 @@
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
-    Aggregation, Attention, Causal, Coordinates, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
-    Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Window,
+    Aggregation, Attention, Causal, Coordinates, DualSpaceConfig, Flash, Fusion, Gradients, Graph,
+    GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
+    PerformerConfig, PoincareConfig, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -89,6 +90,18 @@ fn one_two_and_seven_threads_give_the_same_bits() {
             let one = run(1, rope, &inputs);
             assert_eq!(one, run(2, rope, &inputs));
             assert_eq!(one, run(7, rope, &inputs));
+        }
+    }
+    let [linear, gated] = [Fusion::Linear { output_dim: 23 }, Fusion::Gated].map(|fusion| {
+        let config = DualSpaceConfig::new(fusion, columns);
+        let dual = config.init(multi_head.clone(), Flash::new(), Flash::new(), &mut rng).unwrap();
+        dual.with_search(LatentSearch::new(7, Metric::Cosine))
+    });
+    for attention in [&linear as &dyn Attention<f32>, &gated] {
+        for inputs in [sparse, dense.causal()] {
+            let one = run(1, attention, &inputs);
+            assert_eq!(one, run(2, attention, &inputs));
+            assert_eq!(one, run(7, attention, &inputs));
         }
     }
     for attention in [&multi_head as &dyn Attention<f32>, &moe] {

@@ -32,7 +32,7 @@ pub struct SelectedInputs<'a, F: Float> {
 }
 
 /// The numbers that selected queries, keys and pairs have in other inputs; `None` where all are.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Numbers {
     /// Strictly ascending.
     queries: Option<Vec<usize>>,
@@ -40,6 +40,8 @@ struct Numbers {
     keys: Option<Vec<usize>>,
     /// On a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<Vec<usize>>,
+    /// Of the second graph.
+    latent_pairs: Option<Vec<usize>>,
 }
 
 impl<'a, F: Float> Inputs<'a, F> {
@@ -83,7 +85,8 @@ impl<'a, F: Float> Inputs<'a, F> {
                 (Some(graph), Some(pairs))
             }
         };
-        let numbers = Numbers { queries: Some(queries.to_vec()), keys: None, pairs };
+        let queries = Some(queries.to_vec());
+        let numbers = Numbers { queries, pairs, ..Numbers::default() };
         self.gather(numbers, graph)
     }
 
@@ -104,7 +107,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             latent: None,
             ..*self
         };
-        read.gather(Numbers { queries, keys, pairs: None }, None)
+        read.gather(Numbers { queries, keys, ..Numbers::default() }, None)
     }
 
     /// Some of the pairs. Dense inputs get a mask, and keep all data as they are.
@@ -112,7 +115,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         &self,
         keep: impl Fn(Pair) -> bool,
     ) -> Result<SelectedInputs<'a, F>> {
-        let mut numbers = Numbers { queries: None, keys: None, pairs: None };
+        let mut numbers = Numbers::default();
         match self.pattern {
             Pattern::Dense => {
                 let shape = (self.num_queries(), self.num_keys());
@@ -131,11 +134,16 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    fn gather(&self, numbers: Numbers, graph: Option<Graph>) -> Result<SelectedInputs<'a, F>> {
+    fn gather(&self, mut numbers: Numbers, graph: Option<Graph>) -> Result<SelectedInputs<'a, F>> {
+        let latent = self.latent.zip(numbers.queries.as_deref());
+        let latent = latent.map(|(latent, queries)| latent.select_queries(queries)).transpose()?;
+        let (latent, latent_pairs) = latent.unzip();
+        numbers.latent_pairs = latent_pairs;
         let outermost = self.origin.map(|origin| Numbers {
             queries: renumber(numbers.queries.as_deref(), origin.queries),
             keys: renumber(numbers.keys.as_deref(), origin.keys),
             pairs: renumber(numbers.pairs.as_deref(), origin.pairs),
+            latent_pairs: renumber(numbers.latent_pairs.as_deref(), origin.latent_pairs),
         });
         let [rows, columns] =
             [&numbers.queries, &numbers.keys].map(|numbers| numbers.as_deref().map(runs));
@@ -154,8 +162,6 @@ impl<'a, F: Float> Inputs<'a, F> {
         let layers = self.layers.zip(pairs.as_ref()).map(|(layers, pairs)| {
             pairs.iter().flat_map(|pairs| &layers[pairs.clone()]).copied().collect()
         });
-        let latent = self.latent.zip(numbers.queries.as_deref());
-        let latent = latent.map(|(latent, queries)| latent.select_queries(queries));
         Ok(SelectedInputs {
             outermost,
             query: of_queries("query", self.query)?,
@@ -169,7 +175,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             layers,
             query_positions: (self.positions)
                 .map_or(Ok(None), |positions| of_queries("query positions", positions.query))?,
-            latent: latent.transpose()?.map(|(latent, _)| latent),
+            latent,
             whole: *self,
             numbers,
         })
@@ -206,7 +212,7 @@ impl<F: Float> SelectedInputs<'_, F> {
     /// The inputs.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
-        let Numbers { queries, keys, pairs } = self.outermost.as_ref().unwrap_or(&self.numbers);
+        let numbers = self.outermost.as_ref().unwrap_or(&self.numbers);
         let [num_queries, num_keys] = self.whole.whole_sizes();
         fn view<T>(array: &Option<Array2<T>>) -> Option<View2<'_, T>> {
             array.as_ref().map(|array| array.view())
@@ -232,9 +238,10 @@ impl<F: Float> SelectedInputs<'_, F> {
             }),
             latent: self.latent.as_ref().or(whole.latent),
             origin: Some(Origin {
-                queries: queries.as_deref(),
-                keys: keys.as_deref(),
-                pairs: pairs.as_deref(),
+                queries: numbers.queries.as_deref(),
+                keys: numbers.keys.as_deref(),
+                pairs: numbers.pairs.as_deref(),
+                latent_pairs: numbers.latent_pairs.as_deref(),
                 num_queries,
                 num_keys,
             }),

@@ -271,7 +271,7 @@ impl<F: Float> Lists<'_, F> {
 }
 
 /// A query of a block, and the best keys so far.
-struct Lane<'s, F> {
+struct Lane<'s, F: Float> {
     number: usize,
     /// `None` for a query that is similar to no key.
     query: Option<Query>,
@@ -317,7 +317,7 @@ impl<F: Float> Lane<'_, F> {
 }
 
 /// A block of queries, transposed.
-struct Block<'s, F> {
+struct Block<'s, F: Float> {
     lanes: Vec<Lane<'s, F>>,
     /// dim × width, zeros past the last query.
     packed: Vec<F>,

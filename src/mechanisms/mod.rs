@@ -1,5 +1,6 @@
 //! The mechanisms, one a file.
 
+pub(crate) mod dual_space;
 pub(crate) mod edge_gat;
 pub(crate) mod flash;
 pub(crate) mod graph_rope;

@@ -31,9 +31,10 @@ pub use exact::ExactIndex;
 #[cfg(feature = "hnsw")]
 pub use hnsw::{HnswConfig, HnswIndex};
 
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_vec};
 use crate::graph::Graph;
+use crate::inputs::{Inputs, Pair};
 use crate::kernels::nearest::Lists;
 use crate::kernels::parallel::{self, parts};
 use ndarray::{Array1, ArrayView1, ArrayView2};
@@ -212,18 +213,19 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
-pub struct NeighborSearch<'a, F> {
+pub struct NeighborSearch<'a, F: Float> {
     pub(crate) k: usize,
     pub(crate) threshold: Option<F>,
     exclude_self: bool,
     exclude: Option<&'a Graph>,
+    visible_in: Option<Inputs<'a, F>>,
 }
 
 impl<'a, F: Float> NeighborSearch<'a, F> {
     /// The k nearest keys of each query.
     #[must_use]
     pub fn new(k: usize) -> Self {
-        Self { k, threshold: None, exclude_self: false, exclude: None }
+        Self { k, threshold: None, exclude_self: false, exclude: None, visible_in: None }
     }
 
     /// Only keys of at least this similarity, in the units of the index' [`Metric`]. Default: all.
@@ -248,24 +250,51 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self
     }
 
+    /// Queries find only keys that the mask and the causal pattern of these inputs let them see,
+    /// whatever its pairs are. Where its queries are [selected](Inputs::select_queries), it is their
+    /// number among all that is [excluded](Self::exclude_self). Default: all keys are seen.
+    ///
+    /// ```
+    /// use graph_attention::Inputs;
+    /// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+    /// use graph_attention::ndarray::array;
+    ///
+    /// let x = array![[0.0], [1.0], [1.1]];
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.causal();
+    /// let search = NeighborSearch::new(1).exclude_self(true).visible_in(&inputs);
+    /// let found = ExactIndex::new(x.view(), Metric::Euclidean)?.search(x.view(), &search)?;
+    /// assert_eq!(found.graph.indices(), [0, 1]); // of nodes 1 and 2; node 0 sees no other
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    #[must_use]
+    pub fn visible_in(mut self, inputs: &Inputs<'a, F>) -> Self {
+        self.visible_in = Some(*inputs);
+        self
+    }
+
     /// Refuses a search that makes no sense for queries of this shape in an index of `num_keys` ×
     /// `dim`: the first line of [`NeighborIndex::search`].
     ///
     /// # Errors
     /// [`Error::Shape`] if the queries have another number of columns, or other rows than the keys
-    /// where a node is not to find itself, or if the excluded graph is over other numbers of queries
-    /// or keys; [`Error::InvalidConfig`] if the threshold is NaN.
+    /// where a node is not to find itself, or if the excluded graph or the inputs that hide keys are
+    /// over other numbers of queries or keys; [`Error::InvalidConfig`] if the threshold is NaN.
     pub fn check(
         &self,
         (num_queries, columns): (usize, usize),
         num_keys: usize,
         dim: usize,
     ) -> Result<()> {
-        let rows = if self.exclude_self { num_keys } else { num_queries };
+        let num_nodes = self.visible_in.map_or(num_queries, |inputs| inputs.whole_sizes()[0]);
+        let rows = if self.exclude_self && num_nodes != num_keys { num_keys } else { num_queries };
         check_shape("queries", &[rows, dim], &[num_queries, columns])?;
         if let Some(graph) = self.exclude {
             let actual = [graph.num_queries(), graph.num_keys()];
             check_shape("exclude", &[num_queries, num_keys], &actual)?;
+        }
+        if let Some(inputs) = self.visible_in {
+            let actual = [inputs.num_queries(), inputs.num_keys()];
+            check_shape("visible_in", &[num_queries, num_keys], &actual)?;
         }
         match self.threshold {
             Some(threshold) if threshold.is_nan() => {
@@ -285,7 +314,17 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     #[must_use]
     pub fn num_excluded(&self, query: usize) -> usize {
         let known = self.exclude.map_or(0, |graph| graph.neighbors(query).len());
-        known + usize::from(self.exclude_self)
+        let hiding = self.visible_in.filter(|inputs| inputs.has(Channel::Mask));
+        let hidden = hiding.map_or(0, |inputs| {
+            (0..inputs.num_keys()).filter(|&key| !self.sees(query, key)).count()
+        });
+        known + usize::from(self.exclude_self) + hidden
+    }
+
+    /// Whether mask and causal pattern let a query see a key.
+    fn sees(&self, query: usize, key: usize) -> bool {
+        let pair = Pair { query, key, index: 0 };
+        self.visible_in.is_none_or(|inputs| query < inputs.num_queries() && inputs.sees(pair))
     }
 
     /// Whether a query may have this neighbour: it is not excluded, and its similarity is a number
@@ -293,9 +332,11 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     #[must_use]
     pub fn accepts(&self, query: usize, Neighbor { key, similarity }: Neighbor<F>) -> bool {
         let is_known = |graph: &Graph| graph.neighbors(query).iter().any(|&k| k as usize == key);
-        let is_excluded = (self.exclude_self && query == key) || self.exclude.is_some_and(is_known);
+        let number = || self.visible_in.map_or(query, |inputs| inputs.query_number(query));
+        let is_excluded =
+            (self.exclude_self && number() == key) || self.exclude.is_some_and(is_known);
         let is_near = self.threshold.is_none_or(|threshold| similarity >= threshold);
-        is_near && !similarity.is_nan() && !is_excluded
+        is_near && !similarity.is_nan() && !is_excluded && self.sees(query, key)
     }
 }
 

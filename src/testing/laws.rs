@@ -64,6 +64,10 @@ impl<'a, F: Float> Check<'a, F> {
         for pair in visible_pairs(&inputs) {
             sees[[pair.query, pair.key]] = true;
         }
+        if sample.reads_latent {
+            let latent = visible_edges(&sample.latent, &inputs);
+            latent.into_iter().for_each(|edge| sees[edge] = true);
+        }
         let gradients = gradients(mechanism, sample, grad_out.view())?;
         Ok(Self { mechanism, sample, out, grad_out, gradients, sees })
     }
@@ -498,6 +502,8 @@ impl<F: Float> Sample<F> {
         let mut sample = self.clone();
         let edges = pairs.iter().map(|pair| (pair.query, pair.key));
         sample.graph = Some(Graph::from_edges(inputs.num_queries(), inputs.num_keys(), edges)?);
+        let latent = visible_edges(&self.latent, inputs);
+        sample.latent = Graph::from_edges(inputs.num_queries(), inputs.num_keys(), latent)?;
         sample.causal = None;
         sample.mask = None;
         sample.select_pairs(&pairs.iter().map(|pair| pair.index).collect::<Vec<_>>());
@@ -523,6 +529,12 @@ fn is_hidden_from<F: Float>(inputs: &Inputs<'_, F>, pair: Pair, head: usize) -> 
 /// The number of heads between which a bias may differ.
 fn bias_heads<F: Float>(inputs: &Inputs<'_, F>) -> usize {
     inputs.bias().map_or(1, |bias| bias.num_heads())
+}
+
+/// The edges of a graph that mask and causal pattern do not hide.
+fn visible_edges<F: Float>(graph: &Graph, inputs: &Inputs<'_, F>) -> Vec<(usize, usize)> {
+    let sees = |&(query, key): &_| inputs.sees(Pair { query, key, index: 0 });
+    edges(graph).into_iter().filter(sees).collect()
 }
 
 /// Query and key of every edge, in the caller's order.

@@ -17,6 +17,7 @@ pub struct Shapes {
     axes: usize,
     scale: f64,
     whole_queries: bool,
+    reads_latent: bool,
 }
 
 impl Shapes {
@@ -34,6 +35,7 @@ impl Shapes {
             axes: 2,
             scale: 1.0,
             whole_queries: false,
+            reads_latent: false,
         }
     }
 
@@ -81,6 +83,14 @@ impl Shapes {
         self
     }
 
+    /// For a mechanism that attends to latent neighbours too ([`Inputs::with_latent`]): their keys are
+    /// then expected to be seen, where mask and causal pattern let them.
+    #[must_use]
+    pub fn reads_latent(mut self) -> Self {
+        self.reads_latent = true;
+        self
+    }
+
     /// The standard deviation of queries, keys and values, which are normal; 1 unless set.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
@@ -102,6 +112,8 @@ pub(super) struct Sample<F> {
     pub(super) graph: Option<Graph>,
     /// Whether all heads read whole rows of queries.
     pub(super) whole_queries: bool,
+    /// Whether latent neighbours are seen.
+    pub(super) reads_latent: bool,
     /// The causal pattern.
     pub(super) causal: Option<Causal>,
     /// Heads of the queries.
@@ -150,6 +162,7 @@ impl<F: Float> Sample<F> {
             value,
             graph: None,
             whole_queries: shapes.whole_queries,
+            reads_latent: shapes.reads_latent,
             causal: None,
             heads: shapes.heads,
             kv_heads: shapes.kv_heads,

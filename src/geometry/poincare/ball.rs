@@ -41,7 +41,12 @@ impl Ball {
         let alpha = one_minus_c_norm2(self.c, n, &x);
         // NaN is let through.
         if alpha <= 0.0 {
-            return Err(Error::Domain { what, row, norm: norm(n, x), limit: self.root.recip() });
+            return Err(Error::Domain {
+                what: what.into(),
+                row,
+                norm: norm(n, x),
+                limit: self.root.recip(),
+            });
         }
         Ok(alpha)
     }

@@ -162,7 +162,7 @@ fn lorentz_denominator<F: Float>(ball: Ball, point: &[F]) -> Result<f64> {
     // In this order nothing is rounded where the two are near each other; NaN is let through.
     if space - time >= ball.root.recip() {
         let limit = time + ball.root.recip();
-        return Err(Error::Domain { what: "point", row: 0, norm: space, limit });
+        return Err(Error::Domain { what: "point".into(), row: 0, norm: space, limit });
     }
     Ok(1.0 + ball.root * time)
 }

@@ -70,7 +70,7 @@ fn outside<F: Float>(x: &[F], c: F, margin: F) -> Result<Option<(f64, f64)>> {
     }
     let norm = norm_of(x);
     if norm.is_infinite() {
-        return Err(Error::Domain { what: "x", row: 0, norm, limit: f64::INFINITY });
+        return Err(Error::Domain { what: "x".into(), row: 0, norm, limit: f64::INFINITY });
     }
     let limit = (1.0 - value) / ball.root;
     Ok((norm > limit).then_some((norm, limit)))

@@ -112,7 +112,7 @@ impl Space {
 
     fn node<F: Float>(&self, what: &'static str, row: usize, x: &[F], norm: f64) -> Result<Node> {
         let root = self.c.sqrt();
-        let domain = |limit| Err(Error::Domain { what, row, norm, limit });
+        let domain = |limit| Err(Error::Domain { what: what.into(), row, norm, limit });
         match self.coordinates {
             Coordinates::Ball => {
                 let gap = one_minus_c_norm2(self.c, x.len(), |i| x[i].as_f64());
