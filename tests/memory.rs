@@ -4,9 +4,9 @@ use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Array2, Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeRope, Flash, Fusion, Gradients,
-    Graph, GraphRope, GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, Metric, Moe,
-    MoeConfig, Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Window,
+    Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeRope, Flash, Fusion, Gradients, Graph,
+    GraphRope, GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, Moe, MoeConfig,
+    Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
