@@ -117,7 +117,7 @@ pub(in super::super) fn backward<F: Float>(
     for part in &parts {
         let rows = s![part.keys.keys.clone(), ..];
         if let Some(grad) = &mut grads.key {
-            add_head_rows(&part.keys.key, padded[0], problem.key_dim, grad.slice_mut(rows.clone()));
+            add_head_rows(&part.keys.key, padded[0], problem.key_dim, grad.slice_mut(rows));
         }
         if let Some(grad) = &mut grads.value {
             add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.slice_mut(rows));
