@@ -39,9 +39,10 @@ struct BackwardScratch<F> {
     grad_query: Vec<F>,
 }
 
-/// Gradients of all keys and values from a part of the queries: for each head, row after row of
-/// padded length.
+/// Gradients of the keys and values that a part of the queries may see: for each head, row after row
+/// of padded length.
 struct KeyGradients<F> {
+    keys: Range<usize>,
     key: Vec<F>,
     value: Vec<F>,
 }
@@ -75,7 +76,6 @@ pub(in super::super) fn backward<F: Float>(
 
     let panel = dispatch!(level, simd => width_of::<_, F>(simd));
     let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
-    let rows = problem.inputs.kv_heads() * num_keys;
     let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
     let parts = parts(problem.inputs.num_queries(), sizes.queries, num_parts);
@@ -93,14 +93,20 @@ pub(in super::super) fn backward<F: Float>(
     let bias_lens = parts.iter().map(|part| part.len() * per_query);
     let mut grad_biases = grads.bias.as_mut().map(|bias| row_chunks(bias.view_mut(), bias_lens));
     let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries))
-        .map(|(queries, grad_query)| BackwardPart {
-            queries,
-            grad_query,
-            grad_bias: grad_biases.as_mut().and_then(Iterator::next),
-            keys: KeyGradients {
-                key: vec![F::zero(); rows * padded[0]],
-                value: vec![F::zero(); rows * padded[1]],
-            },
+        .map(|(queries, grad_query)| {
+            let start = problem.inputs.first_visible_key(queries.start);
+            let keys = start..problem.inputs.num_visible_keys(queries.end - 1).max(start);
+            let rows = problem.inputs.kv_heads() * keys.len();
+            BackwardPart {
+                queries,
+                grad_query,
+                grad_bias: grad_biases.as_mut().and_then(Iterator::next),
+                keys: KeyGradients {
+                    keys,
+                    key: vec![F::zero(); rows * padded[0]],
+                    value: vec![F::zero(); rows * padded[1]],
+                },
+            }
         })
         .collect();
     let tasks = parts.iter_mut().collect();
@@ -109,11 +115,12 @@ pub(in super::super) fn backward<F: Float>(
     });
 
     for part in &parts {
+        let rows = s![part.keys.keys.clone(), ..];
         if let Some(grad) = &mut grads.key {
-            add_head_rows(&part.keys.key, padded[0], problem.key_dim, grad.view_mut());
+            add_head_rows(&part.keys.key, padded[0], problem.key_dim, grad.slice_mut(rows));
         }
         if let Some(grad) = &mut grads.value {
-            add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.view_mut());
+            add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.slice_mut(rows));
         }
     }
 }
@@ -213,7 +220,7 @@ fn backward_block<S: Simd, F: Float>(
     let finite_keys = HeadRows::new(operands.key.slices(), kv_head, key_dim);
     let values = HeadRows::new(problem.value.slices(), kv_head, value_dim);
     let [padded_key, padded_value] = [key_dim, value_dim].map(|dim| dim.next_multiple_of(panel));
-    let first_row = kv_head * problem.inputs.num_keys();
+    let (first_row, first_key) = (kv_head * sums.keys.len(), sums.keys.start);
 
     let grad_out =
         |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
@@ -253,23 +260,40 @@ fn backward_block<S: Simd, F: Float>(
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
         for column in (0..width).step_by(panel) {
+            // Causal pattern and window hide the ends of a tile from whole panels.
+            let lanes = block.lanes(column, panel);
+            let visible = block.visible_keys(&lanes);
+            let start = visible.start.clamp(tile.start, tile.end);
+            let seen = start..visible.end.clamp(start, tile.end);
+            for k in (tile.start..seen.start).chain(seen.end..tile.end) {
+                let entries = (k - tile.start) * width + column;
+                weights[entries..entries + panel].fill(F::zero());
+                grad_scores[entries..entries + panel].fill(F::zero());
+            }
+            if seen.is_empty() {
+                continue;
+            }
+            let entries = (seen.start - tile.start) * width..(seen.end - tile.start) * width;
+            let weights = &mut weights[entries.clone()];
+            let grad_scores = &mut grad_scores[entries];
+
             // S = K Qᵀ and dP̃ = V Gᵀ
             let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
-            let key = |k| keys.row(tile.start + k);
-            rows_times(simd, tile.len(), key, queries, panel, |k, _, score| {
+            let key = |k| keys.row(seen.start + k);
+            rows_times(simd, seen.len(), key, queries, panel, |k, _, score| {
                 store::<S, F>(score, &mut weights[k * width + column..]);
             });
             let grads = Matrix { data: &scratch.grad_out[..], stride: width }.skip_columns(column);
-            let value = |k| values.row(tile.start + k);
-            rows_times(simd, tile.len(), value, grads, panel, |k, _, grad| {
+            let value = |k| values.row(seen.start + k);
+            rows_times(simd, seen.len(), value, grads, panel, |k, _, grad| {
                 store::<S, F>(grad, &mut grad_scores[k * width + column..]);
             });
-            if block.may_hide_in(&block.lanes(column, panel), &tile) {
-                block.restrict(block.lanes(column, panel), &tile, weights);
+            if block.may_hide_in(&lanes, &seen) {
+                block.restrict(lanes.clone(), &seen, weights);
             }
 
             // dP = m dP̃
-            block.drop_out(block.lanes(column, panel), &tile, grad_scores);
+            block.drop_out(lanes.clone(), &seen, grad_scores);
 
             // P = e^{S − L}, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
             let log_sums = load::<S, F>(simd, &scratch.log_sums[column..]);
@@ -294,32 +318,32 @@ fn backward_block<S: Simd, F: Float>(
                 store::<S, F>(weight, weights);
             }
             // P̃ = m P
-            block.drop_out(block.lanes(column, panel), &tile, weights);
+            block.drop_out(lanes.clone(), &seen, weights);
             if problem.bias.is_some() {
-                block.for_each_visible(block.lanes(column, panel), tile.clone(), |lane, key| {
-                    visit_bias(lane, key, grad_scores[(key - tile.start) * width + lane]);
+                block.for_each_visible(lanes, seen.clone(), |lane, key| {
+                    visit_bias(lane, key, grad_scores[(key - seen.start) * width + lane]);
                 });
             }
+            // dQ += dS K
+            let right = Matrix { data: &*grad_scores, stride: width }.skip_columns(column);
+            let left = finite_keys.matrix(seen.start);
+            columns_times(simd, key_dim, left, right, panel, |row, _, grad| {
+                add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
+            });
         }
 
         // dV += P̃ᵀ G, dK += dSᵀ (scale Q)
         let grad_out_rows = Matrix { data: &scratch.grad_out_rows[..], stride: padded_value };
         let weights_of = |k: usize| &weights[k * width..][..width];
         rows_times(simd, tile.len(), weights_of, grad_out_rows, padded_value, |k, column, grad| {
-            let row = (first_row + tile.start + k) * padded_value;
+            let row = (first_row + tile.start - first_key + k) * padded_value;
             add::<S, F>(simd, grad, &mut sums.value[row + column..]);
         });
         let query_rows = Matrix { data: &scratch.query_rows[..], stride: padded_key };
         let grad_scores_of = |k: usize| &grad_scores[k * width..][..width];
         rows_times(simd, tile.len(), grad_scores_of, query_rows, padded_key, |k, column, grad| {
-            let row = (first_row + tile.start + k) * padded_key;
+            let row = (first_row + tile.start - first_key + k) * padded_key;
             add::<S, F>(simd, grad, &mut sums.key[row + column..]);
-        });
-        // dQ += dS K
-        let right = Matrix { data: &*grad_scores, stride: width };
-        let left = finite_keys.matrix(tile.start);
-        columns_times(simd, key_dim, left, right, width, |row, column, grad| {
-            add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
         });
 
         // What is not finite, pair by pair.
@@ -334,7 +358,7 @@ fn backward_block<S: Simd, F: Float>(
             let weight = weights[(key - tile.start) * width + lane];
             let grad = grad_out(block.queries.start + lane).iter().enumerate();
             for (c, &grad) in grad.filter(not_finite) {
-                sums.value[(first_row + key) * padded_value + c] += weight * grad;
+                sums.value[(first_row + key - first_key) * padded_value + c] += weight * grad;
             }
         });
         let bad = lanes_of(&operands.query.bad);
@@ -342,7 +366,7 @@ fn backward_block<S: Simd, F: Float>(
             let grad_score = problem.scale * grad_scores[(key - tile.start) * width + lane];
             let query = problem.query(block.queries.start + lane, head).iter().enumerate();
             for (c, &query) in query.filter(not_finite) {
-                sums.key[(first_row + key) * padded_key + c] += grad_score * query;
+                sums.key[(first_row + key - first_key) * padded_key + c] += grad_score * query;
             }
         });
         let bad = operands.key.bad.iter().copied().filter(|key| tile.contains(key));

@@ -34,11 +34,11 @@ enum Mix<F> {
     Both(F),
 }
 
-pub(super) struct State<F> {
+pub(super) struct State<F, T = Saved> {
     /// num_queries × heads.
     mixes: Array2<Mix<F>>,
     /// The answer of each side and what it saved.
-    sides: [(Array2<F>, Saved); 2],
+    sides: [(Array2<F>, T); 2],
 }
 
 impl<F: Float> Mix<F> {
@@ -121,13 +121,13 @@ impl<F: Float> Gate<F> {
         F::one() / (F::one() + (-logit).exp())
     }
 
-    /// Overwrites `out`. `forward` runs a side; what it gave comes back.
+    /// Overwrites `out`. `forward` runs a side.
     fn run<T>(
         &self,
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
         forward: impl Fn(&dyn Attention<F>, &Inputs<'_, F>) -> Result<(Array2<F>, T)>,
-    ) -> Result<(Array2<Mix<F>>, [(Array2<F>, T); 2])> {
+    ) -> Result<State<F, T>> {
         self.check(inputs)?;
         let parts = by_layer(inputs)?;
         let run = |side: usize| {
@@ -147,7 +147,7 @@ impl<F: Float> Gate<F> {
                 }
             }
         }
-        Ok((mixes, sides))
+        Ok(State { mixes, sides })
     }
 
     pub(super) fn forward(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
@@ -159,8 +159,7 @@ impl<F: Float> Gate<F> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<State<F>> {
-        let (mixes, sides) = self.run(inputs, out, |inner, inputs| inner.forward_train(inputs))?;
-        Ok(State { mixes, sides })
+        self.run(inputs, out, |inner, inputs| inner.forward_train(inputs))
     }
 
     pub(super) fn backward(
@@ -185,9 +184,7 @@ impl<F: Float> Gate<F> {
             for ((query, head), mix) in mixes.indexed_iter() {
                 if let Some(share) = mix.share(side) {
                     let columns = s![query, head_columns(head, dim)];
-                    grad_answer
-                        .slice_mut(columns.clone())
-                        .scaled_add(share, &grad_out.slice(columns));
+                    grad_answer.slice_mut(columns).scaled_add(share, &grad_out.slice(columns));
                 }
             }
             let inner = &*self.inner[side];
@@ -209,17 +206,14 @@ impl<F: Float> Gate<F> {
             let Mix::Both(share) = mix else { continue };
             // y = a y_local + (1 − a) y_global,  a = σ(z)
             let columns = s![query, head_columns(head, dim)];
-            let (grad, local, global) = (
-                grad_out.slice(columns.clone()),
-                sides[0].0.slice(columns.clone()),
-                sides[1].0.slice(columns),
-            );
+            let (grad, local, global) =
+                (grad_out.slice(columns), sides[0].0.slice(columns), sides[1].0.slice(columns));
             let grad_logit = share * (F::one() - share) * (grad.dot(&local) - grad.dot(&global));
             // z = w · q + b
             let columns = s![query, head_columns(head, self.weight.ncols())];
             grad_bias[head] += grad_logit;
             let query = inputs.query();
-            grad_weight.row_mut(head).scaled_add(grad_logit, &query.slice(columns.clone()));
+            grad_weight.row_mut(head).scaled_add(grad_logit, &query.slice(columns));
             if let Some(grad) = &mut grads.query {
                 grad.slice_mut(columns).scaled_add(grad_logit, &self.weight.row(head));
             }
