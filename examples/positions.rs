@@ -82,7 +82,7 @@ fn main() -> Result<()> {
     println!("resistance, in theory    0.000   0.400  0.400 |   1.000   1.400");
     // Among five who all know each other it is 2/5, along a road without a detour 1.
     let expected = array![0.4, 0.4, 0.4, 0.4, 0.0, 1.0, 1.4, 1.4, 1.4, 1.4];
-    assert!((0..N).all(|node| same(resistance(4, node), expected[node])));
+    assert!((0..N).all(|node| same(resistance(4, node), expected[node])), "as in theory");
     assert!(weights[1] > weights[5], "of those one hop away, those with more ways are nearer");
     assert!(weights[4] > weights[1] && weights[5] > weights[9], "the more resistance, the less");
     Ok(())
