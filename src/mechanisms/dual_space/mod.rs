@@ -88,7 +88,7 @@ const CROSS: usize = 2;
 /// assert_eq!(dual.forward(&inputs)?.dim(), (4, 2));
 ///
 /// let gates = dual.gates(&inputs)?;
-/// assert!((gates.row(0).sum() - 1.0).abs() < 1e-12);
+/// assert!((gates.row(0).sum() - 1.0f64).abs() < 1e-12);
 /// assert_eq!(gates.row(1).to_vec(), [1.0, 0.0, 0.0]); // nobody is like node 1
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
