@@ -310,7 +310,7 @@ pub(super) fn add_transposed_product_rows<F: Float>(
 
 /// The first lanes of a row of a panel.
 #[inline(always)]
-fn store_panel_row<S: Simd, F: Float>(
+pub(super) fn store_panel_row<S: Simd, F: Float>(
     simd: S,
     sums: PanelRow<S, F>,
     target: Target,

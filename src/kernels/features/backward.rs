@@ -6,6 +6,7 @@ use super::products::{Left, add_scaled, add_transposed_product, product, transpo
 use super::{FeatureProblem, FeatureUpstream, KeySums, Map};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
+use crate::kernels::linear::Target;
 use crate::kernels::matmul::panel_width;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::{Level, Simd};
@@ -101,7 +102,14 @@ impl<F: Float> InputsVjp<F> {
             }
             let Self { rows, grad_weight, .. } = self;
             add_transposed_product(simd, chunk.len, left, (rows, stride), grad_weight);
-            product(simd, chunk.len, left, (&self.weight, stride), &mut self.rows);
+            product(
+                simd,
+                chunk.len,
+                left,
+                (&self.weight, stride),
+                Target::Overwrite,
+                &mut self.rows,
+            );
         }
         for at in 0..chunk.len {
             let grads = match self.is_linear {
@@ -228,7 +236,7 @@ fn query_part<S: Simd, F: Float>(
                 grad_features.resize(rows.len() * chunk.stride, F::zero());
                 let right = (&transposed_sums[..], chunk.stride);
                 let left = quotients.left(problem.value_dim);
-                product(simd, chunk.len, left, right, &mut grad_features);
+                product(simd, chunk.len, left, right, Target::Overwrite, &mut grad_features);
                 for (grads, &g) in grad_features.chunks_exact_mut(chunk.stride).zip(denominators) {
                     add_scaled(grads, g, totals);
                 }
@@ -307,11 +315,11 @@ impl<F: Float> KeyStep<F> {
         pack_values(problem, keys, kv_head, stride, &mut self.values);
         self.grad_values.resize(keys.len() * stride, F::zero());
         let right = (&grad_sums.sums[..], stride);
-        product(simd, keys.len(), chunk.left(), right, &mut self.grad_values);
+        product(simd, keys.len(), chunk.left(), right, Target::Overwrite, &mut self.grad_values);
         self.grad_features.resize(keys.len() * chunk.stride, F::zero());
         let left = Left { data: &self.values, stride, len: problem.value_dim };
         let right = (&self.transposed[..], chunk.stride);
-        product(simd, keys.len(), left, right, &mut self.grad_features);
+        product(simd, keys.len(), left, right, Target::Overwrite, &mut self.grad_features);
         for grads in self.grad_features.chunks_exact_mut(chunk.stride) {
             add_scaled(grads, F::one(), &grad_sums.totals);
         }

@@ -14,11 +14,12 @@
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
 use super::forward::{QuotientGradients, add_chunk, pack_values, value_stride, write_quotient};
-use super::products::{Left, add_product, add_scaled, add_transposed_product, product, transposed};
+use super::products::{Left, add_scaled, add_transposed_product, product, transposed};
 use super::{FeatureProblem, FeatureUpstream, KeySums};
 use crate::error::Result;
 use crate::float::Float;
 use crate::kernels::heads::unrolled_dot;
+use crate::kernels::linear::Target;
 use crate::kernels::matmul::panel_width;
 use crate::kernels::parallel::{self, ranges};
 use fearless_simd::{Level, Simd};
@@ -183,7 +184,14 @@ fn forward_head<S: Simd, F: Float>(
             of_sums.resize(rows, F::zero());
             step.take_sums(simd, &mut query, &sums, &mut factors);
             if step.has_sums() {
-                product(simd, rows, query.left(), (&sums.sums, stride), &mut numerators);
+                product(
+                    simd,
+                    rows,
+                    query.left(),
+                    (&sums.sums, stride),
+                    Target::Overwrite,
+                    &mut numerators,
+                );
                 for (at, sum) in of_sums.iter_mut().enumerate() {
                     *sum = unrolled_dot(&sums.totals, query.row(at));
                 }
@@ -191,13 +199,20 @@ fn forward_head<S: Simd, F: Float>(
             query.own_features(simd, true);
             factors.load(simd, step.limits(problem), &query, &key, |_| true);
             pairs.resize(rows * padded, F::zero());
-            product(simd, rows, query.left(), (&transposed_keys, padded), &mut pairs);
+            product(
+                simd,
+                rows,
+                query.left(),
+                (&transposed_keys, padded),
+                Target::Overwrite,
+                &mut pairs,
+            );
             factors.multiply(&mut pairs);
             for (row, &factor) in numerators.chunks_exact_mut(stride).zip(&factors.of_sums) {
                 row.iter_mut().for_each(|sum| *sum *= factor);
             }
             let left = Left { data: &pairs, stride: padded, len: keys.len() };
-            add_product(simd, rows, left, (&values, stride), &mut numerators);
+            product(simd, rows, left, (&values, stride), Target::Add, &mut numerators);
             for (at, index) in step.queries.clone().enumerate() {
                 let own = pairs[at * padded..][..padded].iter().copied().sum::<F>();
                 let denominator = factors.of_sums[at] * of_sums[at] + own;
@@ -361,14 +376,14 @@ impl<F: Float> Head<'_, '_, '_, F> {
                 );
                 let left = Left { len: keys.len(), ..left };
                 let right = (key.rows(), key.stride);
-                product(simd, rows, left, right, &mut grad_features);
+                product(simd, rows, left, right, Target::Overwrite, &mut grad_features);
                 query.features_vjp(simd, &grad_features);
                 if step.has_sums() {
                     query.features.copy_from_slice(&of_sums);
                     clear(&mut query, is_summed);
                     let left = quotients.left(problem.value_dim);
                     let right = (&transposed_sums[..], query.stride);
-                    product(simd, rows, left, right, &mut grad_features);
+                    product(simd, rows, left, right, Target::Overwrite, &mut grad_features);
                     let grads = grad_features.chunks_exact_mut(query.stride);
                     let terms = quotients.denominators.iter().zip(&factors.of_sums);
                     for (grads, (&g, &factor)) in grads.zip(terms) {
@@ -401,7 +416,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         let rows = quotients.denominators.len();
         grads.resize(rows * padded, F::zero());
         let left = quotients.left(self.problem.value_dim);
-        product(simd, rows, left, (transposed_values, padded), grads);
+        product(simd, rows, left, (transposed_values, padded), Target::Overwrite, grads);
         for (row, &g) in grads.chunks_exact_mut(padded.max(1)).zip(&quotients.denominators) {
             row.iter_mut().for_each(|grad| *grad += g);
         }
@@ -478,7 +493,7 @@ impl<F: Float> OwnPairs<F> {
 
             self.pairs.resize(rows * padded, F::zero());
             let right = (&self.transposed_keys[..], padded);
-            product(simd, rows, query.left(), right, &mut self.pairs);
+            product(simd, rows, query.left(), right, Target::Overwrite, &mut self.pairs);
             factors.multiply(&mut self.pairs);
             // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
             let left = Left { data: &self.pairs, stride: padded, len: key.len };

@@ -5,6 +5,7 @@ use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
 use crate::kernels::exp2::exp2;
 use crate::kernels::heads::unrolled_dot;
+use crate::kernels::linear::Target;
 use crate::kernels::matmul::{Vector, panel_width};
 use crate::kernels::sincos::sin_cos;
 use fearless_simd::{Select, Simd, SimdBase};
@@ -126,7 +127,14 @@ impl<F: Float> Chunk<F> {
             return;
         }
         let left = Left { data: &self.inputs, stride: self.dim, len: self.dim };
-        product(simd, len, left, (&self.projection, self.padded), &mut self.products);
+        product(
+            simd,
+            len,
+            left,
+            (&self.projection, self.padded),
+            Target::Overwrite,
+            &mut self.products,
+        );
     }
 
     /// The features of keys, relative to the shifts of the sums, which are raised to the largest

@@ -6,6 +6,7 @@ use super::{FeatureProblem, KeySums};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::heads::unrolled_dot;
+use crate::kernels::linear::Target;
 use crate::kernels::matmul::panel_width;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::{Level, Simd};
@@ -127,7 +128,14 @@ fn forward_part<S: Simd, F: Float>(
             chunk.load(simd, rows.len(), row);
             chunk.query_features(simd, &sums.shifts);
             numerators.resize(rows.len() * sums.stride, F::zero());
-            product(simd, chunk.len, chunk.left(), (&sums.sums, sums.stride), &mut numerators);
+            product(
+                simd,
+                chunk.len,
+                chunk.left(),
+                (&sums.sums, sums.stride),
+                Target::Overwrite,
+                &mut numerators,
+            );
             for at in 0..chunk.len {
                 let denominator = unrolled_dot(&sums.totals, chunk.row(at));
                 denominators[[rows.start + at, head]] = denominator;

@@ -1,7 +1,8 @@
 //! The products of chunks, as functions that enter the instruction set.
 
 use crate::float::Float;
-use crate::kernels::matmul::{Matrix, columns_times, load, rows_times, store};
+use crate::kernels::linear::{Target, store_panel_row};
+use crate::kernels::matmul::{Matrix, columns_times, panel_width, rows_times};
 use fearless_simd::Simd;
 
 /// Rows that start `stride` apart, of which the first `len` entries are read.
@@ -12,14 +13,14 @@ pub(super) struct Left<'l, F> {
     pub(super) len: usize,
 }
 
-/// out = left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole
-/// panels.
+/// left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.
 #[inline(never)]
 pub(super) fn product<S: Simd, F: Float>(
     simd: S,
     rows: usize,
     left: Left<'_, F>,
     (right, stride): (&[F], usize),
+    target: Target,
     out: &mut [F],
 ) {
     simd.vectorize(
@@ -27,31 +28,10 @@ pub(super) fn product<S: Simd, F: Float>(
         || {
             let left = |at: usize| &left.data[at * left.stride..][..left.len];
             let right = Matrix { data: right, stride };
+            let panel = panel_width::<S, F>();
             rows_times(simd, rows, left, right, stride, |row, column, sums| {
-                store::<S, F>(sums, &mut out[row * stride + column..]);
-            });
-        },
-    );
-}
-
-/// out += left · right.
-#[inline(never)]
-pub(super) fn add_product<S: Simd, F: Float>(
-    simd: S,
-    rows: usize,
-    left: Left<'_, F>,
-    (right, stride): (&[F], usize),
-    out: &mut [F],
-) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left = |at: usize| &left.data[at * left.stride..][..left.len];
-            let right = Matrix { data: right, stride };
-            rows_times(simd, rows, left, right, stride, |row, column, [a, b]| {
-                let out = &mut out[row * stride + column..];
-                let [old_a, old_b] = load::<S, F>(simd, out);
-                store::<S, F>([old_a + a, old_b + b], out);
+                let out = &mut out[row * stride + column..][..panel];
+                store_panel_row(simd, sums, target, out);
             });
         },
     );
@@ -72,10 +52,10 @@ pub(super) fn add_transposed_product<S: Simd, F: Float>(
             let features = left.len;
             let left = Matrix { data: &left.data[..rows * left.stride], stride: left.stride };
             let right = Matrix { data: &right[..rows * stride], stride };
-            columns_times(simd, features, left, right, stride, |row, column, [a, b]| {
-                let out = &mut out[row * stride + column..];
-                let [old_a, old_b] = load::<S, F>(simd, out);
-                store::<S, F>([old_a + a, old_b + b], out);
+            let panel = panel_width::<S, F>();
+            columns_times(simd, features, left, right, stride, |row, column, sums| {
+                let out = &mut out[row * stride + column..][..panel];
+                store_panel_row(simd, sums, Target::Add, out);
             });
         },
     );
