@@ -181,3 +181,98 @@ pub struct FeatureUpstream<'u, F: Float> {
     pub(crate) denominators: &'u Array2<F>,
     pub(crate) grad_out: ArrayView2<'u, F>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+    use fearless_simd::Level;
+    use ndarray::Array1;
+
+    /// What a problem gives, forward and backward, dense and causal, as one list of numbers.
+    fn all(problem: &FeatureProblem<'_, f64>, grad_out: &Array2<f64>, level: Level) -> Array1<f64> {
+        let num_queries = problem.inputs.num_queries();
+        let mut numbers = Vec::new();
+        let mut collect = |out: &Array2<f64>, denominators: &Array2<f64>, grads| {
+            let FeatureGradients { query, key, value, projection } = grads;
+            for array in [out, denominators, &query, &key, &value, &projection] {
+                numbers.extend(array.iter().copied());
+            }
+        };
+        let zeros = || {
+            let out = Array2::zeros((num_queries, problem.heads * problem.value_dim));
+            (out, Array2::zeros((num_queries, problem.heads)))
+        };
+        let sums = sum_keys(problem, level);
+        let (mut out, mut denominators) = zeros();
+        forward(problem, &sums, level, out.view_mut(), &mut denominators);
+        let upstream =
+            |out, denominators| FeatureUpstream { out, denominators, grad_out: grad_out.view() };
+        let grads = backward(problem, &sums, &upstream(out.view(), &denominators), level);
+        collect(&out, &denominators, grads.unwrap());
+
+        let (mut out, mut denominators) = zeros();
+        let finite = vec![num_queries; problem.kv_heads];
+        causal_forward(problem, &finite, level, out.view_mut(), &mut denominators);
+        let is_summed = |query: usize, _: usize| problem.num_seen(query) > 0;
+        for ((query, _), out) in out.indexed_iter_mut() {
+            *out = if is_summed(query, 0) { *out } else { 0.0 };
+        }
+        let upstream = upstream(out.view(), &denominators);
+        let grads = causal_backward(problem, &finite, &upstream, &is_summed, level);
+        collect(&out, &denominators, grads.unwrap());
+        Array1::from(numbers)
+    }
+
+    /// With and without vectors, at sizes around those of panels and chunks.
+    #[test]
+    fn every_instruction_set_gives_the_same() -> crate::error::Result<()> {
+        let entries = |rows: usize, columns: usize, salt: usize| {
+            Array2::from_shape_fn((rows, columns), |(i, j)| {
+                ((i * 37 + j * 11 + salt) % 23) as f64 / 11.0 - 1.0
+            })
+        };
+        let maps = [Map::Exponential, Map::Both, Map::Circular, Map::Relu(0.1), Map::Elu];
+        for (num_queries, num_keys) in [(1, 1), (5, 131), (127, 2), (129, 128), (257, 300)] {
+            for (dim, columns, value_dim) in [(1, 1, 1), (5, 7, 3), (3, 33, 17)] {
+                for map in maps {
+                    let columns = if map == Map::Elu { dim } else { columns };
+                    let [query, key] = [(num_queries, 2 * 2), (num_keys, 2)]
+                        .map(|(rows, heads)| entries(rows, heads * dim, heads));
+                    let value = entries(num_keys, 2 * value_dim, 3);
+                    let grad_out = entries(num_queries, 4 * value_dim, 5);
+                    let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
+                    let inputs = inputs.with_kv_heads(4, 2)?.causal();
+                    // Exponents and angles of a size at which nothing cancels.
+                    let problem = FeatureProblem {
+                        inputs,
+                        query: Rows::new("query", inputs.query())?,
+                        key: Rows::new("key", inputs.key())?,
+                        value: Rows::new("value", inputs.value())?,
+                        heads: 4,
+                        kv_heads: 2,
+                        dim,
+                        value_dim,
+                        map,
+                        projection: entries(dim, columns, 4) / (4 * dim) as f64,
+                        square_scale: 0.1,
+                        keys: (0..num_keys).filter(|key| key % 5 != 3).collect(),
+                    };
+                    let expected = all(&problem, &grad_out, Level::new());
+                    let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
+                    for level in levels() {
+                        let actual = all(&problem, &grad_out, level);
+                        for (a, b) in actual.iter().zip(&expected) {
+                            let error = (a - b).abs() / largest;
+                            assert!(
+                                error < 1e-13,
+                                "{level:?} {map:?} {num_queries} {num_keys} {dim}: {a} {b}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
