@@ -1,13 +1,11 @@
 //! What rotations cost: `GraphRope` around `Flash`, and `EdgeRope`, beside `Flash` alone.
 //! `cargo bench --bench graph_rope`.
 
-mod machine;
+mod workload;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use graph_attention::ndarray::{Array1, Array2};
-use graph_attention::{Attention, Flash, Gradients, Graph, GraphRopeConfig, Inputs, Layout};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, Layout};
+use workload::{Places, machine, matrix, random_graph};
 
 fn mechanisms(head_dim: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>)> {
     let mut mechanisms: Vec<(_, Box<dyn Attention<f32>>)> = vec![("flash", Box::new(Flash::new()))];
@@ -24,59 +22,42 @@ fn mechanisms(head_dim: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>)> {
     mechanisms
 }
 
-fn run(c: &mut Criterion, group: &str, graph: Option<&Graph>, [n, heads, dim]: [usize; 3]) {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    let mut normal = |columns| {
-        Array2::<f32>::from_shape_simple_fn((n, columns), || StandardNormal.sample(&mut rng))
-    };
-    let [query, key, value] = [(); 3].map(|()| normal(heads * dim));
-    let positions = 100.0 * normal(1);
+fn run(c: &mut Criterion, pattern: &str, graph: Option<&Graph>, [n, heads, dim]: [usize; 3]) {
+    let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, heads * dim, seed));
     let inputs = match graph {
         None => Inputs::dense(query.view(), key.view(), value.view()),
         Some(graph) => Inputs::graph(query.view(), key.view(), value.view(), graph),
     };
     let inputs = inputs.and_then(|inputs| inputs.with_heads(heads)).expect("shapes fit");
-    let distances = (0..inputs.num_pairs()).map(|pair| (pair % 101) as f32).collect::<Array1<_>>();
-    let inputs = inputs.with_positions(positions.view(), positions.view());
-    let inputs = inputs.and_then(|inputs| inputs.with_distances(distances.view()));
-    let inputs = inputs.expect("there is one for each");
+    let places = Places::new(&inputs);
+    let inputs = places.add_to(inputs);
     for (threads, pool) in machine::pools() {
-        let mut group = c.benchmark_group(format!("rope {group} {n}x{heads}x{dim}, {threads}"));
-        group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
         for (name, attention) in mechanisms(dim) {
-            let mut out = Array2::zeros((n, heads * dim));
-            let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
-            group.bench_function(BenchmarkId::new("forward", name), |bencher| {
-                pool.install(|| bencher.iter(|| attention.forward_into(&inputs, out.view_mut())));
-            });
-            let mut train = || {
-                let saved = attention.forward_train_into(&inputs, out.view_mut())?;
-                attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
-            };
-            group.bench_function(BenchmarkId::new("forward and backward", name), |bencher| {
-                pool.install(|| bencher.iter(&mut train));
-            });
+            let group = format!("rope {pattern}, {threads}");
+            let id = || BenchmarkId::new(name, format!("{n}x{heads}x{dim}"));
+            let mut forward = workload::group(c, &group, inputs.num_pairs());
+            workload::forward(&mut forward, id(), &pool, &*attention, &inputs);
+            forward.finish();
+            let mut training = workload::group(c, format!("training {group}"), inputs.num_pairs());
+            workload::training(&mut training, id(), &pool, &*attention, &inputs);
         }
     }
 }
 
-fn dense(c: &mut Criterion) {
+fn benches(c: &mut Criterion) {
     machine::print_limits();
     for sizes in [[1024, 1, 64], [1024, 8, 64]] {
         run(c, "dense", None, sizes);
     }
-}
-
-fn graph(c: &mut Criterion) {
-    let (nodes, degree) = (50_000, 16);
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(4);
-    let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
-    let graph = Graph::from_edges(nodes, nodes, edges).expect("edges in range");
-    let _ = graph.transpose();
+    let graph = random_graph(50_000, 16);
     for [heads, dim] in [[4, 16], [1, 64]] {
-        run(c, "graph", Some(&graph), [nodes, heads, dim]);
+        run(c, "graph", Some(&graph), [50_000, heads, dim]);
     }
 }
 
-criterion_group!(benches, dense, graph);
-criterion_main!(benches);
+criterion_group! {
+    name = all;
+    config = workload::criterion();
+    targets = benches
+}
+criterion_main!(all);

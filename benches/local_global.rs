@@ -3,14 +3,13 @@
 //! `LocalGlobal` by order with 128 keys to either side, without and with 4 global positions and with
 //! gaps, and `Flash`, over n nodes of 64 columns. Throughput is in (query, key) pairs that take part.
 
-mod machine;
+mod workload;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
 use graph_attention::{Attention, Flash, Gradients, Inputs, LocalGlobal, Window};
 use peak_alloc::PeakAlloc;
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use workload::{machine, matrix};
 
 #[global_allocator]
 static PEAK: PeakAlloc = PeakAlloc;
@@ -18,11 +17,6 @@ static PEAK: PeakAlloc = PeakAlloc;
 const COLUMNS: usize = 64;
 const RADIUS: usize = 128;
 const GLOBALS: usize = 4;
-
-fn matrix(rows: usize, seed: u64) -> Array2<f32> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-    Array2::from_shape_simple_fn((rows, COLUMNS), || StandardNormal.sample(&mut rng))
-}
 
 fn pairs_in_window(n: usize, dilation: usize) -> usize {
     let steps = |keys: usize| (keys / dilation).min(RADIUS);
@@ -55,27 +49,20 @@ fn mechanisms(n: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>, usize)> {
 fn local_global(c: &mut Criterion) {
     machine::print_limits();
     for n in [1 << 10, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17] {
-        let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, seed));
+        let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, COLUMNS, seed));
         let inputs = Inputs::dense(query.view(), key.view(), value.view()).expect("shapes fit");
         for (name, attention, pairs) in mechanisms(n) {
+            for (threads, pool) in machine::pools() {
+                let id = || BenchmarkId::new(name, n);
+                let mut group = workload::group(c, format!("local_global, {threads}"), pairs);
+                workload::forward(&mut group, id(), &pool, &*attention, &inputs);
+                group.finish();
+                let group = format!("training local_global, {threads}");
+                let mut group = workload::group(c, group, pairs);
+                workload::training(&mut group, id(), &pool, &*attention, &inputs);
+            }
             let mut out = Array2::zeros((n, COLUMNS));
             let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
-            for (threads, pool) in machine::pools() {
-                let mut group = c.benchmark_group(format!("local_global, {threads}"));
-                group.throughput(Throughput::Elements(pairs as u64));
-                group.bench_function(BenchmarkId::new(name, n), |bencher| {
-                    pool.install(|| {
-                        bencher.iter(|| attention.forward_into(&inputs, out.view_mut()))
-                    });
-                });
-                let mut train = || {
-                    let saved = attention.forward_train_into(&inputs, out.view_mut())?;
-                    attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
-                };
-                group.bench_function(BenchmarkId::new(format!("{name} training"), n), |bencher| {
-                    pool.install(|| bencher.iter(&mut train));
-                });
-            }
             PEAK.reset_peak_usage();
             let before = PEAK.current_usage();
             let saved = attention.forward_train_into(&inputs, out.view_mut()).expect("shapes fit");
@@ -89,7 +76,7 @@ fn local_global(c: &mut Criterion) {
 
 criterion_group! {
     name = all;
-    config = Criterion::default().sample_size(10);
+    config = workload::criterion();
     targets = local_global
 }
 criterion_main!(all);

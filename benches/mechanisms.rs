@@ -1,98 +1,61 @@
-//! Every mechanism on the same workloads: `cargo bench --bench mechanisms`.
+//! Every mechanism on the same inputs, forward: `cargo bench --bench mechanisms`.
 //!
-//! Throughput is in (query, key) pairs; outputs are preallocated and seeds fixed.
+//! One query over 16 … 4096 neighbours, dense inputs of 128 … 4096 nodes, and a random graph of
+//! 50,000 nodes with 16 neighbours each; 64 columns, `f32` and `f64`, one thread and all. Throughput is
+//! in (query, key) pairs of the inputs: an approximation that looks at fewer shows as more of them a
+//! second.
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use graph_attention::ndarray::{Array1, Array2};
-use graph_attention::neighbors::Metric;
-use graph_attention::{
-    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Flash, Fusion, Graph, GraphRopeConfig,
-    Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig,
-    PoincareConfig, ScaledDotProduct, Score, Window,
-};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+mod workload;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use graph_attention::{Float, Inputs};
+use workload::{Places, machine, matrix, random_graph};
 
 const COLUMNS: usize = 64;
 
-fn mechanisms() -> Vec<Box<dyn Attention<f32>>> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    let multi_head = MultiHeadConfig::new(COLUMNS, 4).init(Flash::new(), &mut rng);
-    let gat = EdgeGatConfig::new(Score::GatV2, COLUMNS, COLUMNS / 4, 4).init(&mut rng);
-    let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
-    let moe = MoeConfig::new(COLUMNS, 2).init(experts, &mut rng);
-    // Exact search included; a single query is not a node.
-    let search = LatentSearch::new(16, Metric::Cosine).exclude_self(false);
-    let dual = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
-    let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), &mut rng);
-    let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent).init();
-    // Wide enough for all pairs.
-    let window = LocalGlobal::by_order(Window::new(10_000), Flash::new());
-    let performer = PerformerConfig::new(COLUMNS, 4 * COLUMNS).init(&mut rng);
-    let rope = GraphRopeConfig::new(COLUMNS, Layout::Half);
-    vec![
-        Box::new(ScaledDotProduct::new()),
-        Box::new(Flash::new()),
-        Box::new(multi_head.expect("4 heads divide the columns")),
-        Box::new(moe.expect("2 of 8 experts")),
-        Box::new(window.expect("the dilation is positive")),
-        Box::new(dual.expect("the sizes are positive").with_search(search)),
-        Box::new(gat.expect("the sizes are positive")),
-        Box::new(poincare.expect("the defaults are valid")),
-        Box::new(performer.expect("the sizes are positive")),
-        Box::new(rope.init(Flash::new()).expect("the number of columns is even")),
-        Box::new(rope.init_edges().expect("the number of columns is even")),
-    ]
-}
-
-fn matrix(rows: usize) -> Array2<f32> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(2);
-    Array2::from_shape_simple_fn((rows, COLUMNS), || StandardNormal.sample(&mut rng))
-}
-
-fn forward(c: &mut Criterion, group: &str, size: usize, inputs: &Inputs<'_, f32>) {
-    let mut group = c.benchmark_group(group);
-    group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
-    // For those that read them.
-    let positions = |n: usize| Array2::from_shape_fn((n, 1), |(node, _)| node as f32);
-    let at = [positions(inputs.num_queries()), positions(inputs.num_keys())];
-    let distances = (0..inputs.num_pairs()).map(|pair| (pair % 7) as f32).collect::<Array1<_>>();
-    let inputs = inputs.with_positions(at[0].view(), at[1].view());
-    let inputs = inputs.and_then(|inputs| inputs.with_distances(distances.view()));
-    let inputs = &inputs.expect("there is one for each");
-    for attention in mechanisms() {
-        let mut out = Array2::zeros((inputs.num_queries(), attention.output_dim(inputs)));
-        group.bench_function(BenchmarkId::new(attention.name(), size), |bencher| {
-            bencher.iter(|| attention.forward_into(inputs, out.view_mut()));
-        });
+fn all<F: Float>(c: &mut Criterion, workload: &str, size: usize, inputs: Inputs<'_, F>) {
+    let places = Places::new(&inputs);
+    let inputs = places.add_to(inputs);
+    for (threads, pool) in machine::pools() {
+        // What takes microseconds is not shared among threads.
+        if workload == "one query" && threads != machine::ONE_THREAD {
+            continue;
+        }
+        let name = format!("{workload} {}, {threads}", std::any::type_name::<F>());
+        let mut group = workload::group(c, name, inputs.num_pairs());
+        for attention in workload::mechanisms(COLUMNS) {
+            let id = BenchmarkId::new(attention.name(), size);
+            workload::forward(&mut group, id, &pool, &*attention, &inputs);
+        }
     }
 }
 
-fn single(c: &mut Criterion) {
+fn workloads<F: Float>(c: &mut Criterion) {
     for neighbours in [16, 256, 4096] {
-        let (query, keys) = (matrix(1), matrix(neighbours));
+        let [query, keys] = [1, neighbours].map(|rows| matrix::<F>(rows, COLUMNS, 2));
         let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).expect("shapes fit");
-        forward(c, "single", neighbours, &inputs);
+        all(c, "one query", neighbours, inputs);
     }
-}
-
-fn dense(c: &mut Criterion) {
-    for n in [128, 1024] {
-        let x = matrix(n);
+    for n in [128, 1024, 4096] {
+        let x = matrix::<F>(n, COLUMNS, 2);
         let inputs = Inputs::dense(x.view(), x.view(), x.view()).expect("shapes fit");
-        forward(c, "dense", n, &inputs);
+        all(c, "dense", n, inputs);
     }
-}
-
-fn graph(c: &mut Criterion) {
-    let (nodes, degree) = (10_000, 16);
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
-    let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
-    let graph = Graph::from_edges(nodes, nodes, edges).expect("edges in range");
-    let x = matrix(nodes);
+    let (nodes, degree) = (50_000, 16);
+    let (graph, x) = (random_graph(nodes, degree), matrix::<F>(nodes, COLUMNS, 2));
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).expect("shapes fit");
-    forward(c, "graph", nodes, &inputs);
+    all(c, "graph", nodes, inputs);
 }
 
-criterion_group!(benches, single, dense, graph);
-criterion_main!(benches);
+fn benches(c: &mut Criterion) {
+    machine::print_limits();
+    workloads::<f32>(c);
+    workloads::<f64>(c);
+}
+
+criterion_group! {
+    name = all_of_them;
+    config = workload::criterion();
+    targets = benches
+}
+criterion_main!(all_of_them);

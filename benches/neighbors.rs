@@ -3,27 +3,26 @@
 //! Beside it, what the product of the same matrices takes alone, in tiles that are not kept: by the
 //! same kernel, for a threshold that no key reaches, and by `ndarray`.
 
-mod machine;
+mod workload;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::linalg::general_mat_mul;
 use graph_attention::ndarray::{Array2, s};
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
 use std::hint::black_box;
+use workload::{machine, matrix};
 
 fn all_pairs(c: &mut Criterion) {
     machine::print_limits();
     let (n, dim, k) = (20_000, 64, 10);
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    let x: Array2<f32> = Array2::from_shape_simple_fn((n, dim), || StandardNormal.sample(&mut rng));
+    let x: Array2<f32> = matrix(n, dim, 1);
     for (threads, pool) in machine::pools() {
-        let mut group = c.benchmark_group(format!("neighbors {n}x{dim}, k = {k}, {threads}"));
-        // Multiply-adds.
-        group.throughput(Throughput::Elements((n * n * dim) as u64));
+        // Throughput in multiply-adds.
+        let name = format!("neighbors, k = {k}, {threads}");
+        let mut group = workload::group(c, name, n * n * dim);
+        let id = |name: &str| BenchmarkId::new(name, format!("{n}x{dim}"));
         let mut tile = Array2::zeros((500, 1000));
-        group.bench_function("product alone, ndarray", |bencher| {
+        group.bench_function(id("product alone, ndarray"), |bencher| {
             bencher.iter(|| {
                 for (row, key) in (0..n * n / tile.len()).map(|at| (at / 20 * 500, at % 20 * 1000))
                 {
@@ -36,13 +35,13 @@ fn all_pairs(c: &mut Criterion) {
         });
         let index = ExactIndex::new(x.view(), Metric::Dot).expect("it fits");
         let none = NeighborSearch::new(k).threshold(f32::INFINITY);
-        group.bench_function("product alone", |bencher| {
+        group.bench_function(id("product alone"), |bencher| {
             pool.install(|| bencher.iter(|| index.search(x.view(), &none)));
         });
         for metric in [Metric::Dot, Metric::Cosine, Metric::Euclidean] {
             let index = ExactIndex::new(x.view(), metric).expect("it fits");
             let search = NeighborSearch::new(k).exclude_self(true);
-            group.bench_function(BenchmarkId::new("exact", format!("{metric:?}")), |bencher| {
+            group.bench_function(id(&format!("{metric:?}")), |bencher| {
                 pool.install(|| bencher.iter(|| index.search(x.view(), &search)));
             });
         }
@@ -51,7 +50,7 @@ fn all_pairs(c: &mut Criterion) {
 
 criterion_group! {
     name = all;
-    config = Criterion::default().sample_size(10);
+    config = workload::criterion();
     targets = all_pairs
 }
 criterion_main!(all);

@@ -3,12 +3,13 @@
 //! `near` are points whose means lie near the center, `far` clusters at the boundary, whose sums are
 //! taken twice, and `tangent` the first in tangent coordinates.
 
-mod machine;
+mod workload;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Coordinates, Flash, Gradients, Graph, Inputs, PoincareConfig};
+use graph_attention::{Attention, Coordinates, Flash, Graph, Inputs, PoincareConfig};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
+use workload::{machine, random_graph};
 
 /// Points of norms up to `norm`, or within (1 − norm)/2 of one of norm `norm`.
 fn points(rows: usize, dim: usize, norm: f32, is_far: bool, seed: u64) -> Array2<f32> {
@@ -36,53 +37,38 @@ fn mechanisms() -> [(&'static str, bool, Box<dyn Attention<f32>>); 4] {
     ]
 }
 
-fn run(c: &mut Criterion, group: &str, size: &str, graph: Option<&Graph>, n: usize, dim: usize) {
-    for (threads, pool) in machine::pools() {
-        let mut group = c.benchmark_group(format!("poincare {group} {size}, {threads}"));
-        for (name, is_far, attention) in mechanisms() {
-            let norm = if is_far { 0.95 } else { 0.8 };
-            let [query, key, value] = [1, 2, 3].map(|seed| points(n, dim, norm, is_far, seed));
-            let inputs = match graph {
-                None => Inputs::dense(query.view(), key.view(), value.view()),
-                Some(graph) => Inputs::graph(query.view(), key.view(), value.view(), graph),
-            };
-            let inputs = inputs.expect("shapes fit");
-            let mut out = Array2::zeros((n, dim));
-            let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
-            group.throughput(Throughput::Elements(inputs.num_pairs() as u64));
-            group.bench_function(BenchmarkId::new("forward", name), |bencher| {
-                pool.install(|| bencher.iter(|| attention.forward_into(&inputs, out.view_mut())));
-            });
-            let mut train = || {
-                let saved = attention.forward_train_into(&inputs, out.view_mut())?;
-                attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
-            };
-            group.bench_function(BenchmarkId::new("forward and backward", name), |bencher| {
-                pool.install(|| bencher.iter(&mut train));
-            });
+fn run(c: &mut Criterion, pattern: &str, size: &str, graph: Option<&Graph>, n: usize, dim: usize) {
+    for (name, is_far, attention) in mechanisms() {
+        let norm = if is_far { 0.95 } else { 0.8 };
+        let [query, key, value] = [1, 2, 3].map(|seed| points(n, dim, norm, is_far, seed));
+        let inputs = match graph {
+            None => Inputs::dense(query.view(), key.view(), value.view()),
+            Some(graph) => Inputs::graph(query.view(), key.view(), value.view(), graph),
+        };
+        let inputs = inputs.expect("shapes fit");
+        for (threads, pool) in machine::pools() {
+            let group = format!("poincare {pattern}, {threads}");
+            let id = || BenchmarkId::new(name, size);
+            let mut forward = workload::group(c, &group, inputs.num_pairs());
+            workload::forward(&mut forward, id(), &pool, &*attention, &inputs);
+            forward.finish();
+            let mut training = workload::group(c, format!("training {group}"), inputs.num_pairs());
+            workload::training(&mut training, id(), &pool, &*attention, &inputs);
         }
     }
 }
 
-fn dense(c: &mut Criterion) {
+fn benches(c: &mut Criterion) {
     machine::print_limits();
     for (n, dim) in [(1024, 64), (1024, 8), (4096, 64)] {
         run(c, "dense", &format!("{n}x{dim}"), None, n, dim);
     }
-}
-
-fn graph(c: &mut Criterion) {
-    let (nodes, degree) = (50_000, 16);
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(4);
-    let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
-    let graph = Graph::from_edges(nodes, nodes, edges).expect("edges in range");
-    let _ = graph.transpose();
-    run(c, "graph", &format!("{nodes}x{degree}x64"), Some(&graph), nodes, 64);
+    run(c, "graph", "50000x16x64", Some(&random_graph(50_000, 16)), 50_000, 64);
 }
 
 criterion_group! {
     name = all;
-    config = Criterion::default().sample_size(10);
-    targets = dense, graph
+    config = workload::criterion();
+    targets = benches
 }
 criterion_main!(all);

@@ -2,28 +2,23 @@
 //!
 //! `Performer` with 256 features and `Flash`, n queries over n keys of 64 columns. Throughput is in
 //! the multiplications and additions of the matrix products, so that it can be held against the
-//! peak that is printed first: 8 n m d of the one, 4 n² d of the other, and 20 n m d and 14 n² d
+//! peak that is printed first: 8 n m d of the one, 4 n² d of the other, and 28 n m d and 14 n² d
 //! with the backward pass.
 
-mod machine;
+mod workload;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Flash, Gradients, Inputs, PerformerConfig};
+use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
 use peak_alloc::PeakAlloc;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use workload::{machine, matrix};
 
 #[global_allocator]
 static PEAK: PeakAlloc = PeakAlloc;
 
 const COLUMNS: usize = 64;
 const FEATURES: usize = 256;
-
-fn matrix(rows: usize, seed: u64) -> Array2<f32> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-    Array2::from_shape_simple_fn((rows, COLUMNS), || StandardNormal.sample(&mut rng))
-}
 
 /// With its operations forward, and with the backward pass.
 type Entry = (&'static str, Box<dyn Attention<f32>>, fn(usize) -> [usize; 2]);
@@ -44,36 +39,26 @@ fn mechanisms() -> [Entry; 3] {
 fn scaling(c: &mut Criterion) {
     machine::print_limits();
     for n in [1 << 10, 1 << 12, 1 << 14, 1 << 16] {
-        let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, seed));
+        let [query, key, value] = [1, 2, 3].map(|seed| matrix(n, COLUMNS, seed));
         for (name, attention, operations) in mechanisms() {
             let inputs = Inputs::dense(query.view(), key.view(), value.view());
             let mut inputs = inputs.expect("shapes fit");
             if name.contains("causal") {
                 inputs = inputs.causal();
             }
-            let mut out = Array2::zeros((n, COLUMNS));
-            let mut grads = Gradients::zeros(&inputs, &attention).expect("they fit in memory");
+            let [of_forward, of_training] = operations(n);
             for (threads, pool) in machine::pools() {
-                let mut group = c.benchmark_group(format!("scaling, {threads}"));
-                let [forward, training] = operations(n);
-                group.throughput(Throughput::Elements(forward as u64));
-                group.bench_function(BenchmarkId::new(name, n), |bencher| {
-                    pool.install(|| {
-                        bencher.iter(|| attention.forward_into(&inputs, out.view_mut()))
-                    });
-                });
-                if n > 1 << 14 {
-                    continue;
+                let id = || BenchmarkId::new(name, n);
+                let mut group = workload::group(c, format!("scaling, {threads}"), of_forward);
+                workload::forward(&mut group, id(), &pool, &*attention, &inputs);
+                group.finish();
+                if n <= 1 << 14 {
+                    let group = format!("training scaling, {threads}");
+                    let mut group = workload::group(c, group, of_training);
+                    workload::training(&mut group, id(), &pool, &*attention, &inputs);
                 }
-                group.throughput(Throughput::Elements(training as u64));
-                let mut train = || {
-                    let saved = attention.forward_train_into(&inputs, out.view_mut())?;
-                    attention.backward_into(&inputs, &saved, query.view(), grads.view_mut())
-                };
-                group.bench_function(BenchmarkId::new(format!("{name} training"), n), |bencher| {
-                    pool.install(|| bencher.iter(&mut train));
-                });
             }
+            let mut out = Array2::zeros((n, COLUMNS));
             PEAK.reset_peak_usage();
             let before = PEAK.current_usage();
             attention.forward_into(&inputs, out.view_mut()).expect("shapes fit");
@@ -85,7 +70,7 @@ fn scaling(c: &mut Criterion) {
 
 criterion_group! {
     name = all;
-    config = Criterion::default().sample_size(10);
+    config = workload::criterion();
     targets = scaling
 }
 criterion_main!(all);

@@ -49,9 +49,11 @@ pub(crate) fn print_limits() {
     println!("                            {:.1} GB/s read from memory", read_bandwidth() / 1e9);
 }
 
+pub(crate) const ONE_THREAD: &str = "one thread";
+
 /// A pool of one thread and one of all.
 pub(crate) fn pools() -> [(&'static str, rayon::ThreadPool); 2] {
-    [("one thread", 1), ("all threads", 0)].map(|(name, threads)| {
+    [(ONE_THREAD, 1), ("all threads", 0)].map(|(name, threads)| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         (name, pool.expect("a thread pool"))
     })
