@@ -82,7 +82,7 @@ fn benches(c: &mut Criterion) {
         bench(c, "dense", &inputs);
     }
     let nodes = 50_000;
-    let graph = random_graph(nodes, 16);
+    let graph = random_graph(nodes, 16, 3);
     let x = matrix(nodes, COLUMNS, 2);
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).expect("shapes fit");
     bench(c, "graph", &inputs);

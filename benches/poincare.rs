@@ -63,7 +63,7 @@ fn benches(c: &mut Criterion) {
     for (n, dim) in [(1024, 64), (1024, 8), (4096, 64)] {
         run(c, "dense", &format!("{n}x{dim}"), None, n, dim);
     }
-    run(c, "graph", "50000x16x64", Some(&random_graph(50_000, 16)), 50_000, 64);
+    run(c, "graph", "50000x16x64", Some(&random_graph(50_000, 16, 3)), 50_000, 64);
 }
 
 criterion_group! {

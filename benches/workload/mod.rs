@@ -34,8 +34,8 @@ pub(crate) fn matrix<F: Float>(rows: usize, columns: usize, seed: u64) -> Array2
 }
 
 /// Every node has `degree` neighbours from anywhere.
-pub(crate) fn random_graph(nodes: usize, degree: usize) -> Graph {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+pub(crate) fn random_graph(nodes: usize, degree: usize, seed: u64) -> Graph {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
     prepare(Graph::from_edges(nodes, nodes, edges))
 }
@@ -94,7 +94,8 @@ fn all<F: Float>(columns: usize) -> Result<Vec<Box<dyn Attention<F>>>> {
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();
     let dual = DualSpaceConfig::new(Fusion::Gated, columns);
     let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), &mut rng)?;
-    // The search for latent neighbours is measured with it. A single query is not a node.
+    // Where the inputs bring no latent neighbours, the search for them is measured too. A single query
+    // is not a node.
     let search = LatentSearch::new(16, Metric::Cosine).exclude_self(false);
     let rope = GraphRopeConfig::new(columns, Layout::Half);
     Ok(vec![
