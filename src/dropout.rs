@@ -36,9 +36,10 @@ impl Dropout {
     #[must_use]
     pub fn multiplier<F: Float>(&self, pair: usize, head: usize) -> F {
         let hash = mix(mix(mix(self.seed) ^ pair as u64) ^ head as u64);
-        // The upper 53 bits, as a number in [0, 1).
-        let uniform = (hash >> 11) as f64 * (1.0 / (1u64 << 53) as f64);
-        if uniform < self.probability { F::zero() } else { F::of(1.0 / (1.0 - self.probability)) }
+        // The upper 53 bits, as a number in [0, 1), less than the probability: in whole numbers, since
+        // these stay in vectors.
+        let dropped = (self.probability * (1u64 << 53) as f64).ceil() as u64;
+        if hash >> 11 < dropped { F::zero() } else { F::of(1.0 / (1.0 - self.probability)) }
     }
 }
 

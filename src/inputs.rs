@@ -6,7 +6,9 @@ use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
-use ndarray::{ArrayBase, ArrayView1, ArrayView2, Axis, Ix1, Ix2, ViewRepr};
+use ndarray::{
+    ArrayBase, ArrayView1, ArrayView2, Axis, Ix1, Ix2, SliceInfo, SliceInfoElem, ViewRepr, s,
+};
 use std::ops::Range;
 
 // `ArrayView2<'a, F>` names its element through an associated type, which makes a struct that
@@ -547,6 +549,25 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.dropout.map_or(F::one(), |dropout| dropout.multiplier(self.pair_number(pair), head))
     }
 
+    /// [`dropout_multiplier`](Self::dropout_multiplier) of consecutive keys of dense inputs, from this
+    /// pair on.
+    #[inline(always)]
+    pub(crate) fn dropout_multipliers(&self, first: Pair, head: usize, multipliers: &mut [F]) {
+        match (self.dropout, self.origin) {
+            (Some(dropout), None) => {
+                for (pair, multiplier) in (first.index..).zip(multipliers) {
+                    *multiplier = dropout.multiplier(pair, head);
+                }
+            }
+            _ => {
+                for (at, multiplier) in multipliers.iter_mut().enumerate() {
+                    let (key, index) = (first.key + at, first.index + at);
+                    *multiplier = self.dropout_multiplier(Pair { key, index, ..first }, head);
+                }
+            }
+        }
+    }
+
     /// The features of the pairs, one row each.
     ///
     /// # Errors
@@ -815,6 +836,28 @@ impl<F: Float> Bias<'_, F> {
         } else {
             [pair.index, if self.num_heads() == 1 { 0 } else { head }]
         }
+    }
+
+    /// Where the logits of a head stand for consecutive keys of dense inputs, from this pair on.
+    #[inline]
+    pub(crate) fn slots(
+        &self,
+        first: Pair,
+        num_keys: usize,
+        head: usize,
+    ) -> SliceInfo<[SliceInfoElem; 2], Ix2, Ix1> {
+        let [row, column] = self.slot(first, head);
+        if self.is_matrix {
+            s![row, column..column + num_keys]
+        } else {
+            s![row..row + num_keys, column]
+        }
+    }
+
+    /// The logits at [`slots`](Self::slots).
+    #[inline]
+    pub(crate) fn row(&self, first: Pair, num_keys: usize, head: usize) -> ArrayView1<'_, F> {
+        self.logits.slice(self.slots(first, num_keys, head))
     }
 
     /// Whether the array is num_queries × num_keys instead of one row per pair.

@@ -256,11 +256,19 @@ pub(super) fn product_rows<F: Float>(
         let data = out.as_slice_mut().unwrap_or(&mut copy);
         for block in parallel::ranges(rows.len(), BLOCK) {
             let row = |m: usize| left.row(rows.start + block.start + m);
-            rows_times(simd, block.len(), row, right, columns, |m, column, sums| {
-                let len = panel_width::<S, F>().min(columns - column);
-                let start = (block.start + m) * columns + column;
-                store_panel_row(simd, sums, target, &mut data[start..start + len]);
-            });
+            rows_times(
+                simd,
+                block.len(),
+                row,
+                right,
+                columns,
+                #[inline(always)]
+                |m, column, sums| {
+                    let len = panel_width::<S, F>().min(columns - column);
+                    let start = (block.start + m) * columns + column;
+                    store_panel_row(simd, sums, target, &mut data[start..start + len]);
+                },
+            );
         }
         if !copy.is_empty() {
             out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
@@ -298,11 +306,19 @@ pub(super) fn add_transposed_product_rows<F: Float>(
             let data = left.rows(block.clone());
             let left = Matrix { data, stride: num_rows };
             let right = Matrix { data: &packed[..block.len() * stride], stride };
-            columns_times(simd, num_rows, left, right, stride, |m, column, sums| {
-                let start = m * stride + column;
-                let sum = &mut sum[start..start + panel_width::<S, F>()];
-                store_panel_row(simd, sums, Target::Add, sum);
-            });
+            columns_times(
+                simd,
+                num_rows,
+                left,
+                right,
+                stride,
+                #[inline(always)]
+                |m, column, sums| {
+                    let start = m * stride + column;
+                    let sum = &mut sum[start..start + panel_width::<S, F>()];
+                    store_panel_row(simd, sums, Target::Add, sum);
+                },
+            );
         }
     }
     dispatch!(level, simd => run(simd, left, right, rows, sum));

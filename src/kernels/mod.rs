@@ -6,7 +6,7 @@
 //! rows enter the instruction set themselves and are called, since inlined everywhere they would make
 //! the build take minutes.
 //!
-//! `matmul`, `exp2` and `heads` are the primitives, `linear` makes projections of them, `problem` is
+//! `matmul`, `exp2`, `transpose` and `heads` are the primitives, `linear` makes projections of them, `problem` is
 //! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
 //! row, `edges` row by row with features of the pairs; none ever holds more than a tile of logits.
 //! `nearest` walks queries × keys in tiles too, and keeps the best keys of each query.
@@ -52,6 +52,7 @@ macro_rules! without_sse2 {
 }
 
 pub(crate) mod asinh;
+mod buffer;
 pub(crate) mod dense;
 pub(crate) mod edges;
 pub(crate) mod exp2;
@@ -67,6 +68,7 @@ pub(crate) mod problem;
 pub(crate) mod rotary;
 pub(crate) mod rows;
 pub(crate) mod sincos;
+pub(crate) mod transpose;
 
 use crate::error::Result;
 use crate::float::Float;

@@ -1,8 +1,8 @@
-use super::pack_transposed;
 use super::{BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, block, clip};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::inputs::{Pair, head_columns};
+use crate::inputs::head_columns;
+use crate::kernels::buffer::Buffer;
 use crate::kernels::exp2::exp2;
 use crate::kernels::matmul::{Matrix, PanelRow, columns_times, load, panel_width};
 use crate::kernels::matmul::{rows_times, splat, store};
@@ -24,27 +24,29 @@ struct Operands<'r, F: Clone> {
 /// Buffers of a backward pass over one block after the other.
 struct BackwardScratch<F> {
     /// key_dim × width, and width × padded key_dim.
-    queries: Vec<F>,
-    query_rows: Vec<F>,
+    queries: Buffer<F>,
+    query_rows: Buffer<F>,
     /// value_dim × width, and width × padded value_dim.
-    grad_out: Vec<F>,
-    grad_out_rows: Vec<F>,
+    grad_out: Buffer<F>,
+    grad_out_rows: Buffer<F>,
     /// keys × width: P̃ and dS.
-    weights: Vec<F>,
-    grad_scores: Vec<F>,
+    weights: Buffer<F>,
+    grad_scores: Buffer<F>,
+    /// For what is added to scores, and multiplies weights.
+    rows: Vec<F>,
     /// L in units of ln 2, +∞ for lanes that take no part, so that their weights are 0.
-    log_sums: Vec<F>,
-    deltas: Vec<F>,
+    log_sums: Buffer<F>,
+    deltas: Buffer<F>,
     /// key_dim × width.
-    grad_query: Vec<F>,
+    grad_query: Buffer<F>,
 }
 
 /// Gradients of the keys and values that a part of the queries may see: for each head, row after row
 /// of padded length.
 struct KeyGradients<F> {
     keys: Range<usize>,
-    key: Vec<F>,
-    value: Vec<F>,
+    key: Buffer<F>,
+    value: Buffer<F>,
 }
 
 /// What one task of a backward pass writes to.
@@ -103,8 +105,8 @@ pub(in super::super) fn backward<F: Float>(
                 grad_bias: grad_biases.as_mut().and_then(Iterator::next),
                 keys: KeyGradients {
                     keys,
-                    key: vec![F::zero(); rows * padded[0]],
-                    value: vec![F::zero(); rows * padded[1]],
+                    key: Buffer::zeros(rows * padded[0]),
+                    value: Buffer::zeros(rows * padded[1]),
                 },
             }
         })
@@ -151,57 +153,37 @@ fn backward_part<S: Simd, F: Float>(
 ) {
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
     let tile = sizes.keys * width;
+    let [padded_key, padded_value] =
+        [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel_width::<S, F>()));
     let mut scratch = BackwardScratch {
-        queries: Vec::new(),
-        query_rows: Vec::new(),
-        grad_out: Vec::new(),
-        grad_out_rows: Vec::new(),
-        weights: vec![F::zero(); tile],
-        grad_scores: vec![F::zero(); tile],
-        log_sums: vec![F::zero(); width],
-        deltas: vec![F::zero(); width],
-        grad_query: vec![F::zero(); problem.key_dim * width],
+        queries: Buffer::zeros(problem.key_dim * width),
+        query_rows: Buffer::zeros(width * padded_key),
+        grad_out: Buffer::zeros(problem.value_dim * width),
+        grad_out_rows: Buffer::zeros(width * padded_value),
+        weights: Buffer::zeros(tile),
+        grad_scores: Buffer::zeros(tile),
+        rows: Vec::new(),
+        log_sums: Buffer::zeros(width),
+        deltas: Buffer::zeros(width),
+        grad_query: Buffer::zeros(problem.key_dim * width),
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..problem.heads {
             let block = block::<S, F>(problem, head, &part.queries, &rows);
             simd.vectorize(
                 #[inline(always)]
-                || {
-                    let keys = &mut part.keys;
-                    backward_block(
-                        simd,
-                        &block,
-                        operands,
-                        sizes.keys,
-                        &mut scratch,
-                        keys,
-                        |lane, key, grad_score| {
-                            if let (Some(grad), Some(bias)) = (&mut part.grad_bias, problem.bias) {
-                                let pair = block.pair(lane, key);
-                                let query = pair.query - part.queries.start;
-                                let index =
-                                    pair.index - part.queries.start * problem.inputs.num_keys();
-                                grad[bias.slot(Pair { query, key, index }, head)] += grad_score;
-                            }
-                        },
-                    );
-                },
+                || backward_block(simd, &block, operands, sizes.keys, &mut scratch, part),
             );
             // s = scale q·k
             let columns = head_columns(head, problem.key_dim);
-            let mut sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
-            for (lane, mut sum) in sum.rows_mut().into_iter().enumerate() {
-                for (sum, grad) in sum.iter_mut().zip(scratch.grad_query.chunks(block.width)) {
-                    *sum += problem.scale * grad[lane];
-                }
-            }
+            let sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
+            block.add_lanes(simd, problem.scale, &scratch.grad_query, sum);
         }
     }
 }
 
-/// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys and
-/// values to `sums`, and hands that of each visible score to `visit_bias` if there is a bias.
+/// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys, values and
+/// bias to the part's.
 #[inline(always)]
 fn backward_block<S: Simd, F: Float>(
     simd: S,
@@ -209,10 +191,11 @@ fn backward_block<S: Simd, F: Float>(
     operands: &Operands<'_, F>,
     keys_per_tile: usize,
     scratch: &mut BackwardScratch<F>,
-    sums: &mut KeyGradients<F>,
-    mut visit_bias: impl FnMut(usize, usize, F),
+    part: &mut BackwardPart<'_, F>,
 ) {
     let Block { problem, head, width, .. } = *block;
+    let BackwardPart { queries, keys: sums, grad_bias, .. } = part;
+    let first_query = queries.start;
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
     let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
@@ -224,14 +207,8 @@ fn backward_block<S: Simd, F: Float>(
 
     let grad_out =
         |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
-    block.pack_queries(problem.scale * F::of(LOG2_E), &mut scratch.queries);
-    pack_transposed(
-        value_dim,
-        block.queries.clone().map(grad_out),
-        F::one(),
-        width,
-        &mut scratch.grad_out,
-    );
+    block.pack_queries(simd, problem.scale * F::of(LOG2_E), &mut scratch.queries);
+    block.pack_transposed(simd, value_dim, grad_out, F::one(), &mut scratch.grad_out);
     pack_rows(
         operands.query.slices(),
         block,
@@ -280,20 +257,36 @@ fn backward_block<S: Simd, F: Float>(
             // S = K Qᵀ and dP̃ = V Gᵀ
             let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
             let key = |k| keys.row(seen.start + k);
-            rows_times(simd, seen.len(), key, queries, panel, |k, _, score| {
-                store::<S, F>(score, &mut weights[k * width + column..]);
-            });
+            rows_times(
+                simd,
+                seen.len(),
+                key,
+                queries,
+                panel,
+                #[inline(always)]
+                |k, _, score| {
+                    store::<S, F>(score, &mut weights[k * width + column..]);
+                },
+            );
             let grads = Matrix { data: &scratch.grad_out[..], stride: width }.skip_columns(column);
             let value = |k| values.row(seen.start + k);
-            rows_times(simd, seen.len(), value, grads, panel, |k, _, grad| {
-                store::<S, F>(grad, &mut grad_scores[k * width + column..]);
-            });
+            rows_times(
+                simd,
+                seen.len(),
+                value,
+                grads,
+                panel,
+                #[inline(always)]
+                |k, _, grad| {
+                    store::<S, F>(grad, &mut grad_scores[k * width + column..]);
+                },
+            );
             if block.may_hide_in(&lanes, &seen) {
-                block.restrict(lanes.clone(), &seen, weights);
+                block.restrict(simd, lanes.clone(), &seen, weights, &mut scratch.rows);
             }
 
             // dP = m dP̃
-            block.drop_out(lanes.clone(), &seen, grad_scores);
+            block.drop_out(simd, lanes.clone(), &seen, grad_scores, &mut scratch.rows);
 
             // P = e^{S − L}, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
             let log_sums = load::<S, F>(simd, &scratch.log_sums[column..]);
@@ -318,33 +311,55 @@ fn backward_block<S: Simd, F: Float>(
                 store::<S, F>(weight, weights);
             }
             // P̃ = m P
-            block.drop_out(lanes.clone(), &seen, weights);
-            if problem.bias.is_some() {
-                block.for_each_visible(lanes, seen.clone(), |lane, key| {
-                    visit_bias(lane, key, grad_scores[(key - seen.start) * width + lane]);
-                });
+            block.drop_out(simd, lanes.clone(), &seen, weights, &mut scratch.rows);
+            if let Some(grad) = grad_bias {
+                block.add_bias_gradients(simd, lanes, &seen, grad_scores, first_query, grad);
             }
             // dQ += dS K
             let right = Matrix { data: &*grad_scores, stride: width }.skip_columns(column);
             let left = finite_keys.matrix(seen.start);
-            columns_times(simd, key_dim, left, right, panel, |row, _, grad| {
-                add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
-            });
+            columns_times(
+                simd,
+                key_dim,
+                left,
+                right,
+                panel,
+                #[inline(always)]
+                |row, _, grad| {
+                    add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
+                },
+            );
         }
 
         // dV += P̃ᵀ G, dK += dSᵀ (scale Q)
         let grad_out_rows = Matrix { data: &scratch.grad_out_rows[..], stride: padded_value };
         let weights_of = |k: usize| &weights[k * width..][..width];
-        rows_times(simd, tile.len(), weights_of, grad_out_rows, padded_value, |k, column, grad| {
-            let row = (first_row + tile.start - first_key + k) * padded_value;
-            add::<S, F>(simd, grad, &mut sums.value[row + column..]);
-        });
+        rows_times(
+            simd,
+            tile.len(),
+            weights_of,
+            grad_out_rows,
+            padded_value,
+            #[inline(always)]
+            |k, column, grad| {
+                let row = (first_row + tile.start - first_key + k) * padded_value;
+                add::<S, F>(simd, grad, &mut sums.value[row + column..]);
+            },
+        );
         let query_rows = Matrix { data: &scratch.query_rows[..], stride: padded_key };
         let grad_scores_of = |k: usize| &grad_scores[k * width..][..width];
-        rows_times(simd, tile.len(), grad_scores_of, query_rows, padded_key, |k, column, grad| {
-            let row = (first_row + tile.start - first_key + k) * padded_key;
-            add::<S, F>(simd, grad, &mut sums.key[row + column..]);
-        });
+        rows_times(
+            simd,
+            tile.len(),
+            grad_scores_of,
+            query_rows,
+            padded_key,
+            #[inline(always)]
+            |k, column, grad| {
+                let row = (first_row + tile.start - first_key + k) * padded_key;
+                add::<S, F>(simd, grad, &mut sums.key[row + column..]);
+            },
+        );
 
         // What is not finite, pair by pair.
         let lanes_of = |bad: &[usize]| -> Vec<usize> {
@@ -399,10 +414,9 @@ pub(in super::super) fn pack_rows<F: Float>(
     dim: usize,
     padded: usize,
     factor: F,
-    packed: &mut Vec<F>,
+    packed: &mut [F],
 ) {
-    packed.clear();
-    packed.resize(block.width * padded, F::zero());
+    packed.fill(F::zero());
     let rows = HeadRows::new(rows, block.head, dim);
     for (packed, query) in packed.chunks_exact_mut(padded.max(1)).zip(block.queries.clone()) {
         packed

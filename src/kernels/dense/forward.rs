@@ -1,10 +1,12 @@
 use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
+use crate::kernels::buffer::Buffer;
 use crate::kernels::exp2::exp2;
-use crate::kernels::matmul::{Matrix, columns_times, load, panel_width, splat, store};
+use crate::kernels::matmul::{Matrix, Vector, columns_times, load, panel_width, splat, store};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::FiniteRows;
+use crate::kernels::transpose::{store_part, transposed};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::LN_2;
@@ -13,11 +15,13 @@ use std::ops::Range;
 /// Buffers of a forward pass over one block after the other.
 struct ForwardScratch<F> {
     /// keys × width.
-    scores: Vec<F>,
+    scores: Buffer<F>,
     /// value_dim × width.
-    out: Vec<F>,
-    maxima: Vec<F>,
-    sums: Vec<F>,
+    out: Buffer<F>,
+    maxima: Buffer<F>,
+    sums: Buffer<F>,
+    /// For what is added to scores, and multiplies weights.
+    rows: Vec<F>,
 }
 
 /// Overwrites `out` and `log_sum_exp` (num_queries × heads).
@@ -56,10 +60,11 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
     let mut scorer = C::new(simd, whole, width);
     let mut scratch = ForwardScratch {
-        scores: vec![F::zero(); sizes.keys * width],
-        out: vec![F::zero(); problem.value_dim * width],
-        maxima: vec![F::zero(); width],
-        sums: vec![F::zero(); width],
+        scores: Buffer::zeros(sizes.keys * width),
+        out: Buffer::zeros(problem.value_dim * width),
+        maxima: Buffer::zeros(width),
+        sums: Buffer::zeros(width),
+        rows: Vec::new(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
         for head in 0..problem.heads {
@@ -69,21 +74,59 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
                 || forward_block(simd, &block, &mut scorer, values, sizes.keys, &mut scratch),
             );
             let dim = problem.value_dim;
-            let mut out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
-            for (lane, mut row) in out.rows_mut().into_iter().enumerate() {
+            let out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
+            write_out(simd, &scratch, block.width, out);
+            for lane in 0..rows.len() {
                 let (max, sum) = (scratch.maxima[lane], scratch.sums[lane]);
-                // Nothing seen: not even 0/0.
                 let is_empty = sum == F::zero();
-                let factor = if is_empty { F::zero() } else { F::one() / sum };
-                for (value, scaled) in row.iter_mut().zip(scratch.out.chunks(block.width)) {
-                    *value = if is_empty { F::zero() } else { factor * scaled[lane] };
-                }
                 let log_sum =
                     if is_empty { F::neg_infinity() } else { max * F::of(LN_2) + sum.ln() };
                 log_sum_exp[[rows.start + lane, head]] = log_sum;
             }
         }
     }
+}
+
+/// Divides the outputs by the sums, and gives each query its row.
+#[inline(never)]
+fn write_out<S: Simd, F: Float>(
+    simd: S,
+    scratch: &ForwardScratch<F>,
+    width: usize,
+    mut out: ArrayViewMut2<'_, F>,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let len = Vector::<S, F>::LEN;
+            let at =
+                |data: &[F], place: usize| Vector::<S, F>::from_slice(simd, &data[place..][..len]);
+            let zero = Vector::<S, F>::splat(simd, F::zero());
+            let one = Vector::<S, F>::splat(simd, F::one());
+            let (num_queries, dim) = out.dim();
+            transposed::<S, F>(
+                simd,
+                dim,
+                num_queries,
+                #[inline(always)]
+                |column, lane| {
+                    let sum = at(&scratch.sums, lane);
+                    let mean = at(&scratch.out, column * width + lane) * (one / sum);
+                    // Nothing seen: not even 0/0.
+                    sum.simd_eq(zero).select(zero, mean)
+                },
+                #[inline(always)]
+                |lane, column, entries| {
+                    let mut row = out.row_mut(lane);
+                    match row.as_slice_mut() {
+                        Some(row) => store_part::<S, F>(entries, &mut row[column..]),
+                        None => (row.iter_mut().skip(column).zip(entries.as_slice()))
+                            .for_each(|(value, &entry)| *value = entry),
+                    }
+                },
+            );
+        },
+    );
 }
 
 /// Leaves the outputs times the sums, the sums and the maxima in `scratch`.
@@ -121,7 +164,7 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
             let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
             let mut max = scorer.score(simd, block, &tile, column, old_max, scores);
             if may_hide {
-                block.restrict(lanes.clone(), &tile, scores);
+                block.restrict(simd, lanes.clone(), &tile, scores, &mut scratch.rows);
                 max = old_max;
                 for scores in scores.chunks_exact(width) {
                     let score = load::<S, F>(simd, &scores[column..]);
@@ -152,18 +195,28 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
                 store::<S, F>(weight, scores);
             }
             store::<S, F>(sum, &mut scratch.sums[column..]);
-            block.drop_out(lanes.clone(), &tile, scores);
+            block.drop_out(simd, lanes.clone(), &tile, scores, &mut scratch.rows);
 
             // O ← α O + P̃ V
             let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
             let (dim, left) = (problem.value_dim, values_of_head.matrix(tile.start));
-            columns_times(simd, dim, left, weights, panel, |row, _, product| {
-                let out = &mut scratch.out[row * width + column..];
-                let old = load::<S, F>(simd, out);
-                let new =
-                    [old[0].mul_add(alpha[0], product[0]), old[1].mul_add(alpha[1], product[1])];
-                store::<S, F>(new, out);
-            });
+            columns_times(
+                simd,
+                dim,
+                left,
+                weights,
+                panel,
+                #[inline(always)]
+                |row, _, product| {
+                    let out = &mut scratch.out[row * width + column..];
+                    let old = load::<S, F>(simd, out);
+                    let new = [
+                        old[0].mul_add(alpha[0], product[0]),
+                        old[1].mul_add(alpha[1], product[1]),
+                    ];
+                    store::<S, F>(new, out);
+                },
+            );
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
             block.for_each_visible(lanes, bad_keys, |lane, key| {
                 let weight = scores[(key - tile.start) * width + lane];

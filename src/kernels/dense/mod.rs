@@ -12,12 +12,15 @@ mod forward;
 pub(super) use backward::{add, add_head_rows, backward, pack_rows, width_of};
 pub(super) use forward::forward;
 
-use super::matmul::{Matrix, PanelRow, panel_width, rows_times, store};
+use super::buffer::Buffer;
+use super::matmul::{Matrix, PanelRow, Vector, panel_width, rows_times, store};
 use super::parallel::ranges;
 use super::problem::{Problem, Slices};
+use super::transpose::{load_padded, store_part, transposed};
 use crate::float::Float;
 use crate::inputs::Pair;
-use fearless_simd::{Simd, SimdBase};
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use ndarray::{ArrayView1, ArrayViewMut2, s};
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
@@ -75,9 +78,39 @@ pub(super) struct Block<'p, 'a, F: Float> {
 impl<F: Float> Block<'_, '_, F> {
     /// Overwrites `packed`, key_dim × width, with the queries times a factor, transposed.
     #[inline(always)]
-    pub(super) fn pack_queries(&self, factor: F, packed: &mut Vec<F>) {
-        let rows = self.queries.clone().map(|query| self.problem.query(query, self.head));
-        pack_transposed(self.problem.key_dim, rows, factor, self.width, packed);
+    pub(super) fn pack_queries<S: Simd>(&self, simd: S, factor: F, packed: &mut [F]) {
+        let row = |query| self.problem.query(query, self.head);
+        self.pack_transposed(simd, self.problem.key_dim, row, factor, packed);
+    }
+
+    /// Overwrites `packed`, columns × width, with a factor times the transpose of what `row` gives for
+    /// each query, and zeros.
+    #[inline(always)]
+    pub(super) fn pack_transposed<'r, S: Simd>(
+        &self,
+        simd: S,
+        columns: usize,
+        row: impl Fn(usize) -> &'r [F],
+        factor: F,
+        packed: &mut [F],
+    ) {
+        let (first, len) = (self.queries.start, self.queries.len());
+        let zero = Vector::<S, F>::splat(simd, F::zero());
+        let factor = Vector::<S, F>::splat(simd, factor);
+        transposed::<S, F>(
+            simd,
+            self.width,
+            columns,
+            #[inline(always)]
+            |lane, column| match lane < len {
+                true => load_padded::<S, F>(simd, row(first + lane), column) * factor,
+                false => zero,
+            },
+            #[inline(always)]
+            |column, lane, entries| {
+                store_part::<S, F>(entries, &mut packed[column * self.width + lane..]);
+            },
+        );
     }
 
     /// The keys that it meets.
@@ -126,12 +159,20 @@ impl<F: Float> Block<'_, '_, F> {
         self.problem.dense_pair(self.queries.start + lane, key)
     }
 
-    /// Adds the bias to the scores of some lanes, and hides what is hidden.
-    pub(super) fn restrict(&self, lanes: Range<usize>, keys: &Range<usize>, scores: &mut [F]) {
+    /// Adds the bias to the scores of some lanes, and hides what is hidden. `rows` is scratch.
+    #[inline(never)]
+    pub(super) fn restrict<S: Simd>(
+        &self,
+        simd: S,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        scores: &mut [F],
+        rows: &mut Vec<F>,
+    ) {
+        let inputs = &self.problem.inputs;
         if !self.may_hide_anywhere {
             // Causal pattern and window alone: the first lanes do not see a key yet, the last ones no
             // more.
-            let inputs = &self.problem.inputs;
             let lane_of = |query: usize| {
                 query.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end)
             };
@@ -144,29 +185,204 @@ impl<F: Float> Block<'_, '_, F> {
             }
             return;
         }
-        for lane in lanes {
-            for (k, key) in keys.clone().enumerate() {
-                let score = &mut scores[k * self.width + lane];
-                let bias = self.problem.dense_bias(self.pair(lane, key), self.head);
-                *score = match bias {
-                    Some(bias) => *score + bias * F::of(LOG2_E),
-                    None => F::neg_infinity(),
-                };
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+                let log2_e = Vector::<S, F>::splat(simd, F::of(LOG2_E));
+                let fill = |query, row: &mut [F]| self.fill_bias(query, keys, row);
+                self.for_lanes(
+                    simd,
+                    lanes,
+                    keys.len(),
+                    rows,
+                    fill,
+                    #[inline(always)]
+                    |at, bias| {
+                        let scores = &mut scores[at..][..Vector::<S, F>::LEN];
+                        let score = bias.mul_add(log2_e, Vector::<S, F>::from_slice(simd, scores));
+                        // By the bias itself: a score that is NaN is hidden too.
+                        bias.simd_eq(lowest).select(lowest, score).store_slice(scores);
+                    },
+                );
+            },
+        );
+    }
+
+    /// Overwrites `row` with the additive logits of a query, −∞ where anything hides a key.
+    #[inline(always)]
+    fn fill_bias(&self, query: usize, keys: &Range<usize>, row: &mut [F]) {
+        let Problem { inputs, bias, .. } = self.problem;
+        match bias {
+            Some(bias) => {
+                let bias =
+                    bias.row(self.problem.dense_pair(query, keys.start), keys.len(), self.head);
+                row.iter_mut().zip(bias).for_each(|(logit, &bias)| *logit = bias);
             }
+            None => row.fill(F::zero()),
+        }
+        if let Some(mask) = inputs.mask() {
+            let mask = mask.slice_move(s![query, keys.clone()]);
+            zip_with(row, mask, |logit, is_visible| {
+                *logit = if is_visible { *logit } else { F::neg_infinity() };
+            });
+        }
+        let visible = inputs.visible_keys(query);
+        let [start, end] =
+            [visible.start, visible.end].map(|key| key.clamp(keys.start, keys.end) - keys.start);
+        row[..start].fill(F::neg_infinity());
+        row[end..].fill(F::neg_infinity());
+    }
+
+    /// Multiplies the entries of some lanes by what dropout makes of their weights. `rows` is scratch.
+    #[inline(always)]
+    pub(super) fn drop_out<S: Simd>(
+        &self,
+        simd: S,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        weights: &mut [F],
+        rows: &mut Vec<F>,
+    ) {
+        if self.problem.has_dropout() {
+            self.multiply_by_dropout(simd, lanes, keys, weights, rows);
         }
     }
 
-    /// Multiplies the entries of some lanes by what dropout makes of their weights.
-    pub(super) fn drop_out(&self, lanes: Range<usize>, keys: &Range<usize>, weights: &mut [F]) {
-        if !self.problem.has_dropout() {
-            return;
+    #[inline(never)]
+    fn multiply_by_dropout<S: Simd>(
+        &self,
+        simd: S,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        weights: &mut [F],
+        rows: &mut Vec<F>,
+    ) {
+        let inputs = &self.problem.inputs;
+        let fill = |query, row: &mut [F]| {
+            inputs.dropout_multipliers(self.problem.dense_pair(query, keys.start), self.head, row);
+        };
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                self.for_lanes(
+                    simd,
+                    lanes,
+                    keys.len(),
+                    rows,
+                    fill,
+                    #[inline(always)]
+                    |at, multipliers| {
+                        let weights = &mut weights[at..][..Vector::<S, F>::LEN];
+                        let weight = Vector::<S, F>::from_slice(simd, weights);
+                        (multipliers * weight).store_slice(weights);
+                    },
+                );
+            },
+        );
+    }
+
+    /// Hands what `fill` writes into the row of each query to `visit`, key by key in vectors of lanes,
+    /// with the place of the first in a tile of scores. Lanes past the last come with zeros.
+    #[inline(always)]
+    fn for_lanes<S: Simd>(
+        &self,
+        simd: S,
+        lanes: Range<usize>,
+        num_keys: usize,
+        rows: &mut Vec<F>,
+        fill: impl Fn(usize, &mut [F]),
+        mut visit: impl FnMut(usize, Vector<S, F>),
+    ) {
+        let len = Vector::<S, F>::LEN;
+        let stride = num_keys.next_multiple_of(len);
+        rows.resize(lanes.len() * stride, F::zero());
+        for (lane, row) in lanes.clone().zip(rows.chunks_exact_mut(stride)) {
+            fill(self.queries.start + lane, &mut row[..num_keys]);
         }
-        for lane in lanes {
-            for (k, key) in keys.clone().enumerate() {
-                weights[k * self.width + lane] *=
-                    self.problem.multiplier(self.pair(lane, key), self.head);
-            }
-        }
+        transposed::<S, F>(
+            simd,
+            lanes.len(),
+            num_keys,
+            #[inline(always)]
+            |row, column| Vector::<S, F>::from_slice(simd, &rows[row * stride + column..][..len]),
+            #[inline(always)]
+            |key, lane, entries| visit(key * self.width + lanes.start + lane, entries),
+        );
+    }
+
+    /// Adds the gradients of the logits of some lanes, keys × width, to that of the bias of the
+    /// queries from `first` on.
+    #[inline(never)]
+    pub(super) fn add_bias_gradients<S: Simd>(
+        &self,
+        simd: S,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        grads: &[F],
+        first: usize,
+        grad_bias: &mut ArrayViewMut2<'_, F>,
+    ) {
+        let Some(bias) = self.problem.bias else { return };
+        let first_pair = first * self.problem.inputs.num_keys();
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                transposed::<S, F>(
+                    simd,
+                    keys.len(),
+                    lanes.len(),
+                    #[inline(always)]
+                    |key, lane| {
+                        let grads = &grads[key * self.width + lanes.start + lane..];
+                        load_padded::<S, F>(simd, grads, 0)
+                    },
+                    #[inline(always)]
+                    |lane, key, entries| {
+                        let pair = self.pair(lanes.start + lane, keys.start + key);
+                        let (query, index) = (pair.query - first, pair.index - first_pair);
+                        let len = Vector::<S, F>::LEN.min(keys.len() - key);
+                        let row = bias.slots(Pair { query, index, ..pair }, len, self.head);
+                        let mut sum = grad_bias.slice_mut(row);
+                        let entries = &entries.as_slice()[..len];
+                        sum.iter_mut().zip(entries).for_each(|(sum, &grad)| *sum += grad);
+                    },
+                );
+            },
+        );
+    }
+
+    /// sum += factor · the transpose of `lanes`, columns × width.
+    #[inline(never)]
+    pub(super) fn add_lanes<S: Simd>(
+        &self,
+        simd: S,
+        factor: F,
+        lanes: &[F],
+        mut sum: ArrayViewMut2<'_, F>,
+    ) {
+        let (num_queries, dim) = sum.dim();
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                transposed::<S, F>(
+                    simd,
+                    dim,
+                    num_queries,
+                    #[inline(always)]
+                    |column, lane| {
+                        let lanes = &lanes[column * self.width + lane..];
+                        load_padded::<S, F>(simd, lanes, 0)
+                    },
+                    #[inline(always)]
+                    |lane, column, entries| {
+                        let mut sum = sum.row_mut(lane);
+                        let sum = sum.iter_mut().skip(column);
+                        sum.zip(entries.as_slice()).for_each(|(sum, &x)| *sum += factor * x);
+                    },
+                );
+            },
+        );
     }
 
     pub(super) fn sees(&self, lane: usize, key: usize) -> bool {
@@ -185,6 +401,15 @@ impl<F: Float> Block<'_, '_, F> {
                 visit(lane, key);
             }
         }
+    }
+}
+
+/// In vectors where the array lies one entry after the other, as a loop over it would not be.
+#[inline(always)]
+fn zip_with<F, T: Copy>(row: &mut [F], array: ArrayView1<'_, T>, f: impl Fn(&mut F, T)) {
+    match array.as_slice() {
+        Some(array) => row.iter_mut().zip(array).for_each(|(entry, &x)| f(entry, x)),
+        None => row.iter_mut().zip(array).for_each(|(entry, &x)| f(entry, x)),
     }
 }
 
@@ -246,7 +471,7 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
 pub(super) struct DotTiles<'p, F: Float> {
     problem: &'p Problem<'p, F>,
     /// Queries times the scale and log₂ e, key_dim × width.
-    queries: Vec<F>,
+    queries: Buffer<F>,
 }
 
 impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
@@ -258,12 +483,12 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
 
     #[inline(always)]
     fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
-        Self { problem, queries: Vec::with_capacity(problem.key_dim * width) }
+        Self { problem, queries: Buffer::zeros(problem.key_dim * width) }
     }
 
     #[inline(always)]
-    fn begin<S: Simd>(&mut self, _: S, block: &Block<'_, '_, F>) {
-        block.pack_queries(self.problem.scale * F::of(LOG2_E), &mut self.queries);
+    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>) {
+        block.pack_queries(simd, self.problem.scale * F::of(LOG2_E), &mut self.queries);
     }
 
     /// S = K Qᵀ
@@ -280,28 +505,18 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         let (keys, width) = (block.keys(), block.width);
         let queries = Matrix { data: &self.queries[..], stride: width }.skip_columns(column);
         let key = |k| keys.row(tile.start + k);
-        rows_times(simd, tile.len(), key, queries, panel_width::<S, F>(), |k, _, score| {
-            max = [max[0].max(score[0]), max[1].max(score[1])];
-            store::<S, F>(score, &mut scores[k * width + column..]);
-        });
+        rows_times(
+            simd,
+            tile.len(),
+            key,
+            queries,
+            panel_width::<S, F>(),
+            #[inline(always)]
+            |k, _, score| {
+                max = [max[0].max(score[0]), max[1].max(score[1])];
+                store::<S, F>(score, &mut scores[k * width + column..]);
+            },
+        );
         max
-    }
-}
-
-/// Overwrites `packed`, columns × width, with the transpose of `factor` × rows, and zeros.
-#[inline(always)]
-pub(super) fn pack_transposed<'r, F: Float>(
-    columns: usize,
-    rows: impl Iterator<Item = &'r [F]>,
-    factor: F,
-    width: usize,
-    packed: &mut Vec<F>,
-) {
-    packed.clear();
-    packed.resize(columns * width, F::zero());
-    for (lane, row) in rows.enumerate() {
-        for (packed, &value) in packed.chunks_exact_mut(width).zip(row) {
-            packed[lane] = factor * value;
-        }
     }
 }

@@ -29,10 +29,18 @@ pub(super) fn product<S: Simd, F: Float>(
             let left = |at: usize| &left.data[at * left.stride..][..left.len];
             let right = Matrix { data: right, stride };
             let panel = panel_width::<S, F>();
-            rows_times(simd, rows, left, right, stride, |row, column, sums| {
-                let out = &mut out[row * stride + column..][..panel];
-                store_panel_row(simd, sums, target, out);
-            });
+            rows_times(
+                simd,
+                rows,
+                left,
+                right,
+                stride,
+                #[inline(always)]
+                |row, column, sums| {
+                    let out = &mut out[row * stride + column..][..panel];
+                    store_panel_row(simd, sums, target, out);
+                },
+            );
         },
     );
 }
@@ -53,10 +61,18 @@ pub(super) fn add_transposed_product<S: Simd, F: Float>(
             let left = Matrix { data: &left.data[..rows * left.stride], stride: left.stride };
             let right = Matrix { data: &right[..rows * stride], stride };
             let panel = panel_width::<S, F>();
-            columns_times(simd, features, left, right, stride, |row, column, sums| {
-                let out = &mut out[row * stride + column..][..panel];
-                store_panel_row(simd, sums, Target::Add, out);
-            });
+            columns_times(
+                simd,
+                features,
+                left,
+                right,
+                stride,
+                #[inline(always)]
+                |row, column, sums| {
+                    let out = &mut out[row * stride + column..][..panel];
+                    store_panel_row(simd, sums, Target::Add, out);
+                },
+            );
         },
     );
 }

@@ -5,10 +5,11 @@ use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::Float;
-use crate::inputs::{Pair, head_columns};
+use crate::inputs::head_columns;
+use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add, add_head_rows, block, clip, pack_rows,
-    pack_transposed, width_of,
+    width_of,
 };
 use crate::kernels::matmul::{
     Matrix, Vector, columns_times, panel_width, rows_times, squared_distances, store,
@@ -42,26 +43,28 @@ struct KeySums<F> {
 /// Buffers of one block after the other.
 struct Scratch<F> {
     /// Directions, w and û, transposed to columns × width.
-    queries: Vec<F>,
-    weights: Vec<F>,
-    directions: Vec<F>,
+    queries: Buffer<F>,
+    weights: Buffer<F>,
+    directions: Buffer<F>,
     /// What products are formed with, width × padded columns.
-    query_rows: Vec<F>,
-    sum_rows: Vec<F>,
+    query_rows: Buffer<F>,
+    sum_rows: Buffer<F>,
     radii: Lanes<F, RADIUS>,
     terms: Lanes<F, TERMS>,
     /// Tiles, keys × width: squared distances, then weights; products, then what the keys' directions
     /// are multiplied by; distances to û, then gradients of the logits; bias; multipliers.
-    squared: Vec<F>,
-    products: Vec<F>,
-    spreads: Vec<F>,
-    bias: Vec<F>,
-    multipliers: Vec<F>,
+    squared: Buffer<F>,
+    products: Buffer<F>,
+    spreads: Buffer<F>,
+    bias: Buffer<F>,
+    multipliers: Buffer<F>,
+    /// For what is added to scores, and multiplies weights.
+    rows: Vec<F>,
     /// key_dim × width.
-    grad_query: Vec<F>,
+    grad_query: Buffer<F>,
     /// Gradients of radius and κ, lane by lane.
-    grad_radius: Vec<F>,
-    grad_kappa: Vec<F>,
+    grad_radius: Buffer<F>,
+    grad_kappa: Buffer<F>,
 }
 
 /// [`backward`](super::backward) for dense inputs.
@@ -137,13 +140,16 @@ fn backward_part<S: Simd, F: Float>(
 ) {
     let softmax = &problem.softmax;
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
-    let tile = || vec![F::zero(); sizes.keys * width];
+    let tile = || Buffer::zeros(sizes.keys * width);
+    let (key_dim, dim) = (softmax.key_dim, problem.dim);
+    let [padded_key, padded] =
+        [key_dim, dim].map(|dim| dim.next_multiple_of(panel_width::<S, F>()));
     let mut scratch = Scratch {
-        queries: Vec::new(),
-        weights: Vec::new(),
-        directions: Vec::new(),
-        query_rows: Vec::new(),
-        sum_rows: Vec::new(),
+        queries: Buffer::zeros(key_dim * width),
+        weights: Buffer::zeros(dim * width),
+        directions: Buffer::zeros(dim * width),
+        query_rows: Buffer::zeros(width * padded_key),
+        sum_rows: Buffer::zeros(width * padded),
         radii: Lanes::new(width),
         terms: Lanes::new(width),
         squared: tile(),
@@ -151,9 +157,10 @@ fn backward_part<S: Simd, F: Float>(
         spreads: tile(),
         bias: tile(),
         multipliers: tile(),
-        grad_query: vec![F::zero(); softmax.key_dim * width],
-        grad_radius: vec![F::zero(); width],
-        grad_kappa: vec![F::zero(); width],
+        rows: Vec::new(),
+        grad_query: Buffer::zeros(key_dim * width),
+        grad_radius: Buffer::zeros(width),
+        grad_kappa: Buffer::zeros(width),
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..softmax.heads {
@@ -170,24 +177,14 @@ fn backward_part<S: Simd, F: Float>(
                     &mut scratch,
                     &mut part.keys,
                 );
-                if let (Some(grad), Some(bias)) = (&mut part.grad_bias, softmax.bias) {
-                    let grads = &scratch.spreads;
-                    block.for_each_visible(0..block.queries.len(), tile.clone(), |lane, key| {
-                        let pair = block.pair(lane, key);
-                        let query = pair.query - part.queries.start;
-                        let index = pair.index - part.queries.start * softmax.inputs.num_keys();
-                        grad[bias.slot(Pair { query, key, index }, head)] +=
-                            grads[(key - tile.start) * block.width + lane];
-                    });
+                if let Some(grad) = &mut part.grad_bias {
+                    let (lanes, first) = (0..block.queries.len(), part.queries.start);
+                    block.add_bias_gradients(simd, lanes, &tile, &scratch.spreads, first, grad);
                 }
             }
-            let mut sum =
-                (part.grad_query).slice_mut(s![rows.clone(), head_columns(head, softmax.key_dim)]);
-            for (lane, mut sum) in sum.rows_mut().into_iter().enumerate() {
-                for (sum, grad) in sum.iter_mut().zip(scratch.grad_query.chunks(block.width)) {
-                    *sum += grad[lane];
-                }
-            }
+            let columns = head_columns(head, softmax.key_dim);
+            let sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
+            block.add_lanes(simd, F::one(), &scratch.grad_query, sum);
             for (lane, row) in rows.clone().enumerate() {
                 part.grad_radius[[row, head]] += scratch.grad_radius[lane];
                 // s = −κ ln 2 · asinh(…)/ln 2
@@ -213,13 +210,13 @@ fn pack<S: Simd, F: Float>(
     fn of_head<F: Float>(rows: Slices<'_, F>, row: usize, head: usize, dim: usize) -> &[F] {
         &rows.row(row)[head_columns(head, dim)]
     }
-    block.pack_queries(F::one(), &mut scratch.queries);
+    block.pack_queries(simd, F::one(), &mut scratch.queries);
     for (rows, packed) in [
         (upstream.weights.slices(), &mut scratch.weights),
         (upstream.directions.slices(), &mut scratch.directions),
     ] {
-        let rows = queries().map(|query| of_head(rows, query, head, dim));
-        pack_transposed(dim, rows, F::one(), width, packed);
+        let row = |query| of_head(rows, query, head, dim);
+        block.pack_transposed(simd, dim, row, F::one(), packed);
     }
     let panel = width_of::<S, F>(simd);
     let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
@@ -289,17 +286,41 @@ fn backward_tile_inline<S: Simd, F: Float>(
         let right = |packed| Matrix { data: packed, stride: width }.skip_columns(column);
         let key = |k| keys.row(tile.start + k);
         let value = |k| values.row(tile.start + k);
-        squared_distances(simd, len, key, right(&scratch.queries[..]), panel, |k, _, sums| {
-            store::<S, F>(sums, &mut squared[k * width + column..]);
-        });
-        rows_times(simd, len, value, right(&scratch.weights[..]), panel, |k, _, sums| {
-            store::<S, F>(sums, &mut products[k * width + column..]);
-        });
+        squared_distances(
+            simd,
+            len,
+            key,
+            right(&scratch.queries[..]),
+            panel,
+            #[inline(always)]
+            |k, _, sums| {
+                store::<S, F>(sums, &mut squared[k * width + column..]);
+            },
+        );
+        rows_times(
+            simd,
+            len,
+            value,
+            right(&scratch.weights[..]),
+            panel,
+            #[inline(always)]
+            |k, _, sums| {
+                store::<S, F>(sums, &mut products[k * width + column..]);
+            },
+        );
         if !upstream.is_linear {
             let directions = right(&scratch.directions[..]);
-            squared_distances(simd, len, value, directions, panel, |k, _, sums| {
-                store::<S, F>(sums, &mut spreads[k * width + column..]);
-            });
+            squared_distances(
+                simd,
+                len,
+                value,
+                directions,
+                panel,
+                #[inline(always)]
+                |k, _, sums| {
+                    store::<S, F>(sums, &mut spreads[k * width + column..]);
+                },
+            );
         }
         let lanes = block.lanes(column, panel);
         let may_hide = block.may_hide_in(&lanes, tile);
@@ -307,13 +328,13 @@ fn backward_tile_inline<S: Simd, F: Float>(
             for bias in bias.chunks_exact_mut(width) {
                 bias[column..column + panel].fill(F::zero());
             }
-            block.restrict(lanes.clone(), tile, bias);
+            block.restrict(simd, lanes.clone(), tile, bias, &mut scratch.rows);
         }
         if softmax.has_dropout() {
             for multipliers in multipliers.chunks_exact_mut(width) {
                 multipliers[column..column + panel].fill(F::one());
             }
-            block.drop_out(lanes, tile, multipliers);
+            block.drop_out(simd, lanes, tile, multipliers, &mut scratch.rows);
         }
 
         let vector_len = Vector::<S, F>::LEN;
@@ -361,17 +382,41 @@ fn backward_tile_inline<S: Simd, F: Float>(
 
     let right = Matrix { data: &scratch.sum_rows[..], stride: padded };
     let weights_of = |k: usize| &squared[k * width..][..width];
-    rows_times(simd, len, weights_of, right, padded, |k, column, grad| {
-        add::<S, F>(simd, grad, &mut sums.value[(first_row + k) * padded + column..]);
-    });
+    rows_times(
+        simd,
+        len,
+        weights_of,
+        right,
+        padded,
+        #[inline(always)]
+        |k, column, grad| {
+            add::<S, F>(simd, grad, &mut sums.value[(first_row + k) * padded + column..]);
+        },
+    );
     let right = Matrix { data: &scratch.query_rows[..], stride: padded_key };
     let directions_of = |k: usize| &products[k * width..][..width];
-    rows_times(simd, len, directions_of, right, padded_key, |k, column, grad| {
-        add::<S, F>(simd, grad, &mut sums.key[(first_row + k) * padded_key + column..]);
-    });
+    rows_times(
+        simd,
+        len,
+        directions_of,
+        right,
+        padded_key,
+        #[inline(always)]
+        |k, column, grad| {
+            add::<S, F>(simd, grad, &mut sums.key[(first_row + k) * padded_key + column..]);
+        },
+    );
     let right = Matrix { data: &*products, stride: width };
     let left = HeadRows::new(points.key.slices(), kv_head, key_dim).matrix(tile.start);
-    columns_times(simd, key_dim, left, right, width, |row, column, grad| {
-        add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
-    });
+    columns_times(
+        simd,
+        key_dim,
+        left,
+        right,
+        width,
+        #[inline(always)]
+        |row, column, grad| {
+            add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
+        },
+    );
 }

@@ -24,6 +24,7 @@ pub(super) use dense_backward::dense_backward;
 pub(crate) use pairs::Terms;
 pub(super) use spread::spread;
 
+use super::buffer::Buffer;
 use super::dense::{Block, TileScorer};
 use super::heads::{Columns, Gather};
 use super::matmul::{Matrix, PanelRow, Vector, load, panel_width, squared_distances, store};
@@ -211,7 +212,7 @@ impl<F: Float> DistanceScorer<'_, F> {
 pub(super) struct DistanceTiles<'p, F: Float> {
     problem: &'p HyperbolicProblem<'p, F>,
     /// Directions, dim × width.
-    directions: Vec<F>,
+    directions: Buffer<F>,
     queries: Lanes<F, RADIUS>,
 }
 
@@ -224,13 +225,13 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
 
     #[inline(always)]
     fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
-        let directions = Vec::with_capacity(problem.softmax.key_dim * width);
+        let directions = Buffer::zeros(problem.softmax.key_dim * width);
         Self { problem, directions, queries: Lanes::new(width) }
     }
 
     #[inline(always)]
-    fn begin<S: Simd>(&mut self, _: S, block: &Block<'_, '_, F>) {
-        block.pack_queries(F::one(), &mut self.directions);
+    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>) {
+        block.pack_queries(simd, F::one(), &mut self.directions);
         let queries = block.queries.clone();
         self.queries.fill(queries.map(|query| self.problem.query(query, block.head).array()));
     }
@@ -249,9 +250,17 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
         let keys = block.keys();
         let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
         let key = |k| keys.row(tile.start + k);
-        squared_distances(simd, tile.len(), key, right, panel_width::<S, F>(), |k, _, sums| {
-            store::<S, F>(sums, &mut scores[k * width + column..]);
-        });
+        squared_distances(
+            simd,
+            tile.len(),
+            key,
+            right,
+            panel_width::<S, F>(),
+            #[inline(always)]
+            |k, _, sums| {
+                store::<S, F>(sums, &mut scores[k * width + column..]);
+            },
+        );
         let factor = Vector::<S, F>::splat(simd, problem.factor());
         let len = Vector::<S, F>::LEN;
         let queries = [

@@ -3,9 +3,8 @@
 use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::kernels::dense::{
-    Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip, pack_transposed,
-};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::dense::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::kernels::exp2::exp2;
 use crate::kernels::heads::{Columns, Gather};
 use crate::kernels::matmul::{Matrix, Vector, load, panel_width, splat, squared_distances, store};
@@ -116,25 +115,25 @@ impl<F: Float> Task<'_, F> {
         let softmax = &problem.softmax;
         let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
         let mut scorer = DistanceTiles::new(simd, problem, width);
-        let mut scores = vec![F::zero(); sizes.keys * width];
-        let mut packed = Vec::with_capacity(problem.dim * width);
+        let mut tile = Scores { scores: Buffer::zeros(sizes.keys * width), rows: Vec::new() };
+        let mut packed = Buffer::zeros(problem.dim * width);
         let mut lanes = Lanes::<F, 2>::new(width);
         for rows in parallel::ranges(queries.len(), sizes.queries) {
             for head in 0..softmax.heads {
                 let block = block::<S, F>(softmax, head, &queries, &rows);
                 let columns = head_columns(head, problem.dim);
-                let of_block = block.queries.clone().map(|at| &directions.row(at)[columns.clone()]);
-                if of_block.clone().flatten().all(|&entry| entry == F::zero()) {
+                let of_query = |query| &directions.row(query)[columns.clone()];
+                if block.queries.clone().flat_map(of_query).all(|&entry| entry == F::zero()) {
                     continue;
                 }
-                pack_transposed(problem.dim, of_block, F::one(), block.width, &mut packed);
+                block.pack_transposed(simd, problem.dim, of_query, F::one(), &mut packed);
                 // L in units of ln 2, and the sum. Lanes past the end have weights of 0.
                 let log_sum = |query| self.log_sum_exp[[query, head]] * F::of(LOG2_E);
                 let log_sums = block.queries.clone().map(log_sum);
                 let padding = iter::repeat(F::infinity());
                 let of_lanes = log_sums.chain(padding).take(width);
                 lanes.fill(of_lanes.map(|log_sum| [log_sum, F::zero()]));
-                self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut scores, &mut lanes);
+                self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut tile, &mut lanes);
                 for (lane, row) in rows.clone().enumerate() {
                     sums[[row, head]] += lanes.data[width + lane];
                 }
@@ -151,7 +150,7 @@ impl<F: Float> Task<'_, F> {
         keys_per_tile: usize,
         scorer: &mut DistanceTiles<'_, F>,
         packed: &[F],
-        scores: &mut [F],
+        of_tile: &mut Scores<F>,
         lanes: &mut Lanes<F, 2>,
     ) {
         simd.vectorize(
@@ -159,8 +158,7 @@ impl<F: Float> Task<'_, F> {
             || {
                 scorer.begin(simd, block);
                 for tile in block.tiles(keys_per_tile) {
-                    let scores = &mut scores[..tile.len() * block.width];
-                    self.tile(simd, block, &tile, scorer, packed, scores, lanes);
+                    self.tile(simd, block, &tile, scorer, packed, of_tile, lanes);
                 }
             },
         );
@@ -175,11 +173,12 @@ impl<F: Float> Task<'_, F> {
         tile: &Range<usize>,
         scorer: &DistanceTiles<'_, F>,
         packed: &[F],
-        scores: &mut [F],
+        Scores { scores, rows }: &mut Scores<F>,
         lanes: &mut Lanes<F, 2>,
     ) {
         let problem = self.problem;
         let (panel, width) = (panel_width::<S, F>(), block.width);
+        let scores = &mut scores[..tile.len() * width];
         let kv_head = problem.softmax.kv_head(block.head);
         let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
         let [lowest, highest] =
@@ -189,7 +188,7 @@ impl<F: Float> Task<'_, F> {
             scorer.score(simd, block, tile, column, no_max, scores);
             let of_panel = block.lanes(column, panel);
             if block.may_hide_in(&of_panel, tile) {
-                block.restrict(of_panel.clone(), tile, scores);
+                block.restrict(simd, of_panel.clone(), tile, scores, rows);
             }
             let log_sums = load::<S, F>(simd, &lanes.data[column..]);
             for scores in scores.chunks_exact_mut(width) {
@@ -202,20 +201,36 @@ impl<F: Float> Task<'_, F> {
                 }
                 store::<S, F>(weights, &mut scores[column..]);
             }
-            block.drop_out(of_panel, tile, scores);
+            block.drop_out(simd, of_panel, tile, scores, rows);
             let mut sum = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
             let right = Matrix { data: packed, stride: width }.skip_columns(column);
             let value = |k| values.row(tile.start + k);
-            squared_distances(simd, tile.len(), value, right, panel, |k, _, spreads| {
-                let mass = problem.masses[problem.key_at(tile.start + k, block.head)];
-                let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
-                let weights = load::<S, F>(simd, &scores[k * width + column..]);
-                sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
-                sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
-            });
+            squared_distances(
+                simd,
+                tile.len(),
+                value,
+                right,
+                panel,
+                #[inline(always)]
+                |k, _, spreads| {
+                    let mass = problem.masses[problem.key_at(tile.start + k, block.head)];
+                    let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
+                    let weights = load::<S, F>(simd, &scores[k * width + column..]);
+                    sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
+                    sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
+                },
+            );
             store::<S, F>(sum, &mut lanes.data[lanes.stride + column..]);
         }
     }
+}
+
+/// Buffers of one tile after the other.
+struct Scores<F> {
+    /// keys × width.
+    scores: Buffer<F>,
+    /// For what is added to scores, and multiplies weights.
+    rows: Vec<F>,
 }
 
 /// p = e^{s − L} in place of logits. Whole vectors.

@@ -1,0 +1,141 @@
+//! Transposes in registers: what turns rows of queries into the lanes of a tile, and back.
+
+use super::matmul::Vector;
+use fearless_simd::{Simd, SimdBase, SimdFloatElement};
+
+/// The most numbers in a vector of any instruction set.
+const MOST: usize = 16;
+
+/// Hands the transpose of a `num_rows` × `num_columns` matrix to `visit`: column, first row, and a
+/// vector of the column's entries from that row on. `load` gives a vector of a row's entries from some
+/// column on, of which those past the last column are not looked at. Rows past the last one are not
+/// loaded; their entries are zeros.
+#[inline(always)]
+pub(crate) fn transposed<S: Simd, F: SimdFloatElement + 'static>(
+    simd: S,
+    num_rows: usize,
+    num_columns: usize,
+    mut load: impl FnMut(usize, usize) -> Vector<S, F>,
+    mut visit: impl FnMut(usize, usize, Vector<S, F>),
+) {
+    let len = Vector::<S, F>::LEN;
+    for row in (0..num_rows).step_by(len) {
+        let rows = len.min(num_rows - row);
+        for column in (0..num_columns).step_by(len) {
+            let mut block = [Vector::<S, F>::splat(simd, F::from(0u8)); MOST];
+            for (r, vector) in block[..len].iter_mut().enumerate() {
+                if r < rows {
+                    *vector = load(row + r, column);
+                }
+            }
+            transpose_block::<S, F>(&mut block);
+            for (c, vector) in block[..len].iter().enumerate() {
+                if c < num_columns - column {
+                    visit(column + c, row, *vector);
+                }
+            }
+        }
+    }
+}
+
+/// Of the first vectors, as many as a vector has numbers.
+///
+/// Dealing the entries of the two halves out in turn moves the highest bit of an entry's address,
+/// (row, column), to the lowest place. As often as a row has bits, and columns have become rows.
+#[inline(always)]
+fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(block: &mut [Vector<S, F>; MOST]) {
+    let len = Vector::<S, F>::LEN;
+    let mut round = 1;
+    while round < len {
+        let halves = *block;
+        for r in 0..len / 2 {
+            (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + len / 2]);
+        }
+        round *= 2;
+    }
+}
+
+/// A row's entries from `column` on, with zeros past its end.
+#[inline(always)]
+pub(crate) fn load_padded<S: Simd, F: SimdFloatElement + 'static>(
+    simd: S,
+    row: &[F],
+    column: usize,
+) -> Vector<S, F> {
+    let (len, row) = (Vector::<S, F>::LEN, &row[column..]);
+    match row.get(..len) {
+        Some(row) => Vector::<S, F>::from_slice(simd, row),
+        None => Vector::<S, F>::from_slice(simd, &padded(row)[..len]),
+    }
+}
+
+/// Compiled once: it comes up at the end of rows only.
+#[inline(never)]
+fn padded<F: SimdFloatElement>(row: &[F]) -> [F; MOST] {
+    let mut padded = [F::from(0u8); MOST];
+    padded[..row.len()].copy_from_slice(row);
+    padded
+}
+
+/// As many of the entries as the row has places for.
+#[inline(always)]
+pub(crate) fn store_part<S: Simd, F: SimdFloatElement + 'static>(
+    entries: Vector<S, F>,
+    row: &mut [F],
+) {
+    match row.get_mut(..Vector::<S, F>::LEN) {
+        Some(row) => entries.store_slice(row),
+        None => {
+            let len = row.len();
+            row.copy_from_slice(&entries.as_slice()[..len]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+
+    #[inline(always)]
+    fn check<S: Simd, F>(simd: S, num_rows: usize, num_columns: usize)
+    where
+        F: SimdFloatElement + From<u16> + PartialEq + 'static + std::fmt::Debug,
+    {
+        let len = Vector::<S, F>::LEN;
+        let entry = |row, column| F::from((1 + row * num_columns + column) as u16);
+        let rows: Vec<Vec<F>> = (0..num_rows)
+            .map(|row| (0..num_columns).map(|column| entry(row, column)).collect())
+            .collect();
+        let mut visited = Vec::new();
+        transposed::<S, F>(
+            simd,
+            num_rows,
+            num_columns,
+            |row, column| load_padded::<S, F>(simd, &rows[row], column),
+            |column, row, vector| visited.push((column, row, vector.as_slice().to_vec())),
+        );
+        visited.sort_by_key(|&(column, row, _)| (column, row));
+        let mut expected = Vec::new();
+        for column in 0..num_columns {
+            for row in (0..num_rows).step_by(len) {
+                let zero_past =
+                    |r: usize| if r < num_rows { rows[r][column] } else { F::from(0u16) };
+                expected.push((column, row, (row..row + len).map(zero_past).collect()));
+            }
+        }
+        assert_eq!(visited, expected, "{num_rows} x {num_columns}, vectors of {len}");
+    }
+
+    #[test]
+    fn columns_become_rows_at_every_size() {
+        for level in levels() {
+            for num_rows in [0, 1, 3, 4, 5, 8, 15, 16, 17, 33] {
+                for num_columns in [0, 1, 2, 4, 7, 8, 9, 16, 31, 32] {
+                    dispatch!(level, simd => check::<_, f32>(simd, num_rows, num_columns));
+                    dispatch!(level, simd => check::<_, f64>(simd, num_rows, num_columns));
+                }
+            }
+        }
+    }
+}
