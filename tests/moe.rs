@@ -319,6 +319,50 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
 }
 
 #[test]
+fn rows_that_lie_apart_are_gathered_and_scattered_all_the_same() {
+    let data = Data::new();
+    let inputs = data.all_data()[1];
+    let queries = [0, 1, 2, 7, 9, 10, 22];
+    let grad_out = matrix(queries.len(), COLUMNS, 31);
+    let train = |inputs: &Inputs<'_, f64>, grads: GradientsMut<'_, f64>| {
+        let selected = inputs.select_queries(&queries).unwrap();
+        let (out, saved) = ReadsAll.forward_train(&selected.inputs()).unwrap();
+        let backward = |inputs: &Inputs<'_, f64>, grads: GradientsMut<'_, f64>| {
+            ReadsAll.backward_into(inputs, &saved, grad_out.view(), grads)
+        };
+        selected.backward(grads, backward).unwrap();
+        out
+    };
+    let mut expected_grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
+    let expected = train(&inputs, expected_grads.view_mut());
+
+    // Every other column of arrays, those of the data and those of the gradients.
+    let spread = |array: ArrayView2<'_, f64>| {
+        let mut spread = Array2::from_elem((array.nrows(), 2 * array.ncols()), 7.0);
+        spread.slice_mut(s![.., ..;2]).assign(&array);
+        spread
+    };
+    let query = spread(data.query.view());
+    let features = spread(inputs.edge_features("all").unwrap());
+    let apart = inputs
+        .with_arrays(query.slice(s![.., ..;2]), data.key.view(), data.value.view())
+        .and_then(|inputs| inputs.with_edge_features(features.slice(s![.., ..;2])))
+        .unwrap();
+    let mut grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
+    let mut of_query = spread(grads.query.view());
+    let mut of_features = spread(grads.edge_features.as_ref().unwrap().view());
+    let lent = GradientsMut {
+        query: Some(of_query.slice_mut(s![.., ..;2])),
+        edge_features: Some(of_features.slice_mut(s![.., ..;2])),
+        ..grads.view_mut()
+    };
+    assert_eq!(train(&apart, lent), expected);
+    assert_eq!(of_query, spread(expected_grads.query.view()));
+    assert_eq!(of_features, spread(expected_grads.edge_features.unwrap().view()));
+    assert_eq!(grads.value, expected_grads.value);
+}
+
+#[test]
 fn selections_are_checked() {
     let data = Data::new();
     let [dense, graph] = data.all_data();

@@ -3,6 +3,7 @@
 use super::MoeConfig;
 use crate::error::Result;
 use crate::float::{Float, nan_max, try_vec, try_zeros};
+use crate::kernels::prefetch::prefetch;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, Zip};
 
 /// Where a [`Moe`](super::Moe) sends the queries: from [`Moe::route`](super::Moe::route), or
@@ -35,6 +36,17 @@ pub(super) struct Served {
     pub(super) queries: Vec<usize>,
     /// The column of n × k arrays in which the expert stands for each of them.
     pub(super) ranks: Vec<usize>,
+}
+
+impl Served {
+    /// Asks the CPU for the row of a query that will soon be worked on: they lie apart, so that it
+    /// does not guess which comes next.
+    pub(super) fn ask_ahead<F: Float>(&self, at: usize, rows: ArrayView2<'_, F>) {
+        const AHEAD: usize = 12;
+        if let Some(&query) = self.queries.get(at + AHEAD) {
+            rows.row(query).to_slice().into_iter().for_each(prefetch);
+        }
+    }
 }
 
 impl<F: Float> Routing<F> {
