@@ -598,13 +598,18 @@ fn ties_and_nan_go_to_the_lower_numbers() {
         ([0.5, 1.0, 0.5, 1.0], [1, 3]),
         ([0.5, 1.0, 0.5, 0.5], [1, 0]),
         ([0.0, f64::NAN, 0.0, 9.0], [0, 1]),
+        // Not chosen, and no number to compare the chosen with.
+        ([0.0, 0.0, f64::NAN, 9.0], [0, 1]),
+        ([0.0, 1.0, 0.0, f64::INFINITY], [0, 1]),
         ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 0]),
     ] {
         let moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &logits);
         let routing = moe.route(&inputs).unwrap();
         assert_eq!(routing.experts().row(4).to_vec(), expected);
         let out = moe.forward(&inputs).unwrap();
-        assert_eq!(out.iter().all(|x| x.is_nan()), logits[1].is_nan(), "{logits:?}");
+        let is_number = logits.iter().all(|&z| z < f64::INFINITY);
+        let expected = |x: &f64| if is_number { x.is_finite() } else { x.is_nan() };
+        assert!(out.iter().all(expected), "{logits:?}");
     }
     // Chosen for their bias, with probabilities that are too small for a number.
     let mut moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &[0.0, -800.0, -800.0, 0.0]);

@@ -80,7 +80,11 @@ impl<F: Float> Routing<F> {
             Zip::from(&mut weights).and(&chosen).for_each(|w, &e| *w = source[[query, e]]);
             if config.renormalize {
                 // p_e / Σ p over the chosen, also where all of these are too small for a number.
-                softmax(weights);
+                softmax(weights.view_mut());
+            }
+            if probabilities[[query, 0]].is_nan() {
+                // As the probabilities are, though the logits of the chosen may be numbers.
+                weights.fill(F::nan());
             }
         }
 
