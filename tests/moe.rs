@@ -671,7 +671,8 @@ fn gradients_are_exact_with_edge_features_and_every_channel() {
         Box::new(config.init(&mut rng(18)).unwrap())
     };
     for renormalize in [true, false] {
-        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize);
+        // With the noise's weight between the router's other parameters and the experts'.
+        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize).noise(true);
         let experts = vec![gat(Score::Gat), gat(Score::GatV2), gat(Score::DotProduct)];
         let report = check_gradients(&mut moe(config.clone(), experts), &Shapes::new(6, 6, 6));
         assert!(report.unwrap().refused.iter().all(|case| case.contains("bias")));
