@@ -319,6 +319,50 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
 }
 
 #[test]
+fn rows_that_lie_apart_are_gathered_and_scattered_all_the_same() {
+    let data = Data::new();
+    let inputs = data.all_data()[1];
+    let queries = [0, 1, 2, 7, 9, 10, 22];
+    let grad_out = matrix(queries.len(), COLUMNS, 31);
+    let train = |inputs: &Inputs<'_, f64>, grads: GradientsMut<'_, f64>| {
+        let selected = inputs.select_queries(&queries).unwrap();
+        let (out, saved) = ReadsAll.forward_train(&selected.inputs()).unwrap();
+        let backward = |inputs: &Inputs<'_, f64>, grads: GradientsMut<'_, f64>| {
+            ReadsAll.backward_into(inputs, &saved, grad_out.view(), grads)
+        };
+        selected.backward(grads, backward).unwrap();
+        out
+    };
+    let mut expected_grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
+    let expected = train(&inputs, expected_grads.view_mut());
+
+    // Every other column of arrays, those of the data and those of the gradients.
+    let spread = |array: ArrayView2<'_, f64>| {
+        let mut spread = Array2::from_elem((array.nrows(), 2 * array.ncols()), 7.0);
+        spread.slice_mut(s![.., ..;2]).assign(&array);
+        spread
+    };
+    let query = spread(data.query.view());
+    let features = spread(inputs.edge_features("all").unwrap());
+    let apart = inputs
+        .with_arrays(query.slice(s![.., ..;2]), data.key.view(), data.value.view())
+        .and_then(|inputs| inputs.with_edge_features(features.slice(s![.., ..;2])))
+        .unwrap();
+    let mut grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
+    let mut of_query = spread(grads.query.view());
+    let mut of_features = spread(grads.edge_features.as_ref().unwrap().view());
+    let lent = GradientsMut {
+        query: Some(of_query.slice_mut(s![.., ..;2])),
+        edge_features: Some(of_features.slice_mut(s![.., ..;2])),
+        ..grads.view_mut()
+    };
+    assert_eq!(train(&apart, lent), expected);
+    assert_eq!(of_query, spread(expected_grads.query.view()));
+    assert_eq!(of_features, spread(expected_grads.edge_features.unwrap().view()));
+    assert_eq!(grads.value, expected_grads.value);
+}
+
+#[test]
 fn selections_are_checked() {
     let data = Data::new();
     let [dense, graph] = data.all_data();
@@ -554,13 +598,18 @@ fn ties_and_nan_go_to_the_lower_numbers() {
         ([0.5, 1.0, 0.5, 1.0], [1, 3]),
         ([0.5, 1.0, 0.5, 0.5], [1, 0]),
         ([0.0, f64::NAN, 0.0, 9.0], [0, 1]),
+        // Not chosen, and no number to compare the chosen with.
+        ([0.0, 0.0, f64::NAN, 9.0], [0, 1]),
+        ([0.0, 1.0, 0.0, f64::INFINITY], [0, 1]),
         ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 0]),
     ] {
         let moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &logits);
         let routing = moe.route(&inputs).unwrap();
         assert_eq!(routing.experts().row(4).to_vec(), expected);
         let out = moe.forward(&inputs).unwrap();
-        assert_eq!(out.iter().all(|x| x.is_nan()), logits[1].is_nan(), "{logits:?}");
+        let is_number = logits.iter().all(|&z| z < f64::INFINITY);
+        let expected = |x: &f64| if is_number { x.is_finite() } else { x.is_nan() };
+        assert!(out.iter().all(expected), "{logits:?}");
     }
     // Chosen for their bias, with probabilities that are too small for a number.
     let mut moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &[0.0, -800.0, -800.0, 0.0]);
@@ -622,7 +671,8 @@ fn gradients_are_exact_with_edge_features_and_every_channel() {
         Box::new(config.init(&mut rng(18)).unwrap())
     };
     for renormalize in [true, false] {
-        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize);
+        // With the noise's weight between the router's other parameters and the experts'.
+        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize).noise(true);
         let experts = vec![gat(Score::Gat), gat(Score::GatV2), gat(Score::DotProduct)];
         let report = check_gradients(&mut moe(config.clone(), experts), &Shapes::new(6, 6, 6));
         assert!(report.unwrap().refused.iter().all(|case| case.contains("bias")));

@@ -5,6 +5,7 @@ use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
+use crate::kernels::prefetch::prefetch;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
@@ -397,22 +398,38 @@ fn matrix_of<T: Copy>(what: &'static str, shape: (usize, usize), value: T) -> Re
         .map_err(|_| Error::TooLarge { what, shape: vec![shape.0, shape.1] })
 }
 
+/// Runs are asked for so many runs before their turn: where they lie apart the CPU does not guess
+/// which comes next.
+const ASKED_AHEAD: usize = 12;
+
 /// The rows of a matrix, one run after the other.
-fn gather_rows<T: Copy + Default>(
+fn gather_rows<T: Copy>(
     what: &'static str,
     matrix: View2<'_, T>,
     runs: Option<&[Range<usize>]>,
 ) -> Result<Option<Array2<T>>> {
     let Some(runs) = runs else { return Ok(None) };
-    let shape = (runs.iter().map(|run| run.len()).sum(), matrix.ncols());
-    let mut gathered = matrix_of(what, shape, T::default())?;
-    let mut first = 0;
-    for run in runs {
-        let end = first + run.len();
-        gathered.slice_mut(s![first..end, ..]).assign(&matrix.slice(s![run.clone(), ..]));
-        first = end;
+    let (rows, columns) = (runs.iter().map(|run| run.len()).sum(), matrix.ncols());
+    let too_large = || Error::TooLarge { what, shape: vec![rows, columns] };
+    let len = usize::checked_mul(rows, columns).ok_or_else(too_large)?;
+    // Not zeros first, which would be a pass over memory of its own.
+    let mut gathered = Vec::new();
+    gathered.try_reserve_exact(len).map_err(|_| too_large())?;
+    match matrix.to_slice() {
+        Some(data) => {
+            let of_run = |run: &Range<usize>| &data[run.start * columns..run.end * columns];
+            for (at, run) in runs.iter().enumerate() {
+                if let Some(run) = runs.get(at + ASKED_AHEAD) {
+                    prefetch(of_run(run));
+                }
+                gathered.extend_from_slice(of_run(run));
+            }
+        }
+        None => {
+            runs.iter().for_each(|run| gathered.extend(matrix.slice(s![run.clone(), ..]).iter()));
+        }
     }
-    Ok(Some(gathered))
+    Array2::from_shape_vec((rows, columns), gathered).map(Some).map_err(|_| too_large())
 }
 
 /// Adds gathered rows to where they came from.
@@ -421,7 +438,21 @@ fn scatter_rows<F: Float>(
     runs: &[Range<usize>],
     mut matrix: ArrayViewMut2<'_, F>,
 ) {
+    let columns = gathered.ncols();
+    let of_run = |run: &Range<usize>| run.start * columns..run.end * columns;
     let mut first = 0;
+    if let (Some(gathered), Some(data)) = (gathered.as_slice(), matrix.as_slice_mut()) {
+        for (at, run) in runs.iter().enumerate() {
+            if let Some(run) = runs.get(at + ASKED_AHEAD) {
+                prefetch(&data[of_run(run)]);
+            }
+            let end = first + run.len() * columns;
+            let sums = data[of_run(run)].iter_mut().zip(&gathered[first..end]);
+            sums.for_each(|(sum, &grad)| *sum += grad);
+            first = end;
+        }
+        return;
+    }
     for run in runs {
         let end = first + run.len();
         let mut rows = matrix.slice_mut(s![run.clone(), ..]);

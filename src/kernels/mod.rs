@@ -63,7 +63,7 @@ pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod nearest;
 pub(crate) mod parallel;
-mod prefetch;
+pub(crate) mod prefetch;
 pub(crate) mod problem;
 pub(crate) mod rotary;
 pub(crate) mod rows;

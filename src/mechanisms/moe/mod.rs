@@ -14,7 +14,7 @@ use crate::inputs::Inputs;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::params::{self, Params};
 use ndarray::{
-    Array1, Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Zip,
+    Array1, Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Zip, s,
 };
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
@@ -298,26 +298,32 @@ impl<F: Float> Moe<F> {
         Ok(())
     }
 
-    /// Overwrites `out`. `forward` runs an expert, `keep` gets what it gave.
-    fn run<T>(
+    /// Overwrites `out`. `ask` runs an expert, and hands on its answers to be added.
+    fn run(
         &self,
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
-        forward: impl Fn(&dyn Attention<F>, &Inputs<'_, F>) -> Result<(Array2<F>, T)>,
-        mut keep: impl FnMut(Array2<F>, T),
+        mut ask: impl FnMut(
+            &dyn Attention<F>,
+            &Inputs<'_, F>,
+            &mut dyn FnMut(ArrayView2<'_, F>),
+        ) -> Result<()>,
     ) -> Result<Routing<F>> {
         self.check_output("out", inputs, out.shape())?;
         self.check_experts(inputs)?;
         let routing = self.route(inputs)?;
         out.fill(F::zero());
         for (number, expert, served) in self.busy(&routing) {
+            let mut add = |answers: ArrayView2<'_, F>| {
+                let rows = routing.weights_of(served).zip(answers.rows());
+                for (at, ((query, weight), answer)) in rows.enumerate() {
+                    served.ask_ahead(at, out.view());
+                    out.row_mut(query).scaled_add(weight, &answer);
+                }
+            };
             let selected = inputs.select_queries(&served.queries)?;
-            let (answer, rest) = forward(expert, &selected.inputs())
+            ask(expert, &selected.inputs(), &mut add)
                 .map_err(|error| in_expert(error, number, expert, served))?;
-            for ((query, weight), answer) in routing.weights_of(served).zip(answer.rows()) {
-                out.row_mut(query).scaled_add(weight, &answer);
-            }
-            keep(answer, rest);
         }
         Ok(routing)
     }
@@ -361,9 +367,20 @@ impl<F: Float> Attention<F> for Moe<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        let forward =
-            |expert: &dyn Attention<F>, inputs: &Inputs<'_, F>| Ok((expert.forward(inputs)?, ()));
-        self.run(inputs, out, forward, |_, ()| ()).map(drop)
+        // One expert's answers after the other's.
+        let mut answers = Array2::zeros((0, 0));
+        let columns = out.ncols();
+        self.run(inputs, out, |expert, inputs, add| {
+            let len = inputs.num_queries();
+            if answers.nrows() < len {
+                answers = try_zeros("answers", len, columns)?;
+            }
+            let mut answers = answers.slice_mut(s![..len, ..]);
+            expert.forward_into(inputs, answers.view_mut())?;
+            add(answers.view());
+            Ok(())
+        })
+        .map(drop)
     }
 
     fn forward_train_into(
@@ -372,10 +389,12 @@ impl<F: Float> Attention<F> for Moe<F> {
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         let mut experts = Vec::new();
-        let forward =
-            |expert: &dyn Attention<F>, inputs: &Inputs<'_, F>| expert.forward_train(inputs);
-        let keep = |answer, saved| experts.push((answer, saved));
-        let routing = self.run(inputs, out, forward, keep)?;
+        let routing = self.run(inputs, out, |expert, inputs, add| {
+            let (answers, saved) = expert.forward_train(inputs)?;
+            add(answers.view());
+            experts.push((answers, saved));
+            Ok(())
+        })?;
         Ok(Saved::new(NAME, State { routing, experts }))
     }
 
@@ -404,7 +423,10 @@ impl<F: Float> Attention<F> for Moe<F> {
             )?;
             let mut grad_answer = try_zeros("grad_answer", answer.nrows(), answer.ncols())?;
             let rows = routing.weights_of(served).zip(&served.ranks).zip(answer.rows());
-            for ((((query, weight), &rank), answer), mut grad) in rows.zip(grad_answer.rows_mut()) {
+            for (at, ((((query, weight), &rank), answer), mut grad)) in
+                rows.zip(grad_answer.rows_mut()).enumerate()
+            {
+                served.ask_ahead(at, grad_out);
                 grad.scaled_add(weight, &grad_out.row(query));
                 grad_weights[[query, rank]] = grad_out.row(query).dot(&answer);
             }

@@ -3,6 +3,7 @@
 use super::MoeConfig;
 use crate::error::Result;
 use crate::float::{Float, nan_max, try_vec, try_zeros};
+use crate::kernels::prefetch::prefetch;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, Zip};
 
 /// Where a [`Moe`](super::Moe) sends the queries: from [`Moe::route`](super::Moe::route), or
@@ -37,6 +38,17 @@ pub(super) struct Served {
     pub(super) ranks: Vec<usize>,
 }
 
+impl Served {
+    /// Asks the CPU for the row of a query that will soon be worked on: they lie apart, so that it
+    /// does not guess which comes next.
+    pub(super) fn ask_ahead<F: Float>(&self, at: usize, rows: ArrayView2<'_, F>) {
+        const AHEAD: usize = 12;
+        if let Some(&query) = self.queries.get(at + AHEAD) {
+            rows.row(query).to_slice().into_iter().for_each(prefetch);
+        }
+    }
+}
+
 impl<F: Float> Routing<F> {
     /// Chooses by probability + bias, and weighs by probability alone.
     pub(super) fn new(
@@ -68,7 +80,11 @@ impl<F: Float> Routing<F> {
             Zip::from(&mut weights).and(&chosen).for_each(|w, &e| *w = source[[query, e]]);
             if config.renormalize {
                 // p_e / Σ p over the chosen, also where all of these are too small for a number.
-                softmax(weights);
+                softmax(weights.view_mut());
+            }
+            if probabilities[[query, 0]].is_nan() {
+                // As the probabilities are, though the logits of the chosen may be numbers.
+                weights.fill(F::nan());
             }
         }
 
