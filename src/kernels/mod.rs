@@ -68,6 +68,8 @@ pub(crate) mod problem;
 pub(crate) mod rotary;
 pub(crate) mod rows;
 pub(crate) mod sincos;
+#[cfg(test)]
+mod softmax_tests;
 pub(crate) mod transpose;
 
 use crate::error::Result;

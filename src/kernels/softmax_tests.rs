@@ -1,0 +1,140 @@
+//! Tiles and rows at the edges of their tiles and vectors, on every instruction set that the CPU has
+//! and on none, against the plain mechanism, which shares no kernel with them.
+
+use super::dense::TileSizes;
+use super::levels;
+use super::problem::{Problem, Rows, Upstream};
+use crate::float::Float;
+use crate::inputs::Pattern;
+use crate::{Attention, Causal, Dropout, Gradients, Graph, Inputs, Result, ScaledDotProduct};
+use ndarray::{Array2, ArrayView2, s};
+
+const TILE: usize = 12;
+
+/// Entries between −1 and 1 that no two arrays share.
+fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
+    Array2::from_shape_fn((rows, columns), |(i, j)| {
+        F::of((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
+    })
+}
+
+/// Every second row and column, backwards, of a matrix that holds NaN elsewhere.
+fn scattered<F: Float>(matrix: &Array2<F>) -> Array2<F> {
+    let (rows, columns) = matrix.dim();
+    let mut around = Array2::from_elem((2 * rows, 2 * columns), F::nan());
+    around.slice_mut(s![..;-2, ..;-2]).assign(matrix);
+    around
+}
+
+fn assert_close<F: Float>(what: &str, case: &str, a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) {
+    assert_eq!(a.dim(), b.dim(), "{what}, {case}");
+    let size = b.iter().fold(1.0, |size: f64, x| size.max(x.as_f64().abs()));
+    for (a, b) in a.iter().zip(b) {
+        let error = (a.as_f64() - b.as_f64()).abs();
+        assert!(error <= 64.0 * F::epsilon().as_f64() * size, "{what}, {case}: {a} for {b}");
+    }
+}
+
+/// Outputs and gradients of both, on all instruction sets.
+fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
+    let plain = ScaledDotProduct::new();
+    let (expected, saved) = plain.forward_train(inputs)?;
+    let grad_out = matrix(expected.nrows(), expected.ncols(), 9);
+    let expected_grads = Attention::<F>::backward(&plain, inputs, &saved, grad_out.view())?;
+    let problem = Problem::new(inputs, None)?;
+    let sizes = TileSizes { queries: TILE, keys: TILE };
+    let is_dense = matches!(inputs.pattern(), Pattern::Dense);
+    for level in levels() {
+        let case = &format!("{case}, {level:?}");
+        let mut out = Array2::from_elem(expected.raw_dim(), F::nan());
+        let mut log_sums = Array2::from_elem((inputs.num_queries(), inputs.heads()), F::nan());
+        let mut grads = Gradients::zeros(inputs, &plain)?;
+        if is_dense {
+            F::dense_forward(&problem, sizes, level, out.view_mut(), &mut log_sums);
+        } else {
+            F::rows_forward(&problem, TILE, level, out.view_mut(), &mut log_sums);
+        }
+        assert_close("out", case, out.view(), expected.view());
+        let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("g", grad_out.view())?);
+        let upstream =
+            Upstream { out: out.slices(), log_sum_exp: &log_sums, grad_out: grad_out.slices() };
+        if is_dense {
+            F::dense_backward(&problem, sizes, level, upstream, &mut grads.view_mut());
+        } else {
+            F::rows_backward(&problem, TILE, level, upstream, &mut grads.view_mut());
+        }
+        for (what, actual, expected) in [
+            ("query", &grads.query, &expected_grads.query),
+            ("key", &grads.key, &expected_grads.key),
+            ("value", &grads.value, &expected_grads.value),
+        ] {
+            assert_close(what, case, actual.view(), expected.view());
+        }
+        if let (Some(actual), Some(expected)) = (&grads.bias, &expected_grads.bias) {
+            assert_close("bias", case, actual.view(), expected.view());
+        }
+    }
+    Ok(())
+}
+
+/// Every way of hiding, shifting and dropping pairs.
+fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
+    let (num_queries, num_keys) = (inputs.num_queries(), inputs.num_keys());
+    let mut bias = matrix::<F>(num_queries, num_keys, 5);
+    bias.indexed_iter_mut().filter(|((i, j), _)| (i * 5 + j * 3) % 7 == 0).for_each(|(_, bias)| {
+        *bias = F::neg_infinity();
+    });
+    let scattered_bias = scattered(&bias);
+    let of_heads = matrix(inputs.num_pairs(), inputs.heads(), 6);
+    let mask = Array2::from_shape_fn((num_queries, num_keys), |(i, j)| (i + 2 * j) % 3 != 0);
+    let transposed_mask = mask.t().to_owned();
+    let dropout = Dropout { probability: 0.3, seed: 4 };
+    check(inputs, case)?;
+    let causal = inputs.with_causal(Causal::BottomRight).with_mask(mask.view())?;
+    check(&causal, &format!("{case}, causal and masked"))?;
+    let masked = inputs.with_mask(transposed_mask.t())?.with_dropout(dropout)?;
+    check(&masked, &format!("{case}, mask of columns, dropout"))?;
+    let of_heads = inputs.with_bias(of_heads.view())?;
+    check(&of_heads.causal(), &format!("{case}, causal, bias of heads"))?;
+    if matches!(inputs.pattern(), Pattern::Dense) {
+        check(&inputs.with_bias(bias.view())?.causal(), &format!("{case}, causal, bias"))?;
+        let strided = inputs.with_bias(scattered_bias.slice(s![..;-2, ..;-2]))?;
+        check(&strided.with_dropout(dropout)?, &format!("{case}, strided bias, dropout"))?;
+        check(&inputs.with_window(2), &format!("{case}, window"))?;
+    }
+    Ok(())
+}
+
+fn check_sizes<F: Float>() -> Result<()> {
+    let sizes = [0, 1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5];
+    // Heads of the queries, of keys and values; columns of both.
+    let heads = [(1, 1, 1, 1), (1, 1, 16, 7), (2, 2, 5, 17), (4, 2, 3, 2), (3, 1, 33, 1)];
+    for (number, (num_queries, num_keys)) in
+        sizes.iter().flat_map(|&q| sizes.iter().map(move |&k| (q, k))).enumerate()
+    {
+        let (heads, kv_heads, dim, value_dim) = heads[number % heads.len()];
+        let q = scattered(&matrix::<F>(num_queries, heads * dim, 1));
+        let k = scattered(&matrix::<F>(num_keys, kv_heads * dim, 2));
+        let v = matrix::<F>(num_keys, kv_heads * value_dim, 3);
+        let (q, k) = (q.slice(s![..;-2, ..;-2]), k.slice(s![..;-2, ..;-2]));
+        let shape =
+            format!("{num_queries} x {num_keys}, {heads} x {dim}, {kv_heads} x {value_dim}");
+        let dense = Inputs::dense(q, k, v.view())?.with_kv_heads(heads, kv_heads)?;
+        check_all(&dense, &format!("dense {shape}"))?;
+        // Unequal rows, some empty, some with the same key twice, in no order.
+        let edges = (0..5 * num_queries * num_keys.min(1)).map(|edge| {
+            let query = edge * 7 % num_queries;
+            (query - query % 3, edge * 5 % num_keys)
+        });
+        let graph = Graph::from_edges(num_queries, num_keys, edges)?;
+        let graph = Inputs::graph(q, k, v.view(), &graph)?.with_kv_heads(heads, kv_heads)?;
+        check_all(&graph, &format!("graph {shape}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn tiles_and_rows_are_the_plain_mechanism_at_every_edge() -> Result<()> {
+    check_sizes::<f32>()?;
+    check_sizes::<f64>()
+}
