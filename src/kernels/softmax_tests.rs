@@ -101,6 +101,7 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         let strided = inputs.with_bias(scattered_bias.slice(s![..;-2, ..;-2]))?;
         check(&strided.with_dropout(dropout)?, &format!("{case}, strided bias, dropout"))?;
         check(&inputs.with_window(2), &format!("{case}, window"))?;
+        check(&inputs.with_window(3).with_mask(mask.view())?, &format!("{case}, masked window"))?;
     }
     Ok(())
 }
