@@ -580,6 +580,75 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     assert!(performer.state(0).is_err());
 }
 
+/// What has been removed is not in the answer, or the answer is an error: with values and keys that
+/// outweigh all that is left.
+#[test]
+fn removal_never_leaves_a_wrong_answer() {
+    let near = array![[0.4, 0.1], [-0.3, 0.2]];
+    let values = array![[1.0, -2.0], [3.0, 0.5]];
+    for kind in
+        [Features::Positive, Features::Hyperbolic, Features::Trigonometric, RELU, Features::Elu]
+    {
+        let features = if kind == Features::Elu { 2 } else { 64 };
+        let config = PerformerConfig::new(2, features).features(kind).scale(1.0);
+        let performer = config.init::<f64>(&mut rng(31)).unwrap();
+        let mut refused = 0;
+        for norm in [1.0, 3.0, 6.0, 10.0, 40.0, 1e3, 1e9] {
+            for size in [1.0, 1e3, 1e9, 1e15, 1e20, 1e100] {
+                let mut state = performer.state(2).unwrap();
+                state.add(near.view(), values.view()).unwrap();
+                let expected = state.query(near.view()).unwrap();
+                let (key, value) = (array![[norm, 0.3 * norm]], array![[size, 0.7 * size]]);
+                let mut other = performer.state(2).unwrap();
+                other.add(key.view(), value.view()).unwrap();
+                state.merge(&other).unwrap();
+                state.remove(key.view(), value.view()).unwrap();
+                match state.query(near.view()) {
+                    Ok(out) => {
+                        let error = largest_difference(&out, &expected);
+                        assert!(error < 1e-2, "{kind:?} {norm} {size:e}: {error:e}");
+                    }
+                    Err(error) => {
+                        assert!(error.to_string().contains("removed"), "{error}");
+                        refused += 1;
+                    }
+                }
+                // Without keys nothing is left of those that were there.
+                let mut empty = state.clone();
+                empty.remove(near.view(), values.view()).unwrap();
+                empty.add(near.view(), values.view()).unwrap();
+                assert_eq!(empty.query(near.view()).unwrap(), expected);
+                // What is there again is not refused, but where its exponents are rounded to no digit.
+                state.add(key.view(), value.view()).unwrap();
+                assert!(norm > 1e3 || state.query(key.view()).is_ok(), "{kind:?} {norm}");
+            }
+        }
+        assert!(refused < 36, "{kind:?}: {refused}");
+    }
+}
+
+/// Thousands of keys come and go in turn.
+#[test]
+fn a_state_does_not_drift() {
+    let mut rng = rng(32);
+    let performer = PerformerConfig::new(5, 32).init::<f32>(&mut rng).unwrap();
+    let [q, k, v] = [(7, 5), (5000, 5), (5000, 3)].map(|(n, d)| normal::<f32>(n, d, 1.0, &mut rng));
+    let mut state = performer.state(3).unwrap();
+    for at in 0..5000usize {
+        state.add(k.slice(s![at..=at, ..]), v.slice(s![at..=at, ..])).unwrap();
+        if let Some(old) = at.checked_sub(40) {
+            state.remove(k.slice(s![old..=old, ..]), v.slice(s![old..=old, ..])).unwrap();
+        }
+    }
+    let (k, v) = (k.slice(s![4960.., ..]), v.slice(s![4960.., ..]));
+    let mut fresh = performer.state(3).unwrap();
+    fresh.add(k, v).unwrap();
+    assert_eq!(state.num_keys(), 40);
+    let expected = fresh.query(q.view()).unwrap().mapv(f64::from);
+    let error = largest_difference(&state.query(q.view()).unwrap().mapv(f64::from), &expected);
+    assert!(error < 1e-6, "{error:e}");
+}
+
 // ---- How wrong ----
 
 #[test]
