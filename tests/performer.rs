@@ -3,7 +3,7 @@
 use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
     Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, Performer,
-    PerformerConfig, Projection, params,
+    PerformerConfig, Projection, Saved, params,
 };
 use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
@@ -323,7 +323,11 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
             let variance = performer.relative_variance(q.view(), k.view()).unwrap();
             assert!((variance * exact * exact / expected - 1.0).abs() < 1e-12, "{kind:?}");
             let wanted = performer.num_features_for(q.view(), k.view(), 0.01).unwrap();
-            assert_eq!(wanted, (variance * features as f64 / 1e-4).ceil());
+            // As many as there can be: an even number of features in pairs.
+            let pairs = features as f64 / r;
+            assert_eq!(wanted, (variance * r / 1e-4).ceil() * pairs);
+            let enough = PerformerConfig::new(3, wanted as usize).features(kind);
+            assert!(enough.init::<f64>(&mut rng(1)).is_ok(), "{kind:?}: {wanted}");
             // Orthogonal ones are unbiased too.
             let (average, error) = mean(&estimates(&config, &x, &y, 40_000));
             assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
@@ -717,6 +721,8 @@ fn bad_configurations_and_inputs_are_refused() {
         (new(4, 5).features(Features::Elu), "num_features"),
         (new(4, 5).features(Features::Relu { epsilon: 0.0 }), "features.epsilon"),
         (new(4, 5).features(Features::Relu { epsilon: f64::NAN }), "features.epsilon"),
+        // Its square is the least denominator.
+        (new(4, 5).features(Features::Relu { epsilon: 1e-20 }), "features.epsilon"),
         (new(4, 5).scale(-1.0), "scale"),
         (new(4, 5).scale(f64::INFINITY), "scale"),
     ] {
@@ -738,11 +744,48 @@ fn bad_configurations_and_inputs_are_refused() {
     }
     assert!(performer.relative_variance(x.row(0), y.row(0)).is_err());
     assert!(performer.num_features_for(x.row(0), x.row(1), f64::NAN).is_err());
+    // Hopeless is infinite, unknown is unknown: neither is few.
+    let (far, nan) = (Array1::from_elem(4, 1e3), Array1::from_elem(4, f64::NAN));
+    assert_eq!(performer.num_features_for(far.view(), far.view(), 0.1), Ok(f64::INFINITY));
+    assert_eq!(performer.relative_variance(far.view(), far.view()), Ok(f64::INFINITY));
+    assert!(performer.num_features_for(nan.view(), x.row(0), 0.1).unwrap().is_nan());
+    // Without variance one is enough, of any error.
+    assert_eq!(performer.num_features_for(x.row(0), x.row(1), 1e-200), Ok(1.0));
     assert!(performer.feature_map(y.view()).is_err());
     let relu = new(4, 6).features(RELU).init::<f64>(&mut rng(25)).unwrap();
     assert!(relu.relative_variance(x.row(0), x.row(1)).is_err());
     let circular = new(4, 6).features(Features::Trigonometric).init::<f64>(&mut rng(26)).unwrap();
     assert_eq!(circular.weights(&right), Err(Error::NoWeights { mechanism: "performer" }));
+    // Saved for other keys, heads or features.
+    let [q, k, short, v] =
+        [(3, 8), (5, 8), (2, 8), (5, 6)].map(|(n, d)| Array2::<f64>::ones((n, d)));
+    let two = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(2).unwrap();
+    let short_v = v.slice(s![..2, ..]);
+    let few = Inputs::dense(q.view(), short.view(), short_v).unwrap().with_heads(2).unwrap();
+    let left = s![.., ..4];
+    let one = Inputs::dense(q.slice(left), k.slice(left), v.view()).unwrap();
+    let no_bias = Array2::zeros((3, 5));
+    let other = new(4, 8).init::<f64>(&mut rng(24)).unwrap();
+    let with = |way: usize, inputs: Inputs<'_, f64>| {
+        let (_, saved) = match way {
+            0 => performer.forward_train(&inputs),
+            1 => performer.forward_train(&inputs.with_causal(Causal::BottomRight)),
+            _ => performer.forward_train(&inputs.with_bias(no_bias.view()).unwrap()),
+        }
+        .unwrap();
+        saved
+    };
+    let refused = |performer: &Performer<f64>, inputs: Inputs<'_, f64>, saved: &Saved| {
+        let grad_out = Array2::zeros((3, 6));
+        let error = performer.backward(&inputs, saved, grad_out.view()).unwrap_err();
+        assert!(matches!(error, Error::Shape { .. }), "{error}");
+    };
+    refused(&other, two, &with(0, two));
+    for way in 0..3 {
+        refused(&performer, few, &with(way, two));
+        refused(&performer, one, &with(way, two));
+        refused(&performer, two, &with(way, one));
+    }
     // Saved by another path.
     let (out, saved) = performer.forward_train(&right).unwrap();
     let two_heads = right.with_heads(1).unwrap();
