@@ -462,6 +462,45 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
     }
 }
 
+/// Short and long vectors side by side, so that what one key's exponents are relative to is far from
+/// another's.
+#[test]
+fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
+    let (n_q, n_k) = (263, 300);
+    let mut rng = rng(29);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind).scale(1.0);
+        let performer = config.init::<f32>(&mut rng).unwrap();
+        let mut mixed = |n: usize| {
+            let mut x: Array2<f32> = normal(n, 5, 1.0, &mut rng);
+            for mut row in x.rows_mut() {
+                let size = 10f32.powf(rng.random_range(-3.0..3.0f32));
+                row *= size / row.dot(&row).sqrt();
+            }
+            x
+        };
+        let (q, k) = (mixed(n_q), mixed(n_k));
+        let (ones, grad_out) = (Array2::ones((n_k, 2)), normal::<f32>(n_q, 2, 1.0, &mut rng));
+        let edges = (0..n_q).flat_map(|i| [(i, i), (i, (i * 5) % n_k), (i, (i * 7) % n_k)]);
+        let graph = Graph::from_edges(n_q, n_k, edges).unwrap();
+        let inputs = Inputs::dense(q.view(), k.view(), ones.view()).unwrap();
+        let sparse = Inputs::graph(q.view(), k.view(), ones.view(), &graph).unwrap();
+        let bottom = inputs.with_causal(Causal::BottomRight);
+        for (case, inputs) in [inputs, inputs.causal(), bottom, sparse].iter().enumerate() {
+            let (out, saved) = performer.forward_train(inputs).unwrap();
+            let grads = performer.backward(inputs, &saved, grad_out.view()).unwrap();
+            let arrays = [&out, &grads.query, &grads.key, &grads.value];
+            let is_finite = arrays.iter().all(|array| array.iter().all(|x| x.is_finite()))
+                && grads.params.iter().flatten().all(|x| x.is_finite());
+            assert!(is_finite, "{kind:?}, case {case}");
+            if kind != Features::Trigonometric {
+                let error = out.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
+                assert!(error < 1e-5, "{kind:?}, case {case}: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_comes_later_changes_no_bit_of_causal_rows() {
     let mut rng = rng(15);
@@ -479,6 +518,39 @@ fn what_comes_later_changes_no_bit_of_causal_rows() {
             k.slice_mut(s![first.., ..]).mapv_inplace(|x| -30.0 * x);
             v.slice_mut(s![first.., ..]).fill(7.0);
             assert_eq!(run(&k, &v).slice(s![..first, ..]), all.slice(s![..first, ..]), "{kind:?}");
+        }
+    }
+}
+
+/// A query that is not a number makes no gradients so of keys that it does not see.
+#[test]
+fn bad_causal_queries_touch_only_what_they_see() {
+    let mut rng = rng(30);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind);
+        let performer = config.init::<f64>(&mut rng).unwrap();
+        let [mut q, k, v] =
+            [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
+        let mut run = |bad: Option<usize>| {
+            if let Some(row) = bad {
+                q.row_mut(row).fill(f64::NAN);
+            }
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().causal();
+            let (out, saved) = performer.forward_train(&inputs).unwrap();
+            (performer.backward(&inputs, &saved, v.view()).unwrap(), out)
+        };
+        let (expected, clean) = run(None);
+        let (grads, out) = run(Some(150));
+        for (row, actual) in out.rows().into_iter().enumerate() {
+            let is_right = if row == 150 { actual[0].is_nan() } else { actual == clean.row(row) };
+            assert!(is_right, "{kind:?} {row}");
+        }
+        for (actual, expected) in [(&grads.key, &expected.key), (&grads.value, &expected.value)] {
+            assert!(actual.slice(s![..151, ..]).iter().all(|x| x.is_nan()), "{kind:?}");
+            assert_eq!(actual.slice(s![151.., ..]), expected.slice(s![151.., ..]), "{kind:?}");
+        }
+        for (row, actual) in grads.query.rows().into_iter().enumerate() {
+            assert_eq!(row == 150, actual.iter().any(|x| x.is_nan()), "{kind:?} {row}");
         }
     }
 }
