@@ -3,7 +3,7 @@
 use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
     Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, Performer,
-    PerformerConfig, Projection, params,
+    PerformerConfig, Projection, Saved, params,
 };
 use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
@@ -323,7 +323,11 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
             let variance = performer.relative_variance(q.view(), k.view()).unwrap();
             assert!((variance * exact * exact / expected - 1.0).abs() < 1e-12, "{kind:?}");
             let wanted = performer.num_features_for(q.view(), k.view(), 0.01).unwrap();
-            assert_eq!(wanted, (variance * features as f64 / 1e-4).ceil());
+            // As many as there can be: an even number of features in pairs.
+            let pairs = features as f64 / r;
+            assert_eq!(wanted, (variance * r / 1e-4).ceil() * pairs);
+            let enough = PerformerConfig::new(3, wanted as usize).features(kind);
+            assert!(enough.init::<f64>(&mut rng(1)).is_ok(), "{kind:?}: {wanted}");
             // Orthogonal ones are unbiased too.
             let (average, error) = mean(&estimates(&config, &x, &y, 40_000));
             assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
@@ -458,6 +462,45 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
     }
 }
 
+/// Short and long vectors side by side, so that what one key's exponents are relative to is far from
+/// another's.
+#[test]
+fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
+    let (n_q, n_k) = (263, 300);
+    let mut rng = rng(29);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind).scale(1.0);
+        let performer = config.init::<f32>(&mut rng).unwrap();
+        let mut mixed = |n: usize| {
+            let mut x: Array2<f32> = normal(n, 5, 1.0, &mut rng);
+            for mut row in x.rows_mut() {
+                let size = 10f32.powf(rng.random_range(-3.0..3.0f32));
+                row *= size / row.dot(&row).sqrt();
+            }
+            x
+        };
+        let (q, k) = (mixed(n_q), mixed(n_k));
+        let (ones, grad_out) = (Array2::ones((n_k, 2)), normal::<f32>(n_q, 2, 1.0, &mut rng));
+        let edges = (0..n_q).flat_map(|i| [(i, i), (i, (i * 5) % n_k), (i, (i * 7) % n_k)]);
+        let graph = Graph::from_edges(n_q, n_k, edges).unwrap();
+        let inputs = Inputs::dense(q.view(), k.view(), ones.view()).unwrap();
+        let sparse = Inputs::graph(q.view(), k.view(), ones.view(), &graph).unwrap();
+        let bottom = inputs.with_causal(Causal::BottomRight);
+        for (case, inputs) in [inputs, inputs.causal(), bottom, sparse].iter().enumerate() {
+            let (out, saved) = performer.forward_train(inputs).unwrap();
+            let grads = performer.backward(inputs, &saved, grad_out.view()).unwrap();
+            let arrays = [&out, &grads.query, &grads.key, &grads.value];
+            let is_finite = arrays.iter().all(|array| array.iter().all(|x| x.is_finite()))
+                && grads.params.iter().flatten().all(|x| x.is_finite());
+            assert!(is_finite, "{kind:?}, case {case}");
+            if kind != Features::Trigonometric {
+                let error = out.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
+                assert!(error < 1e-5, "{kind:?}, case {case}: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_comes_later_changes_no_bit_of_causal_rows() {
     let mut rng = rng(15);
@@ -475,6 +518,39 @@ fn what_comes_later_changes_no_bit_of_causal_rows() {
             k.slice_mut(s![first.., ..]).mapv_inplace(|x| -30.0 * x);
             v.slice_mut(s![first.., ..]).fill(7.0);
             assert_eq!(run(&k, &v).slice(s![..first, ..]), all.slice(s![..first, ..]), "{kind:?}");
+        }
+    }
+}
+
+/// A query that is not a number makes no gradients so of keys that it does not see.
+#[test]
+fn bad_causal_queries_touch_only_what_they_see() {
+    let mut rng = rng(30);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind);
+        let performer = config.init::<f64>(&mut rng).unwrap();
+        let [mut q, k, v] =
+            [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
+        let mut run = |bad: Option<usize>| {
+            if let Some(row) = bad {
+                q.row_mut(row).fill(f64::NAN);
+            }
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().causal();
+            let (out, saved) = performer.forward_train(&inputs).unwrap();
+            (performer.backward(&inputs, &saved, v.view()).unwrap(), out)
+        };
+        let (expected, clean) = run(None);
+        let (grads, out) = run(Some(150));
+        for (row, actual) in out.rows().into_iter().enumerate() {
+            let is_right = if row == 150 { actual[0].is_nan() } else { actual == clean.row(row) };
+            assert!(is_right, "{kind:?} {row}");
+        }
+        for (actual, expected) in [(&grads.key, &expected.key), (&grads.value, &expected.value)] {
+            assert!(actual.slice(s![..151, ..]).iter().all(|x| x.is_nan()), "{kind:?}");
+            assert_eq!(actual.slice(s![151.., ..]), expected.slice(s![151.., ..]), "{kind:?}");
+        }
+        for (row, actual) in grads.query.rows().into_iter().enumerate() {
+            assert_eq!(row == 150, actual.iter().any(|x| x.is_nan()), "{kind:?} {row}");
         }
     }
 }
@@ -580,6 +656,75 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     assert!(performer.state(0).is_err());
 }
 
+/// What has been removed is not in the answer, or the answer is an error: with values and keys that
+/// outweigh all that is left.
+#[test]
+fn removal_never_leaves_a_wrong_answer() {
+    let near = array![[0.4, 0.1], [-0.3, 0.2]];
+    let values = array![[1.0, -2.0], [3.0, 0.5]];
+    for kind in
+        [Features::Positive, Features::Hyperbolic, Features::Trigonometric, RELU, Features::Elu]
+    {
+        let features = if kind == Features::Elu { 2 } else { 64 };
+        let config = PerformerConfig::new(2, features).features(kind).scale(1.0);
+        let performer = config.init::<f64>(&mut rng(31)).unwrap();
+        let mut refused = 0;
+        for norm in [1.0, 3.0, 6.0, 10.0, 40.0, 1e3, 1e9] {
+            for size in [1.0, 1e3, 1e9, 1e15, 1e20, 1e100] {
+                let mut state = performer.state(2).unwrap();
+                state.add(near.view(), values.view()).unwrap();
+                let expected = state.query(near.view()).unwrap();
+                let (key, value) = (array![[norm, 0.3 * norm]], array![[size, 0.7 * size]]);
+                let mut other = performer.state(2).unwrap();
+                other.add(key.view(), value.view()).unwrap();
+                state.merge(&other).unwrap();
+                state.remove(key.view(), value.view()).unwrap();
+                match state.query(near.view()) {
+                    Ok(out) => {
+                        let error = largest_difference(&out, &expected);
+                        assert!(error < 1e-2, "{kind:?} {norm} {size:e}: {error:e}");
+                    }
+                    Err(error) => {
+                        assert!(error.to_string().contains("removed"), "{error}");
+                        refused += 1;
+                    }
+                }
+                // Without keys nothing is left of those that were there.
+                let mut empty = state.clone();
+                empty.remove(near.view(), values.view()).unwrap();
+                empty.add(near.view(), values.view()).unwrap();
+                assert_eq!(empty.query(near.view()).unwrap(), expected);
+                // What is there again is not refused, but where its exponents are rounded to no digit.
+                state.add(key.view(), value.view()).unwrap();
+                assert!(norm > 1e3 || state.query(key.view()).is_ok(), "{kind:?} {norm}");
+            }
+        }
+        assert!(refused < 36, "{kind:?}: {refused}");
+    }
+}
+
+/// Thousands of keys come and go in turn.
+#[test]
+fn a_state_does_not_drift() {
+    let mut rng = rng(32);
+    let performer = PerformerConfig::new(5, 32).init::<f32>(&mut rng).unwrap();
+    let [q, k, v] = [(7, 5), (5000, 5), (5000, 3)].map(|(n, d)| normal::<f32>(n, d, 1.0, &mut rng));
+    let mut state = performer.state(3).unwrap();
+    for at in 0..5000usize {
+        state.add(k.slice(s![at..=at, ..]), v.slice(s![at..=at, ..])).unwrap();
+        if let Some(old) = at.checked_sub(40) {
+            state.remove(k.slice(s![old..=old, ..]), v.slice(s![old..=old, ..])).unwrap();
+        }
+    }
+    let (k, v) = (k.slice(s![4960.., ..]), v.slice(s![4960.., ..]));
+    let mut fresh = performer.state(3).unwrap();
+    fresh.add(k, v).unwrap();
+    assert_eq!(state.num_keys(), 40);
+    let expected = fresh.query(q.view()).unwrap().mapv(f64::from);
+    let error = largest_difference(&state.query(q.view()).unwrap().mapv(f64::from), &expected);
+    assert!(error < 1e-6, "{error:e}");
+}
+
 // ---- How wrong ----
 
 #[test]
@@ -648,6 +793,8 @@ fn bad_configurations_and_inputs_are_refused() {
         (new(4, 5).features(Features::Elu), "num_features"),
         (new(4, 5).features(Features::Relu { epsilon: 0.0 }), "features.epsilon"),
         (new(4, 5).features(Features::Relu { epsilon: f64::NAN }), "features.epsilon"),
+        // Its square is the least denominator.
+        (new(4, 5).features(Features::Relu { epsilon: 1e-20 }), "features.epsilon"),
         (new(4, 5).scale(-1.0), "scale"),
         (new(4, 5).scale(f64::INFINITY), "scale"),
     ] {
@@ -669,11 +816,48 @@ fn bad_configurations_and_inputs_are_refused() {
     }
     assert!(performer.relative_variance(x.row(0), y.row(0)).is_err());
     assert!(performer.num_features_for(x.row(0), x.row(1), f64::NAN).is_err());
+    // Hopeless is infinite, unknown is unknown: neither is few.
+    let (far, nan) = (Array1::from_elem(4, 1e3), Array1::from_elem(4, f64::NAN));
+    assert_eq!(performer.num_features_for(far.view(), far.view(), 0.1), Ok(f64::INFINITY));
+    assert_eq!(performer.relative_variance(far.view(), far.view()), Ok(f64::INFINITY));
+    assert!(performer.num_features_for(nan.view(), x.row(0), 0.1).unwrap().is_nan());
+    // Without variance one is enough, of any error.
+    assert_eq!(performer.num_features_for(x.row(0), x.row(1), 1e-200), Ok(1.0));
     assert!(performer.feature_map(y.view()).is_err());
     let relu = new(4, 6).features(RELU).init::<f64>(&mut rng(25)).unwrap();
     assert!(relu.relative_variance(x.row(0), x.row(1)).is_err());
     let circular = new(4, 6).features(Features::Trigonometric).init::<f64>(&mut rng(26)).unwrap();
     assert_eq!(circular.weights(&right), Err(Error::NoWeights { mechanism: "performer" }));
+    // Saved for other keys, heads or features.
+    let [q, k, short, v] =
+        [(3, 8), (5, 8), (2, 8), (5, 6)].map(|(n, d)| Array2::<f64>::ones((n, d)));
+    let two = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(2).unwrap();
+    let short_v = v.slice(s![..2, ..]);
+    let few = Inputs::dense(q.view(), short.view(), short_v).unwrap().with_heads(2).unwrap();
+    let left = s![.., ..4];
+    let one = Inputs::dense(q.slice(left), k.slice(left), v.view()).unwrap();
+    let no_bias = Array2::zeros((3, 5));
+    let other = new(4, 8).init::<f64>(&mut rng(24)).unwrap();
+    let with = |way: usize, inputs: Inputs<'_, f64>| {
+        let (_, saved) = match way {
+            0 => performer.forward_train(&inputs),
+            1 => performer.forward_train(&inputs.with_causal(Causal::BottomRight)),
+            _ => performer.forward_train(&inputs.with_bias(no_bias.view()).unwrap()),
+        }
+        .unwrap();
+        saved
+    };
+    let refused = |performer: &Performer<f64>, inputs: Inputs<'_, f64>, saved: &Saved| {
+        let grad_out = Array2::zeros((3, 6));
+        let error = performer.backward(&inputs, saved, grad_out.view()).unwrap_err();
+        assert!(matches!(error, Error::Shape { .. }), "{error}");
+    };
+    refused(&other, two, &with(0, two));
+    for way in 0..3 {
+        refused(&performer, few, &with(way, two));
+        refused(&performer, one, &with(way, two));
+        refused(&performer, two, &with(way, one));
+    }
     // Saved by another path.
     let (out, saved) = performer.forward_train(&right).unwrap();
     let two_heads = right.with_heads(1).unwrap();

@@ -14,7 +14,7 @@ pub struct Accuracy<F> {
     /// The standard error of each head's output, num_queries × heads: the root of the summed
     /// variances of its columns.
     pub standard_error: Array2<F>,
-    /// How many features of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ²
+    /// How many projections of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ²
     /// over the terms of the denominator. Where only a few are left, the sum is that of its largest
     /// terms, and the standard error too small to be trusted.
     pub effective_features: Array2<F>,
@@ -48,22 +48,28 @@ impl<F: Float> Performer<F> {
     }
 
     /// The number of features at which the root of [`relative_variance`](Self::relative_variance)
-    /// is `relative_error`: it may be astronomic, or infinite.
+    /// is at most `relative_error`, an even one of features in pairs: it may be astronomic, or
+    /// infinite. NaN for vectors with NaN.
     ///
     /// # Errors
     /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidConfig`] for an error
-    /// that is not positive.
+    /// that is not positive and finite.
     pub fn num_features_for(
         &self,
         query: ArrayView1<'_, F>,
         key: ArrayView1<'_, F>,
         relative_error: f64,
     ) -> Result<f64> {
-        if relative_error.is_nan() || relative_error <= 0.0 {
-            return Err(Error::config("relative_error", "a positive number", relative_error));
+        if !(relative_error > 0.0 && relative_error.is_finite()) {
+            let expected = "a positive finite number";
+            return Err(Error::config("relative_error", expected, relative_error));
         }
-        let num_features = self.variance_of_one(query, key)? / relative_error.powi(2);
-        Ok(num_features.ceil().max(self.config.features.per_projection() as f64))
+        let per_projection = self.config.features.per_projection() as f64;
+        let variance = self.variance_of_one(query, key)? / per_projection;
+        // Not by the square, which may be 0.
+        let projections = (variance / relative_error / relative_error).ceil();
+        // NaN stays.
+        Ok(per_projection * if projections < 1.0 { 1.0 } else { projections })
     }
 
     /// The relative variance times m.

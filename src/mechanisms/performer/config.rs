@@ -92,7 +92,7 @@ impl PerformerConfig {
         self
     }
 
-    /// The scale of the dot products, if not 1/√head_dim: positive.
+    /// The scale of the dot products, if not 1/√head_dim: positive. [`Features::Elu`] has none.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
@@ -103,8 +103,8 @@ impl PerformerConfig {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number,
-    /// those of [`Features::Elu`] not `head_dim`, or the scale or ε is not positive and finite;
-    /// [`Error::TooLarge`].
+    /// those of [`Features::Elu`] not `head_dim`, the scale is not from 10⁻³⁰ to 10³⁰ or ε not from
+    /// 10⁻¹⁵; [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {
         Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })
     }
@@ -138,16 +138,17 @@ impl PerformerConfig {
             return Err(Error::config("num_features", expected, num_features));
         }
         if let Features::Relu { epsilon } = features {
-            check_positive("features.epsilon", epsilon)?;
+            // Its square, the least denominator, is a normal number of `f32`.
+            check_size("features.epsilon", epsilon, 1e-15)?;
         }
-        self.scale.map_or(Ok(()), |scale| check_positive("scale", scale))
+        // And so are roots and products with it.
+        self.scale.map_or(Ok(()), |scale| check_size("scale", scale, 1e-30))
     }
 }
 
-/// Not so near to 0 or infinity that a root or product would not be a normal number of `f32`.
-fn check_positive(field: &'static str, value: f64) -> Result<()> {
-    if value > 1e-30 && value < 1e30 {
+fn check_size(field: &'static str, value: f64, least: f64) -> Result<()> {
+    if (least..=1e30).contains(&value) {
         return Ok(());
     }
-    Err(Error::config(field, "a positive finite number", value))
+    Err(Error::config(field, format!("a number from {least:e} to 1e30"), value))
 }

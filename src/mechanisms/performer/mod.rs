@@ -45,9 +45,9 @@ const NAME: &str = "performer";
 /// * **Parameters** `projection_matrix`, projections × d. It has its exact gradient; where features
 ///   are to stay estimates of a softmax, leave it out of the optimiser's step, and
 ///   [`redraw`](Self::redraw) it from time to time instead.
-/// * **Cost** O(n m (d + d_v)) time and O(m d_v) memory beside the output per head for dense inputs
-///   in which all queries see the same keys, or with the causal pattern (prefix sums; one task per
-///   head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
+/// * **Cost** O(n m (d + d_v)) time, and beside the output O(m d_v) memory per head and a number for
+///   each key and query, for dense inputs in which all queries see the same keys, or with the causal
+///   pattern (prefix sums; one task per head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
 ///   both sums.
 /// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ
 ///   between queries, biases, dropout, [`weights`](Attention::weights). Exact attention is then the
@@ -105,6 +105,7 @@ enum Path {
 
 struct State<F> {
     out: Array2<F>,
+    num_keys: usize,
     attended: Attended<F>,
 }
 
@@ -114,6 +115,28 @@ enum Attended<F> {
     Sums { keys: Vec<usize>, sums: Vec<KeySums<F>>, denominators: Array2<F> },
     Causal { keys: Vec<usize>, rows: CausalRows, sums: RowSums<F> },
     Pairs(RowSums<F>),
+}
+
+impl<F: Float> Attended<F> {
+    /// Whether inputs of these heads and a map of so many features have left it.
+    fn check(&self, inputs: &Inputs<'_, F>, num_features: usize) -> Result<()> {
+        let denominators = match self {
+            Self::Nothing => return Ok(()),
+            Self::Sums { sums, denominators, .. } => {
+                let features = sums.first().map_or(0, |sums| sums.totals.len());
+                let expected = [inputs.kv_heads(), num_features];
+                check_shape("saved sums", &expected, &[sums.len(), features])?;
+                denominators
+            }
+            Self::Causal { rows, sums, .. } => {
+                check_shape("saved heads", &[inputs.kv_heads()], &[rows.num_finite.len()])?;
+                &sums.denominators
+            }
+            Self::Pairs(sums) => &sums.denominators,
+        };
+        let expected = [inputs.num_queries(), inputs.heads()];
+        check_shape("saved denominators", &expected, denominators.shape())
+    }
 }
 
 /// Which rows of a causal pattern are summed how.
@@ -294,7 +317,7 @@ impl<F: Float> Attention<F> for Performer<F> {
         let attended = self.run(inputs, out.view_mut())?;
         let mut copy = try_zeros("saved output", out.nrows(), out.ncols())?;
         copy.assign(&out);
-        Ok(Saved::new(NAME, State { out: copy, attended }))
+        Ok(Saved::new(NAME, State { out: copy, num_keys: inputs.num_keys(), attended }))
     }
 
     fn backward_into(
@@ -304,9 +327,11 @@ impl<F: Float> Attention<F> for Performer<F> {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { out, attended }: &State<F> = saved.state(NAME)?;
+        let State { out, num_keys, attended }: &State<F> = saved.state(NAME)?;
         self.check_output("grad_out", inputs, grad_out.shape())?;
         self.check_output("saved output", inputs, out.shape())?;
+        check_shape("saved keys", &[inputs.num_keys()], &[*num_keys])?;
+        attended.check(inputs, self.config.num_features)?;
         self.map.check(inputs)?;
         grads.check(NAME, inputs, self)?;
         let mut grad_weight =
@@ -315,7 +340,6 @@ impl<F: Float> Attention<F> for Performer<F> {
         match attended {
             Attended::Nothing => return Ok(()),
             Attended::Sums { keys, sums, denominators } => {
-                check_shape("saved keys", &[sums.len()], &[inputs.kv_heads()])?;
                 let problem = self.map.problem(inputs, keys.clone())?;
                 let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
                 let of_features = F::features_backward(&problem, sums, &upstream, level)?;
@@ -326,7 +350,6 @@ impl<F: Float> Attention<F> for Performer<F> {
                 let denominators = &sums.denominators;
                 let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
                 let num_finite = &rows.num_finite;
-                check_shape("saved keys", &[num_finite.len()], &[inputs.kv_heads()])?;
                 let is_summed = |query: usize, head: usize| {
                     let denominator = denominators[[query, head]];
                     denominator.is_finite()

@@ -3,12 +3,12 @@
 use super::Performer;
 use super::map::FeatureMap;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::Inputs;
 use crate::kernels::Kernels;
-use crate::kernels::features::KeySums;
+use crate::kernels::features::{KeySums, Map};
 use fearless_simd::Level;
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, Axis};
 use std::marker::PhantomData;
 
 /// The running sums of a [`Performer`] head over keys and values, which come and go: for an index
@@ -22,9 +22,10 @@ use std::marker::PhantomData;
 /// in `f64` and relative to the largest exponent that each feature has met, so that nothing
 /// overflows.
 ///
-/// What is removed must have been added, with the same numbers: this cannot be checked. Removing
-/// leaves the rounding of what was there, 10⁻¹⁶ of the largest sum so far; a query that this would
-/// reach is an error. A state without keys starts afresh.
+/// What is removed must have been added, with the same numbers: this cannot be checked. Each removal
+/// leaves the rounding of the sums that it found, of keys and of values: some 10⁻¹⁶ of them, more by
+/// the exponents of long keys. This is added up, and a query whose answer it would reach is an error.
+/// A state without keys starts afresh.
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, PerformerConfig};
@@ -53,11 +54,20 @@ pub struct PerformerState<F> {
     map: FeatureMap<f64>,
     value_dim: usize,
     num_keys: usize,
+    /// Of the values, and of the columns after them: [`MAGNITUDE`] and what follows.
     sums: KeySums<f64>,
-    /// log₂ of the largest total that each feature has had.
-    peaks: Vec<f64>,
     float: PhantomData<F>,
 }
+
+/// Columns after those of the values: the largest of each value's, without signs, and what rounding
+/// may have left of the totals, and of the magnitudes.
+const MAGNITUDE: usize = 0;
+const ROUNDING: usize = 1;
+const ROUNDING_OF_MAGNITUDE: usize = 2;
+const MORE_COLUMNS: usize = 3;
+
+/// Three digits of an answer are right.
+const MOST_ROUNDING: f64 = 1e-3;
 
 impl<F: Float> Performer<F> {
     /// Sums over no keys yet, for values of so many columns.
@@ -73,12 +83,10 @@ impl<F: Float> Performer<F> {
             value_dim,
             num_keys: 0,
             sums: KeySums::zeros(0, 0),
-            peaks: vec![f64::NEG_INFINITY; self.config.num_features],
             float: PhantomData,
         };
         let none = Array2::zeros((0, self.config.head_dim));
-        let (_, sums) = state.sums_of(none, Array2::zeros((0, value_dim)))?;
-        state.sums = sums;
+        state.sums = state.sums_of(none, Array2::zeros((0, value_dim + MORE_COLUMNS)))?;
         Ok(state)
     }
 }
@@ -93,13 +101,11 @@ impl<F: Float> PerformerState<F> {
     /// Adds keys (n × head_dim) and their values (n × value_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidConfig`] for numbers that are not finite, which no removal
-    /// would take out again.
+    /// [`Error::Shape`]; [`Error::InvalidConfig`] for numbers that are not finite, or whose squares
+    /// are not: no removal would take them out again.
     pub fn add(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
-        let (count, sums) = self.checked_sums(keys, values)?;
-        self.sums.add(&sums, 1.0);
-        self.num_keys += count;
-        self.note_peaks();
+        self.sums.add(&self.checked_sums(keys, values)?, 1.0);
+        self.num_keys += keys.nrows();
         Ok(())
     }
 
@@ -112,12 +118,12 @@ impl<F: Float> PerformerState<F> {
             let expected = format!("at most the {} rows of the state", self.num_keys);
             return Err(Error::config("keys", expected, keys.nrows()));
         }
-        let (count, sums) = self.checked_sums(keys, values)?;
+        let sums = self.checked_sums(keys, values)?;
+        self.note_rounding();
         self.sums.add(&sums, -1.0);
-        self.num_keys -= count;
+        self.num_keys -= keys.nrows();
         if self.num_keys == 0 {
             self.sums = KeySums::zeros(self.sums.shifts.len(), self.sums.stride);
-            self.peaks.fill(f64::NEG_INFINITY);
         }
         Ok(())
     }
@@ -135,10 +141,6 @@ impl<F: Float> PerformerState<F> {
         }
         self.sums.add(&other.sums, 1.0);
         self.num_keys += other.num_keys;
-        for (peak, &others) in self.peaks.iter_mut().zip(&other.peaks) {
-            *peak = peak.max(others);
-        }
-        self.note_peaks();
         Ok(())
     }
 
@@ -154,12 +156,13 @@ impl<F: Float> PerformerState<F> {
         if self.num_keys == 0 {
             return Ok(out);
         }
+        let columns = self.value_dim + MORE_COLUMNS;
         let queries = queries.mapv(F::as_f64);
         let keys = Array2::zeros((0, self.map.head_dim));
-        let values = Array2::zeros((0, self.value_dim));
+        let values = Array2::zeros((0, columns));
         let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
         let problem = self.map.problem(&inputs, Vec::new())?;
-        let mut quotients = try_zeros("out", queries.nrows(), self.value_dim)?;
+        let mut quotients = try_zeros("out", queries.nrows(), columns)?;
         let mut denominators = try_zeros("denominators", queries.nrows(), 1)?;
         let sums = std::slice::from_ref(&self.sums);
         f64::features_forward(
@@ -169,26 +172,23 @@ impl<F: Float> PerformerState<F> {
             quotients.view_mut(),
             &mut denominators,
         );
-        if self.map.map().is_exponential() {
-            // What the same query would find if the sums were what rounding may have left of them.
-            let peaks = self.peaks.iter().zip(&self.sums.shifts);
-            let rounding = peaks.map(|(peak, shift)| f64::EPSILON * (peak - shift).exp2());
-            let mut noise = KeySums { totals: rounding.collect(), ..self.sums.clone() };
-            // Of the peaks where these are above anything that is left, 0 · ∞ elsewhere.
-            noise.totals.iter_mut().filter(|total| !total.is_finite()).for_each(|t| *t = 0.0);
-            let mut of_noise = try_zeros("denominators", queries.nrows(), 1)?;
-            let mut unused = try_zeros("out", queries.nrows(), self.value_dim)?;
-            let sums = std::slice::from_ref(&noise);
-            f64::features_forward(&problem, sums, Level::new(), unused.view_mut(), &mut of_noise);
-            for (row, (&sum, &noise)) in denominators.iter().zip(&of_noise).enumerate() {
-                // Three digits.
-                if sum < 1e3 * noise {
-                    let actual = format!("sums that rounding has reached, for query {row}");
-                    return Err(Error::config("state", "keys that have not been removed", actual));
-                }
+        for (row, (quotients, denominator)) in
+            quotients.rows().into_iter().zip(&denominators).enumerate()
+        {
+            let (values, more) = quotients.split_at(Axis(0), self.value_dim);
+            let [of_keys, of_values] = match self.map.map() {
+                // Cosines are at most 1, and would cancel.
+                Map::Circular => self.largest_rounding().map(|sum| sum / denominator),
+                _ => [more[ROUNDING], more[ROUNDING_OF_MAGNITUDE]],
+            };
+            // Rounding has no sign, but the sums that it has reached may have any.
+            let of_magnitude = MOST_ROUNDING * more[MAGNITUDE].abs();
+            if of_keys.abs() > MOST_ROUNDING || of_values.abs() > of_magnitude {
+                let actual = format!("sums that rounding has reached, for query {row}");
+                return Err(Error::config("state", "keys that have not been removed", actual));
             }
+            out.row_mut(row).zip_mut_with(&values, |out, &value| *out = F::of(value));
         }
-        out.zip_mut_with(&quotients, |out, &quotient| *out = F::of(quotient));
         Ok(out)
     }
 
@@ -196,7 +196,7 @@ impl<F: Float> PerformerState<F> {
         &self,
         keys: ArrayView2<'_, F>,
         values: ArrayView2<'_, F>,
-    ) -> Result<(usize, KeySums<f64>)> {
+    ) -> Result<KeySums<f64>> {
         check_shape("keys", &[keys.nrows(), self.map.head_dim], keys.shape())?;
         check_shape("values", &[keys.nrows(), self.value_dim], values.shape())?;
         for (what, rows) in [("keys", keys), ("values", values)] {
@@ -205,25 +205,46 @@ impl<F: Float> PerformerState<F> {
                 return Err(Error::config(what, "finite numbers", format!("{entry} in row {row}")));
             }
         }
-        self.sums_of(keys.mapv(F::as_f64), values.mapv(F::as_f64))
+        let columns = self.value_dim + MORE_COLUMNS;
+        let mut more = try_zeros("values", values.nrows(), columns)?;
+        for (mut more, values) in more.rows_mut().into_iter().zip(values.rows()) {
+            more.iter_mut().zip(values).for_each(|(more, &value)| *more = value.as_f64());
+            more[self.value_dim + MAGNITUDE] =
+                values.iter().fold(0.0, |max, value| max.max(value.as_f64().abs()));
+        }
+        let sums = self.sums_of(keys.mapv(F::as_f64), more)?;
+        if all_finite(&sums.totals) && all_finite(&sums.sums) {
+            return Ok(sums);
+        }
+        Err(Error::config("keys", "numbers whose squares and sums are finite", "larger ones"))
     }
 
-    /// The sums over keys, and how many these are.
-    fn sums_of(&self, keys: Array2<f64>, values: Array2<f64>) -> Result<(usize, KeySums<f64>)> {
+    /// The sums over keys; values have all columns.
+    fn sums_of(&self, keys: Array2<f64>, values: Array2<f64>) -> Result<KeySums<f64>> {
         let queries = Array2::zeros((0, self.map.head_dim));
         let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
         let problem = self.map.problem(&inputs, (0..keys.nrows()).collect())?;
         let sums = f64::sum_keys(&problem, Level::new()).into_iter().next();
-        sums.map(|sums| (keys.nrows(), sums)).ok_or_else(|| Error::config("heads", "one", "none"))
+        sums.ok_or_else(|| Error::config("heads", "one", "none"))
     }
 
-    fn note_peaks(&mut self) {
-        let KeySums { shifts, totals, .. } = &self.sums;
-        for (peak, (&shift, &total)) in self.peaks.iter_mut().zip(shifts.iter().zip(totals)) {
-            // Before any key there is none.
-            if total > 0.0 {
-                *peak = peak.max(total.log2() + shift);
-            }
+    /// Of the sums that a removal finds: what is left of them afterwards may be of its size.
+    fn note_rounding(&mut self) {
+        let KeySums { shifts, totals, sums, stride } = &mut self.sums;
+        let rows = sums.chunks_exact_mut(*stride);
+        for (row, (&shift, &total)) in rows.zip(shifts.iter().zip(&*totals)) {
+            let row = &mut row[self.value_dim..];
+            // An exponent is rounded too, by as much as it is large.
+            let rounding = f64::EPSILON * shift.abs().max(1.0);
+            row[ROUNDING] += rounding * total.abs();
+            row[ROUNDING_OF_MAGNITUDE] += rounding * row[MAGNITUDE].abs();
         }
+    }
+
+    /// What rounding may have left of the sums of a query whose features are 1, of keys and of
+    /// magnitudes.
+    fn largest_rounding(&self) -> [f64; 2] {
+        let rows = || self.sums.sums.chunks_exact(self.sums.stride);
+        [ROUNDING, ROUNDING_OF_MAGNITUDE].map(|c| rows().map(|row| row[self.value_dim + c]).sum())
     }
 }
