@@ -40,8 +40,8 @@
 //!
 //! Whatever belongs to a pair (features of an edge, a distance, a bias) is an array with one row per
 //! pair, in the order of your edge list; attention weights come back in the same order. Mechanisms with
-//! parameters are made by a configuration and an `rng`, and bring their own heads; for those without,
-//! [`Inputs::with_heads`] splits the columns.
+//! parameters are made by a configuration, and drawn from an `rng` that you bring. [`EdgeGat`] and
+//! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
 //!
 //! ```
 //! use graph_attention::{EdgeGatConfig, Score};
@@ -83,9 +83,10 @@
 //! #     .with_edge_features(lengths.view())?;
 //! # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //!
-//! let config = EdgeGatConfig::new(Score::GatV2, 2, 4, 3).edge_dim(1);
-//! let mut layer = config.average_heads(true).init::<f64>(&mut rng)?;
-//! let target = array![[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]];
+//! // One number for each node: the mean of 3 heads of 1 column.
+//! let config = EdgeGatConfig::new(Score::GatV2, 2, 1, 3).edge_dim(1).average_heads(true);
+//! let mut layer = config.init::<f64>(&mut rng)?;
+//! let target = array![[1.0], [3.0], [0.0]];
 //! let mut losses = vec![];
 //! for _step in 0..50 {
 //!     let (out, saved) = layer.forward_train(&inputs)?;
@@ -93,7 +94,7 @@
 //!     losses.push(error.mapv(|e| e * e).sum() / 2.0);
 //!     let grads = layer.backward(&inputs, &saved, error.view())?;
 //!     params::update(&mut layer, &grads.params, |_name, mut param, grad| {
-//!         param.scaled_add(-0.1, &grad);
+//!         param.scaled_add(-0.2, &grad);
 //!     })?;
 //! }
 //! assert!(losses[49] < losses[0] / 100.0);
@@ -109,17 +110,20 @@
 //!
 //! | mechanism | computes | memory beside the output |
 //! |---|---|---|
-//! | [`ScaledDotProduct`] | softmax attention, in the form to read; returns its weights | O(pairs · heads) |
-//! | [`Flash`] | the same function in tiles | O(n) |
+//! | [`ScaledDotProduct`] | softmax attention, written to be read | O(pairs · heads) |
+//! | [`Flash`] | the same function in tiles: the fast one | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
-//! | [`Moe`] | a mixture of experts of any kind, of which each query asks its own few | O(n) and the experts' |
+//! | [`Moe`] | a mixture of experts of any kind, of which a router picks a few for each query | O(n) and the experts' |
 //! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global layers, in one softmax or by a learned gate | O(n); by layer O(pairs) |
-//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of one over the other | O(n) and the inner ones' |
+//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of the former over the latter | O(n) and the inner ones' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
 //! | [`GraphRope`] | rotary embeddings of node positions, before any mechanism | O(n) and the inner's |
 //! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
+//!
+//! Each page has the equations, what the mechanism reads, shapes, cost, errors and sources; numbers such as
+//! 1706.03762 there are arXiv identifiers.
 //!
 //! Beside them: [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over;
 //! [`Partial`] merges answers over shards of the keys; [`geometry::poincare`] has the functions of the
@@ -131,7 +135,7 @@
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
 //! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
 //! and for any number of threads; another instruction set rounds differently. There is no C and no OS
-//! entropy: randomness comes in through an `rng` argument or an explicit seed.
+//! entropy: randomness comes in through an `rng` argument, any generator of `rand` 0.10, or an explicit seed.
 //!
 //! # Features
 //!
