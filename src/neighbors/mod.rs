@@ -36,7 +36,7 @@
 //! use graph_attention::{Attention, Flash, Inputs};
 //!
 //! let documents = array![[1.0, 0.0], [4.0, 3.0], [0.0, 1.0], [-1.0, 0.2]];
-//! let query = array![[1.0, 0.1]]; // one row; of a vector, `query.view().insert_axis(Axis(0))`
+//! let query = array![[1.0f64, 0.1]]; // one row; of a vector, `query.view().insert_axis(Axis(0))`
 //!
 //! // Candidates by cosine.
 //! let index = ExactIndex::new(documents.view(), Metric::Cosine)?;
