@@ -23,6 +23,9 @@ use std::sync::Arc;
 /// * The same inputs give the same bits.
 /// * Channels that change the answer are honoured or refused ([`Inputs::refuse`]).
 ///
+/// [`guide::own_mechanism`](crate::guide::own_mechanism) writes one step by step, and
+/// [`guide::training`](crate::guide::training) puts several layers together.
+///
 /// A mechanism without parameters implements the trait for both precisions; where the compiler cannot
 /// tell which is meant, say so: `check_attention::<f64>(&Flash::new(), &shapes)`.
 ///
@@ -83,8 +86,9 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         grads: GradientsMut<'_, F>,
     ) -> Result<()>;
 
-    /// The attention weights before dropout: num_pairs × heads, in the caller's pair order. Hidden
-    /// pairs have weight 0, and the weights of a query sum to 1, or to 0 if it sees no key.
+    /// The attention weights before dropout: num_pairs × heads, in the caller's pair order (in dense
+    /// inputs the weight of query i for key j is in row `i · num_keys + j`). Hidden pairs have weight
+    /// 0, and the weights of a query sum to 1, or to 0 if it sees no key.
     ///
     /// # Errors
     /// [`Error::NoWeights`] from a mechanism that never forms weights; otherwise as
@@ -142,8 +146,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok(gradients)
     }
 
-    /// [`backward_into`](Self::backward_into) for the parameters alone, in the order of [`Params`]: of
-    /// a first layer, whose inputs are data.
+    /// [`backward_into`](Self::backward_into) for the parameters alone, in the order of [`Params`]: for
+    /// a first layer, whose inputs are data and need no gradients.
     ///
     /// # Errors
     /// As [`backward_into`](Self::backward_into).

@@ -11,6 +11,18 @@ use crate::float::Float;
 /// Whether the weight of a (pair, head) is kept is a hash of seed, pair and head. Nothing is
 /// stored, the backward pass sees the same mask, and neither threads nor tiles change it. Use
 /// another seed for every training step and every layer.
+///
+/// ```
+/// use graph_attention::ndarray::Array2;
+/// use graph_attention::{Attention, Dropout, Flash, Inputs};
+///
+/// let x = Array2::<f32>::eye(20);
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+/// let step = |seed| Flash::new().forward(&inputs.with_dropout(Dropout { probability: 0.5, seed })?);
+/// assert_eq!(step(1)?, step(1)?);
+/// assert_ne!(step(1)?, step(2)?);
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     /// The share ρ of weights that are dropped, in `[0, 1)`.

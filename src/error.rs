@@ -7,6 +7,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// Why a call was refused.
 ///
 /// Every variant carries the data of its message: which argument, what was expected, what came.
+///
+/// ```
+/// use graph_attention::ndarray::Array2;
+/// use graph_attention::{Attention, Error, Flash, Inputs};
+///
+/// let (query, key, value) = (Array2::zeros((2, 4)), Array2::zeros((3, 5)), Array2::zeros((3, 1)));
+/// let error = Inputs::<f32>::dense(query.view(), key.view(), query.view()).unwrap_err();
+/// assert_eq!(error.to_string(), "value: expected shape [3, 4], got [2, 4]");
+///
+/// // What only a mechanism can know, it checks when it is called.
+/// let inputs = Inputs::<f32>::dense(query.view(), key.view(), value.view())?;
+/// assert!(matches!(Flash::new().forward(&inputs), Err(Error::Shape { .. })));
+/// # Ok::<(), Error>(())
+/// ```
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {

@@ -10,7 +10,8 @@ mod sealed {
 
 /// The element types of this crate: `f32` and `f64`.
 ///
-/// Sealed: the kernels are written for these two.
+/// Sealed: the kernels are written for these two. Generic code gets its arithmetic from
+/// [`NdFloat`], and constants by [`of`](Self::of).
 pub trait Float: sealed::Sealed + NdFloat + std::iter::Sum + Default {
     /// The nearest value of this type.
     fn of(value: f64) -> Self;

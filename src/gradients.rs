@@ -26,7 +26,10 @@ pub struct Gradients<F> {
 }
 
 /// Where [`Attention::backward_into`](crate::Attention::backward_into) adds the gradients: views,
-/// so that they may be parts of larger arrays. A `None` is not computed.
+/// so that they may be parts of larger arrays. A `None` is not computed, which saves its time.
+///
+/// [`Gradients::view_mut`] makes one of everything; [`guide::training`](crate::guide::training) adds up
+/// the gradients of a batch, and [`guide::performance`](crate::guide::performance) leaves some out.
 #[derive(Debug)]
 pub struct GradientsMut<'a, F> {
     /// With respect to the queries.
@@ -69,7 +72,7 @@ impl<F: Float> Gradients<F> {
         })
     }
 
-    /// All of them, to be added to.
+    /// Views of all of them, for [`Attention::backward_into`](crate::Attention::backward_into) to add to.
     pub fn view_mut(&mut self) -> GradientsMut<'_, F> {
         GradientsMut {
             query: Some(self.query.view_mut()),
@@ -82,7 +85,8 @@ impl<F: Float> Gradients<F> {
         }
     }
 
-    /// The gradient with respect to h where query = key = value = h: the sum of the three.
+    /// The gradient with respect to h where query = key = value = h: the sum of the three. Takes
+    /// `self`, so use [`params`](Self::params) before.
     ///
     /// # Errors
     /// [`Error::Shape`] if query, key and value were not of one shape.
@@ -94,7 +98,8 @@ impl<F: Float> Gradients<F> {
 }
 
 impl<F: Float> GradientsMut<'_, F> {
-    /// The same gradients for a shorter time: to lend them more than once.
+    /// The same views for a shorter time, for lending them more than once: to one inner mechanism after
+    /// the other, say.
     pub fn reborrow(&mut self) -> GradientsMut<'_, F> {
         GradientsMut {
             query: self.query.as_mut().map(|grad| grad.view_mut()),

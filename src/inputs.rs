@@ -69,7 +69,7 @@ pub struct Inputs<'a, F: Float> {
     origin: Option<Origin<'a>>,
 }
 
-/// Which pairs exist.
+/// Which pairs exist, before mask and causal pattern hide some: [`Inputs::pattern`].
 #[derive(Clone, Copy, Debug)]
 pub enum Pattern<'a> {
     /// Every query with every key.
@@ -88,7 +88,7 @@ pub enum Causal {
     BottomRight,
 }
 
-/// One (query, key) that attends.
+/// One (query, key) that attends, as [`Inputs::row`] lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// The row in the queries.
@@ -99,7 +99,8 @@ pub struct Pair {
     pub index: usize,
 }
 
-/// Additive logits: read one with [`at`](Self::at).
+/// The additive logits of some inputs, as [`Inputs::bias`] returns them: read one with
+/// [`at`](Self::at). To set them, see [`Inputs::with_bias`].
 #[derive(Clone, Copy, Debug)]
 pub struct Bias<'a, F> {
     logits: View2<'a, F>,
@@ -241,7 +242,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(Self { pattern, origin, bias, edge_features, distances, layers, ..*self })
     }
 
-    /// Splits the columns of query, key and value into `heads` equal blocks.
+    /// Splits the columns of query, key and value into `heads` equal blocks, that of head 0 first. For
+    /// mechanisms without heads of their own: [`MultiHead`](crate::MultiHead) and
+    /// [`EdgeGat`](crate::EdgeGat) make theirs and refuse inputs with several.
     ///
     /// # Errors
     /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidConfig`] if `heads` is 0.
@@ -282,7 +285,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`].
+    /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`]. When decoding with a cache, with fewer
+    /// queries than keys, use [`Causal::BottomRight`].
     #[must_use]
     pub fn causal(self) -> Self {
         self.with_causal(Causal::TopLeft)
@@ -337,7 +341,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Features of each pair: num_pairs × any number of columns.
+    /// Features of each pair: num_pairs × any number of columns, in the pair order. Read by
+    /// [`EdgeGat`](crate::EdgeGat).
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one row per pair.
@@ -348,7 +353,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// A distance for each pair (hops, weights, lengths). In dense inputs: a num_queries × num_keys
-    /// matrix, row after row.
+    /// matrix, row after row. Read by [`EdgeRope`](crate::EdgeRope), which also has their gradient.
     ///
     /// [`Graph::hop_distances`] counts hops in another graph. Weights of edges, in the order of the
     /// list that the graph was made from, are distances as they are; layers are so as numbers:
@@ -376,7 +381,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// A layer number for each pair, such as the HNSW layer of the link.
+    /// A layer number for each pair, such as the layer of a link in an HNSW index, the hops of
+    /// [`Graph::k_hop`] or the pattern of [`Graph::union`]. Read by
+    /// [`LocalGlobal`](crate::LocalGlobal): 0 is local, anything above is global.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.
@@ -386,7 +393,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Coordinates of queries (num_queries × axes) and keys (num_keys × axes).
+    /// Coordinates of queries (num_queries × axes) and keys (num_keys × axes). Read by
+    /// [`GraphRope`](crate::GraphRope).
     ///
     /// [`Graph::hops_from`] counts hops from anchors, and with the feature `spectral`
     /// `Graph::spectral_coordinates` embeds a graph by its resistances. One number for each node,
@@ -422,7 +430,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// A second list of neighbours over the same queries and keys.
+    /// A second list of neighbours over the same queries and keys, beside the pairs of the inputs. Read
+    /// by [`DualSpace`](crate::DualSpace).
     ///
     /// # Errors
     /// [`Error::Shape`] if the graph is over another number of queries or keys.
@@ -435,7 +444,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Dropout on the attention weights, in `forward` as in training: leave it out for inference.
+    /// Dropout on the attention weights, in [`forward`](crate::Attention::forward) as well as in training
+    /// (there is no training mode): leave it out for inference.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if the probability is not in [0, 1).

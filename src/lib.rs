@@ -1,49 +1,143 @@
-//! Attention on graphs, vectors and hidden states.
+//! Attention on graphs, vectors and hidden states: one trait for every mechanism, with exact,
+//! hand-written gradients.
 //!
-//! **The idea.** One query over its neighbours, a dense batch, and a graph in which every node
-//! attends to its neighbours are one problem: a set of (query, key) *pairs*, grouped by query.
-//! [`Inputs`] hold the arrays and the pairs, and any data of the pairs (edge features, distances,
-//! biases) as arrays with one row per pair; an [`Attention`] maps them to outputs and has an exact,
-//! hand-written backward pass. So there is one trait, object-safe, for every mechanism.
+//! # Pairs
+//!
+//! One query over its neighbours, a dense batch, and a graph in which every node attends to its
+//! neighbours are one problem: a set of (query, key) *pairs*, grouped by query. [`Inputs`] hold the
+//! arrays and say which pairs there are; an [`Attention`] maps them to outputs, one row per query.
 //!
 //! ```
-//! use graph_attention::{Attention, Flash, Graph, Inputs};
 //! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, Flash, Inputs};
 //!
-//! // Three nodes; node 0 attends to 1 and 2, node 1 to 2, node 2 to nobody.
+//! // Three nodes with two columns each. Every node attends to all three: 9 pairs.
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
-//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
-//!
-//! let attention = Flash::new();
-//! let (out, saved) = attention.forward_train(&inputs)?;
-//! let grads = attention.backward(&inputs, &saved, out.view())?; // of the loss |out|² / 2
-//! let grad_nodes = grads.into_self_attention()?;
-//! assert_eq!(grad_nodes.dim(), nodes.dim());
+//! let inputs = Inputs::dense(nodes.view(), nodes.view(), nodes.view())?; // query, key, value
+//! let out = Flash::new().forward(&inputs)?;
+//! assert_eq!(out.dim(), (3, 2)); // queries × columns of the values
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
+//! A [`Graph`] lists the pairs instead. Nothing else changes: every mechanism takes both.
+//!
+//! ```
+//! use graph_attention::Graph;
+//! # use graph_attention::ndarray::array;
+//! # use graph_attention::{Attention, Flash, Inputs};
+//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//!
+//! // Node 0 attends to nodes 1 and 2, node 1 to node 2, node 2 to nobody.
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
+//! let out = Flash::new().forward(&inputs)?;
+//! assert_eq!(out.row(1), nodes.row(2)); // all that node 1 sees
+//! assert_eq!(out.row(2).sum(), 0.0); // zeros for a query without keys
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
+//!
+//! # Data of pairs, and heads
+//!
+//! Whatever belongs to a pair (features of an edge, a distance, a bias) is an array with one row per
+//! pair, in the order of your edge list; attention weights come back in the same order. Mechanisms with
+//! parameters are made by a configuration, and drawn from an `rng` that you bring. [`EdgeGat`] and
+//! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
+//!
+//! ```
+//! use graph_attention::{EdgeGatConfig, Score};
+//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! # use graph_attention::ndarray::array;
+//! # use graph_attention::{Attention, Graph, Inputs};
+//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//!
+//! let lengths = array![[0.5], [2.0], [1.0]]; // of the edges (0, 1), (0, 2), (1, 2)
+//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+//!     .with_edge_features(lengths.view())?;
+//!
+//! // A graph attention layer: nodes of 2 columns, 3 heads of 4, edges of 1.
+//! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+//! let layer = EdgeGatConfig::new(Score::GatV2, 2, 4, 3).edge_dim(1).init::<f64>(&mut rng)?;
+//! assert_eq!(layer.forward(&inputs)?.dim(), (3, 12)); // heads side by side
+//! let weights = layer.weights(&inputs)?; // pairs × heads
+//! assert!((weights[[0, 0]] + weights[[1, 0]] - 1.0).abs() < 1e-12); // the two edges of node 0
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
+//!
+//! # Training
+//!
+//! There is no tape. [`forward_train`](Attention::forward_train) also returns what the backward pass needs,
+//! and [`backward`](Attention::backward) turns the gradient of your loss with respect to the output into
+//! [`Gradients`] of the inputs, of the pairs' data and of the parameters. [`params::update`] hands each
+//! parameter with its gradient to your optimiser; here that is plain gradient descent.
+//!
+//! ```
+//! use graph_attention::params;
+//! # use graph_attention::ndarray::array;
+//! # use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
+//! # use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//! # let lengths = array![[0.5], [2.0], [1.0]];
+//! # let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+//! #     .with_edge_features(lengths.view())?;
+//! # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+//!
+//! // One number for each node: the mean of 3 heads of 1 column.
+//! let config = EdgeGatConfig::new(Score::GatV2, 2, 1, 3).edge_dim(1).average_heads(true);
+//! let mut layer = config.init::<f64>(&mut rng)?;
+//! let target = array![[1.0], [3.0], [0.0]];
+//! let mut losses = vec![];
+//! for _step in 0..50 {
+//!     let (out, saved) = layer.forward_train(&inputs)?;
+//!     let error = out - &target; // the gradient of the loss |out − target|² / 2
+//!     losses.push(error.mapv(|e| e * e).sum() / 2.0);
+//!     let grads = layer.backward(&inputs, &saved, error.view())?;
+//!     params::update(&mut layer, &grads.params, |_name, mut param, grad| {
+//!         param.scaled_add(-0.2, &grad);
+//!     })?;
+//! }
+//! assert!(losses[49] < losses[0] / 100.0);
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
+//!
+//! Several layers, other optimisers and saving are in [`guide::training`]. The [`guide`] also helps to
+//! [choose a mechanism](guide::choosing), to [come from PyTorch or PyG](guide::from_pytorch), with
+//! [numerics](guide::numerics) and [speed](guide::performance), and to
+//! [write a mechanism of your own](guide::own_mechanism).
+//!
+//! # Mechanisms
+//!
 //! | mechanism | computes | memory beside the output |
 //! |---|---|---|
-//! | [`ScaledDotProduct`] | softmax attention, in the form to read; returns its weights | O(pairs · heads) |
-//! | [`Flash`] | the same function in tiles | O(n) |
+//! | [`ScaledDotProduct`] | softmax attention, written to be read | O(pairs · heads) |
+//! | [`Flash`] | the same function in tiles: the fast one | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
-//! | [`Moe`] | a mixture of experts of any kind, of which each query asks its own few | O(n) and the experts' |
+//! | [`Moe`] | a mixture of experts of any kind, of which a router picks a few for each query | O(n) and the experts' |
 //! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global layers, in one softmax or by a learned gate | O(n); by layer O(pairs) |
-//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of one over the other | O(n) and the inner ones' |
+//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of the former over the latter | O(n) and the inner ones' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
 //! | [`GraphRope`] | rotary embeddings of node positions, before any mechanism | O(n) and the inner's |
 //! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
 //!
-//! [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over.
+//! Each page has the equations, what the mechanism reads, shapes, cost, errors and sources; numbers such as
+//! 1706.03762 there are arXiv identifiers.
+//!
+//! Beside them: [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over;
+//! [`Partial`] merges answers over shards of the keys; [`geometry::poincare`] has the functions of the
+//! Poincaré ball; [`testing`] checks a mechanism of your own.
+//!
+//! # Arrays, speed, randomness
 //!
 //! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
 //! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
 //! and for any number of threads; another instruction set rounds differently. There is no C and no OS
-//! entropy: randomness comes in through an `rng` argument or an explicit seed.
+//! entropy: randomness comes in through an `rng` argument, any generator of `rand` 0.10, or an explicit seed.
+//!
+//! # Features
 //!
 //! | feature | default | what it does |
 //! |---|---|---|
@@ -59,6 +153,7 @@ mod float;
 pub mod geometry;
 mod gradients;
 mod graph;
+pub mod guide;
 mod inputs;
 mod kernels;
 mod mechanisms;

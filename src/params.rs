@@ -10,7 +10,8 @@ use std::sync::Arc;
 ///
 /// Both methods visit the same parameters in the same order, and gradients
 /// ([`Gradients::params`](crate::Gradients::params)) come in that order. A mechanism without
-/// parameters has two empty methods.
+/// parameters has two empty methods. [`guide::training`](crate::guide::training) implements it for a
+/// model of several layers.
 pub trait Params<F: Float> {
     /// Shows every parameter with its name.
     fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>));
@@ -20,6 +21,18 @@ pub trait Params<F: Float> {
 }
 
 /// A copy of all parameters with their names: PyTorch's state dict.
+///
+/// ```
+/// use graph_attention::{EdgeGat, EdgeGatConfig, Score, params};
+/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+///
+/// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+/// let gat: EdgeGat<f32> = EdgeGatConfig::new(Score::GatV2, 3, 4, 2).init(&mut rng)?;
+/// let shapes = params::state(&gat).into_iter().map(|(name, param)| (name, param.shape().to_vec()));
+/// let shapes: Vec<(String, Vec<usize>)> = shapes.collect();
+/// assert_eq!(shapes[0], ("att".to_owned(), vec![1, 2, 4]));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
 pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
     let mut state = Vec::new();
     params.visit_params(&mut |name, param| state.push((name.to_owned(), param.to_owned())));

@@ -210,7 +210,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 }
 
 impl<F: Float> SelectedInputs<'_, F> {
-    /// The inputs.
+    /// The selected inputs, to run a mechanism on.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
         let numbers = self.outermost.as_ref().unwrap_or(&self.numbers);

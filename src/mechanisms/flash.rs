@@ -85,7 +85,7 @@ impl Flash {
         Self::default()
     }
 
-    /// With another scale of the dot products.
+    /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if it is not finite.

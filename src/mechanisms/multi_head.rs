@@ -15,7 +15,8 @@ use std::ops::Range;
 
 const NAME: &str = "multi_head";
 
-/// The sizes and options of a [`MultiHead`].
+/// The sizes and options of a [`MultiHead`], from which [`init`](Self::init) makes one with fresh
+/// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MultiHeadConfig {
     embed_dim: usize,
@@ -47,49 +48,50 @@ impl MultiHeadConfig {
         }
     }
 
-    /// Keys of another number of columns than queries: PyTorch's `kdim`.
+    /// Keys of another number of columns than queries: PyTorch's `kdim`. Default: `embed_dim`.
     #[must_use]
     pub fn key_input_dim(mut self, dim: usize) -> Self {
         self.key_input_dim = dim;
         self
     }
 
-    /// Values of another number of columns than queries: PyTorch's `vdim`.
+    /// Values of another number of columns than queries: PyTorch's `vdim`. Default: `embed_dim`.
     #[must_use]
     pub fn value_input_dim(mut self, dim: usize) -> Self {
         self.value_input_dim = dim;
         self
     }
 
-    /// Outputs of another number of columns than queries.
+    /// Outputs of another number of columns than queries. Default: `embed_dim`.
     #[must_use]
     pub fn output_dim(mut self, dim: usize) -> Self {
         self.output_dim = dim;
         self
     }
 
-    /// Columns of a head of the projected queries and keys, `embed_dim / num_heads` unless set.
+    /// Columns of a head of the projected queries and keys. Default: `embed_dim / num_heads`.
     #[must_use]
     pub fn head_dim(mut self, dim: usize) -> Self {
         self.head_dim = Some(dim);
         self
     }
 
-    /// Columns of a head of the projected values, the same as those of a key unless set.
+    /// Columns of a head of the projected values. Default: as many as a head of keys has.
     #[must_use]
     pub fn value_head_dim(mut self, dim: usize) -> Self {
         self.value_head_dim = Some(dim);
         self
     }
 
-    /// Fewer heads of keys and values than of queries: [`Inputs::with_kv_heads`].
+    /// Fewer heads of keys and values than of queries, in groups as in [`Inputs::with_kv_heads`].
+    /// Default: `num_heads`.
     #[must_use]
     pub fn kv_heads(mut self, heads: usize) -> Self {
         self.kv_heads = heads;
         self
     }
 
-    /// Whether the projections add biases.
+    /// Whether the projections add biases. Default: `true`.
     #[must_use]
     pub fn bias(mut self, bias: bool) -> Self {
         self.bias = bias;

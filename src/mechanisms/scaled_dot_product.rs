@@ -65,7 +65,7 @@ impl ScaledDotProduct {
         Self::default()
     }
 
-    /// With another scale of the dot products.
+    /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if it is not finite.

@@ -42,8 +42,8 @@ pub struct ExactIndex<'a, F: Float> {
 }
 
 impl<'a, F: Float> ExactIndex<'a, F> {
-    /// Of keys, num_keys × dim, which are borrowed; copied if their rows do not lie one after the
-    /// other. O(num_keys · dim).
+    /// An index over `keys`, num_keys × dim, which are borrowed (and copied only if their rows do not lie
+    /// one after the other). O(num_keys · dim).
     ///
     /// # Errors
     /// [`Error::Graph`](crate::Error::Graph) if there are more than `u32::MAX` keys,
@@ -52,7 +52,7 @@ impl<'a, F: Float> ExactIndex<'a, F> {
         Ok(Self { keys: Keys::new(Rows::new("keys", keys)?, keys.nrows(), metric)? })
     }
 
-    /// Of keys to keep, for an index that outlives the caller's arrays.
+    /// An index that owns its keys, and so outlives the caller's arrays.
     ///
     /// # Errors
     /// As [`new`](Self::new).

@@ -40,22 +40,23 @@ impl HnswConfig {
     }
 
     /// M: a key is linked to at most so many others in each layer, and to twice as many in the
-    /// lowest. From 2 to 256; more for many columns.
+    /// lowest. From 2 to 256; more for many columns. Default: 16.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections;
         self
     }
 
-    /// Among so many candidates a new key chooses its links; at least 1.
+    /// How many candidates a new key chooses its links among (`ef_construction` in the paper's code); at
+    /// least 1. More make a better index, and a slower build. Default: 200.
     #[must_use]
     pub fn ef_construction(mut self, candidates: usize) -> Self {
         self.ef_construction = candidates;
         self
     }
 
-    /// So many candidates are found in a search, or k if that is more; at least 1. More find more of
-    /// the nearest, in more time.
+    /// How many candidates a search collects, or k if that is more, before it returns the best k; at
+    /// least 1. More find more of the nearest, in more time. Default: 100.
     #[must_use]
     pub fn ef_search(mut self, candidates: usize) -> Self {
         self.ef_search = candidates;

@@ -22,6 +22,41 @@
 //! assert_eq!(found.graph.neighbors(3), [2]); // all others point away
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
+//!
+//! # Search, then attend
+//!
+//! What was found needs no gathering: attention over the graph of the answer reads the rows of the hits
+//! where they are. The weights come in its pair order, that of the similarities, the nearest hit first.
+//! Vectors that come from elsewhere, from a database say, go into
+//! [`Inputs::single`](crate::Inputs::single) instead.
+//!
+//! ```
+//! use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+//! use graph_attention::ndarray::{Axis, array};
+//! use graph_attention::{Attention, Flash, Inputs};
+//!
+//! let documents = array![[1.0, 0.0], [4.0, 3.0], [0.0, 1.0], [-1.0, 0.2]];
+//! let query = array![[1.0f64, 0.1]]; // one row; of a vector, `query.view().insert_axis(Axis(0))`
+//!
+//! // Candidates by cosine.
+//! let index = ExactIndex::new(documents.view(), Metric::Cosine)?;
+//! let found = index.search(query.view(), &NeighborSearch::new(2))?;
+//! assert_eq!(found.graph.neighbors(0), [0, 1]);
+//!
+//! // Ranked anew by attention: here by the dot product, in which long vectors count more.
+//! let flash = Flash::new().with_scale(1.0)?;
+//! let inputs = Inputs::graph(query.view(), documents.view(), documents.view(), &found.graph)?;
+//! let weights = flash.weights(&inputs)?; // hits × 1 head
+//! assert!(weights[[1, 0]] > weights[[0, 0]]);
+//! let blended = flash.forward(&inputs)?; // Σ weight · document, 1 × 2
+//!
+//! // The same with vectors of one's own.
+//! let hits: Vec<usize> = found.row(0).map(|hit| hit.key).collect();
+//! let vectors = documents.select(Axis(0), &hits);
+//! let inputs = Inputs::single(query.row(0), vectors.view(), vectors.view())?;
+//! assert!((flash.forward(&inputs)? - blended).iter().all(|difference| difference.abs() < 1e-12));
+//! # Ok::<(), graph_attention::Error>(())
+//! ```
 
 mod exact;
 #[cfg(feature = "hnsw")]
@@ -88,7 +123,9 @@ pub struct Neighbor<F> {
 pub struct Neighbors<F> {
     /// From each query to its neighbours, the nearest first.
     pub graph: Graph,
-    /// Of each pair of the graph, in its pair order.
+    /// Of each pair of the graph, in its pair order; so they fit
+    /// [`Inputs::with_distances`](crate::Inputs::with_distances) and, as one column,
+    /// [`Inputs::with_bias`](crate::Inputs::with_bias).
     pub similarities: Array1<F>,
 }
 
@@ -163,7 +200,8 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
         nearest: &mut Vec<Neighbor<F>>,
     ) -> Result<()>;
 
-    /// The neighbours of many queries, num_queries × [`dim`](Self::dim).
+    /// The neighbours of many queries, num_queries × [`dim`](Self::dim); of a single vector,
+    /// `query.view().insert_axis(Axis(0))`.
     ///
     /// As provided, it asks [`nearest_into`](Self::nearest_into) for so many more than k as are
     /// excluded from a query, drops those that the search does not [accept](NeighborSearch::accepts),
@@ -222,7 +260,7 @@ pub struct NeighborSearch<'a, F: Float> {
 }
 
 impl<'a, F: Float> NeighborSearch<'a, F> {
-    /// The k nearest keys of each query.
+    /// A search for the k nearest keys of each query, without threshold or exclusions.
     #[must_use]
     pub fn new(k: usize) -> Self {
         Self { k, threshold: None, exclude_self: false, exclude: None, visible_in: None }
@@ -243,7 +281,8 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self
     }
 
-    /// Queries do not find those keys that they attend to in a graph. Default: none are excluded.
+    /// Queries do not find the keys that they are already linked to in `graph`. Default: none are
+    /// excluded.
     #[must_use]
     pub fn exclude(mut self, graph: &'a Graph) -> Self {
         self.exclude = Some(graph);
@@ -310,7 +349,8 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self.k
     }
 
-    /// At most so many keys are excluded from a query.
+    /// How many keys may be excluded for a query, at most: so many more than [`k`](Self::k) an index has
+    /// to find.
     #[must_use]
     pub fn num_excluded(&self, query: usize) -> usize {
         let known = self.exclude.map_or(0, |graph| graph.neighbors(query).len());

@@ -4,7 +4,8 @@
 //! biased, graphs with isolated nodes, parallel edges and self-loops, nothing at all) and holds the
 //! answers against laws that need no reference: permutations, other representations of the same
 //! pairs, other memory layouts, NaN that must stay where it is. [`check_gradients`] holds the
-//! backward pass against central differences.
+//! backward pass against central differences. [`guide::own_mechanism`](crate::guide::own_mechanism)
+//! writes a mechanism and checks it.
 //!
 //! ```
 //! use graph_attention::testing::{Shapes, check_attention, check_gradients};
@@ -30,7 +31,8 @@ pub use sample::Shapes;
 use crate::{Attention, Error, Float, Gradients};
 use ndarray::ArrayViewD;
 
-/// What a check went through.
+/// What a check went through. Look at [`refused`](Self::refused): what is listed there has not been
+/// checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// The cases that were checked.

@@ -4,7 +4,8 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
 
-/// The numbers of columns that a mechanism under test takes.
+/// The numbers of columns that a mechanism under test takes, and what else the checks must know about
+/// it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shapes {
     query_dim: usize,
@@ -46,7 +47,7 @@ impl Shapes {
         self.kv_heads(heads, heads)
     }
 
-    /// The head layout of the inputs, grouped.
+    /// The head layout of the inputs, grouped: [`Inputs::with_kv_heads`].
     #[must_use]
     pub fn kv_heads(mut self, heads: usize, kv_heads: usize) -> Self {
         (self.heads, self.kv_heads, self.bias_heads) = (heads, kv_heads, heads);

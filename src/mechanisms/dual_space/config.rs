@@ -22,7 +22,8 @@ pub enum Fusion {
     Gated,
 }
 
-/// The sizes and options of a [`DualSpace`].
+/// The sizes and options of a [`DualSpace`], from which [`init`](Self::init) makes one with fresh
+/// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DualSpaceConfig {
     pub(super) fusion: Fusion,
@@ -30,7 +31,7 @@ pub struct DualSpaceConfig {
 }
 
 impl DualSpaceConfig {
-    /// Branches that give `branch_dim` columns each.
+    /// A fusion of three branches, whose outputs have `branch_dim` columns each.
     #[must_use]
     pub fn new(fusion: Fusion, branch_dim: usize) -> Self {
         Self { fusion, branch_dim }

@@ -113,7 +113,7 @@ struct State<F> {
 }
 
 impl<F: Float> DualSpace<F> {
-    /// The same with a search for latent neighbours, for inputs that bring none.
+    /// The same mechanism with a search for latent neighbours, which is asked where the inputs bring none.
     #[must_use]
     pub fn with_search(mut self, search: LatentSearch<F>) -> Self {
         self.search = Some(search);

@@ -49,8 +49,8 @@ impl<F: Float> LatentSearch<F> {
         Self::of(k, Index::OfInputs(metric))
     }
 
-    /// In an index over the keys of all inputs to come, built beforehand: approximate, say, or over
-    /// other features than those that attend.
+    /// In an index that is built beforehand, over the keys that all inputs to come will have. It may be
+    /// approximate, or compare other features of the keys than those that attend.
     #[must_use]
     pub fn with_index(k: usize, index: impl NeighborIndex<F> + 'static) -> Self {
         Self::of(k, Index::Kept(Box::new(index)))

@@ -22,7 +22,8 @@ pub enum Score {
     DotProduct,
 }
 
-/// The sizes and options of an [`EdgeGat`].
+/// The sizes and options of an [`EdgeGat`], from which [`init`](Self::init) makes one with fresh
+/// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EdgeGatConfig {
     pub(super) score: Score,
@@ -72,42 +73,47 @@ impl EdgeGatConfig {
         self
     }
 
-    /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`.
+    /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`. Default: 0,
+    /// none.
     #[must_use]
     pub fn edge_dim(mut self, dim: usize) -> Self {
         self.edge_dim = dim;
         self
     }
 
-    /// The mean of the heads instead of one after the other: PyG's `concat=False`.
+    /// The mean of the heads instead of one after the other: PyG's `concat=False`. Default: `false`.
     #[must_use]
     pub fn average_heads(mut self, average: bool) -> Self {
         self.average_heads = average;
         self
     }
 
-    /// The slope of LeakyReLU on the negative side; without effect on [`Score::DotProduct`].
+    /// The slope of LeakyReLU on the negative side; without effect on [`Score::DotProduct`]. Default:
+    /// 0.2.
     #[must_use]
     pub fn negative_slope(mut self, slope: f64) -> Self {
         self.negative_slope = slope;
         self
     }
 
-    /// With or without the additive parameters.
+    /// With or without biases: that of the output, and those of the linear maps of nodes that have one in
+    /// PyG. Default: `true`.
     #[must_use]
     pub fn bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self
     }
 
-    /// One weight for both ends of an edge; not for [`Score::DotProduct`].
+    /// One weight for both ends of an edge: PyG's `share_weights`; not for [`Score::DotProduct`]. Default:
+    /// `true` for [`Score::Gat`] on nodes of one size, as in PyG.
     #[must_use]
     pub fn share_weights(mut self, share: bool) -> Self {
         self.share_weights = share;
         self
     }
 
-    /// Adds a linear map of the query node to the output: PyG's `residual` or `root_weight`.
+    /// Adds a linear map of the query node to the output: PyG's `residual` or `root_weight`. Default:
+    /// `true` for [`Score::DotProduct`] alone.
     #[must_use]
     pub fn residual(mut self, residual: bool) -> Self {
         self.residual = residual;
@@ -115,14 +121,15 @@ impl EdgeGatConfig {
     }
 
     /// Weighs residual r against attention o: β r + (1 − β) o, β = σ(w · \[o, r, o − r\]) for each
-    /// node: PyG's `beta`. Needs the residual.
+    /// node: PyG's `beta`. Needs the residual. Default: `false`.
     #[must_use]
     pub fn gate(mut self, gate: bool) -> Self {
         self.gate = gate;
         self
     }
 
-    /// Whether a value is W h_j + W_e x, or W h_j alone.
+    /// Whether a value is W h_j + W_e x, or W h_j alone. Default: `true` for [`Score::DotProduct`] alone, as
+    /// in PyG.
     #[must_use]
     pub fn edge_values(mut self, edge_values: bool) -> Self {
         self.edge_values = edge_values;

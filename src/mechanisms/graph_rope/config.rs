@@ -58,7 +58,7 @@ impl GraphRopeConfig {
         self
     }
 
-    /// The base of frequencies that are not given.
+    /// The base of frequencies that are not given. Default: 10000, as in the paper.
     #[must_use]
     pub fn base(mut self, base: f64) -> Self {
         self.base = base;
@@ -82,7 +82,7 @@ impl GraphRopeConfig {
     }
 
     /// Whether the frequencies are a parameter, `frequencies`, axes × pairs, that starts at those
-    /// configured.
+    /// configured. Default: `false`.
     #[must_use]
     pub fn learnable(mut self, learnable: bool) -> Self {
         self.learnable = learnable;

@@ -9,7 +9,8 @@ use crate::params;
 use ndarray::{Array1, ArrayD};
 use rand::Rng;
 
-/// The sizes and options of a [`Moe`].
+/// The sizes and options of a [`Moe`], from which [`init`](Self::init) makes one with fresh
+/// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeConfig {
     pub(super) query_dim: usize,
@@ -29,15 +30,16 @@ impl MoeConfig {
 
     /// Whether the weights of the chosen experts are made to sum to 1, as in Mixtral (Jiang et al.
     /// 2024), or stay probabilities among all experts, as in the Switch Transformer (Fedus et al.
-    /// 2021). With k = 1 only the latter teaches the router anything through the outputs.
+    /// 2021). With k = 1 a renormalised weight is always 1, so only the latter teaches the router anything
+    /// through the outputs. Default: `true`.
     #[must_use]
     pub fn renormalize(mut self, renormalize: bool) -> Self {
         self.renormalize = renormalize;
         self
     }
 
-    /// With the parameter of noisy top-k gating (Shazeer et al. 2017), `router.noise_weight`. There
-    /// is no noise before [`Moe::set_noise`].
+    /// Noisy top-k gating (Shazeer et al. 2017): adds the parameter `router.noise_weight`. The noise
+    /// itself is off until [`Moe::set_noise`] gives a seed. Default: `false`.
     #[must_use]
     pub fn noise(mut self, noise: bool) -> Self {
         self.noise = noise;
@@ -50,7 +52,8 @@ impl MoeConfig {
     /// zeros: put a residual connection around.
     ///
     /// First come, first served means that later queries do not change what earlier ones get, as
-    /// causal models need. But with a limit the answer to a query depends on those before it.
+    /// causal models need. But with a limit the answer to a query depends on those before it. Default: no
+    /// limit.
     #[must_use]
     pub fn capacity_factor(mut self, factor: f64) -> Self {
         self.capacity_factor = Some(factor);

@@ -40,8 +40,8 @@ const NAME: &str = "moe";
 ///   ([`Inputs::select_queries`]). Experts with projections of their own refuse heads, others do not.
 /// * **Output** of the experts' common number of columns. What it is for a query that sees no key, the
 ///   experts say: zeros, or their biases.
-/// * **Sparse for real**: queries are grouped, each expert runs once on its own, one expert after the
-///   other, and one that nobody chose does not run; it neither checks its inputs then. A query with NaN
+/// * **Sparse for real**: queries are grouped, and each expert runs once, on its own queries, one expert
+///   after the other. An expert that nobody chose does not run, nor check its inputs. A query with NaN
 ///   asks the first k experts, and its row becomes NaN.
 /// * **Parameters** `router.weight` (N × `query_dim`), `router.bias` (N), with
 ///   [`MoeConfig::noise`] `router.noise_weight` (N × `query_dim`), and the experts' behind
@@ -208,8 +208,8 @@ impl<F: Float> Moe<F> {
         Ok(&saved.state::<State<F>>(NAME)?.routing)
     }
 
-    /// Adds to `grads` what a gradient of the router's logits makes of the router's parameters and of
-    /// the queries: the way of the losses of [`Routing`] into training.
+    /// Carries a gradient with respect to the router's logits back to the router's parameters and the
+    /// queries, and adds it to `grads`. This is how the losses of [`Routing`] take part in training.
     ///
     /// ```
     /// use graph_attention::ndarray::Array2;

@@ -121,8 +121,8 @@ impl<F: Float> Routing<F> {
         self.experts.view()
     }
 
-    /// The weights of the [`experts`](Self::experts), num_queries × k, also of those that drop the
-    /// query.
+    /// The weights of the [`experts`](Self::experts), num_queries × k, including those of experts that
+    /// were full and dropped the query.
     #[must_use]
     pub fn weights(&self) -> ArrayView2<'_, F> {
         self.weights.view()

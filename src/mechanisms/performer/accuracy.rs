@@ -8,7 +8,7 @@ use crate::inputs::{Inputs, head_columns};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayView1};
 
-/// What the features say about their own sums: [`Performer::accuracy`].
+/// How good the estimate of a [`Performer`] is on some inputs: [`Performer::accuracy`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Accuracy<F> {
     /// The standard error of each head's output, num_queries × heads: the root of the summed
@@ -90,8 +90,8 @@ impl<F: Float> Performer<F> {
         })
     }
 
-    /// How far the outputs may be from those of exact attention, as the features tell by
-    /// themselves: each projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the
+    /// How far the outputs may be from those of exact attention, estimated from the features alone,
+    /// without computing exact attention: each projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the
     /// output o = Σ nᵣ/Σ dᵣ has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about
     /// the time of the forward pass. Blocks of orthogonal projections err less than this says.
     ///

@@ -15,9 +15,9 @@ pub enum Features {
     Positive,
     /// Both ±w of m/2 projections: positive, and never worse than [`Positive`](Self::Positive).
     Hyperbolic,
-    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline. It is
-    /// good for q near k and has no floor: weights may be negative and their sum near zero, which
-    /// makes outputs without bound.
+    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline, for
+    /// comparison. It is accurate where q is near k, but weights may be negative and their sum near
+    /// zero, so that outputs may be arbitrarily large.
     Trigonometric,
     /// φ(x) = m^{−½} (max(w·x, 0) + ε): a kernel of its own, not an estimate of the softmax.
     Relu {
@@ -54,7 +54,8 @@ pub enum Projection {
     Iid,
 }
 
-/// The sizes and options of a [`Performer`].
+/// The sizes and options of a [`Performer`], from which [`init`](Self::init) makes one with a fresh
+/// projection and [`from_params`](Self::from_params) one with a given one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PerformerConfig {
     pub(super) head_dim: usize,
@@ -78,28 +79,28 @@ impl PerformerConfig {
         }
     }
 
-    /// The kind of features.
+    /// The kind of features. Default: [`Features::Positive`].
     #[must_use]
     pub fn features(mut self, features: Features) -> Self {
         self.features = features;
         self
     }
 
-    /// How the projection is drawn.
+    /// How the projection is drawn. Default: [`Projection::Orthogonal`].
     #[must_use]
     pub fn projection(mut self, projection: Projection) -> Self {
         self.projection = projection;
         self
     }
 
-    /// The scale of the dot products, if not 1/√head_dim: positive. [`Features::Elu`] has none.
+    /// The scale of the dot products, positive. Default: 1/√head_dim. [`Features::Elu`] has none.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
         self
     }
 
-    /// With a projection drawn from `rng`.
+    /// A `Performer` with a projection drawn from `rng`.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number,
@@ -109,7 +110,7 @@ impl PerformerConfig {
         Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })
     }
 
-    /// With a given `projection_matrix`, projections × head_dim, from a state dict.
+    /// A `Performer` with a given `projection_matrix`, projections × head_dim, from a state dict.
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].

@@ -155,7 +155,8 @@ impl<F: Float> Performer<F> {
         &self.config
     }
 
-    /// Draws another projection.
+    /// Draws another projection of the same kind, in place: from time to time in training, so that no
+    /// single one is learned by heart.
     ///
     /// # Errors
     /// [`Error::TooLarge`].

@@ -29,7 +29,7 @@ use std::marker::PhantomData;
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, PerformerConfig};
-/// use graph_attention::ndarray::array;
+/// use graph_attention::ndarray::{array, s};
 /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let performer = PerformerConfig::new(2, 16).init::<f64>(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
@@ -43,8 +43,7 @@ use std::marker::PhantomData;
 /// let all = performer.forward(&inputs)?;
 /// assert!((state.query(query.view())? - all)[[0, 0]].abs() < 1e-12);
 ///
-/// let last = |array: &ndarray::Array2<f64>| array.slice(ndarray::s![2.., ..]).to_owned();
-/// state.remove(last(&keys).view(), last(&values).view())?;
+/// state.remove(keys.slice(s![2.., ..]), values.slice(s![2.., ..]))?;
 /// assert_eq!(state.num_keys(), 2);
 /// assert!(state.query(query.view())?[[0, 0]] < 2.0); // between the values that are left
 /// # Ok::<(), graph_attention::Error>(())

@@ -43,7 +43,7 @@ impl Aggregation {
     }
 }
 
-/// The options of a [`Poincare`].
+/// The options of a [`Poincare`], which [`init`](Self::init) makes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoincareConfig {
     pub(super) curvature: f64,
@@ -75,43 +75,45 @@ impl PoincareConfig {
     }
 
     /// c > 0, minus the curvature: the ball has the radius 1/√c. As c goes to 0 it becomes flat space, with
-    /// 2|x − y| for a distance.
+    /// 2|x − y| for a distance. Default: 1.
     #[must_use]
     pub fn curvature(mut self, c: f64) -> Self {
         self.curvature = c;
         self
     }
 
-    /// τ > 0, which the distances are divided by.
+    /// τ > 0, which the distances are divided by: the smaller, the sharper. Default: 1.
     #[must_use]
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = temperature;
         self
     }
 
-    /// c is a parameter, `raw_curvature`, of which it is the softplus. As it grows the ball shrinks, so
-    /// learn it with [`Coordinates::Tangent`], in which every vector is a point.
+    /// Whether c is learned: the parameter is `raw_curvature`, and c = softplus(`raw_curvature`), so that it
+    /// stays positive. As c grows the ball shrinks, and points may be left outside; so learn it with
+    /// [`Coordinates::Tangent`], in which every vector is a point. Default: `false`.
     #[must_use]
     pub fn learn_curvature(mut self, learn: bool) -> Self {
         self.learn_curvature = learn;
         self
     }
 
-    /// τ is a parameter, `raw_temperature`, of which it is the softplus.
+    /// Whether τ is learned: the parameter is `raw_temperature`, and τ = softplus(`raw_temperature`).
+    /// Default: `false`.
     #[must_use]
     pub fn learn_temperature(mut self, learn: bool) -> Self {
         self.learn_temperature = learn;
         self
     }
 
-    /// The coordinates of queries, keys, values and outputs.
+    /// The coordinates of queries, keys, values and outputs. Default: those of the ball.
     #[must_use]
     pub fn coordinates(mut self, coordinates: Coordinates) -> Self {
         self.coordinates = coordinates;
         self
     }
 
-    /// How the weighted points become one.
+    /// How the weighted points become one. Default: the midpoint.
     #[must_use]
     pub fn aggregation(mut self, aggregation: Aggregation) -> Self {
         self.aggregation = aggregation;
