@@ -12,6 +12,11 @@ use crate::float::Float;
 /// stored, the backward pass sees the same mask, and neither threads nor tiles change it. Use
 /// another seed for every training step and every layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Dropout {
     /// The share ρ of weights that are dropped, in `[0, 1)`.
     pub probability: f64,

@@ -17,6 +17,11 @@ const NAME: &str = "multi_head";
 
 /// The sizes and options of a [`MultiHead`].
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct MultiHeadConfig {
     embed_dim: usize,
     num_heads: usize,

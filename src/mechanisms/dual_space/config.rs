@@ -11,6 +11,11 @@ use rand::Rng;
 
 /// How a [`DualSpace`] makes one output of its three branches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub enum Fusion {
     /// W (graph ‖ latent ‖ cross) + b.
     Linear {
@@ -24,6 +29,11 @@ pub enum Fusion {
 
 /// The sizes and options of a [`DualSpace`].
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct DualSpaceConfig {
     pub(super) fusion: Fusion,
     pub(super) branch_dim: usize,

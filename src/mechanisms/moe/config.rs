@@ -11,6 +11,11 @@ use rand::Rng;
 
 /// The sizes and options of a [`Moe`].
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct MoeConfig {
     pub(super) query_dim: usize,
     pub(super) k: usize,
