@@ -24,6 +24,11 @@ use crate::float::Float;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Dropout {
     /// The share ρ of weights that are dropped, in `[0, 1)`.
     pub probability: f64,

@@ -144,6 +144,9 @@
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
+//! | `serde` | no | `Serialize` and `Deserialize` of configurations, [`Graph`] and [states](params), in any format |
+//! | `petgraph` | no | `Graph::from_petgraph`: graphs of the crate `petgraph` 0.8 |
+//! | `sprs` | no | `Graph::from_sprs`: sparse matrices of the crate `sprs` 0.11, by rows or by columns |
 //! | `hnsw` | no | `neighbors::HnswIndex`, an approximate index of nearest neighbours, by the crate `hnsw_rs` |
 
 mod attention;

@@ -1,4 +1,29 @@
 //! Parameters seen from outside: by optimisers, and by whoever saves and loads them.
+//!
+//! **Saving.** What a trained mechanism is, beside its type, is a configuration and a [`state`]. With the
+//! feature `serde` both are written and read by any format of [serde](https://serde.rs); what is read is
+//! checked by `from_params` or [`load_state`], as ever. (With the feature `safetensors` a state goes to
+//! the files of PyTorch and others.)
+//!
+//! ```
+//! # #[cfg(feature = "serde")] {
+//! use graph_attention::ndarray::ArrayD;
+//! use graph_attention::{EdgeGat, EdgeGatConfig, Score, params};
+//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//!
+//! let config = EdgeGatConfig::new(Score::GatV2, 4, 3, 2);
+//! let trained: EdgeGat<f32> = config.init(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
+//! let json = serde_json::to_string(&(&config, params::state(&trained)))?;
+//!
+//! let (config, state): (EdgeGatConfig, Vec<(String, ArrayD<f32>)>) = serde_json::from_str(&json)?;
+//! let loaded = config.from_params(state)?;
+//! assert_eq!(params::state(&loaded), params::state(&trained));
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! In JSON a number comes back as the same bits if `serde_json` has its feature `float_roundtrip`, and
+//! NaN and infinity not at all: they are written as `null`, which is refused where a number is read.
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;

@@ -1,14 +1,12 @@
 //! Parameters through safetensors files: the same bits come back, and a bad file is refused whole.
 #![cfg(feature = "safetensors")]
 
+mod parameters;
+
 use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, IxDyn};
-use graph_attention::{
-    Attention, DualSpace, DualSpaceConfig, Error, Flash, Float, Fusion, GraphRopeConfig, Layout,
-    LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Params, Performer, PerformerConfig,
-    Poincare, PoincareConfig, Result, ScaledDotProduct, params, safetensors,
-};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use graph_attention::{Error, Flash, Float, MultiHeadConfig, Params, Result, params, safetensors};
+use parameters::{mechanisms, multi_head};
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -60,67 +58,6 @@ fn refusal<T>(result: Result<T>) -> String {
         Err(error) => panic!("{error:?}"),
         Ok(_) => panic!("accepted"),
     }
-}
-
-fn multi_head<F: Float, A: Attention<F>>(
-    config: &MultiHeadConfig,
-    inner: A,
-    seed: u64,
-) -> MultiHead<F, A> {
-    config.init(inner, &mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
-}
-
-fn rope(seed: u64) -> GraphRopeConfig {
-    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learnable(true)
-}
-
-fn poincare<F: Float>(seed: u64) -> Poincare<F> {
-    let config = PoincareConfig::new().curvature(seed as f64).temperature(0.1 * seed as f64);
-    config.learn_curvature(true).learn_temperature(true).init().unwrap()
-}
-
-fn performer<F: Float>(seed: u64) -> Performer<F> {
-    PerformerConfig::new(3, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(seed)).unwrap()
-}
-
-/// Every mechanism that has parameters, each in the forms that its parameters take.
-fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
-    let branch = |seed| multi_head(&MultiHeadConfig::new(6, 2), Flash::new(), seed);
-    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
-    let config = DualSpaceConfig::new(fusion, 6);
-    config.init(branch(seed + 3), poincare(seed), branch(seed + 4), rng).unwrap()
-}
-
-fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
-    let config = MultiHeadConfig::new(6, 2);
-    let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
-    vec![
-        Box::new(multi_head(&config, Flash::new(), seed)),
-        Box::new(multi_head(&config.clone().bias(false), ScaledDotProduct::new(), seed)),
-        Box::new(multi_head(&separate, Flash::new(), seed)),
-        Box::new(multi_head(&config, multi_head(&config, Flash::new(), seed + 1), seed)),
-        Box::new(Flash::new()),
-        Box::new(poincare(seed)),
-        Box::new(performer(seed)),
-        Box::new({
-            let experts: Vec<Box<dyn Attention<F>>> = vec![
-                Box::new(multi_head(&config, Flash::new(), seed + 2)),
-                Box::new(Flash::new()),
-                Box::new(poincare(seed + 1)),
-            ];
-            let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
-            MoeConfig::new(6, 2).noise(true).init(experts, rng).unwrap()
-        }),
-        Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
-        Box::new(rope(seed).init_edges().unwrap()),
-        Box::new({
-            let local = Box::new(multi_head(&config, Flash::new(), seed + 3));
-            let rng = &mut Xoshiro256PlusPlus::seed_from_u64(seed);
-            LocalGlobal::by_layer_gate(6, 1, local, Box::new(poincare(seed)), rng).unwrap()
-        }),
-        Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
-        Box::new(dual_space(Fusion::Gated, seed)),
-    ]
 }
 
 fn mechanisms_come_back<F: Float>(precision: &str) -> Result<()> {

@@ -1,6 +1,12 @@
 mod hops;
 mod patterns;
+#[cfg(feature = "petgraph")]
+mod petgraph;
+#[cfg(feature = "serde")]
+mod serde;
 mod spectral;
+#[cfg(feature = "sprs")]
+mod sprs;
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
@@ -34,7 +40,18 @@ use std::sync::OnceLock;
 /// assert_eq!(graph.row(1).collect::<Vec<_>>(), [(2, 0), (0, 2)]);
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
+///
+/// **Saving.** With the feature `serde` a graph is written as the slices that it is stored in, under the
+/// names [`num_keys`](Self::num_keys), [`offsets`](Self::offsets), [`indices`](Self::indices) and
+/// [`edge_ids`](Self::edge_ids), so that what is read is the same graph in the same pair order. What is
+/// read is checked as by [`from_csr`](Self::from_csr), and the edge numbers too, which may be left out:
+/// serde's error has the message of [`Error::Graph`].
 #[derive(Clone)]
+#[cfg_attr(
+    feature = "serde",
+    derive(::serde::Serialize, ::serde::Deserialize),
+    serde(try_from = "serde::Parts")
+)]
 pub struct Graph {
     /// All keys of `indices` are below this.
     num_keys: usize,
@@ -46,6 +63,7 @@ pub struct Graph {
     /// The caller's edge number of every slot, a permutation; `None` is the identity.
     edge_ids: Option<Vec<u32>>,
     /// Computed on first use.
+    #[cfg_attr(feature = "serde", serde(skip))]
     transposed: OnceLock<Box<Graph>>,
 }
 

@@ -18,6 +18,11 @@ const NAME: &str = "multi_head";
 /// The sizes and options of a [`MultiHead`], from which [`init`](Self::init) makes one with fresh
 /// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct MultiHeadConfig {
     embed_dim: usize,
     num_heads: usize,

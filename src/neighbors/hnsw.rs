@@ -25,6 +25,11 @@ const MAX_LAYERS: usize = 16;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct HnswConfig {
     metric: Metric,
     connections: usize,

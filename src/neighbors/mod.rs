@@ -100,6 +100,7 @@ use std::ops::Range;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Metric {
     /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
     Cosine,

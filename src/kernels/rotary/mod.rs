@@ -20,6 +20,7 @@ use ndarray::Array2;
 
 /// Which columns of a head rotate together. Weights trained with one layout mean nothing in the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Layout {
     /// Columns 2p and 2p + 1: the paper's, GPT-J's and torchtune's.
     Interleaved,

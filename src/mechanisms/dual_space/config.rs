@@ -11,6 +11,11 @@ use rand::Rng;
 
 /// How a [`DualSpace`] makes one output of its three branches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub enum Fusion {
     /// W (graph ‖ latent ‖ cross) + b.
     Linear {
@@ -25,6 +30,11 @@ pub enum Fusion {
 /// The sizes and options of a [`DualSpace`], from which [`init`](Self::init) makes one with fresh
 /// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct DualSpaceConfig {
     pub(super) fusion: Fusion,
     pub(super) branch_dim: usize,

@@ -10,6 +10,7 @@ use rand::Rng;
 
 /// How [`EdgeGat`] scores a query node i against a neighbour j with edge features x.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Score {
     /// LeakyReLU(a_dst · W_dst h_i + a_src · W_src h_j + a_edge · W_e x): the graph attention network
     /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: in a head, all
@@ -25,6 +26,11 @@ pub enum Score {
 /// The sizes and options of an [`EdgeGat`], from which [`init`](Self::init) makes one with fresh
 /// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct EdgeGatConfig {
     pub(super) score: Score,
     pub(super) query_dim: usize,

@@ -17,6 +17,11 @@ use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, s};
 /// anew, base^{−p/m} for p = 0 … m − 1. Or they are [given](Self::frequencies), and each pair may turn
 /// with several axes.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct GraphRopeConfig {
     head_dim: usize,
     layout: Layout,
@@ -28,11 +33,12 @@ pub struct GraphRopeConfig {
 
 /// Where the frequencies come from.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 enum Spectrum {
     /// Powers of the base, the pairs split among so many axes.
-    Split(usize),
+    Axes(usize),
     /// axes × pairs.
-    Given(Array2<f64>),
+    Frequencies(Array2<f64>),
 }
 
 impl GraphRopeConfig {
@@ -45,7 +51,7 @@ impl GraphRopeConfig {
             layout,
             rotary_dim: None,
             base: 10_000.0,
-            spectrum: Spectrum::Split(1),
+            spectrum: Spectrum::Axes(1),
             learnable: false,
         }
     }
@@ -69,7 +75,7 @@ impl GraphRopeConfig {
     /// frequencies that were given.
     #[must_use]
     pub fn axes(mut self, axes: usize) -> Self {
-        self.spectrum = Spectrum::Split(axes);
+        self.spectrum = Spectrum::Axes(axes);
         self
     }
 
@@ -77,7 +83,7 @@ impl GraphRopeConfig {
     /// and axes.
     #[must_use]
     pub fn frequencies(mut self, frequencies: Array2<f64>) -> Self {
-        self.spectrum = Spectrum::Given(frequencies);
+        self.spectrum = Spectrum::Frequencies(frequencies);
         self
     }
 
@@ -120,8 +126,8 @@ impl GraphRopeConfig {
         }
         let pairs = rotary_dim / 2;
         let frequencies = match &self.spectrum {
-            Spectrum::Split(axes) => split(*axes, pairs, base)?,
-            Spectrum::Given(frequencies) => {
+            Spectrum::Axes(axes) => split(*axes, pairs, base)?,
+            Spectrum::Frequencies(frequencies) => {
                 check_shape(
                     "frequencies",
                     &[frequencies.nrows().max(1), pairs],

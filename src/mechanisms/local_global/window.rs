@@ -11,10 +11,16 @@ use crate::inputs::{Inputs, Pair};
 /// |i − j| ≤ radius · dilation  and  dilation | i − j,    or i global, or j global
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct Window {
     radius: usize,
     dilation: usize,
     /// Ascending, each once.
+    #[cfg_attr(feature = "serde", serde(deserialize_with = "ascending"))]
     globals: Vec<usize>,
 }
 
@@ -42,9 +48,7 @@ impl Window {
     /// Positions that attend to all and that all attend to. Repeated ones count once.
     #[must_use]
     pub fn globals(mut self, globals: &[usize]) -> Self {
-        self.globals = globals.to_vec();
-        self.globals.sort_unstable();
-        self.globals.dedup();
+        self.globals = ascending_once(globals.to_vec());
         self
     }
 
@@ -129,6 +133,19 @@ impl Window {
         push(global_queries, None, false);
         Ok(blocks)
     }
+}
+
+fn ascending_once(mut globals: Vec<usize>) -> Vec<usize> {
+    globals.sort_unstable();
+    globals.dedup();
+    globals
+}
+
+#[cfg(feature = "serde")]
+fn ascending<'de, D: serde::Deserializer<'de>>(
+    globals: D,
+) -> std::result::Result<Vec<usize>, D::Error> {
+    serde::Deserialize::deserialize(globals).map(ascending_once)
 }
 
 /// The number of the key where a query stands; `None` before the first, where a causal pattern that

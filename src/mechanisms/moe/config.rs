@@ -12,6 +12,11 @@ use rand::Rng;
 /// The sizes and options of a [`Moe`], from which [`init`](Self::init) makes one with fresh
 /// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct MoeConfig {
     pub(super) query_dim: usize,
     pub(super) k: usize,

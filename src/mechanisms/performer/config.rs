@@ -10,6 +10,11 @@ use rand::Rng;
 
 /// What stands for e^{q·k} in a [`Performer`]: φ(q)·φ(k), with rows w of the projection.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub enum Features {
     /// φ(x) = m^{−½} e^{w·x − |x|²/2} (FAVOR+): positive, so that the weights are.
     Positive,
@@ -46,6 +51,7 @@ impl Features {
 
 /// How the rows of a projection are drawn, each like a normal vector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Projection {
     /// In blocks of orthogonal rows, uniformly distributed rotations, with the lengths of normal
     /// vectors (χ distributed): the estimates stay unbiased, and err less.
@@ -57,6 +63,11 @@ pub enum Projection {
 /// The sizes and options of a [`Performer`], from which [`init`](Self::init) makes one with a fresh
 /// projection and [`from_params`](Self::from_params) one with a given one.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct PerformerConfig {
     pub(super) head_dim: usize,
     pub(super) num_features: usize,

@@ -7,6 +7,7 @@ use ndarray::Array0;
 
 /// The coordinates of points, in and out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Coordinates {
     /// Points of the ball, of norm less than 1/√c. Numbers near 1 are coarse: `f32` reaches distances
     /// of 17/√c from the origin, `f64` of 37/√c.
@@ -18,6 +19,7 @@ pub enum Coordinates {
 
 /// How the weighted points of a query become one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Aggregation {
     /// The weighted gyromidpoint ½ ⊗ (Σ p λ v / Σ p (λ − 1)): the Einstein midpoint in Klein's model,
     /// the centroid in Lorentz's.
@@ -45,6 +47,11 @@ impl Aggregation {
 
 /// The options of a [`Poincare`], which [`init`](Self::init) makes.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 pub struct PoincareConfig {
     pub(super) curvature: f64,
     pub(super) temperature: f64,

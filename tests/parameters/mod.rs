@@ -1,0 +1,86 @@
+//! Every mechanism, in each of the forms that its parameters take, to be saved and loaded.
+
+use graph_attention::{
+    Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Features, Flash, Float, Fusion,
+    GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Performer,
+    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Score, Window,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+
+fn rng(seed: u64) -> Xoshiro256PlusPlus {
+    Xoshiro256PlusPlus::seed_from_u64(seed)
+}
+
+pub(crate) fn multi_head<F: Float, A: Attention<F>>(
+    config: &MultiHeadConfig,
+    inner: A,
+    seed: u64,
+) -> MultiHead<F, A> {
+    config.init(inner, &mut rng(seed)).unwrap()
+}
+
+fn edge_gat<F: Float>(config: &EdgeGatConfig, seed: u64) -> EdgeGat<F> {
+    config.init(&mut rng(seed)).unwrap()
+}
+
+fn rope(seed: u64) -> GraphRopeConfig {
+    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learnable(true)
+}
+
+fn poincare<F: Float>(seed: u64) -> Poincare<F> {
+    let config = PoincareConfig::new().curvature(seed as f64).temperature(0.1 * seed as f64);
+    config.learn_curvature(true).learn_temperature(true).init().unwrap()
+}
+
+fn performer<F: Float>(config: &PerformerConfig, seed: u64) -> Performer<F> {
+    config.init(&mut rng(seed)).unwrap()
+}
+
+fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
+    let branch = |seed| multi_head(&MultiHeadConfig::new(6, 2), Flash::new(), seed);
+    let config = DualSpaceConfig::new(fusion, 6);
+    config.init(branch(seed + 3), poincare(seed), branch(seed + 4), &mut rng(seed)).unwrap()
+}
+
+/// Where a mechanism has parameters, another seed gives others.
+pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
+    let config = MultiHeadConfig::new(6, 2);
+    let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
+    let [gat, gat_v2, dot] = [Score::Gat, Score::GatV2, Score::DotProduct]
+        .map(|score| EdgeGatConfig::new(score, 5, 3, 2).edge_dim(2));
+    vec![
+        Box::new(ScaledDotProduct::new()),
+        Box::new(Flash::new()),
+        Box::new(multi_head(&config, Flash::new(), seed)),
+        Box::new(multi_head(&config.clone().bias(false), ScaledDotProduct::new(), seed)),
+        Box::new(multi_head(&separate, Flash::new(), seed)),
+        Box::new(multi_head(&config, multi_head(&config, Flash::new(), seed + 1), seed)),
+        Box::new(edge_gat(&gat, seed)),
+        Box::new(edge_gat(&gat.key_dim(7).average_heads(true), seed)),
+        Box::new(edge_gat(&gat_v2.clone().share_weights(true), seed)),
+        Box::new(edge_gat(&gat_v2.residual(true).bias(false), seed)),
+        Box::new(edge_gat(&dot.gate(true), seed)),
+        Box::new(poincare(seed)),
+        Box::new(performer(&PerformerConfig::new(3, 8), seed)),
+        Box::new(performer(&PerformerConfig::new(3, 3).features(Features::Elu), seed)),
+        Box::new({
+            let experts: Vec<Box<dyn Attention<F>>> = vec![
+                Box::new(multi_head(&config, Flash::new(), seed + 2)),
+                Box::new(Flash::new()),
+                Box::new(poincare(seed + 1)),
+            ];
+            MoeConfig::new(6, 2).noise(true).init(experts, &mut rng(seed)).unwrap()
+        }),
+        Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
+        Box::new(rope(seed).init_edges().unwrap()),
+        Box::new(LocalGlobal::by_order(Window::new(3), Flash::new()).unwrap()),
+        Box::new(LocalGlobal::by_layer_union(Flash::new(), Flash::new())),
+        Box::new({
+            let local = Box::new(multi_head(&config, Flash::new(), seed + 3));
+            let global = Box::new(poincare(seed));
+            LocalGlobal::by_layer_gate(6, 1, local, global, &mut rng(seed)).unwrap()
+        }),
+        Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
+        Box::new(dual_space(Fusion::Gated, seed)),
+    ]
+}
