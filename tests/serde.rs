@@ -454,7 +454,9 @@ fn special_values_come_back_or_are_refused() {
     let edges =
         [-0.0, f32::from_bits(1), f32::MIN_POSITIVE / 2.0, f32::MAX, 1.0 / 3.0, 16_777_217.];
     values_come_back(&edges);
-    let edges = [-0.0, f64::from_bits(1), f64::MIN_POSITIVE / 2.0, f64::MAX, 1.0 / 3.0, 1e23];
+    // The last is read one bit off without serde_json's `float_roundtrip`.
+    let edges =
+        [-0.0, f64::from_bits(1), f64::MIN_POSITIVE / 2.0, f64::MAX, 0.249_921_804_623_519_98];
     values_come_back(&edges);
     for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let json = to_json(&params::state(&One(array![value].into_dyn())));
