@@ -159,11 +159,12 @@ impl Graph {
     ///
     /// ```
     /// use graph_attention::Graph;
-    /// use graph_attention::ndarray::array;
+    /// use graph_attention::ndarray::{Array2, array};
     ///
     /// // Four nodes in a line, of which the first and the last are linked in layer 1 too.
     /// let line = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3), (0, 3)])?;
-    /// assert_eq!(line.levels(&[0, 0, 0, 1])?, array![[1.0], [0.0], [0.0], [1.0]]);
+    /// let levels: Array2<f32> = line.levels(&[0, 0, 0, 1])?;
+    /// assert_eq!(levels, array![[1.0], [0.0], [0.0], [1.0]]);
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///
@@ -297,8 +298,8 @@ mod tests {
     #[test]
     fn levels_are_the_highest_layers_of_the_edges_either_way() -> Result<()> {
         let graph = Graph::from_edges(5, 5, [(3, 1), (0, 1), (0, 1), (2, 3)])?;
-        let expected = array![[4.0f32], [7.0], [0.0], [7.0], [0.0]];
-        assert_eq!(graph.levels(&[7, 4, 2, 0])?, expected);
+        let levels: Array2<f32> = graph.levels(&[7, 4, 2, 0])?;
+        assert_eq!(levels, array![[4.0], [7.0], [0.0], [7.0], [0.0]]);
         let message =
             |graph: Graph, layers: &[u8]| graph.levels::<f64>(layers).unwrap_err().to_string();
         assert!(message(graph, &[1]).contains("[4], got [1]"));
