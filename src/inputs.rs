@@ -740,6 +740,11 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
+    /// The first query that stands at a key or after it, where the key is a number in the whole inputs.
+    pub(crate) fn first_query_from(&self, key: usize) -> usize {
+        self.num_queries_before(self.before_diagonal(key))
+    }
+
     /// The numbers of queries and keys for which causal pattern and window are made.
     pub(crate) fn whole_sizes(&self) -> [usize; 2] {
         self.origin.map_or([self.num_queries(), self.num_keys()], |origin| {
@@ -749,10 +754,10 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// How many of the keys have a smaller number than this in the whole inputs.
     #[inline]
-    fn num_keys_before(&self, number: usize) -> usize {
+    pub(crate) fn num_keys_before(&self, number: usize) -> usize {
         match self.origin.and_then(|origin| origin.keys) {
             None => number.min(self.num_keys()),
-            Some(keys) => keys.partition_point(|&key| key < number),
+            Some(keys) => count_below(keys, number),
         }
     }
 
@@ -760,7 +765,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     fn num_queries_before(&self, number: usize) -> usize {
         match self.origin.and_then(|origin| origin.queries) {
             None => number,
-            Some(queries) => queries.partition_point(|&query| query < number),
+            Some(queries) => count_below(queries, number),
         }
     }
 
@@ -813,6 +818,24 @@ impl<'a, F: Float> Inputs<'a, F> {
             distances: self.distances.map(|view| [view.len()]),
         }
     }
+}
+
+/// How many of ascending numbers are below another one: at once where they are evenly spaced, as those
+/// of a dilated window are.
+fn count_below(numbers: &[usize], number: usize) -> usize {
+    if let &[first, .., last] = numbers
+        && first < number
+        && number <= last
+    {
+        let guess = (number - 1 - first).saturating_mul(numbers.len() - 1) / (last - first) + 1;
+        if let Some(&[below, not_below]) = numbers.get(guess - 1..=guess)
+            && below < number
+            && number <= not_below
+        {
+            return guess;
+        }
+    }
+    numbers.partition_point(|&other| other < number)
 }
 
 pub(crate) struct GradientShapes {
@@ -949,6 +972,19 @@ mod tests {
         assert_eq!(keys_of(&sparse.with_mask(mask.view())?, 0), []);
         assert_eq!(keys_of(&sparse.causal(), 1), [(0, 2)]);
         Ok(())
+    }
+
+    #[test]
+    fn numbers_below_are_counted_evenly_spaced_or_not() {
+        for numbers in [&[][..], &[4], &[4, 9], &[0, 3, 6, 9], &[5, 7, 9, 11], &[2, 3, 11, 12, 13]]
+        {
+            for number in 0..16 {
+                let expected = numbers.iter().filter(|&&other| other < number).count();
+                assert_eq!(count_below(numbers, number), expected, "{numbers:?} {number}");
+            }
+            assert_eq!(count_below(numbers, usize::MAX), numbers.len());
+        }
+        assert_eq!(count_below(&[0, 1, usize::MAX], usize::MAX - 1), 2);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, s};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Graph, Inputs, LocalGlobal,
-    MultiHeadConfig, Params, Result, ScaledDotProduct, Score, Window, params,
+    Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Gradients, Graph, Inputs,
+    LocalGlobal, MultiHeadConfig, Params, Result, ScaledDotProduct, Score, Window, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -99,6 +99,67 @@ fn by_order_is_attention_under_the_mask_at_every_size() -> Result<()> {
     Ok(())
 }
 
+/// Windows around global positions meet, lie in each other and reach over the ends, in every class.
+#[test]
+fn by_order_is_attention_under_the_mask_whatever_the_globals() -> Result<()> {
+    let mut rng = rng(17);
+    for _ in 0..300 {
+        let [num_queries, num_keys] = [(); 2].map(|()| rng.random_range(1..70));
+        let [q, k, v] = [(num_queries, 6), (num_keys, 6), (num_keys, 4)]
+            .map(|(rows, columns)| normal(rows, columns, &mut rng));
+        let inputs = Inputs::dense(q.view(), k.view(), v.view())?.with_heads(2)?;
+        let (inputs, offset) = match rng.random_range(0..3) {
+            0 => (inputs, 0),
+            1 => (inputs.causal(), 0),
+            _ => {
+                let offset = num_keys as i64 - num_queries as i64;
+                (inputs.with_causal(Causal::BottomRight), offset)
+            }
+        };
+        let len = num_queries.max(num_keys);
+        let globals = (0..rng.random_range(0..9)).map(|_| rng.random_range(0..len)).collect();
+        let (radius, dilation) = (rng.random_range(0..9), rng.random_range(1..5));
+        let pattern = Pattern { radius, dilation, globals };
+        let mask = pattern.mask(num_queries, num_keys, offset);
+        let attention = pattern.attention(Flash::new().with_tiles(9, 8)?);
+        let what = format!("{num_queries} {num_keys} {pattern:?} {:?}", inputs.causal_alignment());
+        let plain = inputs.with_mask(mask.view())?;
+        assert_same(&what, (&attention, &inputs), (&ScaledDotProduct::new(), &plain))?;
+    }
+    Ok(())
+}
+
+/// Copies of the queries, keys and values would be three times the output, and as much again in the
+/// gradients.
+#[test]
+fn globals_copy_little() -> Result<()> {
+    let (n, columns) = (4096, 4);
+    let x = normal(n, columns, &mut rng(18));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    // Few enough multiplications to stay on one thread, where they are counted.
+    let peaks = |window: Window| -> Result<[u64; 2]> {
+        let attention = LocalGlobal::by_order(window, Flash::new().with_tiles(16, 16)?)?;
+        let mut out = Array2::zeros((n, columns));
+        let forward = allocation_counter::measure(|| {
+            attention.forward_into(&inputs, out.view_mut()).unwrap()
+        });
+        let saved = attention.forward_train_into(&inputs, out.view_mut())?;
+        let mut grads = Gradients::zeros(&inputs, &attention)?;
+        let backward = allocation_counter::measure(|| {
+            let grads = grads.view_mut();
+            attention.backward_into(&inputs, &saved, x.view(), grads).unwrap();
+        });
+        Ok([forward, backward].map(|info| info.bytes_max))
+    };
+    let alone = peaks(Window::new(1))?;
+    let of_array = (n * columns * size_of::<f64>()) as u64;
+    let with_globals = peaks(Window::new(1).globals(&[7, 2_000, 4_000]))?;
+    for (alone, with_globals) in alone.into_iter().zip(with_globals) {
+        assert!(with_globals < alone + 2 * of_array, "{with_globals} beside {alone}, {of_array}");
+    }
+    Ok(())
+}
+
 /// Inputs with grouped heads of any layout, mask, bias and dropout.
 #[test]
 fn by_order_honours_every_channel() -> Result<()> {
@@ -176,12 +237,18 @@ fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> R
     let graph = Graph::from_edges(num_queries, num_keys, edges.collect::<Vec<_>>())?;
     let [q, k, v] = [num_queries, num_keys, num_keys].map(|rows| normal(rows, 4, &mut rng));
     let logits = normal(900, 1, &mut rng);
+    let matrix = normal(num_queries, num_keys, &mut rng);
     let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph)?
         .with_bias(logits.view())?
         .with_dropout(Dropout { probability: 0.2, seed: 1 })?;
     let dense = Inputs::dense(q.view(), k.view(), v.view())?
         .with_dropout(Dropout { probability: 0.2, seed: 1 })?;
-    let queries: Vec<usize> = (0..num_queries).filter(|query| query % 5 < 2).collect();
+    // Evenly spaced and not.
+    let some: [Vec<usize>; 3] = [
+        (0..num_queries).filter(|query| query % 5 < 2).collect(),
+        (2..num_queries).step_by(3).collect(),
+        vec![31],
+    ];
     for (radius, dilation, globals) in [(4, 1, vec![]), (2, 3, vec![7, 30, 40])] {
         let pattern = Pattern { radius, dilation, globals };
         let attention = pattern.attention(Flash::new());
@@ -191,9 +258,15 @@ fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> R
             let plain = sparse.with_mask(mask.view())?;
             let oracle = ScaledDotProduct::new();
             assert_same("graph", (&attention, &sparse), (&oracle, &plain))?;
-            for inputs in [sparse, dense.with_causal(causal)] {
-                let selected = inputs.select_queries(&queries)?;
-                let plain = inputs.with_mask(mask.view())?.select_queries(&queries)?;
+            let all = [sparse, dense.with_causal(causal), dense.with_bias(matrix.view())?];
+            for (inputs, queries) in
+                all.iter().flat_map(|inputs| some.iter().map(move |q| (inputs, q)))
+            {
+                if inputs.causal_alignment().is_none() && offset > 0 {
+                    continue;
+                }
+                let selected = inputs.select_queries(queries)?;
+                let plain = inputs.with_mask(mask.view())?.select_queries(queries)?;
                 let (inputs, plain) = (selected.inputs(), plain.inputs());
                 assert_same("selected", (&attention, &inputs), (&oracle, &plain))?;
                 let difference = attention.weights(&inputs)? - oracle.weights(&plain)?;

@@ -148,6 +148,43 @@ impl Graph {
         }
         Ok(distances.into())
     }
+
+    /// The level of every node, n × 1: the highest layer that one of its edges, out or in, is in; 0 for
+    /// a node without edges. Coordinates of the nodes of a hierarchy such as an HNSW index (fit for
+    /// [`Inputs::with_positions`](crate::Inputs::with_positions)), from the layers of its links. A node
+    /// that is alone in a layer has no link there, so at the top of an index this may be less than the
+    /// layer that the node was drawn for.
+    ///
+    /// O(n + edges).
+    ///
+    /// ```
+    /// use graph_attention::Graph;
+    /// use graph_attention::ndarray::{Array2, array};
+    ///
+    /// // Four nodes in a line, of which the first and the last are linked in layer 1 too.
+    /// let line = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3), (0, 3)])?;
+    /// let levels: Array2<f32> = line.levels(&[0, 0, 0, 1])?;
+    /// assert_eq!(levels, array![[1.0], [0.0], [0.0], [1.0]]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if queries and keys are not the same number of nodes; [`Error::Shape`] if there
+    /// is not one layer per edge; [`Error::TooLarge`] if the result does not fit in memory.
+    pub fn levels<F: Float>(&self, layers: &[u8]) -> Result<Array2<F>> {
+        self.check_square("levels")?;
+        check_shape("layers", &[self.num_edges()], &[layers.len()])?;
+        let mut levels = try_zeros("levels", self.num_keys, 1)?;
+        for query in 0..self.num_keys {
+            for (key, edge) in self.row(query) {
+                let layer = F::of(f64::from(layers[edge]));
+                for node in [query, key] {
+                    levels[[node, 0]] = layer.max(levels[[node, 0]]);
+                }
+            }
+        }
+        Ok(levels)
+    }
 }
 
 /// A breadth-first search along the edges from query to key, one hop at a time. Starting anew costs
@@ -255,6 +292,18 @@ mod tests {
         assert_eq!(distances(usize::MAX)?, array![far, 3.0, 0.0, 2.0, 3.0, 2.0]);
         assert_eq!(distances(2)?, array![far, far, 0.0, 2.0, far, 2.0]);
         assert_eq!(distances(0)?, array![far, far, 0.0, far, far, far]);
+        Ok(())
+    }
+
+    #[test]
+    fn levels_are_the_highest_layers_of_the_edges_either_way() -> Result<()> {
+        let graph = Graph::from_edges(5, 5, [(3, 1), (0, 1), (0, 1), (2, 3)])?;
+        let levels: Array2<f32> = graph.levels(&[7, 4, 2, 0])?;
+        assert_eq!(levels, array![[4.0], [7.0], [0.0], [7.0], [0.0]]);
+        let message =
+            |graph: Graph, layers: &[u8]| graph.levels::<f64>(layers).unwrap_err().to_string();
+        assert!(message(graph, &[1]).contains("[4], got [1]"));
+        assert!(message(Graph::from_edges(2, 3, [])?, &[]).contains("2 queries"));
         Ok(())
     }
 }

@@ -6,11 +6,12 @@ use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::kernels::prefetch::prefetch;
-use ndarray::{Array2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice, s};
 use std::ops::Range;
 
 /// Inputs of some queries: what [`Inputs::select_queries`] gathers. Owns what it had to copy and
-/// lends it as [`inputs`](Self::inputs); keys and values are still the caller's.
+/// lends it as [`inputs`](Self::inputs); the rest is still the caller's: keys and values, and queries
+/// that are evenly spaced.
 #[derive(Debug)]
 pub struct SelectedInputs<'a, F: Float> {
     whole: Inputs<'a, F>,
@@ -18,18 +19,72 @@ pub struct SelectedInputs<'a, F: Float> {
     /// Numbers further back, where `whole` itself is selected.
     outermost: Option<Numbers>,
     // What is `None` here is as in `whole`.
-    query: Option<Array2<F>>,
-    key: Option<Array2<F>>,
-    value: Option<Array2<F>>,
+    query: Option<Gathered<'a, F>>,
+    key: Option<Gathered<'a, F>>,
+    value: Option<Gathered<'a, F>>,
     graph: Option<Graph>,
-    mask: Option<Array2<bool>>,
-    bias: Option<Array2<F>>,
-    edge_features: Option<Array2<F>>,
+    mask: Option<Gathered<'a, bool>>,
+    bias: Option<Gathered<'a, F>>,
+    edge_features: Option<Gathered<'a, F>>,
     /// One column.
-    distances: Option<Array2<F>>,
+    distances: Option<Gathered<'a, F>>,
     layers: Option<Vec<u8>>,
-    query_positions: Option<Array2<F>>,
+    query_positions: Option<Gathered<'a, F>>,
     latent: Option<Graph>,
+}
+
+/// Some rows of a matrix.
+#[derive(Debug)]
+pub(crate) enum Gathered<'a, T> {
+    /// Where they are.
+    View(View2<'a, T>),
+    Copy(Array2<T>),
+}
+
+impl<T> Gathered<'_, T> {
+    pub(crate) fn view(&self) -> View2<'_, T> {
+        match self {
+            Self::View(rows) => rows.view(),
+            Self::Copy(rows) => rows.view(),
+        }
+    }
+}
+
+/// Which rows.
+#[derive(Clone, Debug)]
+pub(crate) enum Rows {
+    /// Evenly spaced ones: so many from the first on, `step` apart.
+    Every { first: usize, step: usize, len: usize },
+    /// Runs of consecutive ones.
+    Runs(Vec<Range<usize>>),
+}
+
+impl Rows {
+    /// Of ascending numbers.
+    fn new(numbers: &[usize]) -> Self {
+        let first = numbers.first().copied().unwrap_or(0);
+        let step = numbers.get(1).map_or(1, |second| second - first);
+        if numbers.windows(2).all(|pair| pair[0] + step == pair[1]) {
+            return Self::Every { first, step, len: numbers.len() };
+        }
+        Self::Runs(runs(numbers))
+    }
+
+    /// Where they are in an axis; `None` for runs.
+    fn slice(&self) -> Option<Slice> {
+        let &Self::Every { first, step, len } = self else { return None };
+        let end = first + if len == 0 { 0 } else { (len - 1) * step + 1 };
+        Some(Slice::new(first as isize, Some(end as isize), step as isize))
+    }
+
+    /// These rows of a matrix, where they are; `None` for runs.
+    pub(crate) fn of_mut<'m, T>(
+        &self,
+        mut matrix: ArrayViewMut2<'m, T>,
+    ) -> Option<ArrayViewMut2<'m, T>> {
+        matrix.slice_axis_inplace(Axis(0), self.slice()?);
+        Some(matrix)
+    }
 }
 
 /// The numbers that selected queries, keys and pairs have in other inputs; `None` where all are.
@@ -124,7 +179,8 @@ impl<'a, F: Float> Inputs<'a, F> {
                 for pair in (0..shape.0).flat_map(|query| self.row(query)) {
                     mask[[pair.query, pair.key]] = keep(pair);
                 }
-                Ok(SelectedInputs { mask: Some(mask), ..self.gather(numbers, None)? })
+                let mask = Some(Gathered::Copy(mask));
+                Ok(SelectedInputs { mask, ..self.gather(numbers, None)? })
             }
             Pattern::Graph(graph) => {
                 let (graph, pairs) =
@@ -147,12 +203,13 @@ impl<'a, F: Float> Inputs<'a, F> {
             latent_pairs: renumber(numbers.latent_pairs.as_deref(), origin.latent_pairs),
         });
         let [rows, columns] =
-            [&numbers.queries, &numbers.keys].map(|numbers| numbers.as_deref().map(runs));
+            [&numbers.queries, &numbers.keys].map(|numbers| numbers.as_deref().map(Rows::new));
         let pairs = self.rows_of_pairs(&numbers);
-        let of_queries = |what, array| gather_rows(what, array, rows.as_deref());
-        let of_keys = |what, array| gather_rows(what, array, columns.as_deref());
+        let of_queries = |what, array| gather_rows(what, array, rows.as_ref());
+        let of_keys = |what, array| gather_rows(what, array, columns.as_ref());
+        let rows_of_pairs = pairs.clone().map(Rows::Runs);
         let of_pairs = |what, array: Option<View2<'a, F>>| match array {
-            Some(array) => gather_rows(what, array, pairs.as_deref()),
+            Some(array) => gather_rows(what, array, rows_of_pairs.as_ref()),
             None => Ok(None),
         };
         let bias = match self.bias {
@@ -215,8 +272,8 @@ impl<F: Float> SelectedInputs<'_, F> {
     pub fn inputs(&self) -> Inputs<'_, F> {
         let numbers = self.outermost.as_ref().unwrap_or(&self.numbers);
         let [num_queries, num_keys] = self.whole.whole_sizes();
-        fn view<T>(array: &Option<Array2<T>>) -> Option<View2<'_, T>> {
-            array.as_ref().map(|array| array.view())
+        fn view<'s, T>(array: &'s Option<Gathered<'_, T>>) -> Option<View2<'s, T>> {
+            array.as_ref().map(Gathered::view)
         }
         let whole = &self.whole;
         Inputs {
@@ -261,6 +318,21 @@ impl<F: Float> SelectedInputs<'_, F> {
         self.numbers.queries.as_deref()
     }
 
+    /// Which rows the queries are in what they were selected from; `None` for all.
+    pub(crate) fn query_rows(&self) -> Option<Rows> {
+        self.some_queries().map(Rows::new)
+    }
+
+    /// Of a matrix with a row for each query of what these were selected from, the rows of these.
+    pub(crate) fn rows_of_queries<'m>(
+        &self,
+        what: &'static str,
+        matrix: ArrayView2<'m, F>,
+    ) -> Result<Gathered<'m, F>> {
+        let rows = self.query_rows();
+        Ok(gather_rows(what, matrix, rows.as_ref())?.unwrap_or(Gathered::View(matrix)))
+    }
+
     /// Adds factor × weights of these pairs to those of all pairs, by query and head.
     pub(crate) fn add_weights(
         &self,
@@ -291,6 +363,8 @@ impl<F: Float> SelectedInputs<'_, F> {
         backward: impl FnOnce(&Inputs<'_, F>, GradientsMut<'_, F>) -> Result<()>,
     ) -> Result<()> {
         grads.check_inputs("selected queries", &self.whole)?;
+        let [rows, columns] = [&self.numbers.queries, &self.numbers.keys]
+            .map(|numbers| numbers.as_deref().map(Rows::new));
         let mut copies = GatheredGradients {
             query: zeros_like("grads.query", &grads.query, &self.query)?,
             key: zeros_like("grads.key", &grads.key, &self.key)?,
@@ -303,21 +377,22 @@ impl<F: Float> SelectedInputs<'_, F> {
             )?,
             distances: zeros_like("grads.distances", &grads.distances, &self.distances)?,
         };
-        backward(&self.inputs(), copies.lend(grads.reborrow()))?;
+        let has_matrix = self.whole.bias.is_some_and(|bias| bias.is_matrix);
+        let bias_rows = rows.as_ref().filter(|_| has_matrix);
+        let lent = copies.lend(grads.reborrow(), rows.as_ref(), columns.as_ref(), bias_rows);
+        backward(&self.inputs(), lent)?;
 
         let GatheredGradients { query, key, value, bias, edge_features, distances } = copies;
-        let [rows, columns] =
-            [&self.numbers.queries, &self.numbers.keys].map(|numbers| numbers.as_deref().map(runs));
-        let pairs = self.whole.rows_of_pairs(&self.numbers);
+        let pairs = self.whole.rows_of_pairs(&self.numbers).map(Rows::Runs);
         let distances_of_whole = grads.distances.map(|grad| grad.insert_axis(Axis(1)));
         let (whole_bias, bias) = match (grads.bias, bias) {
-            (Some(whole), Some(bias)) if self.whole.bias.is_some_and(|bias| bias.is_matrix) => {
+            (Some(whole), Some(bias)) if has_matrix => {
                 scatter_block(&bias, &self.numbers, whole);
                 (None, None)
             }
             others => others,
         };
-        for (whole, selected, runs) in [
+        for (whole, selected, rows) in [
             (grads.query, query, &rows),
             (grads.key, key, &columns),
             (grads.value, value, &columns),
@@ -325,7 +400,7 @@ impl<F: Float> SelectedInputs<'_, F> {
             (grads.edge_features, edge_features, &pairs),
             (distances_of_whole, distances, &pairs),
         ] {
-            if let (Some(whole), Some(selected), Some(runs)) = (whole, selected, runs) {
+            if let (Some(whole), Some(selected), Some(Rows::Runs(runs))) = (whole, selected, rows) {
                 scatter_rows(&selected, runs, whole);
             }
         }
@@ -333,7 +408,7 @@ impl<F: Float> SelectedInputs<'_, F> {
     }
 }
 
-/// Gradients of what has been gathered; `None` where they are not wanted, or it has not been.
+/// Gradients of what has been copied; `None` where they are not wanted, or it has not been.
 struct GatheredGradients<F> {
     query: Option<Array2<F>>,
     key: Option<Array2<F>>,
@@ -345,21 +420,32 @@ struct GatheredGradients<F> {
 
 impl<F: Float> GatheredGradients<F> {
     /// These, and of `whole` those that are not here.
-    fn lend<'g>(&'g mut self, whole: GradientsMut<'g, F>) -> GradientsMut<'g, F> {
+    fn lend<'g>(
+        &'g mut self,
+        whole: GradientsMut<'g, F>,
+        rows: Option<&Rows>,
+        columns: Option<&Rows>,
+        bias_rows: Option<&Rows>,
+    ) -> GradientsMut<'g, F> {
         fn lend<'g, F>(
             copy: &'g mut Option<Array2<F>>,
             whole: Option<ArrayViewMut2<'g, F>>,
+            rows: Option<&Rows>,
         ) -> Option<ArrayViewMut2<'g, F>> {
-            copy.as_mut().map(|copy| copy.view_mut()).or(whole)
+            match (copy, rows) {
+                (Some(copy), _) => Some(copy.view_mut()),
+                (None, Some(rows)) => whole.and_then(|whole| rows.of_mut(whole)),
+                (None, None) => whole,
+            }
         }
         let distances =
             self.distances.as_mut().map(|copy| copy.view_mut().index_axis_move(Axis(1), 0));
         GradientsMut {
-            query: lend(&mut self.query, whole.query),
-            key: lend(&mut self.key, whole.key),
-            value: lend(&mut self.value, whole.value),
-            bias: lend(&mut self.bias, whole.bias),
-            edge_features: lend(&mut self.edge_features, whole.edge_features),
+            query: lend(&mut self.query, whole.query, rows),
+            key: lend(&mut self.key, whole.key, columns),
+            value: lend(&mut self.value, whole.value, columns),
+            bias: lend(&mut self.bias, whole.bias, bias_rows),
+            edge_features: lend(&mut self.edge_features, whole.edge_features, None),
             distances: distances.or(whole.distances),
             params: whole.params,
         }
@@ -370,10 +456,14 @@ impl<F: Float> GatheredGradients<F> {
 fn zeros_like<F: Float, G>(
     what: &'static str,
     wanted: &Option<G>,
-    copy: &Option<Array2<F>>,
+    copy: &Option<Gathered<'_, F>>,
 ) -> Result<Option<Array2<F>>> {
-    let copy = wanted.as_ref().and(copy.as_ref());
-    copy.map(|copy| try_zeros(what, copy.nrows(), copy.ncols())).transpose()
+    match (wanted, copy) {
+        (Some(_), Some(Gathered::Copy(copy))) => {
+            try_zeros(what, copy.nrows(), copy.ncols()).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Numbers among selected ones as numbers in what those were selected from.
@@ -402,13 +492,22 @@ fn matrix_of<T: Copy>(what: &'static str, shape: (usize, usize), value: T) -> Re
 /// which comes next.
 const ASKED_AHEAD: usize = 12;
 
-/// The rows of a matrix, one run after the other.
-fn gather_rows<T: Copy>(
+/// Some rows of a matrix: evenly spaced ones where they are, others copied one run after the other.
+fn gather_rows<'a, T: Copy>(
     what: &'static str,
-    matrix: View2<'_, T>,
-    runs: Option<&[Range<usize>]>,
-) -> Result<Option<Array2<T>>> {
-    let Some(runs) = runs else { return Ok(None) };
+    mut matrix: View2<'a, T>,
+    rows: Option<&Rows>,
+) -> Result<Option<Gathered<'a, T>>> {
+    let runs = match rows {
+        None => return Ok(None),
+        Some(Rows::Runs(runs)) => runs,
+        Some(every) => {
+            if let Some(slice) = every.slice() {
+                matrix.slice_axis_inplace(Axis(0), slice);
+            }
+            return Ok(Some(Gathered::View(matrix)));
+        }
+    };
     let (rows, columns) = (runs.iter().map(|run| run.len()).sum(), matrix.ncols());
     let too_large = || Error::TooLarge { what, shape: vec![rows, columns] };
     let len = usize::checked_mul(rows, columns).ok_or_else(too_large)?;
@@ -429,7 +528,8 @@ fn gather_rows<T: Copy>(
             runs.iter().for_each(|run| gathered.extend(matrix.slice(s![run.clone(), ..]).iter()));
         }
     }
-    Array2::from_shape_vec((rows, columns), gathered).map(Some).map_err(|_| too_large())
+    let gathered = Array2::from_shape_vec((rows, columns), gathered).map_err(|_| too_large())?;
+    Ok(Some(Gathered::Copy(gathered)))
 }
 
 /// Adds gathered rows to where they came from.
@@ -462,14 +562,14 @@ fn scatter_rows<F: Float>(
 }
 
 /// Of a matrix of queries × keys what is selected.
-fn gather_block<T: Copy + Default>(
+fn gather_block<'a, T: Copy + Default>(
     what: &'static str,
-    matrix: View2<'_, T>,
+    matrix: View2<'a, T>,
     numbers: &Numbers,
-) -> Result<Option<Array2<T>>> {
+) -> Result<Option<Gathered<'a, T>>> {
     let Some(keys) = &numbers.keys else {
-        let rows = numbers.queries.as_deref().map(runs);
-        return gather_rows(what, matrix, rows.as_deref());
+        let rows = numbers.queries.as_deref().map(Rows::new);
+        return gather_rows(what, matrix, rows.as_ref());
     };
     let len = numbers.queries.as_ref().map_or(matrix.nrows(), Vec::len);
     let mut gathered = matrix_of(what, (len, keys.len()), T::default())?;
@@ -477,7 +577,7 @@ fn gather_block<T: Copy + Default>(
         let row = matrix.row(numbers.queries.as_ref().map_or(row, |queries| queries[row]));
         gathered.iter_mut().zip(keys).for_each(|(gathered, &key)| *gathered = row[key]);
     }
-    Ok(Some(gathered))
+    Ok(Some(Gathered::Copy(gathered)))
 }
 
 /// Adds a gathered block to where it came from.

@@ -2,6 +2,7 @@ mod gate;
 mod window;
 
 pub use window::Window;
+use window::{Block, Kind};
 
 use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result};
@@ -14,9 +15,9 @@ use crate::mechanisms::flash::{Flash, State};
 use crate::params::Params;
 use crate::partial::merge_rows;
 use gate::{Gate, SIDES};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use rand::Rng;
-use std::mem::take;
+use std::borrow::Cow;
 
 const NAME: &str = "local_global";
 
@@ -35,9 +36,9 @@ const NAME: &str = "local_global";
 /// ```
 ///
 /// each once, less what mask, causal pattern and bias hide. The answer is that of [`Flash`] under the
-/// equivalent mask, but neither the mask nor a list of the pairs is ever made: the pairs are cut into a
-/// few disjoint dense blocks, which go through the tiles of [`Flash`] and are merged by their
-/// log-sum-exp.
+/// equivalent mask, but neither the mask nor a list of the pairs is ever made: the pairs are cut into
+/// dense blocks (the window, for each run of queries the global keys beyond it, and global queries with
+/// all keys), which go through the tiles of [`Flash`] and are merged by their log-sum-exp.
 ///
 /// * **Positions.** Query i stands at key i, or with [`Causal::BottomRight`](crate::Causal) at key
 ///   i + num_keys − num_queries; so windows and globals are also defined where there are not as many
@@ -45,9 +46,9 @@ const NAME: &str = "local_global";
 /// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask as
 ///   among all pairs), grouped heads. On a graph, edges that the window and the globals leave out are
 ///   hidden.
-/// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). With
-///   globals or a dilation queries, keys, values, and what the caller gives of mask and bias, are copied
-///   block by block.
+/// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). Of
+///   globals their own rows are copied; with a dilation queries, keys, values, and what the caller gives
+///   of mask and bias, class by class of positions with the same rest.
 /// * **Errors** as [`Flash`], and [`Error::InvalidConfig`] if there is no node at a global position.
 ///
 /// ```
@@ -127,6 +128,18 @@ struct Part<'p, 'a, F: Float> {
     selected: SelectedInputs<'a, F>,
     /// The window in which these pairs lie, if not all are kept.
     reach: Option<usize>,
+    role: Role,
+}
+
+/// What a part is to the answer of its queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// The first of their pairs.
+    First,
+    /// More of them.
+    More,
+    /// All of them: the other parts do not count.
+    Whole,
 }
 
 impl<F: Float> Part<'_, '_, F> {
@@ -213,22 +226,34 @@ impl<F: Float> LocalGlobal<F> {
                 window.check_globals(inputs)?;
                 if let Pattern::Graph(_) = inputs.pattern() {
                     let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
-                    return visit(&Part { flash, selected, reach: None });
+                    return visit(&Part { flash, selected, reach: None, role: Role::First });
                 }
-                for block in window.blocks(inputs)? {
-                    let selected = inputs.select_block(block.queries, block.keys)?;
-                    let reach = block.in_window.then(|| window.reach());
-                    visit(&Part { flash, selected, reach })?;
-                }
-                Ok(())
+                window.for_each_block(inputs, |Block { queries, keys, kind }| {
+                    let selected = inputs.select_block(queries, keys)?;
+                    let (reach, role) = match kind {
+                        Kind::Window => (Some(window.reach()), Role::First),
+                        Kind::Far => (None, Role::More),
+                        Kind::Global => (None, Role::Whole),
+                    };
+                    visit(&Part { flash, selected, reach, role })
+                })
             }
             Reading::Union(sides) => {
-                for (flash, selected) in sides.iter().zip(by_layer(inputs)?) {
-                    visit(&Part { flash, selected, reach: None })?;
+                let parts = sides.iter().zip(by_layer(inputs)?).zip([Role::First, Role::More]);
+                for ((flash, selected), role) in parts {
+                    visit(&Part { flash, selected, reach: None, role })?;
                 }
                 Ok(())
             }
             Reading::Gate(_) => Ok(()),
+        }
+    }
+
+    /// The queries of which one part has all pairs.
+    fn whole_queries(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
+        match (&self.reading, inputs.pattern()) {
+            (Reading::Order { window, .. }, Pattern::Dense) => window.global_queries(inputs),
+            _ => Vec::new(),
         }
     }
 
@@ -239,15 +264,27 @@ impl<F: Float> LocalGlobal<F> {
         let mut log_sum_exp = Array2::from_shape_vec(shape, log_sum_exp)
             .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
         out.fill(F::zero());
-        let mut is_first = true;
         self.for_each_part(inputs, |part| {
-            let queries = part.selected.some_queries();
-            if queries.is_none() && take(&mut is_first) {
-                log_sum_exp = part.flash.run(&part.inputs(), out.view_mut())?;
-                return Ok(());
+            if part.role != Role::More {
+                let [out, log_sum_exp] = [out.view_mut(), log_sum_exp.view_mut()];
+                let places = match part.selected.query_rows() {
+                    Some(rows) => rows.of_mut(out).zip(rows.of_mut(log_sum_exp)),
+                    None => Some((out, log_sum_exp)),
+                };
+                if let Some((out, mut log_sum_exp)) = places {
+                    log_sum_exp.assign(&part.flash.run(&part.inputs(), out)?);
+                    return Ok(());
+                }
             }
             let partial = part.flash.forward_partial(&part.inputs())?;
+            let queries = part.selected.some_queries();
             let into = (0..partial.out().nrows()).map(|row| queries.map_or(row, |all| all[row]));
+            if part.role == Role::Whole {
+                for query in into.clone() {
+                    out.row_mut(query).fill(F::zero());
+                    log_sum_exp.row_mut(query).fill(F::neg_infinity());
+                }
+            }
             merge_rows(out.view_mut(), log_sum_exp.view_mut(), &partial, into);
             Ok(())
         })?;
@@ -335,18 +372,24 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         state.check(inputs)?;
         // No softmax reads them, and blocks do not carry them.
         (grads.edge_features, grads.distances) = (None, None);
+        // Where the log-sum-exp is −∞ all weights are 0.
+        let mut of_others = Cow::Borrowed(&state.log_sum_exp);
+        for query in self.whole_queries(inputs) {
+            of_others.to_mut().row_mut(query).fill(F::neg_infinity());
+        }
         self.for_each_part(inputs, |part| {
             // e^{s − L} with the log-sum-exp over all parts is the weight among all pairs.
-            let rows = part.selected.some_queries();
-            let of_part = |array: ArrayView2<'_, F>| rows.map(|rows| array.select(Axis(0), rows));
-            let [out, log_sum_exp, grad] =
-                [state.out.view(), state.log_sum_exp.view(), grad_out].map(of_part);
-            let out = out.as_ref().unwrap_or(&state.out);
-            let log_sum_exp = log_sum_exp.as_ref().unwrap_or(&state.log_sum_exp);
-            let grad = grad.as_ref().map_or(grad_out, |grad| grad.view());
+            let is_whole = part.role == Role::Whole;
+            let log_sum_exp = if is_whole { &state.log_sum_exp } else { &*of_others };
+            let log_sum_exp = part.selected.rows_of_queries("log_sum_exp", log_sum_exp.view())?;
+            let log_sum_exp = log_sum_exp.view().to_owned();
+            let [out, grad] = [
+                part.selected.rows_of_queries("out", state.out.view())?,
+                part.selected.rows_of_queries("grad_out", grad_out)?,
+            ];
             part.selected.backward(grads.reborrow(), |inputs, mut grads| {
                 let inputs = part.in_window(*inputs);
-                part.flash.add_gradients(&inputs, out.view(), log_sum_exp, grad, &mut grads)
+                part.flash.add_gradients(&inputs, out.view(), &log_sum_exp, grad.view(), &mut grads)
             })
         })
     }

@@ -24,11 +24,21 @@ pub struct Window {
     globals: Vec<usize>,
 }
 
-/// Queries and keys by number, `None` for all, of which every pair is kept, or those in the window.
+/// Queries and keys by number, `None` for all, and which of their pairs are kept.
 pub(super) struct Block {
     pub(super) queries: Option<Vec<usize>>,
     pub(super) keys: Option<Vec<usize>>,
-    pub(super) in_window: bool,
+    pub(super) kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Those in the window, the first of their queries.
+    Window,
+    /// All: global keys beyond the window.
+    Far,
+    /// All, of global queries. What other blocks have of these does not count.
+    Global,
 }
 
 impl Window {
@@ -84,54 +94,101 @@ impl Window {
     pub(super) fn keeps<F: Float>(&self, inputs: &Inputs<'_, F>, pair: Pair) -> bool {
         let key = inputs.key_number(pair.key);
         let Some(query) = position(inputs, pair.query) else { return self.is_global(key) };
-        let distance = query.abs_diff(key);
-        let in_window = distance <= self.reach() && distance.is_multiple_of(self.dilation);
-        in_window || self.is_global(query) || self.is_global(key)
+        self.is_in_window(query, key) || self.is_global(query) || self.is_global(key)
     }
 
-    /// The kept pairs of dense inputs as blocks, of which no two have a pair in common: global queries
-    /// with all keys; the others with global keys; and what is left, in the window, where a query only
-    /// meets keys whose distance is a multiple of the dilation.
-    pub(super) fn blocks<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Vec<Block>> {
-        let [num_queries, num_keys] = [inputs.num_queries(), inputs.num_keys()];
-        if self.globals.is_empty() && self.dilation == 1 {
-            return Ok(vec![Block { queries: None, keys: None, in_window: true }]);
+    fn is_in_window(&self, query: usize, key: usize) -> bool {
+        let distance = query.abs_diff(key);
+        distance <= self.reach() && distance.is_multiple_of(self.dilation)
+    }
+
+    /// The queries at global positions.
+    pub(super) fn global_queries<F: Float>(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
+        let query = |&global: &usize| {
+            let query = inputs.first_query_from(global);
+            let is_there = query < inputs.num_queries() && position(inputs, query) == Some(global);
+            is_there.then_some(query)
+        };
+        self.globals.iter().filter_map(query).collect()
+    }
+
+    /// The keys at global positions.
+    fn global_keys<F: Float>(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
+        let key = |&global: &usize| {
+            let key = inputs.num_keys_before(global);
+            (key < inputs.num_keys() && inputs.key_number(key) == global).then_some(key)
+        };
+        self.globals.iter().filter_map(key).collect()
+    }
+
+    /// The kept pairs of dense inputs in blocks, of which no two have a pair of a query in common that
+    /// is not global.
+    ///
+    /// Where there are gaps a query only meets keys whose distance is a multiple of the dilation: the
+    /// positions fall into classes, each with a window without gaps. Which global keys lie beyond it
+    /// is the same for a run of queries of a class, and changes only at the ends of the windows around
+    /// global positions.
+    pub(super) fn for_each_block<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut visit: impl FnMut(Block) -> Result<()>,
+    ) -> Result<()> {
+        let mut visit = |queries: Option<Vec<usize>>, keys: Option<Vec<usize>>, kind| {
+            let is_empty =
+                |numbers: &Option<Vec<usize>>| numbers.as_ref().is_some_and(Vec::is_empty);
+            if is_empty(&queries) || is_empty(&keys) {
+                return Ok(());
+            }
+            visit(Block { queries, keys, kind })
+        };
+        let has_gaps = self.dilation > 1;
+        if !has_gaps {
+            visit(None, None, Kind::Window)?;
         }
-        // Queries and keys whose positions leave the same rest.
+        if !has_gaps && self.globals.is_empty() {
+            return Ok(());
+        }
+
+        // By class: the queries with their positions, and the keys.
         let largest = inputs.whole_sizes().into_iter().max().unwrap_or(0);
         let num_classes = self.dilation.min(largest.max(1));
-        let mut classes = try_vec("dilation", &[num_classes], [Vec::new(), Vec::new()])?;
-        let [mut global_queries, mut other_queries, mut global_keys] = [const { Vec::new() }; 3];
-        for query in 0..num_queries {
-            match position(inputs, query) {
-                Some(position) if self.is_global(position) => global_queries.push(query),
-                Some(position) => {
-                    other_queries.push(query);
-                    classes[position % self.dilation][0].push(query);
-                }
-                None => other_queries.push(query),
+        let mut queries_of = try_vec("dilation", &[num_classes], Vec::new())?;
+        for query in 0..inputs.num_queries() {
+            if let Some(position) = position(inputs, query) {
+                queries_of[position % self.dilation].push((query, position));
             }
         }
-        for key in 0..num_keys {
-            let position = inputs.key_number(key);
-            if self.is_global(position) {
-                global_keys.push(key);
-            } else {
-                classes[position % self.dilation][1].push(key);
+        if has_gaps {
+            let mut keys_of = try_vec("dilation", &[num_classes], Vec::new())?;
+            for key in 0..inputs.num_keys() {
+                keys_of[inputs.key_number(key) % self.dilation].push(key);
+            }
+            for (queries, keys) in queries_of.iter().zip(keys_of) {
+                let queries = queries.iter().map(|&(query, _)| query).collect();
+                visit(Some(queries), Some(keys), Kind::Window)?;
             }
         }
-        let mut blocks = Vec::new();
-        let mut push = |queries: Vec<usize>, keys: Option<Vec<usize>>, in_window| {
-            if !queries.is_empty() && keys.as_ref().is_none_or(|keys| !keys.is_empty()) {
-                blocks.push(Block { queries: Some(queries), keys, in_window });
+
+        let global_keys = self.global_keys(inputs);
+        for (class, queries) in queries_of.into_iter().enumerate() {
+            let mut ends = vec![0, queries.len()];
+            for global in self.globals.iter().filter(|&global| global % self.dilation == class) {
+                let first = global.saturating_sub(self.reach());
+                let last = global.saturating_add(self.reach());
+                ends.push(queries.partition_point(|&(_, position)| position < first));
+                ends.push(queries.partition_point(|&(_, position)| position <= last));
             }
-        };
-        for [queries, keys] in classes {
-            push(queries, Some(keys), true);
+            ends.sort_unstable();
+            ends.dedup();
+            for run in ends.windows(2) {
+                let run = &queries[run[0]..run[1]];
+                let is_far = |&&key: &&usize| !self.is_in_window(run[0].1, inputs.key_number(key));
+                let keys = global_keys.iter().filter(is_far).copied().collect();
+                let queries = run.iter().map(|&(query, _)| query).collect();
+                visit(Some(queries), Some(keys), Kind::Far)?;
+            }
         }
-        push(other_queries, Some(global_keys), false);
-        push(global_queries, None, false);
-        Ok(blocks)
+        visit(Some(self.global_queries(inputs)), None, Kind::Global)
     }
 }
 
