@@ -105,7 +105,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1010 916' font-family='sans-serif'
         font-size='12' fill='#1e293b'><rect width='1010' height='916' fill='#fff'/>{picture}
         <text x='24' y='882'>Every member gives a weight of 1, a row of the matrix. Blue stays on Mr. Hi's
-        side, orange on the officer's; grey crosses over.</text>
+        side, orange on the officer's; grey crosses over.
+        Shares leave out what goes to oneself.</text>
         <text x='24' y='899'>Lines show both directions, dots grow with what is received. The opacity of a
         cell is the root of its weight, the same in all maps. What is
         learned knew all sides.</text></svg>"
