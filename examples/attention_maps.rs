@@ -1,0 +1,198 @@
+//! Who attends to whom: the weights of the mechanisms over Zachary's karate club, drawn on the graph
+//! and as matrices. The club split in two, and the weights show it. (Those of `Flash` are those of
+//! `ScaledDotProduct`; `Moe` and `DualSpace` have only those of the mechanisms inside.)
+//!
+//! ```sh
+//! cargo run --release --example attention_maps               # target/attention_maps.svg
+//! cargo run --release --example attention_maps -- maps.svg
+//! ```
+//!
+//! Dev-dependency: `rand`.
+
+use graph_attention::ndarray::{Array1, Array2};
+use graph_attention::{
+    Attention, Coordinates, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, Layout,
+    LocalGlobal, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
+    Window, params,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::f64::consts::PI;
+
+const N: usize = 34;
+const LEADERS: [usize; 2] = [0, 33];
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let both_ways = KARATE_CLUB.iter().flat_map(|&(u, v)| [(u, v), (v, u)]);
+    let friends = Graph::from_edges(N, N, both_ways)?;
+    let is_friend = |u: usize, v: usize| u == v || friends.neighbors(u).contains(&(v as u32));
+
+    // Members are alike if they have the same friends: scores are 4 times the cosine of two rows.
+    let mut x = Array2::from_shape_fn((N, N), |(u, v)| f64::from(is_friend(u, v)));
+    for mut row in x.rows_mut() {
+        row *= (4.0 * (N as f64).sqrt() / row.sum()).sqrt();
+    }
+    let alike = Inputs::dense(x.view(), x.view(), x.view())?;
+    // As the mean of its friends, a member who has many lies near the origin.
+    let means = Array2::from_shape_fn((N, N), |(u, v)| 3.0 * x[[u, v]] / x.row(u).sum());
+    let central = Inputs::dense(means.view(), means.view(), means.view())?;
+
+    // Or all are the same but for where they are: in hops, of which 5, the most there are, turn by π.
+    let same = Array2::from_elem((N, 4), 2.0);
+    let from_leaders = friends.hops_from(&LEADERS.map(|leader| [leader]), 5.0)? * (PI / 5.0);
+    let pairs = Graph::from_edges(N, N, (0..N * N).map(|pair| (pair / N, pair % N)))?;
+    let between: Array1<f64> = friends.hop_distances(&pairs, 5, 5.0)? * (PI / 5.0);
+    let placed = Inputs::dense(same.view(), same.view(), same.view())?
+        .with_positions(from_leaders.view(), from_leaders.view())?
+        .with_distances(between.view())?;
+
+    // Or they learn whom of their friends to ask for their side: told what sides these took, or how
+    // many friends they share.
+    let sides = Array2::from_shape_fn((N, 1), |(u, _)| [1.0, -1.0][side(u)]);
+    let told = Inputs::graph(x.view(), x.view(), sides.view(), &friends)?;
+    let mut shared = Array2::zeros((friends.num_edges(), 1));
+    for (u, v, edge) in (0..N).flat_map(|u| friends.row(u).map(move |(v, edge)| (u, v, edge))) {
+        let both = (0..N).filter(|&w| is_friend(u, w) && is_friend(v, w));
+        shared[[edge, 0]] = 0.3 * both.count() as f64;
+    }
+    let sharing = Inputs::graph(x.view(), x.view(), x.view(), &friends)?;
+    let sharing = sharing.with_edge_features(shared.view())?;
+
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1);
+    let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent);
+    let window = LocalGlobal::by_order(Window::new(4).globals(&LEADERS), Flash::new())?;
+    let rope = GraphRopeConfig::new(4, Layout::Half).base(1.0);
+    let nodes = rope.clone().axes(2).init(Flash::new())?;
+    let votes = MultiHeadConfig::new(N, 1).value_input_dim(1).init(Flash::new(), rng)?;
+    let gat = EdgeGatConfig::new(Score::Gat, N, 8, 1).edge_dim(1).init(rng)?;
+    let performer = PerformerConfig::new(N, 1024).init(rng)?;
+    let maps: [(Box<dyn Attention<f64>>, _, _); 8] = [
+        (Box::new(ScaledDotProduct::new()), "all pairs: who has the same friends", alike),
+        (Box::new(performer), "the same, by 1024 random features", alike),
+        (Box::new(window), "the same: near numbers and leaders", alike),
+        (Box::new(poincare.init()?), "all pairs: hyperbolic, hubs at the centre", central),
+        (Box::new(nodes), "all pairs: hops from the two leaders", placed),
+        (Box::new(rope.init_edges()?), "all pairs: hops between the two", placed),
+        (Box::new(votes), "friends: learned whom to ask", told),
+        (Box::new(gat), "friends: learned, by ties in common", sharing),
+    ];
+
+    let mut picture = String::new();
+    println!("of the weight on others, on the own side:");
+    println!("mechanism                 even   here");
+    for (at, (mut attention, sees, inputs)) in maps.into_iter().enumerate() {
+        let name = attention.name();
+        if ["multi_head", "edge_gat"].contains(&name) {
+            learn(&mut attention, &inputs, &sides)?;
+        }
+        let weights = attention.weights(&inputs)?;
+        let even = ScaledDotProduct::new().with_scale(0.0)?.weights(&inputs)?;
+        let [even, share] = [&even, &weights].map(|weights| {
+            let mut sums = [0.0; 2];
+            for pair in (0..N).flat_map(|u| inputs.row(u)).filter(|pair| pair.query != pair.key) {
+                let stays = side(pair.query) == side(pair.key);
+                sums[usize::from(stays)] += weights[[pair.index, 0]];
+            }
+            sums[1] / (sums[0] + sums[1])
+        });
+        println!("{name:<24} {even:.3}   {share:.3}");
+        assert!(share > even + 0.05, "{name} knows the sides");
+        let share = format!("{:.0} % stays inside; {:.0} if even", 100.0 * share, 100.0 * even);
+        picture += &map(at, [name, sees, &share], &inputs, &weights);
+    }
+    std::fs::create_dir_all("target")?;
+    let path = std::env::args().nth(1).unwrap_or("target/attention_maps.svg".into());
+    let svg = format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1010 916' font-family='sans-serif'
+        font-size='12' fill='#1e293b'><rect width='1010' height='916' fill='#fff'/>{picture}
+        <text x='24' y='882'>Every member gives a weight of 1, a row of the matrix. Blue stays on Mr. Hi's
+        side, orange on the officer's; grey crosses over.
+        Shares leave out what goes to oneself.</text>
+        <text x='24' y='899'>Lines show both directions, dots grow with what is received. The opacity of a
+        cell is the root of its weight, the same in all maps. What is
+        learned knew all sides.</text></svg>"
+    );
+    std::fs::write(&path, svg)?;
+    println!("picture: {path}");
+    Ok(())
+}
+
+/// The side of each member, in the first column of the output: gradient descent on the squared error.
+fn learn(
+    attention: &mut dyn Attention<f64>,
+    inputs: &Inputs<'_, f64>,
+    sides: &Array2<f64>,
+) -> Result<()> {
+    for _ in 0..500 {
+        let (mut out, saved) = attention.forward_train(inputs)?;
+        for ((member, column), out) in out.indexed_iter_mut() {
+            *out = if column == 0 { *out - sides[[member, 0]] } else { 0.0 };
+        }
+        let grads = attention.backward_params(inputs, &saved, out.view())?;
+        params::update(attention, &grads, |_, mut param, grad| param.scaled_add(-0.003, &grad))?;
+    }
+    Ok(())
+}
+
+/// The weights as a graph and as a matrix in which Mr. Hi's side comes first, at a place in the picture.
+fn map(at: usize, text: [&str; 3], inputs: &Inputs<'_, f64>, weights: &Array2<f64>) -> String {
+    let color = |u, v| match side(u) == side(v) {
+        true => ["#2563eb", "#ea580c"][side(u)],
+        false => "#64748b",
+    };
+    let rank = |u: usize| (0..N).filter(|&v| (side(v), v) < (side(u), u)).count();
+    let [mut lines, mut cells, mut dots] = [const { String::new() }; 3];
+    let (mut received, mut between) = ([0.0f64; N], Array2::<f64>::zeros((N, N)));
+    for pair in (0..N).flat_map(|u| inputs.row(u)) {
+        let (u, v, weight) = (pair.query, pair.key, weights[[pair.index, 0]]);
+        received[v] += weight;
+        between[[u.min(v), u.max(v)]] += weight / 2.0;
+        let (x, y, fill, opacity) = (6 * rank(v), 6 * rank(u), color(u, v), weight.sqrt());
+        cells += &format!("<path d='M{x} {y}h6v6h-6z' fill='{fill}' opacity='{opacity:.2}'/>");
+    }
+    for ((u, v), weight) in between.indexed_iter().filter(|((u, v), w)| u != v && **w > 0.01) {
+        let ([x, y], [to_x, to_y], stroke) = (PLACES[u], PLACES[v], color(u, v));
+        let line = format!("d='M{x} {y}L{to_x} {to_y}' stroke='{stroke}'");
+        lines += &format!("<path {line} stroke-width='{:.1}'/>", 8.0 * weight);
+    }
+    for (u, [x, y]) in PLACES.iter().enumerate() {
+        let (radius, fill) = (2.0 + 2.2 * received[u].sqrt(), color(u, u));
+        dots += &format!("<circle cx='{x}' cy='{y}' r='{radius:.1}' fill='{fill}' stroke='#fff'/>");
+    }
+    let ([name, sees, share], left, top) = (text, 24 + 250 * (at % 4), 28 + 428 * (at / 4));
+    format!(
+        "<g transform='translate({left},{top})'><text font-weight='bold'>{name}</text>
+        <text y='17'>{sees}</text><text y='391'>{share}</text>
+        <g transform='translate(2,34)' stroke-opacity='0.6'>{lines}{dots}</g>
+        <g transform='translate(0,172)'>{cells}<path d='M0 0h204v204h-204zM102 0v204M0 102h204'
+        fill='none' stroke='#cbd5e1'/></g></g>"
+    )
+}
+
+fn side(member: usize) -> usize {
+    usize::from(!MR_HI.contains(&member))
+}
+
+/// The members who stayed with Mr. Hi when the club split.
+const MR_HI: [usize; 17] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 16, 17, 19, 21];
+
+/// Where the members are drawn, about as far apart as there are hops between them.
+#[rustfmt::skip]
+const PLACES: [[u8; 2]; N] = [
+    [56, 62], [68, 42], [91, 33], [54, 25], [18, 57], [34, 99], [18, 82], [69, 9], [103, 64],
+    [138, 9], [37, 75], [54, 102], [23, 24], [84, 56], [197, 61], [200, 38], [0, 109], [35, 44],
+    [158, 6], [84, 80], [186, 22], [39, 10], [178, 0], [170, 90], [139, 122], [160, 120], [197,
+    85], [150, 87], [136, 57], [178, 68], [132, 32], [130, 81], [160, 37], [156, 60],
+];
+
+/// Friendships in a karate club (Zachary 1977, doi 10.1086/jar.33.4.3629752).
+#[rustfmt::skip]
+const KARATE_CLUB: [(usize, usize); 78] = [
+    (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (0, 10), (0, 11), (0, 12),
+    (0, 13), (0, 17), (0, 19), (0, 21), (0, 31), (1, 2), (1, 3), (1, 7), (1, 13), (1, 17), (1, 19),
+    (1, 21), (1, 30), (2, 3), (2, 7), (2, 8), (2, 9), (2, 13), (2, 27), (2, 28), (2, 32), (3, 7),
+    (3, 12), (3, 13), (4, 6), (4, 10), (5, 6), (5, 10), (5, 16), (6, 16), (8, 30), (8, 32), (8, 33),
+    (9, 33), (13, 33), (14, 32), (14, 33), (15, 32), (15, 33), (18, 32), (18, 33), (19, 33),
+    (20, 32), (20, 33), (22, 32), (22, 33), (23, 25), (23, 27), (23, 29), (23, 32), (23, 33),
+    (24, 25), (24, 27), (24, 31), (25, 31), (26, 29), (26, 33), (27, 33), (28, 31), (28, 33),
+    (29, 32), (29, 33), (30, 32), (30, 33), (31, 32), (31, 33), (32, 33),
+];

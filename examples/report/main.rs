@@ -1,0 +1,73 @@
+//! Measures every mechanism on this machine and writes one page to choose by: time and memory as the
+//! inputs grow, the error against exact, and which mechanism when, filled from what was measured.
+//!
+//! ```sh
+//! cargo run --release --example report                         # target/report.html, in seconds
+//! cargo run --release --example report -- report.html --full   # larger inputs, some minutes
+//! ```
+//!
+//! The page needs nothing but itself. Dev-dependencies: `peak_alloc`, `rand`, `rand_distr`.
+
+mod measure;
+mod mechanisms;
+mod page;
+mod plot;
+
+use measure::{Cost, Report};
+
+#[global_allocator]
+static PEAK: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let (full, paths): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|arg| arg == "--full");
+    let path = match &paths[..] {
+        [] => "target/report.html",
+        [path] if !path.starts_with('-') => path,
+        _ => return Err("usage: report [<file.html>] [--full]".into()),
+    };
+    let (dense, graph): (&[usize], &[usize]) = match full.is_empty() {
+        true => (&[64, 128, 256, 512, 1024], &[500, 2000, 8000]),
+        false => (&[64, 128, 256, 512, 1024, 2048, 4096], &[500, 2000, 8000, 32_000, 128_000]),
+    };
+    let report = Report::measure(dense, graph, &[16, 64, 256, 1024, 4096])?;
+    check(&report);
+    let page = page::page(&report);
+    for outside in ["src=", "href=", "url(", "@import", "<script"] {
+        assert!(!page.contains(outside), "the page needs nothing but itself");
+    }
+
+    let of_flash = *report.find("flash").dense();
+    println!(
+        "dense {}           forward, ms   of Flash's     training   of Flash's",
+        of_flash.size
+    );
+    for row in &report.rows {
+        let (name, Cost { forward, training, .. }) = (row.mechanism.attention.name(), *row.dense());
+        let [ratio, training_ratio] = [forward / of_flash.forward, training / of_flash.training];
+        println!(
+            "{name:<20} {forward:>10.2} {ratio:>12.2} {training:>12.2} {training_ratio:>12.2}"
+        );
+    }
+    std::fs::create_dir_all("target")?;
+    std::fs::write(path, &page)?;
+    println!("page: {path} ({} KB)", page.len() / 1000);
+    Ok(())
+}
+
+/// What the page says of memory and errors, which unlike times are the same on every run.
+fn check(report: &Report) {
+    // How much the memory grows where n doubles.
+    let growth = |name: &str| {
+        let costs = &report.find(name).dense;
+        let [before, last] = [costs[costs.len() - 2], costs[costs.len() - 1]];
+        last.forward_memory / before.forward_memory
+    };
+    assert!(growth("scaled_dot_product") > 3.0, "holds the weights");
+    assert!(growth("flash") < 2.5, "never holds the weights");
+    for row in &report.rows {
+        assert!(row.rounding < 1e-5, "{}: f32 is f64, rounded", row.mechanism.attention.name());
+    }
+    for pair in report.approximations.windows(2).filter(|pair| pair[0].name == pair[1].name) {
+        assert!(pair[1].error < pair[0].error, "more features, or more keys, and less error");
+    }
+}
