@@ -1,11 +1,16 @@
 //! A mechanism of your own: the mean of the neighbours. It becomes an expert, an inner mechanism or
 //! a bench entry like any other, and the crate's checks find its mistakes.
+//!
+//! ```sh
+//! cargo run --release --example custom_mechanism
+//! ```
+//!
+//! Half of its lines are the trait's signatures. Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
-use graph_attention::{
-    Attention, Channel, GradientsMut, Inputs, MultiHeadConfig, Params, Result, Saved,
-};
+use graph_attention::{Attention, Channel, GradientsMut, Inputs, MultiHeadConfig};
+use graph_attention::{Params, Result, Saved};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 /// oᵢ = Σⱼ vⱼ / |N(i)|
@@ -33,8 +38,7 @@ impl Attention<f64> for Mean {
         inputs: &Inputs<'_, f64>,
         mut out: ArrayViewMut2<'_, f64>,
     ) -> Result<()> {
-        // These would change the answer, and this mechanism takes no account of them: refuse
-        // instead of ignoring them.
+        // What would change the answer and is not done here is refused, not ignored.
         inputs.refuse(NAME, &[Channel::Bias, Channel::Dropout, Channel::Heads])?;
         self.check_output("out", inputs, out.shape())?;
         out.fill(0.0);
@@ -86,13 +90,11 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("backward is the derivative of forward");
     assert_eq!(report.refused.len(), 6);
 
-    // Inside learned projections.
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
-    let layer = MultiHeadConfig::new(4, 1).init(Mean, &mut rng)?;
+    // Inside learned projections. Every node sees the same others here, so their outputs are the same.
+    let layer = MultiHeadConfig::new(4, 1).init(Mean, &mut Xoshiro256PlusPlus::seed_from_u64(5))?;
     let nodes = Array2::<f64>::eye(4);
     let out = layer.forward(&Inputs::dense(nodes.view(), nodes.view(), nodes.view())?)?;
-    println!("{} around {}: output {:?}", layer.name(), layer.inner().name(), out.dim());
-    // Every node sees the same neighbours here, so every row is the same.
-    assert!(out.rows().into_iter().all(|row| (&row - &out.row(0)).sum().abs() < 1e-12));
+    println!("{} around {}: each outputs {:.3}", layer.name(), layer.inner().name(), out.row(0));
+    assert!(out.rows().into_iter().all(|row| (&row - &out.row(0)).mapv(f64::abs).sum() < 1e-12));
     Ok(())
 }

@@ -1,5 +1,11 @@
 //! Causal self-attention over a sequence of hidden states, with heads that share keys and values,
-//! and the gradient of a loss with respect to the queries. Dev-dependencies: `rand`, `rand_distr`.
+//! and the gradient of a loss with respect to the queries.
+//!
+//! ```sh
+//! cargo run --release --example dense_batch
+//! ```
+//!
+//! Dev-dependencies: `rand`, `rand_distr`.
 
 use graph_attention::ndarray::{Array2, s};
 use graph_attention::{Attention, Flash, Inputs, Result};

@@ -1,5 +1,11 @@
 //! Members of a karate club are told apart by their friends, and by those who are not their friends but
-//! have the same ones: attention over both, with gates that learn whom to ask. Dev-dependency: `rand`.
+//! have the same ones: attention over both, with gates that learn whom to ask.
+//!
+//! ```sh
+//! cargo run --release --example dual_space
+//! ```
+//!
+//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array2, Axis};
 use graph_attention::neighbors::Metric;

@@ -1,5 +1,11 @@
 //! A graph layer learns to tell who a node's neighbours are: multi-head attention over the edges of
-//! a ring, trained by gradient descent with the crate's backward pass. Dev-dependency: `rand`.
+//! a ring, trained by gradient descent with the crate's backward pass.
+//!
+//! ```sh
+//! cargo run --release --example graph_layer
+//! ```
+//!
+//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array2, Axis};
 use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig, Result, params};
@@ -21,7 +27,7 @@ fn main() -> Result<()> {
 
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
     let mut layer = MultiHeadConfig::new(n, 2).head_dim(8).init(Flash::new(), &mut rng)?;
-    let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
+    let inputs = Inputs::self_attention(nodes.view(), &graph)?;
     let mut losses = Vec::new();
     for step in 0..=300 {
         let (out, saved) = layer.forward_train(&inputs)?;

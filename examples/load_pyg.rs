@@ -6,7 +6,7 @@
 //! ```
 //!
 //! In PyG the file is written by `safetensors.torch.save_file(model.state_dict(), path)`; this one
-//! also holds a graph's nodes, edge features and outputs, to compare with.
+//! also holds a graph's nodes, edge features and outputs, to compare with. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, ArrayD, Ix2};
 use graph_attention::{Attention, EdgeGat, EdgeGatConfig, Graph, Inputs, Score, safetensors};
@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [sources, targets] = EDGE_INDEX;
     let graph = Graph::from_edges(x.nrows(), x.nrows(), targets.into_iter().zip(sources))?;
     let forward = |layer: &EdgeGat<f32>, x: &Array2<f32>| {
-        let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?;
+        let inputs = Inputs::self_attention(x.view(), &graph)?;
         layer.forward(&inputs.with_edge_features(edge_attr.view())?)
     };
     let hidden = forward(&first, &x)?;

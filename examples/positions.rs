@@ -10,9 +10,8 @@
 //! comes from the positions alone. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, array};
-use graph_attention::{
-    Attention, Graph, GraphRopeConfig, Inputs, Layout, Result, ScaledDotProduct,
-};
+use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, Layout};
+use graph_attention::{Result, ScaledDotProduct};
 
 const N: usize = 10;
 /// Enough for a pair of columns on each of N − 1 axes.
@@ -26,31 +25,27 @@ fn main() -> Result<()> {
     let graph = Graph::from_edges(N, N, pairs.clone().filter(|&(i, j)| knows(i, j)))?;
     let all_pairs = Graph::from_edges(N, N, pairs)?;
     let features = Array2::from_elem((N, COLUMNS), 2.0);
-    let x = features.view();
-    let inputs = Inputs::graph(x, x, x, &all_pairs)?;
+    let inputs = Inputs::self_attention(features.view(), &all_pairs)?;
 
+    let same = |a: f64, b: f64| (a - b).abs() < 1e-12;
     println!("                              own village     |     other village");
     println!("                        itself  node 0  1 – 3 | mayor 5   6 – 9");
     let show = |source: &str, weights: Array2<f64>| {
         let of_mayor: Vec<f64> = all_pairs.row(4).map(|(_, pair)| weights[[pair, 0]]).collect();
         let [itself, anchor, friend, mayor, other] = [4, 0, 1, 5, 9].map(|node| of_mayor[node]);
-        let is_shown = |node: usize, shown: f64| (of_mayor[node] - shown).abs() < 5e-4;
-        assert!((1..4).all(|node| is_shown(node, friend)), "one number for three nodes");
-        assert!((6..N).all(|node| is_shown(node, other)), "and one for four");
+        let is = |node: usize, shown: f64| (of_mayor[node] - shown).abs() < 5e-4;
+        assert!((1..4).all(|node| is(node, friend)) && (6..N).all(|node| is(node, other)));
         println!("{source:<22} {itself:7.3} {anchor:7.3} {friend:6.3} | {mayor:7.3} {other:7.3}");
         of_mayor
     };
-    let same = |a: f64, b: f64| (a - b).abs() < 1e-12;
     let weights = show("no positions", ScaledDotProduct::new().weights(&inputs)?);
     assert!(weights.iter().all(|&weight| same(weight, 1.0 / N as f64)), "nothing is known");
 
-    // A score falls with the difference of two positions until the fastest pair of columns, which turns
-    // by 1 a unit, has turned by π: so far apart no two nodes are here.
+    // A score falls with the difference of two positions, as long as it is below π.
     let config = GraphRopeConfig::new(COLUMNS, Layout::Half);
     let by_node = config.init(ScaledDotProduct::new())?;
 
-    // Coordinates: hops from node 0, one axis for each set of anchors. (Where there is no way, infinity;
-    // here there always is.)
+    // Coordinates: hops from node 0; infinity would be where there is no way.
     let hops = graph.hops_from(&[[0]], f64::INFINITY)?;
     let anchored = inputs.with_positions(hops.view(), hops.view())?;
     let weights = show("hops from node 0", by_node.weights(&anchored)?);
@@ -65,7 +60,7 @@ fn main() -> Result<()> {
     assert!(weights[4] > weights[1] && weights[1] > weights[9], "it falls hop by hop");
     assert!(same(weights[1], weights[5]), "all who are one hop away are alike, on any side");
 
-    // Anything else that is known of a node: its level, as in a hierarchy or in the layers of HNSW.
+    // Anything else that is known of a node: its level, as in a hierarchy.
     let levels = Array2::from_shape_fn((N, 1), |(node, _)| f64::from(is_mayor(node)));
     let ranked = inputs.with_positions(levels.view(), levels.view())?;
     let weights = show("level", by_node.weights(&ranked)?);
@@ -75,14 +70,14 @@ fn main() -> Result<()> {
     // Spectral coordinates: the square of their distance is the resistance between the nodes, which
     // falls with every other way there is. On as many axes as pairs of columns, all turn as fast.
     let spectral = graph.spectral_coordinates(N - 1, None)?;
-    let resistance = |i, j| (&spectral.row(i) - &spectral.row(j)).mapv(|x: f64| x * x).sum();
+    let resistance = |j| (&spectral.row(4) - &spectral.row(j)).mapv(|x: f64| x * x).sum();
     let embedded = inputs.with_positions(spectral.view(), spectral.view())?;
     let by_axes = config.axes(N - 1).init(ScaledDotProduct::new())?;
     let weights = show("spectral", by_axes.weights(&embedded)?);
     println!("resistance, in theory    0.000   0.400  0.400 |   1.000   1.400");
     // Among five who all know each other it is 2/5, along a road without a detour 1.
     let expected = array![0.4, 0.4, 0.4, 0.4, 0.0, 1.0, 1.4, 1.4, 1.4, 1.4];
-    assert!((0..N).all(|node| same(resistance(4, node), expected[node])), "as in theory");
+    assert!((0..N).all(|node| same(resistance(node), expected[node])), "as in theory");
     assert!(weights[1] > weights[5], "of those one hop away, those with more ways are nearer");
     assert!(weights[4] > weights[1] && weights[5] > weights[9], "the more resistance, the less");
     Ok(())

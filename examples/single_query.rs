@@ -1,5 +1,11 @@
 //! One vector over its neighbours, as in vector search: the neighbours that an index returned are
 //! blended by how well they match, and the answers of two shards make the exact answer of both.
+//!
+//! ```sh
+//! cargo run --release --example single_query
+//! ```
+//!
+//! No dev-dependency.
 
 use graph_attention::ndarray::{array, s};
 use graph_attention::{Attention, Flash, Inputs, Result};

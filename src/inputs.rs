@@ -166,7 +166,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Every query over its neighbours: `query` has one row per query of the graph, `key` and
-    /// `value` one per key. For self-attention on nodes, pass the same array three times.
+    /// `value` one per key. Where nodes attend to nodes, see [`self_attention`](Self::self_attention).
     ///
     /// # Errors
     /// [`Error::Shape`] if there are not as many values as keys, or if the graph is over another
@@ -179,6 +179,28 @@ impl<'a, F: Float> Inputs<'a, F> {
     ) -> Result<Self> {
         check_graph("graph", graph, &query, &key)?;
         Self::new(query, key, value, Pattern::Graph(graph))
+    }
+
+    /// Every node over its neighbours: `nodes`, one row for each node of the graph, are queries, keys
+    /// and values. [`Gradients::into_self_attention`](crate::Gradients::into_self_attention) is the
+    /// way back.
+    ///
+    /// ```
+    /// use graph_attention::{Attention, Flash, Graph, Inputs};
+    /// use graph_attention::ndarray::array;
+    ///
+    /// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+    /// let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+    /// let inputs = Inputs::self_attention(nodes.view(), &graph)?;
+    /// let out = Flash::new().forward(&inputs)?;
+    /// assert_eq!(out.row(1), nodes.row(2)); // its only neighbour
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the graph is over another number of queries or keys than there are nodes.
+    pub fn self_attention(nodes: ArrayView2<'a, F>, graph: &'a Graph) -> Result<Self> {
+        Self::graph(nodes, nodes, nodes, graph)
     }
 
     fn new(

@@ -84,6 +84,7 @@ fn arrays_that_do_not_belong_together() {
         (Inputs::graph(q, k, bad, &GRAPH), "value | [3, 5] | [7, 5]"),
         (Inputs::graph(bad, k, v, &GRAPH), "graph | [7, 3] | [2, 3]"),
         (Inputs::graph(q, bad, bad, &GRAPH), "graph | [2, 7] | [2, 3]"),
+        (Inputs::self_attention(q, &GRAPH), "graph | [2, 2] | [2, 3]"),
         (inputs.with_arrays(bad, k, v), "query | [2, 5] | [7, 5]"),
         (inputs.with_arrays(q, bad, v), "key | [3, 5] | [7, 5]"),
         (inputs.with_arrays(q, k, bad), "value | [3, 5] | [7, 5]"),
