@@ -116,14 +116,17 @@ mod tests {
             |column, row, vector| visited.push((column, row, vector.as_slice().to_vec())),
         );
         visited.sort_by_key(|&(column, row, _)| (column, row));
-        let mut expected = Vec::new();
-        for column in 0..num_columns {
-            for row in (0..num_rows).step_by(len) {
-                let zero_past =
-                    |r: usize| if r < num_rows { rows[r][column] } else { F::from(0u16) };
-                expected.push((column, row, (row..row + len).map(zero_past).collect()));
-            }
-        }
+        let blocks = |column: usize| (0..num_rows).step_by(len).map(move |row| (column, row));
+        let zero_past = |row: usize, column| {
+            if row < num_rows { entry(row, column) } else { F::from(0u16) }
+        };
+        let expected: Vec<_> = (0..num_columns)
+            .flat_map(blocks)
+            .map(|(column, row)| {
+                let entries = (row..row + len).map(|row| zero_past(row, column)).collect();
+                (column, row, entries)
+            })
+            .collect();
         assert_eq!(visited, expected, "{num_rows} x {num_columns}, vectors of {len}");
     }
 
