@@ -555,6 +555,32 @@ fn bad_causal_queries_touch_only_what_they_see() {
     }
 }
 
+/// Nor does a key or value that is not a number reach the rows that do not see it.
+#[test]
+fn bad_causal_keys_and_values_touch_only_who_sees_them() {
+    let mut rng = rng(33);
+    for (kind, features) in all_kinds() {
+        let config = PerformerConfig::new(5, features).features(kind);
+        let performer = config.init::<f64>(&mut rng).unwrap();
+        let [q, k, v] = [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
+        let run = |k: &Array2<f64>, v: &Array2<f64>| {
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
+            performer.forward(&inputs.causal()).unwrap()
+        };
+        let clean = run(&k, &v);
+        for bad in [f64::NAN, f64::INFINITY] {
+            let (mut bad_k, mut bad_v) = (k.clone(), v.clone());
+            (bad_k[[150, 4]], bad_v[[150, 0]]) = (bad, bad);
+            for (what, out) in [("key", run(&bad_k, &v)), ("value", run(&k, &bad_v))] {
+                let before = s![..150, ..];
+                assert_eq!(out.slice(before), clean.slice(before), "{kind:?} {what} {bad}");
+                let seen = out.slice(s![150.., 0]);
+                assert!(seen.iter().all(|x| x.is_nan()), "{kind:?} {what} {bad}");
+            }
+        }
+    }
+}
+
 /// Rows of a causal pattern between which there are more keys than a chunk.
 #[test]
 fn selected_queries_are_the_rows_of_the_whole() {
