@@ -27,10 +27,31 @@ pub(crate) fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usiz
 
 /// 0..len in at most `count` parts of about the same length, in whole blocks.
 pub(crate) fn parts(len: usize, block: usize, count: usize) -> Vec<Range<usize>> {
-    let blocks = len.div_ceil(block);
-    let count = count.min(blocks);
-    let end = |part: usize| (part * blocks / count * block).min(len);
-    (0..count).map(|part| end(part)..end(part + 1)).collect()
+    parts_of_work(len, block, count, |_| 1)
+}
+
+/// 0..len in at most `count` parts of about the same work, in whole blocks, given that of each block.
+pub(crate) fn parts_of_work(
+    len: usize,
+    block: usize,
+    count: usize,
+    work: impl Fn(Range<usize>) -> usize,
+) -> Vec<Range<usize>> {
+    let blocks: Vec<_> = ranges(len, block).collect();
+    let count = count.min(blocks.len()) as u128;
+    // A block costs something whatever its work.
+    let work = |block: &Range<usize>| 1 + work(block.clone()) as u128;
+    let total: u128 = blocks.iter().map(work).sum();
+    let (mut parts, mut start, mut done) = (Vec::new(), 0, 0);
+    for block in &blocks {
+        let shares = [done, done + work(block)].map(|done| done * count / total);
+        done += work(block);
+        if shares[1] > shares[0] {
+            parts.push(start..block.end);
+            start = block.end;
+        }
+    }
+    parts
 }
 
 /// The rows of a matrix that are not given away yet.
@@ -68,10 +89,12 @@ mod tests {
 
     #[test]
     fn parts_are_whole_blocks_and_cover_everything_once() {
-        for (len, block, count) in
-            [(0, 3, 4), (1, 3, 4), (12, 3, 4), (13, 3, 4), (100, 7, 4), (5, 9, 1)]
-        {
-            let parts = parts(len, block, count);
+        let triangle = |block: Range<usize>| block.end;
+        let sizes = [(0, 3, 4), (1, 3, 4), (12, 3, 4), (13, 3, 4), (100, 7, 4), (5, 9, 1)];
+        for (len, block, count, parts) in sizes.into_iter().flat_map(|(len, block, count)| {
+            let of_work = parts_of_work(len, block, count, triangle);
+            [parts(len, block, count), of_work].map(|parts| (len, block, count, parts))
+        }) {
             assert!(parts.len() <= count);
             let ends: Vec<usize> = parts.iter().map(|part| part.end).collect();
             let starts: Vec<usize> = parts.iter().map(|part| part.start).collect();
@@ -81,5 +104,15 @@ mod tests {
             assert!(starts.iter().all(|start| start % block == 0));
             assert!(parts.iter().all(|part| !part.is_empty()));
         }
+    }
+
+    #[test]
+    fn parts_have_the_same_work() {
+        let work = |part: &Range<usize>| part.clone().map(|query| query + 1).sum::<usize>();
+        let parts = parts_of_work(4096, 32, 4, |block| work(&block));
+        let of_parts: Vec<_> = parts.iter().map(work).collect();
+        assert_eq!(parts.len(), 4);
+        let fair = work(&(0..4096)) / 4;
+        assert!(of_parts.iter().all(|work| work.abs_diff(fair) < fair / 10), "{of_parts:?}");
     }
 }

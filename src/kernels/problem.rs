@@ -91,6 +91,12 @@ impl<'a, F: Float> Problem<'a, F> {
         (bias != F::neg_infinity()).then_some(bias)
     }
 
+    /// The number of keys that causal pattern and window leave to some queries of dense inputs.
+    pub(crate) fn num_visible_keys(&self, queries: &Range<usize>) -> usize {
+        let start = self.inputs.first_visible_key(queries.start);
+        self.inputs.num_visible_keys(queries.end - 1).saturating_sub(start)
+    }
+
     /// A pair of dense inputs.
     #[inline]
     pub(crate) fn dense_pair(&self, query: usize, key: usize) -> Pair {

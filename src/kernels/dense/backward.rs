@@ -6,7 +6,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::exp2::exp2;
 use crate::kernels::matmul::{Matrix, PanelRow, columns_times, load, panel_width};
 use crate::kernels::matmul::{rows_times, splat, store};
-use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
@@ -80,7 +80,9 @@ pub(in super::super) fn backward<F: Float>(
     let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
-    let parts = parts(problem.inputs.num_queries(), sizes.queries, num_parts);
+    let parts = parts_of_work(problem.inputs.num_queries(), sizes.queries, num_parts, |block| {
+        problem.num_visible_keys(&block)
+    });
     let mut unasked;
     let grad_query = match &mut grads.query {
         Some(grad) => grad.view_mut(),

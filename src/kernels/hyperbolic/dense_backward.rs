@@ -14,7 +14,7 @@ use crate::kernels::dense::{
 use crate::kernels::matmul::{
     Matrix, Vector, columns_times, panel_width, rows_times, squared_distances, store,
 };
-use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::Slices;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayViewMut2, s};
@@ -86,7 +86,9 @@ pub(in super::super) fn dense_backward<F: Float>(
     let rows = inputs.kv_heads() * num_keys;
     let blocks = inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
-    let ranges = parts(inputs.num_queries(), sizes.queries, num_parts);
+    let ranges = parts_of_work(inputs.num_queries(), sizes.queries, num_parts, |block| {
+        softmax.num_visible_keys(&block)
+    });
     let lens = || ranges.iter().map(Range::len);
     let [grad_query, grad_radius] = grads.query.each_mut();
     let mut grad_query = row_chunks(grad_query.view_mut(), lens());
