@@ -236,7 +236,7 @@ fn not_a_number_is_refused() {
     let features = Features::deserialize(MapAccessDeserializer::new(relu)).unwrap();
     let config = PerformerConfig::new(3, 8).features(features);
     let error = config.init::<f64>(&mut Xoshiro256PlusPlus::seed_from_u64(1)).unwrap_err();
-    assert!(error.to_string().starts_with("features.epsilon: expected a positive"), "{error}");
+    assert!(error.to_string().starts_with("features.epsilon: expected a number"), "{error}");
 }
 
 /// The lists that a graph is, and its edges row by row.
