@@ -2,7 +2,7 @@
 //!
 //! One query over 16 … 4096 neighbours, dense inputs of 128 … 4096 nodes, and a random graph of
 //! 50,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`, which elsewhere finds
-//! them itself; 64 columns, `f32`, and `f64` at the sizes between, one thread and all. Throughput is in (query, key) pairs of
+//! them itself; 64 columns, `f32`, and `f64` at 256 neighbours and 1024 nodes, one thread and all. Throughput is in (query, key) pairs of
 //! the inputs: a mechanism that looks at fewer shows as more of them a second.
 
 mod workload;
@@ -30,7 +30,7 @@ fn all<F: Float>(c: &mut Criterion, workload: &str, size: usize, inputs: Inputs<
     }
 }
 
-fn workloads<F: Float>(c: &mut Criterion, one_query: &[usize], dense: &[usize]) {
+fn vectors<F: Float>(c: &mut Criterion, one_query: &[usize], dense: &[usize]) {
     for &neighbours in one_query {
         let [query, keys] = [1, neighbours].map(|rows| matrix::<F>(rows, COLUMNS, 2));
         let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).expect("shapes fit");
@@ -41,9 +41,12 @@ fn workloads<F: Float>(c: &mut Criterion, one_query: &[usize], dense: &[usize]) 
         let inputs = Inputs::dense(x.view(), x.view(), x.view()).expect("shapes fit");
         all(c, "dense", n, inputs);
     }
+}
+
+fn graph(c: &mut Criterion) {
     let (nodes, degree) = (50_000, 16);
     let [graph, latent] = [3, 4].map(|seed| random_graph(nodes, degree, seed));
-    let x = matrix::<F>(nodes, COLUMNS, 2);
+    let x = matrix::<f32>(nodes, COLUMNS, 2);
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)
         .and_then(|inputs| inputs.with_latent(&latent))
         .expect("shapes fit");
@@ -52,8 +55,9 @@ fn workloads<F: Float>(c: &mut Criterion, one_query: &[usize], dense: &[usize]) 
 
 fn benches(c: &mut Criterion) {
     machine::print_limits();
-    workloads::<f32>(c, &[16, 256, 4096], &[128, 1024, 4096]);
-    workloads::<f64>(c, &[256], &[1024]);
+    vectors::<f32>(c, &[16, 256, 4096], &[128, 1024, 4096]);
+    graph(c);
+    vectors::<f64>(c, &[256], &[1024]);
 }
 
 criterion_group! {

@@ -39,6 +39,10 @@ fn mechanisms() -> [(&'static str, bool, Box<dyn Attention<f32>>); 4] {
 
 fn run(c: &mut Criterion, pattern: &str, size: &str, graph: Option<&Graph>, n: usize, dim: usize) {
     for (name, is_far, attention) in mechanisms() {
+        // Tangent vectors cost what points of the ball do: to see that, one size is enough.
+        if name == "tangent" && n != 1024 {
+            continue;
+        }
         let norm = if is_far { 0.95 } else { 0.8 };
         let [query, key, value] = [1, 2, 3].map(|seed| points(n, dim, norm, is_far, seed));
         let inputs = match graph {

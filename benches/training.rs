@@ -1,7 +1,7 @@
 //! Every mechanism on the same inputs, forward and backward: `cargo bench --bench training`.
 //!
 //! All gradients, of queries, keys, values and parameters. Dense inputs of 1024 nodes in `f32` and `f64`,
-//! and in `f32` a random graph of 50,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`,
+//! and in `f32` a random graph of 20,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`,
 //! which elsewhere finds them itself; 64 columns, one thread and all. Throughput is in (query, key) pairs
 //! of the inputs.
 
@@ -33,7 +33,7 @@ fn dense<F: Float>(c: &mut Criterion) {
 }
 
 fn graph(c: &mut Criterion) {
-    let (nodes, degree) = (50_000, 16);
+    let (nodes, degree) = (20_000, 16);
     let [graph, latent] = [3, 4].map(|seed| random_graph(nodes, degree, seed));
     let x = matrix::<f32>(nodes, COLUMNS, 2);
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)
