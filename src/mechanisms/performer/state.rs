@@ -23,8 +23,8 @@ use std::marker::PhantomData;
 /// overflows.
 ///
 /// What is removed must have been added, with the same numbers: this cannot be checked. Each removal
-/// leaves the rounding of the sums that it found, of keys and of values: some 10⁻¹⁶ of them, more by
-/// the exponents of long keys. This is added up, and a query whose answer it would reach is an error.
+/// leaves the rounding of the sums that it found, of keys and of values, some 10⁻¹⁶ of them. This is
+/// added up, and a query whose answer it would reach is an error.
 /// A state without keys starts afresh.
 ///
 /// ```
@@ -229,14 +229,12 @@ impl<F: Float> PerformerState<F> {
 
     /// Of the sums that a removal finds: what is left of them afterwards may be of its size.
     fn note_rounding(&mut self) {
-        let KeySums { shifts, totals, sums, stride } = &mut self.sums;
-        let rows = sums.chunks_exact_mut(*stride);
-        for (row, (&shift, &total)) in rows.zip(shifts.iter().zip(&*totals)) {
+        let KeySums { totals, sums, stride, .. } = &mut self.sums;
+        // Exponents are the same bits as when they were added.
+        for (row, total) in sums.chunks_exact_mut(*stride).zip(totals) {
             let row = &mut row[self.value_dim..];
-            // An exponent is rounded too, by as much as it is large.
-            let rounding = f64::EPSILON * shift.abs().max(1.0);
-            row[ROUNDING] += rounding * total.abs();
-            row[ROUNDING_OF_MAGNITUDE] += rounding * row[MAGNITUDE].abs();
+            row[ROUNDING] += f64::EPSILON * total.abs();
+            row[ROUNDING_OF_MAGNITUDE] += f64::EPSILON * row[MAGNITUDE].abs();
         }
     }
 
