@@ -40,7 +40,11 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let (time, memory) = (start.elapsed(), PEAK.peak_usage() - before);
         Ok((out, format!("{:6.0} ms {:8} KiB", time.as_secs_f64() * 1e3, memory / 1024)))
     };
-    let rms = |x: &Array2<f32>| (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32).sqrt();
+    // Summed in f64: in f32 millions of squares would lose digits.
+    let rms = |x: &Array2<f32>| {
+        let sum: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+        (sum / x.len() as f64).sqrt()
+    };
     println!("{n} queries over {n} keys, {COLUMNS} columns; errors are root mean squares");
     println!("features        time       memory   error  predicted");
     let (exact, cost) = run(&Flash::new())?;
@@ -52,7 +56,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let (out, cost) = run(&performer)?;
         let error = rms(&(out - &exact));
         // That of a whole row, from the scatter of the features: of each column its root mean square.
-        let predicted = rms(&performer.accuracy(&some)?.standard_error) / (COLUMNS as f32).sqrt();
+        let predicted = rms(&performer.accuracy(&some)?.standard_error) / (COLUMNS as f64).sqrt();
         let bar = "#".repeat((10.0 * (error / 0.001).log2().max(0.0)) as usize);
         println!("{num_features:8}   {cost}  {error:.4}     {predicted:.4}  {bar}");
         assert!((0.5..2.0).contains(&(predicted / error)), "the prediction holds");
