@@ -16,7 +16,7 @@ use workload::{machine, matrix, random_graph};
 const COLUMNS: usize = 64;
 const EXPERTS: usize = 8;
 const CHOSEN: usize = 2;
-const RUNS: usize = 7;
+const RUNS: usize = 5;
 
 /// The median over runs in turns of the time of one by that of the other.
 fn ratio(mut one: impl FnMut() -> Result<()>, mut other: impl FnMut() -> Result<()>) -> f64 {
