@@ -419,7 +419,7 @@ fn states_saved_by_somebody_else() {
 #[test]
 fn partials_that_do_not_fit() {
     let new = |out: [usize; 2], log_sum: [usize; 2]| {
-        Partial::<f64>::new(Array2::zeros(out), Array2::zeros(log_sum))
+        Partial::<f64>::from_log_sum_exp(Array2::zeros(out), Array2::zeros(log_sum))
     };
     refused(new([2, 4], [3, 1]), "Shape | log_sum_exp | [2, 1] | [3, 1]");
     refused(new([2, 4], [2, 3]), "Heads | out | 3 heads | 4 columns");

@@ -201,7 +201,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
     Ours {
         answer: Answer {
             out: flat(out.view()),
-            log_sum_exp: flat(partial.log_sum_exp()),
+            log_sum_exp: flat(partial.log_sum_exp().view()),
             weights: flat(attention.weights(&inputs).unwrap().view()),
         },
         grad_bias: gradients.bias.map(|bias| flat(bias.view())),

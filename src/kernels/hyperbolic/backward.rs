@@ -13,7 +13,6 @@ use crate::kernels::rows::{
 };
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2};
-use std::f64::consts::LOG2_E;
 
 /// Rows that gradients are sums of: directions times sinh R / 2, without NaN and infinities.
 #[derive(Debug)]
@@ -331,8 +330,7 @@ impl<'p, F: Float> Pass<'p, F> {
         let Scratch { tile, pairs, queries, terms, keys, masses, .. } = scratch;
         pairs.fill(tile.pairs.iter().map(|&pair| {
             let bias = softmax.bias_of(pair, head);
-            let bias = bias.map_or(F::neg_infinity(), |bias| bias * F::of(LOG2_E));
-            [bias, softmax.multiplier(pair, head)]
+            [bias.unwrap_or(F::neg_infinity()), softmax.multiplier(pair, head)]
         }));
         let [of_head, vectors] = tile.of_head(simd, head);
         let count = of_head.len();
@@ -387,7 +385,7 @@ impl<'p, F: Float> Pass<'p, F> {
                 multiplier,
             };
             let PairGradients { weight, logit, direction, query, key, value, factor } =
-                vjp::<S, F>(simd, &pairs, problem.kappa);
+                vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
             weight.store_slice(&mut tile.weights[place.clone()]);
             direction.store_slice(&mut scratch.directions[place.clone()]);
             logit.store_slice(&mut scratch.grad_logits[place]);

@@ -341,7 +341,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
                     },
                 };
                 let PairGradients { weight, logit, direction, query, key, value, factor } =
-                    vjp::<S, F>(simd, &pairs, problem.kappa);
+                    vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
                 weight.store_slice(&mut squared[place..place + vector_len]);
                 direction.store_slice(&mut products[place..place + vector_len]);
                 logit.store_slice(&mut spreads[place..place + vector_len]);

@@ -9,6 +9,7 @@ use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edges::{EdgeProblem, Logit};
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream};
 use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
@@ -103,9 +104,7 @@ struct Projected<F> {
 enum Softmax<F> {
     /// Without edges, scaled dot-product attention is all there is.
     Plain(Saved),
-    Edges {
-        log_sum_exp: Array2<F>,
-    },
+    Edges(Normalizer<F>),
 }
 
 struct State<F> {
@@ -265,10 +264,10 @@ impl<F: Float> EdgeGat<F> {
             return Ok(Softmax::Plain(Flash::new().forward_train_into(inner, context)?));
         }
         let heads = self.config.num_heads;
-        let mut log_sum_exp = try_zeros("log_sum_exp", inner.num_queries(), heads)?;
+        let mut normalizer = Normalizer::empty(inner.num_queries(), heads)?;
         let problem = self.problem(inner)?;
-        F::edges_forward(&problem, TILE, Level::new(), context, &mut log_sum_exp);
-        Ok(Softmax::Edges { log_sum_exp })
+        F::edges_forward(&problem, TILE, Level::new(), context, &mut normalizer);
+        Ok(Softmax::Edges(normalizer))
     }
 
     fn new_context(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -561,12 +560,12 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
                     Flash::new().backward(&inner, saved, grad_context)?;
                 [query, key, value]
             }
-            Softmax::Edges { log_sum_exp } => {
+            Softmax::Edges(normalizer) => {
                 let problem = self.problem(&inner)?;
                 let grad_rows = Rows::new("grad_context", grad_context)?;
                 let out = Rows::new("context", context.view())?;
                 let upstream =
-                    Upstream { out: out.slices(), log_sum_exp, grad_out: grad_rows.slices() };
+                    Upstream { out: out.slices(), normalizer, grad_out: grad_rows.slices() };
                 let level = Level::new();
                 let features = grads.edge_features;
                 let inner = F::edges_backward(&problem, TILE, level, upstream, features)?;
@@ -612,10 +611,10 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
             return ScaledDotProduct::new().weights(&inner);
         }
         let mut context = self.new_context(inputs)?;
-        let Softmax::Edges { log_sum_exp } = self.attend(&inner, context.view_mut())? else {
+        let Softmax::Edges(normalizer) = self.attend(&inner, context.view_mut())? else {
             return Err(Error::NoWeights { mechanism: NAME });
         };
-        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &log_sum_exp)
+        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &normalizer)
     }
 }
 
