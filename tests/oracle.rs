@@ -273,6 +273,7 @@ fn check<F: Float + num_traits::Float>(seed: u64, mechanism: Mechanism) -> f64 {
         ("grad key", worst(key, &gradients.key, &bounds.key)),
         ("grad value", worst(value, &gradients.value, &bounds.value)),
     ]);
+    assert_eq!(ours.grad_bias.is_some(), case.problem.bias.is_some());
     if let Some(ours) = &ours.grad_bias {
         let [exact, bounds] =
             [&gradients.bias, &bounds.bias].map(|per_head| shared_bias_gradient(&case, per_head));
