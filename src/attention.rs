@@ -55,8 +55,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// Inference: overwrites `out`, num_queries × [`output_dim`](Self::output_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`] if `out` or the inputs do not fit, [`Error::MissingInput`] or
-    /// [`Error::Unsupported`] for channels.
+    /// [`Error::Shape`] if `out` or the inputs do not fit; [`Error::MissingInput`],
+    /// [`Error::Unsupported`] or [`Error::MissingSetting`] for channels.
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()>;
 
     /// The forward pass of training: the same numbers, and what

@@ -22,11 +22,10 @@
 //! A [`Graph`] lists the pairs instead. Nothing else changes: every mechanism takes both.
 //!
 //! ```
-//! use graph_attention::Graph;
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, Flash, Inputs};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, Flash, Graph, Inputs};
 //!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 //! // Node 0 attends to nodes 1 and 2, node 1 to node 2, node 2 to nobody.
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
@@ -44,13 +43,12 @@
 //! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
 //!
 //! ```
-//! use graph_attention::{EdgeGatConfig, Score};
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
 //! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, Graph, Inputs};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //! let lengths = array![[0.5], [2.0], [1.0]]; // of the edges (0, 1), (0, 2), (1, 2)
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
 //!     .with_edge_features(lengths.view())?;
@@ -72,16 +70,16 @@
 //! parameter with its gradient to your optimiser; here that is plain gradient descent.
 //!
 //! ```
-//! use graph_attention::params;
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
-//! # use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
-//! # let lengths = array![[0.5], [2.0], [1.0]];
-//! # let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
-//! #     .with_edge_features(lengths.view())?;
-//! # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score, params};
+//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//! let lengths = array![[0.5], [2.0], [1.0]];
+//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+//!     .with_edge_features(lengths.view())?;
+//! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //!
 //! // One number for each node: the mean of 3 heads of 1 column.
 //! let config = EdgeGatConfig::new(Score::GatV2, 2, 1, 3).edge_dim(1).average_heads(true);

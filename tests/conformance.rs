@@ -1,5 +1,7 @@
 //! Every mechanism against the laws of the contract. A new mechanism is added to `mechanisms`.
 
+mod common;
+
 use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
@@ -26,17 +28,18 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let v2 = || gat(Score::GatV2, 4, 2);
     let bipartite = EdgeGatConfig::new(Score::DotProduct, 5, 3, 2).key_dim(4);
     let edges = || Shapes::new(5, 5, 5).edge_dim(3);
+    let no_edges = |key_dim| Shapes::new(5, key_dim, key_dim).edge_dim(0);
     let gats = [
         (edges(), gat(Score::Gat, 4, 2)),
         (edges(), gat(Score::Gat, 18, 1).edge_values(true).residual(true).gate(true)),
-        (Shapes::new(5, 5, 5), EdgeGatConfig::new(Score::Gat, 5, 3, 2).average_heads(true)),
+        (no_edges(5), EdgeGatConfig::new(Score::Gat, 5, 3, 2).average_heads(true)),
         (edges(), v2()),
         (edges(), v2().share_weights(true).edge_values(true).average_heads(true)),
         (edges(), gat(Score::GatV2, 19, 1).negative_slope(0.0).residual(true)),
         (edges(), gat(Score::DotProduct, 4, 2).gate(true)),
         (edges(), gat(Score::DotProduct, 17, 2).edge_values(false).average_heads(true)),
         (edges(), gat(Score::Gat, 2, 3).share_weights(false).bias(false)),
-        (Shapes::new(5, 4, 4), bipartite.clone()),
+        (no_edges(4), bipartite.clone()),
         (Shapes::new(5, 4, 4).edge_dim(2), bipartite.edge_dim(2).residual(false)),
     ]
     .map(|(shapes, config)| {
@@ -260,6 +263,12 @@ fn assert_complete<F: Float>(mechanism: &dyn Attention<F>, report: &Report) {
     let refused: Vec<_> = report.refused.iter().filter(|case| !is_allowed(case)).collect();
     assert_eq!(refused, Vec::<&&str>::new(), "{}", mechanism.name());
     assert!(report.checked.len() >= 14, "{report:?}");
+}
+
+#[test]
+fn no_mechanism_is_left_out() {
+    let names = mechanisms::<f64>().into_iter().map(|(_, mechanism)| mechanism.name());
+    common::assert_every_mechanism(names);
 }
 
 #[test]

@@ -29,6 +29,7 @@ fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
 fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
     assert_eq!(actual.dim(), expected.dim());
     let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
+    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
     for (actual, expected) in actual.iter().zip(expected) {
         assert!((actual - expected).abs() <= 1e-12 * largest, "{actual} instead of {expected}");
     }

@@ -336,7 +336,9 @@ fn a_row_longer_than_any_part_is_like_the_others() -> Result<(), Error> {
             let arrays = [&grads.query, &grads.key, &grads.value].into_iter().chain(&grads.bias);
             arrays.flatten().copied().collect::<Vec<f64>>()
         };
-        for (a, b) in of(&grads).into_iter().zip(of(&expected)) {
+        let (grads, expected) = (of(&grads), of(&expected));
+        assert_eq!(grads.len(), expected.len());
+        for (a, b) in grads.into_iter().zip(expected) {
             // The gradients of a hub are sums of thousands of terms of order 1.
             assert!((a - b).abs() < 1e-10, "{a} {b}");
         }

@@ -214,6 +214,7 @@ fn invalid_configurations_are_refused_by_init() {
         "dilation",
         "dropout.probability",
     ];
+    assert_eq!(messages.len(), fields.len());
     for (message, field) in messages.iter().zip(fields) {
         assert!(message.starts_with(&format!("{field}: expected ")), "{field}: {message}");
     }

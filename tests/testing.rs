@@ -369,6 +369,8 @@ fn every_gradient_is_compared() {
         (Adds(|_, _, grads| add(&mut grads.query, 1e-5)), "query,"),
         (Adds(|_, _, grads| add(&mut grads.key, 1e-5)), "key,"),
         (Adds(|_, _, grads| add(&mut grads.value, 1e-5)), "value,"),
+        (Adds(|_, _, grads| add(&mut grads.value, f64::INFINITY)), "value,"),
+        (Adds(|_, _, grads| add(&mut grads.key, f64::NAN)), "key,"),
         (Adds(|_, _, grads| grads.bias.iter_mut().for_each(|grad| *grad += 1e-5)), "bias,"),
         (Computes(|x, _, out| *out += distances(x)), "distances,"),
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),

@@ -1,5 +1,8 @@
 //! Every mechanism, in each of the forms that its parameters take, to be saved and loaded.
 
+#[path = "../common/mod.rs"]
+mod common;
+
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Features, Flash, Float, Fusion,
     GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Performer,
@@ -48,7 +51,7 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
     let [gat, gat_v2, dot] = [Score::Gat, Score::GatV2, Score::DotProduct]
         .map(|score| EdgeGatConfig::new(score, 5, 3, 2).edge_dim(2));
-    vec![
+    let mechanisms: Vec<Box<dyn Attention<F>>> = vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(multi_head(&config, Flash::new(), seed)),
@@ -82,5 +85,7 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
         Box::new(dual_space(Fusion::Gated, seed)),
-    ]
+    ];
+    common::assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
+    mechanisms
 }

@@ -60,7 +60,8 @@ const TILE: usize = 64;
 ///   not given in the order of the queries, its features' gradients once more); a vector of heads · d
 ///   for a pair exists only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
-///   [`Error::MissingInput`] without the edge features it asks for.
+///   [`Error::MissingInput`] without the edge features it asks for, [`Error::MissingSetting`] with edge
+///   features that it does not ask for.
 ///
 /// Where a node has no neighbours PyG agrees; it divides by the sum of exponentials plus 1e-16, which makes
 /// no difference in practice. `lin_edge` never has a bias, here as there.
@@ -167,9 +168,16 @@ impl<F: Float> EdgeGat<F> {
         if config.edge_dim > 0 {
             let features = inputs.edge_features(NAME)?;
             let expected = [inputs.num_pairs(), config.edge_dim];
-            check_shape("edge_features", &expected, features.shape())?;
+            return check_shape("edge_features", &expected, features.shape());
         }
-        Ok(())
+        match inputs.edge_features(NAME) {
+            Ok(features) if features.ncols() > 0 => Err(Error::MissingSetting {
+                mechanism: NAME.into(),
+                setting: "EdgeGatConfig::edge_dim",
+                channel: Channel::EdgeFeatures,
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn project(&self, inputs: &Inputs<'_, F>) -> Result<Projected<F>> {

@@ -155,6 +155,7 @@ impl<F: Float> Part<'_, '_, F> {
 
 impl<F: Float> LocalGlobal<F> {
     /// A window and global positions, by scaled dot products with the scale and the tiles of `flash`.
+    /// Layers are not read: what is near follows from the order alone.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if the dilation is 0.
