@@ -500,7 +500,7 @@ fn states_saved_by_somebody_else() {
             "moe" => "saved routing | [2, 2] | [5, 2]",
             "dual_space" => "saved branches | [2, 12] | [5, 12]",
             "edge_gat" => "saved context | [2, 4] | [5, 4]",
-            "poincare" => "saved log_sum_exp | [2, 1] | [5, 1]",
+            "poincare" => "saved normalizer | [2, 1] | [5, 1]",
             "graph_rope" => "saved query | [2, 4] | [5, 4]",
             _ => "saved out | [2, 4] | [5, 4]",
         };
@@ -517,7 +517,7 @@ fn states_saved_by_somebody_else() {
     let other_inner = backward(&multi_head(&plain), save(&multi_head(&flash), &inputs));
     refused(other_inner, "SavedMismatch | scaled_dot_product: | by flash");
     let other_heads = backward(&flash, save(&flash, &inputs.with_heads(2).unwrap()));
-    refused(other_heads, "Shape | saved log_sum_exp | [2, 1] | [2, 2]");
+    refused(other_heads, "Shape | saved normalizer | [2, 1] | [2, 2]");
     let other_columns = backward(&flash, save(&flash, &dense([2, 3, 4, 6])));
     refused(other_columns, "Shape | saved out | [2, 4] | [2, 6]");
     refused(backward(&plain, save(&plain, &sparse())), "Shape | saved weights | [6, 1] | [4, 1]");
@@ -535,7 +535,7 @@ fn partials_that_do_not_fit() {
     let merge = |out, log_sum| new([2, 4], [2, 2])?.merge(&new(out, log_sum)?);
     refused(merge([3, 4], [3, 2]), "Shape | partial.out | [2, 4] | [3, 4]");
     refused(merge([2, 6], [2, 2]), "Shape | partial.out | [2, 4] | [2, 6]");
-    refused(merge([2, 4], [2, 1]), "Shape | partial.log_sum_exp | [2, 2] | [2, 1]");
+    refused(merge([2, 4], [2, 1]), "Shape | partial.shift | [2, 2] | [2, 1]");
 }
 
 #[test]
