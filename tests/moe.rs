@@ -752,15 +752,15 @@ fn the_order_of_queries_matters_only_where_it_is_said() {
 #[test]
 fn by_gate_the_larger_one_is_served_first() {
     // All ask expert 0 first, and their gates are 1 in any precision.
-    let logits = array![[400.0, 0.0, 0.0], [900.0, 0.0, 0.0], [400.0, 0.0, 1.0], [700.0, 0.0, 0.0]];
+    let logits = array![[400.0, 0.0, 1.0], [900.0, 0.0, 0.0], [400.0, 0.0, 0.0], [700.0, 0.0, 0.0]];
     let config = MoeConfig::new(1, 1).capacity(2).priority(Priority::Gate);
     assert_eq!(routed(&config, &logits).queries(0), [1, 3]);
     let single = logits.mapv(|z| z as f32);
     let single = Routing::from_logits(&config, single, None).unwrap();
     assert_eq!(single.queries(0), [1, 3]);
-    // Of those with 400 the one whose others are smaller; σ(400) is σ(400).
+    // Of those with 400 the one whose others are smaller; σ(400) is σ(400), and the first one first.
     let three = config.clone().capacity(3);
-    assert_eq!(routed(&three, &logits).queries(0), [0, 1, 3]);
+    assert_eq!(routed(&three, &logits).queries(0), [1, 2, 3]);
     let sigmoid = three.gating(Gating::Sigmoid);
     assert_eq!(routed(&sigmoid, &logits).queries(0), [0, 1, 3]);
     // Equal ones in their order, and what is no number last.
