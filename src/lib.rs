@@ -67,7 +67,8 @@
 //! There is no tape. [`forward_train`](Attention::forward_train) also returns what the backward pass needs,
 //! and [`backward`](Attention::backward) turns the gradient of your loss with respect to the output into
 //! [`Gradients`] of the inputs, of the pairs' data and of the parameters. [`params::update`] hands each
-//! parameter with its gradient to your optimiser; here that is plain gradient descent.
+//! parameter with its gradient to your optimiser, and leaves alone what is saved but not trained; here the
+//! optimiser is plain gradient descent.
 //!
 //! ```
 //! use graph_attention::ndarray::array;
@@ -141,7 +142,7 @@
 //! |---|---|---|
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
-//! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
+//! | `safetensors` | no | the module `safetensors`: parameters and buffers to and from files, PyTorch's among them |
 //! | `serde` | no | `Serialize` and `Deserialize` of configurations, [`Graph`] and [states](params), in any format |
 //! | `petgraph` | no | `Graph::from_petgraph`: graphs of the crate `petgraph` 0.8 |
 //! | `sprs` | no | `Graph::from_sprs`: sparse matrices of the crate `sprs` 0.11, by rows or by columns |
@@ -179,7 +180,7 @@ pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
 pub use mechanisms::local_global::{LocalGlobal, Window};
-pub use mechanisms::moe::{Moe, MoeConfig, Routing};
+pub use mechanisms::moe::{Gating, Moe, MoeConfig, Priority, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{
     Accuracy, Features, Performer, PerformerConfig, PerformerState, Projection,

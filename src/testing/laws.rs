@@ -16,7 +16,8 @@ use rand::seq::SliceRandom;
 /// answer or are refused; a head reads its own columns, and grouped
 /// heads the right ones; weights are non-negative and sum to 1, those of the backward pass too, and
 /// however large the logits are;
-/// gradients are added to what is there; wrong shapes and another's saved state are errors.
+/// gradients are added to what is there; parameters and buffers have names of their own and an order;
+/// wrong shapes and another's saved state are errors.
 ///
 /// What the answer *is* these laws do not say: compare it with a reference, and call
 /// [`check_gradients`](super::check_gradients).
@@ -29,6 +30,7 @@ pub fn check_attention<F: Float>(
 ) -> Result<Report, Violation> {
     let mut shared = mechanism;
     for_each_case(&mut shared, shapes, |mechanism, sample| {
+        names_are_unique(mechanism)?;
         let check = Check::new(mechanism, sample)?;
         check.runs_agree()?;
         check.layouts_agree()?;
@@ -43,6 +45,19 @@ pub fn check_attention<F: Float>(
         check.nothing_flows_through_empty_rows()?;
         check.bad_calls_are_errors()
     })
+}
+
+fn names_are_unique<F: Float>(mechanism: &dyn Attention<F>) -> Result<(), Broken> {
+    let names =
+        || -> Vec<String> { params::state(mechanism).into_iter().map(|(name, _)| name).collect() };
+    let law = "each parameter and each buffer has a name that no other has";
+    let names_once = names();
+    for (number, name) in names_once.iter().enumerate() {
+        require(law, !names_once[..number].contains(name), || format!("two are called {name}"))?;
+    }
+    let law = "parameters and buffers are visited in an order that never changes";
+    let names_again = names();
+    require(law, names_once == names_again, || format!("{names_once:?}, then {names_again:?}"))
 }
 
 /// A mechanism, inputs, and what it makes of them.

@@ -32,8 +32,8 @@ const TILE: usize = 32;
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
 ///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable. The backward pass
-///   has the gradient of the distances too.
+/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable; otherwise they are a
+///   buffer of that name. The backward pass has the gradient of the distances too.
 /// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of
 ///   columns; memory O(n · (d + d_v) · heads), never the weights.
 /// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances,
@@ -106,6 +106,14 @@ impl<F: Float> Params<F> for EdgeRope<F> {
 
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         self.rotation.visit_params_mut(visitor);
+    }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.rotation.visit_buffers(visitor);
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.rotation.visit_buffers_mut(visitor);
     }
 }
 

@@ -324,6 +324,20 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
             inner.visit_params_mut(&mut |name, param| visitor(&format!("{side}.{name}"), param));
         }
     }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        let Reading::Gate(gate) = &self.reading else { return };
+        for (side, inner) in SIDES.iter().zip(&gate.inner) {
+            inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
+        }
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        let Reading::Gate(gate) = &mut self.reading else { return };
+        for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
+            inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
+        }
+    }
 }
 
 impl<F: Float> Attention<F> for LocalGlobal<F> {

@@ -216,7 +216,8 @@ impl<'p, F: Float> Pairs<'p, F> {
         Ok(weights)
     }
 
-    /// Adds the gradients of some rows; of the projection, to that of the kernels' weight.
+    /// Adds the gradients of some rows; of the projection, where it is asked for, to that of the
+    /// kernels' weight.
     pub(super) fn backward(
         &self,
         rows: impl Iterator<Item = (usize, usize)>,
@@ -224,7 +225,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         sums: &RowSums<F>,
         grad_out: ArrayView2<'_, F>,
         grads: &mut GradientsMut<'_, F>,
-        grad_weight: &mut Array2<F>,
+        grad_weight: &mut Option<Array2<F>>,
     ) -> Result<()> {
         let problem = &self.problem;
         let (mut grad_query, mut grad_key) =
@@ -299,7 +300,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         grad: SideGradient<F>,
         x: ArrayView2<'_, F>,
         grad_x: &mut Option<ArrayViewMut2<'_, F>>,
-        grad_weight: &mut Array2<F>,
+        grad_weight: &mut Option<Array2<F>>,
         is_key: bool,
     ) -> Result<()> {
         let map = self.map;
@@ -360,7 +361,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                     None => grad_x += &grad_products,
                 }
             }
-            if map.projection.is_some() {
+            if let Some(grad_weight) = grad_weight {
                 linear_params_vjp(x, grad_products.view(), grad_weight.view_mut(), None)?;
             }
         }
