@@ -193,17 +193,21 @@ fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
                 .map(|(rows, seed)| matrix::<F>(rows, 4, seed).mapv(|x| x * F::of(0.1)));
             let bias = Array2::from_elem((num_queries, 9), F::min_value());
             let distances = Array1::from_elem(num_queries * 9, F::one());
-            let inputs = Inputs::dense(query.view(), key.view(), value.view())?
-                .with_bias(bias.view())?
+            let unbiased = Inputs::dense(query.view(), key.view(), value.view())?
                 .with_distances(distances.view())?;
+            let inputs = unbiased.with_bias(bias.view())?;
             let mean = value.sum_axis(Axis(0)) / F::of(9.0);
             for mechanism in means::<F>().into_iter().filter(|m| m.name() != "local_global") {
                 let out = mechanism.forward(&inputs)?;
-                for row in out.rows() {
-                    let error =
-                        (&row - &mean).iter().fold(0.0, |max: f64, x| max.max(x.as_f64().abs()));
-                    assert!(error < 8.0 * F::epsilon().as_f64(), "{}: {row}", mechanism.name());
-                }
+                // Beside such a bias the logits are lost to rounding; a Performer has kernels instead,
+                // and the bias cancels.
+                let expected = match mechanism.name() {
+                    "performer" => mechanism.forward(&unbiased)?,
+                    _ => Array2::from_shape_fn(out.raw_dim(), |(_, c)| mean[c]),
+                };
+                let error =
+                    (&out - &expected).iter().fold(0.0, |max: f64, x| max.max(x.as_f64().abs()));
+                assert!(error < 8.0 * F::epsilon().as_f64(), "{}: {out}", mechanism.name());
             }
             let poincare = PoincareConfig::new().init::<F>()?;
             assert!(poincare.forward(&inputs)?.iter().all(|&x| x != F::zero()));

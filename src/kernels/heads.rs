@@ -7,7 +7,7 @@
 //! head may lie elsewhere in the others than in the own, since heads of queries may share those of
 //! keys.
 
-use super::matmul::Vector;
+use super::matmul::{ROWS_OF_SUM, Vector};
 use super::problem::Slices;
 use crate::float::Float;
 use fearless_simd::{Simd, SimdBase, SimdFloat};
@@ -387,35 +387,42 @@ fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
 ) {
     let len = Vector::<S, F>::LEN;
     let count = rows.at.len();
-    // Two sums in turn, so that an addition need not wait for the one before.
-    let mut even = [Vector::<S, F>::splat(simd, F::zero()); N];
-    let mut odd = even;
+    let zero = Vector::<S, F>::splat(simd, F::zero());
     let mut of_head = [weights.weights; N];
+    let mut total = [zero; N];
     let sum = &mut sum[vectors[0].own..][..N * len];
     for n in 0..N {
         let factor = Vector::<S, F>::splat(simd, weights.factors[vectors[n].head]);
-        even[n] = Vector::<S, F>::from_slice(simd, &sum[n * len..][..len]) * factor;
+        total[n] = Vector::<S, F>::from_slice(simd, &sum[n * len..][..len]) * factor;
         of_head[n] = weights.of_head(vectors[n].head, count);
     }
     let row = |t| &rows.row(t)[vectors[0].other..][..N * len];
-    for t in (0..count & !1).step_by(2) {
-        let (even_row, odd_row) = (row(t), row(t + 1));
-        for n in 0..N {
-            let a = Vector::<S, F>::from_slice(simd, &even_row[n * len..][..len]);
-            let b = Vector::<S, F>::from_slice(simd, &odd_row[n * len..][..len]);
-            even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(a, even[n]);
-            odd[n] = Vector::<S, F>::splat(simd, of_head[n][t + 1]).mul_add(b, odd[n]);
+    for start in (0..count).step_by(2 * ROWS_OF_SUM) {
+        let end = count.min(start + 2 * ROWS_OF_SUM);
+        // Two sums in turn, so that an addition need not wait for the one before.
+        let (mut even, mut odd) = ([zero; N], [zero; N]);
+        for t in (start..end - (end - start) % 2).step_by(2) {
+            let (even_row, odd_row) = (row(t), row(t + 1));
+            for n in 0..N {
+                let a = Vector::<S, F>::from_slice(simd, &even_row[n * len..][..len]);
+                let b = Vector::<S, F>::from_slice(simd, &odd_row[n * len..][..len]);
+                even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(a, even[n]);
+                odd[n] = Vector::<S, F>::splat(simd, of_head[n][t + 1]).mul_add(b, odd[n]);
+            }
         }
-    }
-    if let Some(t) = (count % 2 == 1).then(|| count - 1) {
-        let row = row(t);
+        if (end - start) % 2 == 1 {
+            let row = row(end - 1);
+            for n in 0..N {
+                let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
+                even[n] = Vector::<S, F>::splat(simd, of_head[n][end - 1]).mul_add(row, even[n]);
+            }
+        }
         for n in 0..N {
-            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-            even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(row, even[n]);
+            total[n] += even[n] + odd[n];
         }
     }
     for n in 0..N {
-        (even[n] + odd[n]).store_slice(&mut sum[n * len..][..len]);
+        total[n].store_slice(&mut sum[n * len..][..len]);
     }
 }
 

@@ -22,6 +22,10 @@ pub(crate) type PanelRow<S, F> = [Vector<S, F>; 2];
 /// Rows of the result at a time.
 const ROWS: usize = 6;
 
+/// So many rows of the factors of [`columns_times`] are summed from zero, and then added to those before:
+/// one sum over a tile, to which small terms are added one by one, would lose some of each.
+pub(crate) const ROWS_OF_SUM: usize = 16;
+
 /// Columns of a panel.
 #[inline(always)]
 pub(crate) fn panel_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
@@ -62,9 +66,28 @@ impl<'a, F> Matrix<'a, F> {
         Self { data: self.data.get(column..).unwrap_or_default(), ..self }
     }
 
+    /// Without its first rows.
     #[inline(always)]
-    fn rows(self) -> std::slice::Chunks<'a, F> {
-        self.data.chunks(self.stride.max(1))
+    fn skip_rows(self, row: usize) -> Self {
+        Self { data: &self.data[row * self.stride..], ..self }
+    }
+
+    #[inline(always)]
+    fn row(self, row: usize) -> &'a [F] {
+        &self.data[row * self.stride..]
+    }
+
+    /// The first rows but the last, each as long as the stride: all have one length, which a loop over
+    /// them need not check.
+    #[inline(always)]
+    fn whole_rows(self, len: usize) -> std::slice::ChunksExact<'a, F> {
+        self.data[..len * self.stride].chunks_exact(self.stride.max(1))
+    }
+
+    /// How many rows have so many entries.
+    #[inline(always)]
+    fn num_rows(self, columns: usize) -> usize {
+        (self.data.len() + self.stride).saturating_sub(columns) / self.stride.max(1)
     }
 }
 
@@ -260,26 +283,23 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
 #[inline(always)]
 fn rows_with_panel<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
-    [a, b, c, d, e, f]: [&[F]; ROWS],
+    rows: [&[F]; ROWS],
     panel: Matrix<'_, F>,
 ) -> [PanelRow<S, F>; ROWS] {
     let mut sums = [splat(simd, F::from(0u8)); ROWS];
+    let Some(last) = rows[0].len().checked_sub(1) else {
+        return sums;
+    };
+    let [a, b, c, d, e, f] = rows;
     let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
-    for ((((((a, b), c), d), e), f), row) in factors.zip(panel.rows()) {
-        let row = load::<S, F>(simd, row);
-        let factors = [*a, *b, *c, *d, *e, *f];
-        for m in 0..ROWS {
-            let factor = Vector::<S, F>::splat(simd, factors[m]);
-            for half in 0..2 {
-                sums[m][half] = if SQUARE {
-                    let difference = factor - row[half];
-                    difference.mul_add(difference, sums[m][half])
-                } else {
-                    factor.mul_add(row[half], sums[m][half])
-                };
-            }
-        }
+    for ((((((a, b), c), d), e), f), row) in factors.zip(panel.whole_rows(last)) {
+        add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
     }
+    let mut factors = [F::from(0u8); ROWS];
+    for (factor, row) in factors.iter_mut().zip(rows) {
+        *factor = row[last];
+    }
+    add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, factors, panel.row(last));
     sums
 }
 
@@ -343,16 +363,51 @@ fn columns_times_panel<S: Simd, F: SimdFloatElement + 'static, const M: usize>(
     left: Matrix<'_, F>,
     panel: Matrix<'_, F>,
 ) -> [PanelRow<S, F>; M] {
-    let mut sums = [splat(simd, F::from(0u8)); M];
-    for (left_row, panel_row) in left.rows().zip(panel.rows()) {
-        let left_row = &left_row[..M];
-        let [a, b] = load::<S, F>(simd, panel_row);
+    let zeros = [splat(simd, F::from(0u8)); M];
+    let mut totals = zeros;
+    let num_rows = left.num_rows(M).min(panel.num_rows(panel_width::<S, F>()));
+    for start in (0..num_rows).step_by(ROWS_OF_SUM) {
+        let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
+        let last = ROWS_OF_SUM.min(num_rows - start) - 1;
+        let mut sums = zeros;
+        for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
+            add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
+        }
+        add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
         for m in 0..M {
-            let factor = Vector::<S, F>::splat(simd, left_row[m]);
-            sums[m] = [factor.mul_add(a, sums[m][0]), factor.mul_add(b, sums[m][1])];
+            totals[m] = [totals[m][0] + sums[m][0], totals[m][1] + sums[m][1]];
         }
     }
-    sums
+    totals
+}
+
+#[inline(always)]
+fn first<F: Copy, const M: usize>(row: &[F]) -> [F; M] {
+    let mut entries = [row[0]; M];
+    entries.copy_from_slice(&row[..M]);
+    entries
+}
+
+/// sums\[m\] += factors\[m\] · row, or (factors\[m\] − row)².
+#[inline(always)]
+fn add_row<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool, const M: usize>(
+    simd: S,
+    sums: &mut [PanelRow<S, F>; M],
+    factors: [F; M],
+    row: &[F],
+) {
+    let row = load::<S, F>(simd, row);
+    for m in 0..M {
+        let factor = Vector::<S, F>::splat(simd, factors[m]);
+        for half in 0..2 {
+            sums[m][half] = if SQUARE {
+                let difference = factor - row[half];
+                difference.mul_add(difference, sums[m][half])
+            } else {
+                factor.mul_add(row[half], sums[m][half])
+            };
+        }
+    }
 }
 
 #[cfg(test)]

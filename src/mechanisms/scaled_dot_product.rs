@@ -93,13 +93,15 @@ impl ScaledDotProduct {
         self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let state = dot_softmax(&problem)?;
-        out.fill(F::zero());
+        // In f64, as the sums of the weights are.
+        let mut sums = try_zeros::<f64>("out", out.nrows(), out.ncols())?;
         for_each_pair(&problem, &state, |pair, head, weight| {
-            let weight = weight * problem.multiplier(pair, head);
-            let mut out = out.slice_mut(s![pair.query, head_columns(head, problem.value_dim)]);
+            let weight = (weight * problem.multiplier(pair, head)).as_f64();
+            let mut sums = sums.slice_mut(s![pair.query, head_columns(head, problem.value_dim)]);
             let value = problem.value(pair.key, head);
-            out.iter_mut().zip(value).for_each(|(out, &v)| *out += weight * v);
+            sums.iter_mut().zip(value).for_each(|(sum, &v)| *sum += weight * v.as_f64());
         });
+        out.zip_mut_with(&sums, |out, &sum| *out = F::of(sum));
         Ok(state)
     }
 }

@@ -4,7 +4,7 @@ use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
-    Matrix, Out, Target, Vector, columns_times, load, panel_width, splat, store,
+    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_width, splat, store,
 };
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
@@ -268,15 +268,20 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
             }
 
             // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P
+            // In the steps of the product with the values: constant values have constant outputs.
             let mut sum = [zero; 2];
-            for scores in scores.chunks_exact_mut(width) {
-                let scores = &mut scores[column..];
-                let mut weight = load::<S, F>(simd, scores);
-                for half in 0..2 {
-                    weight[half] = exp::<S, F>(simd, weight[half] - shift[half]);
-                    sum[half] += weight[half];
+            for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
+                let mut of_rows = [zero; 2];
+                for scores in scores.chunks_exact_mut(width) {
+                    let scores = &mut scores[column..];
+                    let mut weight = load::<S, F>(simd, scores);
+                    for half in 0..2 {
+                        weight[half] = exp::<S, F>(simd, weight[half] - shift[half]);
+                        of_rows[half] += weight[half];
+                    }
+                    store::<S, F>(weight, scores);
                 }
-                store::<S, F>(weight, scores);
+                sum = [sum[0] + of_rows[0], sum[1] + of_rows[1]];
             }
             let of_panel = &mut sums[dim * width + column..];
             let before = load::<S, F>(simd, of_panel);

@@ -153,10 +153,13 @@ impl<'p, F: Float> Pairs<'p, F> {
         terms.clear();
         for pair in self.problem.inputs.row(query) {
             if let Some(bias) = self.problem.bias_of(pair, head) {
-                let kernel = self.kernel(pair, head);
-                let logit = kernel.exponent * F::of(LN_2) + bias;
-                terms.push(Term { pair, kernel, logit });
+                terms.push(Term { pair, kernel: self.kernel(pair, head), logit: bias });
             }
+        }
+        // Relative to the largest bias: what all have in common cancels, however large it is.
+        let max = terms.iter().map(|term| term.logit).fold(F::neg_infinity(), nan_max);
+        for term in terms {
+            term.logit = (term.logit - max) + term.kernel.exponent * F::of(LN_2);
         }
     }
 
