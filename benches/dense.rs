@@ -1,4 +1,4 @@
-//! Exact attention on dense inputs: `cargo bench --bench dense`.
+//! Exact attention on dense inputs: `cargo bench -p benches --bench dense`.
 //!
 //! Throughput is in floating-point operations, 4 for each pair and column forward and 14 forward and
 //! backward, as PyTorch's papers count them; "Gelem/s" reads GFLOP/s.

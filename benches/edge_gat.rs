@@ -1,4 +1,4 @@
-//! The three scores of `EdgeGat`: `cargo bench --bench edge_gat`.
+//! The three scores of `EdgeGat`: `cargo bench -p benches --bench edge_gat`.
 //!
 //! Throughput is in edges. A power-law graph of 50,000 nodes and 800,000 edges in the order of the
 //! targets, 64 features a node and 8 an edge, 4 heads of 16: what PyG's `GATConv`, `GATv2Conv` and

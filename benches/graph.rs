@@ -1,4 +1,4 @@
-//! Exact attention on graphs and for one query: `cargo bench --bench graph`.
+//! Exact attention on graphs and for one query: `cargo bench -p benches --bench graph`.
 //!
 //! Throughput is in edges, "Melem/s" reads million edges a second; 4 heads of 16 columns, keys drawn
 //! with a power law and numbered at random, as in a social network stored as it came.

@@ -1,5 +1,5 @@
 //! What rotations cost: `GraphRope` around `Flash`, and `EdgeRope`, beside `Flash` alone.
-//! `cargo bench --bench graph_rope`.
+//! `cargo bench -p benches --bench graph_rope`.
 
 mod workload;
 

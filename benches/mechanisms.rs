@@ -1,4 +1,4 @@
-//! Every mechanism on the same inputs, forward: `cargo bench --bench mechanisms`.
+//! Every mechanism on the same inputs, forward: `cargo bench -p benches --bench mechanisms`.
 //!
 //! One query over 16 … 4096 neighbours, dense inputs of 128 … 4096 nodes, and a random graph of
 //! 50,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`, which elsewhere finds

@@ -1,4 +1,4 @@
-//! What a mixture costs beside its experts: `cargo bench --bench moe`.
+//! What a mixture costs beside its experts: `cargo bench -p benches --bench moe`.
 //!
 //! Each query asks 2 of 8 experts, which are all `Flash`; without router, gathering and weighing that
 //! is `Flash` twice on all queries. Since the machine's speed changes from one second to the next, the

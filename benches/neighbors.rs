@@ -1,4 +1,4 @@
-//! The ten nearest of 20,000 vectors, for all of them: `cargo bench --bench neighbors`.
+//! The ten nearest of 20,000 vectors, for all of them: `cargo bench -p benches --bench neighbors`.
 //!
 //! Beside it, what the product of the same matrices takes alone, in tiles that are not kept: by the
 //! same kernel, for a threshold that no key reaches, and by `ndarray`.

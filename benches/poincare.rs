@@ -1,4 +1,4 @@
-//! `Poincare` beside `Flash` on the same pairs: `cargo bench --bench poincare`.
+//! `Poincare` beside `Flash` on the same pairs: `cargo bench -p benches --bench poincare`.
 //!
 //! `near` are points whose means lie near the center, `far` clusters at the boundary, whose sums are
 //! taken twice, and `tangent` the first in tangent coordinates.

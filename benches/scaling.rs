@@ -1,4 +1,4 @@
-//! Linear against exact attention as inputs grow: `cargo bench --bench scaling`.
+//! Linear against exact attention as inputs grow: `cargo bench -p benches --bench scaling`.
 //!
 //! `Performer` with 256 features and `Flash`, n queries over n keys of 64 columns. Throughput is in
 //! the multiplications and additions of the matrix products, so that it can be held against the

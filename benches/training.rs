@@ -1,4 +1,4 @@
-//! Every mechanism on the same inputs, forward and backward: `cargo bench --bench training`.
+//! Every mechanism on the same inputs, forward and backward: `cargo bench -p benches --bench training`.
 //!
 //! All gradients, of queries, keys, values and parameters. Dense inputs of 1024 nodes in `f32` and `f64`,
 //! and in `f32` a random graph of 20,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`,

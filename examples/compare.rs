@@ -44,6 +44,8 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    // The best of the CPU, or what the environment variable GRAPH_ATTENTION_SIMD names.
+    let simd = graph_attention::testing::hold_simd()?;
     let file = std::env::args().nth(1);
     let text = file.map_or(Ok(KARATE_CLUB.to_owned()), std::fs::read_to_string)?;
     let mut edges: Vec<(usize, usize)> = Vec::new();
@@ -53,7 +55,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     let n = edges.iter().map(|&(u, _)| u + 1).max().unwrap_or(0);
     let graph = Graph::from_edges(n, n, edges)?.with_self_loops()?;
-    println!("{n} nodes, {} pairs, {DIM} columns of f32", graph.num_edges());
+    println!("{n} nodes, {} pairs, {DIM} columns of f32; {simd}", graph.num_edges());
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1977);
     let x = Array2::from_shape_simple_fn((n, DIM), || 0.5 * rng.sample::<f32, _>(StandardNormal));
     let positions = graph.hops_from(&[[0]], 99.0)?;

@@ -282,12 +282,14 @@ fn assert_complete<F: Float>(mechanism: &dyn Attention<F>, report: &Report) {
 
 #[test]
 fn no_mechanism_is_left_out() {
+    common::hold_simd();
     let names = mechanisms::<f64>().into_iter().map(|(_, mechanism)| mechanism.name());
     common::assert_every_mechanism(names);
 }
 
 #[test]
 fn laws_hold_in_f64() {
+    common::hold_simd();
     for (shapes, mechanism) in mechanisms::<f64>() {
         let report = check_attention(&*mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_complete(&*mechanism, &report);
@@ -296,6 +298,7 @@ fn laws_hold_in_f64() {
 
 #[test]
 fn laws_hold_in_f32() {
+    common::hold_simd();
     for (shapes, mechanism) in mechanisms::<f32>() {
         let report = check_attention(&*mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_complete(&*mechanism, &report);
@@ -304,6 +307,7 @@ fn laws_hold_in_f32() {
 
 #[test]
 fn backward_is_the_derivative_of_forward() {
+    common::hold_simd();
     for (shapes, mut mechanism) in mechanisms::<f64>() {
         let report = check_gradients(&mut *mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_complete(&*mechanism, &report);

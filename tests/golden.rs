@@ -1,5 +1,7 @@
 //! The answers of PyTorch and PyG, generated in `f64` by the scripts in `tests/golden`.
 
+mod common;
+
 use graph_attention::ndarray::{
     Array, Array2, ArrayD, ArrayView, Axis, Dimension, Ix2, Ix3, IxDyn,
 };
@@ -77,6 +79,7 @@ fn assert_close<D: Dimension>(
 
 #[test]
 fn scaled_dot_product_attention_of_pytorch() {
+    common::hold_simd();
     let golden = golden();
     let cases = golden["sdpa"].as_array().unwrap();
     assert!(cases.len() >= 20);
@@ -143,6 +146,7 @@ fn scaled_dot_product_attention_of_pytorch() {
 
 #[test]
 fn multihead_attention_of_pytorch_loads_by_name() {
+    common::hold_simd();
     let golden = golden();
     let cases = golden["multi_head"].as_array().unwrap();
     assert!(cases.len() >= 8);
@@ -202,6 +206,7 @@ fn multihead_attention_of_pytorch_loads_by_name() {
 
 #[test]
 fn a_permuted_pytorch_bias_needs_no_copy() {
+    common::hold_simd();
     // What the documentation of `Inputs::with_bias` recommends.
     let torch = Array::from_shape_fn((2, 3, 5), |(h, i, j)| (100 * h + 10 * i + j) as f64);
     let by_pair = torch.to_shape((2, 15)).unwrap();
@@ -211,6 +216,7 @@ fn a_permuted_pytorch_bias_needs_no_copy() {
 
 #[test]
 fn graph_convolutions_of_pyg_load_by_name() {
+    common::hold_simd();
     let golden = pyg();
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() >= 30);
@@ -286,6 +292,7 @@ fn graph_convolutions_of_pyg_load_by_name() {
 
 #[test]
 fn self_loops_are_those_of_pyg() {
+    common::hold_simd();
     let golden = pyg();
     let cases = golden["self_loops"].as_array().unwrap();
     assert!(cases.len() >= 6);

@@ -1,6 +1,8 @@
 //! Softmax where its logits are large, where they are the lowest number there is, and where there are
 //! millions of them.
 
+mod common;
+
 use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, concatenate, s};
 use graph_attention::{
     Attention, EdgeGatConfig, EdgeRope, Flash, Float, Graph, GraphRopeConfig, Inputs, Layout,
@@ -78,6 +80,7 @@ fn check_one_bias<F: Float>(bias: f64, what: &str) -> Result<()> {
 
 #[test]
 fn weights_of_the_backward_pass_sum_to_one_under_any_bias() -> Result<()> {
+    common::hold_simd();
     for bias in [0.0, 1e4, -1e6, 1e8, -1e9, -1e20, f64::from(f32::MIN)] {
         check_one_bias::<f32>(bias, "f32")?;
         check_one_bias::<f64>(bias, "f64")?;
@@ -90,6 +93,7 @@ fn weights_of_the_backward_pass_sum_to_one_under_any_bias() -> Result<()> {
 
 #[test]
 fn weights_of_the_backward_pass_sum_to_one_for_any_products() -> Result<()> {
+    common::hold_simd();
     fn check<F: Float>(sizes: &[f64]) -> Result<()> {
         for &size in sizes {
             for num_queries in [1, 5, 20] {
@@ -128,6 +132,7 @@ fn weights_of_the_backward_pass_sum_to_one_for_any_products() -> Result<()> {
 
 #[test]
 fn with_one_key_in_sight_nothing_flows_to_the_query() -> Result<()> {
+    common::hold_simd();
     fn check<F: Float>() -> Result<()> {
         for num_queries in [1, 20] {
             let [query, key, value] = [(num_queries, 1), (num_queries, 2), (num_queries, 3)]
@@ -165,6 +170,7 @@ fn with_one_key_in_sight_nothing_flows_to_the_query() -> Result<()> {
 
 #[test]
 fn a_projected_mean_under_a_bias_has_its_gradients() -> Result<()> {
+    common::hold_simd();
     // The parameters are the same, so the gradients are too, but for rounding.
     let x = matrix::<f32>(30, 8, 1);
     let bias = Array2::from_elem((30, 30), -1e9f32);
@@ -187,6 +193,7 @@ fn a_projected_mean_under_a_bias_has_its_gradients() -> Result<()> {
 
 #[test]
 fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
+    common::hold_simd();
     fn check<F: Float>() -> Result<()> {
         for num_queries in [1, 12] {
             let [query, key, value] = [(num_queries, 1), (9, 2), (9, 3)]
@@ -220,6 +227,7 @@ fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
 
 #[test]
 fn a_product_may_overflow_before_its_scale() -> Result<()> {
+    common::hold_simd();
     let (query, key) = (array![[1.5e19f32; 64]], array![[2e17f32; 64], [-2e17; 64]]);
     let value = array![[1.0f32], [3.0]];
     let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
@@ -240,6 +248,7 @@ fn a_product_may_overflow_before_its_scale() -> Result<()> {
 
 #[test]
 fn shards_of_large_logits_merge() -> Result<()> {
+    common::hold_simd();
     // 10 keys of value 1 and 1000 of value 0, all with the same logit.
     let query = array![[1.0f32, 0.0]];
     let over = |num_keys: usize, value: f32, logit: f32| {
@@ -264,6 +273,7 @@ fn shards_of_large_logits_merge() -> Result<()> {
 
 #[test]
 fn edge_weights_of_large_logits_sum_to_one() -> Result<()> {
+    common::hold_simd();
     let edges = [(0, 0), (0, 1), (0, 2)];
     let graph = Graph::from_edges(1, 3, edges)?;
     for score in [Score::Gat, Score::GatV2, Score::DotProduct] {
@@ -313,6 +323,7 @@ fn check_long_row(num_queries: usize, num_keys: usize, a: f32) -> Result<()> {
 
 #[test]
 fn long_rows_are_as_exact_as_short_ones() -> Result<()> {
+    common::hold_simd();
     for a in [5.0, 7.0] {
         for num_keys in [100, 3000, 16_384, 65_536, 262_144] {
             check_long_row(1, num_keys, a)?;
@@ -326,6 +337,7 @@ fn long_rows_are_as_exact_as_short_ones() -> Result<()> {
 #[test]
 #[ignore = "20 million keys: some seconds in release mode, a gigabyte"]
 fn rows_of_millions() -> Result<()> {
+    common::hold_simd();
     check_long_row(16, 4_194_304, 7.0)?;
     check_long_row(1, 4_194_304, 7.0)?;
     // Equal logits, and half of the values 1.
@@ -345,6 +357,7 @@ fn rows_of_millions() -> Result<()> {
 /// Rising logits move the maximum again and again.
 #[test]
 fn rising_logits_lose_nothing() -> Result<()> {
+    common::hold_simd();
     for num_queries in [1, 16] {
         for rise in [1e-4, 1e-2, 1.0] {
             let num_keys = 50_000;
@@ -369,6 +382,7 @@ fn rising_logits_lose_nothing() -> Result<()> {
 /// So that the list of means stays what its name says.
 #[test]
 fn means_have_no_parameters_that_scale_them() {
+    common::hold_simd();
     for mechanism in means::<f64>() {
         let mut names = vec![];
         Params::visit_params(&*mechanism, &mut |name, _| names.push(name.to_owned()));

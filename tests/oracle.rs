@@ -2,6 +2,7 @@
 //! crate. How far each number may lie from theirs is derived in `reference::bounds`; that faults lie
 //! farther is a test of its own.
 
+mod common;
 mod reference;
 
 use graph_attention::ndarray::{Array2, ArrayView2, s};
@@ -302,11 +303,13 @@ fn check_all(mechanism: impl Fn(u64) -> Mechanism) {
 
 #[test]
 fn scaled_dot_product_is_the_oracle() {
+    common::hold_simd();
     check_all(|_| Mechanism::Plain);
 }
 
 #[test]
 fn flash_is_the_oracle_for_any_tiles() {
+    common::hold_simd();
     check_all(|seed| {
         let rng = &mut Rng::seed_from_u64(!seed);
         let sizes = [1, 3, 31, 64, 67, 1000];
@@ -382,6 +385,7 @@ fn is_caught<F: num_traits::Float>(case: &Case, fault: Fault) -> Option<bool> {
 
 #[test]
 fn faults_are_farther_off_than_roundings() {
+    common::hold_simd();
     fn caught<F: num_traits::Float>(fault: Fault) -> (usize, usize) {
         let caught: Vec<bool> =
             (0..CASES).filter_map(|seed| is_caught::<F>(&random_case(seed), fault)).collect();
@@ -402,6 +406,7 @@ fn faults_are_farther_off_than_roundings() {
 
 #[test]
 fn the_loops_keep_their_own_bounds() {
+    common::hold_simd();
     for seed in 0..CASES {
         let case = random_case(seed);
         let expected = expected::<f32>(&case);
@@ -414,6 +419,7 @@ fn the_loops_keep_their_own_bounds() {
 
 #[test]
 fn only_the_same_infinity_is_no_error() {
+    common::hold_simd();
     let (infinity, nan) = (f64::INFINITY, f64::NAN);
     let ratio = |actual: f64, exact: f64| worst(&[actual], &[exact], &[0.5]);
     for number in [infinity, -infinity, nan, 0.0, 3.0] {

@@ -18,7 +18,7 @@ pub(crate) fn fma_peak() -> f64 {
         let first = sums.map(|sum| sum.as_slice()[0]).iter().sum();
         (first, 2 * 12 * S::f32s::LEN * rounds)
     }
-    let level = Level::new();
+    let level = level();
     let best = (0..50).map(|_| {
         let start = Instant::now();
         let (sum, operations) = dispatch!(level, simd => run(simd, 100_000));
@@ -26,6 +26,18 @@ pub(crate) fn fma_peak() -> f64 {
         operations as f64 / start.elapsed().as_secs_f64()
     });
     best.fold(0.0, f64::max)
+}
+
+/// The instruction set that `GRAPH_ATTENTION_SIMD` holds the crate to.
+fn level() -> Level {
+    let best = Level::new();
+    #[cfg(target_arch = "x86_64")]
+    match std::env::var("GRAPH_ATTENTION_SIMD").as_deref() {
+        Ok("avx2") => return best.as_avx2().map_or(best, Simd::level),
+        Ok("sse2") => return best.as_sse2().map_or(best, Simd::level),
+        _ => {}
+    }
+    best
 }
 
 /// Reading 256 MB once: bytes/s of one thread, the best of some runs.

@@ -18,8 +18,11 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::ThreadPool;
 use std::time::Duration;
 
-/// A point takes some three seconds, and one under `--quick` or a single run, whichever is longer.
+/// A point takes some three seconds, and one under `--quick` or a single run, whichever is longer. On the
+/// instruction set that `GRAPH_ATTENTION_SIMD` names.
 pub(crate) fn criterion() -> Criterion {
+    let simd = graph_attention::testing::hold_simd().expect("the CPU has the instruction set");
+    println!("instruction set: {simd}");
     let criterion = Criterion::default().sample_size(10).nresamples(10_000);
     criterion.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2))
 }

@@ -3,6 +3,7 @@
 //! The right factor is packed once into rows of whole panels, the rows of the left factor are shared
 //! among threads.
 
+use super::level::level;
 use super::matmul::{Left, Matrix, Out, Target, columns_times, panel_width, rows_times};
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
@@ -137,7 +138,7 @@ fn product<F: Float>(
         });
         return Ok(());
     }
-    let level = Level::new();
+    let level = level();
     let right = pack(level, &right, inner)?;
     parallel::for_each(tasks, work, |(rows, out)| {
         F::product_rows(level, &left, rows, &right, target, out)
@@ -168,7 +169,7 @@ fn add_transposed_product<F: Float>(
         out += &transposed.t();
         return Ok(());
     }
-    let level = Level::new();
+    let level = level();
     let parts = parts(num_rows, BLOCK, SUMS);
     let columns = out.ncols().next_multiple_of(F::panel_width(level));
     let mut sums = try_zeros("product", parts.len() * out.nrows(), columns)?;

@@ -39,12 +39,12 @@ macro_rules! dispatch {
     }};
 }
 
-/// Every x86-64 has SSE2; only the tests of the kernels also run without.
+/// Every x86-64 has SSE2; with the feature `scalar` tests also run without.
 #[cfg(target_arch = "x86_64")]
 macro_rules! without_sse2 {
     ($level:expr, $simd:ident => $op:expr) => {
         match $level {
-            #[cfg(test)]
+            #[cfg(feature = "scalar")]
             fearless_simd::Level::Fallback($simd) => $op,
             _ => unreachable!("SSE2 is part of x86-64"),
         }
@@ -59,6 +59,7 @@ pub(crate) mod exp;
 pub(crate) mod features;
 pub(crate) mod heads;
 pub(crate) mod hyperbolic;
+pub(crate) mod level;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod nearest;
@@ -645,12 +646,14 @@ macro_rules! compile_kernels {
 
 compile_kernels!(f32, f64);
 
-/// Every instruction set that this CPU has, and none at all.
+/// Every instruction set that this CPU has, and none at all with the feature `scalar`.
 #[cfg(test)]
 pub(crate) fn levels() -> Vec<Level> {
     use fearless_simd::Simd;
     let best = Level::new();
-    let mut levels = vec![best, Level::fallback()];
+    let mut levels = vec![best];
+    #[cfg(feature = "scalar")]
+    levels.push(Level::fallback());
     #[cfg(target_arch = "x86_64")]
     {
         levels.extend(best.as_avx2().map(Simd::level));

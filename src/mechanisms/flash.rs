@@ -4,12 +4,12 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::{FEW_QUERIES, TileSizes};
+use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
-use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "flash";
@@ -139,7 +139,7 @@ impl Flash {
         self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
-        let (tiles, level) = (self.tiles, Level::new());
+        let (tiles, level) = (self.tiles, level());
         match Self::uses_tiles(inputs) {
             true => F::dense_forward(&problem, tiles, level, out, &mut normalizer),
             false => F::rows_forward(&problem, tiles.keys, level, out, &mut normalizer),
@@ -160,7 +160,7 @@ impl Flash {
         let problem = Problem::new(inputs, self.scale)?;
         let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
         let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
-        let (tiles, level) = (self.tiles, Level::new());
+        let (tiles, level) = (self.tiles, level());
         match Self::uses_tiles(inputs) {
             true => F::dense_backward(&problem, tiles, level, upstream, grads),
             false => F::rows_backward(&problem, tiles.keys, level, upstream, grads),

@@ -1,9 +1,9 @@
 use super::{Metric, Neighbor, NeighborIndex, NeighborSearch, Neighbors, collect};
 use crate::error::{Result, check_shape};
 use crate::float::Float;
+use crate::kernels::level::level;
 use crate::kernels::nearest::Keys;
 use crate::kernels::problem::Rows;
-use fearless_simd::Level;
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
 /// The nearest keys of all: every query is compared with every key.
@@ -99,7 +99,7 @@ impl<F: Float> NeighborIndex<F> for ExactIndex<'_, F> {
         let num_keys = self.num_keys();
         search.check(queries.dim(), num_keys, self.dim())?;
         let work = queries.len().saturating_mul(num_keys);
-        let level = Level::new();
+        let level = level();
         let rows = Rows::new("queries", queries)?;
         collect(queries.nrows(), num_keys, search.k, work, |queries, lists| {
             F::nearest(level, &self.keys, &rows, queries, search, lists);

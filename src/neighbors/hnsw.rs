@@ -2,6 +2,7 @@ use super::{Metric, Neighbor, NeighborIndex};
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
+use crate::kernels::level::level;
 use crate::kernels::nearest::{Candidate, Keys};
 use crate::kernels::problem::Rows;
 use fearless_simd::Level;
@@ -85,7 +86,7 @@ impl HnswConfig {
         let keys = Keys::new(Rows::owned("keys", keys)?, num_keys, self.metric)?;
         // No more candidates than keys: the crate reserves memory for them.
         let ef_construction = self.ef_construction.min(num_keys.max(1));
-        let distance = Euclidean(Level::new());
+        let distance = Euclidean(level());
         let layers = Hnsw::new(self.connections, num_keys, MAX_LAYERS, ef_construction, distance);
         // By several threads it would be another index each time.
         for key in 0..num_keys {

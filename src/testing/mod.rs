@@ -31,6 +31,17 @@ pub use sample::Shapes;
 use crate::{Attention, Error, Float, Gradients};
 use ndarray::ArrayViewD;
 
+/// Holds the instruction set of the kernels down to that of the environment variable
+/// `GRAPH_ATTENTION_SIMD` (`avx512`, `avx2`, `sse2`; `scalar` with the feature of that name), and returns
+/// its name. Called before anything else; for the tests, benches and examples of this crate.
+///
+/// # Errors
+/// [`Error::InvalidConfig`] if the CPU has no such instruction set, or another one is in use already.
+#[doc(hidden)]
+pub fn hold_simd() -> crate::Result<String> {
+    crate::kernels::level::hold_down()
+}
+
 /// What a check went through. Look at [`refused`](Self::refused): what is listed there has not been
 /// checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Which mechanisms there are, for tests that say *every*.
+//! Which mechanisms there are, for tests that say *every*, and the instruction set that tests run on.
 #![allow(dead_code, reason = "every file of tests is a crate of its own and uses its part")]
 
 use graph_attention::{
@@ -10,6 +10,12 @@ use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+
+/// At the start of every test of files that run on each instruction set: takes it from the environment
+/// variable `GRAPH_ATTENTION_SIMD`.
+pub(crate) fn hold_simd() {
+    graph_attention::testing::hold_simd().unwrap();
+}
 
 /// Every mechanism once: of queries, keys and values of four columns it makes four. What it reads
 /// beside them are edge features of two columns, distances, positions on one axis, and latent

@@ -8,6 +8,7 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edges::{EdgeProblem, Logit};
+use crate::kernels::level::level;
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream};
@@ -15,7 +16,6 @@ use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use config::{Linear, Names};
-use fearless_simd::Level;
 use ndarray::{
     Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
     Dimension, Ix2, Zip, concatenate, s,
@@ -274,7 +274,7 @@ impl<F: Float> EdgeGat<F> {
         let heads = self.config.num_heads;
         let mut normalizer = Normalizer::empty(inner.num_queries(), heads)?;
         let problem = self.problem(inner)?;
-        F::edges_forward(&problem, TILE, Level::new(), context, &mut normalizer);
+        F::edges_forward(&problem, TILE, level(), context, &mut normalizer);
         Ok(Softmax::Edges(normalizer))
     }
 
@@ -574,7 +574,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
                 let out = Rows::new("context", context.view())?;
                 let upstream =
                     Upstream { out: out.slices(), normalizer, grad_out: grad_rows.slices() };
-                let level = Level::new();
+                let level = level();
                 let features = grads.edge_features;
                 let inner = F::edges_backward(&problem, TILE, level, upstream, features)?;
                 let heads = self.config.num_heads;
@@ -622,7 +622,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         let Softmax::Edges(normalizer) = self.attend(&inner, context.view_mut())? else {
             return Err(Error::NoWeights { mechanism: NAME });
         };
-        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &normalizer)
+        F::edges_weights(&self.problem(&inner)?, TILE, level(), &normalizer)
     }
 }
 

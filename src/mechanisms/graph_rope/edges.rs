@@ -4,11 +4,11 @@ use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, output_dim};
 use crate::kernels::rotary::RotaryProblem;
 use crate::params::Params;
-use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
 
 const NAME: &str = "edge_rope";
@@ -94,7 +94,7 @@ impl<F: Float> EdgeRope<F> {
     ) -> Result<Normalizer<F>> {
         let softmax = &problem.softmax;
         let mut normalizer = Normalizer::empty(softmax.inputs.num_queries(), softmax.heads)?;
-        F::rotary_forward(problem, TILE, Level::new(), out, &mut normalizer);
+        F::rotary_forward(problem, TILE, level(), out, &mut normalizer);
         Ok(normalizer)
     }
 }
@@ -160,7 +160,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         };
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
         let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
-        let grad = F::rotary_backward(&problem, TILE, Level::new(), upstream, &mut grads);
+        let grad = F::rotary_backward(&problem, TILE, level(), upstream, &mut grads);
         self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
         Ok(())
     }
@@ -169,6 +169,6 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         let problem = self.problem(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
         let normalizer = self.run(&problem, out.view_mut())?;
-        F::rotary_weights(&problem, TILE, Level::new(), &normalizer)
+        F::rotary_weights(&problem, TILE, level(), &normalizer)
     }
 }

@@ -10,10 +10,10 @@ use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::level::level;
 use crate::kernels::problem::Rows;
 use crate::params::Params;
 use config::Rotation;
-use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "graph_rope";
@@ -108,7 +108,7 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
     }
 
     fn rotate(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 2]> {
-        let (rotary, level) = (self.rotation.rotary(), Level::new());
+        let (rotary, level) = (self.rotation.rotary(), level());
         let [query, key] = self.sides(inputs)?;
         let mut rotated = [
             try_zeros("rotated query", inputs.num_queries(), inputs.query().ncols())?,
@@ -226,7 +226,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         self.inner.backward_into(&inner_inputs, inner, grad_out, inner_grads)?;
 
         // x' = R x for query and key
-        let (rotary, level) = (self.rotation.rotary(), Level::new());
+        let (rotary, level) = (self.rotation.rotary(), level());
         let mut grad_frequencies = Array2::zeros(rotary.frequencies.raw_dim());
         let of_sides = sides.iter().zip(&grad_rotated).zip([grads.query, grads.key]);
         for ((Side { x, positions }, grad_rotated), grad_x) in of_sides {

@@ -5,7 +5,7 @@ use super::{Path, Performer};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::inputs::{Inputs, head_columns};
-use fearless_simd::Level;
+use crate::kernels::level::level;
 use ndarray::{Array2, ArrayView1};
 
 /// How good the estimate of a [`Performer`] is on some inputs: [`Performer::accuracy`].
@@ -116,7 +116,7 @@ impl<F: Float> Performer<F> {
             return Ok(accuracy);
         }
         let problem = self.map.problem(inputs, keys)?;
-        let sums = F::sum_keys(&problem, Level::new());
+        let sums = F::sum_keys(&problem, level());
         let features = self.config.num_features;
         let projections = features / self.config.features.per_projection();
         for head in 0..inputs.heads() {

@@ -14,9 +14,9 @@ use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, Pattern, head_columns};
 use crate::kernels::features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
+use crate::kernels::level::level;
 use crate::kernels::problem::output_dim;
 use crate::params::Params;
-use fearless_simd::Level;
 use map::FeatureMap;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
 use pairs::{Pairs, RowSums, all_rows, least_sum};
@@ -202,7 +202,7 @@ impl<F: Float> Performer<F> {
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Attended<F>> {
         self.check_output("out", inputs, out.shape())?;
         self.map.check(inputs)?;
-        let level = Level::new();
+        let level = level();
         match self.path(inputs) {
             Path::Nothing => {
                 out.fill(F::zero());
@@ -351,7 +351,7 @@ impl<F: Float> Attention<F> for Performer<F> {
         // Of a projection that is a buffer nobody wants a gradient.
         let zeros = |param: &ArrayD<F>| try_zeros("projection", param.shape()[0], param.shape()[1]);
         let mut grad_weight = grads.params.first().map(zeros).transpose()?;
-        let level = Level::new();
+        let level = level();
         let wants_projection = grad_weight.is_some();
         let problem = |keys: &Vec<usize>| -> Result<_> {
             let problem = self.map.problem(inputs, keys.clone())?;

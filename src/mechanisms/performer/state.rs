@@ -7,7 +7,7 @@ use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::Inputs;
 use crate::kernels::Kernels;
 use crate::kernels::features::{KeySums, Map};
-use fearless_simd::Level;
+use crate::kernels::level::level;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::marker::PhantomData;
 
@@ -164,13 +164,7 @@ impl<F: Float> PerformerState<F> {
         let mut quotients = try_zeros("out", queries.nrows(), columns)?;
         let mut denominators = try_zeros("denominators", queries.nrows(), 1)?;
         let sums = std::slice::from_ref(&self.sums);
-        f64::features_forward(
-            &problem,
-            sums,
-            Level::new(),
-            quotients.view_mut(),
-            &mut denominators,
-        );
+        f64::features_forward(&problem, sums, level(), quotients.view_mut(), &mut denominators);
         for (row, (quotients, denominator)) in
             quotients.rows().into_iter().zip(&denominators).enumerate()
         {
@@ -223,7 +217,7 @@ impl<F: Float> PerformerState<F> {
         let queries = Array2::zeros((0, self.map.head_dim));
         let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
         let problem = self.map.problem(&inputs, (0..keys.nrows()).collect())?;
-        let sums = f64::sum_keys(&problem, Level::new()).into_iter().next();
+        let sums = f64::sum_keys(&problem, level()).into_iter().next();
         sums.ok_or_else(|| Error::config("heads", "one", "none"))
     }
 

@@ -7,9 +7,9 @@ use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
 use crate::kernels::hyperbolic::{HyperbolicProblem, Terms, Upstream};
+use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::Rows;
-use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 /// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
@@ -252,7 +252,7 @@ fn gaps<F: Float>(
         direction.for_each(|(direction, sum)| *direction = F::of(sum.as_f64() / norm));
     }
     let mut spreads = try_zeros("spreads", num_queries, heads)?;
-    let (directions, level) = (Rows::from(directions), Level::new());
+    let (directions, level) = (Rows::from(directions), level());
     let sums = spreads.view_mut();
     F::hyperbolic_spread(problem, directions.slices(), normalizer, TILES, level, sums);
     is_far.into_iter().for_each(|at| gaps[at] += spreads[at]);

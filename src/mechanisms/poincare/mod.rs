@@ -13,11 +13,11 @@ use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::FEW_QUERIES;
 use crate::kernels::dense::TileSizes;
 use crate::kernels::hyperbolic::{HyperbolicProblem, Mass, Points};
+use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, output_dim};
 use crate::mechanisms::scaled_dot_product::Softmax;
 use crate::params::Params;
-use fearless_simd::Level;
 use mean::Sums;
 use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use plain::Plain;
@@ -200,7 +200,7 @@ impl<F: Float> Poincare<F> {
         let columns = problem.softmax.value_dim;
         let mut sums = try_zeros("sums", num_queries, heads * columns)?;
         let mut normalizer = Normalizer::empty(num_queries, heads)?;
-        let level = Level::new();
+        let level = level();
         match inputs.pattern() {
             Pattern::Dense if num_queries >= FEW_QUERIES => {
                 F::hyperbolic_dense_forward(
@@ -351,7 +351,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
         let is_learned = !params.is_empty();
         let wanted =
             [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
-        let level = Level::new();
+        let level = level();
         let grads = match inputs.pattern() {
             Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
                 F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, bias)?

@@ -1,0 +1,1 @@
+//! The benches of `graph-attention`: `cargo bench -p benches --bench dense`.
