@@ -3,12 +3,12 @@
 //! The right factor is packed once into rows of whole panels, the rows of the left factor are shared
 //! among threads.
 
-use super::matmul::{Matrix, PanelRow, columns_times, load, panel_width, rows_times, splat, store};
+use super::matmul::{Left, Matrix, Out, Target, columns_times, panel_width, rows_times};
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};
-use fearless_simd::{Level, Simd, SimdBase};
+use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
@@ -106,28 +106,19 @@ fn without_dead_rows<F: Float>(
     Ok(Some(Rows::from(copy)))
 }
 
-/// What becomes of what was there before.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Target {
-    Add,
-    /// Not read first: a page of zeros that nobody has touched is not there yet, and would come
-    /// twice.
-    Overwrite,
-}
-
 /// left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
 /// meet what is not finite.
 fn product<F: Float>(
     left: ArrayView2<'_, F>,
     right: ArrayView2<'_, F>,
-    target: Target,
+    target: Target<'_, F>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
     let (inner, work) = (right.nrows(), left.len().saturating_mul(right.ncols()));
     let left = Rows::new("product", left)?;
     let right = Rows::new("product", right)?;
     let is_sparse = is_sparse(&left) && all_finite(right.slices().data);
-    if target == Target::Overwrite && (work == 0 || is_sparse) {
+    if matches!(target, Target::Overwrite) && (work == 0 || is_sparse) {
         out.fill(F::zero());
     }
     if work == 0 {
@@ -234,7 +225,7 @@ pub(super) fn product_rows<F: Float>(
     left: &Rows<'_, F>,
     rows: Range<usize>,
     right: &Array2<F>,
-    target: Target,
+    target: Target<'_, F>,
     out: ArrayViewMut2<'_, F>,
 ) {
     #[inline(always)]
@@ -243,7 +234,7 @@ pub(super) fn product_rows<F: Float>(
         left: &Rows<'_, F>,
         rows: Range<usize>,
         right: Matrix<'_, F>,
-        target: Target,
+        target: Target<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) {
         let left = left.slices();
@@ -253,22 +244,13 @@ pub(super) fn product_rows<F: Float>(
             Some(_) => Vec::new(),
             None => out.iter().copied().collect(),
         };
-        let data = out.as_slice_mut().unwrap_or(&mut copy);
+        let data_of_out = out.as_slice_mut().unwrap_or(&mut copy);
         for block in parallel::ranges(rows.len(), BLOCK) {
-            let row = |m: usize| left.row(rows.start + block.start + m);
-            rows_times(
-                simd,
-                block.len(),
-                row,
-                right,
-                columns,
-                #[inline(always)]
-                |m, column, sums| {
-                    let len = panel_width::<S, F>().min(columns - column);
-                    let start = (block.start + m) * columns + column;
-                    store_panel_row(simd, sums, target, &mut data[start..start + len]);
-                },
-            );
+            let data = &left.data[(rows.start + block.start) * left.columns..];
+            let left = Left { data, stride: left.columns, len: left.columns };
+            let data = &mut data_of_out[block.start * columns..];
+            let out = Out { data, stride: columns, columns };
+            rows_times(simd, block.len(), left, right, target, out);
         }
         if !copy.is_empty() {
             out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
@@ -304,46 +286,13 @@ pub(super) fn add_transposed_product_rows<F: Float>(
                 packed[..row.len()].copy_from_slice(row);
             }
             let data = left.rows(block.clone());
-            let left = Matrix { data, stride: num_rows };
+            let left = Left { data, stride: num_rows, len: num_rows };
             let right = Matrix { data: &packed[..block.len() * stride], stride };
-            columns_times(
-                simd,
-                num_rows,
-                left,
-                right,
-                stride,
-                #[inline(always)]
-                |m, column, sums| {
-                    let start = m * stride + column;
-                    let sum = &mut sum[start..start + panel_width::<S, F>()];
-                    store_panel_row(simd, sums, Target::Add, sum);
-                },
-            );
+            let out = Out { data: &mut *sum, stride, columns: stride };
+            columns_times(simd, left, right, Target::Add, out);
         }
     }
     dispatch!(level, simd => run(simd, left, right, rows, sum));
-}
-
-/// The first lanes of a row of a panel.
-#[inline(always)]
-pub(super) fn store_panel_row<S: Simd, F: Float>(
-    simd: S,
-    sums: PanelRow<S, F>,
-    target: Target,
-    out: &mut [F],
-) {
-    if out.len() == panel_width::<S, F>() {
-        let [a, b] = match target {
-            Target::Add => load::<S, F>(simd, out),
-            Target::Overwrite => splat(simd, F::zero()),
-        };
-        store::<S, F>([a + sums[0], b + sums[1]], out);
-    } else {
-        let lanes = sums.iter().flat_map(|sums| sums.as_slice());
-        for (out, &sum) in out.iter_mut().zip(lanes) {
-            *out = if target == Target::Add { *out + sum } else { sum };
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,13 @@
 //! left factor is read as it lies, in one of two ways: in [`rows_times`] the inner index runs along
 //! its rows, in [`columns_times`] from row to row. Six rows of the result at a time are twelve sums,
 //! two vectors of the panel and one factor: fifteen registers, of which even AVX2 has sixteen.
+//!
+//! The functions are compiled once for each type and instruction set and called for a tile at a time:
+//! inlined into every kernel they would make the build take minutes. The loops over the inner index
+//! run over zipped iterators, which have no bounds checks; with one index for six rows each step of
+//! twelve multiply-adds would carry six of them.
 
+use crate::float::Float;
 use fearless_simd::{Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The widest vector of the CPU.
@@ -62,40 +68,175 @@ impl<'a, F> Matrix<'a, F> {
     }
 }
 
-/// Left · right, where `left(m)` is row m of the left factor. Hands each row of each panel of the
-/// product to `visit`, with its row and first column.
-#[inline(always)]
-pub(crate) fn rows_times<'l, S: Simd, F: SimdFloatElement + 'static>(
+/// Rows of a left factor that start `stride` apart, of which the first `len` entries are read.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'l, F> {
+    pub(crate) data: &'l [F],
+    pub(crate) stride: usize,
+    pub(crate) len: usize,
+}
+
+impl<'l, F> Left<'l, F> {
+    #[inline(always)]
+    fn row(self, row: usize) -> &'l [F] {
+        &self.data[row * self.stride..][..self.len]
+    }
+}
+
+/// What becomes of what was in the place of a product.
+#[derive(Clone, Copy, Debug)]
+pub enum Target<'t, F> {
+    Add,
+    /// Not read first: a page of zeros that nobody has touched is not there yet, and would come
+    /// twice.
+    Overwrite,
+    /// Multiplied by a factor for each column, then added to.
+    Rescale(&'t [F]),
+}
+
+/// Where a product goes: rows of `columns` entries that start `stride` apart.
+pub(crate) struct Out<'o, F> {
+    pub(crate) data: &'o mut [F],
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+}
+
+impl<'o, F: Float> Out<'o, F> {
+    /// A panel of rows of `stride`, from some column on.
+    #[inline(always)]
+    pub(crate) fn panel(data: &'o mut [F], stride: usize, column: usize, panel: usize) -> Self {
+        Self { data: data.get_mut(column..).unwrap_or_default(), stride, columns: panel }
+    }
+
+    /// Takes in a row of a panel, or as much of it as there are columns.
+    #[inline(always)]
+    fn put<S: Simd>(
+        &mut self,
+        simd: S,
+        (row, column): (usize, usize),
+        sums: PanelRow<S, F>,
+        target: Target<'_, F>,
+    ) {
+        let panel = panel_width::<S, F>();
+        let len = panel.min(self.columns - column);
+        let out = &mut self.data[row * self.stride + column..][..len];
+        if len == panel {
+            let sums = match target {
+                Target::Overwrite => sums,
+                Target::Add => {
+                    let [a, b] = load::<S, F>(simd, out);
+                    [a + sums[0], b + sums[1]]
+                }
+                Target::Rescale(factors) => {
+                    let [a, b] = load::<S, F>(simd, out);
+                    let factors = load::<S, F>(simd, &factors[column..]);
+                    [a.mul_add(factors[0], sums[0]), b.mul_add(factors[1], sums[1])]
+                }
+            };
+            return store::<S, F>(sums, out);
+        }
+        let lanes = sums.iter().flat_map(|sums| sums.as_slice());
+        for (lane, (out, &sum)) in out.iter_mut().zip(lanes).enumerate() {
+            *out = match target {
+                Target::Overwrite => sum,
+                Target::Add => *out + sum,
+                Target::Rescale(factors) => *out * factors[column + lane] + sum,
+            };
+        }
+    }
+}
+
+/// Left · right for some rows of `left`; `right` in whole panels.
+#[inline(never)]
+pub(crate) fn rows_times<S: Simd, F: Float>(
     simd: S,
     num_rows: usize,
-    left: impl Fn(usize) -> &'l [F],
+    left: Left<'_, F>,
     right: Matrix<'_, F>,
-    columns: usize,
-    visit: impl FnMut(usize, usize, PanelRow<S, F>),
+    target: Target<'_, F>,
+    mut out: Out<'_, F>,
 ) {
-    rows_with::<S, F, false>(simd, num_rows, left, right, columns, visit);
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let columns = out.columns;
+            rows_with::<S, F, false>(
+                simd,
+                num_rows,
+                left,
+                right,
+                columns,
+                #[inline(always)]
+                |row, column, sums| out.put(simd, (row, column), sums, target),
+            );
+        },
+    );
+}
+
+/// [`rows_times`] for one panel, whose columns' largest entries and `max` are returned.
+#[inline(never)]
+pub(crate) fn rows_times_with_max<S: Simd, F: Float>(
+    simd: S,
+    num_rows: usize,
+    left: Left<'_, F>,
+    right: Matrix<'_, F>,
+    mut max: PanelRow<S, F>,
+    mut out: Out<'_, F>,
+) -> PanelRow<S, F> {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            rows_with::<S, F, false>(
+                simd,
+                num_rows,
+                left,
+                right,
+                panel_width::<S, F>(),
+                #[inline(always)]
+                |row, column, sums| {
+                    max = [max[0].max(sums[0]), max[1].max(sums[1])];
+                    out.put(simd, (row, column), sums, Target::Overwrite);
+                },
+            );
+        },
+    );
+    max
 }
 
 /// Σₜ (left\[m, t\] − right\[t, n\])² in place of the products of [`rows_times`]. Through
 /// |a|² + |b|² − 2 a·b it would be faster, and lose the distance between near points.
-#[inline(always)]
-pub(crate) fn squared_distances<'l, S: Simd, F: SimdFloatElement + 'static>(
+#[inline(never)]
+pub(crate) fn squared_distances<S: Simd, F: Float>(
     simd: S,
     num_rows: usize,
-    left: impl Fn(usize) -> &'l [F],
+    left: Left<'_, F>,
     right: Matrix<'_, F>,
-    columns: usize,
-    visit: impl FnMut(usize, usize, PanelRow<S, F>),
+    mut out: Out<'_, F>,
 ) {
-    rows_with::<S, F, true>(simd, num_rows, left, right, columns, visit);
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let columns = out.columns;
+            rows_with::<S, F, true>(
+                simd,
+                num_rows,
+                left,
+                right,
+                columns,
+                #[inline(always)]
+                |row, column, sums| out.put(simd, (row, column), sums, Target::Overwrite),
+            );
+        },
+    );
 }
 
-/// [`squared_distances`] or [`rows_times`].
+/// The body of [`squared_distances`] or [`rows_times`]: hands each row of each panel to `visit`, with
+/// its row and first column.
 #[inline(always)]
-pub(crate) fn rows_with<'l, S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
+pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
     num_rows: usize,
-    left: impl Fn(usize) -> &'l [F],
+    left: Left<'_, F>,
     right: Matrix<'_, F>,
     columns: usize,
     mut visit: impl FnMut(usize, usize, PanelRow<S, F>),
@@ -104,12 +245,12 @@ pub(crate) fn rows_with<'l, S: Simd, F: SimdFloatElement + 'static, const SQUARE
         let panel = right.skip_columns(column);
         for start in (0..num_rows).step_by(ROWS) {
             // Past the end the last row is repeated, and its result not looked at.
-            let mut rows = [left(start); ROWS];
+            let mut rows = [left.row(start); ROWS];
             for (m, row) in rows.iter_mut().enumerate() {
-                *row = left((start + m).min(num_rows - 1));
+                *row = left.row((start + m).min(num_rows - 1));
             }
             let sums = rows_with_panel::<S, F, SQUARE>(simd, rows, panel);
-            for (m, sums) in sums.into_iter().enumerate().take(num_rows - start) {
+            for (m, &sums) in sums.iter().enumerate().take(num_rows - start) {
                 visit(start + m, column, sums);
             }
         }
@@ -119,73 +260,81 @@ pub(crate) fn rows_with<'l, S: Simd, F: SimdFloatElement + 'static, const SQUARE
 #[inline(always)]
 fn rows_with_panel<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
-    rows: [&[F]; ROWS],
+    [a, b, c, d, e, f]: [&[F]; ROWS],
     panel: Matrix<'_, F>,
 ) -> [PanelRow<S, F>; ROWS] {
     let mut sums = [splat(simd, F::from(0u8)); ROWS];
-    let len = rows[0].len();
-    // Slices of one known length let the compiler drop the bounds checks below.
-    let rows = rows.map(|row| &row[..len]);
-    for (t, panel_row) in panel.rows().take(len).enumerate() {
-        let [a, b] = load::<S, F>(simd, panel_row);
+    let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
+    for ((((((a, b), c), d), e), f), row) in factors.zip(panel.rows()) {
+        let row = load::<S, F>(simd, row);
+        let factors = [*a, *b, *c, *d, *e, *f];
         for m in 0..ROWS {
-            let factor = Vector::<S, F>::splat(simd, rows[m][t]);
-            sums[m] = if SQUARE {
-                let (a, b) = (factor - a, factor - b);
-                [a.mul_add(a, sums[m][0]), b.mul_add(b, sums[m][1])]
-            } else {
-                [factor.mul_add(a, sums[m][0]), factor.mul_add(b, sums[m][1])]
-            };
+            let factor = Vector::<S, F>::splat(simd, factors[m]);
+            for half in 0..2 {
+                sums[m][half] = if SQUARE {
+                    let difference = factor - row[half];
+                    difference.mul_add(difference, sums[m][half])
+                } else {
+                    factor.mul_add(row[half], sums[m][half])
+                };
+            }
         }
     }
     sums
 }
 
-/// Leftᵀ · right, where row m of the product belongs to column m of the left factor. Hands each row
-/// of each panel of the product to `visit`, with its row and first column.
-#[inline(always)]
-pub(crate) fn columns_times<S: Simd, F: SimdFloatElement + 'static>(
+/// Leftᵀ · right, where row m of the product belongs to column m of the left factor: as many columns
+/// as `left` has entries in a row, and as many rows as both factors have.
+#[inline(never)]
+pub(crate) fn columns_times<S: Simd, F: Float>(
     simd: S,
-    num_rows: usize,
-    left: Matrix<'_, F>,
+    left: Left<'_, F>,
     right: Matrix<'_, F>,
-    columns: usize,
-    mut visit: impl FnMut(usize, usize, PanelRow<S, F>),
+    target: Target<'_, F>,
+    mut out: Out<'_, F>,
 ) {
-    for column in (0..columns).step_by(panel_width::<S, F>()) {
-        let panel = right.skip_columns(column);
-        let mut start = 0;
-        while start < num_rows {
-            let left = left.skip_columns(start);
-            match num_rows - start {
-                6.. => {
-                    let sums = columns_times_panel::<S, F, 6>(simd, left, panel);
-                    visit_rows(sums, &mut start, column, &mut visit);
-                }
-                4.. => {
-                    let sums = columns_times_panel::<S, F, 4>(simd, left, panel);
-                    visit_rows(sums, &mut start, column, &mut visit);
-                }
-                _ => {
-                    let sums = columns_times_panel::<S, F, 1>(simd, left, panel);
-                    visit_rows(sums, &mut start, column, &mut visit);
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            for column in (0..out.columns).step_by(panel_width::<S, F>()) {
+                let panel = right.skip_columns(column);
+                let mut row = 0;
+                while row < left.len {
+                    let left_rows = Matrix { data: left.data, stride: left.stride };
+                    let left_rows = left_rows.skip_columns(row);
+                    row += match left.len - row {
+                        6.. => {
+                            let sums = columns_times_panel::<S, F, 6>(simd, left_rows, panel);
+                            put_all(simd, &sums, (row, column), target, &mut out)
+                        }
+                        4.. => {
+                            let sums = columns_times_panel::<S, F, 4>(simd, left_rows, panel);
+                            put_all(simd, &sums, (row, column), target, &mut out)
+                        }
+                        _ => {
+                            let sums = columns_times_panel::<S, F, 1>(simd, left_rows, panel);
+                            put_all(simd, &sums, (row, column), target, &mut out)
+                        }
+                    };
                 }
             }
-        }
-    }
+        },
+    );
 }
 
+/// Puts consecutive rows; returns their number.
 #[inline(always)]
-fn visit_rows<R, const M: usize>(
-    sums: [R; M],
-    start: &mut usize,
-    column: usize,
-    visit: &mut impl FnMut(usize, usize, R),
-) {
-    for (m, sums) in sums.into_iter().enumerate() {
-        visit(*start + m, column, sums);
+fn put_all<S: Simd, F: Float>(
+    simd: S,
+    sums: &[PanelRow<S, F>],
+    (row, column): (usize, usize),
+    target: Target<'_, F>,
+    out: &mut Out<'_, F>,
+) -> usize {
+    for (m, &sums) in sums.iter().enumerate() {
+        out.put(simd, (row + m, column), sums, target);
     }
-    *start += M;
+    sums.len()
 }
 
 #[inline(always)]
@@ -236,28 +385,54 @@ mod tests {
         }
 
         let mut product = vec![f32::NAN; rows * columns];
-        let row = |m| &left[m * inner..][..inner];
-        rows_times(simd, rows, row, right, columns, |m, n, sums| {
-            store::<S, f32>(sums, &mut product[m * columns + n..]);
-        });
+        let rows_of_left = Left { data: &left[..], stride: inner, len: inner };
+        let out = |data| Out { data, stride: columns, columns };
+        let (target, data) = (Target::Overwrite, &mut product[..]);
+        rows_times(simd, rows, rows_of_left, right, target, out(data));
         assert_eq!(product, expected, "rows {rows} x {inner} x {columns}");
+        rows_times(simd, rows, rows_of_left, right, Target::Add, out(&mut product));
+        assert!(product.iter().zip(&expected).all(|(&sum, &once)| sum == 2.0 * once));
+        let factors: Vec<f32> = (0..columns).map(|column| column as f32).collect();
+        rows_times(simd, rows, rows_of_left, right, Target::Rescale(&factors), out(&mut product));
+        for (at, (&sum, &once)) in product.iter().zip(&expected).enumerate() {
+            assert_eq!(sum, 2.0 * once * factors[at % columns] + once);
+        }
+
+        if panels == 1 {
+            product.fill(f32::NAN);
+            let before = splat::<S, f32>(simd, 3.0);
+            let max = rows_times_with_max(simd, rows, rows_of_left, right, before, out(&mut product));
+            assert_eq!(product, expected);
+            let max = max.iter().flat_map(|max| max.as_slice()).copied();
+            for (column, max) in max.enumerate() {
+                let entries = expected.iter().skip(column).step_by(columns);
+                assert_eq!(max, entries.copied().fold(3.0, f32::max));
+            }
+        }
 
         product.fill(f32::NAN);
-        squared_distances(simd, rows, row, right, columns, |m, n, sums| {
-            store::<S, f32>(sums, &mut product[m * columns + n..]);
-        });
+        squared_distances(simd, rows, rows_of_left, right, out(&mut product));
         assert_eq!(product, distances, "distances {rows} x {inner} x {columns}");
 
         let mut transposed = vec![0.0; inner * (rows + 1)];
         for (m, t) in (0..rows * inner).map(|at| (at / inner, at % inner)) {
             transposed[t * (rows + 1) + m] = left[m * inner + t];
         }
-        let transposed = Matrix { data: &transposed, stride: rows + 1 };
+        let transposed = Left { data: &transposed[..], stride: rows + 1, len: rows };
         let mut product = vec![f32::NAN; rows * columns];
-        columns_times(simd, rows, transposed, right, columns, |m, n, sums| {
-            store::<S, f32>(sums, &mut product[m * columns + n..]);
-        });
+        columns_times(simd, transposed, right, Target::Overwrite, out(&mut product));
         assert_eq!(product, expected, "columns {rows} x {inner} x {columns}");
+
+        // Columns that do not fill the last panel.
+        for columns in (columns.saturating_sub(3)..columns).filter(|&columns| columns > 0) {
+            let mut product = vec![1.0; rows * columns];
+            let out = Out { data: &mut product[..], stride: columns, columns };
+            columns_times(simd, transposed, right, Target::Add, out);
+            for (at, &sum) in product.iter().enumerate() {
+                let (m, n) = (at / columns, at % columns);
+                assert_eq!(sum, 1.0 + expected[m * panels * panel_width::<S, f32>() + n]);
+            }
+        }
     }
 
     #[test]
@@ -276,25 +451,17 @@ mod tests {
     #[test]
     fn a_product_over_nothing_is_zero() {
         #[inline(always)]
-        fn run<S: Simd>(simd: S) -> (f32, usize) {
-            let right: Matrix<'_, f32> = Matrix { data: &[], stride: 1 };
-            let (mut sum, mut visits) = (0.0, 0);
+        fn run<S: Simd>(simd: S) -> Vec<f32> {
             let columns = panel_width::<S, f32>();
-            rows_times(
-                simd,
-                2,
-                |_| &[][..],
-                right,
-                columns,
-                |_, _, [a, b]: PanelRow<S, f32>| {
-                    visits += 1;
-                    sum += (a + b).as_slice().iter().sum::<f32>();
-                },
-            );
-            (sum, visits)
+            let mut product = vec![f32::NAN; 2 * columns];
+            let left = Left { data: &[][..], stride: 0, len: 0 };
+            let right = Matrix { data: &[][..], stride: 1 };
+            let out = Out { data: &mut product[..], stride: columns, columns };
+            rows_times(simd, 2, left, right, Target::Overwrite, out);
+            product
         }
         for level in levels() {
-            assert_eq!(dispatch!(level, simd => run(simd)), (0.0, 2));
+            assert!(dispatch!(level, simd => run(simd)).iter().all(|&sum| sum == 0.0));
         }
     }
 }

@@ -81,7 +81,7 @@ use edges::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use hyperbolic::HyperbolicProblem;
-use linear::Target;
+use matmul::Target;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 use nearest::{Keys, Lists};
 use problem::{Problem, Rows, Slices, Upstream};
@@ -102,7 +102,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         left: &Rows<'_, Self>,
         rows: Range<usize>,
         right: &Array2<Self>,
-        target: Target,
+        target: Target<'_, Self>,
         out: ArrayViewMut2<'_, Self>,
     ) where
         Self: Float;
@@ -373,7 +373,7 @@ macro_rules! compile_kernels {
                 left: &Rows<'_, Self>,
                 rows: Range<usize>,
                 right: &Array2<Self>,
-                target: Target,
+                target: Target<'_, Self>,
                 out: ArrayViewMut2<'_, Self>,
             ) {
                 linear::product_rows(level, left, rows, right, target, out);

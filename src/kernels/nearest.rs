@@ -6,7 +6,7 @@
 //! formed again in `f64` and in an order of its own, and only this one counts: so neither the
 //! precision nor the instruction set of the tiles can be seen in the answer.
 
-use super::matmul::{Matrix, PanelRow, Vector, load, panel_width, rows_with};
+use super::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::parallel::ranges;
 use super::problem::Rows;
 use crate::error::{Error, Result};
@@ -377,12 +377,13 @@ impl<'s, F: Float> Block<'s, F> {
     ) {
         let Self { lanes, packed, width, bounds } = self;
         let factors = &keys.factors[tile.clone()];
-        let row = |key| keys.rows.row(tile.start + key);
+        let (rows, dim) = (keys.rows.rows(tile.clone()), keys.dim());
+        let left = Left { data: rows, stride: dim, len: dim };
         let right = Matrix { data: &packed[..], stride: *width };
         rows_with::<S, F, SQUARE>(
             simd,
             tile.len(),
-            row,
+            left,
             right,
             *width,
             #[inline(always)]

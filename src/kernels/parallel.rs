@@ -13,11 +13,22 @@ const WORTH_SHARING: usize = 4_000_000;
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Send + Sync) {
     #[cfg(feature = "parallel")]
     if work >= WORTH_SHARING && parts.len() > 1 {
-        use rayon::iter::{IntoParallelIterator, ParallelIterator};
-        return parts.into_par_iter().for_each(run);
+        use std::sync::{Mutex, PoisonError};
+        let parts: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
+        return for_each_index(parts.len(), &|index| {
+            let part = parts[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+            part.into_iter().for_each(&run);
+        });
     }
     let _ = work;
     parts.into_iter().for_each(run);
+}
+
+/// Not generic: the code that shares work among threads is compiled once, not for every task.
+#[cfg(feature = "parallel")]
+fn for_each_index(len: usize, run: &(dyn Fn(usize) + Sync)) {
+    use rayon::iter::{IntoParallelIterator, ParallelIterator};
+    (0..len).into_par_iter().for_each(run);
 }
 
 /// 0..len in steps.

@@ -4,8 +4,9 @@ use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::exp2::exp2;
-use crate::kernels::matmul::{Matrix, PanelRow, columns_times, load, panel_width};
-use crate::kernels::matmul::{rows_times, splat, store};
+use crate::kernels::matmul::{
+    Left, Matrix, Out, Target, columns_times, load, panel_width, rows_times, splat, store,
+};
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase};
@@ -257,32 +258,14 @@ fn backward_block<S: Simd, F: Float>(
             let grad_scores = &mut grad_scores[entries];
 
             // S = K Qᵀ and dP̃ = V Gᵀ
-            let queries = Matrix { data: &scratch.queries[..], stride: width }.skip_columns(column);
-            let key = |k| keys.row(seen.start + k);
-            rows_times(
-                simd,
-                seen.len(),
-                key,
-                queries,
-                panel,
-                #[inline(always)]
-                |k, _, score| {
-                    store::<S, F>(score, &mut weights[k * width + column..]);
-                },
-            );
-            let grads = Matrix { data: &scratch.grad_out[..], stride: width }.skip_columns(column);
-            let value = |k| values.row(seen.start + k);
-            rows_times(
-                simd,
-                seen.len(),
-                value,
-                grads,
-                panel,
-                #[inline(always)]
-                |k, _, grad| {
-                    store::<S, F>(grad, &mut grad_scores[k * width + column..]);
-                },
-            );
+            for (rows, packed, out) in [
+                (keys, &scratch.queries, &mut *weights),
+                (values, &scratch.grad_out, &mut *grad_scores),
+            ] {
+                let right = Matrix { data: &packed[..], stride: width }.skip_columns(column);
+                let out = Out::panel(out, width, column, panel);
+                rows_times(simd, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
+            }
             if block.may_hide_in(&lanes, &seen) {
                 block.restrict(simd, lanes.clone(), &seen, weights, &mut scratch.rows);
             }
@@ -319,49 +302,21 @@ fn backward_block<S: Simd, F: Float>(
             }
             // dQ += dS K
             let right = Matrix { data: &*grad_scores, stride: width }.skip_columns(column);
-            let left = finite_keys.matrix(seen.start);
-            columns_times(
-                simd,
-                key_dim,
-                left,
-                right,
-                panel,
-                #[inline(always)]
-                |row, _, grad| {
-                    add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
-                },
-            );
+            let out = Out::panel(&mut scratch.grad_query, width, column, panel);
+            columns_times(simd, finite_keys.left(seen.start), right, Target::Add, out);
         }
 
         // dV += P̃ᵀ G, dK += dSᵀ (scale Q)
-        let grad_out_rows = Matrix { data: &scratch.grad_out_rows[..], stride: padded_value };
-        let weights_of = |k: usize| &weights[k * width..][..width];
-        rows_times(
-            simd,
-            tile.len(),
-            weights_of,
-            grad_out_rows,
-            padded_value,
-            #[inline(always)]
-            |k, column, grad| {
-                let row = (first_row + tile.start - first_key + k) * padded_value;
-                add::<S, F>(simd, grad, &mut sums.value[row + column..]);
-            },
-        );
-        let query_rows = Matrix { data: &scratch.query_rows[..], stride: padded_key };
-        let grad_scores_of = |k: usize| &grad_scores[k * width..][..width];
-        rows_times(
-            simd,
-            tile.len(),
-            grad_scores_of,
-            query_rows,
-            padded_key,
-            #[inline(always)]
-            |k, column, grad| {
-                let row = (first_row + tile.start - first_key + k) * padded_key;
-                add::<S, F>(simd, grad, &mut sums.key[row + column..]);
-            },
-        );
+        for (factors, rows, padded, sums) in [
+            (&*weights, &scratch.grad_out_rows, padded_value, &mut sums.value),
+            (&*grad_scores, &scratch.query_rows, padded_key, &mut sums.key),
+        ] {
+            let left = Left { data: factors, stride: width, len: width };
+            let right = Matrix { data: &rows[..], stride: padded };
+            let data = &mut sums[(first_row + tile.start - first_key) * padded..];
+            let out = Out { data, stride: padded, columns: padded };
+            rows_times(simd, tile.len(), left, right, Target::Add, out);
+        }
 
         // What is not finite, pair by pair.
         let lanes_of = |bad: &[usize]| -> Vec<usize> {
@@ -396,12 +351,6 @@ fn backward_block<S: Simd, F: Float>(
             }
         });
     }
-}
-
-#[inline(always)]
-pub(in super::super) fn add<S: Simd, F: Float>(simd: S, [a, b]: PanelRow<S, F>, sum: &mut [F]) {
-    let [sum_a, sum_b] = load::<S, F>(simd, sum);
-    store::<S, F>([sum_a + a, sum_b + b], sum);
 }
 
 pub(in super::super) fn width_of<S: Simd, F: Float>(_: S) -> usize {

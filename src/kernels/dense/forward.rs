@@ -3,11 +3,13 @@ use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::exp2::exp2;
-use crate::kernels::matmul::{Matrix, Vector, columns_times, load, panel_width, splat, store};
+use crate::kernels::matmul::{
+    Matrix, Out, Target, Vector, columns_times, load, panel_width, splat, store,
+};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::FiniteRows;
 use crate::kernels::transpose::{store_part, transposed};
-use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::f64::consts::LN_2;
 use std::ops::Range;
@@ -20,6 +22,8 @@ struct ForwardScratch<F> {
     out: Buffer<F>,
     maxima: Buffer<F>,
     sums: Buffer<F>,
+    /// What rescales the outputs of a panel.
+    alphas: Buffer<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,
 }
@@ -64,6 +68,7 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
         out: Buffer::zeros(problem.value_dim * width),
         maxima: Buffer::zeros(width),
         sums: Buffer::zeros(width),
+        alphas: Buffer::zeros(panel_width::<S, F>()),
         rows: Vec::new(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
@@ -199,24 +204,10 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
 
             // O ← α O + P̃ V
             let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
-            let (dim, left) = (problem.value_dim, values_of_head.matrix(tile.start));
-            columns_times(
-                simd,
-                dim,
-                left,
-                weights,
-                panel,
-                #[inline(always)]
-                |row, _, product| {
-                    let out = &mut scratch.out[row * width + column..];
-                    let old = load::<S, F>(simd, out);
-                    let new = [
-                        old[0].mul_add(alpha[0], product[0]),
-                        old[1].mul_add(alpha[1], product[1]),
-                    ];
-                    store::<S, F>(new, out);
-                },
-            );
+            let left = values_of_head.left(tile.start);
+            store::<S, F>(alpha, &mut scratch.alphas);
+            let out = Out::panel(&mut scratch.out, width, column, panel);
+            columns_times(simd, left, weights, Target::Rescale(&scratch.alphas), out);
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
             block.for_each_visible(lanes, bad_keys, |lane, key| {
                 let weight = scores[(key - tile.start) * width + lane];

@@ -9,11 +9,11 @@
 mod backward;
 mod forward;
 
-pub(super) use backward::{add, add_head_rows, backward, pack_rows, width_of};
+pub(super) use backward::{add_head_rows, backward, pack_rows, width_of};
 pub(super) use forward::forward;
 
 use super::buffer::Buffer;
-use super::matmul::{Matrix, PanelRow, Vector, panel_width, rows_times, store};
+use super::matmul::{Left, Matrix, Out, PanelRow, Vector, panel_width, rows_times_with_max};
 use super::parallel::ranges;
 use super::problem::{Problem, Slices};
 use super::transpose::{load_padded, store_part, transposed};
@@ -56,10 +56,10 @@ impl<'r, F: Float> HeadRows<'r, F> {
         &self.data[row * self.stride..][..self.dim]
     }
 
-    /// The rows from this one on.
+    /// The rows from this one on, as a factor of a product.
     #[inline(always)]
-    pub(super) fn matrix(self, from: usize) -> Matrix<'r, F> {
-        Matrix { data: &self.data[from * self.stride..], stride: self.stride }
+    pub(super) fn left(self, from: usize) -> Left<'r, F> {
+        Left { data: &self.data[from * self.stride..], stride: self.stride, len: self.dim }
     }
 }
 
@@ -499,24 +499,13 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         column: usize,
-        mut max: PanelRow<S, F>,
+        max: PanelRow<S, F>,
         scores: &mut [F],
     ) -> PanelRow<S, F> {
-        let (keys, width) = (block.keys(), block.width);
+        let width = block.width;
         let queries = Matrix { data: &self.queries[..], stride: width }.skip_columns(column);
-        let key = |k| keys.row(tile.start + k);
-        rows_times(
-            simd,
-            tile.len(),
-            key,
-            queries,
-            panel_width::<S, F>(),
-            #[inline(always)]
-            |k, _, score| {
-                max = [max[0].max(score[0]), max[1].max(score[1])];
-                store::<S, F>(score, &mut scores[k * width + column..]);
-            },
-        );
-        max
+        let keys = block.keys().left(tile.start);
+        let out = Out::panel(scores, width, column, panel_width::<S, F>());
+        rows_times_with_max(simd, tile.len(), keys, queries, max, out)
     }
 }

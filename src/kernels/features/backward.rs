@@ -2,12 +2,11 @@
 
 use super::chunk::{CHUNK, Chunk};
 use super::forward::{PARTS, QuotientGradients, pack_values, value_stride};
-use super::products::{Left, add_scaled, add_transposed_product, product, transposed};
+use super::products::{add_scaled, add_transposed_product, product, transposed};
 use super::{FeatureProblem, FeatureUpstream, KeySums, Map};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::kernels::linear::Target;
-use crate::kernels::matmul::panel_width;
+use crate::kernels::matmul::{Left, Target, panel_width};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2, s};

@@ -14,13 +14,12 @@
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
 use super::forward::{QuotientGradients, add_chunk, pack_values, value_stride, write_quotient};
-use super::products::{Left, add_scaled, add_transposed_product, product, transposed};
+use super::products::{add_scaled, add_transposed_product, product, transposed};
 use super::{FeatureProblem, FeatureUpstream, KeySums};
 use crate::error::Result;
 use crate::float::Float;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::linear::Target;
-use crate::kernels::matmul::panel_width;
+use crate::kernels::matmul::{Left, Target, panel_width};
 use crate::kernels::parallel::{self, ranges};
 use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2, Axis, s};

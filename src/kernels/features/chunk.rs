@@ -1,12 +1,11 @@
 //! The features of a chunk of rows.
 
-use super::products::{Left, product};
+use super::products::product;
 use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
 use crate::kernels::exp2::exp2;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::linear::Target;
-use crate::kernels::matmul::{Vector, panel_width};
+use crate::kernels::matmul::{Left, Target, Vector, panel_width};
 use crate::kernels::sincos::sin_cos;
 use fearless_simd::{Select, Simd, SimdBase};
 use std::f64::consts::{LN_2, LOG2_E};

@@ -1,13 +1,12 @@
 //! The forward pass: the sums of the keys, then the queries.
 
 use super::chunk::{CHUNK, Chunk};
-use super::products::{Left, add_scaled, add_transposed_product, product};
+use super::products::{add_scaled, add_transposed_product, product};
 use super::{FeatureProblem, KeySums};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::linear::Target;
-use crate::kernels::matmul::panel_width;
+use crate::kernels::matmul::{Left, Target, panel_width};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2};

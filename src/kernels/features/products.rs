@@ -1,52 +1,25 @@
-//! The products of chunks, as functions that enter the instruction set.
+//! The products of chunks, whose right factors and results have rows of whole panels.
 
 use crate::float::Float;
-use crate::kernels::linear::{Target, store_panel_row};
-use crate::kernels::matmul::{Matrix, columns_times, panel_width, rows_times};
+use crate::kernels::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use fearless_simd::Simd;
 
-/// Rows that start `stride` apart, of which the first `len` entries are read.
-#[derive(Clone, Copy)]
-pub(super) struct Left<'l, F> {
-    pub(super) data: &'l [F],
-    pub(super) stride: usize,
-    pub(super) len: usize,
-}
-
 /// left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.
-#[inline(never)]
+#[inline(always)]
 pub(super) fn product<S: Simd, F: Float>(
     simd: S,
     rows: usize,
     left: Left<'_, F>,
     (right, stride): (&[F], usize),
-    target: Target,
+    target: Target<'_, F>,
     out: &mut [F],
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let left = |at: usize| &left.data[at * left.stride..][..left.len];
-            let right = Matrix { data: right, stride };
-            let panel = panel_width::<S, F>();
-            rows_times(
-                simd,
-                rows,
-                left,
-                right,
-                stride,
-                #[inline(always)]
-                |row, column, sums| {
-                    let out = &mut out[row * stride + column..][..panel];
-                    store_panel_row(simd, sums, target, out);
-                },
-            );
-        },
-    );
+    let out = Out { data: out, stride, columns: stride };
+    rows_times(simd, rows, left, Matrix { data: right, stride }, target, out);
 }
 
 /// out += leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
-#[inline(never)]
+#[inline(always)]
 pub(super) fn add_transposed_product<S: Simd, F: Float>(
     simd: S,
     rows: usize,
@@ -54,27 +27,9 @@ pub(super) fn add_transposed_product<S: Simd, F: Float>(
     (right, stride): (&[F], usize),
     out: &mut [F],
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let features = left.len;
-            let left = Matrix { data: &left.data[..rows * left.stride], stride: left.stride };
-            let right = Matrix { data: &right[..rows * stride], stride };
-            let panel = panel_width::<S, F>();
-            columns_times(
-                simd,
-                features,
-                left,
-                right,
-                stride,
-                #[inline(always)]
-                |row, column, sums| {
-                    let out = &mut out[row * stride + column..][..panel];
-                    store_panel_row(simd, sums, Target::Add, out);
-                },
-            );
-        },
-    );
+    let left = Left { data: &left.data[..rows * left.stride], ..left };
+    let right = Matrix { data: &right[..rows * stride], stride };
+    columns_times(simd, left, right, Target::Add, Out { data: out, stride, columns: stride });
 }
 
 /// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there

@@ -8,11 +8,11 @@ use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
-    BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add, add_head_rows, block, clip, pack_rows,
+    BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
     width_of,
 };
 use crate::kernels::matmul::{
-    Matrix, Vector, columns_times, panel_width, rows_times, squared_distances, store,
+    Left, Matrix, Out, Target, Vector, columns_times, panel_width, rows_times, squared_distances,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::Slices;
@@ -286,43 +286,16 @@ fn backward_tile_inline<S: Simd, F: Float>(
         (&mut scratch.bias[..len * width], &mut scratch.multipliers[..len * width]);
     for column in (0..width).step_by(panel) {
         let right = |packed| Matrix { data: packed, stride: width }.skip_columns(column);
-        let key = |k| keys.row(tile.start + k);
-        let value = |k| values.row(tile.start + k);
-        squared_distances(
-            simd,
-            len,
-            key,
-            right(&scratch.queries[..]),
-            panel,
-            #[inline(always)]
-            |k, _, sums| {
-                store::<S, F>(sums, &mut squared[k * width + column..]);
-            },
-        );
-        rows_times(
-            simd,
-            len,
-            value,
-            right(&scratch.weights[..]),
-            panel,
-            #[inline(always)]
-            |k, _, sums| {
-                store::<S, F>(sums, &mut products[k * width + column..]);
-            },
-        );
+        let key = keys.left(tile.start);
+        let value = values.left(tile.start);
+        let out = Out::panel(squared, width, column, panel);
+        squared_distances(simd, len, key, right(&scratch.queries[..]), out);
+        let out = Out::panel(products, width, column, panel);
+        let weights = right(&scratch.weights[..]);
+        rows_times(simd, len, value, weights, Target::Overwrite, out);
         if !upstream.is_linear {
-            let directions = right(&scratch.directions[..]);
-            squared_distances(
-                simd,
-                len,
-                value,
-                directions,
-                panel,
-                #[inline(always)]
-                |k, _, sums| {
-                    store::<S, F>(sums, &mut spreads[k * width + column..]);
-                },
-            );
+            let out = Out::panel(spreads, width, column, panel);
+            squared_distances(simd, len, value, right(&scratch.directions[..]), out);
         }
         let lanes = block.lanes(column, panel);
         let may_hide = block.may_hide_in(&lanes, tile);
@@ -382,43 +355,18 @@ fn backward_tile_inline<S: Simd, F: Float>(
         }
     }
 
-    let right = Matrix { data: &scratch.sum_rows[..], stride: padded };
-    let weights_of = |k: usize| &squared[k * width..][..width];
-    rows_times(
-        simd,
-        len,
-        weights_of,
-        right,
-        padded,
-        #[inline(always)]
-        |k, column, grad| {
-            add::<S, F>(simd, grad, &mut sums.value[(first_row + k) * padded + column..]);
-        },
-    );
-    let right = Matrix { data: &scratch.query_rows[..], stride: padded_key };
-    let directions_of = |k: usize| &products[k * width..][..width];
-    rows_times(
-        simd,
-        len,
-        directions_of,
-        right,
-        padded_key,
-        #[inline(always)]
-        |k, column, grad| {
-            add::<S, F>(simd, grad, &mut sums.key[(first_row + k) * padded_key + column..]);
-        },
-    );
+    for (factors, rows, padded, sums) in [
+        (&*squared, &scratch.sum_rows, padded, &mut sums.value),
+        (&*products, &scratch.query_rows, padded_key, &mut sums.key),
+    ] {
+        let left = Left { data: factors, stride: width, len: width };
+        let right = Matrix { data: &rows[..], stride: padded };
+        let data = &mut sums[first_row * padded..];
+        let out = Out { data, stride: padded, columns: padded };
+        rows_times(simd, len, left, right, Target::Add, out);
+    }
     let right = Matrix { data: &*products, stride: width };
-    let left = HeadRows::new(points.key.slices(), kv_head, key_dim).matrix(tile.start);
-    columns_times(
-        simd,
-        key_dim,
-        left,
-        right,
-        width,
-        #[inline(always)]
-        |row, column, grad| {
-            add::<S, F>(simd, grad, &mut scratch.grad_query[row * width + column..]);
-        },
-    );
+    let left = HeadRows::new(points.key.slices(), kv_head, key_dim).left(tile.start);
+    let out = Out { data: &mut scratch.grad_query[..], stride: width, columns: width };
+    columns_times(simd, left, right, Target::Add, out);
 }

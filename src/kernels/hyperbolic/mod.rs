@@ -27,7 +27,7 @@ pub(super) use spread::spread;
 use super::buffer::Buffer;
 use super::dense::{Block, TileScorer};
 use super::heads::{Columns, Gather};
-use super::matmul::{Matrix, PanelRow, Vector, load, panel_width, squared_distances, store};
+use super::matmul::{Matrix, Out, PanelRow, Vector, load, panel_width, squared_distances, store};
 use super::problem::{Problem, Rows};
 use super::rows::{Scorer, Tile};
 use crate::float::Float;
@@ -247,20 +247,10 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
         scores: &mut [F],
     ) -> PanelRow<S, F> {
         let (problem, width) = (self.problem, block.width);
-        let keys = block.keys();
         let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
-        let key = |k| keys.row(tile.start + k);
-        squared_distances(
-            simd,
-            tile.len(),
-            key,
-            right,
-            panel_width::<S, F>(),
-            #[inline(always)]
-            |k, _, sums| {
-                store::<S, F>(sums, &mut scores[k * width + column..]);
-            },
-        );
+        let keys = block.keys().left(tile.start);
+        let out = Out::panel(scores, width, column, panel_width::<S, F>());
+        squared_distances(simd, tile.len(), keys, right, out);
         let factor = Vector::<S, F>::splat(simd, problem.factor());
         let len = Vector::<S, F>::LEN;
         let queries = [

@@ -7,7 +7,9 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::kernels::exp2::exp2;
 use crate::kernels::heads::{Columns, Gather};
-use crate::kernels::matmul::{Matrix, Vector, load, panel_width, splat, squared_distances, store};
+use crate::kernels::matmul::{
+    Matrix, Out, Vector, load, panel_width, splat, squared_distances, store,
+};
 use crate::kernels::parallel::{self, row_chunks};
 use crate::kernels::problem::Slices;
 use crate::kernels::rows::{
@@ -115,7 +117,11 @@ impl<F: Float> Task<'_, F> {
         let softmax = &problem.softmax;
         let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
         let mut scorer = DistanceTiles::new(simd, problem, width);
-        let mut tile = Scores { scores: Buffer::zeros(sizes.keys * width), rows: Vec::new() };
+        let mut tile = Scores {
+            scores: Buffer::zeros(sizes.keys * width),
+            spreads: Buffer::zeros(sizes.keys * width),
+            rows: Vec::new(),
+        };
         let mut packed = Buffer::zeros(problem.dim * width);
         let mut lanes = Lanes::<F, 2>::new(width);
         for rows in parallel::ranges(queries.len(), sizes.queries) {
@@ -173,12 +179,13 @@ impl<F: Float> Task<'_, F> {
         tile: &Range<usize>,
         scorer: &DistanceTiles<'_, F>,
         packed: &[F],
-        Scores { scores, rows }: &mut Scores<F>,
+        Scores { scores, spreads, rows }: &mut Scores<F>,
         lanes: &mut Lanes<F, 2>,
     ) {
         let problem = self.problem;
         let (panel, width) = (panel_width::<S, F>(), block.width);
         let scores = &mut scores[..tile.len() * width];
+        let spreads = &mut spreads[..tile.len() * width];
         let kv_head = problem.softmax.kv_head(block.head);
         let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
         let [lowest, highest] =
@@ -204,22 +211,17 @@ impl<F: Float> Task<'_, F> {
             block.drop_out(simd, of_panel, tile, scores, rows);
             let mut sum = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
             let right = Matrix { data: packed, stride: width }.skip_columns(column);
-            let value = |k| values.row(tile.start + k);
-            squared_distances(
-                simd,
-                tile.len(),
-                value,
-                right,
-                panel,
-                #[inline(always)]
-                |k, _, spreads| {
-                    let mass = problem.masses[problem.key_at(tile.start + k, block.head)];
-                    let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
-                    let weights = load::<S, F>(simd, &scores[k * width + column..]);
-                    sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
-                    sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
-                },
-            );
+            let out = Out::panel(spreads, width, column, panel);
+            squared_distances(simd, tile.len(), values.left(tile.start), right, out);
+            let of_keys = scores.chunks_exact(width).zip(spreads.chunks_exact(width));
+            for (key, (weights, spreads)) in tile.clone().zip(of_keys) {
+                let mass = problem.masses[problem.key_at(key, block.head)];
+                let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
+                let weights = load::<S, F>(simd, &weights[column..]);
+                let spreads = load::<S, F>(simd, &spreads[column..]);
+                sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
+                sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
+            }
             store::<S, F>(sum, &mut lanes.data[lanes.stride + column..]);
         }
     }
@@ -229,6 +231,7 @@ impl<F: Float> Task<'_, F> {
 struct Scores<F> {
     /// keys × width.
     scores: Buffer<F>,
+    spreads: Buffer<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,
 }
