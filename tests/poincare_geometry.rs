@@ -331,7 +331,7 @@ fn results_past_the_last_point_are_inside() {
     let end = call("exp_map", &[vec![0.9, 0.0], vec![1e3, 1.0]], 1.0);
     assert!(conformal_factor(&end, 1.0).is_ok(), "{end:?}");
     let exact = [1.0 - 1.385_040_857_767e-9, 5.263_156_575_303_182e-5];
-    assert!((end[0] - exact[0]).abs() <= 1.2e-16 && (end[1] - exact[1]).abs() < 1e-20, "{end:?}");
+    assert!((end[0] - exact[0]).abs() <= 1.2e-16 && (end[1] - exact[1]).abs() < 2e-20, "{end:?}");
     let ten = vec![10.0, 0.0, 0.0, 10.0];
     for r in [0.75, 0.9, 0.97, 1.0_f64.next_down()] {
         for x in [vec![r, 0.0], vec![0.6 * r, -0.8 * r]] {

@@ -401,7 +401,8 @@ mod tests {
         if panels == 1 {
             product.fill(f32::NAN);
             let before = splat::<S, f32>(simd, 3.0);
-            let max = rows_times_with_max(simd, rows, rows_of_left, right, before, out(&mut product));
+            let max =
+                rows_times_with_max(simd, rows, rows_of_left, right, before, out(&mut product));
             assert_eq!(product, expected);
             let max = max.iter().flat_map(|max| max.as_slice()).copied();
             for (column, max) in max.enumerate() {

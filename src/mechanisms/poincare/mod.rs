@@ -2,6 +2,7 @@ mod config;
 mod mean;
 mod plain;
 mod polar;
+mod wide;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
 
@@ -21,6 +22,7 @@ use mean::Sums;
 use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use plain::Plain;
 use polar::{DirectionFactor, Polar, Space};
+use wide::Wide;
 
 const NAME: &str = "poincare";
 
@@ -59,7 +61,7 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// summed from differences, not formed of norms and a product, which would take half the instructions
 /// and be wrong for near points. So distances, means and gradients are right to a few tens of units
 /// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
-/// reach distances of 40/√c in `f32` and 350/√c in `f64`. Nothing is clamped. A mean farther than
+/// reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther than
 /// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
 /// then. What is known less well: the gradient of c is a difference of terms as large as ⟨x,
 /// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
@@ -116,6 +118,8 @@ enum Attended<F> {
     /// The weights of all pairs, of means that are formed pair by pair.
     Pairs(Softmax<F>),
     Sums(Sums<F>),
+    /// What the same mechanism saved that computed in `f64`.
+    Wide(Saved),
 }
 
 impl<F: Float> Poincare<F> {
@@ -140,9 +144,10 @@ impl<F: Float> Poincare<F> {
     fn space(&self) -> Result<Space> {
         let c = self.curvature();
         let (temperature, coordinates) = (self.temperature(), self.config.coordinates);
-        config::check_positive("curvature", c)?;
-        config::check_positive("temperature", temperature)?;
-        let largest_radius = config::largest_radius::<F>(self.config.aggregation);
+        let raw = |param: &Option<Array0<F>>| param.as_ref().map(|raw| raw[()]);
+        config::check_range("curvature", c, raw(&self.raw_curvature))?;
+        config::check_range("temperature", temperature, raw(&self.raw_temperature))?;
+        let largest_radius = config::largest_radius(self.config.aggregation);
         Ok(Space { c, coordinates, largest_radius })
     }
 
@@ -223,6 +228,10 @@ impl<F: Float> Poincare<F> {
 }
 
 impl<F: Float> Embedded<F> {
+    fn is_within_range(&self) -> bool {
+        [&self.query, &self.key, &self.value].into_iter().all(Polar::is_within_range)
+    }
+
     /// The pairs of some inputs over directions, and what is summed.
     fn inputs<'e>(&'e self, inputs: &Inputs<'e, F>) -> Result<Inputs<'e, F>> {
         let arrays = [&self.query.directions, &self.key.directions, &self.sums];
@@ -300,7 +309,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
-        let attended = if self.config.aggregation.is_plain() {
+        let attended = if !embedded.is_within_range() {
+            Attended::Wide(Wide::new(self, inputs)?.forward(inputs, out)?)
+        } else if self.config.aggregation.is_plain() {
             let softmax = self.softmax(inputs, &embedded)?;
             Plain::new(self, inputs, &softmax)?.forward(out)?;
             Attended::Pairs(softmax)
@@ -328,6 +339,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
         grads.check(NAME, inputs, self)?;
         let sums = match attended {
             Attended::Sums(sums) => sums,
+            Attended::Wide(saved) => {
+                return Wide::new(self, inputs)?.backward(inputs, saved, grad_out, grads);
+            }
             Attended::Pairs(softmax) => {
                 let shape = [inputs.num_pairs(), inputs.heads()];
                 check_shape("saved weights", &shape, softmax.weights.shape())?;
@@ -379,6 +393,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let embedded = self.embed(inputs)?;
+        if !embedded.is_within_range() {
+            return Wide::new(self, inputs)?.weights(inputs);
+        }
         Ok(self.softmax(inputs, &embedded)?.weights)
     }
 }

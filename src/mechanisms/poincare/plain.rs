@@ -37,6 +37,7 @@ pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<So
 /// What the means are formed of, points in the coordinates of the ball.
 pub(super) struct Plain<'i, 'a, F: Float> {
     inputs: &'i Inputs<'a, F>,
+    space: Space,
     c: f64,
     temperature: f64,
     coordinates: Coordinates,
@@ -70,11 +71,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         inputs: &'i Inputs<'a, F>,
         softmax: &'i Softmax<F>,
     ) -> Result<Self> {
-        let Space { c, coordinates, .. } = poincare.space()?;
+        let space = poincare.space()?;
+        let Space { c, coordinates, .. } = space;
         let points = |array: ArrayView2<'_, F>, heads: usize| -> Result<Array2<f64>> {
             let mut points = array.mapv(Float::as_f64).as_standard_layout().into_owned();
             if coordinates == Coordinates::Tangent {
                 for_each_point(&mut points, heads, |_, point| {
+                    space.shorten(point);
                     let tangent = point.to_vec();
                     exp_map_origin(&tangent, c, point)
                 })?;
@@ -85,7 +88,18 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let [key, value] = [inputs.key(), inputs.value()];
         let [key, value] = [points(key, inputs.kv_heads())?, points(value, inputs.kv_heads())?];
         let (temperature, aggregation) = (poincare.temperature(), poincare.config.aggregation);
-        Ok(Self { inputs, c, temperature, coordinates, aggregation, query, key, value, softmax })
+        Ok(Self {
+            inputs,
+            space,
+            c,
+            temperature,
+            coordinates,
+            aggregation,
+            query,
+            key,
+            value,
+            softmax,
+        })
     }
 
     fn kv_head(&self, head: usize) -> usize {
@@ -405,8 +419,18 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                     return Ok(());
                 }
                 grad.fill(0.0);
-                let tangent = &of_row(&tangents, at / heads)[head_columns(at % heads, dim)];
-                grad_c += exp_map_origin_vjp(tangent, self.c, &grad_point, grad)?;
+                let columns = head_columns(at % heads, dim);
+                let mut tangent = of_row(&tangents, at / heads)[columns].to_vec();
+                let factor = self.space.shorten(&mut tangent);
+                grad_c += exp_map_origin_vjp(&tangent, self.c, &grad_point, grad)?;
+                if let Some(factor) = factor {
+                    // As that of a vector of fixed length in units of 1/√c.
+                    let (along, square) = (dot(grad, &tangent), dot(&tangent, &tangent));
+                    grad_c -= along / (2.0 * self.c);
+                    for (grad, tangent) in grad.iter_mut().zip(&tangent) {
+                        *grad = factor * (*grad - along / square * tangent);
+                    }
+                }
                 Ok(())
             })?;
         }
