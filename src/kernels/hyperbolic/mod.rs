@@ -11,10 +11,12 @@
 //! So a tile of logits is a tile of squared distances between directions, from their differences, and
 //! elementwise work (`pairs`). The forward pass is that of any softmax attention: what is summed of
 //! the values is linear, and what becomes of the sums is the mechanism's business. `spread` sums
-//! again what the first sums hold too inexactly; `backward` is the other direction.
+//! again what the first sums hold too inexactly; `backward` is the other direction, in which `dominant`
+//! settles what rounding leaves of a nearly one-hot softmax.
 
 mod backward;
 mod dense_backward;
+mod dominant;
 mod pairs;
 mod spread;
 

@@ -15,12 +15,15 @@ pub enum Coordinates {
     /// Tangent vectors v at the origin: the point is exp₀(v), 2|v| from the origin. Every finite vector
     /// is a point, so that c may grow and no vector is refused.
     ///
-    /// Distances, means and gradients are exact up to 350/√c from the origin. Farther out, where their
-    /// exponentials would overflow, a vector stands for the point at 350/√c in its direction: longer
-    /// vectors of one direction are one point. Then the gradient has no part along the vector, and the
-    /// gradient of c holds this distance fixed in units of 1/√c. [`Aggregation::TangentAtQuery`] and
-    /// [`Aggregation::FrechetMean`] do the same from 36/√c on. In `f32`, inputs with a point farther than
-    /// 40/√c from the origin are computed in `f64`, in two to three times the time.
+    /// Distances reach to 350/√c from the origin. Farther out, where their exponentials would overflow, a
+    /// vector stands for the point at 350/√c in its direction: longer vectors of one direction are one
+    /// point. Then its gradient has no part along the vector, and the gradient of c holds its distance
+    /// fixed in units of 1/√c. [`Aggregation::TangentAtQuery`] and [`Aggregation::FrechetMean`] do the same
+    /// from 36/√c on.
+    ///
+    /// In `f32`, inputs with a query or key farther than 40/√c from the origin, or a value whose midpoints
+    /// are wanted farther than 8/√c, are computed in `f64`, in two to three times the time: so in
+    /// [`Ball`](Self::Ball) too.
     Tangent,
 }
 
@@ -171,7 +174,11 @@ pub(super) fn largest_radius(aggregation: Aggregation) -> f64 {
     if aggregation.is_plain() { 36.0 } else { 350.0 }
 }
 
-/// The radius up to which a type can compute.
-pub(super) fn radius_within<F: Float>() -> f64 {
-    if F::max_value().as_f64() > 1e300 { f64::INFINITY } else { 40.0 }
+/// The radii of queries and keys, and of values, up to which a type can compute.
+pub(super) fn radii_within<F: Float>(aggregation: Aggregation) -> [f64; 2] {
+    if F::max_value().as_f64() > 1e300 {
+        return [f64::INFINITY; 2];
+    }
+    // The gradient of a value is rounded by e^{2R} ε where a midpoint is near to it.
+    [40.0, if aggregation == Aggregation::Midpoint { 8.0 } else { 40.0 }]
 }

@@ -63,7 +63,9 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
 /// reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther than
 /// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
-/// then. What is known less well: the gradient of c is a difference of terms as large as ⟨x,
+/// then. What is known less well: the gradient of a value to which a midpoint is near is rounded by
+/// e^{2R} ε at the distance R/√c from the center, so that in `f64` half of its digits are left at R = 9
+/// and none at 18, and the midpoint itself, if its direction is that of the value alone, from 36 on; the gradient of c is a difference of terms as large as ⟨x,
 /// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
 ///
 /// The distance has no derivative where query and key are one point; there it counts as 0.
@@ -228,8 +230,11 @@ impl<F: Float> Poincare<F> {
 }
 
 impl<F: Float> Embedded<F> {
-    fn is_within_range(&self) -> bool {
-        [&self.query, &self.key, &self.value].into_iter().all(Polar::is_within_range)
+    /// Whether all points are so near to the origin that this type can compute with them.
+    fn is_within_range(&self, aggregation: Aggregation) -> bool {
+        let [radius, of_values] = config::radii_within::<F>(aggregation);
+        let is_within = [&self.query, &self.key].map(|polar| polar.is_within(radius));
+        is_within == [true; 2] && self.value.is_within(of_values)
     }
 
     /// The pairs of some inputs over directions, and what is summed.
@@ -309,7 +314,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
-        let attended = if !embedded.is_within_range() {
+        let attended = if !embedded.is_within_range(self.config.aggregation) {
             Attended::Wide(Wide::new(self, inputs)?.forward(inputs, out)?)
         } else if self.config.aggregation.is_plain() {
             let softmax = self.softmax(inputs, &embedded)?;
@@ -393,7 +398,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let embedded = self.embed(inputs)?;
-        if !embedded.is_within_range() {
+        if !embedded.is_within_range(self.config.aggregation) {
             return Wide::new(self, inputs)?.weights(inputs);
         }
         Ok(self.softmax(inputs, &embedded)?.weights)

@@ -383,9 +383,17 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         }
         // p = softmax(s): ds = p (dp − δ);  s = −d/τ + b
         let delta: f64 = grad_weights.iter().zip(&row.weights).map(|(grad, p)| grad * p).sum();
+        let grads_and_weights = grad_weights.into_iter().zip(&row.weights);
+        let mut grad_logits: Vec<f64> =
+            grads_and_weights.map(|(grad, p)| p * (grad - delta)).collect();
+        // They sum to 0. Of a pair with nearly all weight the difference is rounded, and its weight more:
+        // minus the sum of the others it is not.
+        if let Some(dominant) = row.weights.iter().position(|&p| p > 0.5) {
+            grad_logits[dominant] = 0.0;
+            grad_logits[dominant] = -grad_logits.iter().sum::<f64>();
+        }
         let mut grad_temperature = 0.0;
-        for ((pair, p), grad) in row.pairs.iter().zip(&row.weights).zip(grad_weights) {
-            let grad_logit = p * (grad - delta);
+        for (pair, grad_logit) in row.pairs.iter().zip(grad_logits) {
             if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
                 grad[bias.slot(*pair, head)] += F::of(grad_logit);
             }

@@ -2,7 +2,6 @@
 //! from the origin cancels.
 
 use super::Coordinates;
-use super::config::radius_within;
 use crate::error::{Error, Result};
 use crate::float::{Float, all_finite, try_vec, try_zeros};
 use crate::geometry::poincare::ball::{norm_of, one_minus_c_norm2};
@@ -247,9 +246,9 @@ pub(super) enum DirectionFactor {
 }
 
 impl<F: Float> Polar<F> {
-    /// Whether all points are so near to the origin that this type can compute with them.
-    pub(super) fn is_within_range(&self) -> bool {
-        let largest = (0.5 * radius_within::<F>()).exp_m1();
+    /// Whether no point is farther from the origin than this.
+    pub(super) fn is_within(&self, radius: f64) -> bool {
+        let largest = (0.5 * radius).exp_m1();
         self.nodes.iter().all(|node| node.norm.is_nan() || node.expm1 <= largest)
     }
 
