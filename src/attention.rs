@@ -2,7 +2,7 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
-use crate::params::Params;
+use crate::params::{self, Params};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2};
 use std::any::{Any, type_name};
 use std::fmt;
@@ -55,8 +55,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// Inference: overwrites `out`, num_queries × [`output_dim`](Self::output_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`] if `out` or the inputs do not fit, [`Error::MissingInput`] or
-    /// [`Error::Unsupported`] for channels.
+    /// [`Error::Shape`] if `out` or the inputs do not fit; [`Error::MissingInput`],
+    /// [`Error::Unsupported`] or [`Error::MissingSetting`] for channels.
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()>;
 
     /// The forward pass of training: the same numbers, and what
@@ -157,8 +157,7 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
     ) -> Result<Vec<ArrayD<F>>> {
-        let mut params = Vec::new();
-        self.visit_params(&mut |_, param| params.push(ArrayD::zeros(param.raw_dim())));
+        let mut params = params::zeros(self);
         let grads = GradientsMut {
             query: None,
             key: None,

@@ -68,6 +68,19 @@ pub enum Error {
         /// The channel it cannot honour.
         channel: Channel,
     },
+    /// The inputs carry data that the mechanism reads only with a setting, and it is configured without.
+    #[error(
+        "{mechanism}: expected a configuration with `{setting}` for inputs with {channel}, got one without (set it, or leave {channel} out)"
+    )]
+    MissingSetting {
+        /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
+        /// expert in a mixture, `cross (flash)` of a branch.
+        mechanism: Cow<'static, str>,
+        /// What sets it, e.g. `EdgeGatConfig::edge_dim`.
+        setting: &'static str,
+        /// The channel that would not be read.
+        channel: Channel,
+    },
     /// A setting or a scalar argument has a value outside its range.
     #[error("{field}: expected {expected}, got {actual}")]
     InvalidConfig {
@@ -208,6 +221,9 @@ impl Error {
             Self::Unsupported { mechanism: name, channel } => {
                 Self::Unsupported { mechanism: of_part(&name).into(), channel }
             }
+            Self::MissingSetting { mechanism: name, setting, channel } => {
+                Self::MissingSetting { mechanism: of_part(&name).into(), setting, channel }
+            }
             Self::Shape { what, expected, actual } => {
                 let what = format!("{}: {what}", of_part(name)).into();
                 Self::Shape { what, expected, actual }
@@ -235,7 +251,8 @@ pub(crate) fn check_shape(
 /// The optional parts of [`Inputs`](crate::Inputs).
 ///
 /// The first four change which pairs attend, or how much: a mechanism honours them or refuses
-/// them with [`Error::Unsupported`]. The others are data that a mechanism may read or leave.
+/// them with [`Error::Unsupported`]. The others are data that a mechanism may read or leave; which of
+/// them it may leave is said at [`Inputs`](crate::Inputs).
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Channel {

@@ -21,7 +21,7 @@ pub struct Gradients<F> {
     pub edge_features: Option<Array2<F>>,
     /// With respect to the distances, where the inputs have them.
     pub distances: Option<Array1<F>>,
-    /// With respect to the parameters, in the order in which [`Params`] visits them.
+    /// With respect to the parameters, in the order in which [`Params`] visits them; buffers have none.
     pub params: Vec<ArrayD<F>>,
 }
 
@@ -58,8 +58,6 @@ impl<F: Float> Gradients<F> {
         let shapes = inputs.gradient_shapes();
         let zeros = |what, [rows, columns]: [usize; 2]| try_zeros(what, rows, columns);
         let optional = |what, shape: Option<_>| shape.map(|shape| zeros(what, shape)).transpose();
-        let mut param_zeros = Vec::new();
-        params.visit_params(&mut |_, param| param_zeros.push(ArrayD::zeros(param.raw_dim())));
         let vector = |[len]: [usize; 1]| try_vec("grads.distances", &[len], F::zero());
         Ok(Self {
             query: zeros("grads.query", shapes.query)?,
@@ -68,7 +66,7 @@ impl<F: Float> Gradients<F> {
             bias: optional("grads.bias", shapes.bias)?,
             edge_features: optional("grads.edge_features", shapes.edge_features)?,
             distances: shapes.distances.map(vector).transpose()?.map(Array1::from),
-            params: param_zeros,
+            params: params::zeros(params),
         })
     }
 

@@ -30,8 +30,19 @@ type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 /// value are h equal blocks that attend independently and whose outputs stand side by side.
 ///
 /// **Channels** that change the answer (mask, causal, bias, dropout, heads) are honoured by a
-/// mechanism or refused with [`Error::Unsupported`]. The others are data that a mechanism may read;
-/// one that it needs and that is absent gives [`Error::MissingInput`].
+/// mechanism or refused with [`Error::Unsupported`]. The others (edge features, distances, layers,
+/// positions, latent neighbours) are data:
+///
+/// * Data that a mechanism needs and that is absent gives [`Error::MissingInput`].
+/// * Data that a mechanism never reads stays unread and costs nothing, so that one `Inputs` can feed a
+///   mixture whose experts read different data. Each mechanism's page says what it reads.
+/// * Data that a mechanism reads only with a setting, and that comes without it, is refused with
+///   [`Error::MissingSetting`]: edge features for an [`EdgeGat`](crate::EdgeGat) without
+///   [`edge_dim`](crate::EdgeGatConfig::edge_dim).
+/// * Where the choice of a function decides what is read, that function says what is not: layers by
+///   [`LocalGlobal::by_order`](crate::LocalGlobal::by_order).
+///
+/// A channel that is set twice is what it was set to last: two masks do not add up.
 ///
 /// ```
 /// use graph_attention::{Graph, Inputs};
@@ -383,7 +394,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Features of each pair: num_pairs × any number of columns, in the pair order. Read by
-    /// [`EdgeGat`](crate::EdgeGat).
+    /// [`EdgeGat`](crate::EdgeGat), which must be configured for as many
+    /// ([`EdgeGatConfig::edge_dim`](crate::EdgeGatConfig::edge_dim)).
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one row per pair.
@@ -424,7 +436,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// A layer number for each pair, such as the layer of a link in an HNSW index, the hops of
     /// [`Graph::k_hop`] or the pattern of [`Graph::union`]. Read by
-    /// [`LocalGlobal`](crate::LocalGlobal): 0 is local, anything above is global.
+    /// [`LocalGlobal`](crate::LocalGlobal) by layer: 0 is local, anything above is global.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.
@@ -472,7 +484,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// A second list of neighbours over the same queries and keys, beside the pairs of the inputs. Read
-    /// by [`DualSpace`](crate::DualSpace).
+    /// by [`DualSpace`](crate::DualSpace), which then does not search for any itself.
     ///
     /// # Errors
     /// [`Error::Shape`] if the graph is over another number of queries or keys.

@@ -22,11 +22,10 @@
 //! A [`Graph`] lists the pairs instead. Nothing else changes: every mechanism takes both.
 //!
 //! ```
-//! use graph_attention::Graph;
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, Flash, Inputs};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, Flash, Graph, Inputs};
 //!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 //! // Node 0 attends to nodes 1 and 2, node 1 to node 2, node 2 to nobody.
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
@@ -44,13 +43,12 @@
 //! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
 //!
 //! ```
-//! use graph_attention::{EdgeGatConfig, Score};
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
 //! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, Graph, Inputs};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //! let lengths = array![[0.5], [2.0], [1.0]]; // of the edges (0, 1), (0, 2), (1, 2)
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
 //!     .with_edge_features(lengths.view())?;
@@ -69,19 +67,20 @@
 //! There is no tape. [`forward_train`](Attention::forward_train) also returns what the backward pass needs,
 //! and [`backward`](Attention::backward) turns the gradient of your loss with respect to the output into
 //! [`Gradients`] of the inputs, of the pairs' data and of the parameters. [`params::update`] hands each
-//! parameter with its gradient to your optimiser; here that is plain gradient descent.
+//! parameter with its gradient to your optimiser, and leaves alone what is saved but not trained; here the
+//! optimiser is plain gradient descent.
 //!
 //! ```
-//! use graph_attention::params;
-//! # use graph_attention::ndarray::array;
-//! # use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
-//! # use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-//! # let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! # let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
-//! # let lengths = array![[0.5], [2.0], [1.0]];
-//! # let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
-//! #     .with_edge_features(lengths.view())?;
-//! # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+//! use graph_attention::ndarray::array;
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score, params};
+//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//!
+//! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+//! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+//! let lengths = array![[0.5], [2.0], [1.0]];
+//! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
+//!     .with_edge_features(lengths.view())?;
+//! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //!
 //! // One number for each node: the mean of 3 heads of 1 column.
 //! let config = EdgeGatConfig::new(Score::GatV2, 2, 1, 3).edge_dim(1).average_heads(true);
@@ -143,7 +142,7 @@
 //! |---|---|---|
 //! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
-//! | `safetensors` | no | the module `safetensors`: parameters to and from files, PyTorch's among them |
+//! | `safetensors` | no | the module `safetensors`: parameters and buffers to and from files, PyTorch's among them |
 //! | `serde` | no | `Serialize` and `Deserialize` of configurations, [`Graph`] and [states](params), in any format |
 //! | `petgraph` | no | `Graph::from_petgraph`: graphs of the crate `petgraph` 0.8 |
 //! | `sprs` | no | `Graph::from_sprs`: sparse matrices of the crate `sprs` 0.11, by rows or by columns |
@@ -181,7 +180,7 @@ pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
 pub use mechanisms::flash::Flash;
 pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
 pub use mechanisms::local_global::{LocalGlobal, Window};
-pub use mechanisms::moe::{Moe, MoeConfig, Routing};
+pub use mechanisms::moe::{Gating, Moe, MoeConfig, Priority, Routing};
 pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
 pub use mechanisms::performer::{
     Accuracy, Features, Performer, PerformerConfig, PerformerState, Projection,

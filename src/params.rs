@@ -1,4 +1,4 @@
-//! Parameters seen from outside: by optimisers, and by whoever saves and loads them.
+//! Parameters and buffers seen from outside: by optimisers, and by whoever saves and loads them.
 //!
 //! **Saving.** What a trained mechanism is, beside its type, is a configuration and a [`state`]. With the
 //! feature `serde` both are written and read by any format of [serde](https://serde.rs); what is read is
@@ -30,22 +30,44 @@ use crate::float::Float;
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
 use std::sync::Arc;
 
-/// The trainable parameters of a mechanism, named as PyTorch and PyG name them (`out_proj.weight`,
+/// The parameters and buffers of a mechanism, named as PyTorch and PyG name them (`out_proj.weight`,
 /// `att_src`); those of a mechanism inside another carry its name and a dot (`inner.att_src`).
 ///
-/// Both methods visit the same parameters in the same order, and gradients
-/// ([`Gradients::params`](crate::Gradients::params)) come in that order. A mechanism without
-/// parameters has two empty methods. [`guide::training`](crate::guide::training) implements it for a
-/// model of several layers.
+/// As in PyTorch, **parameters** are trained and **buffers** are not, and both are saved and loaded:
+///
+/// | | parameters | buffers |
+/// |---|---|---|
+/// | what they are | weights, and whatever else a loss can improve | the random projection of a [`Performer`](crate::Performer), the expert bias of a [`Moe`](crate::Moe), rotary frequencies that are not learned |
+/// | [`update`], [`Gradients::params`](crate::Gradients::params) | yes | no |
+/// | [`state`], [`load_state`], safetensors, serde | yes | yes |
+///
+/// Each pair of methods visits the same arrays in the same order. Gradients
+/// ([`Gradients::params`](crate::Gradients::params)) come in the order of the parameters. A parameter and
+/// a buffer may not have the same name. A mechanism without parameters has two empty methods; the two
+/// of buffers need not be written where there are none.
+///
+/// **A mechanism around others forwards all four methods.** The compiler does not notice if those of
+/// buffers are left out, and the buffers inside are then not saved.
+/// [`guide::training`](crate::guide::training) implements the trait for a model of several layers.
 pub trait Params<F: Float> {
     /// Shows every parameter with its name.
     fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>));
 
     /// Lends every parameter with its name for writing.
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>));
+
+    /// Shows every buffer with its name. Default: there are none.
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        let _ = visitor;
+    }
+
+    /// Lends every buffer with its name for writing. Default: there are none.
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        let _ = visitor;
+    }
 }
 
-/// A copy of all parameters with their names: PyTorch's state dict.
+/// A copy of all parameters and then of all buffers, with their names: PyTorch's state dict.
 ///
 /// ```
 /// use graph_attention::{EdgeGat, EdgeGatConfig, Score, params};
@@ -61,21 +83,57 @@ pub trait Params<F: Float> {
 pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
     let mut state = Vec::new();
     params.visit_params(&mut |name, param| state.push((name.to_owned(), param.to_owned())));
+    state.extend(buffers(params));
     state
 }
 
-/// Sets all parameters from a state dict, in any order. Nothing is changed if anything is wrong.
+/// A copy of all buffers with their names: what a state that holds parameters alone lacks.
+///
+/// ```
+/// use graph_attention::{Flash, GraphRopeConfig, Layout, MultiHeadConfig, params};
+/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+///
+/// let config = MultiHeadConfig::new(8, 2);
+/// # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+/// # let other = config.init::<f32, _>(Flash::new(), &mut rng)?;
+/// // From elsewhere, where the frequencies are not saved.
+/// let mut state = params::state(&other);
+///
+/// let rope = || GraphRopeConfig::new(4, Layout::Half).init(Flash::new());
+/// let mut layer = config.init::<f32, _>(rope()?, &mut rng)?;
+/// state.extend(params::buffers(&layer)); // `inner.frequencies`, as configured
+/// params::load_state(&mut layer, state)?;
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+pub fn buffers<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
+    let mut buffers = Vec::new();
+    params.visit_buffers(&mut |name, buffer| buffers.push((name.to_owned(), buffer.to_owned())));
+    buffers
+}
+
+/// Zeros in the shapes of the parameters, in their order: gradients to add to.
+pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
+    let mut zeros = Vec::new();
+    params.visit_params(&mut |_, param| zeros.push(ArrayD::zeros(param.raw_dim())));
+    zeros
+}
+
+/// Sets all parameters and buffers from a state dict, in any order. Nothing is changed if anything is
+/// wrong.
 ///
 /// # Errors
 /// [`Error::UnknownParam`] for a name that does not exist, [`Error::DuplicateParam`] for one that comes
-/// twice, [`Error::MissingParam`] for one that is not in the state, [`Error::Shape`] for a value of another shape, and
-/// [`Error::InvalidConfig`] if the parameters are shared and so cannot be written.
+/// twice, [`Error::MissingParam`] for a parameter or buffer that is not in the state, [`Error::Shape`] for
+/// a value of another shape, and [`Error::InvalidConfig`] if the parameters are shared and so cannot be
+/// written.
 pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
     new: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
 ) -> Result<()> {
     let old = state(params);
-    check_writable(params, old.len())?;
+    let mut writable = count_writable(params);
+    params.visit_buffers_mut(&mut |_, _| writable += 1);
+    check_writable(writable, old.len())?;
     let mut values: Vec<Option<ArrayD<F>>> = vec![None; old.len()];
     for (name, value) in new {
         let name = name.as_ref();
@@ -94,15 +152,18 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
         return Err(Error::MissingParam { name: old[position].0.clone() });
     }
     let mut values = values.into_iter().flatten();
-    params.visit_params_mut(&mut |_, mut param| {
+    let mut set = |_: &str, mut array: ArrayViewMutD<'_, F>| {
         if let Some(value) = values.next() {
-            param.assign(&value);
+            array.assign(&value);
         }
-    });
+    };
+    params.visit_params_mut(&mut set);
+    params.visit_buffers_mut(&mut set);
     Ok(())
 }
 
-/// One step of an optimiser: calls `step` with each parameter's name, value and gradient.
+/// One step of an optimiser: calls `step` with each parameter's name, value and gradient. Buffers are
+/// left alone.
 ///
 /// ```
 /// use graph_attention::{params, Attention, Inputs, MultiHeadConfig, ScaledDotProduct};
@@ -134,7 +195,7 @@ pub fn update<F: Float, P: Params<F> + ?Sized>(
     mut step: impl FnMut(&str, ArrayViewMutD<'_, F>, ArrayViewD<'_, F>),
 ) -> Result<()> {
     check_gradients(params, gradients)?;
-    check_writable(params, gradients.len())?;
+    check_writable(count_writable(params), gradients.len())?;
     let mut gradients = gradients.iter();
     params.visit_params_mut(&mut |name, param| {
         if let Some(gradient) = gradients.next() {
@@ -144,7 +205,7 @@ pub fn update<F: Float, P: Params<F> + ?Sized>(
     Ok(())
 }
 
-/// How many parameter arrays there are.
+/// How many parameter arrays there are, buffers not counted.
 pub(crate) fn count<F: Float>(params: &(impl Params<F> + ?Sized)) -> usize {
     let mut count = 0;
     params.visit_params(&mut |_, _| count += 1);
@@ -167,9 +228,13 @@ pub(crate) fn check_gradients<F: Float>(
     result
 }
 
-fn check_writable<F: Float>(params: &mut (impl Params<F> + ?Sized), count: usize) -> Result<()> {
+fn count_writable<F: Float>(params: &mut (impl Params<F> + ?Sized)) -> usize {
     let mut writable = 0;
     params.visit_params_mut(&mut |_, _| writable += 1);
+    writable
+}
+
+fn check_writable(writable: usize, count: usize) -> Result<()> {
     if writable == count {
         return Ok(());
     }
@@ -184,6 +249,12 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for Box<P> {
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         (**self).visit_params_mut(visitor);
     }
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        (**self).visit_buffers(visitor);
+    }
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        (**self).visit_buffers_mut(visitor);
+    }
 }
 
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
@@ -193,18 +264,28 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         (**self).visit_params_mut(visitor);
     }
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        (**self).visit_buffers(visitor);
+    }
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        (**self).visit_buffers_mut(visitor);
+    }
 }
 
-/// A shared reference shows its parameters but lends none for writing, so that
+/// A shared reference shows its parameters and buffers but lends none for writing, so that
 /// [`load_state`] and [`update`] refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
     fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
         (**self).visit_params(visitor);
     }
     fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        (**self).visit_buffers(visitor);
+    }
+    fn visit_buffers_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
 }
 
-/// Lends its parameters for writing while it is the only one that holds them; afterwards
+/// Lends its parameters and buffers for writing while it is the only one that holds them; afterwards
 /// [`load_state`] and [`update`] refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for Arc<P> {
     fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
@@ -215,6 +296,14 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for Arc<P> {
             params.visit_params_mut(visitor);
         }
     }
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        (**self).visit_buffers(visitor);
+    }
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        if let Some(params) = Arc::get_mut(self) {
+            params.visit_buffers_mut(visitor);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -222,10 +311,12 @@ mod tests {
     use super::*;
     use ndarray::{ArrayD, IxDyn};
 
+    /// Two parameters and a buffer.
     #[derive(Clone)]
     struct Two {
         first: ArrayD<f64>,
         second: ArrayD<f64>,
+        kept: ArrayD<f64>,
     }
 
     impl Params<f64> for Two {
@@ -237,6 +328,12 @@ mod tests {
             visitor("first", self.first.view_mut());
             visitor("second", self.second.view_mut());
         }
+        fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+            visitor("kept", self.kept.view());
+        }
+        fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+            visitor("kept", self.kept.view_mut());
+        }
     }
 
     fn ones(shape: &[usize]) -> ArrayD<f64> {
@@ -244,28 +341,56 @@ mod tests {
     }
 
     fn two() -> Two {
-        Two { first: 0.0 * ones(&[2]), second: 0.0 * ones(&[1, 3]) }
+        Two { first: 0.0 * ones(&[2]), second: 0.0 * ones(&[1, 3]), kept: 0.0 * ones(&[4]) }
     }
 
     #[test]
     fn a_state_is_loaded_whole_or_not_at_all() {
+        let new =
+            [("kept", ones(&[4])), ("second", 2.0 * ones(&[1, 3])), ("first", 3.0 * ones(&[2]))];
         let mut params = two();
-        load_state(&mut params, [("second", ones(&[1, 3])), ("first", ones(&[2]))]).unwrap();
+        load_state(&mut params, new.clone()).unwrap();
         assert_eq!(
             state(&params),
-            [("first".into(), ones(&[2])), ("second".into(), ones(&[1, 3]))]
+            new.clone().map(|(name, x)| (name.to_owned(), x)).into_iter().rev().collect::<Vec<_>>()
         );
+        assert_eq!(buffers(&params), [("kept".into(), ones(&[4]))]);
 
         let mut params = two();
-        let unknown = load_state(&mut params, [("first", ones(&[2])), ("third", ones(&[2]))]);
-        assert!(unknown.unwrap_err().to_string().contains("third"));
-        let twice = load_state(&mut params, [("first", ones(&[2])), ("first", ones(&[2]))]);
-        assert_eq!(twice, Err(Error::DuplicateParam { name: "first".into() }));
-        let missing = load_state(&mut params, [("second", ones(&[1, 3]))]);
-        assert_eq!(missing, Err(Error::MissingParam { name: "first".into() }));
-        let shape = load_state(&mut params, [("first", ones(&[2])), ("second", ones(&[3]))]);
-        assert_eq!(shape, Err(Error::shape("second", &[1, 3], &[3])));
+        let mut load =
+            |new: &[(&str, ArrayD<f64>)]| load_state(&mut params, new.iter().cloned()).unwrap_err();
+        let [kept, second, first] = new;
+        assert!(load(&[first.clone(), ("third", ones(&[2]))]).to_string().contains("third"));
+        let twice = |name: &str| Error::DuplicateParam { name: name.into() };
+        assert_eq!(load(&[first.clone(), first.clone()]), twice("first"));
+        assert_eq!(load(&[kept.clone(), kept.clone()]), twice("kept"));
+        let missing = |name: &str| Error::MissingParam { name: name.into() };
+        assert_eq!(load(&[second.clone(), kept.clone()]), missing("first"));
+        assert_eq!(load(&[second.clone(), first.clone()]), missing("kept"));
+        let shape = Error::shape("second", &[1, 3], &[3]);
+        assert_eq!(load(&[first.clone(), ("second", ones(&[3]))]), shape);
+        let shape = Error::shape("kept", &[4], &[2]);
+        assert_eq!(load(&[first, second, ("kept", ones(&[2]))]), shape);
         assert!(state(&params).iter().all(|(_, value)| value.sum() == 0.0));
+    }
+
+    #[test]
+    fn buffers_are_kept_from_the_optimiser() {
+        let mut params: Box<dyn Params<f64>> = Box::new(two());
+        assert_eq!(zeros(&params), [0.0 * ones(&[2]), 0.0 * ones(&[1, 3])]);
+        let mut names = Vec::new();
+        update(&mut params, &[ones(&[2]), ones(&[1, 3])], |name, mut param, grad| {
+            names.push(name.to_owned());
+            param += &grad;
+        })
+        .unwrap();
+        assert_eq!(names, ["first", "second"]);
+        let expected =
+            [("first", ones(&[2])), ("second", ones(&[1, 3])), ("kept", 0.0 * ones(&[4]))];
+        assert_eq!(state(&params), expected.map(|(name, value)| (name.to_owned(), value)));
+        let three = [ones(&[2]), ones(&[1, 3]), ones(&[4])];
+        let error = update(&mut params, &three, |_, _, _| {}).unwrap_err();
+        assert_eq!(error, Error::shape("number of grads.params", &[2], &[3]));
     }
 
     #[test]
@@ -274,14 +399,19 @@ mod tests {
         let owner = two();
         let mut borrowed = &owner;
         assert_eq!(count(&borrowed), 2);
+        assert_eq!(state(&borrowed), state(&owner));
         let refused = update(&mut borrowed, &gradients, |_, _, _| {}).unwrap_err();
         assert!(refused.to_string().contains("shared"), "{refused}");
+        assert!(load_state(&mut borrowed, state(&owner)).is_err());
 
         let mut shared = Arc::new(two());
         update(&mut shared, &gradients, |_, mut param, grad| param += &grad).unwrap();
         assert_eq!(shared.first, ones(&[2]));
+        load_state(&mut shared, state(&owner)).unwrap();
+        assert_eq!(state(&shared), state(&owner));
         let _other = Arc::clone(&shared);
         assert!(update(&mut shared, &gradients, |_, _, _| {}).is_err());
+        assert!(load_state(&mut shared, state(&owner)).is_err());
     }
 
     #[test]

@@ -1,19 +1,26 @@
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, nan_max, try_vec, try_zeros};
+use crate::float::{Float, try_zeros};
 use crate::inputs::head_columns;
+use crate::kernels::normalizer::{Normalizer, Part, merge};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-/// The result of softmax attention over a part of the keys: outputs, and the log-sum-exp of the
-/// logits, with which parts are put together to the exact answer over all keys.
+/// The result of softmax attention over a part of the keys: outputs o, and what the exponentials of the
+/// logits s were divided by, with which parts are put together to the exact answer over all keys.
 ///
 /// ```text
-/// L = log(e^{L₁} + e^{L₂}),   o = e^{L₁−L} o₁ + e^{L₂−L} o₂
+/// o = Σ e^{s − m} v / l,                   l = Σ e^{s − m}
+/// m = max(m₁, m₂),                         l = e^{m₁ − m} l₁ + e^{m₂ − m} l₂
+/// o = (e^{m₁ − m} l₁ o₁ + e^{m₂ − m} l₂ o₂) / l
 /// ```
 ///
 /// So one query's keys can live in several shards, HNSW layers or machines. The merge is
-/// associative and commutative up to rounding, and [`empty`](Self::empty) (output 0, log-sum-exp
-/// −∞) is its identity. A part whose only logits are −∞ counts as empty, whatever its values.
+/// associative and commutative up to rounding, and [`empty`](Self::empty) (output 0, m = −∞, l = 0) is
+/// its identity. A part whose only logits are −∞ counts as empty, whatever its values.
 /// (Milakov & Gimelshein 2018, 1805.02867; Rabe & Staats 2021, 2112.05682.)
+///
+/// The shift m and the sum l are kept apart. Other libraries keep their log-sum-exp L = m + log l
+/// alone, which is enough for logits of ordinary size; where |L| is large, as under a bias of −1e9, its
+/// rounding error is large too, and parts would be weighted wrongly.
 ///
 /// Made by [`ScaledDotProduct::forward_partial`](crate::ScaledDotProduct::forward_partial) and
 /// [`Flash::forward_partial`](crate::Flash::forward_partial):
@@ -38,42 +45,52 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Partial<F> {
     out: Array2<F>,
-    log_sum_exp: Array2<F>,
+    normalizer: Normalizer<F>,
 }
 
 impl<F: Float> Partial<F> {
-    /// From outputs, num_queries × (heads · d_v), and the log-sum-exp, num_queries × heads. Where
-    /// that is −∞ no key was seen, and the outputs are set to 0.
+    /// From outputs, num_queries × (heads · d_v), and the shift m and sum l, num_queries × heads each.
+    /// Where the sum is 0 no key was seen, and the outputs are set to 0.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the numbers of rows differ; [`Error::Heads`] if the outputs cannot be
-    /// split into as many blocks as the log-sum-exp has columns.
-    pub fn new(mut out: Array2<F>, log_sum_exp: Array2<F>) -> Result<Self> {
-        let (heads, columns) = (log_sum_exp.ncols(), out.ncols());
-        check_shape("log_sum_exp", &[out.nrows(), heads], log_sum_exp.shape())?;
+    /// [`Error::Shape`] if the numbers of rows or heads differ; [`Error::Heads`] if the outputs cannot be
+    /// split into as many blocks as there are heads.
+    pub fn new(mut out: Array2<F>, shift: Array2<F>, sum: Array2<F>) -> Result<Self> {
+        let (heads, columns) = (shift.ncols(), out.ncols());
+        check_shape("shift", &[out.nrows(), heads], shift.shape())?;
+        check_shape("sum", &[out.nrows(), heads], sum.shape())?;
         if heads == 0 || !columns.is_multiple_of(heads) {
             return Err(Error::Heads { what: "out", heads, columns });
         }
         let dim = columns / heads;
-        for ((query, head), &log_sum) in log_sum_exp.indexed_iter() {
-            if log_sum == F::neg_infinity() {
+        for ((query, head), &sum) in sum.indexed_iter() {
+            if sum == F::zero() {
                 out.slice_mut(s![query, head_columns(head, dim)]).fill(F::zero());
             }
         }
-        Ok(Self { out, log_sum_exp })
+        Ok(Self { out, normalizer: Normalizer { shift, sum } })
     }
 
-    /// The result over no keys: output 0 and log-sum-exp −∞.
+    /// From outputs and the log-sum-exp L of another library, num_queries × heads: the shift is L, and
+    /// the sum 1, or 0 where L is −∞. As exact as L is.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_log_sum_exp(out: Array2<F>, log_sum_exp: Array2<F>) -> Result<Self> {
+        check_shape("log_sum_exp", &[out.nrows(), log_sum_exp.ncols()], log_sum_exp.shape())?;
+        let is_seen = |&log_sum: &F| log_sum != F::neg_infinity();
+        let sum = log_sum_exp.map(|log_sum| if is_seen(log_sum) { F::one() } else { F::zero() });
+        Self::new(out, log_sum_exp, sum)
+    }
+
+    /// The result over no keys.
     ///
     /// # Errors
     /// [`Error::Heads`] if the columns cannot be split into `heads`; [`Error::TooLarge`] if it does
     /// not fit in memory.
     pub fn empty(num_queries: usize, output_dim: usize, heads: usize) -> Result<Self> {
-        let shape = [num_queries, heads];
-        let log_sum_exp = try_vec("log_sum_exp", &shape, F::neg_infinity())?;
-        let log_sum_exp = Array2::from_shape_vec(shape, log_sum_exp)
-            .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
-        Self::new(try_zeros("out", num_queries, output_dim)?, log_sum_exp)
+        let Normalizer { shift, sum } = Normalizer::empty(num_queries, heads)?;
+        Self::new(try_zeros("out", num_queries, output_dim)?, shift, sum)
     }
 
     /// The outputs over the keys seen so far.
@@ -82,16 +99,29 @@ impl<F: Float> Partial<F> {
         self.out.view()
     }
 
-    /// log Σ e^{logit} over the keys seen so far, for each query and head; −∞ where there are none.
+    /// m for each query and head: the largest logit or one not far below it; −∞ where there are no keys.
     #[must_use]
-    pub fn log_sum_exp(&self) -> ArrayView2<'_, F> {
-        self.log_sum_exp.view()
+    pub fn shift(&self) -> ArrayView2<'_, F> {
+        self.normalizer.shift.view()
     }
 
-    /// Outputs and log-sum-exp.
+    /// l = Σ e^{s − m} over the keys seen so far, for each query and head; 0 where there are none.
     #[must_use]
-    pub fn into_parts(self) -> (Array2<F>, Array2<F>) {
-        (self.out, self.log_sum_exp)
+    pub fn sum(&self) -> ArrayView2<'_, F> {
+        self.normalizer.sum.view()
+    }
+
+    /// L = m + log l = log Σ e^s over the keys seen so far, for each query and head; −∞ where there are
+    /// none.
+    #[must_use]
+    pub fn log_sum_exp(&self) -> Array2<F> {
+        self.normalizer.log_sum_exp()
+    }
+
+    /// Outputs, shift and sum.
+    #[must_use]
+    pub fn into_parts(self) -> (Array2<F>, Array2<F>, Array2<F>) {
+        (self.out, self.normalizer.shift, self.normalizer.sum)
     }
 
     /// The result over the keys of both, which must be disjoint sets of pairs.
@@ -100,42 +130,40 @@ impl<F: Float> Partial<F> {
     /// [`Error::Shape`] if the two are over different queries, heads or columns.
     pub fn merge(mut self, other: &Self) -> Result<Self> {
         check_shape("partial.out", self.out.shape(), other.out.shape())?;
-        check_shape("partial.log_sum_exp", self.log_sum_exp.shape(), other.log_sum_exp.shape())?;
-        let log_sum_exp = self.log_sum_exp.view_mut();
-        merge_rows(self.out.view_mut(), log_sum_exp, other, 0..other.out.nrows());
+        check_shape("partial.shift", self.shift().shape(), other.shift().shape())?;
+        let rows = 0..other.out.nrows();
+        merge_rows(self.out.view_mut(), &mut self.normalizer, other, rows);
         Ok(self)
     }
 }
 
-/// Merges another part into outputs and their log-sum-exp; `rows` says where its rows belong.
+/// Merges another part into outputs and their normalizer; `rows` says where its rows belong.
 pub(crate) fn merge_rows<F: Float>(
     mut out: ArrayViewMut2<'_, F>,
-    mut log_sum_exp: ArrayViewMut2<'_, F>,
+    normalizer: &mut Normalizer<F>,
     other: &Partial<F>,
     rows: impl IntoIterator<Item = usize>,
 ) {
-    let heads = log_sum_exp.ncols();
+    let heads = normalizer.shift.ncols();
     let dim = out.ncols() / heads;
     for (row, into) in rows.into_iter().enumerate() {
         for head in 0..heads {
-            let (a, b) = (&mut log_sum_exp[[into, head]], other.log_sum_exp[[row, head]]);
-            if b == F::neg_infinity() {
+            if other.normalizer.is_empty(row, head) {
                 continue;
             }
             let columns = head_columns(head, dim);
             let mut out = out.slice_mut(s![into, columns.clone()]);
-            let other = other.out.slice(s![row, columns]);
-            if *a == F::neg_infinity() {
-                // A part without keys is left out, not multiplied by zero.
-                out.assign(&other);
-                *a = b;
-                continue;
-            }
-            let max = nan_max(*a, b);
-            let (weight_a, weight_b) = ((*a - max).exp(), (b - max).exp());
-            let sum = weight_a + weight_b;
-            out.zip_mut_with(&other, |a, &b| *a = (*a * weight_a + b * weight_b) / sum);
-            *a = max + sum.ln();
+            let before = out.to_owned();
+            let part = |out, normalizer: &Normalizer<F>, query| {
+                let (shift, sum) = (normalizer.shift[[query, head]], normalizer.sum[[query, head]]);
+                Part { out, shift, sum }
+            };
+            let parts = [
+                part(before.view(), normalizer, into),
+                part(other.out.slice(s![row, columns]), &other.normalizer, row),
+            ];
+            [normalizer.shift[[into, head]], normalizer.sum[[into, head]]] =
+                merge(&parts, out.view_mut());
         }
     }
 }

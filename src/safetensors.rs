@@ -1,4 +1,4 @@
-//! Parameters in [safetensors](https://huggingface.co/docs/safetensors) files, which PyTorch and
+//! Parameters and buffers in [safetensors](https://huggingface.co/docs/safetensors) files, which PyTorch and
 //! most others read and write. Behind the feature `safetensors`.
 //!
 //! ```
@@ -55,7 +55,7 @@ const MAX_HEADER: usize = 100_000_000;
 /// How errors call bytes that come from no file.
 const BYTES: &str = "safetensors bytes";
 
-/// Saves all parameters under their names. A file at `path` is overwritten, in place: if writing
+/// Saves all parameters and buffers under their names. A file at `path` is overwritten, in place: if writing
 /// breaks off, what is left is refused by [`load`].
 ///
 /// # Errors
@@ -68,26 +68,28 @@ pub fn save<F: Float>(params: &(impl Params<F> + ?Sized), path: impl AsRef<Path>
 /// The contents of the file that [`save`] writes; the same bytes for the same parameters.
 ///
 /// # Errors
-/// [`Error::DuplicateParam`] if two parameters have one name, [`Error::InvalidConfig`] for the name
+/// [`Error::DuplicateParam`] if two arrays have one name, [`Error::InvalidConfig`] for the name
 /// `__metadata__`, which the format reserves, [`Error::File`] if the names and shapes take more than
 /// the format's 100 MB.
 pub fn to_bytes<F: Float>(params: &(impl Params<F> + ?Sized)) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
     let mut result = Ok(());
-    params.visit_params(&mut |name, param| {
+    let mut add = |name: &str, param: ArrayViewD<'_, F>| {
         if name == RESERVED {
             result = Err(Error::config("name of a parameter", "one that is not reserved", name));
         } else if tensors.insert(name.to_owned(), Tensor::new(param)).is_some() {
             result = Err(Error::DuplicateParam { name: name.to_owned() });
         }
-    });
+    };
+    params.visit_params(&mut add);
+    params.visit_buffers(&mut add);
     result?;
     ::safetensors::serialize(tensors, None)
         .map_err(|error| file(BYTES, "parameters that fit the format", error))
 }
 
-/// Sets all parameters from a file that holds them and nothing else, in any order. Nothing is
-/// changed if anything is wrong.
+/// Sets all parameters and buffers from a file that holds them and nothing else, in any order. Nothing
+/// is changed if anything is wrong.
 ///
 /// # Errors
 /// As [`read`] and [`params::load_state`].
@@ -131,7 +133,7 @@ fn file(what: impl ToString, expected: &'static str, actual: impl ToString) -> E
     Error::File { what: what.to_string(), expected, actual: actual.to_string() }
 }
 
-/// A parameter as the file holds it.
+/// A parameter or buffer as the file holds it.
 struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,

@@ -1,11 +1,15 @@
 //! A call with bad input gives the right variant of `Error`, whose message names the argument, what
 //! was expected and what came. Empty but valid input is not bad.
 
+mod common;
+
+use common::mechanisms;
 use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Axis};
 use graph_attention::ndarray::{Dimension, Ix1, Ix2, ShapeBuilder, s};
 use graph_attention::{
-    Attention, Channel, Dropout, Flash, Gradients, Graph, Inputs, LoopFill, MultiHead,
-    MultiHeadConfig, Partial, Result, Saved, ScaledDotProduct, params,
+    Attention, Channel, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Fusion, Gradients,
+    Graph, Inputs, LoopFill, MoeConfig, MultiHead, MultiHeadConfig, Partial, Result, Saved,
+    ScaledDotProduct, Score, params,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::LazyLock;
@@ -68,10 +72,20 @@ fn bad<const RANK: usize, D: Dimension>(shape: [usize; RANK]) -> Array<f64, D> {
 /// Makes something wrong.
 type Spoil<T> = fn(&mut T);
 
-/// Every mechanism, for inputs of four columns.
-fn mechanisms() -> [Box<dyn Attention<f64>>; 3] {
-    let multi_head = multi_head(Flash::new());
-    [Box::new(ScaledDotProduct::new()), Box::new(Flash::new()), Box::new(multi_head)]
+/// Inputs with what any of `mechanisms` needs, of zeros, but for one channel.
+fn suited(inputs: Inputs<'_, f64>, without: Option<Channel>) -> Inputs<'_, f64> {
+    let (queries, keys, pairs) = (inputs.num_queries(), inputs.num_keys(), inputs.num_pairs());
+    let all = (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key)));
+    let latent = Box::leak(Box::new(Graph::from_edges(queries, keys, all).unwrap()));
+    let mut suited = inputs.with_positions(zeros(queries, 1), zeros(keys, 1)).unwrap();
+    suited = suited.with_latent(latent).unwrap();
+    if without != Some(Channel::EdgeFeatures) {
+        suited = suited.with_edge_features(zeros(pairs, 2)).unwrap();
+    }
+    if without != Some(Channel::Distances) {
+        suited = suited.with_distances(zero_row(pairs)).unwrap();
+    }
+    suited
 }
 
 #[test]
@@ -179,6 +193,82 @@ fn channels_that_are_missing_or_refused() {
         let words = format!("edge_gat | inputs without {name} | got inputs with it");
         refused(refusal, &format!("Unsupported | {words}"));
     }
+}
+
+#[test]
+fn data_that_the_configuration_leaves_unread() {
+    let gat = || {
+        let config = EdgeGatConfig::new(Score::GatV2, 4, 2, 2);
+        config.init(&mut Xoshiro256PlusPlus::seed_from_u64(1)).unwrap()
+    };
+    let with_features = suited(dense([2, 3, 4, 4]), None);
+    let without = suited(dense([2, 3, 4, 4]), Some(Channel::EdgeFeatures));
+    let (out, saved) = gat().forward_train(&without).unwrap();
+    let words =
+        "`EdgeGatConfig::edge_dim` | with edge features | without | leave edge features out";
+    let refused = |result: Result<()>, mechanism: &str| {
+        refused(result, &format!("MissingSetting | {mechanism}: | {words}"));
+    };
+    refused(gat().forward(&with_features).map(drop), "edge_gat");
+    refused(gat().forward_train(&with_features).map(drop), "edge_gat");
+    refused(gat().weights(&with_features).map(drop), "edge_gat");
+    refused(gat().backward(&with_features, &saved, out.view()).map(drop), "edge_gat");
+    // Features of no columns are no data.
+    gat().forward(&without.with_edge_features(zeros(6, 0)).unwrap()).unwrap();
+
+    // Inside others the message says which it is.
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(2);
+    let moe = MoeConfig::new(4, 1).init(vec![Box::new(gat())], rng).unwrap();
+    refused(moe.forward(&with_features).map(drop), "expert 0 (edge_gat)");
+    moe.forward(&without).unwrap();
+    let dual = DualSpaceConfig::new(Fusion::Gated, 4);
+    let dual = dual.init(gat(), gat(), gat(), rng).unwrap();
+    refused(dual.forward(&with_features).map(drop), "graph (edge_gat)");
+    dual.forward(&without).unwrap();
+    // Latent pairs have no features.
+    let dual = DualSpaceConfig::new(Fusion::Gated, 4);
+    dual.init(Flash::new(), gat(), gat(), rng).unwrap().forward(&with_features).unwrap();
+}
+
+#[test]
+fn data_that_a_mechanism_never_reads_changes_nothing() {
+    let x = Array2::from_shape_fn((3, 4), |(i, j)| ((i * 5 + j * 3) % 7) as f64 / 20.0);
+    let numbers = Array2::from_shape_fn((9, 2), |(i, j)| (i + 3 * j) as f64 / 4.0);
+    let latent = Graph::window(3, 1).unwrap();
+    let bare = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    let channels = ["edge features", "distances", "layers", "positions", "latent neighbours"];
+    let with = |channels: &[&str]| {
+        channels.iter().fold(bare, |inputs, &channel| {
+            let at = numbers.slice(s![..3, ..1]);
+            match channel {
+                "edge features" => inputs.with_edge_features(numbers.view()),
+                "distances" => inputs.with_distances(numbers.column(0)),
+                "layers" => inputs.with_layers(&[0, 1, 2, 0, 1, 2, 0, 1, 2]),
+                "positions" => inputs.with_positions(at, at),
+                _ => inputs.with_latent(&latent),
+            }
+            .unwrap()
+        })
+    };
+    let mut num_needed = 0;
+    for attention in mechanisms::<f64>() {
+        let needed: Vec<&str> = channels
+            .into_iter()
+            .filter(|&left_out| {
+                let others: Vec<&str> =
+                    channels.into_iter().filter(|&channel| channel != left_out).collect();
+                match attention.forward(&with(&others)) {
+                    Err(Error::MissingInput { channel, .. }) => channel.to_string() == left_out,
+                    out => out.map(|_| false).unwrap(),
+                }
+            })
+            .collect();
+        num_needed += needed.len();
+        let out = attention.forward(&with(&needed)).unwrap();
+        assert_eq!(attention.forward(&with(&channels)).unwrap(), out, "{}", attention.name());
+    }
+    // Of edge_gat, edge_rope, graph_rope and dual_space.
+    assert_eq!(num_needed, 4);
 }
 
 #[test]
@@ -320,28 +410,29 @@ fn inputs_that_a_mechanism_cannot_take() {
 #[test]
 fn outputs_and_gradients_of_other_shapes() {
     let bare = dense([2, 3, 4, 4]);
-    let full = bare.with_bias(zeros(2, 3)).unwrap().with_edge_features(zeros(6, 2)).unwrap();
-    let full = full.with_distances(zero_row(6)).unwrap();
+    let with_data = suited(bare, None);
     let spoils: [(Spoil<Gradients<f64>>, _, _); 7] = [
         (|it| it.query = bad([7, 9]), "query | [2, 4] | [7, 9]", None),
         (|it| it.key = bad([7, 9]), "key | [3, 4] | [7, 9]", None),
         (|it| it.value = bad([7, 9]), "value | [3, 4] | [7, 9]", None),
         (|it| it.params.push(bad([])), "params | expected shape [", None),
-        (|it| it.bias = Some(bad([7, 9])), "bias | [2, 3] | [7, 9]", Some("an additive bias")),
+        (|it| it.bias = Some(bad([7, 9])), "bias | [2, 3] | [7, 9]", Some(Channel::Bias)),
         (
             |it| it.edge_features = Some(bad([7, 9])),
             "edge_features | [6, 2]",
-            Some("edge features"),
+            Some(Channel::EdgeFeatures),
         ),
-        (|it| it.distances = Some(bad([7])), "distances | [6] | [7]", Some("distances")),
+        (|it| it.distances = Some(bad([7])), "distances | [6] | [7]", Some(Channel::Distances)),
     ];
     for attention in mechanisms() {
-        let (mut out, saved) = attention.forward_train(&bare).unwrap();
+        let name = attention.name();
+        let (mut out, saved) = attention.forward_train(&with_data).unwrap();
         let mut out = out.slice_mut(s![.., 1..]);
-        refused(attention.forward_into(&bare, out.view_mut()), "Shape | out | [2, 4] | [2, 3]");
-        let forward_train = attention.forward_train_into(&bare, out.view_mut());
+        let forward = attention.forward_into(&with_data, out.view_mut());
+        refused(forward, "Shape | out | [2, 4] | [2, 3]");
+        let forward_train = attention.forward_train_into(&with_data, out.view_mut());
         refused(forward_train, "Shape | out | [2, 4] | [2, 3]");
-        let backward = attention.backward(&bare, &saved, out.view());
+        let backward = attention.backward(&with_data, &saved, out.view());
         refused(backward, "Shape | grad_out | [2, 4] | [2, 3]");
 
         for (spoil, words, channel) in spoils {
@@ -351,10 +442,18 @@ fn outputs_and_gradients_of_other_shapes() {
                 spoil(&mut grads);
                 attention.backward_into(inputs, &saved, out.view(), grads.view_mut())
             };
-            refused(backward(&full), &format!("Shape | grads.{words}"));
+            let is_bias = channel == Some(Channel::Bias);
+            let with_bias = with_data.with_bias(zeros(2, 3)).unwrap();
+            match backward(if is_bias { &with_bias } else { &with_data }) {
+                result if is_bias && name == "edge_gat" => {
+                    refused(result, "Unsupported | edge_gat | an additive bias");
+                }
+                result => refused(result, &format!("Shape | grads.{words}")),
+            }
             if let Some(channel) = channel {
-                let words = format!("{} | with {channel} | got inputs without", attention.name());
-                refused(backward(&bare), &format!("MissingInput | {words}"));
+                let words = format!("{name} | with {channel} | got inputs without");
+                let result = backward(&suited(bare, Some(channel)));
+                refused(result, &format!("MissingInput | {words}"));
             }
         }
     }
@@ -378,18 +477,15 @@ fn outputs_and_gradients_of_other_shapes() {
 
 #[test]
 fn states_saved_by_somebody_else() {
-    let inputs = dense([2, 3, 4, 4]);
+    let inputs = suited(dense([2, 3, 4, 4]), None);
+    let other_sizes = suited(dense([5, 6, 4, 4]), None);
     let save = |attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>| {
         attention.forward_train(inputs).unwrap().1
     };
     let backward = |attention: &dyn Attention<f64>, saved: Saved| {
         attention.backward(&inputs, &saved, zeros(2, 4))
     };
-    for (attention, other_sizes) in mechanisms().into_iter().zip([
-        "Shape | saved weights | [6, 1] | [30, 1]",
-        "Shape | saved out | [2, 4] | [5, 4]",
-        "Shape | saved projection | [2, 4] | [5, 4]",
-    ]) {
+    for attention in mechanisms() {
         let name = attention.name();
         for stranger in mechanisms().into_iter().filter(|stranger| stranger.name() != name) {
             let words = format!("{name}: | its own forward pass | by {}", stranger.name());
@@ -398,7 +494,18 @@ fn states_saved_by_somebody_else() {
         }
         let forged = backward(&attention, Saved::new(name, "not its state"));
         refused(forged, &format!("SavedMismatch | {name}: | its own forward pass"));
-        refused(backward(&attention, save(&attention, &dense([5, 6, 4, 4]))), other_sizes);
+        let expected = match name {
+            "scaled_dot_product" => "saved weights | [6, 1] | [30, 1]",
+            "multi_head" => "saved projection | [2, 4] | [5, 4]",
+            "moe" => "saved routing | [2, 2] | [5, 2]",
+            "dual_space" => "saved branches | [2, 12] | [5, 12]",
+            "edge_gat" => "saved context | [2, 4] | [5, 4]",
+            "poincare" => "saved normalizer | [2, 1] | [5, 1]",
+            "graph_rope" => "saved query | [2, 4] | [5, 4]",
+            _ => "saved out | [2, 4] | [5, 4]",
+        };
+        let of_other_sizes = backward(&attention, save(&attention, &other_sizes));
+        refused(of_other_sizes, &format!("Shape | {expected}"));
     }
     let of_another = Saved::new("another", 7u8);
     refused(of_another.state::<u8>("its_own"), "SavedMismatch | its_own: | by another");
@@ -410,7 +517,7 @@ fn states_saved_by_somebody_else() {
     let other_inner = backward(&multi_head(&plain), save(&multi_head(&flash), &inputs));
     refused(other_inner, "SavedMismatch | scaled_dot_product: | by flash");
     let other_heads = backward(&flash, save(&flash, &inputs.with_heads(2).unwrap()));
-    refused(other_heads, "Shape | saved log_sum_exp | [2, 1] | [2, 2]");
+    refused(other_heads, "Shape | saved normalizer | [2, 1] | [2, 2]");
     let other_columns = backward(&flash, save(&flash, &dense([2, 3, 4, 6])));
     refused(other_columns, "Shape | saved out | [2, 4] | [2, 6]");
     refused(backward(&plain, save(&plain, &sparse())), "Shape | saved weights | [6, 1] | [4, 1]");
@@ -419,7 +526,7 @@ fn states_saved_by_somebody_else() {
 #[test]
 fn partials_that_do_not_fit() {
     let new = |out: [usize; 2], log_sum: [usize; 2]| {
-        Partial::<f64>::new(Array2::zeros(out), Array2::zeros(log_sum))
+        Partial::<f64>::from_log_sum_exp(Array2::zeros(out), Array2::zeros(log_sum))
     };
     refused(new([2, 4], [3, 1]), "Shape | log_sum_exp | [2, 1] | [3, 1]");
     refused(new([2, 4], [2, 3]), "Heads | out | 3 heads | 4 columns");
@@ -428,7 +535,7 @@ fn partials_that_do_not_fit() {
     let merge = |out, log_sum| new([2, 4], [2, 2])?.merge(&new(out, log_sum)?);
     refused(merge([3, 4], [3, 2]), "Shape | partial.out | [2, 4] | [3, 4]");
     refused(merge([2, 6], [2, 2]), "Shape | partial.out | [2, 4] | [2, 6]");
-    refused(merge([2, 4], [2, 1]), "Shape | partial.log_sum_exp | [2, 2] | [2, 1]");
+    refused(merge([2, 4], [2, 1]), "Shape | partial.shift | [2, 2] | [2, 1]");
 }
 
 #[test]
@@ -503,15 +610,21 @@ fn empty_inputs_are_valid() {
         let ([num_queries, num_keys, key_dim, value_dim], dense) = (sizes, dense(sizes));
         let no_edges = Graph::from_edges(num_queries, num_keys, []).unwrap();
         let sparse = Inputs::graph(dense.query(), dense.key(), dense.value(), &no_edges).unwrap();
-        // `MultiHead` has columns of its own.
-        let fitting = if (key_dim, value_dim) == (4, 4) { 3 } else { 2 };
-        for inputs in [dense, dense.causal(), sparse] {
-            for attention in mechanisms().into_iter().take(fitting) {
+        // Those that are for columns of any number, and for four all.
+        let any = ["scaled_dot_product", "flash", "poincare", "local_global"];
+        let fits = |name: &str| (key_dim, value_dim) == (4, 4) || any.contains(&name);
+        for inputs in [dense, dense.causal(), sparse].map(|inputs| suited(inputs, None)) {
+            let fitting: Vec<_> = mechanisms().into_iter().filter(|it| fits(it.name())).collect();
+            assert!(fitting.len() >= any.len());
+            for attention in fitting {
                 let (out, saved) = attention.forward_train(&inputs).unwrap();
                 assert_eq!(out, zeros(num_queries, value_dim));
                 let grads = attention.backward(&inputs, &saved, out.view()).unwrap();
                 assert_eq!(grads.query.dim(), (num_queries, key_dim));
-                assert_eq!(attention.weights(&inputs).unwrap().nrows(), inputs.num_pairs());
+                match attention.weights(&inputs) {
+                    Err(Error::NoWeights { .. }) => {}
+                    weights => assert_eq!(weights.unwrap().nrows(), inputs.num_pairs()),
+                }
             }
             let partial = ScaledDotProduct::new().forward_partial(&inputs).unwrap();
             partial.merge(&Flash::new().forward_partial(&inputs).unwrap()).unwrap();

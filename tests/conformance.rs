@@ -1,10 +1,12 @@
 //! Every mechanism against the laws of the contract. A new mechanism is added to `mechanisms`.
 
+mod common;
+
 use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
     Aggregation, Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeGatConfig, Features,
-    Flash, Float, Fusion, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
+    Flash, Float, Fusion, Gating, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
     PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -26,17 +28,18 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let v2 = || gat(Score::GatV2, 4, 2);
     let bipartite = EdgeGatConfig::new(Score::DotProduct, 5, 3, 2).key_dim(4);
     let edges = || Shapes::new(5, 5, 5).edge_dim(3);
+    let no_edges = |key_dim| Shapes::new(5, key_dim, key_dim).edge_dim(0);
     let gats = [
         (edges(), gat(Score::Gat, 4, 2)),
         (edges(), gat(Score::Gat, 18, 1).edge_values(true).residual(true).gate(true)),
-        (Shapes::new(5, 5, 5), EdgeGatConfig::new(Score::Gat, 5, 3, 2).average_heads(true)),
+        (no_edges(5), EdgeGatConfig::new(Score::Gat, 5, 3, 2).average_heads(true)),
         (edges(), v2()),
         (edges(), v2().share_weights(true).edge_values(true).average_heads(true)),
         (edges(), gat(Score::GatV2, 19, 1).negative_slope(0.0).residual(true)),
         (edges(), gat(Score::DotProduct, 4, 2).gate(true)),
         (edges(), gat(Score::DotProduct, 17, 2).edge_values(false).average_heads(true)),
         (edges(), gat(Score::Gat, 2, 3).share_weights(false).bias(false)),
-        (Shapes::new(5, 4, 4), bipartite.clone()),
+        (no_edges(4), bipartite.clone()),
         (Shapes::new(5, 4, 4).edge_dim(2), bipartite.edge_dim(2).residual(false)),
     ]
     .map(|(shapes, config)| {
@@ -105,10 +108,13 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (heads(), features(5).features(relu)),
         (grouped(), features(3).features(Features::Elu)),
         (one_head().scale(0.3), features(64).features(Features::Trigonometric)),
-    ]
-    .map(|(shapes, config)| {
-        (shapes, Box::new(config.init(&mut rng).unwrap()) as Box<dyn Attention<F>>)
-    });
+    ];
+    // The projection as a parameter, and twice as a buffer.
+    let fixed = performers[2..4].to_vec();
+    let learned = performers.map(|(shapes, config)| (shapes, config.learn_projection(true)));
+    let performers: Vec<Entry<F>> = (learned.into_iter().chain(fixed))
+        .map(|(shapes, config)| -> Entry<F> { (shapes, Box::new(config.init(&mut rng).unwrap())) })
+        .collect();
     // Experts of one kind and of several, all of them chosen and some, behind each other. A limit to
     // what they take would make the answer to a query depend on others.
     let boxed = |expert: Flash| Box::new(expert) as Box<dyn Attention<F>>;
@@ -125,6 +131,11 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let around: Vec<Box<dyn Attention<F>>> =
         vec![boxed(Flash::new()), Box::new(moe(MoeConfig::new(6, 1), inside)), scaled(0.1)];
     let raw = |config: MoeConfig| config.renormalize(false);
+    let sigmoid = |dim, k| MoeConfig::new(dim, k).gating(Gating::Sigmoid);
+    let performer = PerformerConfig::new(6, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(12));
+    let rotated = GraphRopeConfig::new(6, Layout::Half).axes(2).init(Flash::new());
+    let with_buffers: Vec<Box<dyn Attention<F>>> =
+        vec![Box::new(performer.unwrap()), Box::new(rotated.unwrap()), scaled(0.2)];
     let six = || Shapes::new(6, 6, 6);
     let moes = [
         (one_head(), moe(MoeConfig::new(3, 2), flashes())),
@@ -132,6 +143,13 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (grouped().whole_queries(), moe(raw(MoeConfig::new(18, 1)), flashes())),
         (six(), moe(MoeConfig::new(6, 3), several)),
         (six(), moe(raw(MoeConfig::new(6, 2)), around)),
+        (heads().whole_queries(), moe(sigmoid(6, 2), flashes())),
+        (one_head(), moe(raw(sigmoid(3, 3)), flashes())),
+        (six(), {
+            let mut biased = moe(sigmoid(6, 2), with_buffers);
+            biased.set_expert_bias(array![0.5, -0.25, 0.0].mapv(F::of)).unwrap();
+            biased
+        }),
     ]
     .map(|(shapes, moe)| (shapes, Box::new(moe) as Box<dyn Attention<F>>));
     let rope = |head_dim| GraphRopeConfig::new(head_dim, Layout::Half).base(5.0);
@@ -260,6 +278,12 @@ fn assert_complete<F: Float>(mechanism: &dyn Attention<F>, report: &Report) {
     let refused: Vec<_> = report.refused.iter().filter(|case| !is_allowed(case)).collect();
     assert_eq!(refused, Vec::<&&str>::new(), "{}", mechanism.name());
     assert!(report.checked.len() >= 14, "{report:?}");
+}
+
+#[test]
+fn no_mechanism_is_left_out() {
+    let names = mechanisms::<f64>().into_iter().map(|(_, mechanism)| mechanism.name());
+    common::assert_every_mechanism(names);
 }
 
 #[test]

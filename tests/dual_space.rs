@@ -63,6 +63,7 @@ fn train(
 fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
     assert_eq!(actual.dim(), expected.dim());
     let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
+    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
     for (actual, expected) in actual.iter().zip(expected) {
         assert!((actual - expected).abs() <= 1e-13 * largest, "{actual} instead of {expected}");
     }

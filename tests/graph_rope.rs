@@ -49,6 +49,7 @@ fn assert_close(
 ) {
     assert_eq!(actual.dim(), expected.dim(), "{what}");
     let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
+    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
     for (a, b) in actual.iter().zip(expected) {
         assert!((a - b).abs() <= tolerance * largest, "{what}: {a:e} instead of {b:e}");
     }
@@ -198,13 +199,18 @@ fn peers_agree() {
 
 #[test]
 fn angles_are_exact_however_large() {
-    for angle in golden()["angles"].as_array().unwrap() {
+    let golden = golden();
+    let angles = golden["angles"].as_array().unwrap();
+    assert!(angles.len() >= 10);
+    for angle in angles {
         let [frequency, position, sin, cos] = [0, 1, 2, 3].map(|n| angle[n].as_f64().unwrap());
         for layout in LAYOUTS {
             let config = GraphRopeConfig::new(2, layout).frequencies(array![[frequency]]);
             let out = rotated(&config, &array![[1.0, 0.0]], &array![[position]], 1);
-            let error = (out[[0, 0]] - cos).abs().max((out[[0, 1]] - sin).abs());
-            assert!(error <= 2.0 * f64::EPSILON, "{frequency} · {position}: {error:e}");
+            for error in [out[[0, 0]] - cos, out[[0, 1]] - sin] {
+                let is_close = error.abs() <= 2.0 * f64::EPSILON;
+                assert!(is_close, "{frequency} · {position}: {error:e}");
+            }
         }
     }
 }
@@ -310,8 +316,7 @@ fn shifts_change_nothing_in_f32_either() {
     let far = &at + 1e5;
     let [near, far] = [&at, &far]
         .map(|at| rope.forward(&inputs.with_positions(at.view(), at.view()).unwrap()).unwrap());
-    let error = (near - far).mapv(f32::abs).into_iter().fold(0.0, f32::max);
-    assert!(error < 1e-5, "{error:e}");
+    assert!((&near - &far).iter().all(|error| error.abs() < 1e-5), "{near} instead of {far}");
 }
 
 #[test]
@@ -534,9 +539,47 @@ fn frequencies_come_and_go_by_name() {
     assert_eq!(rope.frequencies(), array![[3.0, 4.0]]);
     assert_eq!(rope.inner().frequencies(), array![[6.0, 8.0]]);
     let fixed: EdgeRope<f32> = GraphRopeConfig::new(4, Layout::Half).init_edges().unwrap();
-    assert!(params::state(&fixed).is_empty());
+    assert!(params::zeros(&fixed).is_empty());
     // In the precision of the configuration, whatever that of the data.
     assert_eq!(fixed.frequencies(), array![[1.0, 0.01]]);
+}
+
+#[test]
+fn frequencies_that_are_not_learned_are_buffers() {
+    let config = |base| GraphRopeConfig::new(4, Layout::Half).base(base);
+    let fixed: EdgeRope<f32> = config(1e4).init_edges().unwrap();
+    let rounded = [("frequencies".to_owned(), array![[1.0f32, 0.01]].into_dyn())];
+    assert_eq!(params::state(&fixed), rounded);
+    assert_eq!(params::buffers(&fixed), rounded);
+
+    // What the same configuration has saved changes no digit; what another has, comes as it was saved.
+    let mut same: EdgeRope<f32> = config(1e4).init_edges().unwrap();
+    params::load_state(&mut same, params::state(&fixed)).unwrap();
+    assert_eq!(same.frequencies(), array![[1.0, 0.01]]);
+    let mut other: EdgeRope<f32> = config(9.0).init_edges().unwrap();
+    params::load_state(&mut other, params::state(&fixed)).unwrap();
+    assert_eq!(other.frequencies(), array![[1.0, f64::from(0.01f32)]]);
+    let mut double: EdgeRope<f64> = config(9.0).init_edges().unwrap();
+    let exact: EdgeRope<f64> = config(1e4).init_edges().unwrap();
+    params::load_state(&mut double, params::state(&exact)).unwrap();
+    assert_eq!(double.frequencies(), array![[1.0, 0.01]]);
+
+    // One into the other: learned ones and others, under one name.
+    let learned: EdgeRope<f64> = config(7.0).learnable(true).init_edges().unwrap();
+    params::load_state(&mut double, params::state(&learned)).unwrap();
+    assert_eq!(double.frequencies(), learned.frequencies());
+    assert_eq!((params::zeros(&learned).len(), params::buffers(&learned).len()), (1, 0));
+
+    // Inside others, behind their names.
+    let inner: GraphRope<f64, _> = config(1e4).init(Flash::new()).unwrap();
+    let outer = config(100.0).learnable(true).init(inner).unwrap();
+    let layer = MultiHeadConfig::new(4, 1).bias(false);
+    let layer = layer.init(outer, &mut Xoshiro256PlusPlus::seed_from_u64(5)).unwrap();
+    let state = params::state(&layer).into_iter().map(|(name, _)| name);
+    let expected =
+        ["in_proj_weight", "out_proj.weight", "inner.frequencies", "inner.inner.frequencies"];
+    assert_eq!(state.collect::<Vec<_>>(), expected);
+    assert_eq!(params::zeros(&layer).len(), 3);
 }
 
 #[test]

@@ -47,8 +47,9 @@ impl Pattern {
 
 fn largest_difference(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
     assert_eq!(a.dim(), b.dim());
-    // A NaN must not get lost.
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d <= max { max } else { d })
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    // NaN counts as more than anything.
+    differences.fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
 }
 
 /// Outputs and gradients of one mechanism on some inputs are those of another on others.
@@ -68,6 +69,7 @@ fn assert_same(
     assert!(close(&grads.query, &expected.query), "{what}: grads.query");
     assert!(close(&grads.key, &expected.key), "{what}: grads.key");
     assert!(close(&grads.value, &expected.value), "{what}: grads.value");
+    assert_eq!(grads.bias.is_some(), expected.bias.is_some(), "{what}: grads.bias");
     if let (Some(bias), Some(expected)) = (&grads.bias, &expected.bias) {
         assert!(close(bias, expected), "{what}: grads.bias");
     }

@@ -6,7 +6,8 @@ use graph_attention::neighbors::Metric;
 use graph_attention::{
     Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeRope, Flash, Fusion, Gradients, Graph,
     GraphRope, GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, Moe, MoeConfig,
-    Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Window,
+    MultiHead, MultiHeadConfig, Performer, PerformerConfig, Poincare, PoincareConfig,
+    ScaledDotProduct, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -75,6 +76,11 @@ fn moe() -> Moe<f32> {
     MoeConfig::new(COLUMNS, 2).init(experts, &mut rng).unwrap()
 }
 
+fn multi_head() -> MultiHead<f32, Flash> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    MultiHeadConfig::new(COLUMNS, 2).init(Flash::new(), &mut rng).unwrap()
+}
+
 /// With a search among all keys.
 fn dual() -> DualSpace<f32> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
@@ -96,8 +102,9 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 }
 
 #[test]
-fn all_but_the_plain_one_train_in_memory_linear_in_n() {
+fn without_a_number_for_each_pair_they_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
+    trains_in_memory_linear_in_n(&multi_head());
     trains_in_memory_linear_in_n(&poincare());
     trains_in_memory_linear_in_n(&performer(COLUMNS));
     // No square for the causal pattern of selected queries either.

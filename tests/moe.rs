@@ -6,9 +6,9 @@ use graph_attention::ndarray::{
 };
 use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
-    Attention, Causal, Coordinates, Dropout, EdgeGatConfig, Flash, Gradients, GradientsMut, Graph,
-    Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PoincareConfig, Result, Saved,
-    ScaledDotProduct, Score, params,
+    Attention, Causal, Coordinates, Dropout, EdgeGatConfig, Error, Flash, Float, Gating, Gradients,
+    GradientsMut, Graph, Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PerformerConfig,
+    PoincareConfig, Priority, Result, Routing, Saved, ScaledDotProduct, Score, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -29,6 +29,7 @@ fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
 fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
     assert_eq!(actual.dim(), expected.dim());
     let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
+    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
     for (actual, expected) in actual.iter().zip(expected) {
         assert!((actual - expected).abs() <= 1e-12 * largest, "{actual} instead of {expected}");
     }
@@ -500,7 +501,7 @@ fn a_permutation_of_the_experts_permutes_nothing_else() {
     let inputs = data.all_data()[1];
     let order = [2, 0, 3, 1];
     let one = moe(MoeConfig::new(COLUMNS, 2), flashes());
-    let state = ["router.weight", "router.bias"]
+    let state = ["router.weight", "router.bias", "router.expert_bias"]
         .map(|name| (name, param(&one, name).select(Axis(0), &order)));
     let experts = order.map(|expert| scaled(SCALES[expert])).into();
     let other = MoeConfig::new(COLUMNS, 2).from_params(experts, state).unwrap();
@@ -601,7 +602,7 @@ fn ties_and_nan_go_to_the_lower_numbers() {
         // Not chosen, and no number to compare the chosen with.
         ([0.0, 0.0, f64::NAN, 9.0], [0, 1]),
         ([0.0, 1.0, 0.0, f64::INFINITY], [0, 1]),
-        ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 0]),
+        ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 3]),
     ] {
         let moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &logits);
         let routing = moe.route(&inputs).unwrap();
@@ -619,12 +620,12 @@ fn ties_and_nan_go_to_the_lower_numbers() {
 }
 
 #[test]
-fn a_full_expert_drops_those_who_come_later() {
+fn query_by_query_a_full_expert_drops_those_who_come_later() {
     let data = Data::new();
     let (q, k, v) = (data.query.view(), data.key.view(), data.value.view());
     let inputs = Inputs::dense(q, k, v).unwrap().causal();
     // ⌈0.5 · 2 · 23 / 4⌉ = 6.
-    let config = MoeConfig::new(COLUMNS, 2);
+    let config = MoeConfig::new(COLUMNS, 2).priority(Priority::Query);
     let free = moe(config.clone(), flashes());
     let limited = moe(config.clone().capacity_factor(0.5), flashes());
     let (all, routing) = (free.route(&inputs).unwrap(), limited.route(&inputs).unwrap());
@@ -659,9 +660,351 @@ fn a_full_expert_drops_those_who_come_later() {
     assert_eq!(changed.slice(s![..12, ..]), out.slice(s![..12, ..]));
 
     for renormalize in [true, false] {
-        let config = config.clone().capacity_factor(0.3).renormalize(renormalize);
-        check_gradients(&mut moe(config, flashes()), &Shapes::new(6, 6, 6)).unwrap();
+        for priority in [Priority::Rank, Priority::Gate, Priority::Query] {
+            let config = config.clone().capacity_factor(0.3).renormalize(renormalize);
+            let mut limited = moe(config.priority(priority).capacity(3), flashes());
+            check_gradients(&mut limited, &Shapes::new(6, 6, 6)).unwrap();
+        }
     }
+}
+
+/// Logits of n queries among N experts.
+fn routed(config: &MoeConfig, logits: &Array2<f64>) -> Routing<f64> {
+    Routing::from_logits(config, logits.clone(), None).unwrap()
+}
+
+#[test]
+fn first_choices_are_served_before_second_ones() {
+    // Three queries that ask expert 0 second, with a gate of 0.27, and one that asks it first: 0.99.
+    let queries = array![[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [5.0, 0.0]];
+    let inputs = Inputs::dense(queries.view(), queries.view(), queries.view()).unwrap();
+    let config = MoeConfig::new(2, 2).capacity_factor(0.75);
+    let eye = [
+        ("router.weight", Array2::eye(2).into_dyn()),
+        ("router.bias", ArrayD::zeros(vec![2])),
+        ("router.expert_bias", ArrayD::zeros(vec![2])),
+    ];
+    let moe = |config: &MoeConfig| -> Moe<f64> {
+        config.from_params(vec![scaled(1.0), scaled(2.0)], eye.clone()).unwrap()
+    };
+    let served = |config: MoeConfig| {
+        let routing = moe(&config).route(&inputs).unwrap();
+        assert_eq!(routing.num_dropped(), 2);
+        [routing.queries(0).to_vec(), routing.queries(1).to_vec()]
+    };
+    assert_eq!(served(config.clone()), [[0, 1, 3], [0, 1, 2]]);
+    assert_eq!(served(config.clone().priority(Priority::Gate)), [[0, 1, 3], [0, 1, 2]]);
+    assert_eq!(served(config.clone().priority(Priority::Query)), [[0, 1, 2], [0, 1, 2]]);
+    // The same as a number, and as the lower of two.
+    let absolute = MoeConfig::new(2, 2).capacity(3);
+    assert_eq!(served(absolute.clone()), served(config.clone()));
+    assert_eq!(served(absolute.capacity_factor(9.0)), served(config.clone()));
+    assert_eq!(served(config.clone().capacity(9)), served(config));
+}
+
+#[test]
+fn the_order_of_queries_matters_only_where_it_is_said() {
+    let (n, num_experts, k) = (40, 4, 3);
+    let logits = 2.0 * matrix(n, num_experts, 40);
+    let order: Vec<usize> = (0..n).rev().collect();
+    let config = MoeConfig::new(6, k).capacity(13);
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        for priority in [Priority::Rank, Priority::Gate, Priority::Query] {
+            let config = config.clone().gating(gating).priority(priority);
+            let one = routed(&config, &logits);
+            let other = routed(&config, &logits.select(Axis(0), &order));
+            // Choices and weights are those of each query.
+            assert_eq!(other.experts(), one.experts().select(Axis(0), &order));
+            assert_eq!(other.weights(), one.weights().select(Axis(0), &order));
+            let mut unlike = 0;
+            for expert in 0..num_experts {
+                let mut renumbered: Vec<usize> =
+                    other.queries(expert).iter().map(|&query| order[query]).collect();
+                renumbered.sort_unstable();
+                let queries = one.queries(expert);
+                unlike += queries.iter().filter(|query| !renumbered.contains(query)).count();
+                // How many are served does not depend on it, and of which rank only query by query.
+                assert_eq!(renumbered.len(), queries.len());
+                let ranks = |queries: &[usize]| -> Vec<usize> {
+                    let rank =
+                        |query: &usize| one.experts().row(*query).iter().position(|&e| e == expert);
+                    let mut ranks: Vec<_> = queries.iter().filter_map(rank).collect();
+                    ranks.sort_unstable();
+                    ranks
+                };
+                if priority != Priority::Query {
+                    assert_eq!(ranks(&renumbered), ranks(queries));
+                }
+            }
+            assert!(one.num_dropped() > 20, "{}", one.num_dropped());
+            assert_eq!(unlike == 0, priority == Priority::Gate, "{gating:?} {priority:?} {unlike}");
+        }
+        // Without a limit nothing depends on it.
+        let config = MoeConfig::new(6, k).gating(gating);
+        let [one, other] =
+            [logits.clone(), logits.select(Axis(0), &order)].map(|logits| routed(&config, &logits));
+        for expert in 0..num_experts {
+            let renumbered = other.queries(expert).iter().rev().map(|&query| order[query]);
+            assert!(renumbered.eq(one.queries(expert).iter().copied()));
+        }
+    }
+}
+
+#[test]
+fn by_gate_the_larger_one_is_served_first() {
+    // All ask expert 0 first, and their gates are 1 in any precision.
+    let logits = array![[400.0, 0.0, 1.0], [900.0, 0.0, 0.0], [400.0, 0.0, 0.0], [700.0, 0.0, 0.0]];
+    let config = MoeConfig::new(1, 1).capacity(2).priority(Priority::Gate);
+    assert_eq!(routed(&config, &logits).queries(0), [1, 3]);
+    let single = logits.mapv(|z| z as f32);
+    let single = Routing::from_logits(&config, single, None).unwrap();
+    assert_eq!(single.queries(0), [1, 3]);
+    // Of those with 400 the one whose others are smaller; σ(400) is σ(400), and the first one first.
+    let three = config.clone().capacity(3);
+    assert_eq!(routed(&three, &logits).queries(0), [1, 2, 3]);
+    let sigmoid = three.gating(Gating::Sigmoid);
+    assert_eq!(routed(&sigmoid, &logits).queries(0), [0, 1, 3]);
+    // Equal ones in their order, and what is no number last.
+    let logits = array![[f64::NAN, 0.0], [2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [3.0, 1.0]];
+    assert_eq!(routed(&config, &logits).queries(0), [1, 4]);
+    assert_eq!(routed(&config.capacity(4), &logits).queries(0), [1, 2, 3, 4]);
+}
+
+fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
+    // As torch.topk chooses, where only one probability is not zero.
+    let logits = array![[-50.0, 0.0, high, 100.0], [low, low - 1.0, high, low + 1.0]].mapv(F::of);
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        let chosen = |k: usize, logits: &Array2<F>, bias: Option<[f64; 4]>| {
+            let config = MoeConfig::new(1, k).gating(gating);
+            let bias = bias.map(|bias| Array1::from_iter(bias.map(F::of)));
+            let bias = bias.as_ref().map(|bias| bias.view());
+            Routing::from_logits(&config, logits.clone(), bias).unwrap()
+        };
+        assert_eq!(chosen(2, &logits, None).experts(), array![[2, 3], [2, 3]]);
+        assert_eq!(chosen(4, &logits, None).experts(), array![[2, 3, 1, 0], [2, 3, 0, 1]]);
+        // The same bias for all, and for some: among these still by logits.
+        let same = chosen(4, &logits, Some([1e6; 4]));
+        assert_eq!(same.experts(), array![[2, 3, 1, 0], [2, 3, 0, 1]]);
+        let some = chosen(3, &logits, Some([3.0, 3.0, 0.0, 0.0]));
+        assert_eq!(some.experts(), array![[1, 0, 2], [0, 1, 2]]);
+        // Gates that are all 1 or near it.
+        let large = array![[97.0, 99.0, 98.0, 96.0]].mapv(F::of);
+        assert_eq!(chosen(4, &large, None).experts(), array![[1, 2, 0, 3]]);
+        // What is renormalised comes from the logits too: e⁻¹ apart, far below the smallest number.
+        let config = MoeConfig::new(1, 2).gating(gating);
+        let bias = array![9.0, 9.0, 0.0, 0.0].mapv(F::of);
+        let routing = Routing::from_logits(&config, logits.clone(), Some(bias.view())).unwrap();
+        assert_eq!(routing.experts().row(1), array![0, 1]);
+        for (weight, expected) in routing.weights().row(1).iter().zip([1.0, (-1f64).exp()]) {
+            let expected = expected / (1.0 + (-1f64).exp());
+            let error = (weight.as_f64() - expected).abs();
+            assert!(error <= 2.0 * F::epsilon().as_f64(), "{weight} instead of {expected}");
+        }
+    }
+}
+
+#[test]
+fn experts_are_chosen_by_logits_where_probabilities_underflow() {
+    experts_are_chosen_by_logits::<f32>(-200.0, 250.0);
+    experts_are_chosen_by_logits::<f64>(-2000.0, 950.0);
+}
+
+#[test]
+fn experts_behind_minus_infinity_are_asked_last() {
+    let out = f64::NEG_INFINITY;
+    let logits = array![[out, 1.0, out, -3.0], [out, out, out, out], [1.0, out, 2.0, -1e9]];
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        for renormalize in [true, false] {
+            let config = MoeConfig::new(1, 3).gating(gating).renormalize(renormalize);
+            let bias = array![9.0, 0.0, 8.0, 0.0];
+            let routing = Routing::from_logits(&config, logits.clone(), Some(bias.view())).unwrap();
+            assert_eq!(routing.experts().row(0), array![1, 3, 0]);
+            assert_eq!(routing.weights()[[0, 2]], 0.0);
+            assert!(routing.weights().row(0).iter().all(|w| w.is_finite()));
+            // No expert has a gate.
+            assert_eq!(routing.experts().row(1), array![0, 1, 2]);
+            assert!(routing.weights().row(1).iter().all(|w| w.is_nan()));
+            assert_eq!(routing.experts().row(2), array![0, 2, 3]);
+            let grads = routing.weights_vjp(Array2::ones((3, 3)).view()).unwrap();
+            for query in [0, 2] {
+                assert!(grads.row(query).iter().all(|grad| grad.is_finite()));
+            }
+        }
+    }
+}
+
+#[test]
+fn sigmoid_gates_are_those_of_deepseek_v3() {
+    let logits = 1.5 * matrix(30, 5, 41);
+    let bias = array![0.3, -0.2, 0.0, 0.15, -0.4];
+    let sigma = |z: f64| 1.0 / (1.0 + (-z).exp());
+    for k in 1..=5 {
+        let config = MoeConfig::new(1, k).gating(Gating::Sigmoid);
+        let raw = config.clone().renormalize(false);
+        let [normal, raw] = [config, raw].map(|config| {
+            Routing::from_logits(&config, logits.clone(), Some(bias.view())).unwrap()
+        });
+        for (query, z) in logits.rows().into_iter().enumerate() {
+            let s = z.mapv(sigma);
+            let mut order = [0, 1, 2, 3, 4];
+            order.sort_by(|&a, &b| (s[b] + bias[b]).total_cmp(&(s[a] + bias[a])));
+            assert_eq!(normal.experts().row(query).to_vec(), order[..k]);
+            assert_eq!(raw.experts().row(query).to_vec(), order[..k]);
+            let sum: f64 = order[..k].iter().map(|&e| s[e]).sum();
+            for (rank, &expert) in order[..k].iter().enumerate() {
+                assert!((normal.weights()[[query, rank]] - s[expert] / sum).abs() < 1e-15);
+                assert_eq!(raw.weights()[[query, rank]], s[expert]);
+            }
+            for expert in 0..5 {
+                let p = s[expert] / s.sum();
+                assert!((raw.probabilities()[[query, expert]] - p).abs() < 1e-15);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_given_logits_are_exact() {
+    // The last query's gates are nearly one-hot, where the difference from the mean is small.
+    let mut logits = 2.0 * matrix(6, 5, 42);
+    logits.row_mut(5).assign(&array![9.0, -9.0, -8.0, -9.25, -9.5]);
+    let step = 1e-3;
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        for (renormalize, k) in [(true, 1), (true, 3), (true, 5), (false, 1), (false, 3)] {
+            let config = MoeConfig::new(1, k).gating(gating).renormalize(renormalize);
+            let grad_weights = matrix(6, k, 43);
+            let loss =
+                |logits: &Array2<f64>| (&routed(&config, logits).weights() * &grad_weights).sum();
+            let grads = routed(&config, &logits).weights_vjp(grad_weights.view()).unwrap();
+            assert_eq!(grads.dim(), (6, 5));
+            for (at, &grad) in grads.indexed_iter() {
+                let moved = |delta: f64| {
+                    let mut logits = logits.clone();
+                    logits[at] += delta;
+                    loss(&logits)
+                };
+                let numeric =
+                    8.0 * (moved(step) - moved(-step)) - (moved(2.0 * step) - moved(-2.0 * step));
+                let numeric = numeric / (12.0 * step);
+                assert!((grad - numeric).abs() < 1e-11, "{config:?} {at:?}: {grad} {numeric}");
+            }
+            if renormalize && k == 1 {
+                assert!(grads.iter().all(|&grad| grad == 0.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradient_of_a_certain_router_keeps_its_digits() {
+    // w₁ = e⁻¹⁸ / (1 + e⁻¹⁸), and dz₀ = −dz₁ = w₀ w₁ (dw₀ − dw₁).
+    let tiny = (-18f64).exp() / (1.0 + (-18f64).exp());
+    let expected = (1.0 - tiny) * tiny * (0.7 - 0.3);
+    for renormalize in [true, false] {
+        let config = MoeConfig::new(1, 2).renormalize(renormalize);
+        let routing = Routing::from_logits(&config, array![[18f32, 0.0]], None).unwrap();
+        let grads = routing.weights_vjp(array![[0.7f32, 0.3]].view()).unwrap();
+        for (grad, expected) in grads.iter().zip([expected, -expected]) {
+            let error = (f64::from(*grad) / expected - 1.0).abs();
+            assert!(error < 1e-6, "{grad:e} instead of {expected:e}");
+        }
+    }
+}
+
+#[test]
+fn a_routing_of_given_logits_is_that_of_a_router() {
+    let data = Data::new();
+    let inputs = data.all_data()[0];
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        let config = MoeConfig::new(COLUMNS, 2).gating(gating).capacity(7);
+        let mut moe = moe(config.clone(), flashes());
+        moe.set_expert_bias(array![0.1, 0.0, -0.2, 0.3]).unwrap();
+        let routing = moe.route(&inputs).unwrap();
+        let logits = routing.logits().to_owned();
+        let bias = Some(moe.expert_bias());
+        assert_eq!(Routing::from_logits(&config, logits.clone(), bias).unwrap(), routing);
+    }
+    let from = |config: MoeConfig, logits: Array2<f64>, bias: Option<Array1<f64>>| {
+        Routing::from_logits(&config, logits, bias.as_ref().map(|bias| bias.view()))
+    };
+    let config = || MoeConfig::new(1, 2);
+    let logits = || Array2::zeros((5, 3));
+    refused(from(config(), Array2::zeros((5, 0)), None), "InvalidConfig | experts | at least 1");
+    refused(from(config(), Array2::zeros((5, 1)), None), "InvalidConfig | k | between 1 and 1");
+    refused(from(config().capacity(0), logits(), None), "InvalidConfig | capacity | got 0");
+    let bias = Some(array![0.0, 0.0]);
+    refused(from(config(), logits(), bias), "Shape | expert_bias | [3] | [2]");
+    let bias = Some(array![0.0, f64::NAN, 0.0]);
+    refused(from(config(), logits(), bias), "InvalidConfig | expert_bias | finite | got NaN");
+    let routing = from(config(), logits(), None).unwrap();
+    let words = "Shape | grad_weights | [5, 2] | [5, 3]";
+    refused(routing.weights_vjp(logits().view()), words);
+    let nothing = from(config(), Array2::zeros((0, 3)), None).unwrap();
+    assert_eq!(nothing.weights_vjp(Array2::zeros((0, 2)).view()).unwrap().dim(), (0, 3));
+    // A capacity does not change weights, and an expert without queries has none.
+    assert_eq!((nothing.queries(0).len(), nothing.num_dropped()), (0, 0));
+}
+
+fn what_balancing_has_learned_comes_back<F: Float>() {
+    let x = matrix(300, COLUMNS, 44).mapv(F::of);
+    let keys = x.slice(s![..3, ..]);
+    let inputs = Inputs::dense(x.view(), keys, keys).unwrap();
+    let config = MoeConfig::new(COLUMNS, 1).renormalize(false);
+    let experts = || -> Vec<Box<dyn Attention<F>>> {
+        let performer = PerformerConfig::new(COLUMNS, 4).init(&mut rng(45)).unwrap();
+        vec![Box::new(Flash::new()), Box::new(performer), Box::new(Flash::new())]
+    };
+    let mut trained = config.init(experts(), &mut rng(46)).unwrap();
+    trained.visit_params_mut(&mut |name, mut param| {
+        if name == "router.bias" {
+            param[[0]] = F::of(3.0);
+        }
+    });
+    let before = trained.route(&inputs).unwrap().shares();
+    for _ in 0..600 {
+        let routing = trained.route(&inputs).unwrap();
+        trained.update_expert_bias(&routing, 0.002).unwrap();
+    }
+    let shares = trained.route(&inputs).unwrap().shares();
+    assert!(before[0] > 0.8 && shares.iter().all(|share| (share - 1.0 / 3.0).abs() < 0.06));
+
+    let state = params::state(&trained);
+    let loaded = config.from_params(experts(), state.clone()).unwrap();
+    assert_eq!(loaded.expert_bias(), trained.expert_bias());
+    assert_eq!(loaded.route(&inputs).unwrap().shares(), shares);
+    // In a mixture of mixtures too, where an optimiser leaves it alone.
+    let mut outer = MoeConfig::new(COLUMNS, 1).init(vec![Box::new(trained)], &mut rng(47)).unwrap();
+    let (out, saved) = outer.forward_train(&inputs).unwrap();
+    let grads = outer.backward(&inputs, &saved, out.view()).unwrap();
+    let mut updated = Vec::new();
+    params::update(&mut outer, &grads.params, |name, mut param, _| {
+        updated.push(name.to_owned());
+        param.fill(F::zero());
+    })
+    .unwrap();
+    assert_eq!(
+        updated,
+        ["router.weight", "router.bias", "experts.0.router.weight", "experts.0.router.bias"]
+    );
+    let buffers = params::buffers(&outer);
+    let names: Vec<&str> = buffers.iter().map(|(name, _)| name.as_str()).collect();
+    let expected = [
+        "router.expert_bias",
+        "experts.0.router.expert_bias",
+        "experts.0.experts.1.projection_matrix",
+    ];
+    assert_eq!(names, expected);
+    assert_eq!(buffers[1].1, loaded.expert_bias().into_dyn());
+    // A state without it is not taken for one of a router that has learned nothing.
+    let without = state.into_iter().filter(|(name, _)| name != "router.expert_bias");
+    let missing = Error::MissingParam { name: "router.expert_bias".into() };
+    assert_eq!(config.from_params(experts(), without).unwrap_err(), missing);
+}
+
+#[test]
+fn the_expert_bias_is_saved_and_loaded() {
+    what_balancing_has_learned_comes_back::<f32>();
+    what_balancing_has_learned_comes_back::<f64>();
 }
 
 #[test]
@@ -670,9 +1013,11 @@ fn gradients_are_exact_with_edge_features_and_every_channel() {
         let config = EdgeGatConfig::new(score, COLUMNS, 5, 1).edge_dim(3);
         Box::new(config.init(&mut rng(18)).unwrap())
     };
-    for renormalize in [true, false] {
+    for (renormalize, gating) in
+        [(true, Gating::Softmax), (false, Gating::Softmax), (true, Gating::Sigmoid)]
+    {
         // With the noise's weight between the router's other parameters and the experts'.
-        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize).noise(true);
+        let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize).noise(true).gating(gating);
         let experts = vec![gat(Score::Gat), gat(Score::GatV2), gat(Score::DotProduct)];
         let report = check_gradients(&mut moe(config.clone(), experts), &Shapes::new(6, 6, 6));
         assert!(report.unwrap().refused.iter().all(|case| case.contains("bias")));
@@ -800,10 +1145,12 @@ fn losses_reach_the_router_and_the_queries() {
         |routing| routing.z_loss(),
     ];
     let keys = matrix(3, COLUMNS, 22);
-    for (config, loss) in
-        [MoeConfig::new(COLUMNS, 2), MoeConfig::new(COLUMNS, 3).renormalize(false)]
-            .iter()
-            .flat_map(|config| losses.map(|loss| (config.clone().noise(true), loss)))
+    let softmax = [MoeConfig::new(COLUMNS, 2), MoeConfig::new(COLUMNS, 3).renormalize(false)];
+    let sigmoid = softmax.clone().map(|config| config.gating(Gating::Sigmoid));
+    for (config, loss) in [softmax, sigmoid]
+        .iter()
+        .flatten()
+        .flat_map(|config| losses.map(|loss| (config.clone().noise(true), loss)))
     {
         let mut moe = moe(config, flashes());
         moe.set_noise(Some(3)).unwrap();
@@ -913,8 +1260,10 @@ fn parameters_carry_the_number_of_their_expert() {
             "experts.0.out_proj.weight",
             "experts.2.in_proj_weight",
             "experts.2.out_proj.weight",
+            "router.expert_bias",
         ]
     );
+    assert_eq!(params::zeros(&moe).len(), 7);
     let loaded = config.from_params(vec![projected(1), scaled(1.0), projected(2)], state.clone());
     let data = Data::new();
     let inputs = data.all_data()[0];
@@ -947,6 +1296,7 @@ fn bad_calls_are_refused() {
         (MoeConfig::new(6, 1).capacity_factor(0.0), "capacity_factor | positive | got 0"),
         (MoeConfig::new(6, 1).capacity_factor(f64::NAN), "capacity_factor | positive | got NaN"),
         (MoeConfig::new(6, 1).capacity_factor(1.0 / 0.0), "capacity_factor | positive | got inf"),
+        (MoeConfig::new(6, 1).capacity(0), "capacity | at least 1 | got 0"),
     ] {
         refused(init(&config, flashes()), &format!("InvalidConfig | {words}"));
     }
@@ -987,7 +1337,9 @@ fn bad_calls_are_refused() {
     let poincare = || Box::new(PoincareConfig::new().init().unwrap()) as Expert;
     let mut weight = ArrayD::zeros(vec![2, 6]);
     weight[[1, 0]] = 10.0;
-    let state = [("router.weight", weight), ("router.bias", ArrayD::zeros(vec![2]))];
+    let zeros = || ArrayD::zeros(vec![2]);
+    let state =
+        [("router.weight", weight), ("router.bias", zeros()), ("router.expert_bias", zeros())];
     let points = MoeConfig::new(6, 1).from_params(vec![poincare(), poincare()], state).unwrap();
     assert!(points.route(&ball).unwrap().queries(1)[..] != *(0..22).collect::<Vec<_>>());
     refused(points.forward(&ball), "Domain | query | in row 21, got");

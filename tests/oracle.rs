@@ -1,7 +1,6 @@
-//! Softmax attention against straight-line loops (`reference`) that share no code with the crate.
-//!
-//! In `f32` the tolerance is what the loops themselves lose: the error against `f64` may be at most
-//! twice that of the loops in `f32`, for gradients three times.
+//! Softmax attention against straight-line loops in `f64` (`reference`) that share no code with the
+//! crate. How far each number may lie from theirs is derived in `reference::bounds`; that faults lie
+//! farther is a test of its own.
 
 mod reference;
 
@@ -9,7 +8,7 @@ use graph_attention::ndarray::{Array2, ArrayView2, s};
 use graph_attention::{Attention, Causal, Dropout, Flash, Float, Graph, Inputs, ScaledDotProduct};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
-use reference::{Answer, Problem};
+use reference::{Answer, Bounds, Problem};
 
 type Rng = Xoshiro256PlusPlus;
 
@@ -201,7 +200,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
     Ours {
         answer: Answer {
             out: flat(out.view()),
-            log_sum_exp: flat(partial.log_sum_exp()),
+            log_sum_exp: flat(partial.log_sum_exp().view()),
             weights: flat(attention.weights(&inputs).unwrap().view()),
         },
         grad_bias: gradients.bias.map(|bias| flat(bias.view())),
@@ -220,116 +219,209 @@ fn shared_bias_gradient(case: &Case, per_head: &[f64]) -> Vec<f64> {
     }
 }
 
-/// The weight of each pair and head of a problem, with Σ |aᵢ bᵢ| for its rows in two arrays: what the
-/// error of the dot product Σ aᵢ bᵢ is measured by (Higham 2002, §3.1).
-fn products<'a>(
-    p: &'a Problem,
-    weights: &'a [f64],
-    a: (&'a [f64], usize),
-    b: (&'a [f64], usize),
-) -> impl Iterator<Item = (f64, f64)> + 'a {
-    (0..p.pairs.len() * p.heads).map(move |at| {
-        let ((query, key), head) = (p.pairs[at / p.heads], at % p.heads);
-        let kv_head = head * p.kv_heads / p.heads;
-        let a = &a.0[(query * p.heads + head) * a.1..][..a.1];
-        let b = &b.0[(key * p.kv_heads + kv_head) * b.1..][..b.1];
-        (weights[at], a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum())
-    })
+/// What the loops say, and how far roundings of precision `F` may lead away from it.
+struct Expected {
+    answer: Answer,
+    gradients: reference::Gradients,
+    bounds: Bounds,
 }
 
-fn largest(numbers: impl IntoIterator<Item = f64>) -> f64 {
-    numbers.into_iter().fold(0.0, |largest, number| largest.max(number.abs()))
-}
-
-/// The largest error against `exact`. Infinities must agree.
-fn error(actual: &[f64], exact: &[f64]) -> f64 {
-    assert_eq!(actual.len(), exact.len());
-    largest(actual.iter().zip(exact).filter(|(_, exact)| exact.is_finite()).map(|(a, b)| a - b))
-}
-
-/// `ours` may be `factor` times as wrong as the naive computation, or `floor`, where the naive
-/// computation happens to be lucky.
-fn assert_error(what: &str, factor: f64, floor: f64, ours: &[f64], naive: &[f64], exact: &[f64]) {
-    let same_infinities = ours.iter().zip(exact).all(|(a, b)| a.is_finite() == b.is_finite());
-    assert!(same_infinities, "{what}: {ours:?} instead of {exact:?}");
-    let (ours, naive) = (error(ours, exact), error(naive, exact));
-    assert!(
-        ours <= f64::max(factor * naive, floor),
-        "{what}: error {ours:e}, naive {naive:e}, floor {floor:e}"
-    );
-}
-
-fn check<F: Float + num_traits::Float>(seed: u64, mechanism: Mechanism) {
-    let case = random_case(seed);
+fn expected<F: num_traits::Float>(case: &Case) -> Expected {
     let p = &case.problem;
-    let what = |array| format!("seed {seed}, {mechanism:?}, {} bits, {array}", 8 * size_of::<F>());
+    // Half an epsilon for each operation in F; and the loops' own operations have errors too.
+    let unit = (F::epsilon().to_f64().unwrap() + f64::EPSILON) / 2.0;
+    let tiny = F::min_positive_value().to_f64().unwrap();
+    Expected {
+        answer: reference::forward::<f64>(p),
+        gradients: reference::backward::<f64>(p, &case.grad_out),
+        bounds: reference::bounds(p, &case.grad_out, unit, tiny),
+    }
+}
+
+/// The largest error, as a multiple of its bound. What is not finite must be the same.
+fn worst(actual: &[f64], exact: &[f64], bounds: &[f64]) -> f64 {
+    assert_eq!([actual.len(), bounds.len()], [exact.len(); 2]);
+    let ratio = |((&actual, &exact), &bound): ((&f64, &f64), &f64)| {
+        assert!(bound.is_finite(), "a bound that allows everything");
+        let is_same = actual == exact || (actual.is_nan() && exact.is_nan());
+        let ratio = if is_same { 0.0 } else { (actual - exact).abs() / bound };
+        if ratio.is_nan() { f64::INFINITY } else { ratio }
+    };
+    actual.iter().zip(exact).zip(bounds).map(ratio).fold(0.0, f64::max)
+}
+
+/// The worst of each array of an answer.
+fn worst_of_answer(actual: &Answer, expected: &Expected) -> [(&'static str, f64); 3] {
+    let Expected { answer, bounds, .. } = expected;
+    [
+        ("out", worst(&actual.out, &answer.out, &bounds.out)),
+        ("log_sum_exp", worst(&actual.log_sum_exp, &answer.log_sum_exp, &bounds.log_sum_exp)),
+        ("weights", worst(&actual.weights, &answer.weights, &bounds.weights)),
+    ]
+}
+
+/// The largest error of a mechanism, as a multiple of its bound.
+fn check<F: Float + num_traits::Float>(seed: u64, mechanism: Mechanism) -> f64 {
+    let case = random_case(seed);
     let ours = solve::<F>(&case, mechanism);
-    let exact = reference::forward::<f64>(p);
-    let naive = reference::forward::<F>(p);
-
-    // The rounding error of a logit is that of the weight relative to itself. In f64 the oracle has errors of its own, and they
-    // count in full.
-    let epsilon = <F as num_traits::Float>::epsilon().as_f64();
-    let epsilon = if size_of::<F>() == 8 { 4.0 * epsilon } else { epsilon };
-    let logits = products(p, &exact.weights, (&p.query, p.key_dim), (&p.key, p.key_dim));
-    let relative = epsilon * largest(logits.map(|(_, product)| p.scale * product)).max(1.0);
-    for (array, ours, naive, exact) in [
-        ("out", &ours.answer.out, &naive.out, &exact.out),
-        ("log_sum_exp", &ours.answer.log_sum_exp, &naive.log_sum_exp, &exact.log_sum_exp),
-        ("weights", &ours.answer.weights, &naive.weights, &exact.weights),
-    ] {
-        // A log-sum-exp near 0 comes from logits that are not.
-        let largest = largest(exact.iter().copied().filter(|number| number.is_finite()));
-        let size = if array == "log_sum_exp" { largest.max(1.0) } else { largest };
-        let floor = relative * size;
-        assert_error(&what(array), 2.0, floor, ours, naive, exact);
-    }
-
-    // Keys and values sum over the queries that see them, and rounding errors add up like a random
-    // walk. The gradient of a logit is a difference of terms p g·v, which may cancel altogether.
-    let grads = (&case.grad_out[..], p.value_dim);
-    let terms = products(p, &exact.weights, grads, (&p.value, p.value_dim));
-    let keep = p.keep.as_ref().map_or(1.0, |keep| largest(keep.iter().copied()));
-    let floor = relative * keep * largest(terms.map(|(weight, product)| weight * product));
-    let seen = |key| p.pairs.iter().filter(|pair| pair.1 == key).count() * p.heads / p.kv_heads;
-    let walk = ((0..p.num_keys).map(seen).max().unwrap_or(0) as f64).sqrt();
-    let largest_of = |array: &[f64]| largest(array.iter().copied());
-    let exact = reference::backward::<f64>(p, &case.grad_out);
-    let naive = reference::backward::<F>(p, &case.grad_out);
+    let expected = expected::<F>(&case);
+    let Expected { gradients, bounds, .. } = &expected;
     let [query, key, value] = &ours.grad_inputs;
-    for (array, size, ours, naive, exact) in [
-        ("grad query", p.scale.abs() * largest_of(&p.key), query, &naive.query, &exact.query),
-        ("grad key", walk * p.scale.abs() * largest_of(&p.query), key, &naive.key, &exact.key),
-    ] {
-        let floor = f64::max(floor * size, relative * largest_of(exact));
-        assert_error(&what(array), 3.0, floor, ours, naive, exact);
-    }
-    let value_floor = walk * relative * keep * largest_of(&case.grad_out);
-    assert_error(&what("grad value"), 3.0, value_floor, value, &naive.value, &exact.value);
+    let mut all = worst_of_answer(&ours.answer, &expected).to_vec();
+    all.extend([
+        ("grad query", worst(query, &gradients.query, &bounds.query)),
+        ("grad key", worst(key, &gradients.key, &bounds.key)),
+        ("grad value", worst(value, &gradients.value, &bounds.value)),
+    ]);
+    assert_eq!(ours.grad_bias.is_some(), case.problem.bias.is_some());
     if let Some(ours) = &ours.grad_bias {
-        let naive = shared_bias_gradient(&case, &naive.bias);
-        let exact = shared_bias_gradient(&case, &exact.bias);
-        assert_error(&what("grad bias"), 3.0, floor, ours, &naive, &exact);
+        let [exact, bounds] =
+            [&gradients.bias, &bounds.bias].map(|per_head| shared_bias_gradient(&case, per_head));
+        all.push(("grad bias", worst(ours, &exact, &bounds)));
     }
+    for (array, worst) in &all {
+        let bits = 8 * size_of::<F>();
+        let what = format!("seed {seed}, {mechanism:?}, {bits} bits, {array}");
+        assert!(*worst <= 1.0, "{what}: the error is {worst} times its bound");
+    }
+    all.iter().fold(0.0, |largest, (_, worst)| worst.max(largest))
 }
 
 const CASES: u64 = 300;
 
+/// Checks every case in both precisions.
+fn check_all(mechanism: impl Fn(u64) -> Mechanism) {
+    let mut largest = [0f64; 2];
+    for seed in 0..CASES {
+        let mechanism = mechanism(seed);
+        let errors = [check::<f32>(seed, mechanism), check::<f64>(seed, mechanism)];
+        largest = [largest[0].max(errors[0]), largest[1].max(errors[1])];
+    }
+    println!("the largest errors in f32 and f64, as multiples of their bounds: {largest:?}");
+}
+
 #[test]
 fn scaled_dot_product_is_the_oracle() {
-    for seed in 0..CASES {
-        check::<f32>(seed, Mechanism::Plain);
-        check::<f64>(seed, Mechanism::Plain);
-    }
+    check_all(|_| Mechanism::Plain);
 }
 
 #[test]
 fn flash_is_the_oracle_for_any_tiles() {
-    for seed in 0..CASES {
+    check_all(|seed| {
         let rng = &mut Rng::seed_from_u64(!seed);
         let sizes = [1, 3, 31, 64, 67, 1000];
-        let mechanism = Mechanism::Flash { queries: pick(&sizes, rng), keys: pick(&sizes, rng) };
-        check::<f32>(seed, mechanism);
-        check::<f64>(seed, mechanism);
+        Mechanism::Flash { queries: pick(&sizes, rng), keys: pick(&sizes, rng) }
+    });
+}
+
+/// A fault in the loops.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// Of 10⁻⁵, relative.
+    Scale,
+    /// One key is left out of one query's row.
+    Key,
+    /// What has been summed is not rescaled when the maximum rises, halfway through a row.
+    Rescale,
+    /// Σ p dp is left out of the gradient of one row's logits.
+    Delta,
+    /// One pair's weight is taken from its logit rounded to half the digits.
+    Logit,
+}
+
+/// Whether the bounds of `F` tell a faulty answer from the right one; `None` where the fault changes
+/// nothing.
+fn is_caught<F: num_traits::Float>(case: &Case, fault: Fault) -> Option<bool> {
+    let p = &case.problem;
+    let expected = expected::<F>(case);
+    let rng = &mut Rng::seed_from_u64(17);
+    // A pair that counts, and the others of its row.
+    let counts = |&at: &usize| (0.01..0.99).contains(&expected.answer.weights[at]);
+    let counting: Vec<usize> = (0..expected.answer.weights.len()).filter(counts).collect();
+    let at = (!counting.is_empty()).then(|| pick(&counting, rng))?;
+    let (pair, head) = (at / p.heads, at % p.heads);
+    let query = p.pairs[pair].0;
+    let row = query * p.heads + head;
+    let mut faulty = p.clone();
+    let none = vec![0.0; p.pairs.len() * p.heads];
+    let bias = faulty.bias.get_or_insert(none);
+    let weights = &expected.answer.weights;
+    match fault {
+        Fault::Scale => faulty.scale *= 1.0 + 1e-5,
+        Fault::Key => bias[at] = f64::NEG_INFINITY,
+        Fault::Logit => bias[at] += f64::sqrt(F::epsilon().to_f64().unwrap()),
+        Fault::Rescale => {
+            // By as much as the maximum rises, in units of the logits.
+            let of_row: Vec<usize> = (0..p.pairs.len())
+                .filter(|&e| p.pairs[e].0 == query && weights[e * p.heads + head] > 0.0)
+                .map(|e| e * p.heads + head)
+                .collect();
+            let (before, after) = of_row.split_at(of_row.len() / 2);
+            let max = |ats: &[usize]| ats.iter().fold(0.0, |max, &at| f64::max(max, weights[at]));
+            let rise = (max(after) / max(before)).ln();
+            if !(rise > 0.0 && rise.is_finite()) {
+                return None;
+            }
+            before.iter().for_each(|&at| bias[at] += rise);
+        }
+        Fault::Delta => {
+            let columns = row * p.value_dim..(row + 1) * p.value_dim;
+            let out = &expected.answer.out[columns.clone()];
+            let delta: f64 = out.iter().zip(&case.grad_out[columns]).map(|(o, g)| o * g).sum();
+            if delta == 0.0 {
+                return None;
+            }
+            let mut grad = reference::backward::<F>(p, &case.grad_out).bias;
+            grad[at] += weights[at] * delta;
+            return Some(worst(&grad, &expected.gradients.bias, &expected.bounds.bias) > 1.0);
+        }
     }
+    let answer = reference::forward::<F>(&faulty);
+    Some(worst_of_answer(&answer, &expected).iter().any(|(_, worst)| *worst > 1.0))
+}
+
+#[test]
+fn faults_are_farther_off_than_roundings() {
+    fn caught<F: num_traits::Float>(fault: Fault) -> (usize, usize) {
+        let caught: Vec<bool> =
+            (0..CASES).filter_map(|seed| is_caught::<F>(&random_case(seed), fault)).collect();
+        (caught.iter().filter(|caught| **caught).count(), caught.len())
+    }
+    for fault in [Fault::Scale, Fault::Key, Fault::Rescale, Fault::Delta, Fault::Logit] {
+        for (precision, (caught, all)) in
+            [("f32", caught::<f32>(fault)), ("f64", caught::<f64>(fault))]
+        {
+            assert!(all >= 100, "{fault:?} changes only {all} cases");
+            // In f32, small faults are within what sums of many terms may lose.
+            let is_small = matches!(fault, Fault::Scale | Fault::Logit) && precision == "f32";
+            let enough = if is_small { all * 9 / 10 } else { all };
+            assert!(caught >= enough, "{fault:?} in {precision}: {caught} of {all} caught");
+        }
+    }
+}
+
+#[test]
+fn the_loops_keep_their_own_bounds() {
+    for seed in 0..CASES {
+        let case = random_case(seed);
+        let expected = expected::<f32>(&case);
+        for (array, worst) in worst_of_answer(&reference::forward::<f32>(&case.problem), &expected)
+        {
+            assert!(worst <= 1.0, "seed {seed}, {array}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn only_the_same_infinity_is_no_error() {
+    let (infinity, nan) = (f64::INFINITY, f64::NAN);
+    let ratio = |actual: f64, exact: f64| worst(&[actual], &[exact], &[0.5]);
+    for number in [infinity, -infinity, nan, 0.0, 3.0] {
+        assert_eq!(ratio(number, number), 0.0);
+    }
+    for (a, b) in [(infinity, -infinity), (infinity, nan), (infinity, 3.0), (nan, 3.0)] {
+        assert_eq!([ratio(a, b), ratio(b, a)], [infinity; 2], "{a} and {b}");
+    }
+    assert_eq!(ratio(3.0, 4.0), 2.0);
+    assert_eq!(worst(&[3.0], &[4.0], &[0.0]), infinity);
 }

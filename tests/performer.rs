@@ -2,8 +2,8 @@
 
 use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
-    Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, Performer,
-    PerformerConfig, Projection, Saved, params,
+    Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, MultiHead,
+    MultiHeadConfig, Performer, PerformerConfig, Projection, Saved, params,
 };
 use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
@@ -217,7 +217,7 @@ fn gradients_of_sums_are_those_of_pairs() {
                 continue;
             }
             let mut rng = rng(7);
-            let config = PerformerConfig::new(d, features).features(kind);
+            let config = PerformerConfig::new(d, features).features(kind).learn_projection(true);
             let performer = config.init::<f64>(&mut rng).unwrap();
             let q = normal(n_q, heads * d, size, &mut rng);
             let k = normal(n_k, kv_heads * d, size, &mut rng);
@@ -431,7 +431,8 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
     for (kind, features) in all_kinds() {
         for size in [1e-3, 1.0, 30.0, 1e3] {
             let mut rng = rng(14);
-            let config = PerformerConfig::new(5, features).features(kind).scale(1.0);
+            let config =
+                PerformerConfig::new(5, features).features(kind).scale(1.0).learn_projection(true);
             let performer = config.init::<f32>(&mut rng).unwrap();
             let unit = |rng: &mut Xoshiro256PlusPlus| {
                 let mut x: Array2<f32> = normal(211, 5, 1.0, rng);
@@ -469,7 +470,8 @@ fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
     let (n_q, n_k) = (263, 300);
     let mut rng = rng(29);
     for (kind, features) in all_kinds() {
-        let config = PerformerConfig::new(5, features).features(kind).scale(1.0);
+        let config =
+            PerformerConfig::new(5, features).features(kind).scale(1.0).learn_projection(true);
         let performer = config.init::<f32>(&mut rng).unwrap();
         let mut mixed = |n: usize| {
             let mut x: Array2<f32> = normal(n, 5, 1.0, &mut rng);
@@ -867,6 +869,73 @@ fn a_projection_is_saved_and_loaded() {
     assert!(params::state(&elu.init::<f64>(&mut rng(1)).unwrap()).is_empty());
 }
 
+fn a_projection_is_trained_only_if_asked<F: Float>() {
+    let x: Array2<F> = normal(9, 4, 1.0, &mut rng(33));
+    let mask = Array2::from_shape_fn((9, 9), |(i, j)| (i + j) % 3 > 0);
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+    // By sums, by sums in order, and pair by pair.
+    for inputs in [inputs, inputs.causal(), inputs.with_mask(mask.view()).unwrap()] {
+        for kind in [Features::Positive, Features::Hyperbolic, RELU] {
+            let config = PerformerConfig::new(2, 6).features(kind);
+            let layer = |config: &PerformerConfig| {
+                let inner: Performer<F> = config.init(&mut rng(34)).unwrap();
+                MultiHeadConfig::new(4, 2).init(inner, &mut rng(35)).unwrap()
+            };
+            let [mut fixed, mut learned] =
+                [layer(&config), layer(&config.clone().learn_projection(true))];
+            let steps = |layer: &mut MultiHead<F, Performer<F>>| {
+                let mut names = Vec::new();
+                for _ in 0..30 {
+                    let (out, saved) = layer.forward_train(&inputs).unwrap();
+                    let grads = layer.backward(&inputs, &saved, out.view()).unwrap();
+                    // With weight decay, which needs no gradient.
+                    params::update(layer, &grads.params, |name, mut param, grad| {
+                        names.push(name.to_owned());
+                        param.zip_mut_with(&grad, |x, &g| *x = F::of(0.99) * *x - F::of(0.01) * g);
+                    })
+                    .unwrap();
+                }
+                names.contains(&"inner.projection_matrix".to_owned())
+            };
+            let before = projection_of(fixed.inner());
+            assert_eq!(before, projection_of(learned.inner()));
+            assert!(!steps(&mut fixed));
+            assert_eq!(projection_of(fixed.inner()), before);
+            assert!(steps(&mut learned));
+            assert_ne!(projection_of(learned.inner()), before);
+
+            // Saved and loaded under one name by both.
+            let buffers: Vec<String> =
+                params::buffers(&fixed).into_iter().map(|(name, _)| name).collect();
+            assert_eq!(buffers, ["inner.projection_matrix"]);
+            assert_eq!(params::buffers(&learned), []);
+            params::load_state(&mut fixed, params::state(&learned)).unwrap();
+            assert_eq!(projection_of(fixed.inner()), projection_of(learned.inner()));
+            assert_eq!(fixed.forward(&inputs).unwrap(), learned.forward(&inputs).unwrap());
+            // Other gradients do not depend on it.
+            let (out, saved) = learned.forward_train(&inputs).unwrap();
+            let with = learned.backward(&inputs, &saved, out.view()).unwrap();
+            let (_, saved) = fixed.forward_train(&inputs).unwrap();
+            let without = fixed.backward(&inputs, &saved, out.view()).unwrap();
+            assert_eq!(without.query, with.query);
+            assert_eq!(without.params[..], with.params[..without.params.len()]);
+            assert_eq!(without.params.len() + 1, with.params.len());
+        }
+    }
+}
+
+#[test]
+fn a_projection_is_a_buffer_unless_it_is_learned() {
+    a_projection_is_trained_only_if_asked::<f32>();
+    a_projection_is_trained_only_if_asked::<f64>();
+    let config = PerformerConfig::new(2, 6);
+    let nothing: [(&str, ArrayD<f64>); 0] = [];
+    for config in [config.clone(), config.learn_projection(true)] {
+        let missing = Error::MissingParam { name: "projection_matrix".into() };
+        assert_eq!(config.from_params(nothing.clone()).unwrap_err(), missing);
+    }
+}
+
 #[test]
 fn bad_configurations_and_inputs_are_refused() {
     let init = |config: PerformerConfig| config.init::<f32>(&mut rng(23)).map(drop);
@@ -987,7 +1056,8 @@ fn outputs_and_gradients_are_those_of_performer_pytorch() {
             .collect();
         let projection = &arrays["projection"];
         let kind = if case["features"] == "relu" { RELU } else { Features::Positive };
-        let config = PerformerConfig::new(projection.ncols(), projection.nrows()).features(kind);
+        let config = PerformerConfig::new(projection.ncols(), projection.nrows());
+        let config = config.features(kind).learn_projection(true);
         let state = [("projection_matrix", projection.clone().into_dyn())];
         let performer = config.from_params(state).unwrap();
         let [q, k, v] = ["query", "key", "value"].map(|name| arrays[name].view());

@@ -139,6 +139,7 @@ impl Case<'_> {
         {
             self.compare(name, grad.view());
         }
+        assert_eq!(grads.bias.is_some(), bias.is_some());
         if let Some(grad) = &grads.bias {
             let shape = &self.value["grad_bias"]["shape"];
             let columns = shape[1].as_u64().unwrap() as usize;
@@ -195,6 +196,7 @@ fn points<F: Float>(rows: usize, columns: usize, scale: f64, seed: &mut u64) -> 
 fn assert_near<F: Float>(what: &str, a: &Array2<F>, b: &Array2<F>, tolerance: f64) {
     assert_eq!(a.dim(), b.dim(), "{what}");
     let largest = b.iter().fold(1e-300, |max: f64, x| max.max(x.as_f64().abs()));
+    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
     for (a, b) in a.iter().zip(b) {
         let error = (a.as_f64() - b.as_f64()).abs();
         assert!(error <= tolerance * largest, "{what}: {a} instead of {b}");
@@ -253,6 +255,7 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
                 assert_near(&what, &grads.query, &expected_grads.query, tolerance);
                 assert_near(&what, &grads.key, &expected_grads.key, tolerance);
                 assert_near(&what, &grads.value, &expected_grads.value, tolerance);
+                assert_eq!(grads.bias.is_some(), expected_grads.bias.is_some(), "{what}");
                 if let (Some(a), Some(b)) = (&grads.bias, &expected_grads.bias) {
                     assert_near(&what, a, b, tolerance);
                 }

@@ -424,12 +424,14 @@ fn float_norm<F: Float>(x: impl IntoIterator<Item = F>) -> f64 {
     }
 }
 
-/// The error of an answer, and the norm of the right one.
+/// The error of an answer, NaN if some of it is, and the norm of the right one.
 fn error<F: Float>(actual: &[F], expected: &Value) -> (f64, f64) {
     let expected: Vec<f64> = numbers(expected);
     assert_eq!(actual.len(), expected.len());
-    let difference = actual.iter().zip(&expected).map(|(a, b)| a.as_f64() - b);
-    (float_norm(difference), float_norm(expected.iter().copied()))
+    let difference: Vec<f64> = actual.iter().zip(&expected).map(|(a, b)| a.as_f64() - b).collect();
+    let is_number = difference.iter().all(|x| x.is_finite());
+    let error = if is_number { float_norm(difference) } else { f64::NAN };
+    (error, float_norm(expected))
 }
 
 /// Answers of every function against those of mpmath: how many.

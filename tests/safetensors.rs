@@ -296,6 +296,31 @@ fn parameters_without_a_place_in_a_file_are_refused() {
     assert!(!path.exists());
 }
 
+/// A parameter and a buffer, under names to choose.
+struct Pair(&'static str, &'static str);
+
+impl Params<f64> for Pair {
+    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        visitor(self.0, ArrayD::zeros(IxDyn(&[1])).view());
+    }
+    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        visitor(self.1, ArrayD::ones(IxDyn(&[2])).view());
+    }
+}
+
+#[test]
+fn buffers_are_written_beside_parameters() -> Result<()> {
+    let bytes = safetensors::to_bytes(&Pair("a", "b"))?;
+    let same = bag::<f64>(&[("a", &[1], &[0.0]), ("b", &[2], &[1.0, 1.0])]);
+    assert_eq!(bytes, safetensors::to_bytes(&same)?);
+    let twice = safetensors::to_bytes(&Pair("a", "a")).unwrap_err();
+    assert_eq!(twice, Error::DuplicateParam { name: "a".into() });
+    let reserved = safetensors::to_bytes(&Pair("a", "__metadata__")).unwrap_err();
+    assert!(matches!(reserved, Error::InvalidConfig { .. }), "{reserved:?}");
+    Ok(())
+}
+
 #[test]
 fn paths_are_named_when_they_fail() {
     let mut params = bag(&[("a", &[1], &[1.0])]);

@@ -9,8 +9,9 @@ use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayView
 use graph_attention::neighbors::Metric;
 use graph_attention::{
     Aggregation, Coordinates, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Features, Flash,
-    Float, Fusion, Graph, GraphRopeConfig, Inputs, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
-    Params, PerformerConfig, PoincareConfig, Projection, Result, Score, Window, params,
+    Float, Fusion, Gating, Graph, GraphRopeConfig, Inputs, Layout, LocalGlobal, MoeConfig,
+    MultiHeadConfig, Params, PerformerConfig, PoincareConfig, Priority, Projection, Result, Score,
+    Window, params,
 };
 use parameters::mechanisms;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -93,10 +94,15 @@ fn configurations_come_back() {
     ] {
         let config = PerformerConfig::new(3, 8).features(features);
         comes_back(&config);
-        comes_back(&config.projection(Projection::Iid).scale(0.7));
+        comes_back(&config.projection(Projection::Iid).scale(0.7).learn_projection(true));
     }
     comes_back(&MoeConfig::new(6, 2));
     comes_back(&MoeConfig::new(6, 2).renormalize(false).noise(true).capacity_factor(1.25));
+    for gating in [Gating::Softmax, Gating::Sigmoid] {
+        for priority in [Priority::Rank, Priority::Gate, Priority::Query] {
+            comes_back(&MoeConfig::new(6, 2).gating(gating).priority(priority).capacity(7));
+        }
+    }
     for layout in [Layout::Half, Layout::Interleaved] {
         comes_back(&GraphRopeConfig::new(6, layout).axes(3).base(123.0).rotary_dim(4));
     }
@@ -125,6 +131,7 @@ fn names_are_those_of_the_documentation() {
         "features": {"Relu": {"epsilon": 0.5}},
         "projection": "Orthogonal",
         "scale": null,
+        "learn_projection": false,
     });
     assert_eq!(serde_json::to_value(config).unwrap(), expected);
     let unknown = refusal::<Score>(r#""GatV3""#);
@@ -187,6 +194,7 @@ fn invalid_configurations_are_refused_by_init() {
         changed(&PerformerConfig::new(3, 8), "features", json!("Elu"), performer),
         changed(&MoeConfig::new(6, 1), "k", json!(2), moe),
         changed(&MoeConfig::new(6, 1), "capacity_factor", json!(0.0), moe),
+        changed(&MoeConfig::new(6, 1), "capacity", json!(0), moe),
         changed(&rope_config, "rotary_dim", json!(8), rope),
         changed(&rope_config, "base", json!(-1.0), rope),
         changed(&rope_config, "spectrum", json!({"Axes": 4}), rope),
@@ -206,6 +214,7 @@ fn invalid_configurations_are_refused_by_init() {
         "num_features",
         "k",
         "capacity_factor",
+        "capacity",
         "rotary_dim",
         "base",
         "axes",
@@ -214,6 +223,7 @@ fn invalid_configurations_are_refused_by_init() {
         "dilation",
         "dropout.probability",
     ];
+    assert_eq!(messages.len(), fields.len());
     for (message, field) in messages.iter().zip(fields) {
         assert!(message.starts_with(&format!("{field}: expected ")), "{field}: {message}");
     }

@@ -1,7 +1,7 @@
 //! The checks of `testing` have teeth: for every law a mechanism with the fault it is there for.
 
 use graph_attention::ndarray::{
-    Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
+    Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, IxDyn,
 };
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
@@ -34,6 +34,12 @@ enum Fault {
     Adds(fn(&In<'_>, ArrayView2<'_, f64>, &mut GradientsMut<'_, f64>)),
     NeedsEveryGradient,
     Weighs(fn(&In<'_>, &mut Out)),
+    /// The name of a buffer that it shows, and of the one that it lends for writing.
+    Keeps(fn() -> &'static str, &'static str),
+    /// A buffer that is shown as it was, whatever is written.
+    Forgets,
+    /// The last bias of a `MultiHead` is a parameter and a buffer.
+    ShowsTwice,
 }
 
 use Fault::*;
@@ -61,6 +67,30 @@ impl<A: Params<f64>> Params<f64> for Wrong<A> {
     }
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
         self.1.visit_params_mut(visitor);
+    }
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        match self.0 {
+            Keeps(name, _) => visitor(name(), ArrayD::zeros(IxDyn(&[2])).view()),
+            Forgets => visitor("kept", ArrayD::zeros(IxDyn(&[2])).view()),
+            ShowsTwice => self.1.visit_params(&mut |name, param| {
+                if name == "out_proj.bias" {
+                    visitor(name, param);
+                }
+            }),
+            _ => self.1.visit_buffers(visitor),
+        }
+    }
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+        match self.0 {
+            Keeps(_, name) => visitor(name, ArrayD::zeros(IxDyn(&[2])).view_mut()),
+            Forgets => visitor("kept", ArrayD::zeros(IxDyn(&[2])).view_mut()),
+            ShowsTwice => self.1.visit_params_mut(&mut |name, param| {
+                if name == "out_proj.bias" {
+                    visitor(name, param);
+                }
+            }),
+            _ => self.1.visit_buffers_mut(visitor),
+        }
     }
 }
 
@@ -122,6 +152,10 @@ impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
         }
         Ok(weights)
     }
+}
+
+fn rng() -> Xoshiro256PlusPlus {
+    Xoshiro256PlusPlus::seed_from_u64(1)
 }
 
 /// A small number, another one each time.
@@ -307,7 +341,17 @@ const FAULTS: &[(Fault, &str)] = &[
     (Hides("grads.edge_features:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.distances:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("flash: expected the state"), "another mechanism's saved state"),
+    (Keeps(changing_name, "kept"), "parameters and buffers are visited in an order that never"),
 ];
+
+/// Another name each time.
+fn changing_name() -> &'static str {
+    static CALLS: AtomicU32 = AtomicU32::new(0);
+    ["one", "other"][CALLS.fetch_add(1, Ordering::Relaxed) as usize % 2]
+}
+
+/// Faults of a mechanism with parameters.
+const NAME_FAULTS: &[(Fault, &str)] = &[(ShowsTwice, "each parameter and each buffer has a name")];
 
 #[test]
 fn every_law_is_broken_by_a_fault() {
@@ -318,8 +362,14 @@ fn every_law_is_broken_by_a_fault() {
         let broken = check_attention(&Wrong(fault, Flash::new()), &shapes).map_err(|v| v.law);
         assert!(matches!(broken, Err(broken) if broken.starts_with(law)), "{law}: {broken:?}");
     }
+    for &(fault, law) in NAME_FAULTS {
+        let layer = MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng()).unwrap();
+        let broken = check_attention(&Wrong(fault, layer), &Shapes::new(2, 2, 2));
+        assert!(matches!(broken, Err(broken) if broken.law.starts_with(law)), "{law}");
+    }
+    let faults = || FAULTS.iter().chain(NAME_FAULTS);
     for law in include_str!("../src/testing/laws.rs").split("let law = \"").skip(1) {
-        assert!(FAULTS.iter().any(|fault| law.starts_with(fault.1)), "no fault breaks {law:.70}");
+        assert!(faults().any(|fault| law.starts_with(fault.1)), "no fault breaks {law:.70}");
     }
 }
 
@@ -356,10 +406,8 @@ fn latent_neighbours_are_seen_where_they_are_read() {
 
 #[test]
 fn every_gradient_is_compared() {
-    let wrong = |fault| {
-        let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-        Wrong(fault, MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng).unwrap())
-    };
+    let wrong =
+        |fault| Wrong(fault, MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng()).unwrap());
     let mut right = wrong(Nothing);
     check_gradients(&mut right, &Shapes::new(2, 2, 2)).unwrap();
     assert_eq!(params::state(&right), params::state(&wrong(Nothing)), "not put back");
@@ -369,6 +417,8 @@ fn every_gradient_is_compared() {
         (Adds(|_, _, grads| add(&mut grads.query, 1e-5)), "query,"),
         (Adds(|_, _, grads| add(&mut grads.key, 1e-5)), "key,"),
         (Adds(|_, _, grads| add(&mut grads.value, 1e-5)), "value,"),
+        (Adds(|_, _, grads| add(&mut grads.value, f64::INFINITY)), "value,"),
+        (Adds(|_, _, grads| add(&mut grads.key, f64::NAN)), "key,"),
         (Adds(|_, _, grads| grads.bias.iter_mut().for_each(|grad| *grad += 1e-5)), "bias,"),
         (Computes(|x, _, out| *out += distances(x)), "distances,"),
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),
@@ -380,6 +430,21 @@ fn every_gradient_is_compared() {
         let violation = check_gradients(&mut wrong(fault), &Shapes::new(2, 2, 2)).unwrap_err();
         assert!(violation.detail.starts_with(array), "{array} {violation}");
     }
+}
+
+#[test]
+fn a_state_that_does_not_come_back_is_a_violation() {
+    let shapes = Shapes::new(2, 2, 2);
+    for (fault, law) in [
+        (Keeps(|| "kept", "other"), "the arrays that are lent for writing are those"),
+        (Forgets, "the arrays that are lent for writing are those"),
+    ] {
+        let violation = check_gradients(&mut Wrong(fault, Flash::new()), &shapes).unwrap_err();
+        assert!(violation.law.starts_with(law), "{violation}");
+    }
+    let layer = MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng()).unwrap();
+    let violation = check_gradients(&mut Wrong(ShowsTwice, layer), &shapes).unwrap_err();
+    assert_eq!(violation.law, "a state comes back", "{violation}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSear
 use graph_attention::{
     Aggregation, Attention, Causal, Coordinates, DualSpaceConfig, Flash, Fusion, Gradients, Graph,
     GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Window,
+    PerformerConfig, PoincareConfig, ScaledDotProduct, Window,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -104,7 +104,8 @@ fn one_two_and_seven_threads_give_the_same_bits() {
             assert_eq!(one, run(7, attention, &inputs));
         }
     }
-    for attention in [&multi_head as &dyn Attention<f32>, &moe] {
+    let plain = ScaledDotProduct::new();
+    for attention in [&multi_head as &dyn Attention<f32>, &moe, &plain] {
         for inputs in [dense, sparse, dense.causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
         }

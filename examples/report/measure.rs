@@ -76,9 +76,15 @@ impl Report {
                 loads.iter().map(|load| cost(attention, load)).collect()
             };
             let (dense, graph, one_query) = (costs(&dense)?, costs(&graph)?, costs(&one_query)?);
-            // The same parameters, for they are drawn in the precision of the mechanism.
-            let state = params::state(attention).into_iter();
-            let state = state.map(|(name, value)| (name, value.mapv(f64::from)));
+            // The same parameters, for they are drawn in the precision of the mechanism. Frequencies are
+            // computed with in f64 by both, and only shown rounded.
+            let own = params::state(&wide.attention).into_iter();
+            let state =
+                params::state(attention).into_iter().zip(own).map(|((name, value), own)| {
+                    let is_rounded = own.1.mapv(|x| x as f32) == value;
+                    (name, if is_rounded { own.1 } else { value.mapv(f64::from) })
+                });
+            let state: Vec<_> = state.collect();
             params::load_state(&mut wide.attention, state)?;
             let out = attention.forward(&small.inputs()?)?.mapv(f64::from);
             let rounding = relative_error(&out, &wide.attention.forward(&wide_small.inputs()?)?);

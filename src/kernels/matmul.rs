@@ -365,6 +365,10 @@ mod tests {
         (0..len).map(|i| ((i * 7 + seed * 5) % 11) as f32 - 5.0).collect()
     }
 
+    fn whole(data: &mut [f32], columns: usize) -> Out<'_, f32> {
+        Out { data, stride: columns, columns }
+    }
+
     /// (left · right, rightward of transposed left) by both kernels, and by plain loops.
     #[inline(always)]
     fn check<S: Simd>(simd: S, rows: usize, inner: usize, panels: usize) {
@@ -386,14 +390,26 @@ mod tests {
 
         let mut product = vec![f32::NAN; rows * columns];
         let rows_of_left = Left { data: &left[..], stride: inner, len: inner };
-        let out = |data| Out { data, stride: columns, columns };
-        let (target, data) = (Target::Overwrite, &mut product[..]);
-        rows_times(simd, rows, rows_of_left, right, target, out(data));
+        rows_times(
+            simd,
+            rows,
+            rows_of_left,
+            right,
+            Target::Overwrite,
+            whole(&mut product, columns),
+        );
         assert_eq!(product, expected, "rows {rows} x {inner} x {columns}");
-        rows_times(simd, rows, rows_of_left, right, Target::Add, out(&mut product));
+        rows_times(simd, rows, rows_of_left, right, Target::Add, whole(&mut product, columns));
         assert!(product.iter().zip(&expected).all(|(&sum, &once)| sum == 2.0 * once));
         let factors: Vec<f32> = (0..columns).map(|column| column as f32).collect();
-        rows_times(simd, rows, rows_of_left, right, Target::Rescale(&factors), out(&mut product));
+        rows_times(
+            simd,
+            rows,
+            rows_of_left,
+            right,
+            Target::Rescale(&factors),
+            whole(&mut product, columns),
+        );
         for (at, (&sum, &once)) in product.iter().zip(&expected).enumerate() {
             assert_eq!(sum, 2.0 * once * factors[at % columns] + once);
         }
@@ -401,8 +417,14 @@ mod tests {
         if panels == 1 {
             product.fill(f32::NAN);
             let before = splat::<S, f32>(simd, 3.0);
-            let max =
-                rows_times_with_max(simd, rows, rows_of_left, right, before, out(&mut product));
+            let max = rows_times_with_max(
+                simd,
+                rows,
+                rows_of_left,
+                right,
+                before,
+                whole(&mut product, columns),
+            );
             assert_eq!(product, expected);
             let max = max.iter().flat_map(|max| max.as_slice()).copied();
             for (column, max) in max.enumerate() {
@@ -412,7 +434,7 @@ mod tests {
         }
 
         product.fill(f32::NAN);
-        squared_distances(simd, rows, rows_of_left, right, out(&mut product));
+        squared_distances(simd, rows, rows_of_left, right, whole(&mut product, columns));
         assert_eq!(product, distances, "distances {rows} x {inner} x {columns}");
 
         let mut transposed = vec![0.0; inner * (rows + 1)];
@@ -421,7 +443,7 @@ mod tests {
         }
         let transposed = Left { data: &transposed[..], stride: rows + 1, len: rows };
         let mut product = vec![f32::NAN; rows * columns];
-        columns_times(simd, transposed, right, Target::Overwrite, out(&mut product));
+        columns_times(simd, transposed, right, Target::Overwrite, whole(&mut product, columns));
         assert_eq!(product, expected, "columns {rows} x {inner} x {columns}");
 
         // Columns that do not fill the last panel.

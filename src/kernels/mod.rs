@@ -6,7 +6,7 @@
 //! rows enter the instruction set themselves and are called, since inlined everywhere they would make
 //! the build take minutes.
 //!
-//! `matmul`, `exp2`, `transpose` and `heads` are the primitives, `linear` makes projections of them, `problem` is
+//! `matmul`, `exp`, `transpose` and `heads` are the primitives, `linear` makes projections of them, `problem` is
 //! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
 //! row, `edges` row by row with features of the pairs; none ever holds more than a tile of logits.
 //! `nearest` walks queries × keys in tiles too, and keeps the best keys of each query.
@@ -55,13 +55,14 @@ pub(crate) mod asinh;
 mod buffer;
 pub(crate) mod dense;
 pub(crate) mod edges;
-pub(crate) mod exp2;
+pub(crate) mod exp;
 pub(crate) mod features;
 pub(crate) mod heads;
 pub(crate) mod hyperbolic;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod nearest;
+pub(crate) mod normalizer;
 pub(crate) mod parallel;
 pub(crate) mod prefetch;
 pub(crate) mod problem;
@@ -84,13 +85,14 @@ use hyperbolic::HyperbolicProblem;
 use matmul::Target;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 use nearest::{Keys, Lists};
+use normalizer::Normalizer;
 use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
 /// The kernels as methods of their element: so they are compiled in this crate, once for each type
 /// and instruction set, and not again in every crate that calls a mechanism.
-pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
+pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
     /// [`linear::width`].
     fn panel_width(level: Level) -> usize
     where
@@ -140,7 +142,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         sizes: TileSizes,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -160,7 +162,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -180,7 +182,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -200,7 +202,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
         level: Level,
-        log_sum_exp: &Array2<Self>,
+        normalizer: &Normalizer<Self>,
     ) -> Result<Array2<Self>>
     where
         Self: Float;
@@ -211,7 +213,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         sizes: TileSizes,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -221,7 +223,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -229,7 +231,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
     fn hyperbolic_spread(
         problem: &HyperbolicProblem<'_, Self>,
         directions: Slices<'_, Self>,
-        log_sum_exp: &Array2<Self>,
+        normalizer: &Normalizer<Self>,
         sizes: TileSizes,
         level: Level,
         sums: ArrayViewMut2<'_, Self>,
@@ -335,7 +337,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
-        log_sum_exp: &mut Array2<Self>,
+        normalizer: &mut Normalizer<Self>,
     ) where
         Self: Float;
 
@@ -355,7 +357,7 @@ pub trait Kernels: exp2::HasExp2 + asinh::HasAsinh + sincos::HasSinCos {
         problem: &RotaryProblem<'_, Self>,
         tile_len: usize,
         level: Level,
-        log_sum_exp: &Array2<Self>,
+        normalizer: &Normalizer<Self>,
     ) -> Result<Array2<Self>>
     where
         Self: Float;
@@ -410,9 +412,9 @@ macro_rules! compile_kernels {
                 sizes: TileSizes,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
-                dense::forward::<_, dense::DotTiles<'_, _>>(problem, sizes, level, out, log_sum_exp);
+                dense::forward::<_, dense::DotTiles<'_, _>>(problem, sizes, level, out, normalizer);
             }
 
             fn dense_backward(
@@ -430,9 +432,9 @@ macro_rules! compile_kernels {
                 tile_len: usize,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
-                rows::forward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, out, log_sum_exp);
+                rows::forward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, out, normalizer);
             }
 
             fn rows_backward(
@@ -442,7 +444,10 @@ macro_rules! compile_kernels {
                 upstream: Upstream<'_, Self>,
                 grads: &mut GradientsMut<'_, Self>,
             ) {
-                rows::backward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, upstream, grads);
+                let scaled = rows::scaled_queries(problem);
+                rows::backward::<_, rows::DotScorer<'_, _>>(
+                    problem, &scaled, tile_len, level, upstream, grads,
+                );
             }
 
             fn edges_forward(
@@ -450,10 +455,10 @@ macro_rules! compile_kernels {
                 tile_len: usize,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
                 rows::forward::<_, edges::EdgeScorer<'_, _>>(
-                    problem, tile_len, level, out, log_sum_exp,
+                    problem, tile_len, level, out, normalizer,
                 );
             }
 
@@ -471,9 +476,9 @@ macro_rules! compile_kernels {
                 problem: &EdgeProblem<'_, Self>,
                 tile_len: usize,
                 level: Level,
-                log_sum_exp: &Array2<Self>,
+                normalizer: &Normalizer<Self>,
             ) -> Result<Array2<Self>> {
-                rows::weights::<_, edges::EdgeScorer<'_, _>>(problem, tile_len, level, log_sum_exp)
+                rows::weights::<_, edges::EdgeScorer<'_, _>>(problem, tile_len, level, normalizer)
             }
 
             fn hyperbolic_dense_forward(
@@ -481,10 +486,10 @@ macro_rules! compile_kernels {
                 sizes: TileSizes,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
                 dense::forward::<_, hyperbolic::DistanceTiles<'_, _>>(
-                    problem, sizes, level, out, log_sum_exp,
+                    problem, sizes, level, out, normalizer,
                 );
             }
 
@@ -493,22 +498,22 @@ macro_rules! compile_kernels {
                 tile_len: usize,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
                 rows::forward::<_, hyperbolic::DistanceScorer<'_, _>>(
-                    problem, tile_len, level, out, log_sum_exp,
+                    problem, tile_len, level, out, normalizer,
                 );
             }
 
             fn hyperbolic_spread(
                 problem: &HyperbolicProblem<'_, Self>,
                 directions: Slices<'_, Self>,
-                log_sum_exp: &Array2<Self>,
+                normalizer: &Normalizer<Self>,
                 sizes: TileSizes,
                 level: Level,
                 sums: ArrayViewMut2<'_, Self>,
             ) {
-                hyperbolic::spread(problem, directions, log_sum_exp, sizes, level, sums);
+                hyperbolic::spread(problem, directions, normalizer, sizes, level, sums);
             }
 
             fn hyperbolic_rows_backward(
@@ -604,10 +609,10 @@ macro_rules! compile_kernels {
                 tile_len: usize,
                 level: Level,
                 out: ArrayViewMut2<'_, Self>,
-                log_sum_exp: &mut Array2<Self>,
+                normalizer: &mut Normalizer<Self>,
             ) {
                 rows::forward::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, tile_len, level, out, log_sum_exp,
+                    problem, tile_len, level, out, normalizer,
                 );
             }
 
@@ -618,8 +623,9 @@ macro_rules! compile_kernels {
                 upstream: Upstream<'_, Self>,
                 grads: &mut GradientsMut<'_, Self>,
             ) -> Array1<Self> {
+                let scaled = rows::scaled_queries(&problem.softmax);
                 rows::backward::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, tile_len, level, upstream, grads,
+                    problem, &scaled, tile_len, level, upstream, grads,
                 )
             }
 
@@ -627,10 +633,10 @@ macro_rules! compile_kernels {
                 problem: &RotaryProblem<'_, Self>,
                 tile_len: usize,
                 level: Level,
-                log_sum_exp: &Array2<Self>,
+                normalizer: &Normalizer<Self>,
             ) -> Result<Array2<Self>> {
                 rows::weights::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, tile_len, level, log_sum_exp,
+                    problem, tile_len, level, normalizer,
                 )
             }
         }

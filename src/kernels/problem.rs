@@ -1,12 +1,11 @@
 //! Softmax attention laid out for the kernels.
 
-use super::heads::unrolled_dot;
+use super::normalizer::Normalizer;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
-use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 /// Inputs of exact softmax attention, checked, with rows as slices.
@@ -130,30 +129,10 @@ impl<'a, F: Float> Problem<'a, F> {
 /// What a backward pass starts from.
 #[derive(Clone, Copy, Debug)]
 pub struct Upstream<'u, F> {
-    /// The outputs of the forward pass, and its log-sum-exp, num_queries × heads.
+    /// The outputs of the forward pass, and its normalizer.
     pub(crate) out: Slices<'u, F>,
-    pub(crate) log_sum_exp: &'u Array2<F>,
+    pub(crate) normalizer: &'u Normalizer<F>,
     pub(crate) grad_out: Slices<'u, F>,
-}
-
-impl<F: Float> Upstream<'_, F> {
-    /// L in units of ln 2, and δ = g · o; (+∞, 0) where no key was seen, so that all weights
-    /// e^{s − L} are 0.
-    #[inline]
-    pub(crate) fn row_terms(&self, query: usize, head: usize, value_dim: usize) -> [F; 2] {
-        let log_sum = self.log_sum_exp[[query, head]];
-        if log_sum == F::neg_infinity() {
-            return [F::infinity(), F::zero()];
-        }
-        let columns = head_columns(head, value_dim);
-        let (grad, out) = (self.grad_out.row(query), self.out.row(query));
-        [log_sum * F::of(LOG2_E), unrolled_dot(&grad[columns.clone()], &out[columns])]
-    }
-
-    /// Whether some query saw no key.
-    pub(crate) fn has_empty_rows(&self) -> bool {
-        self.log_sum_exp.iter().any(|&log_sum| log_sum == F::neg_infinity())
-    }
 }
 
 /// The number of output columns of softmax attention.

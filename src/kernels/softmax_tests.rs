@@ -3,6 +3,7 @@
 
 use super::dense::TileSizes;
 use super::levels;
+use super::normalizer::Normalizer;
 use super::problem::{Problem, Rows, Upstream};
 use crate::float::Float;
 use crate::inputs::Pattern;
@@ -47,17 +48,18 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     for level in levels() {
         let case = &format!("{case}, {level:?}");
         let mut out = Array2::from_elem(expected.raw_dim(), F::nan());
-        let mut log_sums = Array2::from_elem((inputs.num_queries(), inputs.heads()), F::nan());
+        let nan = Array2::from_elem((inputs.num_queries(), inputs.heads()), F::nan());
+        let mut normalizer = Normalizer { shift: nan.clone(), sum: nan };
         let mut grads = Gradients::zeros(inputs, &plain)?;
         if is_dense {
-            F::dense_forward(&problem, sizes, level, out.view_mut(), &mut log_sums);
+            F::dense_forward(&problem, sizes, level, out.view_mut(), &mut normalizer);
         } else {
-            F::rows_forward(&problem, TILE, level, out.view_mut(), &mut log_sums);
+            F::rows_forward(&problem, TILE, level, out.view_mut(), &mut normalizer);
         }
         assert_close("out", case, out.view(), expected.view());
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("g", grad_out.view())?);
         let upstream =
-            Upstream { out: out.slices(), log_sum_exp: &log_sums, grad_out: grad_out.slices() };
+            Upstream { out: out.slices(), normalizer: &normalizer, grad_out: grad_out.slices() };
         if is_dense {
             F::dense_backward(&problem, sizes, level, upstream, &mut grads.view_mut());
         } else {

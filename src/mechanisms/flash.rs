@@ -3,9 +3,9 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
-use crate::kernels::dense::TileSizes;
+use crate::kernels::dense::{FEW_QUERIES, TileSizes};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
-use crate::mechanisms::FEW_QUERIES;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
@@ -21,10 +21,13 @@ const NAME: &str = "flash";
 /// ```text
 /// for each tile of keys:   S = scale · Q Kᵀ + B      m' = max(m, rowmax S)      α = e^{m − m'}
 ///                          l ← α l + Σ e^{S − m'}    O ← α O + e^{S − m'} V     m ← m'
-/// at the end:              O ← O / l                 L = m + log l
+/// at the end:              O ← O / l
 /// ```
 ///
-/// The backward pass recomputes e^{S − L} tile by tile from the saved O and L.
+/// The maximum is raised only where it is exceeded by more than 4, which spares most rescaling; sums over
+/// many tiles are compensated (Kahan 1965), so that their error does not grow with the number of keys. The
+/// backward pass recomputes e^{S − m} / l tile by tile from the saved O, m and l. Others save m + log l:
+/// where logits are large, its rounding is an error of the weights.
 ///
 /// Dense inputs go through tiles of queries × keys, graphs and fewer than 8 queries through tiles of
 /// one query's neighbours; both use the CPU's SIMD units, and threads if the feature `parallel` is on.
@@ -59,15 +62,14 @@ pub struct Flash {
 /// What the backward pass of one softmax starts from.
 pub(crate) struct State<F> {
     pub(crate) out: Array2<F>,
-    /// num_queries × heads.
-    pub(crate) log_sum_exp: Array2<F>,
+    pub(crate) normalizer: Normalizer<F>,
 }
 
 impl<F: Float> State<F> {
     pub(crate) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let (queries, heads) = (inputs.num_queries(), inputs.heads());
         check_shape("saved out", &[queries, output_dim(inputs)], self.out.shape())?;
-        check_shape("saved log_sum_exp", &[queries, heads], self.log_sum_exp.shape())
+        self.normalizer.check(queries, heads)
     }
 }
 
@@ -110,56 +112,58 @@ impl Flash {
         Ok(self)
     }
 
-    /// The outputs and their log-sum-exp L, which make the answers over several sets of keys one:
+    /// The outputs and their normalizer, which make the answers over several sets of keys one:
     /// [`Partial::merge`].
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
     pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let log_sum_exp = self.run(inputs, out.view_mut())?;
-        Partial::new(out, log_sum_exp)
+        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?;
+        Partial::new(out, shift, sum)
     }
 
-    /// Overwrites `out`, returns the log-sum-exp.
+    /// Whether inputs are worked on in tiles, forward and backward: the same rounding of logits.
+    fn uses_tiles<F: Float>(inputs: &Inputs<'_, F>) -> bool {
+        // Only tiles leave out what is not in a window.
+        matches!(inputs.pattern(), Pattern::Dense)
+            && (inputs.num_queries() >= FEW_QUERIES || inputs.has_window())
+    }
+
+    /// Overwrites `out`, returns the normalizer.
     pub(crate) fn run<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
-    ) -> Result<Array2<F>> {
+    ) -> Result<Normalizer<F>> {
         self.check_output("out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
-        let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
+        let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
         let (tiles, level) = (self.tiles, Level::new());
-        match inputs.pattern() {
-            // Only tiles leave out what is not in a window.
-            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES || inputs.has_window() => {
-                F::dense_forward(&problem, tiles, level, out, &mut log_sum_exp);
-            }
-            _ => F::rows_forward(&problem, tiles.keys, level, out, &mut log_sum_exp),
+        match Self::uses_tiles(inputs) {
+            true => F::dense_forward(&problem, tiles, level, out, &mut normalizer),
+            false => F::rows_forward(&problem, tiles.keys, level, out, &mut normalizer),
         }
-        Ok(log_sum_exp)
+        Ok(normalizer)
     }
 
-    /// Adds the gradients, given outputs and log-sum-exp. Those may be over more keys than `inputs`
+    /// Adds the gradients, given outputs and normalizer. Those may be over more keys than `inputs`
     /// hold: then the gradients are what these keys contribute.
     pub(crate) fn add_gradients<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
         out: ArrayView2<'_, F>,
-        log_sum_exp: &Array2<F>,
+        normalizer: &Normalizer<F>,
         grad_out: ArrayView2<'_, F>,
         grads: &mut GradientsMut<'_, F>,
     ) -> Result<()> {
         let problem = Problem::new(inputs, self.scale)?;
         let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
+        let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
         let (tiles, level) = (self.tiles, Level::new());
-        match inputs.pattern() {
-            Pattern::Dense => F::dense_backward(&problem, tiles, level, upstream, grads),
-            Pattern::Graph(_) => {
-                F::rows_backward(&problem, tiles.keys, level, upstream, grads);
-            }
+        match Self::uses_tiles(inputs) {
+            true => F::dense_backward(&problem, tiles, level, upstream, grads),
+            false => F::rows_backward(&problem, tiles.keys, level, upstream, grads),
         }
         Ok(())
     }
@@ -188,8 +192,8 @@ impl<F: Float> Attention<F> for Flash {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        let log_sum_exp = self.run(inputs, out.view_mut())?;
-        Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+        let normalizer = self.run(inputs, out.view_mut())?;
+        Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
     }
 
     fn backward_into(
@@ -203,8 +207,8 @@ impl<F: Float> Attention<F> for Flash {
         self.check_output("grad_out", inputs, grad_out.shape())?;
         state.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        let State { out, log_sum_exp } = state;
-        self.add_gradients(inputs, out.view(), log_sum_exp, grad_out, &mut grads)
+        let State { out, normalizer } = state;
+        self.add_gradients(inputs, out.view(), normalizer, grad_out, &mut grads)
     }
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {

@@ -16,9 +16,6 @@ use ndarray::{ArrayViewMut, Dimension};
 use rand::Rng;
 use rand_distr::{Distribution, Uniform};
 
-/// Below this a block of queries would leave most lanes of a vector empty.
-const FEW_QUERIES: usize = 8;
-
 /// Fresh parameters: uniform in ±`bound`.
 fn fill_uniform<F: Float, D: Dimension>(
     mut param: ArrayViewMut<'_, F, D>,

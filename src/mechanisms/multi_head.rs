@@ -383,6 +383,14 @@ impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
         }
         self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
     }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+    }
 }
 
 impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {

@@ -3,7 +3,7 @@ use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
-use crate::kernels::heads::plain_dot;
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::params::Params;
 use crate::partial::Partial;
@@ -15,7 +15,7 @@ const NAME: &str = "scaled_dot_product";
 /// the weights of all pairs at once.
 ///
 /// ```text
-/// sᵢⱼ = scale · qᵢ·kⱼ + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ − Lᵢ},  Lᵢ = log Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ pᵢⱼ vⱼ
+/// sᵢⱼ = scale · qᵢ·kⱼ + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ − mᵢ} / Σⱼ e^{sᵢⱼ − mᵢ},  mᵢ = maxⱼ sᵢⱼ      oᵢ = Σⱼ pᵢⱼ vⱼ
 /// ```
 ///
 /// with j over the visible pairs of query i, for each head, and scale = 1/√d unless set.
@@ -54,8 +54,7 @@ pub struct ScaledDotProduct {
 pub(crate) struct Softmax<F> {
     /// num_pairs × heads.
     pub(crate) weights: Array2<F>,
-    /// num_queries × heads.
-    pub(crate) log_sum_exp: Array2<F>,
+    pub(crate) normalizer: Normalizer<F>,
 }
 
 impl ScaledDotProduct {
@@ -75,15 +74,15 @@ impl ScaledDotProduct {
         Ok(self)
     }
 
-    /// The outputs and their log-sum-exp L, which make the answers over several sets of keys one:
+    /// The outputs and their normalizer, which make the answers over several sets of keys one:
     /// [`Partial::merge`].
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
     pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let state = self.run(inputs, out.view_mut())?;
-        Partial::new(out, state.log_sum_exp)
+        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?.normalizer;
+        Partial::new(out, shift, sum)
     }
 
     fn run<F: Float>(
@@ -107,7 +106,10 @@ impl ScaledDotProduct {
 
 fn dot_softmax<F: Float>(problem: &Problem<'_, F>) -> Result<Softmax<F>> {
     softmax(problem, |pair, head| {
-        problem.scale * plain_dot(problem.query(pair.query, head), problem.key(pair.key, head))
+        // The scale first: the product of large queries and keys may overflow before it.
+        let query = problem.query(pair.query, head).iter();
+        let terms = query.zip(problem.key(pair.key, head));
+        terms.map(|(&query, &key)| problem.scale * query * key).sum()
     })
 }
 
@@ -118,8 +120,9 @@ pub(crate) fn softmax<F: Float>(
 ) -> Result<Softmax<F>> {
     let inputs = &problem.inputs;
     let mut weights = try_zeros("weights", inputs.num_pairs(), problem.heads)?;
-    let mut log_sum_exp = try_zeros("log_sum_exp", inputs.num_queries(), problem.heads)?;
-    for ((query, head), log_sum) in log_sum_exp.indexed_iter_mut() {
+    let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
+    let Normalizer { shift, sum } = &mut normalizer;
+    for ((query, head), total) in sum.indexed_iter_mut() {
         let visible = || {
             let pairs = inputs.row(query);
             pairs.filter_map(|pair| Some((pair, problem.bias_of(pair, head)?)))
@@ -130,20 +133,21 @@ pub(crate) fn softmax<F: Float>(
             weights[[pair.index, head]] = logit;
             max = nan_max(max, logit);
         }
-        let mut sum = F::zero();
+        // In f64: of millions of terms in f32 the last ones would be lost.
+        let mut sum = 0.0;
         for (pair, _) in visible() {
             let weight = &mut weights[[pair.index, head]];
             *weight = if max == F::neg_infinity() { F::zero() } else { (*weight - max).exp() };
-            sum += *weight;
+            sum += weight.as_f64();
         }
         if max == F::neg_infinity() {
-            *log_sum = max;
             continue;
         }
-        visible().for_each(|(pair, _)| weights[[pair.index, head]] /= sum);
-        *log_sum = max + sum.ln();
+        *total = F::of(sum);
+        shift[[query, head]] = max;
+        visible().for_each(|(pair, _)| weights[[pair.index, head]] /= *total);
     }
-    Ok(Softmax { weights, log_sum_exp })
+    Ok(Softmax { weights, normalizer })
 }
 
 /// Visits every pair and head that takes part, with its weight.
@@ -152,8 +156,8 @@ pub(crate) fn for_each_pair<F: Float>(
     state: &Softmax<F>,
     mut visit: impl FnMut(Pair, usize, F),
 ) {
-    for ((query, head), &log_sum) in state.log_sum_exp.indexed_iter() {
-        if log_sum == F::neg_infinity() {
+    for ((query, head), &sum) in state.normalizer.sum.indexed_iter() {
+        if sum == F::zero() {
             continue;
         }
         for pair in problem.inputs.row(query) {
@@ -203,11 +207,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         let problem = Problem::new(inputs, self.scale)?;
         let (pairs, heads) = (inputs.num_pairs(), problem.heads);
         check_shape("saved weights", &[pairs, heads], state.weights.shape())?;
-        check_shape(
-            "saved log_sum_exp",
-            &[inputs.num_queries(), heads],
-            state.log_sum_exp.shape(),
-        )?;
+        state.normalizer.check(inputs.num_queries(), heads)?;
 
         // The gradient of the weights, and its mean under them:
         // dpᵢⱼ = mᵢⱼ gᵢ·vⱼ, δᵢ = Σⱼ pᵢⱼ dpᵢⱼ
@@ -284,7 +284,7 @@ mod tests {
         let (out, saved) = attention.forward_train(&inputs)?;
         assert_close(&out, &array![[3.0, 2.0]]);
         let partial = attention.forward_partial(&inputs)?;
-        assert_close(&partial.log_sum_exp().to_owned(), &array![[4f64.ln()]]);
+        assert_close(&partial.log_sum_exp(), &array![[4f64.ln()]]);
 
         // g = (1, 0): dp = (4, 0), δ = 3, ds = (3/4, −3/4).
         let grads = attention.backward(&inputs, &saved, array![[1.0, 0.0]].view())?;

@@ -1,7 +1,7 @@
 use super::sample::normal;
 use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
-use crate::Attention;
-use ndarray::{Array2, ArrayViewD};
+use crate::{Attention, params};
+use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 
@@ -18,17 +18,21 @@ const STEP: f64 = 1e-4;
 
 /// Checks the backward pass of a mechanism against central differences in `f64`, on small random
 /// inputs of every kind: every entry of query, key, value, bias, edge features, distances and of
-/// every parameter, to 1e-7 of the largest derivative of its array.
+/// every parameter, to 1e-7 of the largest derivative of its array. And that a state comes back: the
+/// arrays that are lent for writing, parameters and buffers, are those that are shown, and
+/// [`params::load_state`](crate::params::load_state) sets them all.
 ///
-/// The parameters are moved during the check and put back.
+/// The parameters and buffers are moved during the check and put back.
 ///
 /// # Errors
-/// The first derivative that differs, with the case, the array and both values.
+/// The first derivative that differs, with the case, the array and both values; or the array that does
+/// not come back.
 pub fn check_gradients(
     mechanism: &mut dyn Attention<f64>,
     shapes: &Shapes,
 ) -> Result<Report, Violation> {
     for_each_case(mechanism, shapes, |mechanism, sample| {
+        state_comes_back(mechanism)?;
         let inputs = succeed("the sample is valid", sample.inputs())?;
         let (out, saved) = succeed("forward_train succeeds", mechanism.forward_train(&inputs))?;
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(6);
@@ -58,6 +62,39 @@ pub fn check_gradients(
             compare(mechanism, array.checked_sub(input_arrays), name, gradient, &numeric?)?;
         }
         Ok(())
+    })
+}
+
+fn state_comes_back(mechanism: &mut dyn Attention<f64>) -> Result<(), Broken> {
+    let law = "the arrays that are lent for writing are those that are shown";
+    let old = params::state(mechanism);
+    let (num_params, mut lent) = (params::count(mechanism), Vec::new());
+    let mut lend = |name: &str, mut array: ArrayViewMutD<'_, f64>| {
+        lent.push((name.to_owned(), array.shape().to_vec()));
+        // Another finite number for each.
+        array.mapv_inplace(|x| if x == 0.5 { 0.25 } else { 0.5 });
+    };
+    mechanism.visit_params_mut(&mut lend);
+    mechanism.visit_buffers_mut(&mut lend);
+    if lent.is_empty() {
+        // None, or shared.
+        return Ok(());
+    }
+    let shown: Vec<_> = old.iter().map(|(name, x)| (name.clone(), x.shape().to_vec())).collect();
+    let mut lent_params = 0;
+    mechanism.visit_params_mut(&mut |_, _| lent_params += 1);
+    require(law, lent == shown && lent_params == num_params, || {
+        format!("{shown:?} are shown, {lent:?} lent")
+    })?;
+    let changed = params::state(mechanism);
+    for ((name, old), (_, new)) in old.iter().zip(&changed) {
+        let all_changed = old.iter().zip(new).all(|(old, new)| old != new);
+        require(law, all_changed, || format!("{name} is shown otherwise than it was written"))?;
+    }
+    let law = "a state comes back";
+    succeed(law, params::load_state(mechanism, old.iter().rev().cloned()))?;
+    require(law, params::state(mechanism) == old, || {
+        format!("{old:?} is loaded, and then there is {:?}", params::state(mechanism))
     })
 }
 
@@ -124,12 +161,12 @@ fn compare(
 ) -> Result<(), Broken> {
     let name = match param {
         None => name.to_owned(),
-        Some(param) => crate::params::state(mechanism)[param].0.clone(),
+        Some(param) => params::state(mechanism)[param].0.clone(),
     };
     let values = analytic.iter().chain(numeric);
     let largest = values.fold(FLOOR, |max, value| max.max(value.abs()));
     for (entry, (&analytic, &numeric)) in analytic.iter().zip(numeric).enumerate() {
-        let holds = (analytic - numeric).abs() <= TOLERANCE * largest;
+        let holds = largest.is_finite() && (analytic - numeric).abs() <= TOLERANCE * largest;
         require("backward is the derivative of forward", holds, || {
             format!("{name}, entry {entry}: backward gives {analytic:e}, differences {numeric:e}")
         })?;

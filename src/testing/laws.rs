@@ -14,8 +14,10 @@ use rand::seq::SliceRandom;
 /// query without visible keys reads no key, and hidden pairs leak nothing, forward or backward;
 /// NaN spreads to the rows it touches and no others, forward and backward; bias and dropout change the
 /// answer or are refused; a head reads its own columns, and grouped
-/// heads the right ones; weights are non-negative and sum to 1;
-/// gradients are added to what is there; wrong shapes and another's saved state are errors.
+/// heads the right ones; weights are non-negative and sum to 1, those of the backward pass too, and
+/// however large the logits are;
+/// gradients are added to what is there; parameters and buffers have names of their own and an order;
+/// wrong shapes and another's saved state are errors.
 ///
 /// What the answer *is* these laws do not say: compare it with a reference, and call
 /// [`check_gradients`](super::check_gradients).
@@ -28,6 +30,7 @@ pub fn check_attention<F: Float>(
 ) -> Result<Report, Violation> {
     let mut shared = mechanism;
     for_each_case(&mut shared, shapes, |mechanism, sample| {
+        names_are_unique(mechanism)?;
         let check = Check::new(mechanism, sample)?;
         check.runs_agree()?;
         check.layouts_agree()?;
@@ -37,10 +40,24 @@ pub fn check_attention<F: Float>(
         check.nan_stays_in_its_rows()?;
         check.channels_are_honoured()?;
         check.weights_are_a_distribution()?;
+        check.large_logits_have_weights_too()?;
         check.gradients_are_added()?;
         check.nothing_flows_through_empty_rows()?;
         check.bad_calls_are_errors()
     })
+}
+
+fn names_are_unique<F: Float>(mechanism: &dyn Attention<F>) -> Result<(), Broken> {
+    let names =
+        || -> Vec<String> { params::state(mechanism).into_iter().map(|(name, _)| name).collect() };
+    let law = "each parameter and each buffer has a name that no other has";
+    let names_once = names();
+    for (number, name) in names_once.iter().enumerate() {
+        require(law, !names_once[..number].contains(name), || format!("two are called {name}"))?;
+    }
+    let law = "parameters and buffers are visited in an order that never changes";
+    let names_again = names();
+    require(law, names_once == names_again, || format!("{names_once:?}, then {names_again:?}"))
 }
 
 /// A mechanism, inputs, and what it makes of them.
@@ -297,8 +314,58 @@ impl<'a, F: Float> Check<'a, F> {
     }
 
     fn weights_are_a_distribution(&self) -> Result<(), Broken> {
+        self.has_a_distribution(self.sample)
+    }
+
+    /// Logits of 1e6 and more, from keys or from a bias like the −1e9 that stands for a mask elsewhere:
+    /// rounded, they still have weights that sum to 1. If outputs are sums of values times weights, the
+    /// gradients of the values tell the weights that the backward pass uses: Σ v·dv = Σ g·o.
+    fn large_logits_have_weights_too(&self) -> Result<(), Broken> {
+        let mut samples = vec![];
+        for exponent in [20, 28] {
+            let factor = F::of(2f64.powi(exponent));
+            let key = self.sample.key.mapv(|entry| entry * factor);
+            samples.push(Sample { key, ..self.sample.clone() });
+        }
+        let pairs = match &self.sample.graph {
+            Some(graph) => (graph.num_edges(), 1),
+            None => (self.sample.query.nrows(), self.sample.key.nrows()),
+        };
+        let bias = Some(Array2::from_elem(pairs, F::of(-1e9)));
+        samples.push(Sample { bias, ..self.sample.clone() });
+
+        for sample in samples {
+            // A mechanism may refuse a bias, and keys outside its domain.
+            let Ok(out) = sample.inputs().and_then(|inputs| self.mechanism.forward(&inputs)) else {
+                continue;
+            };
+            self.has_a_distribution(&sample)?;
+            let law = "Σ v·dv = Σ g·o for large logits, if the output is linear in the values";
+            let two = F::of(2.0);
+            let twice = Sample { value: &sample.value * two, ..sample.clone() };
+            let inputs = succeed(law, twice.inputs())?;
+            let is_linear = self.mechanism.forward(&inputs).is_ok_and(|twice| twice == &out * two);
+            if !is_linear {
+                continue;
+            }
+            let gradients = gradients(self.mechanism, &sample, self.grad_out.view())?;
+            let sum = |a: &Array2<F>, b: &Array2<F>| {
+                let products = a.iter().zip(b).map(|(a, b)| a.as_f64() * b.as_f64());
+                products.fold([0.0; 2], |[sum, size], x| [sum + x, size + x.abs()])
+            };
+            let [of_values, size] = sum(&sample.value, &gradients.value);
+            let [of_outputs, size_of_outputs] = sum(&self.grad_out, &out);
+            let allowed = rounding::<F>().as_f64() * size.max(size_of_outputs);
+            require(law, (of_values - of_outputs).abs() <= allowed, || {
+                format!("{of_values} and {of_outputs}")
+            })?;
+        }
+        Ok(())
+    }
+
+    fn has_a_distribution(&self, sample: &Sample<F>) -> Result<(), Broken> {
         let law = "weights are non-negative, 0 for hidden pairs, and sum to 1 (0 for empty rows)";
-        let inputs = succeed(law, self.sample.inputs())?;
+        let inputs = succeed(law, sample.inputs())?;
         let weights = match self.mechanism.weights(&inputs) {
             Err(Error::NoWeights { .. }) => return Ok(()),
             weights => succeed(law, weights)?,
@@ -579,7 +646,7 @@ fn same_bits<F: Float>(
     require(law, actual == expected, || format!("{actual}\ninstead of\n{expected}"))
 }
 
-/// Equal up to rounding, relative to the largest entry; NaN is close to nothing.
+/// Equal up to rounding, relative to the largest entry; NaN and infinities are close to nothing.
 fn close<F: Float, D: Dimension>(
     law: &'static str,
     actual: &Array<F, D>,
@@ -587,7 +654,8 @@ fn close<F: Float, D: Dimension>(
 ) -> Result<(), Broken> {
     let largest = expected.iter().fold(F::one(), |max, value| max.max(value.abs()));
     let close = |a: F, b: F| (a - b).abs() <= rounding::<F>() * largest;
-    let holds = actual.shape() == expected.shape()
+    let holds = largest.is_finite()
+        && actual.shape() == expected.shape()
         && actual.iter().zip(expected).all(|(&a, &b)| close(a, b));
     require(law, holds, || format!("{actual}\ninstead of\n{expected}"))
 }

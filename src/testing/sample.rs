@@ -62,7 +62,8 @@ impl Shapes {
         self
     }
 
-    /// Columns of the edge features; 3 unless set.
+    /// Columns of the edge features; 3 unless set. 0 for a mechanism that is configured without
+    /// ([`Error::MissingSetting`](crate::Error::MissingSetting)).
     #[must_use]
     pub fn edge_dim(mut self, columns: usize) -> Self {
         self.edge_dim = columns;

@@ -1,9 +1,13 @@
-//! Every mechanism, in each of the forms that its parameters take, to be saved and loaded.
+//! Every mechanism, in each of the forms that its parameters and buffers take, to be saved and loaded.
 
+#[path = "../common/mod.rs"]
+mod common;
+
+use graph_attention::ndarray::Array1;
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Features, Flash, Float, Fusion,
-    GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Performer,
-    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Score, Window,
+    Gating, GraphRopeConfig, Layout, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig,
+    Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Score, Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -42,13 +46,28 @@ fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
     config.init(branch(seed + 3), poincare(seed), branch(seed + 4), &mut rng(seed)).unwrap()
 }
 
-/// Where a mechanism has parameters, another seed gives others.
+/// A mixture whose experts have buffers, with a choice bias that training has moved.
+fn balanced<F: Float>(seed: u64) -> Moe<F> {
+    let fixed = GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 2.0);
+    let learned = PerformerConfig::new(3, 8).learn_projection(true);
+    let experts: Vec<Box<dyn Attention<F>>> = vec![
+        Box::new(performer(&PerformerConfig::new(6, 4), seed)),
+        Box::new(multi_head(&MultiHeadConfig::new(6, 2), performer(&learned, seed), seed)),
+        Box::new(fixed.init(Flash::new()).unwrap()),
+    ];
+    let config = MoeConfig::new(6, 2).gating(Gating::Sigmoid);
+    let mut moe = config.init(experts, &mut rng(seed)).unwrap();
+    moe.set_expert_bias(Array1::from_iter((0..3).map(|e| F::of(0.1 * (seed + e) as f64)))).unwrap();
+    moe
+}
+
+/// Where a mechanism has parameters or buffers, another seed gives others.
 pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
     let [gat, gat_v2, dot] = [Score::Gat, Score::GatV2, Score::DotProduct]
         .map(|score| EdgeGatConfig::new(score, 5, 3, 2).edge_dim(2));
-    vec![
+    let mechanisms: Vec<Box<dyn Attention<F>>> = vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
         Box::new(multi_head(&config, Flash::new(), seed)),
@@ -73,6 +92,19 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
         Box::new(rope(seed).init_edges().unwrap()),
+        Box::new(rope(seed).learnable(false).init_edges().unwrap()),
+        Box::new(balanced(seed)),
+        Box::new({
+            let local = Box::new(balanced(seed));
+            let global = Box::new(performer(&PerformerConfig::new(6, 4), seed));
+            LocalGlobal::by_layer_gate(6, 1, local, global, &mut rng(seed)).unwrap()
+        }),
+        Box::new({
+            let config = DualSpaceConfig::new(Fusion::Gated, 6);
+            let branch = |seed| performer(&PerformerConfig::new(6, 4), seed);
+            let [graph, latent] = [branch(seed + 1), branch(seed + 2)];
+            config.init(graph, latent, balanced(seed), &mut rng(seed)).unwrap()
+        }),
         Box::new(LocalGlobal::by_order(Window::new(3), Flash::new()).unwrap()),
         Box::new(LocalGlobal::by_layer_union(Flash::new(), Flash::new())),
         Box::new({
@@ -82,5 +114,7 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
         Box::new(dual_space(Fusion::Gated, seed)),
-    ]
+    ];
+    common::assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
+    mechanisms
 }

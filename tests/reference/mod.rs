@@ -6,15 +6,20 @@
 //! * `i` a query, `j` a key, `e` a pair (i, j), in the caller's order,
 //! * `h` a query head, `c` a column of that head.
 //!
-//! `forward::<f64>` is the reference value; `forward::<f32>` is the same naive computation done
-//! in `f32`, whose distance from the reference says what rounding error is to be expected.
+//! `forward::<f64>` is the reference value, and [`bounds`] says for each number how far rounding errors
+//! may take an implementation from it.
 //!
 //! NaN and infinity get no special treatment: they go wherever the equations take them. The one
 //! exception is a *skipped* pair (invisible, or with a bias of -inf), whose numbers are never read.
 
+mod bounds;
+
+pub(crate) use bounds::{Bounds, bounds};
+
 use num_traits::{Float, NumCast};
 
 /// One attention problem, as flat row-major arrays.
+#[derive(Clone)]
 pub(crate) struct Problem {
     pub(crate) num_queries: usize,
     pub(crate) num_keys: usize,
@@ -176,7 +181,9 @@ pub(crate) fn backward<T: Float>(p: &Problem, grad_out: &[f64]) -> Gradients {
 
 /// The softmax over each row, a row being one query and one head.
 struct Softmax<T> {
-    /// pairs × heads, before dropout; `None` = the pair is skipped for that head.
+    /// pairs × heads; `None` = the pair is skipped for that head.
+    logits: Vec<Option<T>>,
+    /// pairs × heads, before dropout; `None` as in `logits`.
     weights: Vec<Option<T>>,
     /// num_queries × heads
     log_sum_exp: Vec<T>,
@@ -237,7 +244,7 @@ fn softmax<T: Float>(p: &Problem, x: &Inputs<T>) -> Softmax<T> {
     // L_i = m_i + ln Z_i   (a row without pairs has m = -inf and Z = 0, so L = -inf)
     let log_sum_exp = row_max.iter().zip(&row_sum).map(|(&max, &sum)| max + sum.ln()).collect();
 
-    Softmax { weights, log_sum_exp }
+    Softmax { logits, weights, log_sum_exp }
 }
 
 /// The numbers of a [`Problem`], rounded to `T`.

@@ -3,15 +3,14 @@ use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::exp2::exp2;
+use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
     Left, Matrix, Out, Target, columns_times, load, panel_width, rows_times, splat, store,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
-use fearless_simd::{Level, Select, Simd, SimdBase};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
-use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 /// What the backward pass starts from, and what it multiplies weights and logit gradients with.
@@ -28,6 +27,7 @@ struct BackwardScratch<F> {
     queries: Buffer<F>,
     query_rows: Buffer<F>,
     /// value_dim × width, and width × padded value_dim.
+    out: Buffer<F>,
     grad_out: Buffer<F>,
     grad_out_rows: Buffer<F>,
     /// keys × width: P̃ and dS.
@@ -35,8 +35,9 @@ struct BackwardScratch<F> {
     grad_scores: Buffer<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,
-    /// L in units of ln 2, +∞ for lanes that take no part, so that their weights are 0.
-    log_sums: Buffer<F>,
+    /// m, 1/l and δ; +∞, 0 and 0 for lanes that take no part, so that their weights are 0.
+    shifts: Buffer<F>,
+    inverses: Buffer<F>,
     deltas: Buffer<F>,
     /// key_dim × width.
     grad_query: Buffer<F>,
@@ -58,7 +59,7 @@ struct BackwardPart<'g, F> {
     keys: KeyGradients<F>,
 }
 
-/// Adds the gradients, given the outputs and log-sum-exp of the forward pass.
+/// Adds the gradients, given the outputs and normalizer of the forward pass.
 pub(in super::super) fn backward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
@@ -69,7 +70,7 @@ pub(in super::super) fn backward<F: Float>(
     let sizes = clip(problem, sizes);
     let num_keys = problem.inputs.num_keys();
     // A query without a visible key hides all pairs of its own.
-    let may_hide = problem.may_hide() || upstream.has_empty_rows();
+    let may_hide = problem.may_hide() || upstream.normalizer.has_empty_rows();
     let operands = Operands {
         upstream,
         query: FiniteRows::new(problem.query.slices(), may_hide),
@@ -162,11 +163,13 @@ fn backward_part<S: Simd, F: Float>(
         queries: Buffer::zeros(problem.key_dim * width),
         query_rows: Buffer::zeros(width * padded_key),
         grad_out: Buffer::zeros(problem.value_dim * width),
+        out: Buffer::zeros(problem.value_dim * width),
         grad_out_rows: Buffer::zeros(width * padded_value),
         weights: Buffer::zeros(tile),
         grad_scores: Buffer::zeros(tile),
         rows: Vec::new(),
-        log_sums: Buffer::zeros(width),
+        shifts: Buffer::zeros(width),
+        inverses: Buffer::zeros(width),
         deltas: Buffer::zeros(width),
         grad_query: Buffer::zeros(problem.key_dim * width),
     };
@@ -210,8 +213,10 @@ fn backward_block<S: Simd, F: Float>(
 
     let grad_out =
         |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
-    block.pack_queries(simd, problem.scale * F::of(LOG2_E), &mut scratch.queries);
+    let out = |query: usize| &operands.upstream.out.row(query)[head_columns(head, value_dim)];
+    block.pack_queries(simd, problem.scale, &mut scratch.queries);
     block.pack_transposed(simd, value_dim, grad_out, F::one(), &mut scratch.grad_out);
+    block.pack_transposed(simd, value_dim, out, F::one(), &mut scratch.out);
     pack_rows(
         operands.query.slices(),
         block,
@@ -228,11 +233,22 @@ fn backward_block<S: Simd, F: Float>(
         F::one(),
         &mut scratch.grad_out_rows,
     );
-    scratch.log_sums.fill(F::infinity());
-    scratch.deltas.fill(F::zero());
+    scratch.shifts.fill(F::infinity());
+    scratch.inverses.fill(F::zero());
     for (lane, query) in block.queries.clone().enumerate() {
-        [scratch.log_sums[lane], scratch.deltas[lane]] =
-            operands.upstream.row_terms(query, head, value_dim);
+        [scratch.shifts[lane], scratch.inverses[lane]] =
+            operands.upstream.normalizer.factors(query, head);
+    }
+    // δ = g·o, by the steps that make g·v: with one key in sight o is v, and ds is 0.
+    for column in (0..width).step_by(panel) {
+        let mut delta = splat::<S, F>(simd, F::zero());
+        for c in 0..value_dim {
+            let at = c * width + column;
+            let out = load::<S, F>(simd, &scratch.out[at..]);
+            let grad = load::<S, F>(simd, &scratch.grad_out[at..]);
+            delta = [out[0].mul_add(grad[0], delta[0]), out[1].mul_add(grad[1], delta[1])];
+        }
+        store::<S, F>(delta, &mut scratch.deltas[column..]);
     }
     scratch.grad_query.fill(F::zero());
 
@@ -273,8 +289,9 @@ fn backward_block<S: Simd, F: Float>(
             // dP = m dP̃
             block.drop_out(simd, lanes.clone(), &seen, grad_scores, &mut scratch.rows);
 
-            // P = e^{S − L}, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
-            let log_sums = load::<S, F>(simd, &scratch.log_sums[column..]);
+            // P = e^{S − m} / l, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
+            let shifts = load::<S, F>(simd, &scratch.shifts[column..]);
+            let inverses = load::<S, F>(simd, &scratch.inverses[column..]);
             let deltas = load::<S, F>(simd, &scratch.deltas[column..]);
             let [zero, _] = splat::<S, F>(simd, F::zero());
             let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
@@ -286,10 +303,11 @@ fn backward_block<S: Simd, F: Float>(
                 let mut grad = load::<S, F>(simd, grad_scores);
                 let mut weight = score;
                 for v in 0..2 {
-                    // By the score itself: −∞ less a log-sum that is NaN is not −∞ any more.
-                    let score = log_sums[v].simd_eq(highest).select(lowest, score[v]);
+                    // By the score itself: −∞ less a shift that is NaN is not −∞ any more.
+                    let score = shifts[v].simd_eq(highest).select(lowest, score[v]);
                     let is_hidden = score.simd_eq(lowest);
-                    weight[v] = exp2::<S, F>(simd, is_hidden.select(lowest, score - log_sums[v]));
+                    let exponential = exp::<S, F>(simd, score - shifts[v]);
+                    weight[v] = is_hidden.select(zero, exponential * inverses[v]);
                     grad[v] = is_hidden.select(zero, weight[v] * (grad[v] - deltas[v]));
                 }
                 store::<S, F>(grad, grad_scores);
@@ -322,7 +340,7 @@ fn backward_block<S: Simd, F: Float>(
         let lanes_of = |bad: &[usize]| -> Vec<usize> {
             let queries = bad.iter().filter(|query| block.queries.contains(query));
             let lanes = queries.map(|query| query - block.queries.start);
-            lanes.filter(|&lane| scratch.log_sums[lane] != F::infinity()).collect()
+            lanes.filter(|&lane| scratch.shifts[lane] != F::infinity()).collect()
         };
         let not_finite = |x: &(usize, &F)| !x.1.is_finite();
         let bad = lanes_of(&operands.grad_out.bad);
@@ -343,7 +361,7 @@ fn backward_block<S: Simd, F: Float>(
         });
         let bad = operands.key.bad.iter().copied().filter(|key| tile.contains(key));
         let lanes = 0..block.queries.len();
-        let live = lanes.filter(|&lane| scratch.log_sums[lane] != F::infinity());
+        let live = lanes.filter(|&lane| scratch.shifts[lane] != F::infinity());
         block.for_each_visible(live.collect::<Vec<_>>().into_iter(), bad, |lane, key| {
             let grad_score = grad_scores[(key - tile.start) * width + lane];
             for (c, &key) in problem.key(key, head).iter().enumerate().filter(not_finite) {

@@ -2,50 +2,118 @@ use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::exp2::exp2;
+use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
     Matrix, Out, Target, Vector, columns_times, load, panel_width, splat, store,
 };
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::FiniteRows;
 use crate::kernels::transpose::{store_part, transposed};
-use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayViewMut2, s};
-use std::f64::consts::LN_2;
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
+use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;
+
+/// A maximum is raised only where the logits exceed it by more than this: then a sum over many tiles is
+/// not rescaled, and rounded, by each.
+pub(in super::super) const SLACK: f64 = 4.0;
+
+/// After so many tiles sums go to a total with compensation (Kahan 1965), so that their error does not
+/// grow with the number of keys.
+const TILES_OF_SUM: usize = 32;
 
 /// Buffers of a forward pass over one block after the other.
 struct ForwardScratch<F> {
     /// keys × width.
     scores: Buffer<F>,
-    /// value_dim × width.
-    out: Buffer<F>,
-    maxima: Buffer<F>,
+    /// Σ e^{s − m} v and, in the last row, l = Σ e^{s − m}: (value_dim + 1) × width.
     sums: Buffer<F>,
-    /// What rescales the outputs of a panel.
+    /// What the exponentials are relative to: m.
+    maxima: Buffer<F>,
+    /// What rescales the sums of a panel.
     alphas: Buffer<F>,
+    totals: Totals<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,
 }
 
-/// Overwrites `out` and `log_sum_exp` (num_queries × heads).
+/// The sums over earlier tiles of a long row.
+struct Totals<F> {
+    /// As the sums, and what they lack of rounding; empty while there are none.
+    totals: Vec<F>,
+    lacks: Vec<F>,
+    /// What rescales them: one for each lane.
+    alphas: Vec<F>,
+}
+
+impl<F: Float> Totals<F> {
+    /// Takes up sums in place of which it leaves zeros.
+    #[inline(never)]
+    fn take<S: Simd>(&mut self, simd: S, sums: &mut [F], width: usize) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let len = Vector::<S, F>::LEN;
+                let zero = Vector::<S, F>::splat(simd, F::zero());
+                if self.totals.is_empty() {
+                    self.totals.resize(sums.len(), F::zero());
+                    self.lacks.resize(sums.len(), F::zero());
+                }
+                let rows = (sums.chunks_exact_mut(width)).zip(
+                    self.totals.chunks_exact_mut(width).zip(self.lacks.chunks_exact_mut(width)),
+                );
+                for (sums, (totals, lacks)) in rows {
+                    for at in (0..width).step_by(len) {
+                        let load =
+                            |data: &[F]| Vector::<S, F>::from_slice(simd, &data[at..][..len]);
+                        let alpha = load(&self.alphas);
+                        let sum = alpha.mul_add(load(lacks), load(sums));
+                        let total = alpha * load(totals);
+                        let new = total + sum;
+                        let lack = sum - (new - total);
+                        // Of infinities nothing is lacking.
+                        let lack = lack.simd_eq(lack).select(lack, zero);
+                        new.store_slice(&mut totals[at..at + len]);
+                        lack.store_slice(&mut lacks[at..at + len]);
+                        zero.store_slice(&mut sums[at..at + len]);
+                    }
+                }
+                self.alphas.fill(F::one());
+            },
+        );
+    }
+
+    /// Leaves all sums in `sums`, and is empty again.
+    fn finish<S: Simd>(&mut self, simd: S, sums: &mut [F], width: usize) {
+        if !self.totals.is_empty() {
+            self.take(simd, sums, width);
+            sums.copy_from_slice(&self.totals);
+            self.totals.clear();
+            self.lacks.clear();
+        }
+    }
+}
+
+/// Overwrites `out` and the normalizer.
 pub(in super::super) fn forward<'p, F: Float, C: TileScorer<'p, F>>(
     whole: &'p C::Problem,
     sizes: TileSizes,
     level: Level,
     out: ArrayViewMut2<'_, F>,
-    log_sum_exp: &mut Array2<F>,
+    normalizer: &mut Normalizer<F>,
 ) {
     let problem = C::softmax(whole);
     let sizes = clip(problem, sizes);
     let values = FiniteRows::new(problem.value.slices(), problem.may_hide());
     let parts = parts(problem.inputs.num_queries(), sizes.queries, 4 * PARTS);
-    let outs = row_chunks(out, parts.iter().map(Range::len));
-    let log_sums = row_chunks(log_sum_exp.view_mut(), parts.iter().map(Range::len));
-    let tasks = parts.iter().cloned().zip(outs).zip(log_sums).collect();
-    parallel::for_each(tasks, problem.work(), |((queries, out), log_sum)| {
+    let rows = || parts.iter().map(Range::len);
+    let outs = row_chunks(out, rows());
+    let shifts = row_chunks(normalizer.shift.view_mut(), rows());
+    let sums = row_chunks(normalizer.sum.view_mut(), rows());
+    let tasks = parts.iter().cloned().zip(outs).zip(shifts.zip(sums)).collect();
+    parallel::for_each(tasks, problem.work(), |((queries, out), normalizer)| {
         dispatch!(level, simd => {
-            forward_part::<_, _, C>(simd, whole, &values, sizes, queries, out, log_sum);
+            forward_part::<_, _, C>(simd, whole, &values, sizes, queries, out, normalizer);
         });
     });
 }
@@ -58,17 +126,18 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     sizes: TileSizes,
     queries: Range<usize>,
     mut out: ArrayViewMut2<'_, F>,
-    mut log_sum_exp: ArrayViewMut2<'_, F>,
+    (mut shifts, mut sums): (ArrayViewMut2<'_, F>, ArrayViewMut2<'_, F>),
 ) {
     let problem = C::softmax(whole);
+    let dim = problem.value_dim;
     let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
     let mut scorer = C::new(simd, whole, width);
     let mut scratch = ForwardScratch {
         scores: Buffer::zeros(sizes.keys * width),
-        out: Buffer::zeros(problem.value_dim * width),
+        sums: Buffer::zeros((dim + 1) * width),
         maxima: Buffer::zeros(width),
-        sums: Buffer::zeros(width),
         alphas: Buffer::zeros(panel_width::<S, F>()),
+        totals: Totals { totals: Vec::new(), lacks: Vec::new(), alphas: vec![F::one(); width] },
         rows: Vec::new(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
@@ -78,15 +147,13 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
                 #[inline(always)]
                 || forward_block(simd, &block, &mut scorer, values, sizes.keys, &mut scratch),
             );
-            let dim = problem.value_dim;
             let out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
             write_out(simd, &scratch, block.width, out);
-            for lane in 0..rows.len() {
-                let (max, sum) = (scratch.maxima[lane], scratch.sums[lane]);
+            for (lane, row) in rows.clone().enumerate() {
+                let sum = scratch.sums[dim * block.width + lane];
                 let is_empty = sum == F::zero();
-                let log_sum =
-                    if is_empty { F::neg_infinity() } else { max * F::of(LN_2) + sum.ln() };
-                log_sum_exp[[rows.start + lane, head]] = log_sum;
+                let shift = if is_empty { F::neg_infinity() } else { scratch.maxima[lane] };
+                (shifts[[row, head]], sums[[row, head]]) = (shift, sum);
             }
         }
     }
@@ -115,8 +182,8 @@ fn write_out<S: Simd, F: Float>(
                 num_queries,
                 #[inline(always)]
                 |column, lane| {
-                    let sum = at(&scratch.sums, lane);
-                    let mean = at(&scratch.out, column * width + lane) * (one / sum);
+                    let sum = at(&scratch.sums, dim * width + lane);
+                    let mean = at(&scratch.sums, column * width + lane) * (one / sum);
                     // Nothing seen: not even 0/0.
                     sum.simd_eq(zero).select(zero, mean)
                 },
@@ -134,7 +201,7 @@ fn write_out<S: Simd, F: Float>(
     );
 }
 
-/// Leaves the outputs times the sums, the sums and the maxima in `scratch`.
+/// Leaves the sums and what they are relative to in `scratch`.
 #[inline(always)]
 fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     simd: S,
@@ -147,13 +214,21 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
     let Block { problem, head, width, .. } = *block;
     let panel = panel_width::<S, F>();
     let kv_head = problem.kv_head(head);
-    let values_of_head = HeadRows::new(values.slices(), kv_head, problem.value_dim);
+    let dim = problem.value_dim;
+    let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
     scorer.begin(simd, block);
     scratch.maxima.fill(F::neg_infinity());
-    scratch.sums.fill(F::zero());
-    scratch.out.fill(F::zero());
+    let ForwardScratch { scores, sums, maxima, alphas, totals, rows } = scratch;
+    let sums = &mut sums[..(dim + 1) * width];
+    sums.fill(F::zero());
 
-    for tile in block.tiles(keys_per_tile) {
+    let [slack, _] = splat::<S, F>(simd, F::of(SLACK));
+    let [zero, _] = splat::<S, F>(simd, F::zero());
+    let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+    for (number, tile) in block.tiles(keys_per_tile).enumerate() {
+        if number % TILES_OF_SUM == TILES_OF_SUM - 1 {
+            totals.take(simd, sums, width);
+        }
         for column in (0..width).step_by(panel) {
             // Causal pattern and window hide the ends of a tile from whole panels.
             let lanes = block.lanes(column, panel);
@@ -162,61 +237,70 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
             if tile.is_empty() {
                 continue;
             }
-            let scores = &mut scratch.scores[..tile.len() * width];
+            let scores = &mut scores[..tile.len() * width];
             let may_hide = block.may_hide_in(&lanes, &tile);
 
-            // S, m' = max(m, max S)
-            let old_max = load::<S, F>(simd, &scratch.maxima[column..]);
+            // S, and m' = max S where that is larger than m by more than the slack.
+            let old_max = load::<S, F>(simd, &maxima[column..]);
             let mut max = scorer.score(simd, block, &tile, column, old_max, scores);
             if may_hide {
-                block.restrict(simd, lanes.clone(), &tile, scores, &mut scratch.rows);
+                block.restrict(simd, lanes.clone(), &tile, scores, rows);
                 max = old_max;
                 for scores in scores.chunks_exact(width) {
                     let score = load::<S, F>(simd, &scores[column..]);
                     max = [max[0].max(score[0]), max[1].max(score[1])];
                 }
             }
-            store::<S, F>(max, &mut scratch.maxima[column..]);
+            // Where there is no maximum yet the shift is 0: −∞ − (−∞) never arises.
+            let (mut shift, mut alpha) = (max, max);
+            for half in 0..2 {
+                let is_raised = max[half].simd_gt(old_max[half] + slack);
+                max[half] = is_raised.select(max[half], old_max[half]);
+                shift[half] = max[half].simd_eq(lowest).select(zero, max[half]);
+                alpha[half] = exp::<S, F>(simd, old_max[half] - shift[half]);
+            }
+            store::<S, F>(max, &mut maxima[column..]);
+            store::<S, F>(alpha, alphas);
+            if !totals.totals.is_empty() {
+                let of_panel = &mut totals.alphas[column..];
+                let before = load::<S, F>(simd, of_panel);
+                store::<S, F>([before[0] * alpha[0], before[1] * alpha[1]], of_panel);
+            }
 
-            // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P. Where there is no maximum yet the
-            // shift is 0: −∞ − (−∞) never arises.
-            let [zero, _] = splat::<S, F>(simd, F::zero());
-            let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
-            let shift = max.map(|max| max.simd_eq(lowest).select(zero, max));
-            let alpha = [
-                exp2::<S, F>(simd, old_max[0] - shift[0]),
-                exp2::<S, F>(simd, old_max[1] - shift[1]),
-            ];
-            let sum = load::<S, F>(simd, &scratch.sums[column..]);
-            let mut sum = [sum[0] * alpha[0], sum[1] * alpha[1]];
+            // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P
+            let mut sum = [zero; 2];
             for scores in scores.chunks_exact_mut(width) {
                 let scores = &mut scores[column..];
-                let score = load::<S, F>(simd, scores);
-                let weight = [
-                    exp2::<S, F>(simd, score[0] - shift[0]),
-                    exp2::<S, F>(simd, score[1] - shift[1]),
-                ];
-                sum = [sum[0] + weight[0], sum[1] + weight[1]];
+                let mut weight = load::<S, F>(simd, scores);
+                for half in 0..2 {
+                    weight[half] = exp::<S, F>(simd, weight[half] - shift[half]);
+                    sum[half] += weight[half];
+                }
                 store::<S, F>(weight, scores);
             }
-            store::<S, F>(sum, &mut scratch.sums[column..]);
-            block.drop_out(simd, lanes.clone(), &tile, scores, &mut scratch.rows);
+            let of_panel = &mut sums[dim * width + column..];
+            let before = load::<S, F>(simd, of_panel);
+            for half in 0..2 {
+                sum[half] = before[half].mul_add(alpha[half], sum[half]);
+            }
+            store::<S, F>(sum, of_panel);
+            block.drop_out(simd, lanes.clone(), &tile, scores, rows);
 
             // O ← α O + P̃ V
             let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
             let left = values_of_head.left(tile.start);
-            store::<S, F>(alpha, &mut scratch.alphas);
-            let out = Out::panel(&mut scratch.out, width, column, panel);
-            columns_times(simd, left, weights, Target::Rescale(&scratch.alphas), out);
+            let out = Out::panel(&mut *sums, width, column, panel);
+            columns_times(simd, left, weights, Target::Rescale(alphas), out);
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
             block.for_each_visible(lanes, bad_keys, |lane, key| {
                 let weight = scores[(key - tile.start) * width + lane];
                 for (c, &value) in problem.value(key, head).iter().enumerate() {
                     if !value.is_finite() {
-                        scratch.out[c * width + lane] += weight * value;
+                        sums[c * width + lane] += weight * value;
                     }
                 }
             });
         }
     }
+    totals.finish(simd, sums, width);
 }

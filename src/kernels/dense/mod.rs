@@ -3,14 +3,13 @@
 //!
 //! Scores are kept transposed, keys × queries: the lanes of a vector are queries. Then maxima,
 //! exponentials and sums run lane by lane, a row of scores is a row of the right factor of P V, and
-//! keys and values are read as they lie. Only the queries of a block are packed. Logits are in units
-//! of ln 2, a factor that the packed queries carry.
+//! keys and values are read as they lie. Only the queries of a block are packed, times the scale.
 
 mod backward;
 mod forward;
 
 pub(super) use backward::{add_head_rows, backward, pack_rows, width_of};
-pub(super) use forward::forward;
+pub(super) use forward::{SLACK, forward};
 
 use super::buffer::Buffer;
 use super::matmul::{Left, Matrix, Out, PanelRow, Vector, panel_width, rows_times_with_max};
@@ -19,9 +18,8 @@ use super::problem::{Problem, Slices};
 use super::transpose::{load_padded, store_part, transposed};
 use crate::float::Float;
 use crate::inputs::Pair;
-use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Select, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayViewMut2, s};
-use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 /// Queries of a block and keys of a tile.
@@ -30,6 +28,9 @@ pub struct TileSizes {
     pub(crate) queries: usize,
     pub(crate) keys: usize,
 }
+
+/// Fewer queries than these go row by row: they would leave most lanes of a vector empty.
+pub(crate) const FEW_QUERIES: usize = 8;
 
 /// The gradients of keys and values are summed in at most this many parts of the queries, each of at
 /// least so many blocks and in order, and then over the parts: numbers that depend on the problem
@@ -189,7 +190,6 @@ impl<F: Float> Block<'_, '_, F> {
             #[inline(always)]
             || {
                 let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-                let log2_e = Vector::<S, F>::splat(simd, F::of(LOG2_E));
                 let fill = |query, row: &mut [F]| self.fill_bias(query, keys, row);
                 self.for_lanes(
                     simd,
@@ -200,7 +200,7 @@ impl<F: Float> Block<'_, '_, F> {
                     #[inline(always)]
                     |at, bias| {
                         let scores = &mut scores[at..][..Vector::<S, F>::LEN];
-                        let score = bias.mul_add(log2_e, Vector::<S, F>::from_slice(simd, scores));
+                        let score = Vector::<S, F>::from_slice(simd, scores) + bias;
                         // By the bias itself: a score that is NaN is hidden too.
                         bias.simd_eq(lowest).select(lowest, score).store_slice(scores);
                     },
@@ -454,8 +454,8 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
     /// Takes up the queries of a block.
     fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>);
 
-    /// Writes the logits of a panel of lanes for a tile of keys, in units of ln 2; returns the
-    /// largest of them and `max`.
+    /// Writes the logits of a panel of lanes for a tile of keys; returns the largest of them and
+    /// `max`.
     fn score<S: Simd>(
         &self,
         simd: S,
@@ -470,7 +470,7 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
 /// The logits of scaled dot-product attention.
 pub(super) struct DotTiles<'p, F: Float> {
     problem: &'p Problem<'p, F>,
-    /// Queries times the scale and log₂ e, key_dim × width.
+    /// Queries times the scale, key_dim × width.
     queries: Buffer<F>,
 }
 
@@ -488,7 +488,7 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
 
     #[inline(always)]
     fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>) {
-        block.pack_queries(simd, self.problem.scale * F::of(LOG2_E), &mut self.queries);
+        block.pack_queries(simd, self.problem.scale, &mut self.queries);
     }
 
     /// S = K Qᵀ

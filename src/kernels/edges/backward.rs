@@ -1,20 +1,20 @@
 //! The backward pass. It visits the pairs by query, where it computes their weights anew and keeps
 //! two numbers for each pair and head, and then by key, where it only sums with those.
 
-use super::super::heads::{Columns, Weights};
+use super::super::heads::{Columns, Weights, unrolled_dot};
 use super::super::matmul::Vector;
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
     Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_part, level_for, parts,
-    weights_and_logits_vjp,
+    weights_and_logits_vjp, weights_of,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{Activated, EdgeProblem, EdgeScorer, Logit, add_projected, project, value_columns};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
+use crate::inputs::head_columns;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, Axis, s};
-use std::f64::consts::LN_2;
 
 /// Gradients with respect to an [`EdgeProblem`].
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub struct EdgeGradients<F> {
     pub(crate) edge_weight: Array2<F>,
 }
 
-/// The gradients, given the outputs and log-sum-exp of the forward pass; adds that of the features.
+/// The gradients, given the outputs and normalizer of the forward pass; adds that of the features.
 pub(in super::super) fn backward<F: Float>(
     problem: &EdgeProblem<'_, F>,
     tile_len: usize,
@@ -211,8 +211,8 @@ impl<F: Float> ByQuery<'_, F> {
         // All columns as one head.
         let num_columns = heads * value_dim;
         let mut whole = Columns::new(simd, 1, num_columns, |_| [0, 0]);
-        let [mut log_sums, mut deltas, mut grads, mut logits] =
-            [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
+        let [mut shifts, mut inverses, mut deltas, mut grads, mut logits] =
+            [(); 5].map(|()| vec![F::zero(); tile.weights.len()]);
         let ones = &problem.ones;
         let mut grad_tile = FeatureTile::new(if wants_features { dim } else { 0 }, stride);
         // Σ ds x and Σ p̃ x of a row; for single logits Σ ds x of the part.
@@ -221,7 +221,6 @@ impl<F: Float> ByQuery<'_, F> {
         // W x of those, and Wᵀ g.
         let mut coefficients = Coefficients::zeros(simd, heads, dim);
         let mut of_grad_out = Coefficients::zeros(simd, heads, problem.value_feature_dim());
-        let mut natural = Coefficients::zeros(simd, heads, dim);
         let mut sum = vec![F::zero(); grad_query.ncols()];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             let query = row.row;
@@ -229,19 +228,20 @@ impl<F: Float> ByQuery<'_, F> {
             scorer.begin(simd, query);
             sum.fill(F::zero());
             for head in 0..heads {
-                let [log_sum, delta] = upstream.row_terms(query, head, value_dim);
-                log_sums[head * stride..][..stride].fill(log_sum);
-                deltas[head * stride..][..stride].fill(delta);
+                let [shift, inverse] = upstream.normalizer.factors(query, head);
+                shifts[head * stride..][..stride].fill(shift);
+                inverses[head * stride..][..stride].fill(inverse);
+                let columns = head_columns(head, value_dim);
+                let out = &upstream.out.row(query)[columns.clone()];
+                deltas[head * stride..][..stride].fill(unrolled_dot(&grad_out[columns], out));
             }
+            let is_one_tile = row.slots.len() <= tile.len;
             if problem.in_values {
                 project(simd, &mut columns, problem, &scorer.rows, grad_out, &mut of_grad_out);
                 value_sums.clear();
             }
             if let Logit::DotProduct = problem.logit {
                 logit_sums.clear();
-                let ln_2 = F::of(LN_2);
-                let pairs = natural.data.iter_mut().zip(&scorer.coefficients.data);
-                pairs.for_each(|(natural, &scaled)| *natural = scaled * ln_2);
             }
             while tile.fill(softmax, &mut row, [keys, values]) {
                 let count = tile.pairs.len();
@@ -263,13 +263,20 @@ impl<F: Float> ByQuery<'_, F> {
                     if softmax.has_dropout() {
                         multiply(&mut grads[pairs.clone()]);
                     }
-                    weights_and_logits_vjp(
-                        simd,
-                        &mut tile.weights[vectors.clone()],
-                        &log_sums[vectors.clone()],
-                        &deltas[vectors.clone()],
-                        &mut grads[vectors.clone()],
-                    );
+                    let terms = [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]);
+                    let [weights, grads_of] = [&mut tile.weights, &mut grads]
+                        .map(|numbers| &mut numbers[vectors.clone()]);
+                    if is_one_tile {
+                        // δ = Σ p dp has the roundings of these dp: it leaves 0 for a single pair.
+                        weights_of(simd, weights, [terms[0], terms[1]]);
+                        let of_pairs = || weights.iter().zip(&*grads_of).take(count);
+                        let delta: F = of_pairs().map(|(&weight, &grad)| weight * grad).sum();
+                        let pairs = weights.iter().zip(grads_of.iter_mut()).take(count);
+                        pairs.for_each(|(&weight, grad)| *grad = weight * (*grad - delta));
+                        grads_of[count..].fill(F::zero());
+                    } else {
+                        weights_and_logits_vjp(simd, weights, terms, grads_of);
+                    }
                     if softmax.has_dropout() {
                         multiply(&mut tile.weights[pairs]);
                     }
@@ -288,7 +295,7 @@ impl<F: Float> ByQuery<'_, F> {
                     Logit::DotProduct => {
                         columns.add_weighted(simd, &mut sum, of_pairs, tile.gather(keys));
                         scorer.features.add_sums(simd, ones, &grads, count, &mut logit_sums);
-                        grad_tile.add_outer(simd, heads, count, &grads, &natural);
+                        grad_tile.add_outer(simd, heads, count, &grads, &scorer.coefficients);
                     }
                     Logit::Additive { .. } => {
                         for (sum, grads) in sum.iter_mut().zip(grads.chunks_exact(stride)) {

@@ -18,7 +18,6 @@ use crate::float::Float;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
 use features::{Coefficients, FeatureSums, FeatureTile};
 use ndarray::Array2;
-use std::f64::consts::LOG2_E;
 
 /// How the logit of a pair is made of its query q, key k and features x.
 #[derive(Debug)]
@@ -82,7 +81,7 @@ pub(super) struct EdgeScorer<'p, F: Float> {
     /// The columns of the heads of values, which are those of W and of `attention` too.
     columns: Columns<F>,
     features: FeatureTile<F>,
-    /// What a head multiplies the features by in a logit in units of ln 2.
+    /// What a head multiplies the features by in a logit.
     coefficients: Coefficients<F>,
     activated: Activated<F>,
     pairs: Pairs<'p>,
@@ -199,7 +198,7 @@ impl<F: Float> EdgeScorer<'_, F> {
                 for head in 0..heads {
                     let [_, vectors] = tile.of_head(simd, head);
                     let logits = &mut tile.weights[vectors];
-                    leaky_relu(simd, *slope, F::of(LOG2_E), logits);
+                    leaky_relu(simd, *slope, logits);
                 }
             }
             Logit::Concatenated { attention, .. } => {
@@ -208,13 +207,6 @@ impl<F: Float> EdgeScorer<'_, F> {
                 let rows = self.activated.gather(&self.rows[..count]);
                 let Tile { weights, stride, .. } = tile;
                 self.columns.dots(simd, attention, rows, weights, *stride);
-                for head in 0..heads {
-                    let [_, vectors] = tile.of_head(simd, head);
-                    let log2_e = Vector::<S, F>::splat(simd, F::of(LOG2_E));
-                    for logits in tile.weights[vectors].chunks_exact_mut(Vector::<S, F>::LEN) {
-                        (Vector::<S, F>::from_slice(simd, logits) * log2_e).store_slice(logits);
-                    }
-                }
             }
         }
     }
@@ -256,12 +248,12 @@ fn add_projected<S: Simd, F: Float>(
     columns.add_weighted(simd, out, x, weight);
 }
 
-/// factor · LeakyReLU of each. Whole vectors.
+/// LeakyReLU of each. Whole vectors.
 #[inline(always)]
-fn leaky_relu<S: Simd, F: Float>(simd: S, slope: F, factor: F, values: &mut [F]) {
+fn leaky_relu<S: Simd, F: Float>(simd: S, slope: F, values: &mut [F]) {
     let zero = Vector::<S, F>::splat(simd, F::zero());
     let (positive, negative) =
-        (Vector::<S, F>::splat(simd, factor), Vector::<S, F>::splat(simd, factor * slope));
+        (Vector::<S, F>::splat(simd, F::one()), Vector::<S, F>::splat(simd, slope));
     for values in values.chunks_exact_mut(Vector::<S, F>::LEN) {
         let value = Vector::<S, F>::from_slice(simd, values);
         (value * value.simd_gt(zero).select(positive, negative)).store_slice(values);
@@ -372,5 +364,5 @@ fn sum_columns<S: Simd, F: Float, const N: usize>(
     for n in 0..N {
         sums[n].store_slice(&mut row[start + n * len..][..len]);
     }
-    leaky_relu(simd, slope, F::one(), &mut row[columns]);
+    leaky_relu(simd, slope, &mut row[columns]);
 }

@@ -54,7 +54,7 @@ pub(super) struct InputsVjp<F> {
     twice_square_scale: F,
     /// The rows of inputs, then their gradients.
     rows: Vec<F>,
-    /// Of the projection, like `weight`.
+    /// Of the projection, like `weight`; empty where nobody wants it.
     pub(super) grad_weight: Vec<F>,
 }
 
@@ -72,7 +72,7 @@ impl<F: Float> InputsVjp<F> {
             weight[column * padded_dim + c] = entry;
         }
         Self {
-            grad_weight: vec![F::zero(); weight.len()],
+            grad_weight: vec![F::zero(); if problem.wants_projection { weight.len() } else { 0 }],
             weight,
             padded_dim,
             columns,
@@ -100,7 +100,9 @@ impl<F: Float> InputsVjp<F> {
                 self.rows[at * stride..][..dim].copy_from_slice(&chunk.inputs[at * dim..][..dim]);
             }
             let Self { rows, grad_weight, .. } = self;
-            add_transposed_product(simd, chunk.len, left, (rows, stride), grad_weight);
+            if !grad_weight.is_empty() {
+                add_transposed_product(simd, chunk.len, left, (rows, stride), grad_weight);
+            }
             product(
                 simd,
                 chunk.len,

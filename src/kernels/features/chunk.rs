@@ -3,7 +3,7 @@
 use super::products::product;
 use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
-use crate::kernels::exp2::exp2;
+use crate::kernels::exp::exp2;
 use crate::kernels::heads::unrolled_dot;
 use crate::kernels::matmul::{Left, Target, Vector, panel_width};
 use crate::kernels::sincos::sin_cos;

@@ -75,6 +75,8 @@ pub struct FeatureProblem<'p, F: Float> {
     pub(crate) square_scale: F,
     /// The keys that no mask hides, ascending.
     pub(crate) keys: Vec<usize>,
+    /// Whether the backward pass computes the gradient of the projection, otherwise zeros.
+    pub(crate) wants_projection: bool,
 }
 
 impl<F: Float> FeatureProblem<'_, F> {
@@ -257,6 +259,7 @@ mod tests {
                         projection: entries(dim, columns, 4) / (4 * dim) as f64,
                         square_scale: 0.1,
                         keys: (0..num_keys).filter(|key| key % 5 != 3).collect(),
+                        wants_projection: true,
                     };
                     let expected = all(&problem, &grad_out, Level::new());
                     let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));

@@ -14,7 +14,6 @@ use crate::kernels::rows::{
 };
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2};
-use std::f64::consts::LOG2_E;
 use std::mem;
 
 /// Rows that gradients are sums of: directions times sinh R / 2, without NaN and infinities.
@@ -361,8 +360,8 @@ impl<'p, F: Float> Pass<'p, F> {
         let Scratch { tile, pairs, queries, terms, keys, masses, .. } = scratch;
         pairs.fill(tile.pairs.iter().map(|&pair| {
             let bias = softmax.bias_of(pair, head);
-            let bias = bias.map_or(F::neg_infinity(), |bias| bias * F::of(LOG2_E));
             let dominant = dominant_logits.map_or(F::zero(), |logits| logits[[pair.query, head]]);
+            let bias = bias.unwrap_or(F::neg_infinity());
             [bias, softmax.multiplier(pair, head), dominant]
         }));
         let [of_head, vectors] = tile.of_head(simd, head);
@@ -428,7 +427,7 @@ impl<'p, F: Float> Pass<'p, F> {
                 value,
                 factor,
                 mut dominates,
-            } = vjp::<S, F>(simd, &pairs, problem.kappa);
+            } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
             if !OWN_IS_KEY {
                 sum_of_logits += logit;
                 while dominates != 0 {

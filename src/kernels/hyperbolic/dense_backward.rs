@@ -397,7 +397,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
                     value,
                     factor,
                     mut dominates,
-                } = vjp::<S, F>(simd, &pairs, problem.kappa);
+                } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
                 grad_logits += logit;
                 while dominates != 0 {
                     let lane = dominates.trailing_zeros() as usize;

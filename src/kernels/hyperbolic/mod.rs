@@ -35,6 +35,7 @@ use super::rows::{Scorer, Tile};
 use crate::float::Float;
 use fearless_simd::{Simd, SimdBase};
 use pairs::{RADIUS, logit};
+use std::f64::consts::LN_2;
 use std::ops::Range;
 
 /// What a logit takes of the radius R of a point.
@@ -93,10 +94,10 @@ impl<F: Float> HyperbolicProblem<'_, F> {
         key * self.softmax.inputs.kv_heads() + self.softmax.kv_head(head)
     }
 
-    /// The factor of a logit in units of ln 2.
+    /// What the logit is times d/2 in units of ln 2.
     #[inline(always)]
     fn factor(&self) -> F {
-        -self.kappa
+        F::of(-self.kappa.as_f64() * LN_2)
     }
 
     /// The columns of heads of queries in own rows, of keys in others.

@@ -5,7 +5,7 @@ use super::dominant::DOMINANT;
 use super::{Mass, Radius};
 use crate::float::Float;
 use crate::kernels::asinh::asinh;
-use crate::kernels::exp2::exp2;
+use crate::kernels::exp::exp;
 use crate::kernels::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
 
@@ -68,7 +68,7 @@ fn sinh_and_cosh<S: Simd, F: Float>(
     [square.sqrt(), (square + Vector::<S, F>::splat(simd, F::one())).sqrt()]
 }
 
-/// factor · d/2 in units of ln 2.
+/// factor · d/2, d in units of ln 2.
 #[inline(always)]
 pub(super) fn logit<S: Simd, F: Float>(
     simd: S,
@@ -82,7 +82,7 @@ pub(super) fn logit<S: Simd, F: Float>(
 }
 
 /// Numbers of a [`Terms`].
-pub(super) const TERMS: usize = 6;
+pub(super) const TERMS: usize = 7;
 
 /// What the backward pass takes of a query and head beside its point.
 #[derive(Clone, Copy, Debug)]
@@ -94,8 +94,9 @@ pub(crate) struct Terms<T> {
     /// e^{R/2} − 1 and e^{−R/2}/2.
     pub(crate) expm1: T,
     pub(crate) half_inverse: T,
-    /// L in units of ln 2; +∞ where no key was seen, so that all weights e^{s − L} are 0.
-    pub(crate) log_sum: T,
+    /// m and 1/l; +∞ and 0 where no key was seen, so that all weights e^{s − m} / l are 0.
+    pub(crate) shift: T,
+    pub(crate) inverse: T,
     /// The mean of the gradients of the weights.
     pub(crate) delta: T,
 }
@@ -104,20 +105,22 @@ impl<F: Float> Terms<F> {
     /// Of a query that has no part in anything.
     pub(crate) fn none() -> Self {
         let zero = F::zero();
-        Self::of([zero, zero, zero, zero, F::infinity(), zero])
+        Self::of([zero, zero, zero, zero, F::infinity(), zero, zero])
     }
 }
 
 impl<T: Copy> Terms<T> {
     #[inline(always)]
     pub(super) fn array(self) -> [T; TERMS] {
-        let Self { radial, spread, expm1, half_inverse, log_sum, delta } = self;
-        [radial, spread, expm1, half_inverse, log_sum, delta]
+        let Self { radial, spread, expm1, half_inverse, shift, inverse, delta } = self;
+        [radial, spread, expm1, half_inverse, shift, inverse, delta]
     }
 
     #[inline(always)]
-    pub(super) fn of([radial, spread, expm1, half_inverse, log_sum, delta]: [T; TERMS]) -> Self {
-        Self { radial, spread, expm1, half_inverse, log_sum, delta }
+    pub(super) fn of(
+        [radial, spread, expm1, half_inverse, shift, inverse, delta]: [T; TERMS],
+    ) -> Self {
+        Self { radial, spread, expm1, half_inverse, shift, inverse, delta }
     }
 }
 
@@ -132,7 +135,7 @@ pub(super) struct Pairs<V> {
     /// w·u_v and |u_v − û|².
     pub(super) product: V,
     pub(super) spread: V,
-    /// Additive logits in units of ln 2; −∞ hides a pair.
+    /// Additive logits; −∞ hides a pair.
     pub(super) bias: V,
     /// What dropout multiplies the weights by.
     pub(super) multiplier: V,
@@ -165,6 +168,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     simd: S,
     pairs: &Pairs<Vector<S, F>>,
     kappa: F,
+    factor: F,
 ) -> PairGradients<Vector<S, F>> {
     let Pairs { query, key, mass, terms, .. } = *pairs;
     let splat = |value: F| Vector::<S, F>::splat(simd, value);
@@ -173,12 +177,14 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let [sinh, cosh] = sinh_and_cosh::<S, F>(simd, pairs.squared, query, key);
     let distance = asinh::<S, F>(simd, sinh, cosh);
 
-    // p = e^{s − L}; by the logit itself: −∞ less a log-sum that is NaN is not −∞ any more.
-    let logit = splat(-kappa).mul_add(distance, pairs.bias);
+    // p = e^{s − m} / l; by the logit itself: −∞ less a shift that is NaN is not −∞ any more. The logit
+    // to the last bit as in the forward pass: where it is large another rounding would be another weight.
+    let logit = splat(factor) * distance + pairs.bias;
     let logit = pairs.bias.simd_eq(lowest).select(lowest, logit);
-    let logit = terms.log_sum.simd_eq(highest).select(lowest, logit);
+    let logit = terms.shift.simd_eq(highest).select(lowest, logit);
     let is_hidden = logit.simd_eq(lowest);
-    let weight = exp2::<S, F>(simd, is_hidden.select(lowest, logit - terms.log_sum));
+    let weight = exp::<S, F>(simd, logit - terms.shift) * terms.inverse;
+    let weight = is_hidden.select(zero, weight);
     let kept = weight * pairs.multiplier;
 
     // The gradients of the weight and of the value's radius.

@@ -4,20 +4,22 @@ use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::dense::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
-use crate::kernels::exp2::exp2;
+use crate::kernels::dense::{
+    Block, FEW_QUERIES, HeadRows, PARTS, TileScorer, TileSizes, block, clip,
+};
+use crate::kernels::exp::exp;
 use crate::kernels::heads::{Columns, Gather};
 use crate::kernels::matmul::{
     Matrix, Out, Vector, load, panel_width, splat, squared_distances, store,
 };
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, row_chunks};
 use crate::kernels::problem::Slices;
 use crate::kernels::rows::{
     Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,
 };
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
-use ndarray::{Array2, ArrayViewMut2};
-use std::f64::consts::LOG2_E;
+use ndarray::ArrayViewMut2;
 use std::iter;
 use std::ops::Range;
 
@@ -26,15 +28,17 @@ use std::ops::Range;
 pub(in super::super) fn spread<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     directions: Slices<'_, F>,
-    log_sum_exp: &Array2<F>,
+    normalizer: &Normalizer<F>,
     sizes: TileSizes,
     level: Level,
     sums: ArrayViewMut2<'_, F>,
 ) {
     let softmax = &problem.softmax;
-    let task = Task { problem, directions, log_sum_exp };
+    let task = Task { problem, directions, normalizer };
     let pairs = Pairs::by_query(&softmax.inputs);
-    if let (Pairs::Dense { num_queries, .. }, true) = (pairs, softmax.inputs.num_queries() > 1) {
+    if let Pairs::Dense { num_queries, .. } = pairs
+        && num_queries >= FEW_QUERIES
+    {
         let sizes = clip(softmax, sizes);
         let ranges = parallel::parts(num_queries, sizes.queries, 4 * PARTS);
         let chunks = row_chunks(sums, ranges.iter().map(Range::len));
@@ -61,13 +65,13 @@ pub(in super::super) fn spread<F: Float>(
 struct Task<'p, F: Float> {
     problem: &'p HyperbolicProblem<'p, F>,
     directions: Slices<'p, F>,
-    log_sum_exp: &'p Array2<F>,
+    normalizer: &'p Normalizer<F>,
 }
 
 impl<F: Float> Task<'_, F> {
     #[inline(always)]
     fn rows<S: Simd>(&self, simd: S, tile_len: usize, part: &Part, mut sums: ArrayViewMut2<'_, F>) {
-        let Self { problem, directions, log_sum_exp } = *self;
+        let Self { problem, directions, normalizer } = *self;
         let softmax = &problem.softmax;
         let pairs = Pairs::by_query(&softmax.inputs);
         let mut columns: Columns<F> = problem.columns(simd, problem.dim);
@@ -89,8 +93,8 @@ impl<F: Float> Task<'_, F> {
                 columns.squared_distances(simd, own, rows, &mut spreads, tile.stride);
                 for head in 0..softmax.heads {
                     let [of_head, vectors] = tile.of_head(simd, head);
-                    let log_sum = log_sum_exp[[query, head]] * F::of(LOG2_E);
-                    weigh(simd, &mut tile.weights[vectors], log_sum);
+                    let factors = normalizer.factors(query, head);
+                    weigh(simd, &mut tile.weights[vectors], factors);
                     let weights = &tile.weights[of_head.clone()];
                     let terms = weights.iter().zip(&spreads[of_head]).zip(&tile.pairs);
                     let half = F::of(0.5);
@@ -123,7 +127,7 @@ impl<F: Float> Task<'_, F> {
             rows: Vec::new(),
         };
         let mut packed = Buffer::zeros(problem.dim * width);
-        let mut lanes = Lanes::<F, 2>::new(width);
+        let mut lanes = Lanes::<F, 3>::new(width);
         for rows in parallel::ranges(queries.len(), sizes.queries) {
             for head in 0..softmax.heads {
                 let block = block::<S, F>(softmax, head, &queries, &rows);
@@ -133,15 +137,15 @@ impl<F: Float> Task<'_, F> {
                     continue;
                 }
                 block.pack_transposed(simd, problem.dim, of_query, F::one(), &mut packed);
-                // L in units of ln 2, and the sum. Lanes past the end have weights of 0.
-                let log_sum = |query| self.log_sum_exp[[query, head]] * F::of(LOG2_E);
-                let log_sums = block.queries.clone().map(log_sum);
-                let padding = iter::repeat(F::infinity());
-                let of_lanes = log_sums.chain(padding).take(width);
-                lanes.fill(of_lanes.map(|log_sum| [log_sum, F::zero()]));
+                // m, 1/l and the sum. Lanes past the end have weights of 0.
+                let factors = |query| self.normalizer.factors(query, head);
+                let factors = block.queries.clone().map(factors);
+                let padding = iter::repeat([F::infinity(), F::zero()]);
+                let of_lanes = factors.chain(padding).take(width);
+                lanes.fill(of_lanes.map(|[shift, inverse]| [shift, inverse, F::zero()]));
                 self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut tile, &mut lanes);
                 for (lane, row) in rows.clone().enumerate() {
-                    sums[[row, head]] += lanes.data[width + lane];
+                    sums[[row, head]] += lanes.data[2 * width + lane];
                 }
             }
         }
@@ -157,7 +161,7 @@ impl<F: Float> Task<'_, F> {
         scorer: &mut DistanceTiles<'_, F>,
         packed: &[F],
         of_tile: &mut Scores<F>,
-        lanes: &mut Lanes<F, 2>,
+        lanes: &mut Lanes<F, 3>,
     ) {
         simd.vectorize(
             #[inline(always)]
@@ -180,7 +184,7 @@ impl<F: Float> Task<'_, F> {
         scorer: &DistanceTiles<'_, F>,
         packed: &[F],
         Scores { scores, spreads, rows }: &mut Scores<F>,
-        lanes: &mut Lanes<F, 2>,
+        lanes: &mut Lanes<F, 3>,
     ) {
         let problem = self.problem;
         let (panel, width) = (panel_width::<S, F>(), block.width);
@@ -188,8 +192,8 @@ impl<F: Float> Task<'_, F> {
         let spreads = &mut spreads[..tile.len() * width];
         let kv_head = problem.softmax.kv_head(block.head);
         let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
-        let [lowest, highest] =
-            [F::neg_infinity(), F::infinity()].map(|x| splat::<S, F>(simd, x)[0]);
+        let [lowest, highest, zero] =
+            [F::neg_infinity(), F::infinity(), F::zero()].map(|x| splat::<S, F>(simd, x)[0]);
         for column in (0..width).step_by(panel) {
             let no_max = splat::<S, F>(simd, F::neg_infinity());
             scorer.score(simd, block, tile, column, no_max, scores);
@@ -197,19 +201,21 @@ impl<F: Float> Task<'_, F> {
             if block.may_hide_in(&of_panel, tile) {
                 block.restrict(simd, of_panel.clone(), tile, scores, rows);
             }
-            let log_sums = load::<S, F>(simd, &lanes.data[column..]);
+            let shifts = load::<S, F>(simd, &lanes.data[column..]);
+            let inverses = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
             for scores in scores.chunks_exact_mut(width) {
                 let mut weights = load::<S, F>(simd, &scores[column..]);
                 for half in 0..2 {
                     let is_hidden = weights[half].simd_eq(lowest);
-                    let is_empty = log_sums[half].simd_eq(highest);
-                    let logit = is_hidden.select(lowest, weights[half] - log_sums[half]);
-                    weights[half] = exp2::<S, F>(simd, is_empty.select(lowest, logit));
+                    let is_empty = shifts[half].simd_eq(highest);
+                    let logit = is_hidden.select(lowest, weights[half] - shifts[half]);
+                    let exponential = exp::<S, F>(simd, is_empty.select(lowest, logit));
+                    weights[half] = is_empty.select(zero, exponential * inverses[half]);
                 }
                 store::<S, F>(weights, &mut scores[column..]);
             }
             block.drop_out(simd, of_panel, tile, scores, rows);
-            let mut sum = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
+            let mut sum = load::<S, F>(simd, &lanes.data[2 * lanes.stride + column..]);
             let right = Matrix { data: packed, stride: width }.skip_columns(column);
             let out = Out::panel(spreads, width, column, panel);
             squared_distances(simd, tile.len(), values.left(tile.start), right, out);
@@ -222,7 +228,7 @@ impl<F: Float> Task<'_, F> {
                 sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
                 sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
             }
-            store::<S, F>(sum, &mut lanes.data[lanes.stride + column..]);
+            store::<S, F>(sum, &mut lanes.data[2 * lanes.stride + column..]);
         }
     }
 }
@@ -236,14 +242,15 @@ struct Scores<F> {
     rows: Vec<F>,
 }
 
-/// p = e^{s − L} in place of logits. Whole vectors.
+/// p = e^{s − m} / l in place of logits. Whole vectors.
 #[inline(always)]
-fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], log_sum: F) {
+fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], [shift, inverse]: [F; 2]) {
     let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-    let log_sum = Vector::<S, F>::splat(simd, log_sum);
+    let shift = Vector::<S, F>::splat(simd, shift);
+    let inverse = Vector::<S, F>::splat(simd, inverse);
     for logits in logits.chunks_exact_mut(Vector::<S, F>::LEN) {
         let logit = Vector::<S, F>::from_slice(simd, logits);
-        let logit = logit.simd_eq(lowest).select(lowest, logit - log_sum);
-        exp2::<S, F>(simd, logit).store_slice(logits);
+        let logit = logit.simd_eq(lowest).select(lowest, logit - shift);
+        (exp::<S, F>(simd, logit) * inverse).store_slice(logits);
     }
 }

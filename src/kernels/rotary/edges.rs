@@ -1,8 +1,8 @@
 //! Softmax attention in which each pair has a rotation of its own: the query stands at 0, the key at the
 //! pair's distance.
 //!
-//! The rows of a tile are rotated as they meet the own row: keys by their distances, s = scale · q·(R
-//! k), or, in the backward pass by key, queries by the opposite, s = scale · (R⁻¹ q)·k.
+//! A logit is (scale q)·(R k), for the forward pass and either backward pass: large ones must not be
+//! rounded in two ways. The pass by key also rotates the queries by the opposite, for the gradients.
 
 use super::super::heads::{Columns, Gather, Weights};
 use super::super::problem::{Problem, Rows, Slices};
@@ -11,7 +11,6 @@ use super::{Rotary, Turn, is_zero};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use fearless_simd::Simd;
-use std::f64::consts::LOG2_E;
 
 /// Inputs of attention with rotations of the pairs.
 #[derive(Debug)]
@@ -29,17 +28,23 @@ pub struct RotaryProblem<'p, F: Float> {
 /// The logits, row by row.
 pub(in super::super) struct RotaryScorer<'p, F: Float> {
     problem: &'p RotaryProblem<'p, F>,
-    own_are_keys: bool,
+    /// The queries times the scale, in the pass by key.
+    scaled_queries: Option<Slices<'p, F>>,
     is_backward: bool,
     pairs: Pairs<'p>,
     columns: Columns<F>,
+    /// Of one query and the keys, in either pass.
+    query_columns: Columns<F>,
     turn: Turn<F>,
     /// The row that all pairs have in common.
     row: usize,
-    /// It, times the scale and log₂ e.
+    /// It, times the scale if it is a query.
     own: Vec<F>,
-    /// The rotated rows of a tile.
+    /// The rotated rows of a tile: keys, or the queries by key.
     rotated: Vec<F>,
+    /// By key: the own key as a pair rotates it, and the logits of that pair.
+    rotated_key: Vec<F>,
+    logits: Vec<F>,
     /// 0, 1, 2, …
     all: Vec<usize>,
     /// What the rotated rows are multiplied by in the derivative of a logit by its distance.
@@ -56,11 +61,12 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
     fn make<S: Simd>(
         simd: S,
         problem: &'p RotaryProblem<'p, F>,
-        own_are_keys: bool,
+        scaled_queries: Option<Slices<'p, F>>,
         is_backward: bool,
         tile: &Tile<F>,
     ) -> Self {
         let softmax = &problem.softmax;
+        let own_are_keys = scaled_queries.is_some();
         let (query, key) = (softmax.query.slices(), softmax.key.slices());
         let (own, others) = if own_are_keys { (key, query) } else { (query, key) };
         let inputs = &softmax.inputs;
@@ -68,14 +74,17 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
         let if_wanted = |is_wanted: bool, len| zeros(if is_wanted { len } else { 0 });
         Self {
             problem,
-            own_are_keys,
+            scaled_queries,
             is_backward,
             pairs: if own_are_keys { Pairs::by_key(inputs) } else { Pairs::by_query(inputs) },
             columns: key_columns(simd, softmax, own_are_keys),
+            query_columns: key_columns(simd, softmax, false),
             turn: Turn::new(simd, &problem.rotary),
             row: 0,
             own: zeros(own.columns),
             rotated: zeros(tile.len * others.columns),
+            rotated_key: zeros(if own_are_keys { own.columns } else { 0 }),
+            logits: zeros(softmax.heads * tile.stride),
             all: (0..tile.len).collect(),
             slope: if_wanted(problem.wants_distances, own.columns),
             scratch: zeros(tile.weights.len()),
@@ -86,28 +95,42 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
 
     fn own_rows(&self) -> Slices<'p, F> {
         let softmax = &self.problem.softmax;
-        if self.own_are_keys { softmax.key.slices() } else { softmax.query.slices() }
+        if self.scaled_queries.is_some() { softmax.key.slices() } else { softmax.query.slices() }
     }
 
     fn others(&self) -> Slices<'p, F> {
         let softmax = &self.problem.softmax;
-        if self.own_are_keys { softmax.query.slices() } else { softmax.key.slices() }
+        if self.scaled_queries.is_some() { softmax.query.slices() } else { softmax.key.slices() }
     }
 
     #[inline(always)]
     fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
         let distances = self.problem.distances.slices();
         tile.prefetch_pairs(self.pairs, distances, |pair| pair);
-        let others = self.others();
-        let sign = if self.own_are_keys { -1.0 } else { 1.0 };
+        let (own, others) = (self.own_rows().row(self.row), self.others());
         let rows = self.rotated.chunks_exact_mut(others.columns.max(1));
-        for ((pair, &other), rotated) in tile.pairs.iter().zip(&tile.others).zip(rows) {
-            self.turn.set(simd, distances.row(pair.index), sign);
+        for (t, rotated) in rows.take(tile.pairs.len()).enumerate() {
+            let (distance, other) = (distances.row(tile.pairs[t].index), tile.others[t]);
+            self.turn.set(simd, distance, 1.0);
+            let Some(queries) = self.scaled_queries else {
+                self.turn.apply(others.row(other), rotated);
+                continue;
+            };
+            self.turn.apply(own, &mut self.rotated_key);
+            let rows = Slices { data: &self.rotated_key, columns: own.len() };
+            let key = Gather { rows, at: &[0] };
+            self.query_columns.dots(simd, queries.row(other), key, &mut self.logits, tile.stride);
+            for (head, logits) in self.logits.chunks_exact(tile.stride).enumerate() {
+                tile.weights[head * tile.stride + t] = logits[0];
+            }
+            self.turn.set(simd, distance, -1.0);
             self.turn.apply(others.row(other), rotated);
         }
-        let rows = Slices { data: &self.rotated, columns: others.columns };
-        let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
-        self.columns.dots(simd, &self.own, rows, &mut tile.weights, tile.stride);
+        if self.scaled_queries.is_none() {
+            let rows = Slices { data: &self.rotated, columns: others.columns };
+            let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
+            self.columns.dots(simd, &self.own, rows, &mut tile.weights, tile.stride);
+        }
         if self.is_backward {
             // A logit that is NaN makes NaN of its gradient. What a bias hides is multiplied by 0.
             for x in &mut self.rotated[..tile.pairs.len() * others.columns] {
@@ -162,7 +185,7 @@ impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
 
     #[inline(always)]
     fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
-        Self::make(simd, problem, false, false, tile)
+        Self::make(simd, problem, None, false, tile)
     }
 
     #[inline(always)]
@@ -170,8 +193,7 @@ impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
         let scale = self.problem.softmax.scale;
         self.row = row;
         let values = self.own_rows().row(row);
-        let factor = scale * F::of(LOG2_E);
-        self.own.iter_mut().zip(values).for_each(|(own, &value)| *own = factor * value);
+        self.own.iter_mut().zip(values).for_each(|(own, &value)| *own = scale * value);
         if self.is_backward && !self.slope.is_empty() {
             self.turn.slope(scale, values, &mut self.slope);
         }
@@ -196,10 +218,10 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
     fn of_side<S: Simd>(
         simd: S,
         problem: &'p Self::Problem,
-        own_are_keys: bool,
+        scaled_queries: Option<Slices<'p, F>>,
         tile: &Tile<F>,
     ) -> Self {
-        Self::make(simd, problem, own_are_keys, true, tile)
+        Self::make(simd, problem, scaled_queries, true, tile)
     }
 
     fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
@@ -239,6 +261,7 @@ mod tests {
     use super::*;
     use crate::gradients::GradientsMut;
     use crate::inputs::Inputs;
+    use crate::kernels::normalizer::Normalizer;
     use crate::kernels::problem::Upstream;
     use crate::kernels::{Kernels, levels};
     use fearless_simd::Level;
@@ -266,13 +289,13 @@ mod tests {
             wants_frequencies: true,
         };
         let mut out = Array2::zeros((n_q, heads * value_dim));
-        let mut log_sum_exp = Array2::zeros((n_q, heads));
-        f64::rotary_forward(&problem, 8, level, out.view_mut(), &mut log_sum_exp);
+        let mut normalizer = Normalizer::empty(n_q, heads).unwrap();
+        f64::rotary_forward(&problem, 8, level, out.view_mut(), &mut normalizer);
         let mut grads = [&query, &key, &value, &distances].map(|x| Array2::zeros(x.raw_dim()));
         let [grad_query, grad_key, grad_value, grad_distances] =
             grads.each_mut().map(|grad| grad.view_mut());
         let slices = Slices { data: out.as_slice().unwrap(), columns: heads * value_dim };
-        let upstream = Upstream { out: slices, log_sum_exp: &log_sum_exp, grad_out: slices };
+        let upstream = Upstream { out: slices, normalizer: &normalizer, grad_out: slices };
         let grad_frequencies = f64::rotary_backward(
             &problem,
             8,

@@ -1,7 +1,7 @@
 //! The backward pass.
 
-use super::super::exp2::exp2;
-use super::super::heads::{Columns, Weights};
+use super::super::exp::exp;
+use super::super::heads::{Columns, Gather, Weights};
 use super::super::matmul::Vector;
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
@@ -14,10 +14,12 @@ use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
 
-/// Adds the gradients, given the outputs and log-sum-exp of the forward pass; that of the data of the
-/// pairs, if the scorer has any, to the one of the distances. Returns the scorer's sums.
+/// Adds the gradients, given the outputs and normalizer of the forward pass; that of the data of the
+/// pairs, if the scorer has any, to the one of the distances. Returns the scorer's sums. The scaled
+/// queries are those of [`scaled_queries`].
 pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     of_scorer: &'p C::Problem,
+    scaled_queries: &'p [F],
     tile_len: usize,
     level: Level,
     upstream: Upstream<'_, F>,
@@ -26,14 +28,11 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     let problem = C::softmax(of_scorer);
     let [num_data, num_sums] = C::num_extras(of_scorer);
     let inputs = &problem.inputs;
-    let num_rows = inputs.num_queries() * problem.heads;
-    let terms: Vec<[F; 2]> = (0..num_rows)
-        .map(|at| upstream.row_terms(at / problem.heads, at % problem.heads, problem.value_dim))
-        .collect();
-    let may_hide = problem.bias.is_some() || upstream.has_empty_rows();
+    let may_hide = problem.bias.is_some() || upstream.normalizer.has_empty_rows();
     let queries = Side::new(problem.query.slices(), upstream.grad_out, false, may_hide);
     let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
     let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
+    let terms = dispatch!(level, simd => terms(simd, problem, upstream));
 
     // In the order of the rows, since each thread must own what it adds to.
     let columns = if grads.bias.is_some() { problem.heads } else { 0 };
@@ -50,6 +49,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             of_scorer,
             own: &queries,
             other: &keys,
+            scaled_queries: None,
             tile_len,
             terms: &terms,
             pairs: by_query,
@@ -73,8 +73,16 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     if grads.key.is_some() || grads.value.is_some() {
         let pairs = Pairs::by_key(inputs);
         let tile_len = pairs.tile_len(tile_len);
-        let pass: Pass<'_, '_, _, C> =
-            Pass { of_scorer, own: &keys, other: &queries, tile_len, terms: &terms, pairs };
+        let scaled = Slices { data: scaled_queries, ..problem.query.slices() };
+        let pass: Pass<'_, '_, _, C> = Pass {
+            of_scorer,
+            own: &keys,
+            other: &queries,
+            scaled_queries: Some(scaled),
+            tile_len,
+            terms: &terms,
+            pairs,
+        };
         let parts = parts(pairs);
         let key = asked_or(&mut grads.key, for_key, inputs.key().dim());
         let value = asked_or(&mut grads.value, for_value, inputs.value().dim());
@@ -102,6 +110,11 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
         }
     }
     sums.sum_axis(Axis(0))
+}
+
+/// The queries times the scale.
+pub(in super::super) fn scaled_queries<F: Float>(problem: &Problem<'_, F>) -> Vec<F> {
+    problem.query.slices().data.iter().map(|&entry| problem.scale * entry).collect()
 }
 
 /// The array of a gradient that was asked for, or one to be forgotten.
@@ -156,9 +169,11 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
     of_scorer: &'p C::Problem,
     own: &'s Side<'s, F>,
     other: &'s Side<'s, F>,
+    /// The queries times the scale, for the pass by key.
+    scaled_queries: Option<Slices<'p, F>>,
     tile_len: usize,
-    /// L and δ of each query and head.
-    terms: &'s [[F; 2]],
+    /// m, 1/l and δ of each query and head.
+    terms: &'s [[F; 3]],
     pairs: Pairs<'p>,
 }
 
@@ -186,10 +201,10 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let (finite_a, finite_b) = (other.finite_a.slices(), other.finite_b.slices());
 
         let mut tile = Tile::new(simd, heads, self.tile_len);
-        let mut scorer = C::of_side(simd, self.of_scorer, own.is_keys, &tile);
-        // L and δ of the query of each pair, and the gradient of its weight, then logit.
-        let [mut log_sums, mut deltas, mut grads] =
-            [(); 3].map(|()| vec![F::zero(); tile.weights.len()]);
+        let mut scorer = C::of_side(simd, self.of_scorer, self.scaled_queries, &tile);
+        // m, 1/l and δ of the query of each pair, and the gradient of its weight, then logit.
+        let [mut shifts, mut inverses, mut deltas, mut grads] =
+            [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
         let mut grad_data = vec![F::zero(); tile.stride];
         let ones = vec![F::one(); heads];
         let mut sum_a = vec![F::zero(); own.a.columns];
@@ -200,11 +215,12 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             sum_a.fill(F::zero());
             sum_b.fill(F::zero());
             if other.is_keys {
-                for (head, [log_sum, delta]) in terms[row.row * heads..][..heads].iter().enumerate()
-                {
+                let terms = &terms[row.row * heads..][..heads];
+                for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
                     let of_head = head * tile.stride..(head + 1) * tile.stride;
-                    log_sums[of_head.clone()].fill(*log_sum);
-                    deltas[of_head].fill(*delta);
+                    shifts[of_head.clone()].fill(shift);
+                    inverses[of_head.clone()].fill(inverse);
+                    deltas[of_head].fill(delta);
                 }
             }
             while tile.fill(problem, &mut row, [other.a, other.b]) {
@@ -218,8 +234,9 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 if !other.is_keys {
                     for (t, pair) in pairs.iter().enumerate() {
                         let terms = &terms[pair.query * heads..][..heads];
-                        for (head, &[log_sum, delta]) in terms.iter().enumerate() {
-                            log_sums[head * stride + t] = log_sum;
+                        for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
+                            shifts[head * stride + t] = shift;
+                            inverses[head * stride + t] = inverse;
                             deltas[head * stride + t] = delta;
                         }
                     }
@@ -236,8 +253,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     weights_and_logits_vjp(
                         simd,
                         &mut weights[vectors.clone()],
-                        &log_sums[vectors.clone()],
-                        &deltas[vectors.clone()],
+                        [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]),
                         &mut grads[vectors],
                     );
                     // õ = m p v
@@ -332,46 +348,82 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
     }
 }
 
-/// p = e^{s − L} in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
+/// m, 1/l and δ = g·o of each query and head. δ by the steps that make g·v of a pair: with one key in
+/// sight o is v, and ds is 0.
+#[inline(always)]
+fn terms<S: Simd, F: Float>(
+    simd: S,
+    problem: &Problem<'_, F>,
+    upstream: Upstream<'_, F>,
+) -> Vec<[F; 3]> {
+    let Upstream { out, normalizer, grad_out } = upstream;
+    let (heads, dim, stride) = (problem.heads, problem.value_dim, Vector::<S, F>::LEN);
+    let mut columns = Columns::new(simd, heads, dim, |head| [head * dim; 2]);
+    let mut deltas = vec![F::zero(); heads * stride];
+    let mut terms = Vec::with_capacity(problem.inputs.num_queries() * heads);
+    for query in 0..problem.inputs.num_queries() {
+        let rows = Gather { rows: out, at: &[query] };
+        columns.dots(simd, grad_out.row(query), rows, &mut deltas, stride);
+        terms.extend((0..heads).map(|head| {
+            let [shift, inverse] = normalizer.factors(query, head);
+            [shift, inverse, deltas[head * stride]]
+        }));
+    }
+    terms
+}
+
+/// p = e^{s − m} / l in place of the logits. Whole vectors.
+#[inline(never)]
+pub(in super::super) fn weights_of<S: Simd, F: Float>(
+    simd: S,
+    logits: &mut [F],
+    [shifts, inverses]: [&[F]; 2],
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let len = Vector::<S, F>::LEN;
+            let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
+            for (logits, (shifts, inverses)) in logits.chunks_exact_mut(len).zip(terms) {
+                let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
+                let weight = exp::<S, F>(simd, load(logits) - load(shifts)) * load(inverses);
+                weight.store_slice(logits);
+            }
+        },
+    );
+}
+
+/// p = e^{s − m} / l in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
 /// for hidden pairs, whatever dp. Whole vectors.
 #[inline(never)]
 pub(in super::super) fn weights_and_logits_vjp<S: Simd, F: Float>(
     simd: S,
     logits: &mut [F],
-    log_sums: &[F],
-    deltas: &[F],
+    [shifts, inverses, deltas]: [&[F]; 3],
     grads: &mut [F],
 ) {
     simd.vectorize(
         #[inline(always)]
-        || weights_and_logits_vjp_inline(simd, logits, log_sums, deltas, grads),
+        || {
+            let len = Vector::<S, F>::LEN;
+            let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+            let highest = Vector::<S, F>::splat(simd, F::infinity());
+            let zero = Vector::<S, F>::splat(simd, F::zero());
+            let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
+            let terms = terms.zip(deltas.chunks_exact(len)).zip(grads.chunks_exact_mut(len));
+            for (logits, (((shifts, inverses), deltas), grads)) in
+                logits.chunks_exact_mut(len).zip(terms)
+            {
+                let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
+                let (shift, grad) = (load(shifts), load(grads) - load(deltas));
+                // By the logit itself: −∞ less a shift that is NaN is not −∞ any more.
+                let logit = shift.simd_eq(highest).select(lowest, load(logits));
+                let is_hidden = logit.simd_eq(lowest);
+                let weight = exp::<S, F>(simd, logit - shift) * load(inverses);
+                let weight = is_hidden.select(zero, weight);
+                is_hidden.select(zero, weight * grad).store_slice(grads);
+                weight.store_slice(logits);
+            }
+        },
     );
-}
-
-#[inline(always)]
-fn weights_and_logits_vjp_inline<S: Simd, F: Float>(
-    simd: S,
-    logits: &mut [F],
-    log_sums: &[F],
-    deltas: &[F],
-    grads: &mut [F],
-) {
-    let len = Vector::<S, F>::LEN;
-    let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-    let highest = Vector::<S, F>::splat(simd, F::infinity());
-    let zero = Vector::<S, F>::splat(simd, F::zero());
-    let terms = log_sums.chunks_exact(len).zip(deltas.chunks_exact(len));
-    let terms = terms.zip(grads.chunks_exact_mut(len));
-    for (logits, ((log_sums, deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
-        let logit = Vector::<S, F>::from_slice(simd, logits);
-        let log_sum = Vector::<S, F>::from_slice(simd, log_sums);
-        let grad =
-            Vector::<S, F>::from_slice(simd, grads) - Vector::<S, F>::from_slice(simd, deltas);
-        // By the logit itself: −∞ less a log-sum that is NaN is not −∞ any more.
-        let logit = log_sum.simd_eq(highest).select(lowest, logit);
-        let is_hidden = logit.simd_eq(lowest);
-        let weight = exp2::<S, F>(simd, is_hidden.select(lowest, logit - log_sum));
-        is_hidden.select(zero, weight * grad).store_slice(grads);
-        weight.store_slice(logits);
-    }
 }

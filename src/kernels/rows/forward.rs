@@ -1,24 +1,24 @@
 //! The forward pass.
 
-use super::super::exp2::exp2;
+use super::super::dense::SLACK;
+use super::super::exp::exp;
 use super::super::heads::Columns;
 use super::super::matmul::Vector;
+use super::super::normalizer::{self, Normalizer};
 use super::super::problem::FiniteRows;
 use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::partial::Partial;
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{Array2, ArrayView1, ArrayViewMut2, Axis};
-use std::f64::consts::LN_2;
+use ndarray::{ArrayView1, ArrayViewMut2, s};
 
-/// Overwrites `out` and `log_sum_exp` (num_queries × heads).
+/// Overwrites `out` and the normalizer.
 pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
     problem: &'p C::Problem,
     tile_len: usize,
     level: Level,
     out: ArrayViewMut2<'_, F>,
-    log_sum_exp: &mut Array2<F>,
+    normalizer: &mut Normalizer<F>,
 ) {
     let softmax = C::softmax(problem);
     let pairs = Pairs::by_query(&softmax.inputs);
@@ -28,24 +28,27 @@ pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
     let values = FiniteRows::new(softmax.value.slices(), may_hide);
     let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
     let parts = parts(pairs);
+    let Normalizer { shift, sum } = normalizer;
     for_each_part(
         &parts,
         softmax.work(),
-        Outputs::by_row([out, log_sum_exp.view_mut()], &parts),
+        Outputs::by_row([out, shift.view_mut(), sum.view_mut()], &parts),
         |part, outputs| {
             dispatch!(level, simd => {
                 forward_rows::<_, _, C>(simd, problem, &values, tile_len, pairs, part, outputs);
             });
         },
-        |[mut out, mut log_sums], [outs, log_sums_of]| {
-            let partials = outs.rows().into_iter().zip(log_sums_of.rows()).map(|(out, sums)| {
-                let [out, sums] = [out, sums].map(|row| row.insert_axis(Axis(0)).to_owned());
-                Partial::new(out, sums).expect("both have one row")
-            });
-            let merge = |a: Partial<F>, b| a.merge(&b).expect("segments have the same shape");
-            if let Some(whole) = partials.reduce(merge) {
-                out.assign(&whole.out().row(0));
-                log_sums.assign(&whole.log_sum_exp().row(0));
+        |[mut out, mut shift, mut sum], [outs, shifts, sums]| {
+            for head in 0..softmax.heads {
+                let columns = head_columns(head, softmax.value_dim);
+                let of_segment = |segment| normalizer::Part {
+                    out: outs.slice_move(s![segment, columns.clone()]),
+                    shift: shifts[[segment, head]],
+                    sum: sums[[segment, head]],
+                };
+                let segments: Vec<_> = (0..outs.nrows()).map(of_segment).collect();
+                let out = out.slice_mut(s![columns.clone()]);
+                [shift[head], sum[head]] = normalizer::merge(&segments, out);
             }
         },
     );
@@ -59,42 +62,46 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     tile_len: usize,
     pairs: Pairs<'_>,
     part: &Part,
-    outputs: Outputs<'_, F, 2, 0>,
+    outputs: Outputs<'_, F, 3, 0>,
 ) {
-    let [mut out, mut log_sum_exp] = outputs.by_row;
+    let [mut out, mut shift_out, mut sum_out] = outputs.by_row;
     let softmax = C::softmax(problem);
     let (heads, dim) = (softmax.heads, softmax.value_dim);
     let columns = Columns::new(simd, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
     let mut tile = Tile::new(simd, heads, tile_len);
     let mut scorer = C::new(simd, problem, &tile);
+    let slack = F::of(SLACK);
     let mut maxima = vec![F::zero(); heads];
     let mut alphas = vec![F::zero(); heads];
-    let mut sums = vec![F::zero(); heads];
-    let mut row_out = vec![F::zero(); heads * dim];
+    let ones = vec![F::one(); heads];
+    // Of the row and, where it has several, of the last tile: Σ e^{s − m} v of each head, and l.
+    let [mut sums, mut lacks, mut of_tile] = [(); 3].map(|()| vec![F::zero(); heads * (dim + 1)]);
     for (r, mut row) in part.rows(pairs).enumerate() {
         scorer.begin(simd, row.row);
         maxima.fill(F::neg_infinity());
         sums.fill(F::zero());
-        row_out.fill(F::zero());
+        let mut is_first = true;
 
         while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
             scorer.score(simd, &mut tile);
             tile.add_bias(simd, softmax);
+            let target = if is_first { &mut sums } else { &mut of_tile };
+            let (values_of, sums_of) = target.split_at_mut(heads * dim);
             for head in 0..heads {
                 let [pairs, vectors] = tile.of_head(simd, head);
                 let logits = &mut tile.weights[vectors];
                 let old_max = maxima[head];
                 let max = largest(simd, old_max, logits);
+                let max = if max > old_max + slack { max } else { old_max };
                 // Before the first key there is no maximum to shift by, and nothing to rescale.
                 let shift = if max == F::neg_infinity() { F::zero() } else { max };
                 alphas[head] = match old_max {
                     _ if old_max == max => F::one(),
                     _ if old_max == F::neg_infinity() => F::zero(),
-                    _ => (old_max - shift).exp2(),
+                    _ => (old_max - shift).exp(),
                 };
                 maxima[head] = max;
-                let sum = exponentials(simd, logits, shift);
-                sums[head] = sums[head] * alphas[head] + sum;
+                sums_of[head] = exponentials(simd, logits, shift);
 
                 if softmax.has_dropout() {
                     for (weight, &pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
@@ -102,19 +109,27 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
                     }
                 }
             }
+            values_of.fill(F::zero());
             let rows = tile.gather(values.slices());
-            columns.add_weighted(simd, &mut row_out, tile.weights(&alphas), rows);
+            columns.add_weighted(simd, values_of, tile.weights(&ones), rows);
             scorer.add_values(simd, &tile, &alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
-                let row_out = &mut row_out[head_columns(head, dim)];
+                let values_of = &mut values_of[head_columns(head, dim)];
                 let weights = &tile.weights[head * tile.stride..];
-                add_bad(softmax, &tile, weights, head, values, row_out, |pair| {
+                add_bad(softmax, &tile, weights, head, values, values_of, |pair| {
                     (pair.key, softmax.value(pair.key, head), true)
                 });
             }
+            if is_first {
+                lacks.fill(F::zero());
+            } else {
+                add_tile(&mut sums, &mut lacks, &of_tile, &alphas, dim);
+            }
+            is_first = false;
         }
 
-        scorer.finish(simd, &mut row_out);
+        let (row_out, sums) = sums.split_at_mut(heads * dim);
+        scorer.finish(simd, row_out);
         for head in 0..heads {
             // Nothing seen: not even 0/0.
             let is_empty = sums[head] == F::zero();
@@ -122,10 +137,30 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
             for value in &mut row_out[head_columns(head, dim)] {
                 *value = if is_empty { F::zero() } else { *value * factor };
             }
-            let log_sum = maxima[head] * F::of(LN_2) + sums[head].ln();
-            log_sum_exp[[r, head]] = if is_empty { F::neg_infinity() } else { log_sum };
+            shift_out[[r, head]] = if is_empty { F::neg_infinity() } else { maxima[head] };
+            sum_out[[r, head]] = sums[head];
         }
-        out.row_mut(r).assign(&ArrayView1::from(&row_out));
+        out.row_mut(r).assign(&ArrayView1::from(&*row_out));
+    }
+}
+
+/// sums ← α · sums + those of a tile, for heads of `dim` columns and then one number for each head. With
+/// compensation (Kahan 1965): `lacks` is what the sums lack of rounding, so that their error does not grow
+/// with the number of tiles.
+#[inline(never)]
+fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[F], dim: usize) {
+    let heads = alphas.len();
+    let (columns, rest) = of_tile.split_at(heads * dim);
+    let alpha = (0..columns.len()).map(|column| alphas[column / dim]).chain(alphas.iter().copied());
+    let of_tile = columns.iter().chain(rest);
+    for (((sum, lack), &of_tile), alpha) in sums.iter_mut().zip(lacks).zip(of_tile).zip(alpha) {
+        let (before, added) = (*sum * alpha, of_tile + *lack * alpha);
+        *sum = before + added;
+        *lack = added - (*sum - before);
+        // Of infinities nothing is lacking.
+        if lack.is_nan() {
+            *lack = F::zero();
+        }
     }
 }
 
@@ -140,13 +175,13 @@ fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
     maxima.reduce_max()
 }
 
-/// Replaces logits by 2^(logit − shift) and returns their sum. Whole vectors.
+/// Replaces logits by e^{logit − shift} and returns their sum. Whole vectors.
 #[inline(always)]
 fn exponentials<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
     let shift = Vector::<S, F>::splat(simd, shift);
     let mut sum = Vector::<S, F>::splat(simd, F::zero());
     for logits in logits.chunks_exact_mut(Vector::<S, F>::LEN) {
-        let weights = exp2::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) - shift);
+        let weights = exp::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) - shift);
         sum += weights;
         weights.store_slice(logits);
     }

@@ -11,7 +11,7 @@ mod backward;
 mod forward;
 mod weights;
 
-pub(super) use backward::{backward, weights_and_logits_vjp};
+pub(super) use backward::{backward, scaled_queries, weights_and_logits_vjp, weights_of};
 pub(super) use forward::forward;
 pub(super) use weights::weights;
 
@@ -26,7 +26,6 @@ use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, Pattern};
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
-use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
 /// Longer tiles only cost memory.
@@ -351,7 +350,7 @@ pub(super) struct Tile<F> {
     /// The slot of each pair, and its index on the other side.
     pub(super) slots: Vec<usize>,
     pub(super) others: Vec<usize>,
-    /// Logits in units of ln 2, −∞ where hidden or past the end; then weights.
+    /// Logits, −∞ where hidden or past the end; then weights.
     pub(super) weights: Vec<F>,
 }
 
@@ -462,7 +461,7 @@ impl<F: Float> Tile<F> {
             if problem.bias.is_some() {
                 for (logit, &pair) in self.weights[pairs].iter_mut().zip(&self.pairs) {
                     *logit = match problem.bias_of(pair, head) {
-                        Some(bias) => *logit + bias * F::of(LOG2_E),
+                        Some(bias) => *logit + bias,
                         None => F::neg_infinity(),
                     };
                 }
@@ -485,7 +484,7 @@ pub(super) trait Scorer<'p, F: Float>: Sized {
     /// Takes up the row of a query.
     fn begin<S: Simd>(&mut self, simd: S, query: usize);
 
-    /// Writes the logits of a tile to its weights, in units of ln 2.
+    /// Writes the logits of a tile to its weights.
     fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>);
 
     /// Adds to sums of its own what pairs add to the output beside their values, times their
@@ -504,11 +503,12 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
         [0; 2]
     }
 
-    /// For passes by key if `own_are_keys`, otherwise by query.
+    /// For passes by query, or by key: then the queries come times the scale. Either way a pair has the
+    /// same logit to the last bit: where logits are large another rounding would be another weight.
     fn of_side<S: Simd>(
         simd: S,
         problem: &'p Self::Problem,
-        own_are_keys: bool,
+        scaled_queries: Option<Slices<'p, F>>,
         tile: &Tile<F>,
     ) -> Self;
 
@@ -527,11 +527,11 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
 
 /// The logits of scaled dot-product attention: one side's row against the other's.
 pub(super) struct DotScorer<'p, F: Float> {
-    problem: &'p Problem<'p, F>,
     columns: Columns<F>,
-    /// The row that all pairs have in common, times the scale and log₂ e.
+    /// The row that all pairs have in common, times the scale if it is a query.
     pub(super) own: Vec<F>,
     own_rows: Slices<'p, F>,
+    factor: F,
     others: Slices<'p, F>,
 }
 
@@ -544,14 +544,13 @@ impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
 
     #[inline(always)]
     fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
-        Self::of_side(simd, problem, false, tile)
+        Self::of_side(simd, problem, None, tile)
     }
 
     #[inline(always)]
     fn begin<S: Simd>(&mut self, _: S, row: usize) {
-        let factor = self.problem.scale * F::of(LOG2_E);
         let row = self.own_rows.row(row);
-        self.own.iter_mut().zip(row).for_each(|(own, &value)| *own = factor * value);
+        self.own.iter_mut().zip(row).for_each(|(own, &value)| *own = self.factor * value);
     }
 
     #[inline(always)]
@@ -567,13 +566,16 @@ impl<'p, F: Float> TwoSided<'p, F> for DotScorer<'p, F> {
     fn of_side<S: Simd>(
         simd: S,
         problem: &'p Problem<'p, F>,
-        own_are_keys: bool,
+        scaled_queries: Option<Slices<'p, F>>,
         _: &Tile<F>,
     ) -> Self {
         let (query, key) = (problem.query.slices(), problem.key.slices());
-        let (own_rows, others) = if own_are_keys { (key, query) } else { (query, key) };
-        let columns = key_columns(simd, problem, own_are_keys);
-        Self { problem, columns, own: vec![F::zero(); own_rows.columns], own_rows, others }
+        let (own_rows, others, factor) = match scaled_queries {
+            Some(queries) => (key, queries, F::one()),
+            None => (query, key, problem.scale),
+        };
+        let columns = key_columns(simd, problem, scaled_queries.is_some());
+        Self { columns, own: vec![F::zero(); own_rows.columns], own_rows, factor, others }
     }
 }
 

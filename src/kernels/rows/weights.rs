@@ -1,19 +1,19 @@
 //! The weights, for those who ask for them.
 
+use super::super::normalizer::Normalizer;
 use super::{Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, for_each_part, level_for, parts};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayViewMut2};
-use std::f64::consts::LN_2;
 
-/// The weights before dropout, pairs × heads in the caller's order, given the log-sum-exp of the forward
+/// The weights before dropout, pairs × heads in the caller's order, given the normalizer of the forward
 /// pass.
 pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
     problem: &'p C::Problem,
     tile_len: usize,
     level: Level,
-    log_sum_exp: &Array2<F>,
+    normalizer: &Normalizer<F>,
 ) -> Result<Array2<F>> {
     let softmax = C::softmax(problem);
     let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
@@ -28,7 +28,7 @@ pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
         Outputs { by_row: [], by_slot: [weights.view_mut()], by_part: outputs.by_part },
         |part, Outputs { by_slot: [weights], .. }| {
             dispatch!(level, simd => {
-                run::<_, _, C>(simd, problem, pairs, tile_len, part, log_sum_exp, weights);
+                run::<_, _, C>(simd, problem, pairs, tile_len, part, normalizer, weights);
             });
         },
         |[], []| {},
@@ -43,7 +43,7 @@ fn run<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     pairs: Pairs<'_>,
     tile_len: usize,
     part: &Part,
-    log_sum_exp: &Array2<F>,
+    normalizer: &Normalizer<F>,
     mut weights: ArrayViewMut2<'_, F>,
 ) {
     let softmax = C::softmax(problem);
@@ -57,11 +57,11 @@ fn run<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
             for (t, slot) in tile.slots.iter().enumerate() {
                 for head in 0..softmax.heads {
                     let logit = tile.weights[head * tile.stride + t];
-                    // Also where no key is seen, and the log-sum is −∞ too.
-                    let is_hidden = logit == F::neg_infinity();
-                    let log_weight = logit * F::of(LN_2) - log_sum_exp[[row.row, head]];
-                    weights[[slot - part.slots.start, head]] =
-                        if is_hidden { F::zero() } else { log_weight.exp() };
+                    let [shift, inverse] = normalizer.factors(row.row, head);
+                    weights[[slot - part.slots.start, head]] = match logit {
+                        _ if logit == F::neg_infinity() => F::zero(),
+                        logit => (logit - shift).exp() * inverse,
+                    };
                 }
             }
         }

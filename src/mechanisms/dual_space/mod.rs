@@ -302,6 +302,20 @@ impl<F: Float> Params<F> for DualSpace<F> {
             branch.visit_params_mut(&mut |name, param| visitor(&format!("{prefix}.{name}"), param));
         }
     }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        for (prefix, branch) in BRANCHES.iter().zip(&self.branches) {
+            branch.visit_buffers(&mut |name, buffer| visitor(&format!("{prefix}.{name}"), buffer));
+        }
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        for (prefix, branch) in BRANCHES.iter().zip(&mut self.branches) {
+            branch.visit_buffers_mut(&mut |name, buffer| {
+                visitor(&format!("{prefix}.{name}"), buffer);
+            });
+        }
+    }
 }
 
 impl<F: Float> Attention<F> for DualSpace<F> {

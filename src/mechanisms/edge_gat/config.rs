@@ -80,7 +80,8 @@ impl EdgeGatConfig {
     }
 
     /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`. Default: 0,
-    /// none.
+    /// none; inputs that carry some are then refused with [`Error::MissingSetting`]. (PyG leaves them
+    /// unread.)
     #[must_use]
     pub fn edge_dim(mut self, dim: usize) -> Self {
         self.edge_dim = dim;
@@ -134,8 +135,8 @@ impl EdgeGatConfig {
         self
     }
 
-    /// Whether a value is W h_j + W_e x, or W h_j alone. Default: `true` for [`Score::DotProduct`] alone, as
-    /// in PyG.
+    /// Whether a value is W h_j + W_e x, or W h_j alone; without effect where there are no edge features.
+    /// Default: `true` for [`Score::DotProduct`] alone, as in PyG.
     #[must_use]
     pub fn edge_values(mut self, edge_values: bool) -> Self {
         self.edge_values = edge_values;

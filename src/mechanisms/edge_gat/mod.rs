@@ -9,6 +9,7 @@ use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edges::{EdgeProblem, Logit};
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream};
 use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
@@ -59,7 +60,8 @@ const TILE: usize = 64;
 ///   not given in the order of the queries, its features' gradients once more); a vector of heads · d
 ///   for a pair exists only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
-///   [`Error::MissingInput`] without the edge features it asks for.
+///   [`Error::MissingInput`] without the edge features it asks for, [`Error::MissingSetting`] with edge
+///   features that it does not ask for.
 ///
 /// Where a node has no neighbours PyG agrees; it divides by the sum of exponentials plus 1e-16, which makes
 /// no difference in practice. `lin_edge` never has a bias, here as there.
@@ -103,9 +105,7 @@ struct Projected<F> {
 enum Softmax<F> {
     /// Without edges, scaled dot-product attention is all there is.
     Plain(Saved),
-    Edges {
-        log_sum_exp: Array2<F>,
-    },
+    Edges(Normalizer<F>),
 }
 
 struct State<F> {
@@ -168,9 +168,16 @@ impl<F: Float> EdgeGat<F> {
         if config.edge_dim > 0 {
             let features = inputs.edge_features(NAME)?;
             let expected = [inputs.num_pairs(), config.edge_dim];
-            check_shape("edge_features", &expected, features.shape())?;
+            return check_shape("edge_features", &expected, features.shape());
         }
-        Ok(())
+        match inputs.edge_features(NAME) {
+            Ok(features) if features.ncols() > 0 => Err(Error::MissingSetting {
+                mechanism: NAME.into(),
+                setting: "EdgeGatConfig::edge_dim",
+                channel: Channel::EdgeFeatures,
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn project(&self, inputs: &Inputs<'_, F>) -> Result<Projected<F>> {
@@ -265,10 +272,10 @@ impl<F: Float> EdgeGat<F> {
             return Ok(Softmax::Plain(Flash::new().forward_train_into(inner, context)?));
         }
         let heads = self.config.num_heads;
-        let mut log_sum_exp = try_zeros("log_sum_exp", inner.num_queries(), heads)?;
+        let mut normalizer = Normalizer::empty(inner.num_queries(), heads)?;
         let problem = self.problem(inner)?;
-        F::edges_forward(&problem, TILE, Level::new(), context, &mut log_sum_exp);
-        Ok(Softmax::Edges { log_sum_exp })
+        F::edges_forward(&problem, TILE, Level::new(), context, &mut normalizer);
+        Ok(Softmax::Edges(normalizer))
     }
 
     fn new_context(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -561,12 +568,12 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
                     Flash::new().backward(&inner, saved, grad_context)?;
                 [query, key, value]
             }
-            Softmax::Edges { log_sum_exp } => {
+            Softmax::Edges(normalizer) => {
                 let problem = self.problem(&inner)?;
                 let grad_rows = Rows::new("grad_context", grad_context)?;
                 let out = Rows::new("context", context.view())?;
                 let upstream =
-                    Upstream { out: out.slices(), log_sum_exp, grad_out: grad_rows.slices() };
+                    Upstream { out: out.slices(), normalizer, grad_out: grad_rows.slices() };
                 let level = Level::new();
                 let features = grads.edge_features;
                 let inner = F::edges_backward(&problem, TILE, level, upstream, features)?;
@@ -612,10 +619,10 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
             return ScaledDotProduct::new().weights(&inner);
         }
         let mut context = self.new_context(inputs)?;
-        let Softmax::Edges { log_sum_exp } = self.attend(&inner, context.view_mut())? else {
+        let Softmax::Edges(normalizer) = self.attend(&inner, context.view_mut())? else {
             return Err(Error::NoWeights { mechanism: NAME });
         };
-        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &log_sum_exp)
+        F::edges_weights(&self.problem(&inner)?, TILE, Level::new(), &normalizer)
     }
 }
 

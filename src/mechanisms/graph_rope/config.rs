@@ -7,7 +7,7 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::param_slot;
 use crate::inputs::Inputs;
 use crate::kernels::rotary::{Layout, Rotary};
-use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, s};
+use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, Zip, s};
 
 /// The sizes and options of a [`GraphRope`] or an [`EdgeRope`].
 ///
@@ -87,8 +87,13 @@ impl GraphRopeConfig {
         self
     }
 
-    /// Whether the frequencies are a parameter, `frequencies`, axes × pairs, that starts at those
-    /// configured. Default: `false`.
+    /// Whether the frequencies, axes × pairs, are a parameter that starts at those configured, or a buffer
+    /// that stays there. Both have the name `frequencies`, so that a state of one loads into the other.
+    /// Default: `false`, a buffer.
+    ///
+    /// A buffer is computed with in `f64`. A state holds it rounded to the precision of the mechanism, and
+    /// loading replaces the frequencies that differ from it when rounded so: what a mechanism of the same
+    /// configuration has saved changes nothing.
     #[must_use]
     pub fn learnable(mut self, learnable: bool) -> Self {
         self.learnable = learnable;
@@ -170,7 +175,7 @@ fn split(axes: usize, pairs: usize, base: f64) -> Result<Array2<f64>> {
     Ok(frequencies)
 }
 
-/// What a configuration makes: the rotation and its parameter.
+/// What a configuration makes: the rotation and its parameter or buffer.
 #[derive(Clone, Debug)]
 pub(super) struct Rotation<F> {
     layout: Layout,
@@ -219,6 +224,29 @@ impl<F: Float> Rotation<F> {
     pub(super) fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         if let Frequencies::Learned(frequencies) = &mut self.frequencies {
             visitor("frequencies", frequencies.view_mut().into_dyn());
+        }
+    }
+
+    pub(super) fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        if let Frequencies::Fixed(frequencies) = &self.frequencies {
+            visitor("frequencies", frequencies.mapv(F::of).view().into_dyn());
+        }
+    }
+
+    pub(super) fn visit_buffers_mut(
+        &mut self,
+        visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>),
+    ) {
+        if let Frequencies::Fixed(frequencies) = &mut self.frequencies {
+            let rounded = frequencies.mapv(F::of);
+            let mut lent = rounded.clone();
+            visitor("frequencies", lent.view_mut().into_dyn());
+            // What has not been changed keeps the digits that F does not have.
+            Zip::from(frequencies).and(&rounded).and(&lent).for_each(|frequency, &old, &new| {
+                if new != old {
+                    *frequency = new.as_f64();
+                }
+            });
         }
     }
 

@@ -1,9 +1,10 @@
 use super::config::Rotation;
 use crate::attention::{Attention, Saved};
-use crate::error::{Result, check_shape};
+use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, output_dim};
 use crate::kernels::rotary::RotaryProblem;
 use crate::params::Params;
@@ -31,8 +32,8 @@ const TILE: usize = 32;
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
 ///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable. The backward pass
-///   has the gradient of the distances too.
+/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable; otherwise they are a
+///   buffer of that name. The backward pass has the gradient of the distances too.
 /// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of
 ///   columns; memory O(n · (d + d_v) · heads), never the weights.
 /// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances,
@@ -63,8 +64,7 @@ pub struct EdgeRope<F> {
 /// What is left of a forward pass.
 struct State<F> {
     out: Array2<F>,
-    /// num_queries × heads.
-    log_sum_exp: Array2<F>,
+    normalizer: Normalizer<F>,
 }
 
 impl<F: Float> EdgeRope<F> {
@@ -86,13 +86,16 @@ impl<F: Float> EdgeRope<F> {
         })
     }
 
-    /// Overwrites `out`, returns the log-sum-exp.
-    fn run(&self, problem: &RotaryProblem<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<Array2<F>> {
+    /// Overwrites `out`, returns the normalizer.
+    fn run(
+        &self,
+        problem: &RotaryProblem<'_, F>,
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<Normalizer<F>> {
         let softmax = &problem.softmax;
-        let rows = softmax.inputs.num_queries();
-        let mut log_sum_exp = try_zeros("log_sum_exp", rows, softmax.heads)?;
-        F::rotary_forward(problem, TILE, Level::new(), out, &mut log_sum_exp);
-        Ok(log_sum_exp)
+        let mut normalizer = Normalizer::empty(softmax.inputs.num_queries(), softmax.heads)?;
+        F::rotary_forward(problem, TILE, Level::new(), out, &mut normalizer);
+        Ok(normalizer)
     }
 }
 
@@ -103,6 +106,14 @@ impl<F: Float> Params<F> for EdgeRope<F> {
 
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         self.rotation.visit_params_mut(visitor);
+    }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.rotation.visit_buffers(visitor);
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.rotation.visit_buffers_mut(visitor);
     }
 }
 
@@ -126,8 +137,8 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
-        let log_sum_exp = self.run(&self.problem(inputs)?, out.view_mut())?;
-        Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+        let normalizer = self.run(&self.problem(inputs)?, out.view_mut())?;
+        Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
     }
 
     fn backward_into(
@@ -137,11 +148,10 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { out, log_sum_exp } = saved.state::<State<F>>(NAME)?;
+        let State { out, normalizer } = saved.state::<State<F>>(NAME)?;
         self.check_output("grad_out", inputs, grad_out.shape())?;
         self.check_output("saved out", inputs, out.shape())?;
-        let log_sum_shape = [inputs.num_queries(), inputs.heads()];
-        check_shape("saved log_sum_exp", &log_sum_shape, log_sum_exp.shape())?;
+        normalizer.check(inputs.num_queries(), inputs.heads())?;
         grads.check(NAME, inputs, self)?;
         let problem = RotaryProblem {
             wants_distances: grads.distances.is_some(),
@@ -149,7 +159,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
             ..self.problem(inputs)?
         };
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream { out: out.slices(), log_sum_exp, grad_out: grad_out.slices() };
+        let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
         let grad = F::rotary_backward(&problem, TILE, Level::new(), upstream, &mut grads);
         self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
         Ok(())
@@ -158,7 +168,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let problem = self.problem(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
-        let log_sum_exp = self.run(&problem, out.view_mut())?;
-        F::rotary_weights(&problem, TILE, Level::new(), &log_sum_exp)
+        let normalizer = self.run(&problem, out.view_mut())?;
+        F::rotary_weights(&problem, TILE, Level::new(), &normalizer)
     }
 }

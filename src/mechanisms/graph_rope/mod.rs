@@ -36,8 +36,8 @@ const NAME: &str = "graph_rope";
 ///   channel are handed to the inner mechanism, the positions too: they stay data, and a second
 ///   `GraphRope` inside rotates by them once more.
 /// * **Output** that of the inner mechanism.
-/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; then the inner mechanism's
-///   behind `inner.`.
+/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; otherwise they are a buffer
+///   of that name. Then the inner mechanism's behind `inner.`.
 /// * **Cost** O(n · d) time per head and one sine and cosine for each row and pair; memory for the
 ///   rotated queries and keys, never for a table of angles.
 /// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without positions,
@@ -147,6 +147,16 @@ impl<F: Float, A: Attention<F>> Params<F> for GraphRope<F, A> {
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
         self.rotation.visit_params_mut(visitor);
         self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
+    }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        self.rotation.visit_buffers(visitor);
+        self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        self.rotation.visit_buffers_mut(visitor);
+        self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
     }
 }
 

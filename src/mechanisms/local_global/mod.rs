@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern, SelectedInputs};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::mechanisms::fill_uniform;
 use crate::mechanisms::flash::{Flash, State};
@@ -154,6 +155,7 @@ impl<F: Float> Part<'_, '_, F> {
 
 impl<F: Float> LocalGlobal<F> {
     /// A window and global positions, by scaled dot products with the scale and the tiles of `flash`.
+    /// Layers are not read: what is near follows from the order alone.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if the dilation is 0.
@@ -257,22 +259,25 @@ impl<F: Float> LocalGlobal<F> {
         }
     }
 
-    /// Overwrites `out`, returns the log-sum-exp over all parts.
-    fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Array2<F>> {
-        let shape = [inputs.num_queries(), inputs.heads()];
-        let log_sum_exp = try_vec("log_sum_exp", &shape, F::neg_infinity())?;
-        let mut log_sum_exp = Array2::from_shape_vec(shape, log_sum_exp)
-            .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
+    /// Overwrites `out`, returns the normalizer over all parts.
+    fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
+        let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.heads())?;
         out.fill(F::zero());
         self.for_each_part(inputs, |part| {
             if part.role != Role::More {
-                let [out, log_sum_exp] = [out.view_mut(), log_sum_exp.view_mut()];
+                let Normalizer { shift, sum } = &mut normalizer;
+                let arrays = [out.view_mut(), shift.view_mut(), sum.view_mut()];
                 let places = match part.selected.query_rows() {
-                    Some(rows) => rows.of_mut(out).zip(rows.of_mut(log_sum_exp)),
-                    None => Some((out, log_sum_exp)),
+                    Some(rows) => {
+                        let [out, shift, sum] = arrays.map(|array| rows.of_mut(array));
+                        out.zip(shift).zip(sum).map(|((out, shift), sum)| [out, shift, sum])
+                    }
+                    None => Some(arrays),
                 };
-                if let Some((out, mut log_sum_exp)) = places {
-                    log_sum_exp.assign(&part.flash.run(&part.inputs(), out)?);
+                if let Some([out, mut shift, mut sum]) = places {
+                    let of_part = part.flash.run(&part.inputs(), out)?;
+                    shift.assign(&of_part.shift);
+                    sum.assign(&of_part.sum);
                     return Ok(());
                 }
             }
@@ -282,13 +287,13 @@ impl<F: Float> LocalGlobal<F> {
             if part.role == Role::Whole {
                 for query in into.clone() {
                     out.row_mut(query).fill(F::zero());
-                    log_sum_exp.row_mut(query).fill(F::neg_infinity());
+                    normalizer.clear_row(query);
                 }
             }
-            merge_rows(out.view_mut(), log_sum_exp.view_mut(), &partial, into);
+            merge_rows(out.view_mut(), &mut normalizer, &partial, into);
             Ok(())
         })?;
-        Ok(log_sum_exp)
+        Ok(normalizer)
     }
 }
 
@@ -317,6 +322,20 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
             inner.visit_params_mut(&mut |name, param| visitor(&format!("{side}.{name}"), param));
+        }
+    }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        let Reading::Gate(gate) = &self.reading else { return };
+        for (side, inner) in SIDES.iter().zip(&gate.inner) {
+            inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
+        }
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        let Reading::Gate(gate) = &mut self.reading else { return };
+        for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
+            inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
     }
 }
@@ -350,8 +369,8 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         match &self.reading {
             Reading::Gate(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
             _ => {
-                let log_sum_exp = self.run(inputs, out.view_mut())?;
-                Ok(Saved::new(NAME, State { out: out.to_owned(), log_sum_exp }))
+                let normalizer = self.run(inputs, out.view_mut())?;
+                Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
             }
         }
     }
@@ -372,24 +391,28 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         state.check(inputs)?;
         // No softmax reads them, and blocks do not carry them.
         (grads.edge_features, grads.distances) = (None, None);
-        // Where the log-sum-exp is −∞ all weights are 0.
-        let mut of_others = Cow::Borrowed(&state.log_sum_exp);
+        // Where nothing is seen all weights are 0.
+        let mut of_others = Cow::Borrowed(&state.normalizer);
         for query in self.whole_queries(inputs) {
-            of_others.to_mut().row_mut(query).fill(F::neg_infinity());
+            of_others.to_mut().clear_row(query);
         }
         self.for_each_part(inputs, |part| {
-            // e^{s − L} with the log-sum-exp over all parts is the weight among all pairs.
+            // e^{s − m} / l with the normalizer over all parts is the weight among all pairs.
             let is_whole = part.role == Role::Whole;
-            let log_sum_exp = if is_whole { &state.log_sum_exp } else { &*of_others };
-            let log_sum_exp = part.selected.rows_of_queries("log_sum_exp", log_sum_exp.view())?;
-            let log_sum_exp = log_sum_exp.view().to_owned();
+            let normalizer = if is_whole { &state.normalizer } else { &*of_others };
+            let rows = |array: &Array2<F>| -> Result<Array2<F>> {
+                let rows = part.selected.rows_of_queries("normalizer", array.view())?;
+                Ok(rows.view().to_owned())
+            };
+            let normalizer =
+                Normalizer { shift: rows(&normalizer.shift)?, sum: rows(&normalizer.sum)? };
             let [out, grad] = [
                 part.selected.rows_of_queries("out", state.out.view())?,
                 part.selected.rows_of_queries("grad_out", grad_out)?,
             ];
             part.selected.backward(grads.reborrow(), |inputs, mut grads| {
                 let inputs = part.in_window(*inputs);
-                part.flash.add_gradients(&inputs, out.view(), &log_sum_exp, grad.view(), &mut grads)
+                part.flash.add_gradients(&inputs, out.view(), &normalizer, grad.view(), &mut grads)
             })
         })
     }
@@ -407,15 +430,16 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
             }
             Reading::Union(sides) => {
                 let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-                let log_sum_exp = self.run(inputs, out.view_mut())?;
+                let normalizer = self.run(inputs, out.view_mut())?;
                 let mut total = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
                 for (flash, part) in sides.iter().zip(by_layer(inputs)?) {
                     let partial = flash.forward_partial(&part.inputs())?;
                     let of_part = flash.weights(&part.inputs())?;
                     part.add_weights(&of_part, &mut total, |query, head| {
-                        let part = partial.log_sum_exp()[[query, head]];
-                        let is_empty = part == F::neg_infinity();
-                        if is_empty { F::zero() } else { (part - log_sum_exp[[query, head]]).exp() }
+                        let at = [query, head];
+                        let (shift, sum) = (partial.shift()[at], partial.sum()[at]);
+                        let [whole, inverse] = normalizer.factors(query, head);
+                        if sum == F::zero() { sum } else { (shift - whole).exp() * sum * inverse }
                     });
                 }
                 Ok(total)

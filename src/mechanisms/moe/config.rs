@@ -9,6 +9,39 @@ use crate::params;
 use ndarray::{Array1, ArrayD};
 use rand::Rng;
 
+/// What makes a gate g_ie of the logit z_ie of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Gating {
+    /// g_i = softmax(z_i): the experts compete for a sum of 1.
+    Softmax,
+    /// g_ie = σ(z_ie) = 1 / (1 + e^{−z_ie}): each expert by itself, as in DeepSeek-V3 (DeepSeek-AI 2024,
+    /// 2412.19437), which renormalises over the chosen ones and balances by the expert bias.
+    Sigmoid,
+}
+
+/// Who is served first where an expert has a capacity.
+///
+/// In all of them an expert drops as many queries as choose it beyond its capacity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Priority {
+    /// All first choices before any second one, all second ones before any third, and so on; of one rank
+    /// the earlier query, as in GShard (Lepikhin et al. 2020, 2006.16668), fairscale and Tutel. How many
+    /// choices of each rank an expert drops does not depend on the order of the queries; which of one
+    /// rank does.
+    Rank,
+    /// As [`Rank`](Self::Rank), but of one rank the choice with the larger gate g_ie, and of equal gates
+    /// the earlier query. Nothing depends on the order of queries whose gates differ. Batch prioritised
+    /// routing (Riquelme et al. 2021, 2106.05974) orders first choices so too, and the others by the gate
+    /// of their query's first choice.
+    Gate,
+    /// Query by query, all choices of one before any of the next: the answer to a query does not depend on
+    /// later ones, as causal models need, but its second choice may displace a later query's first. With
+    /// k = 1 the same as [`Rank`](Self::Rank).
+    Query,
+}
+
 /// The sizes and options of a [`Moe`], from which [`init`](Self::init) makes one with fresh
 /// parameters and [`from_params`](Self::from_params) one with given ones.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,9 +53,12 @@ use rand::Rng;
 pub struct MoeConfig {
     pub(super) query_dim: usize,
     pub(super) k: usize,
+    pub(super) gating: Gating,
     pub(super) renormalize: bool,
     pub(super) noise: bool,
     pub(super) capacity_factor: Option<f64>,
+    pub(super) capacity: Option<usize>,
+    pub(super) priority: Priority,
 }
 
 impl MoeConfig {
@@ -30,11 +66,27 @@ impl MoeConfig {
     /// renormalised; without noise and without a limit to what an expert takes.
     #[must_use]
     pub fn new(query_dim: usize, k: usize) -> Self {
-        Self { query_dim, k, renormalize: true, noise: false, capacity_factor: None }
+        Self {
+            query_dim,
+            k,
+            gating: Gating::Softmax,
+            renormalize: true,
+            noise: false,
+            capacity_factor: None,
+            capacity: None,
+            priority: Priority::Rank,
+        }
+    }
+
+    /// What makes gates of logits. Default: [`Gating::Softmax`].
+    #[must_use]
+    pub fn gating(mut self, gating: Gating) -> Self {
+        self.gating = gating;
+        self
     }
 
     /// Whether the weights of the chosen experts are made to sum to 1, as in Mixtral (Jiang et al.
-    /// 2024), or stay probabilities among all experts, as in the Switch Transformer (Fedus et al.
+    /// 2024) and DeepSeek-V3, or are the gates themselves, as in the Switch Transformer (Fedus et al.
     /// 2021). With k = 1 a renormalised weight is always 1, so only the latter teaches the router anything
     /// through the outputs. Default: `true`.
     #[must_use]
@@ -52,16 +104,31 @@ impl MoeConfig {
     }
 
     /// An expert takes no more than ⌈factor · k · n / N⌉ of n queries, N the number of experts
-    /// (Fedus et al. 2021): those that come first. The others that chose it get nothing from it, and
-    /// what their other experts add keeps its weight, so a query that all its experts drop gets
-    /// zeros: put a residual connection around.
+    /// (Fedus et al. 2021). Who is served first says [`priority`](Self::priority). The others that chose
+    /// it get nothing from it, and what their other experts add keeps its weight, so a query that all
+    /// its experts drop gets zeros: put a residual connection around.
     ///
-    /// First come, first served means that later queries do not change what earlier ones get, as
-    /// causal models need. But with a limit the answer to a query depends on those before it. Default: no
-    /// limit.
+    /// With a limit the answer to a query depends on the other queries, and with
+    /// [`Priority::Rank`] and [`Priority::Query`] on their order: renumbered nodes get other answers.
+    /// Choices and weights never do. Default: no limit.
     #[must_use]
     pub fn capacity_factor(mut self, factor: f64) -> Self {
         self.capacity_factor = Some(factor);
+        self
+    }
+
+    /// An expert takes no more than so many queries, whatever their number. With a
+    /// [`capacity_factor`](Self::capacity_factor) too, the lower of both limits holds. Default: no limit.
+    #[must_use]
+    pub fn capacity(mut self, capacity: usize) -> Self {
+        self.capacity = Some(capacity);
+        self
+    }
+
+    /// Who is served first where an expert has a capacity. Default: [`Priority::Rank`].
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
         self
     }
 
@@ -70,7 +137,8 @@ impl MoeConfig {
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] if there are no experts, `k` is not between 1 and their number,
-    /// `query_dim` is 0 or the capacity factor not a positive number; [`Error::TooLarge`].
+    /// `query_dim` is 0, the capacity factor not a positive number or the capacity 0;
+    /// [`Error::TooLarge`].
     pub fn init<F: Float>(
         &self,
         experts: Vec<Box<dyn Attention<F>>>,
@@ -82,7 +150,8 @@ impl MoeConfig {
         Ok(moe)
     }
 
-    /// A `Moe` of these experts with given parameters, the router's and the experts' (see [`Moe`]).
+    /// A `Moe` of these experts with given parameters and buffers, the router's and the experts' (see
+    /// [`Moe`]).
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].
@@ -99,18 +168,9 @@ impl MoeConfig {
     /// Validates, and allocates the router as zeros.
     fn zeros<F: Float>(&self, experts: Vec<Box<dyn Attention<F>>>) -> Result<Moe<F>> {
         let num_experts = experts.len();
-        if num_experts == 0 {
-            return Err(Error::config("experts", "at least 1", num_experts));
-        }
-        if !(1..=num_experts).contains(&self.k) {
-            let expected = format!("between 1 and {num_experts}, the number of experts");
-            return Err(Error::config("k", expected, self.k));
-        }
+        self.check(num_experts)?;
         if self.query_dim == 0 {
             return Err(Error::config("query_dim", "at least 1", self.query_dim));
-        }
-        if let Some(factor) = self.capacity_factor.filter(|&f| !(f > 0.0 && f.is_finite())) {
-            return Err(Error::config("capacity_factor", "a positive number", factor));
         }
         let matrix = |name| try_zeros(name, num_experts, self.query_dim);
         let vector = |name| try_vec(name, &[num_experts], F::zero()).map(Array1::from);
@@ -123,5 +183,31 @@ impl MoeConfig {
             expert_bias: vector("expert_bias")?,
             experts,
         })
+    }
+
+    /// Checks what a [`Routing`](super::Routing) among so many experts reads.
+    pub(super) fn check(&self, num_experts: usize) -> Result<()> {
+        if num_experts == 0 {
+            return Err(Error::config("experts", "at least 1", num_experts));
+        }
+        if !(1..=num_experts).contains(&self.k) {
+            let expected = format!("between 1 and {num_experts}, the number of experts");
+            return Err(Error::config("k", expected, self.k));
+        }
+        if let Some(factor) = self.capacity_factor.filter(|&f| !(f > 0.0 && f.is_finite())) {
+            return Err(Error::config("capacity_factor", "a positive number", factor));
+        }
+        if self.capacity == Some(0) {
+            return Err(Error::config("capacity", "at least 1", 0));
+        }
+        Ok(())
+    }
+
+    /// How many of so many queries an expert takes.
+    pub(super) fn capacity_of(&self, num_queries: usize, num_experts: usize) -> usize {
+        let by_factor = self.capacity_factor.map_or(usize::MAX, |factor| {
+            (factor * (self.k * num_queries) as f64 / num_experts as f64).ceil() as usize
+        });
+        by_factor.min(self.capacity.unwrap_or(usize::MAX))
     }
 }

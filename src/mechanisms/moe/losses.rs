@@ -1,6 +1,7 @@
 //! Losses that keep all experts busy and the logits small.
 
 use super::Routing;
+use super::routing::{log_sum_exp, softmax_vjp};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use ndarray::{Array1, Array2, Axis, Zip};
@@ -14,6 +15,9 @@ impl<F: Float> Routing<F> {
     ///                      P_e the mean over the queries of its probability
     /// ```
     ///
+    /// With sigmoid gates the [`probabilities`](Self::probabilities) are gates relative to their sum, and
+    /// this is the complementary loss of DeepSeek-V3 (2412.19437), over all queries as one sequence.
+    ///
     /// 1 when the experts are balanced, and up to N when one gets all. For k > 1, f counts all k
     /// choices of a query, so that this stays so. 0 without queries.
     ///
@@ -26,14 +30,12 @@ impl<F: Float> Routing<F> {
         let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
         let mut value = 0.0;
         for (p, mut grad) in self.probabilities.rows().into_iter().zip(grad_logits.rows_mut()) {
-            // L = Σ p · s, so dz = p (s − p · s)
-            let mean = p.dot(&shares);
-            value += mean.as_f64();
-            Zip::from(&mut grad)
-                .and(&p)
-                .and(&shares)
-                .for_each(|grad, &p, &s| *grad = p * (s - mean));
+            // L = Σ p · s
+            value += p.dot(&shares).as_f64();
+            grad.assign(&shares);
+            softmax_vjp(p, grad);
         }
+        self.log_gates_vjp(&mut grad_logits);
         Ok((F::of(value), grad_logits))
     }
 
@@ -85,12 +87,13 @@ impl<F: Float> Routing<F> {
         let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
         let mut value = 0.0;
         for (query, mut grad) in grad_logits.axis_iter_mut(Axis(0)).enumerate() {
-            let (z, p) = (self.logits.row(query), self.probabilities.row(query));
-            let max = z.iter().fold(f64::NEG_INFINITY, |max, z| max.max(z.as_f64()));
-            let log_sum = max + z.iter().map(|z| (z.as_f64() - max).exp()).sum::<f64>().ln();
+            let z = self.logits.row(query);
+            let log_sum = log_sum_exp(z.iter().map(|z| z.as_f64()));
             value += factor * log_sum * log_sum;
-            let slope = F::of(2.0 * factor * log_sum);
-            Zip::from(&mut grad).and(&p).for_each(|grad, &p| *grad = slope * p);
+            let slope = 2.0 * factor * log_sum;
+            Zip::from(&mut grad).and(&z).for_each(|grad, &z| {
+                *grad = F::of(slope * (z.as_f64() - log_sum).exp());
+            });
         }
         Ok((F::of(value), grad_logits))
     }

@@ -2,7 +2,7 @@ mod config;
 mod losses;
 mod routing;
 
-pub use config::MoeConfig;
+pub use config::{Gating, MoeConfig, Priority};
 pub use routing::Routing;
 
 use crate::attention::{Attention, Saved};
@@ -19,20 +19,21 @@ use ndarray::{
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand_distr::{Distribution, StandardNormal};
-use routing::Served;
+use routing::{Served, sigmoid};
 use std::mem::take;
 
 const NAME: &str = "moe";
 
 /// A mixture of attention experts of any kind, of which each query asks only a few (Shazeer et al.
-/// 2017, 1701.06538; Fedus et al. 2021, 2101.03961; Jiang et al. 2024, 2401.04088).
+/// 2017, 1701.06538; Fedus et al. 2021, 2101.03961; Jiang et al. 2024, 2401.04088; DeepSeek-AI 2024,
+/// 2412.19437).
 ///
 /// ```text
 /// z_i = W q_i + b [+ ε_i ⊙ softplus(W_noise q_i)]    ε standard normal
-/// p_i = softmax(z_i)
-/// T_i = the k experts with the largest p_ie + c_e; ties to the lower number
-/// w_ie = p_ie / Σ_{T_i} p_ie    or p_ie itself      (MoeConfig::renormalize)
-/// o_i = Σ_{e ∈ T_i} w_ie Expert_e(i)
+/// g_i = softmax(z_i)           or σ(z_i)             (MoeConfig::gating)
+/// T_i = the k experts with the largest g_ie + c_e; ties to the larger z_ie, then to the lower number
+/// w_ie = g_ie / Σ_{T_i} g_ie   or g_ie itself        (MoeConfig::renormalize)
+/// o_i = Σ_{e ∈ T_i} w_ie Expert_e(i)                 but for queries that a full expert drops
 /// ```
 ///
 /// * **Reads** whole rows of queries, all heads together, for the router; keys, values, heads and every
@@ -41,15 +42,22 @@ const NAME: &str = "moe";
 /// * **Output** of the experts' common number of columns. What it is for a query that sees no key, the
 ///   experts say: zeros, or their biases.
 /// * **Sparse for real**: queries are grouped, and each expert runs once, on its own queries, one expert
-///   after the other. An expert that nobody chose does not run, nor check its inputs. A query with NaN
-///   asks the first k experts, and its row becomes NaN.
+///   after the other. An expert that nobody chose does not run, nor check its inputs.
+/// * **Choice** by the logits themselves where the biases of two experts are equal, however small or near to
+///   1 their gates are. An expert whose logit is −∞ is chosen after all others, whatever its bias, and has
+///   the weight 0. A query whose logits are NaN, all −∞ or, with softmax, +∞ asks the first k experts,
+///   and its row becomes NaN.
+/// * **Order of the queries.** Choices, weights and outputs are those of each query by itself (noise and
+///   dropout are drawn by its number). Only with a capacity ([`MoeConfig::capacity`],
+///   [`MoeConfig::capacity_factor`]) does an answer depend on the other queries, and on their order as
+///   [`Priority`] says.
 /// * **Parameters** `router.weight` (N × `query_dim`), `router.bias` (N), with
 ///   [`MoeConfig::noise`] `router.noise_weight` (N × `query_dim`), and the experts' behind
 ///   `experts.0.`, `experts.1.`, …. The gradient is that of the function with the choice held constant,
 ///   which jumps where it changes; losses that keep all experts in use are on [`Routing`].
-/// * **c**, the expert bias, takes part in the choice alone, and is moved against the load instead
-///   of trained ([`update_expert_bias`](Self::update_expert_bias), Wang et al. 2024, 2408.15664). It is
-///   no parameter: save [`expert_bias`](Self::expert_bias) beside them.
+/// * **Buffers** `router.expert_bias` (N), c, and the experts'. It takes part in the choice alone, and is
+///   moved against the load instead of trained ([`update_expert_bias`](Self::update_expert_bias), Wang et
+///   al. 2024, 2408.15664).
 /// * **Cost** of the experts on k queries in N each, beside O(n · N · (`query_dim` + k)) for the router,
 ///   and copies of k · n rows of queries, outputs and pair data. An expert that projects its keys
 ///   projects all of them for however few queries. Training keeps the experts' outputs.
@@ -127,7 +135,7 @@ impl<F: Float> Moe<F> {
         Ok(())
     }
 
-    /// What is added to the probability of each expert in the choice; zeros at first.
+    /// What is added to the gate of each expert in the choice; zeros at first.
     #[must_use]
     pub fn expert_bias(&self) -> ArrayView1<'_, F> {
         self.expert_bias.view()
@@ -139,10 +147,7 @@ impl<F: Float> Moe<F> {
     /// [`Error::Shape`] if there is not one number for each expert, [`Error::InvalidConfig`] if one
     /// is not finite.
     pub fn set_expert_bias(&mut self, bias: Array1<F>) -> Result<()> {
-        check_shape("expert_bias", &[self.experts.len()], bias.shape())?;
-        if let Some(number) = bias.iter().find(|number| !number.is_finite()) {
-            return Err(Error::config("expert_bias", "finite numbers", number));
-        }
+        check_expert_bias(self.experts.len(), bias.view())?;
         self.expert_bias = bias;
         Ok(())
     }
@@ -192,12 +197,12 @@ impl<F: Float> Moe<F> {
                     let noise: f64 = StandardNormal.sample(&mut rng);
                     // z += ε softplus(u), dz/du = ε σ(u)
                     *z += F::of(noise) * softplus(*u);
-                    *u = F::of(noise) / (F::one() + (-*u).exp());
+                    *u = F::of(noise) * sigmoid(*u);
                 });
             }
             slopes = Some(raw);
         }
-        Routing::new(&self.config, logits, slopes, &self.expert_bias)
+        Routing::new(&self.config, logits, slopes, self.expert_bias.view())
     }
 
     /// Where the queries went in a forward pass.
@@ -355,6 +360,24 @@ impl<F: Float> Params<F> for Moe<F> {
             });
         }
     }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        visitor("router.expert_bias", self.expert_bias.view().into_dyn());
+        for (number, expert) in self.experts.iter().enumerate() {
+            expert.visit_buffers(&mut |name, buffer| {
+                visitor(&format!("experts.{number}.{name}"), buffer);
+            });
+        }
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        visitor("router.expert_bias", self.expert_bias.view_mut().into_dyn());
+        for (number, expert) in self.experts.iter_mut().enumerate() {
+            expert.visit_buffers_mut(&mut |name, buffer| {
+                visitor(&format!("experts.{number}.{name}"), buffer);
+            });
+        }
+    }
 }
 
 impl<F: Float> Attention<F> for Moe<F> {
@@ -451,6 +474,15 @@ fn in_expert<F: Float>(
     served: &Served,
 ) -> Error {
     error.in_part(format_args!("expert {number}"), expert.name(), Some(&served.queries))
+}
+
+/// `Ok` if there is one finite bias for each expert.
+fn check_expert_bias<F: Float>(num_experts: usize, bias: ArrayView1<'_, F>) -> Result<()> {
+    check_shape("expert_bias", &[num_experts], bias.shape())?;
+    match bias.iter().find(|number| !number.is_finite()) {
+        Some(number) => Err(Error::config("expert_bias", "finite numbers", number)),
+        None => Ok(()),
+    }
 }
 
 /// ln(1 + eˣ)

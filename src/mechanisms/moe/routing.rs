@@ -1,10 +1,10 @@
 //! Which query goes to which expert, and with what weight.
 
-use super::MoeConfig;
-use crate::error::Result;
+use super::config::{Gating, MoeConfig, Priority};
+use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};
 use crate::kernels::prefetch::prefetch;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, Zip};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
 
 /// Where a [`Moe`](super::Moe) sends the queries: from [`Moe::route`](super::Moe::route), or
 /// from the [`Moe::routing`](super::Moe::routing) of a forward pass. Holds what was decided, reports
@@ -12,8 +12,12 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, Zip};
 ///
 /// Losses come with their gradient with respect to the [`logits`](Self::logits), which
 /// [`Moe::router_backward`](super::Moe::router_backward) carries on; see there.
+///
+/// A router of your own makes a `Routing` of its logits by [`from_logits`](Self::from_logits), and
+/// gets their gradient from [`weights_vjp`](Self::weights_vjp).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Routing<F> {
+    pub(super) gating: Gating,
     pub(super) renormalize: bool,
     /// n × N.
     pub(super) logits: Array2<F>,
@@ -39,6 +43,13 @@ pub(super) struct Served {
 }
 
 impl Served {
+    /// Of (query, rank) in any order.
+    fn from_places(mut places: Vec<(usize, usize)>) -> Self {
+        places.sort_unstable();
+        let (queries, ranks) = places.into_iter().unzip();
+        Self { queries, ranks }
+    }
+
     /// Asks the CPU for the row of a query that will soon be worked on: they lie apart, so that it
     /// does not guess which comes next.
     pub(super) fn ask_ahead<F: Float>(&self, at: usize, rows: ArrayView2<'_, F>) {
@@ -50,57 +61,109 @@ impl Served {
 }
 
 impl<F: Float> Routing<F> {
-    /// Chooses by probability + bias, and weighs by probability alone.
+    /// The routing of these logits (num_queries × num_experts): gates, choice, weights and capacity as
+    /// a [`Moe`](super::Moe) of this configuration has them. `expert_bias` (num_experts) takes part in
+    /// the choice alone; `None` is zeros. The configuration's `query_dim` and noise are not read.
+    ///
+    /// ```
+    /// use graph_attention::ndarray::array;
+    /// use graph_attention::{Gating, MoeConfig, Routing};
+    ///
+    /// // Gates as in DeepSeek-V3: the best two of four, σ(z) relative to their sum.
+    /// let config = MoeConfig::new(1, 2).gating(Gating::Sigmoid);
+    /// let logits = array![[0.0, 1.0, -2.0, 3.0], [0.0, 0.0, 0.0, -1.0]];
+    /// let routing = Routing::from_logits(&config, logits, None)?;
+    /// assert_eq!(routing.experts(), array![[3, 1], [0, 1]]);
+    /// assert_eq!(routing.queries(1), [0, 1]);
+    /// assert_eq!(routing.weights().row(1), array![0.5, 0.5]);
+    ///
+    /// // A loss whose gradient with respect to the weights is known, here their first column.
+    /// let grad_logits = routing.weights_vjp(array![[1.0, 0.0], [1.0, 0.0]].view())?;
+    /// assert_eq!(grad_logits.row(1), array![0.125, -0.125, 0.0, 0.0]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if there are no experts, `k` is not between 1
+    /// and their number, the capacity is not valid or a bias not finite;
+    /// [`Error::Shape`](crate::Error::Shape) if there is not one bias for each expert;
+    /// [`Error::TooLarge`](crate::Error::TooLarge).
+    pub fn from_logits(
+        config: &MoeConfig,
+        logits: Array2<F>,
+        expert_bias: Option<ArrayView1<'_, F>>,
+    ) -> Result<Self> {
+        let num_experts = logits.ncols();
+        config.check(num_experts)?;
+        let zeros = try_vec("expert_bias", &[num_experts], F::zero())?;
+        let bias = expert_bias.unwrap_or_else(|| ArrayView1::from(&zeros));
+        super::check_expert_bias(num_experts, bias)?;
+        Self::new(config, logits, None, bias)
+    }
+
+    /// [`from_logits`](Self::from_logits) of what has been checked.
     pub(super) fn new(
         config: &MoeConfig,
         logits: Array2<F>,
         noise_slopes: Option<Array2<F>>,
-        expert_bias: &Array1<F>,
+        expert_bias: ArrayView1<'_, F>,
     ) -> Result<Self> {
         let (num_queries, num_experts) = logits.dim();
-        let k = config.k;
+        let MoeConfig { k, gating, renormalize, .. } = *config;
         let mut probabilities = try_zeros("probabilities", num_queries, num_experts)?;
-        probabilities.assign(&logits);
-        probabilities.rows_mut().into_iter().for_each(softmax);
-
         let experts = try_vec("experts", &[num_queries, k], 0)?;
         let mut experts = Array2::from_shape_vec((num_queries, k), experts).expect("its length");
         let mut weights = try_zeros("weights", num_queries, k)?;
         let mut scores = vec![F::zero(); num_experts];
-        for query in 0..num_queries {
-            for (score, (&p, &bias)) in
-                scores.iter_mut().zip(probabilities.row(query).iter().zip(expert_bias))
-            {
-                *score = p + bias;
+        for (query, logits) in logits.rows().into_iter().enumerate() {
+            let mut probabilities = probabilities.row_mut(query);
+            Zip::from(&mut probabilities).and(logits).for_each(|p, &z| *p = gating.log(z));
+            softmax(probabilities.view_mut());
+            let gate = |expert: usize| match gating {
+                Gating::Softmax => probabilities[expert],
+                Gating::Sigmoid => sigmoid(logits[expert]),
+            };
+            let (mut chosen, mut weights) = (experts.row_mut(query), weights.row_mut(query));
+            if probabilities[0].is_nan() {
+                chosen.iter_mut().zip(0..).for_each(|(chosen, expert)| *chosen = expert);
+                weights.fill(F::nan());
+                continue;
             }
-            let mut chosen = experts.row_mut(query);
-            best(&scores, chosen.view_mut());
-            let mut weights = weights.row_mut(query);
-            let source = if config.renormalize { &logits } else { &probabilities };
-            Zip::from(&mut weights).and(&chosen).for_each(|w, &e| *w = source[[query, e]]);
-            if config.renormalize {
-                // p_e / Σ p over the chosen, also where all of these are too small for a number.
+            for (expert, score) in scores.iter_mut().enumerate() {
+                let is_out = logits[expert] == F::neg_infinity();
+                *score =
+                    if is_out { F::neg_infinity() } else { gate(expert) + expert_bias[expert] };
+            }
+            // Gates that are too small or too near to 1 for their differences leave the word to the
+            // logits.
+            let is_larger = |a: usize, b: usize| {
+                let by_logit = logits[a] > logits[b];
+                if expert_bias[a] == expert_bias[b] {
+                    by_logit
+                } else {
+                    scores[a] > scores[b] || scores[a] == scores[b] && by_logit
+                }
+            };
+            best(num_experts, is_larger, chosen.view_mut());
+            Zip::from(&mut weights).and(&chosen).for_each(|weight, &expert| {
+                *weight = if renormalize { gating.log(logits[expert]) } else { gate(expert) };
+            });
+            if renormalize {
+                // Also right where all of the gates are too small for a number.
                 softmax(weights.view_mut());
             }
-            if probabilities[[query, 0]].is_nan() {
-                // As the probabilities are, though the logits of the chosen may be numbers.
-                weights.fill(F::nan());
-            }
         }
-
-        let capacity = config.capacity_factor.map_or(usize::MAX, |factor| {
-            (factor * (k * num_queries) as f64 / num_experts as f64).ceil() as usize
-        });
-        let mut served = vec![Served::default(); num_experts];
-        for ((query, rank), &expert) in experts.indexed_iter() {
-            let Served { queries, ranks } = &mut served[expert];
-            if queries.len() < capacity {
-                queries.push(query);
-                ranks.push(rank);
-            }
-        }
-        let renormalize = config.renormalize;
-        Ok(Self { renormalize, logits, noise_slopes, probabilities, experts, weights, served })
+        let served = serve(config, logits.view(), experts.view());
+        Ok(Self {
+            gating,
+            renormalize,
+            logits,
+            noise_slopes,
+            probabilities,
+            experts,
+            weights,
+            served,
+        })
     }
 
     /// z, num_queries × num_experts, noise included.
@@ -109,7 +172,8 @@ impl<F: Float> Routing<F> {
         self.logits.view()
     }
 
-    /// softmax(z), num_queries × num_experts.
+    /// The gates relative to the sum of those of all experts, num_queries × num_experts: softmax(z), or
+    /// σ(z) / Σ σ(z).
     #[must_use]
     pub fn probabilities(&self) -> ArrayView2<'_, F> {
         self.probabilities.view()
@@ -175,27 +239,79 @@ impl<F: Float> Routing<F> {
         places.map(|(&query, &rank)| (query, self.weights[[query, rank]]))
     }
 
-    /// The gradient of the logits from that of the weights, with the choice held constant.
-    pub(super) fn weights_vjp(&self, grad_weights: ArrayView2<'_, F>) -> Result<Array2<F>> {
+    /// The vector–Jacobian product of the [`weights`](Self::weights): from their gradient
+    /// (num_queries × k) that of the [`logits`](Self::logits) (num_queries × num_experts), with the
+    /// choice held constant. The gradient of a weight whose query was dropped is 0 if nothing else reads
+    /// it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::TooLarge`](crate::Error::TooLarge).
+    pub fn weights_vjp(&self, grad_weights: ArrayView2<'_, F>) -> Result<Array2<F>> {
+        check_shape("grad_weights", self.weights.shape(), grad_weights.shape())?;
         let (num_queries, num_experts) = self.logits.dim();
         let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
         for (query, mut grad) in grad_logits.rows_mut().into_iter().enumerate() {
-            let (weights, grad_weights) = (self.weights.row(query), grad_weights.row(query));
-            let chosen = self.experts.row(query);
-            // w = softmax over the chosen, or over all: dz = w (dw − Σ w dw)
-            let products = weights.iter().zip(&grad_weights).map(|(&w, &dw)| w * dw);
-            let mean = products.sum::<F>();
-            if !self.renormalize {
-                Zip::from(&mut grad)
-                    .and(&self.probabilities.row(query))
-                    .for_each(|grad, &p| *grad = -p * mean);
+            let (chosen, weights) = (self.experts.row(query), self.weights.row(query));
+            let mut of_weights = grad_weights.row(query).to_owned();
+            // w = softmax over the chosen, softmax over all, or σ
+            if self.renormalize {
+                softmax_vjp(weights, of_weights.view_mut());
+            } else if self.gating == Gating::Sigmoid {
+                of_weights *= &weights;
             }
-            for ((&expert, &w), &dw) in chosen.iter().zip(&weights).zip(&grad_weights) {
-                grad[expert] += if self.renormalize { w * (dw - mean) } else { w * dw };
+            Zip::from(&chosen).and(&of_weights).for_each(|&expert, &of| grad[expert] = of);
+            if !self.renormalize && self.gating == Gating::Softmax {
+                softmax_vjp(self.probabilities.row(query), grad);
             }
         }
+        self.log_gates_vjp(&mut grad_logits);
         Ok(grad_logits)
     }
+
+    /// From the gradient of the logarithms of gates, up to a constant for each query, to that of logits.
+    pub(super) fn log_gates_vjp(&self, grad: &mut Array2<F>) {
+        if self.gating == Gating::Sigmoid {
+            // d ln σ(z) = σ(−z) dz
+            grad.zip_mut_with(&self.logits, |grad, &z| *grad *= sigmoid(-z));
+        }
+    }
+}
+
+impl Gating {
+    /// The gate of an expert, as what grows with it and never reaches a bound: ln g/(1 − g).
+    fn log_odds<F: Float>(self, logits: ArrayView1<'_, F>, expert: usize) -> f64 {
+        let z = logits[expert].as_f64();
+        match self {
+            Self::Softmax => {
+                let others = logits.iter().enumerate().filter(|&(other, _)| other != expert);
+                z - log_sum_exp(others.map(|(_, z)| z.as_f64()))
+            }
+            Self::Sigmoid => z,
+        }
+    }
+
+    /// The logarithm of a gate, up to a constant for each query.
+    fn log<F: Float>(self, z: F) -> F {
+        match self {
+            Self::Softmax => z,
+            // ln σ(z)
+            Self::Sigmoid => -super::softplus(-z),
+        }
+    }
+}
+
+/// 1 / (1 + e⁻ᶻ)
+pub(super) fn sigmoid<F: Float>(z: F) -> F {
+    F::one() / (F::one() + (-z).exp())
+}
+
+/// ln Σ exp z
+pub(super) fn log_sum_exp(z: impl Iterator<Item = f64> + Clone) -> f64 {
+    let max = z.clone().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        return max;
+    }
+    max + z.map(|z| (z - max).exp()).sum::<f64>().ln()
 }
 
 /// softmax(z) in place of z; NaN throughout if one of them is.
@@ -206,13 +322,70 @@ fn softmax<F: Float>(mut row: ArrayViewMut1<'_, F>) {
     row.mapv_inplace(|p| p / sum);
 }
 
-/// The largest scores, the largest first and ties to the lower number. NaN is not larger than
-/// anything: where all are, the first are taken.
-fn best<F: Float>(scores: &[F], mut chosen: ArrayViewMut1<'_, usize>) {
+/// dz = p (dp − Σ p dp) of p = softmax(z), in place of dp.
+pub(super) fn softmax_vjp<F: Float>(p: ArrayView1<'_, F>, mut grad: ArrayViewMut1<'_, F>) {
+    // Relative to the gradient of the largest p: where that is nearly 1, its own difference from the
+    // mean would be lost.
+    let larger = |best: usize, next: usize| if p[next] > p[best] { next } else { best };
+    let Some(largest) = (0..p.len()).reduce(larger) else { return };
+    let reference = grad[largest];
+    grad.mapv_inplace(|grad| grad - reference);
+    let mean = p.dot(&grad);
+    grad.zip_mut_with(&p, |grad, &p| *grad = p * (*grad - mean));
+}
+
+/// The experts that no other is larger than, the largest first and ties to the lower number.
+fn best(
+    num_experts: usize,
+    is_larger: impl Fn(usize, usize) -> bool,
+    mut chosen: ArrayViewMut1<'_, usize>,
+) {
     for rank in 0..chosen.len() {
-        let (taken, mut rest) = chosen.view_mut().split_at(ndarray::Axis(0), rank);
-        let free = (0..scores.len()).filter(|expert| !taken.iter().any(|taken| taken == expert));
-        let larger = |best: usize, next| if scores[next] > scores[best] { next } else { best };
+        let (taken, mut rest) = chosen.view_mut().split_at(Axis(0), rank);
+        let free = (0..num_experts).filter(|expert| !taken.iter().any(|taken| taken == expert));
+        let larger = |best: usize, next| if is_larger(next, best) { next } else { best };
         rest[0] = free.reduce(larger).expect("no more are chosen than there are");
     }
+}
+
+/// The queries that each expert takes.
+fn serve<F: Float>(
+    config: &MoeConfig,
+    logits: ArrayView2<'_, F>,
+    experts: ArrayView2<'_, usize>,
+) -> Vec<Served> {
+    let (num_queries, num_experts) = logits.dim();
+    let k = config.k;
+    let capacity = config.capacity_of(num_queries, num_experts);
+    let mut places = vec![Vec::new(); num_experts];
+    let mut take = |query: usize, rank: usize| {
+        let places = &mut places[experts[[query, rank]]];
+        if places.len() < capacity {
+            places.push((query, rank));
+        }
+    };
+    // Without a limit no order makes a difference.
+    let priority = if capacity < num_queries { config.priority } else { Priority::Query };
+    match priority {
+        Priority::Query => {
+            (0..num_queries).for_each(|query| (0..k).for_each(|rank| take(query, rank)));
+        }
+        Priority::Rank => {
+            (0..k).for_each(|rank| (0..num_queries).for_each(|query| take(query, rank)));
+        }
+        Priority::Gate => {
+            for rank in 0..k {
+                let gate = |query| {
+                    let odds = config.gating.log_odds(logits.row(query), experts[[query, rank]]);
+                    // What is no number comes last.
+                    if odds.is_nan() { f64::NEG_INFINITY } else { odds }
+                };
+                let mut queries: Vec<(f64, usize)> =
+                    (0..num_queries).map(|query| (gate(query), query)).collect();
+                queries.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+                queries.into_iter().for_each(|(_, query)| take(query, rank));
+            }
+        }
+    }
+    places.into_iter().map(Served::from_places).collect()
 }

@@ -74,6 +74,7 @@ pub struct PerformerConfig {
     pub(super) features: Features,
     pub(super) projection: Projection,
     pub(super) scale: Option<f64>,
+    pub(super) learn_projection: bool,
 }
 
 impl PerformerConfig {
@@ -87,6 +88,7 @@ impl PerformerConfig {
             features: Features::Positive,
             projection: Projection::Orthogonal,
             scale: None,
+            learn_projection: false,
         }
     }
 
@@ -108,6 +110,15 @@ impl PerformerConfig {
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
+        self
+    }
+
+    /// Whether the projection is a parameter, which is trained, or a buffer, which is only saved and
+    /// loaded. Features estimate the softmax as long as the projection is as it was drawn; training and
+    /// weight decay change that. Default: `false`, a buffer, as in performer-pytorch.
+    #[must_use]
+    pub fn learn_projection(mut self, learn: bool) -> Self {
+        self.learn_projection = learn;
         self
     }
 

@@ -7,7 +7,7 @@ use crate::inputs::Inputs;
 use crate::kernels::features::{FeatureProblem, Map};
 use crate::kernels::linear::linear;
 use crate::kernels::problem::Rows;
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut1, ArrayViewMutD};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 use std::f64::consts::LOG2_E;
@@ -43,6 +43,20 @@ impl<F: Float> FeatureMap<F> {
             draw(config.projection, projection, rng);
         }
         Ok(map)
+    }
+
+    /// Shows the projection by its name, where there is one.
+    pub(super) fn visit(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        if let Some(projection) = &self.projection {
+            visitor("projection_matrix", projection.view().into_dyn());
+        }
+    }
+
+    /// Lends it for writing.
+    pub(super) fn visit_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        if let Some(projection) = &mut self.projection {
+            visitor("projection_matrix", projection.view_mut().into_dyn());
+        }
     }
 
     /// The same in `f64`.
@@ -117,6 +131,7 @@ impl<F: Float> FeatureMap<F> {
             projection: self.weight()?.reversed_axes(),
             square_scale: self.square_scale(),
             keys,
+            wants_projection: false,
         })
     }
 

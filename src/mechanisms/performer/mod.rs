@@ -18,7 +18,7 @@ use crate::kernels::problem::output_dim;
 use crate::params::Params;
 use fearless_simd::Level;
 use map::FeatureMap;
-use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
 use pairs::{Pairs, RowSums, all_rows, least_sum};
 use rand::Rng;
 
@@ -42,9 +42,10 @@ const NAME: &str = "performer";
 ///   differ from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one
 ///   projection.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `projection_matrix`, projections × d. It has its exact gradient; where features
-///   are to stay estimates of a softmax, leave it out of the optimiser's step, and
-///   [`redraw`](Self::redraw) it from time to time instead.
+/// * **Buffers** `projection_matrix`, projections × d: saved and loaded, but not trained, so that features
+///   stay estimates of a softmax. [`redraw`](Self::redraw) it from time to time.
+/// * **Parameters** none, or `projection_matrix` with its exact gradient in place of the buffer:
+///   [`PerformerConfig::learn_projection`].
 /// * **Cost** O(n m (d + d_v)) time, and beside the output O(m d_v) memory per head and a number for
 ///   each key and query, for dense inputs in which all queries see the same keys, or with the causal
 ///   pattern (prefix sums; one task per head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
@@ -285,14 +286,26 @@ fn repair<F: Float>(
 
 impl<F: Float> Params<F> for Performer<F> {
     fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
-        if let Some(projection) = &self.map.projection {
-            visitor("projection_matrix", projection.view().into_dyn());
+        if self.config.learn_projection {
+            self.map.visit(visitor);
         }
     }
 
     fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
-        if let Some(projection) = &mut self.map.projection {
-            visitor("projection_matrix", projection.view_mut().into_dyn());
+        if self.config.learn_projection {
+            self.map.visit_mut(visitor);
+        }
+    }
+
+    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+        if !self.config.learn_projection {
+            self.map.visit(visitor);
+        }
+    }
+
+    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+        if !self.config.learn_projection {
+            self.map.visit_mut(visitor);
         }
     }
 }
@@ -335,19 +348,25 @@ impl<F: Float> Attention<F> for Performer<F> {
         attended.check(inputs, self.config.num_features)?;
         self.map.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        let mut grad_weight =
-            try_zeros("projection", self.map.weight()?.nrows(), self.config.head_dim)?;
+        // Of a projection that is a buffer nobody wants a gradient.
+        let zeros = |param: &ArrayD<F>| try_zeros("projection", param.shape()[0], param.shape()[1]);
+        let mut grad_weight = grads.params.first().map(zeros).transpose()?;
         let level = Level::new();
+        let wants_projection = grad_weight.is_some();
+        let problem = |keys: &Vec<usize>| -> Result<_> {
+            let problem = self.map.problem(inputs, keys.clone())?;
+            Ok(FeatureProblem { wants_projection, ..problem })
+        };
         match attended {
             Attended::Nothing => return Ok(()),
             Attended::Sums { keys, sums, denominators } => {
-                let problem = self.map.problem(inputs, keys.clone())?;
+                let problem = problem(keys)?;
                 let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
                 let of_features = F::features_backward(&problem, sums, &upstream, level)?;
                 add(&of_features, keys, &mut grads, &mut grad_weight);
             }
             Attended::Causal { keys, rows, sums } => {
-                let problem = self.map.problem(inputs, keys.clone())?;
+                let problem = problem(keys)?;
                 let denominators = &sums.denominators;
                 let upstream = FeatureUpstream { out: out.view(), denominators, grad_out };
                 let num_finite = &rows.num_finite;
@@ -382,7 +401,7 @@ impl<F: Float> Attention<F> for Performer<F> {
                 pairs.backward(rows, out, sums, grad_out, &mut grads, &mut grad_weight)?;
             }
         }
-        if let Some(slot) = grads.params.first_mut() {
+        if let (Some(slot), Some(grad_weight)) = (grads.params.first_mut(), grad_weight) {
             let factor = F::of(self.map.weight_factor());
             param_slot::<F, Ix2>(slot).scaled_add(factor, &grad_weight);
         }
@@ -403,7 +422,7 @@ fn add<F: Float>(
     of_features: &FeatureGradients<F>,
     keys: &[usize],
     grads: &mut GradientsMut<'_, F>,
-    grad_weight: &mut Array2<F>,
+    grad_weight: &mut Option<Array2<F>>,
 ) {
     if let Some(grad) = &mut grads.query {
         *grad += &of_features.query;
@@ -417,7 +436,9 @@ fn add<F: Float>(
             });
         }
     }
-    *grad_weight += &of_features.projection;
+    if let Some(grad) = grad_weight {
+        *grad += &of_features.projection;
+    }
 }
 
 /// NaN in the gradients of rows of a causal pattern that are NaN, of the keys that these see, and

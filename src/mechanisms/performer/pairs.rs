@@ -98,7 +98,7 @@ pub(super) struct Pairs<'p, F: Float> {
     key: Side<F>,
 }
 
-/// What makes weights of kernels, num_queries × heads: p = κ 2^{exponent + bias − max} / D.
+/// What makes weights of kernels, num_queries × heads: p = κ e^{logit − max} / D.
 #[derive(Debug)]
 pub(super) struct RowSums<F> {
     /// −∞ where no key was seen.
@@ -113,7 +113,7 @@ impl<F: Float> RowSums<F> {
     }
 }
 
-/// A pair of a row, its kernel, and log₂ of what that is multiplied by.
+/// A pair of a row, its kernel, and the logarithm of what that is multiplied by.
 struct Term<F> {
     pair: Pair,
     kernel: Kernel<F>,
@@ -154,20 +154,21 @@ impl<'p, F: Float> Pairs<'p, F> {
         for pair in self.problem.inputs.row(query) {
             if let Some(bias) = self.problem.bias_of(pair, head) {
                 let kernel = self.kernel(pair, head);
-                let logit = kernel.exponent + bias * F::of(LOG2_E);
+                let logit = kernel.exponent * F::of(LN_2) + bias;
                 terms.push(Term { pair, kernel, logit });
             }
         }
     }
 
-    /// The largest logit of a row and the sum of its kernels relative to that.
+    /// The largest logit of a row and the sum of its kernels relative to that, in `f64`: of millions of
+    /// terms in `f32` the last ones would be lost.
     fn sum(terms: &[Term<F>]) -> [F; 2] {
         let max = terms.iter().map(|term| term.logit).fold(F::neg_infinity(), nan_max);
         if max == F::neg_infinity() {
             return [max, F::zero()];
         }
-        let sum = terms.iter().map(|term| term.kernel.kappa * (term.logit - max).exp2()).sum();
-        [max, sum]
+        let terms = terms.iter().map(|term| term.kernel.kappa * (term.logit - max).exp());
+        [max, F::of(terms.map(F::as_f64).sum())]
     }
 
     /// Overwrites some rows of the output, each of a query and head, and what is summed of them.
@@ -178,22 +179,21 @@ impl<'p, F: Float> Pairs<'p, F> {
         sums: &mut RowSums<F>,
     ) {
         let mut terms = Vec::new();
+        let mut mean = vec![0.0; self.problem.value_dim];
         for (query, head) in rows {
             self.row(query, head, &mut terms);
             let [max, sum] = Self::sum(&terms);
             sums.maxima[[query, head]] = max;
             sums.denominators[[query, head]] = sum;
             let mut out = out.slice_mut(s![query, head_columns(head, self.problem.value_dim)]);
-            out.fill(F::zero());
-            if max == F::neg_infinity() {
-                continue;
+            mean.fill(0.0);
+            for term in terms.iter().filter(|_| max != F::neg_infinity()) {
+                let weight = term.kernel.kappa * ((term.logit - max).exp() / sum);
+                let weight = (weight * self.problem.multiplier(term.pair, head)).as_f64();
+                let value = self.problem.value(term.pair.key, head).iter();
+                mean.iter_mut().zip(value).for_each(|(mean, v)| *mean += weight * v.as_f64());
             }
-            for term in &terms {
-                let weight = term.kernel.kappa * ((term.logit - max).exp2() / sum);
-                let weight = weight * self.problem.multiplier(term.pair, head);
-                let value = self.problem.value(term.pair.key, head);
-                out.iter_mut().zip(value).for_each(|(out, &value)| *out += weight * value);
-            }
+            out.iter_mut().zip(&mean).for_each(|(out, &mean)| *out = F::of(mean));
         }
     }
 
@@ -209,14 +209,15 @@ impl<'p, F: Float> Pairs<'p, F> {
                 continue;
             }
             for term in &terms {
-                let weight = term.kernel.kappa * ((term.logit - max).exp2() / sum);
+                let weight = term.kernel.kappa * ((term.logit - max).exp() / sum);
                 weights[[term.pair.index, head]] = weight;
             }
         }
         Ok(weights)
     }
 
-    /// Adds the gradients of some rows; of the projection, to that of the kernels' weight.
+    /// Adds the gradients of some rows; of the projection, where it is asked for, to that of the
+    /// kernels' weight.
     pub(super) fn backward(
         &self,
         rows: impl Iterator<Item = (usize, usize)>,
@@ -224,7 +225,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         sums: &RowSums<F>,
         grad_out: ArrayView2<'_, F>,
         grads: &mut GradientsMut<'_, F>,
-        grad_weight: &mut Array2<F>,
+        grad_weight: &mut Option<Array2<F>>,
     ) -> Result<()> {
         let problem = &self.problem;
         let (mut grad_query, mut grad_key) =
@@ -242,7 +243,7 @@ impl<'p, F: Float> Pairs<'p, F> {
             let delta = grad_out.dot(&out.slice(s![query, columns]));
             for Term { pair, kernel, logit } in &terms {
                 // oᵢ = Σ mᵢⱼ pᵢⱼ vⱼ, pᵢⱼ = κᵢⱼ uᵢⱼ
-                let factor = (*logit - max).exp2() / sum;
+                let factor = (*logit - max).exp() / sum;
                 let weight = kernel.kappa * factor;
                 let multiplier = problem.multiplier(*pair, head);
                 let value = problem.value(pair.key, head);
@@ -299,7 +300,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         grad: SideGradient<F>,
         x: ArrayView2<'_, F>,
         grad_x: &mut Option<ArrayViewMut2<'_, F>>,
-        grad_weight: &mut Array2<F>,
+        grad_weight: &mut Option<Array2<F>>,
         is_key: bool,
     ) -> Result<()> {
         let map = self.map;
@@ -360,7 +361,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                     None => grad_x += &grad_products,
                 }
             }
-            if map.projection.is_some() {
+            if let Some(grad_weight) = grad_weight {
                 linear_params_vjp(x, grad_products.view(), grad_weight.view_mut(), None)?;
             }
         }

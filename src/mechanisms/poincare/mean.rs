@@ -7,10 +7,10 @@ use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
 use crate::kernels::hyperbolic::{HyperbolicProblem, Terms, Upstream};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::Rows;
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
-use std::f64::consts::LOG2_E;
 
 /// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
 /// of sinh R, the difference has lost five bits, and is summed again from differences.
@@ -24,7 +24,7 @@ pub(super) struct Sums<F> {
     sums: Array2<F>,
     /// T − |S|, T = Σ p cosh R; num_queries × heads. Not where sums are linear.
     gaps: Array2<F>,
-    log_sum_exp: Array2<F>,
+    normalizer: Normalizer<F>,
 }
 
 impl<F: Float> Sums<F> {
@@ -32,19 +32,19 @@ impl<F: Float> Sums<F> {
         problem: &HyperbolicProblem<'_, F>,
         is_linear: bool,
         sums: Array2<F>,
-        log_sum_exp: Array2<F>,
+        normalizer: Normalizer<F>,
     ) -> Result<Self> {
         let gaps = match is_linear {
             true => Array2::zeros((0, 0)),
-            false => gaps(problem, &sums, &log_sum_exp)?,
+            false => gaps(problem, &sums, &normalizer)?,
         };
-        Ok(Self { is_linear, sums, gaps, log_sum_exp })
+        Ok(Self { is_linear, sums, gaps, normalizer })
     }
 
     /// `Ok` if they are of such inputs.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let shape = [inputs.num_queries(), inputs.heads()];
-        check_shape("saved log_sum_exp", &shape, self.log_sum_exp.shape())?;
+        self.normalizer.check(shape[0], shape[1])?;
         let dim = inputs.value().ncols() / inputs.kv_heads();
         let columns = if self.is_linear { dim } else { dim + 2 };
         check_shape("saved sums", &[shape[0], shape[1] * columns], self.sums.shape())
@@ -100,8 +100,7 @@ impl<F: Float> Sums<F> {
         for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
         {
             let center = self.center(query, head, dim);
-            let log_sum = self.log_sum_exp[[query, head]];
-            if log_sum == F::neg_infinity() || center.is_empty() {
+            if self.normalizer.is_empty(query, head) || center.is_empty() {
                 terms.push(Terms::none());
                 continue;
             }
@@ -134,12 +133,14 @@ impl<F: Float> Sums<F> {
                 of_values[c] = F::of(w + 2.0 * spread * u);
             }
             let expm1 = (0.5 * center.radius()).exp_m1();
+            let [shift, inverse] = self.normalizer.factors(query, head);
             terms.push(Terms {
                 radial: F::of(if self.is_linear { 0.0 } else { grad_radius }),
                 spread: F::of(spread),
                 expm1: F::of(expm1),
                 half_inverse: F::of(0.5 / (1.0 + expm1)),
-                log_sum: log_sum * F::of(LOG2_E),
+                shift,
+                inverse,
                 delta: F::of(delta),
             });
         }
@@ -219,9 +220,9 @@ impl<F: Float> Center<'_, F> {
 fn gaps<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     sums: &Array2<F>,
-    log_sum_exp: &Array2<F>,
+    normalizer: &Normalizer<F>,
 ) -> Result<Array2<F>> {
-    let (num_queries, heads) = log_sum_exp.dim();
+    let (num_queries, heads) = normalizer.sum.dim();
     let dim = problem.dim;
     let mut gaps = try_zeros("gaps", num_queries, heads)?;
     let mut is_far = Vec::new();
@@ -253,7 +254,7 @@ fn gaps<F: Float>(
     let mut spreads = try_zeros("spreads", num_queries, heads)?;
     let (directions, level) = (Rows::from(directions), Level::new());
     let sums = spreads.view_mut();
-    F::hyperbolic_spread(problem, directions.slices(), log_sum_exp, TILES, level, sums);
+    F::hyperbolic_spread(problem, directions.slices(), normalizer, TILES, level, sums);
     is_far.into_iter().for_each(|at| gaps[at] += spreads[at]);
     Ok(gaps)
 }

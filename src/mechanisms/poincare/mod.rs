@@ -11,10 +11,11 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
+use crate::kernels::dense::FEW_QUERIES;
 use crate::kernels::dense::TileSizes;
 use crate::kernels::hyperbolic::{HyperbolicProblem, Mass, Points};
+use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, output_dim};
-use crate::mechanisms::FEW_QUERIES;
 use crate::mechanisms::scaled_dot_product::Softmax;
 use crate::params::Params;
 use fearless_simd::Level;
@@ -205,7 +206,7 @@ impl<F: Float> Poincare<F> {
         let problem = embedded.problem(&polar, self.is_linear())?;
         let columns = problem.softmax.value_dim;
         let mut sums = try_zeros("sums", num_queries, heads * columns)?;
-        let mut log_sum_exp = try_zeros("log_sum_exp", num_queries, heads)?;
+        let mut normalizer = Normalizer::empty(num_queries, heads)?;
         let level = Level::new();
         match inputs.pattern() {
             Pattern::Dense if num_queries >= FEW_QUERIES => {
@@ -214,7 +215,7 @@ impl<F: Float> Poincare<F> {
                     TILES,
                     level,
                     sums.view_mut(),
-                    &mut log_sum_exp,
+                    &mut normalizer,
                 );
             }
             _ => F::hyperbolic_rows_forward(
@@ -222,10 +223,10 @@ impl<F: Float> Poincare<F> {
                 TILES.keys,
                 level,
                 sums.view_mut(),
-                &mut log_sum_exp,
+                &mut normalizer,
             ),
         }
-        Sums::new(&problem, self.is_linear(), sums, log_sum_exp)
+        Sums::new(&problem, self.is_linear(), sums, normalizer)
     }
 }
 

@@ -1,13 +1,17 @@
-//! 2^x for x ≤ 0: the exponential of a softmax, whose logits are kept in units of ln 2.
+//! e^x and 2^x for x ≤ 0: the exponentials of softmax and of random features.
 
 use crate::kernels::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
-/// The constants of [`exp2`] for one type.
+/// The constants of [`exp`] and [`exp2`] for one type.
 #[derive(Debug)]
-pub struct Exp2<F: 'static> {
-    /// Below this the result is 0: one less than the exponent of the smallest normal number.
+pub struct Exp<F: 'static> {
+    /// Below this 2^x is 0: one less than the exponent of the smallest normal number.
     min: F,
+    /// The same bound for e^x.
+    min_natural: F,
+    /// log₂ e, and what it lacks.
+    log2_e: [F; 2],
     /// 1.5 · 2^(mantissa bits) + exponent bias. Adding it rounds x to an integer j, leaves j + bias
     /// in the lowest bits, and the sum minus it is j.
     magic: F,
@@ -18,16 +22,18 @@ pub struct Exp2<F: 'static> {
     coefficients: &'static [F],
 }
 
-/// A type with a 2^x.
-pub trait HasExp2: SimdFloatElement + 'static {
+/// A type with an e^x.
+pub trait HasExp: SimdFloatElement + 'static {
     /// Its constants.
-    const EXP2: Exp2<Self>;
+    const EXP: Exp<Self>;
 }
 
-impl HasExp2 for f32 {
+impl HasExp for f32 {
     /// Relative error of the polynomial 2^-28.5.
-    const EXP2: Exp2<f32> = Exp2 {
+    const EXP: Exp<f32> = Exp {
         min: -127.0,
+        min_natural: -127.0 * std::f32::consts::LN_2,
+        log2_e: [std::f32::consts::LOG2_E, 1.925_963e-8],
         magic: 12_582_912.0 + 127.0,
         shift: 23,
         coefficients: &[
@@ -41,10 +47,12 @@ impl HasExp2 for f32 {
     };
 }
 
-impl HasExp2 for f64 {
+impl HasExp for f64 {
     /// Relative error of the polynomial 2^-63.9.
-    const EXP2: Exp2<f64> = Exp2 {
+    const EXP: Exp<f64> = Exp {
         min: -1023.0,
+        min_natural: -1023.0 * std::f64::consts::LN_2,
+        log2_e: [std::f64::consts::LOG2_E, 2.035_527_374_093_103_3e-17],
         magic: 6_755_399_441_055_744.0 + 1023.0,
         shift: 52,
         coefficients: &[
@@ -64,16 +72,37 @@ impl HasExp2 for f64 {
     };
 }
 
+/// e^x for x ≤ 0, to 1.5 units in the last place where the CPU has fused multiply-add, and |x| / 2 more
+/// where it has not; 0 where e^x is not a normal number, NaN for NaN. Positive x that do not overflow come
+/// out right too.
+#[inline(always)]
+pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
+    let Exp { min_natural, magic, log2_e, .. } = F::EXP;
+    let min = Vector::<S, F>::splat(simd, min_natural);
+    let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
+    // A comparison with NaN is false, so NaN stays.
+    let x = x.simd_lt(min).select(min, x);
+    // x log₂ e = j + r: what the product lacks of its rounding is in r.
+    let shifted = x.mul_add(log2_e[0], Vector::<S, F>::splat(simd, magic));
+    let r = x.mul_add(log2_e[0], -(shifted - magic));
+    power::<S, F>(simd, shifted, x.mul_add(log2_e[1], r))
+}
+
 /// 2^x for x ≤ 0, to 1.5 units in the last place; 0 where 2^x is not a normal number, NaN for
 /// NaN. Positive x that do not overflow come out right too.
 #[inline(always)]
-pub(crate) fn exp2<S: Simd, F: HasExp2>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
-    let Exp2 { min, magic, shift, coefficients } = F::EXP2;
+pub(crate) fn exp2<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
+    let Exp { min, magic, .. } = F::EXP;
     let min = Vector::<S, F>::splat(simd, min);
-    // A comparison with NaN is false, so NaN stays.
     let x = x.simd_lt(min).select(min, x);
     let shifted = x + magic;
-    let r = x - (shifted - magic);
+    power::<S, F>(simd, shifted, x - (shifted - magic))
+}
+
+/// 2^{j + r} for |r| ≤ ½, from j + magic and r.
+#[inline(always)]
+fn power<S: Simd, F: HasExp>(simd: S, shifted: Vector<S, F>, r: Vector<S, F>) -> Vector<S, F> {
+    let Exp { shift, coefficients, .. } = F::EXP;
     let (last, rest) = coefficients.split_last().expect("there are coefficients");
     let mut sum = Vector::<S, F>::splat(simd, *last);
     for &coefficient in rest.iter().rev() {
@@ -89,19 +118,63 @@ mod tests {
     use crate::kernels::levels;
     use fearless_simd::Level;
 
-    /// 2^x of every number of a list.
-    fn exp2_of<F: HasExp2>(level: Level, xs: &[F]) -> Vec<F> {
+    /// e^x or 2^x of every number of a list.
+    fn powers_of<F: HasExp>(level: Level, is_natural: bool, xs: &[F]) -> Vec<F> {
         #[inline(always)]
-        fn run<S: Simd, F: HasExp2>(simd: S, xs: &mut [F]) {
+        fn run<S: Simd, F: HasExp>(simd: S, is_natural: bool, xs: &mut [F]) {
             for chunk in xs.chunks_mut(Vector::<S, F>::LEN) {
                 let mut padded = Vector::<S, F>::splat(simd, F::from(0u8));
                 padded.as_mut_slice()[..chunk.len()].copy_from_slice(chunk);
-                chunk.copy_from_slice(&exp2::<S, F>(simd, padded).as_slice()[..chunk.len()]);
+                let powers =
+                    if is_natural { exp::<S, F>(simd, padded) } else { exp2::<S, F>(simd, padded) };
+                chunk.copy_from_slice(&powers.as_slice()[..chunk.len()]);
             }
         }
         let mut xs = xs.to_vec();
-        dispatch!(level, simd => run(simd, &mut xs));
+        dispatch!(level, simd => run(simd, is_natural, &mut xs));
         xs
+    }
+
+    fn exp2_of<F: HasExp>(level: Level, xs: &[F]) -> Vec<F> {
+        powers_of(level, false, xs)
+    }
+
+    #[test]
+    fn natural_exponentials_are_good_to_the_last_place() {
+        let singles: Vec<f32> =
+            (0..=(87f32).to_bits()).step_by(997).map(|x| -f32::from_bits(x)).collect();
+        let doubles: Vec<f64> = (0..=708_000).map(|i| -f64::from(i) / 1000.0 + 1e-4).collect();
+        for level in levels() {
+            // Without fused multiply-add the product with log₂ e rounds, which |x| magnifies.
+            let product = if has_fused_multiply_add(level) { 0.0 } else { 0.5 };
+            for (&x, y) in singles.iter().zip(powers_of(level, true, &singles)) {
+                let exact = f64::from(x).exp();
+                let error = (f64::from(y) - exact).abs() / exact / f64::from(f32::EPSILON);
+                assert!(error < 1.5 - product * f64::from(x), "{level:?}: e^{x} = {y}, {error}");
+            }
+            for (&x, y) in doubles.iter().zip(powers_of(level, true, &doubles)) {
+                let error = (y - x.exp()).abs() / x.exp() / f64::EPSILON;
+                assert!(error <= 2.0 - product * x, "{level:?}: e^{x} = {y}, {error}");
+            }
+            let xs = [0.0, -0.0, f32::NEG_INFINITY, f32::MIN, -88.1, f32::NAN, -1e-40];
+            let ys = powers_of(level, true, &xs);
+            assert_eq!(ys[..5], [1.0, 1.0, 0.0, 0.0, 0.0], "{level:?}");
+            assert!(ys[5].is_nan() && ys[6] == 1.0, "{level:?}");
+            let ys = powers_of(level, true, &[f64::NEG_INFINITY, f64::MIN, -709.2, f64::NAN]);
+            assert_eq!(ys[..3], [0.0; 3], "{level:?}");
+            assert!(ys[3].is_nan(), "{level:?}");
+        }
+    }
+
+    /// Whether (1 + ε)² − (1 + 2ε) is ε², not 0.
+    fn has_fused_multiply_add(level: Level) -> bool {
+        #[inline(always)]
+        fn run<S: Simd>(simd: S) -> bool {
+            let x = Vector::<S, f32>::splat(simd, 1.0 + f32::EPSILON);
+            let square = Vector::<S, f32>::splat(simd, -1.0 - 2.0 * f32::EPSILON);
+            x.mul_add(x, square).as_slice()[0] != 0.0
+        }
+        dispatch!(level, simd => run(simd))
     }
 
     /// The largest error over some f32 in [-126, 0], in units in the last place of the result.

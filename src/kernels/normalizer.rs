@@ -1,0 +1,103 @@
+//! What the exponentials of a softmax are divided by.
+
+use crate::error::{Error, Result, check_shape};
+use crate::float::{Float, nan_max, try_vec, try_zeros};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1};
+
+/// The normalizer of the softmax of each query and head, in two parts:
+///
+/// ```text
+/// p = e^{s − m} / l,   l = Σ e^{s − m}
+/// ```
+///
+/// m is the largest logit or one not far below it. Their log-sum-exp L = m + log l alone would not do:
+/// where |L| is large its rounding error is too, and e^{s − L} is wrong by a factor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Normalizer<F> {
+    /// m, num_queries × heads; −∞ where no key is seen.
+    pub(crate) shift: Array2<F>,
+    /// l, num_queries × heads; 0 where no key is seen.
+    pub(crate) sum: Array2<F>,
+}
+
+impl<F: Float> Normalizer<F> {
+    /// Of queries that have seen no key.
+    pub(crate) fn empty(num_queries: usize, heads: usize) -> Result<Self> {
+        let shape = [num_queries, heads];
+        let shift = try_vec("log_sum_exp", &shape, F::neg_infinity())?;
+        let shift = Array2::from_shape_vec(shape, shift)
+            .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
+        Ok(Self { shift, sum: try_zeros("log_sum_exp", num_queries, heads)? })
+    }
+
+    /// `Ok` if it is of so many queries and heads.
+    pub(crate) fn check(&self, num_queries: usize, heads: usize) -> Result<()> {
+        check_shape("saved normalizer", &[num_queries, heads], self.shift.shape())
+    }
+
+    pub(crate) fn is_empty(&self, query: usize, head: usize) -> bool {
+        self.sum[[query, head]] == F::zero()
+    }
+
+    /// Whether some query saw no key.
+    pub(crate) fn has_empty_rows(&self) -> bool {
+        self.sum.iter().any(|&sum| sum == F::zero())
+    }
+
+    /// [m, 1/l]; [+∞, 0] where no key was seen, so that all weights e^{s − m} / l are 0.
+    #[inline]
+    pub(crate) fn factors(&self, query: usize, head: usize) -> [F; 2] {
+        if self.is_empty(query, head) {
+            return [F::infinity(), F::zero()];
+        }
+        [self.shift[[query, head]], F::one() / self.sum[[query, head]]]
+    }
+
+    /// L = m + log l; −∞ where no key was seen.
+    pub(crate) fn log_sum_exp(&self) -> Array2<F> {
+        let mut log_sum_exp = self.shift.clone();
+        log_sum_exp.zip_mut_with(&self.sum, |shift, sum| *shift += sum.ln());
+        log_sum_exp
+    }
+
+    /// Forgets what a query has seen.
+    pub(crate) fn clear_row(&mut self, query: usize) {
+        self.shift.row_mut(query).fill(F::neg_infinity());
+        self.sum.row_mut(query).fill(F::zero());
+    }
+}
+
+/// Outputs of a query and head over the keys of one part, with their normalizer.
+pub(crate) struct Part<V, F> {
+    pub(crate) out: V,
+    pub(crate) shift: F,
+    pub(crate) sum: F,
+}
+
+/// Overwrites `out` with the outputs over the keys of all parts; returns their normalizer m and l. A part
+/// without keys is left out, not multiplied by zero.
+///
+/// ```text
+/// m = max mᵢ,   l = Σ e^{mᵢ − m} lᵢ,   o = Σ e^{mᵢ − m} lᵢ oᵢ / l
+/// ```
+///
+/// In `f64`, so that the error does not grow with the number of parts.
+pub(crate) fn merge<'r, F: Float>(
+    parts: &[Part<ArrayView1<'r, F>, F>],
+    mut out: ArrayViewMut1<'_, F>,
+) -> [F; 2] {
+    let parts = || parts.iter().filter(|part| part.sum != F::zero());
+    let shift = parts().fold(F::neg_infinity(), |max, part| nan_max(max, part.shift));
+    let weight = |part: &Part<_, F>| (part.shift - shift).as_f64().exp() * part.sum.as_f64();
+    let sum: f64 = parts().map(weight).sum();
+    if sum == 0.0 {
+        out.fill(F::zero());
+        return [F::neg_infinity(), F::zero()];
+    }
+    let weights: Vec<f64> = parts().map(|part| weight(part) / sum).collect();
+    for (column, out) in out.iter_mut().enumerate() {
+        let terms = parts().zip(&weights).map(|(part, weight)| weight * part.out[column].as_f64());
+        *out = F::of(terms.sum());
+    }
+    [shift, F::of(sum)]
+}

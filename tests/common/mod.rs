@@ -1,0 +1,60 @@
+//! Which mechanisms there are, for tests that say *every*.
+#![allow(dead_code, reason = "every file of tests is a crate of its own and uses its part")]
+
+use graph_attention::{
+    Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, Fusion, GraphRopeConfig, Layout,
+    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    Score, Window,
+};
+use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// Every mechanism once: of queries, keys and values of four columns it makes four. What it reads
+/// beside them are edge features of two columns, distances, positions on one axis, and latent
+/// neighbours.
+pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(3);
+    let rope = GraphRopeConfig::new(4, Layout::Half);
+    let experts = (0..2).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();
+    let dual = DualSpaceConfig::new(Fusion::Gated, 4);
+    let mechanisms: Vec<Box<dyn Attention<F>>> = vec![
+        Box::new(ScaledDotProduct::new()),
+        Box::new(Flash::new()),
+        Box::new(MultiHeadConfig::new(4, 2).init(Flash::new(), rng).unwrap()),
+        Box::new(MoeConfig::new(4, 1).init(experts, rng).unwrap()),
+        Box::new(LocalGlobal::by_order(Window::new(9), Flash::new()).unwrap()),
+        Box::new(dual.init(Flash::new(), Flash::new(), Flash::new(), rng).unwrap()),
+        Box::new(EdgeGatConfig::new(Score::GatV2, 4, 2, 2).edge_dim(2).init(rng).unwrap()),
+        Box::new(PoincareConfig::new().init().unwrap()),
+        Box::new(PerformerConfig::new(4, 8).init(rng).unwrap()),
+        Box::new(rope.init(Flash::new()).unwrap()),
+        Box::new(rope.init_edges().unwrap()),
+    ];
+    assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
+    mechanisms
+}
+
+/// Asserts that none is missing of the mechanisms whose source is in the crate.
+#[track_caller]
+pub(crate) fn assert_every_mechanism(names: impl Iterator<Item = &'static str>) {
+    let mut defined = BTreeSet::new();
+    names_defined_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/mechanisms"), &mut defined);
+    let listed: BTreeSet<String> = names.map(str::to_owned).collect();
+    assert_eq!(listed, defined, "the list, and the mechanisms of the crate");
+}
+
+fn names_defined_in(folder: &Path, names: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            names_defined_in(&path, names);
+        } else {
+            let source = fs::read_to_string(path).unwrap();
+            let name =
+                source.split_once("const NAME: &str = \"").and_then(|it| it.1.split_once('"'));
+            names.extend(name.map(|(name, _)| name.to_owned()));
+        }
+    }
+}
