@@ -139,7 +139,7 @@ impl Case<'_> {
         {
             self.compare(name, grad.view());
         }
-        assert_eq!(grads.bias.is_some(), bias.is_some());
+        assert_eq!(grads.bias.is_some(), inputs.bias().is_some());
         if let Some(grad) = &grads.bias {
             let shape = &self.value["grad_bias"]["shape"];
             let columns = shape[1].as_u64().unwrap() as usize;
