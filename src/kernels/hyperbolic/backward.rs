@@ -1,6 +1,6 @@
 //! The backward pass row by row: once by query, and once by key.
 
-use super::dominant::{OfLogit, add_point};
+use super::dominant::{PairDistance, add_point};
 use super::pairs::{MASS, PairGradients, Pairs as VectorOfPairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
@@ -262,7 +262,8 @@ impl<'p, F: Float> Pass<'p, F> {
                 let grad_logit = -mem::take(&mut scratch.sums[head]);
                 dominant_logits[[r, head]] = grad_logit;
                 let Some((pair, slot)) = scratch.dominant[head].take() else { continue };
-                let of_logit = OfLogit::new(problem, pair, head, grad_logit);
+                let distance = PairDistance::new(problem, pair, head);
+                let of_logit = distance.vjp(problem.kappa, grad_logit.as_f64());
                 grad_radii[[r, head]] += of_logit.query;
                 grad_kappa[[r, head]] += of_logit.kappa;
                 let of_key = head_columns(softmax.kv_head(head), softmax.key_dim);

@@ -1,7 +1,7 @@
 //! The backward pass in tiles of queries × keys.
 
 use super::backward::{PointGradients, Points, Upstream};
-use super::dominant::{OfLogit, add_point};
+use super::dominant::{PairDistance, add_point};
 use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
@@ -219,7 +219,8 @@ impl<F: Float> Part<'_, F> {
         let (key_dim, num_keys) = (softmax.key_dim, softmax.inputs.num_keys());
         let (query, kv_head) = (self.queries.start + row, softmax.kv_head(head));
         let pair = Pair { query, key, index: query * num_keys + key };
-        let of_logit = OfLogit::new(problem, pair, head, grad_logit);
+        let distance = PairDistance::new(problem, pair, head);
+        let of_logit = distance.vjp(problem.kappa, grad_logit.as_f64());
         self.grad_radius[[row, head]] += of_logit.query;
         self.grad_kappa[[row, head]] += of_logit.kappa;
         let columns = head_columns(head, key_dim);

@@ -23,6 +23,7 @@ mod spread;
 pub(super) use backward::backward;
 pub(crate) use backward::{PointGradients, Points, Upstream};
 pub(super) use dense_backward::dense_backward;
+pub(crate) use dominant::{DOMINANT, OfLogit, PairDistance, add_point};
 pub(crate) use pairs::Terms;
 pub(super) use spread::spread;
 

@@ -1,4 +1,5 @@
 mod config;
+mod deep;
 mod mean;
 mod plain;
 mod polar;
@@ -64,9 +65,8 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
 /// reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther than
 /// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
-/// then. What is known less well: the gradient of a value to which a midpoint is near is rounded by
-/// e^{2R} ε at the distance R/√c from the center, so that in `f64` half of its digits are left at R = 9
-/// and none at 18, and the midpoint itself, if its direction is that of the value alone, from 36 on; the gradient of c is a difference of terms as large as ⟨x,
+/// then, and one farther than 8/√c is formed pair by pair on one thread. What is known less well:
+/// the gradient of c is a difference of terms as large as ⟨x,
 /// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
 ///
 /// The distance has no derivative where query and key are one point; there it counts as 0.
@@ -366,19 +366,22 @@ impl<F: Float> Attention<F> for Poincare<F> {
             query: embedded.query.half_sinh_directions()?,
             key: embedded.key.half_sinh_directions()?,
         };
-        let GradientsMut { query, key, value, bias, params, .. } = grads;
+        let GradientsMut { query, key, value, mut bias, params, .. } = grads;
         let is_learned = !params.is_empty();
         let wanted =
             [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
         let level = Level::new();
-        let grads = match inputs.pattern() {
+        let of_bias = bias.as_mut().map(|bias| bias.view_mut());
+        let mut grads = match inputs.pattern() {
             Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
-                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, bias)?
+                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, of_bias)?
             }
             _ => F::hyperbolic_rows_backward(
-                &problem, &points, &upstream, TILES.keys, level, wanted, bias,
+                &problem, &points, &upstream, TILES.keys, level, wanted, of_bias,
             )?,
         };
+        // All of it is there, also what is not wanted.
+        sums.deep_vjp(&problem, &points, embedded.space, grad_out, &mut grads, bias);
         let space = embedded.space;
         if wanted[0] {
             grad_c += space.vjp(&embedded.query, &grads.query, DirectionFactor::HalfSinh, query);
