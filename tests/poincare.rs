@@ -73,9 +73,11 @@ impl Case<'_> {
     }
 
     /// Whether nearly all weight is on one key of each query. Then the gradients of queries and keys are
-    /// much smaller than those of values, and each is right by itself.
+    /// much smaller than those of values, and each is right by itself. Not of the mean in the tangent space
+    /// at the query in `f64`: exp_q(log_q(v)) does not depend on q, but the gradients of both parts do.
     fn is_sharp(&self) -> bool {
-        self.value["name"].as_str().unwrap().starts_with("sharp_")
+        let name = self.value["name"].as_str().unwrap();
+        name.starts_with("sharp_") && name != "sharp_f64_tangent_query"
     }
 
     /// Scaling x by a, c by 1/a² and τ by a scales the outputs by a. So c times its gradient is half the
@@ -177,6 +179,8 @@ fn answers_of_arbitrary_precision() {
             // The mean lies 1e-6 from the direction of its heaviest value, and both are rounded: 1e-10 of
             // the gradient of a value of weight 1e-3.
             "deep_f64_midpoint_mixed" => 2000.0,
+            // e^R is rounded by R ε, and R is 300.
+            _ if name.starts_with("far_f64") => 512.0,
             _ => 64.0,
         };
         assert!(case.worst.0 <= allowed, "{name}: {:.1}: {}", case.worst.0, case.worst.1);

@@ -133,7 +133,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             |pair: &Pair| bias.is_some_and(|bias| bias.at(*pair, head) == F::neg_infinity());
         let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
         let weight = |pair: &Pair| self.softmax.weights[[pair.index, head]].as_f64();
-        let weights: Vec<f64> = pairs.iter().map(weight).collect();
+        let mut weights: Vec<f64> = pairs.iter().map(weight).collect();
+        // Rounded weights of `f32` do not sum to 1: that of a pair with nearly all weight lacks what the
+        // others have.
+        let total: f64 = weights.iter().sum();
+        if total > 0.0 {
+            weights.iter_mut().for_each(|weight| *weight /= total);
+        }
         let multiplier = |pair: &Pair| self.multiplier(*pair, head);
         let kept: Vec<f64> =
             pairs.iter().zip(&weights).map(|(pair, weight)| weight * multiplier(pair)).collect();
