@@ -262,6 +262,25 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(Inputs { query, key, value, heads: 1, kv_heads: 1, ..*self })
     }
 
+    /// The same pairs, heads and channels that change the answer over arrays of another precision, with
+    /// the bias in this precision too, if there is one.
+    pub(crate) fn in_precision<'b, G: Float>(
+        &self,
+        query: ArrayView2<'b, G>,
+        key: ArrayView2<'b, G>,
+        value: ArrayView2<'b, G>,
+        bias: Option<ArrayView2<'b, G>>,
+    ) -> Result<Inputs<'b, G>>
+    where
+        'a: 'b,
+    {
+        let Self { pattern, causal, heads, kv_heads, mask, dropout, window, origin, .. } = *self;
+        let is_matrix = self.bias.is_some_and(|bias| bias.is_matrix);
+        let bias = bias.map(|logits| Bias { logits, is_matrix });
+        let inputs = Inputs::new(query, key, value, pattern)?.with_kv_heads(heads, kv_heads)?;
+        Ok(Inputs { causal, mask, bias, dropout, window, origin, ..inputs })
+    }
+
     /// The same queries, keys and values over the latent pairs instead, which have no data of their
     /// own: bias, edge features, distances and layers are left out. Mask, causal pattern and dropout
     /// stay.
@@ -925,6 +944,11 @@ impl<F: Float> Bias<'_, F> {
     #[inline]
     pub(crate) fn row(&self, first: Pair, num_keys: usize, head: usize) -> ArrayView1<'_, F> {
         self.logits.slice(self.slots(first, num_keys, head))
+    }
+
+    /// The whole array.
+    pub(crate) fn logits(&self) -> ArrayView2<'_, F> {
+        self.logits
     }
 
     /// Whether the array is num_queries × num_keys instead of one row per pair.

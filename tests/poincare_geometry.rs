@@ -127,6 +127,22 @@ fn functions<F: Float>() -> Vec<Function<F>> {
         of_one!(from_klein, from_klein_vjp, 0),
         of_one!(to_lorentz, to_lorentz_vjp, 1),
         of_one!(from_lorentz, from_lorentz_vjp, -1),
+        Function {
+            name: "geodesic",
+            forward: |a, c| {
+                let mut out = vec![F::zero(); a[0].len()];
+                geodesic(&a[0], &a[1], a[2][0], c, &mut out)?;
+                Ok(out)
+            },
+            vjp: |a, c, g| {
+                let mut grads = zeros(a);
+                let [x, y, t] = &mut grads[..] else { unreachable!() };
+                let (grad_t, grad_c) = geodesic_vjp(&a[0], &a[1], a[2][0], c, g, x, y)?;
+                t[0] = grad_t;
+                grads.push(vec![grad_c]);
+                Ok(grads)
+            },
+        },
         of_three!(parallel_transport, parallel_transport_vjp),
         of_three!(gyration, gyration_vjp),
         Function {
@@ -239,6 +255,10 @@ fn arguments(rng: &mut Xoshiro256PlusPlus, name: &str, n: usize, c: f64) -> Vect
         "parallel_transport" | "gyration" => {
             vec![point(rng, n, c, 0.9), point(rng, n, c, 0.9), point(rng, n, 1.0, 2.0)]
         }
+        "geodesic" => {
+            let ends = [point(rng, n, c, 0.9), point(rng, n, c, 0.9)];
+            [&ends[..], &[vec![rng.random_range(-0.5..1.5)]]].concat()
+        }
         "midpoint" => {
             let points = (0..4).flat_map(|_| point(rng, n, c, 0.9)).collect();
             vec![points, (0..4).map(|_| rng.random_range(0.1..2.0)).collect()]
@@ -288,6 +308,106 @@ fn vector_jacobian_products_are_the_slopes() {
         }
         println!("{name}: {worst:.1e}");
     }
+}
+
+/// What has a point of the ball as its result; of Klein's ball, and projections to a ball inside.
+const POINTS: [&str; 11] = [
+    "mobius_add",
+    "exp_map",
+    "exp_map_origin",
+    "mobius_scalar_mul",
+    "mobius_mat_vec",
+    "midpoint",
+    "geodesic",
+    "to_klein",
+    "from_klein",
+    "from_lorentz",
+    "project",
+];
+
+/// Past the last point that there is in a direction, the result is as near as a point can be.
+#[test]
+fn results_past_the_last_point_are_inside() {
+    let end = call("exp_map", &[vec![0.9, 0.0], vec![1e3, 1.0]], 1.0);
+    assert!(conformal_factor(&end, 1.0).is_ok(), "{end:?}");
+    let exact = [1.0 - 1.385_040_857_767e-9, 5.263_156_575_303_182e-5];
+    assert!((end[0] - exact[0]).abs() <= 1.2e-16 && (end[1] - exact[1]).abs() < 2e-20, "{end:?}");
+    let ten = vec![10.0, 0.0, 0.0, 10.0];
+    for r in [0.75, 0.9, 0.97, 1.0_f64.next_down()] {
+        for x in [vec![r, 0.0], vec![0.6 * r, -0.8 * r]] {
+            let image = call("mobius_mat_vec", &[ten.clone(), x.clone()], 1.0);
+            assert!(conformal_factor(&image, 1.0).is_ok() && norm(&image) > 1.0 - 1e-7);
+            let x: Vec<f32> = x.iter().map(|&x| x as f32).collect();
+            let m = Array2::from_diag_elem(2, 10.0_f32);
+            let mut image = [0.0; 2];
+            if conformal_factor(&x, 1.0).is_ok() {
+                mobius_mat_vec(m.view(), &x, 1.0, &mut image).unwrap();
+                assert!(conformal_factor(&image, 1.0).is_ok(), "{image:?}");
+            }
+        }
+    }
+    // The last points on two sides, and of Klein's ball.
+    let last = 1.0_f64.next_down();
+    for name in ["mobius_add", "to_klein", "from_lorentz"] {
+        let a = match name {
+            "mobius_add" => vec![vec![last, 0.0], vec![0.0, last]],
+            "to_klein" => vec![vec![0.6 * last, -0.8 * last]],
+            _ => vec![vec![1e17, 0.6e17, -0.8e17]],
+        };
+        assert!(conformal_factor(&call(name, &a, 1.0), 1.0).is_ok(), "{name}");
+    }
+}
+
+/// By trial of all points around: in the plane hardly any is nearer to the true result.
+#[test]
+fn results_past_the_last_point_are_the_nearest_inside() {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(47);
+    let (mut count, mut not_nearest, mut worst) = (0, 0, 1.0_f64);
+    for case in 0..1200 {
+        let (n, c) = (2 + case % 2, [1.0_f32, 0.7, 2.3][case / 2 % 3]);
+        let mut direction = unit(&mut rng, n);
+        if case % 5 == 0 {
+            direction[0] *= 1e-3;
+        }
+        let size = norm(&direction);
+        let v: Vec<f32> = direction.iter().map(|x| (40.0 * x / size) as f32).collect();
+        let mut out = vec![0.0; n];
+        exp_map_origin(&v, c, &mut out).unwrap();
+        assert!(conformal_factor(&out, c).is_ok());
+        let wide: Vec<f64> = v.iter().copied().map(f64::from).collect();
+        let reach = f64::from(c).sqrt() * norm(&wide);
+        let exact: Vec<f64> = wide.iter().map(|x| x / reach).collect();
+        let away = |x: &[f32]| -> f64 {
+            norm(&x.iter().zip(&exact).map(|(x, exact)| f64::from(*x) - exact).collect::<Vec<_>>())
+        };
+        let rounded: Vec<f32> = exact.iter().map(|&x| x as f32).collect();
+        if conformal_factor(&rounded, c).is_ok() {
+            assert_eq!(out, rounded);
+            continue;
+        }
+        let mut least = away(&out);
+        const REACH: usize = 4;
+        for at in 0..(2 * REACH + 1).pow(n as u32) {
+            let mut at = at;
+            let point: Vec<f32> = rounded
+                .iter()
+                .map(|&x| {
+                    let place = f64::from(x) - f64::from(x * (1.0 - f32::EPSILON / 2.0));
+                    let steps = (at % (2 * REACH + 1)) as f64 - REACH as f64;
+                    at /= 2 * REACH + 1;
+                    (f64::from(x) + steps * place) as f32
+                })
+                .collect();
+            if away(&point) < least && conformal_factor(&point, c).is_ok() {
+                least = away(&point);
+            }
+        }
+        count += 1;
+        not_nearest += usize::from(least < away(&out));
+        worst = worst.max(away(&out) / least);
+    }
+    println!("{not_nearest} of {count} are not the nearest, and {worst:.2} times as far at worst");
+    assert!(count > 400 && not_nearest * 20 < count && worst < 2.0);
 }
 
 fn numbers<F: Float>(value: &Value) -> Vec<F> {
@@ -427,6 +547,14 @@ fn laws() {
         let lambda = of("conformal_factor", &[&x])[0];
         assert_close("length of log", LAW, &[lambda * norm(&log)], &length);
         assert_close("exp of log", LAW, &of("exp_map", &[&x, &log]), &y);
+        let t = rng.random_range(0.0..1.0);
+        let between = of("geodesic", &[&x, &y, &vec![t]]);
+        let later = log.iter().map(|log| t * log).collect();
+        assert_close("geodesic", LAW, &between, &of("exp_map", &[&x, &later]));
+        let way = of("distance", &[&x, &between])[0];
+        assert_close("its speed", LAW, &[way], &[t * length[0]]);
+        assert_eq!(of("geodesic", &[&x, &y, &vec![0.0]]), x);
+        assert_eq!(of("geodesic", &[&x, &y, &vec![1.0]]), y);
         let origin = vec![0.0; n];
         let log = of("log_map", &[&origin, &y]);
         assert_close("log at the origin", LAW, &of("log_map_origin", &[&y]), &log);
@@ -458,6 +586,23 @@ fn laws() {
         assert_close("r I", LAW, &of("mobius_mat_vec", &[&diagonal, &x]), &scaled);
         let distance = of("distance", &[&origin, &scaled])[0];
         assert_close("r d", LAW, &[distance], &[r.abs() * of("distance", &[&origin, &x])[0]]);
+    }
+}
+
+/// Between points at opposite ends of the ball, where the logarithm's direction is coarse.
+#[test]
+fn geodesics_across_the_ball() {
+    for gap in [1e-6, 1e-10, 1e-14] {
+        let far = 1.0 - gap;
+        let (x, y) = (vec![far * 0.6, far * 0.8], vec![-far * 0.6, far * 0.8]);
+        // Half-way is on the axis of symmetry, at the distance that Pythagoras' theorem gives.
+        let half = call("geodesic", &[x.clone(), y.clone(), vec![0.5]], 1.0);
+        let square = 0.64 * far * far;
+        let height =
+            2.0 * far * 0.8 / (1.0 + far * far + ((1.0 + far * far).powi(2) - 4.0 * square).sqrt());
+        assert_close("half-way", 4e-16, &half, &[0.0, height]);
+        let back = call("geodesic", &[y, x.clone(), vec![1.0]], 1.0);
+        assert_eq!(back, x);
     }
 }
 
@@ -632,7 +777,9 @@ fn bad_input() {
             "conformal_factor" | "to_klein" | "to_lorentz" | "exp_map" => &[(0, "x")],
             "log_map_origin" => &[(0, "y")],
             "from_klein" => &[(0, "k")],
-            "distance" | "mobius_add" | "log_map" | "parallel_transport" => &[(0, "x"), (1, "y")],
+            "distance" | "mobius_add" | "log_map" | "parallel_transport" | "geodesic" => {
+                &[(0, "x"), (1, "y")]
+            }
             "gyration" => &[(0, "a"), (1, "b")],
             "mobius_scalar_mul" | "mobius_mat_vec" => &[(1, "x")],
             _ => &[],
@@ -650,6 +797,8 @@ fn bad_input() {
     }
 
     let mut two = [0.0; 2];
+    let forever = geodesic(&x, &x, f64::INFINITY, 1.0, &mut two);
+    assert_eq!(forever, Err(config("t", "a finite number", "inf")));
     let mut three = [0.0; 3];
     assert_eq!(distance(&x, &three, 1.0), Err(shape("y", &[2], &[3])));
     assert_eq!(mobius_add(&x, &x, 1.0, &mut three), Err(shape("out", &[2], &[3])));
@@ -762,6 +911,10 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
                 "parallel_transport" | "gyration" => {
                     vec![x, y, unit(&mut rng, n).iter().map(|&v| F::of(v)).collect()]
                 }
+                "geodesic" => {
+                    let t = [0.0, 0.5, 1.0, rng.random(), -0.25, 3.0][rng.random_range(0..6)];
+                    vec![x, y, vec![F::of(t)]]
+                }
                 "mobius_scalar_mul" => {
                     vec![vec![F::of(rng.random_range(-3.0..3.0) * length.min(1e3))], x]
                 }
@@ -798,6 +951,8 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
             let grads = (function.vjp)(&a, c, &g).unwrap();
             let finite = out.iter().chain(grads.iter().flatten()).all(|x| x.is_finite());
             assert!(finite, "{name}, c = {c}: {a:?} makes {out:?}, {g:?} {grads:?}");
+            let is_point = POINTS.contains(&name);
+            assert!(!is_point || conformal_factor(&out, c).is_ok(), "{name}, c = {c}: {a:?}");
         }
     }
     assert!(refused * 20 < count);

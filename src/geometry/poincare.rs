@@ -38,19 +38,21 @@
 //! * What remains is the condition of the problem: an ulp more in a coordinate moves a point by
 //!   ε/(1 − c|x|²), and no formula can know better.
 //!
-//! Nothing is clamped: a result nearer to the boundary than half an ulp of its coordinates is rounded
-//! to the boundary or past it, and the next function then refuses it ([`Error::Domain`]). [`project`]
-//! is the explicit remedy. A NaN among the arguments makes NaN, not an error.
+//! A result that is a point is rounded to the nearest representable one. Where that lies on the
+//! boundary or past it, the result is a point inside instead, of all the nearest or at most twice as
+//! far. So every point that comes out can go in again, even if the true one lies nearer to the boundary
+//! than any number can say. The gradients are those of the functions themselves, not of their rounding.
+//! [`project`] keeps points away from the boundary by a margin, with a gradient that knows of it. A NaN
+//! among the arguments makes NaN, not an error.
 //!
 //! # Sources
 //!
 //! A. A. Ungar, *A Gyrovector Space Approach to Hyperbolic Geometry*, 2009 (addition, gyration,
 //! scalar multiplication, midpoints); Ganea, Bécigneul and Hofmann, *Hyperbolic Neural Networks*,
 //! 2018, arXiv:1805.09112 (maps, transport, matrices, in this notation).
-//!
-//! [`Error::Domain`]: crate::Error::Domain
 
 pub(crate) mod ball;
+mod geodesic;
 mod gyro;
 mod maps;
 mod metric;
@@ -61,6 +63,7 @@ mod radial;
 mod scaling;
 mod transport;
 
+pub use geodesic::{geodesic, geodesic_vjp};
 pub use gyro::{mobius_add, mobius_add_vjp};
 pub use maps::{
     exp_map, exp_map_origin, exp_map_origin_vjp, exp_map_vjp, log_map, log_map_origin,

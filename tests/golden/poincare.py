@@ -105,6 +105,10 @@ def parallel_transport(c, x, y, v):
     return times(ratio, gyration(c, y, minus(x), v))
 
 
+def geodesic(c, x, y, t):
+    return exp_map(c, x, times(t[0], log_map(c, x, y)))
+
+
 MARGIN = 0.0625
 
 
@@ -258,7 +262,7 @@ FUNCTIONS = {
     "log_map": log_map, "exp_map_origin": exp_map_origin, "log_map_origin": log_map_origin,
     "parallel_transport": parallel_transport, "gyration": gyration, "project": project,
     "midpoint": midpoint, "to_klein": to_klein, "from_klein": from_klein,
-    "to_lorentz": to_lorentz, "from_lorentz": from_lorentz,
+    "to_lorentz": to_lorentz, "from_lorentz": from_lorentz, "geodesic": geodesic,
 }
 ONE = ["conformal_factor", "log_map_origin", "to_klein", "from_klein", "to_lorentz"]
 TWO = ["distance", "mobius_add", "log_map"]
@@ -288,6 +292,8 @@ def arguments(name, draw, n, c, point):
         return [[draw.rng.uniform(-0.6, 0.6) for _ in range(rows * n)], point()]
     if name in ("parallel_transport", "gyration"):
         return [point(), point(), draw.vector(n, 1)]
+    if name == "geodesic":
+        return [point(), point(), [draw.rng.choice([-0.7, 0.25, 0.5, 0.8, 1.6])]]
     if name == "from_lorentz":
         return [lorentz(c, point())]
     if name == "midpoint":
@@ -406,6 +412,42 @@ def cases():
                     if name in ("parallel_transport", "gyration"):
                         inputs = [x, scaled(k, x), [1.0, 0.5]]
                         yield make("f64", f"collinear {k}, c = {c}", c, inputs)
+
+
+        # One point much nearer to the origin than the other, and t much nearer to an end.
+        for tiny, digits in [(1e-3, 200), (1e-8, 200), (1e-11, 250), (1e-30, 400)]:
+            for c, kind in [(1, "f64"), (2.5, "f64"), (0.1, "f32")]:
+                if name not in (*TWO, "parallel_transport", "gyration", "exp_map", "geodesic"):
+                    continue
+                if kind == "f32" and tiny != 1e-8:
+                    continue
+                label = f"lopsided, {tiny}, c = {c}"
+                draw = Draw(label + name)
+                x, y, v = draw.vector(2, tiny), draw.point(2, c), draw.vector(2, 1)
+                others = {"parallel_transport": [v], "gyration": [v], "geodesic": [[0.3]]}
+                others = others.get(name, [])
+                yield make(kind, label, c, [x, y, *others], scale=tiny, digits=digits)
+                yield make(kind, label + ", second", c, [y, x, *others], scale=tiny, digits=digits)
+                if name == "geodesic":
+                    z = draw.point(2, c)
+                    yield make(kind, label + ", start", c, [z, y, [tiny]], scale=tiny,
+                               digits=digits)
+
+
+        # Results nearer to the boundary than any number: they are rounded to a point inside.
+        for c, kind in [(1, "f64"), (2.5, "f64"), (0.1, "f64"), (1, "f32"), (2.5, "f32")]:
+            label = f"past the last point, c = {c}"
+            draw = Draw(label + name)
+            x = draw.point(2, c)
+            radius = 1 / math.sqrt(c)
+            far = {
+                "exp_map": [x, draw.vector(2, 45 * radius)],
+                "exp_map_origin": [draw.vector(3, 45 * radius)],
+                "mobius_scalar_mul": [[40.0], x],
+                "mobius_mat_vec": [[40.0, 1.0, -3.0, 55.0], x],
+            }
+            if name in far:
+                yield make(kind, label, c, far[name], digits=300)
 
 
 def main():

@@ -691,12 +691,51 @@ def tiny_cases():
                        scale="1e-150", digits=700)
 
 
+def far_cases():
+    """Tangent vectors so long that f32 cannot hold the exponentials of their distances."""
+    for precision, (low, high) in ("f32", (30, 280)), ("f64", (150, 335)):
+        for aggregation in "midpoint", "tangent_origin":
+            for kind, c, tau, near in ("spread", 1.0, 60.0, 0), ("mixed", 0.5, 35.0, 3):
+                name = f"far_{precision}_{aggregation}_{kind}"
+                draw = Draw(name)
+
+                def rows(n, d, near):
+                    unit = 1 / math.sqrt(c)
+                    return (draw.vectors(near, d, 0.1 * unit, 2 * unit)
+                            + draw.vectors(n - near, d, low / 2 * unit, high / 2 * unit))
+
+                yield make(name, "tangent", aggregation, c, tau, rows(3, 2, near // 2),
+                           rows(6, 2, near), rows(6, 3, near), draw, bias=near > 0,
+                           precision=precision, digits=900)
+
+
+def sharp_cases():
+    """Softmaxes with nearly all weight on one key, where the gradients of the logits are small."""
+    for precision in "f32", "f64":
+        for aggregation in AGGREGATIONS:
+            name = f"sharp_{precision}_{aggregation}"
+            yield make(name, "ball", aggregation, 1.0, 0.05, [[0.1, 0.2]],
+                       [[0.15, 0.3], [-0.5, 0.4], [0.6, 0.0]],
+                       [[0.2, 0.1], [-0.3, 0.5], [0.1, -0.6]], Draw(name), precision=precision)
+        for aggregation in "midpoint", "tangent_origin":
+            # Queries near to one key each, and as many as are computed in tiles.
+            name = f"sharp_many_{precision}_{aggregation}"
+            draw = Draw(name)
+            keys = draw.vectors(4, 2, 0.3, 0.8)
+            queries = [[e + 0.01 * t for e, t in zip(keys[n % 4], draw.direction(2))]
+                       for n in range(9)]
+            yield make(name, "ball", aggregation, 1.0, 0.06, queries, keys,
+                       draw.vectors(4, 2, 0.1, 0.9), draw, precision=precision, bias=True)
+
+
 def cases():
     yield from ordinary_cases()
     yield from boundary_cases()
     yield from deep_cases()
     yield from coincident_cases()
     yield from tiny_cases()
+    yield from far_cases()
+    yield from sharp_cases()
 
 
 def main():

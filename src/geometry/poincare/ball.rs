@@ -51,6 +51,80 @@ impl Ball {
         Ok(alpha)
     }
 
+    /// Overwrites an output with a point of the ball: rounded to the nearest, or, where that is on the
+    /// boundary or past it, inside.
+    pub(super) fn assign_point<F: Float>(self, out: &mut [F], value: impl Fn(usize) -> f64) {
+        assign(out, &value);
+        let n = out.len();
+        if one_minus_c_norm2(self.c, n, |i| out[i].as_f64()) <= 0.0 {
+            let reach = self.root * norm(n, &value);
+            if reach.is_finite() {
+                // The rounding of the value itself is not what is mended here.
+                let scale = if reach > 1.0 + 1e-14 { reach.recip() } else { 1.0 };
+                assign(out, |i| scale * value(i));
+                self.move_inside(out, |i| scale * value(i));
+            }
+        }
+    }
+
+    /// Moves a rounded value inside by steps of one coordinate towards 0, one place each: as long as
+    /// one step is not enough those that go inwards most for what they add to the squared distance
+    /// from the value, and at last the one that adds least. Then steps that are not needed any more are
+    /// taken back.
+    fn move_inside<F: Float>(self, out: &mut [F], value: impl Fn(usize) -> f64) {
+        // Rounds to the neighbour on the side of 0.
+        let inwards = |x: F| x * (F::one() - F::epsilon() / F::of(2.0));
+        let alpha = |out: &[F]| one_minus_c_norm2(self.c, out.len(), |i| out[i].as_f64());
+        let mut slack = alpha(out);
+        while slack <= 0.0 {
+            let excess = -slack;
+            // The best single step, as (added per reduction, added, reduction, coordinate), and the
+            // least that is added by so many steps of one coordinate that no more are needed.
+            let mut step = (f64::INFINITY, 0.0, 0.0, 0);
+            let mut last = (f64::INFINITY, 0.0, 0);
+            for (i, &x) in out.iter().enumerate() {
+                let place = self.root * (x.as_f64() - inwards(x).as_f64()).abs();
+                let reduction = 2.0 * self.root * x.as_f64().abs() * place;
+                if reduction == 0.0 {
+                    continue;
+                }
+                let off = self.root * (x.as_f64().abs() - value(i).abs());
+                let added = |steps: f64| steps * place * (steps * place - 2.0 * off);
+                if added(1.0) / reduction < step.0 {
+                    step = (added(1.0) / reduction, added(1.0), reduction, i);
+                }
+                let steps = (excess / reduction).floor() + 1.0;
+                if added(steps) < last.0 {
+                    last = (added(steps), steps * place / self.root, i);
+                }
+            }
+            let (per_reduction, added, reduction, i) = step;
+            if last.0 <= added + per_reduction * (excess - reduction).max(0.0) {
+                let (_, by, i) = last;
+                // At least to the neighbour.
+                let x = out[i].as_f64();
+                let (far, near) = (F::of(x - by.copysign(x)), inwards(out[i]));
+                out[i] = if far.abs() < near.abs() { far } else { near };
+            } else {
+                out[i] = inwards(out[i]);
+            }
+            slack = alpha(out);
+        }
+        for i in 0..out.len() {
+            let x = out[i];
+            // The neighbour on the other side.
+            let place = x - inwards(x);
+            let back = x + if inwards(x + place) == x { place } else { place + place };
+            let growth = 2.0 * self.c * x.as_f64().abs() * place.as_f64().abs();
+            let off = |x: F| (x.as_f64() - value(i)).abs();
+            if growth < slack && off(back) < off(x) {
+                out[i] = back;
+                let new = alpha(out);
+                (out[i], slack) = if new > 0.0 { (back, new) } else { (x, slack) };
+            }
+        }
+    }
+
     /// c|z|² of a vector of this norm: without overflow in |z|² and exactly zero at c = 0.
     pub(super) fn c_norm2(self, norm: f64) -> f64 {
         let scaled = self.root * norm;

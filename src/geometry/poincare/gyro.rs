@@ -1,6 +1,6 @@
 //! Möbius addition.
 
-use super::ball::{Ball, add, assign, check_lengths, norm, norm_of, sum};
+use super::ball::{Ball, add, check_lengths, norm, norm_of, sum};
 use crate::error::Result;
 use crate::float::Float;
 
@@ -55,7 +55,7 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
     ///
     /// With e = y + c|y|² x = z − αy x, of length |y| √den, the differences that occur are
     /// w − x = αx e/den and z − αy w = c|z|² e/den, and so are formed without cancelling.
-    pub(super) fn vjp(self, n: usize, g: impl Fn(usize) -> f64) -> AdditionVjp<X, Y> {
+    pub(super) fn vjp(self, n: usize, g: impl Fn(usize) -> f64 + Copy) -> AdditionVjp<X, Y> {
         let c = self.ball.c;
         let y2 = self.ball.c_norm2(self.y_norm);
         let g_w = sum(n, |i| g(i) * self.value(i));
@@ -68,9 +68,30 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
             sum(n, |i| g(i) * (self.y(i) + y2 * self.x(i)))
         } / self.den;
         let (scale, shift) = (self.ax / self.den, self.cz2 / self.den);
-        let grad_c = self.y_norm * self.y_norm * g_w * scale - g_e * self.z2 / self.den;
+        let grad_c = if self.x_norm < 0.25 * self.y_norm {
+            self.short_x_grad_c(n, g)
+        } else {
+            self.y_norm * self.y_norm * g_w * scale - g_e * self.z2 / self.den
+        };
         let (of_z, of_y) = (2.0 * c * g_e, 2.0 * c * g_w);
         AdditionVjp { of_z, of_y, scale, shift, g_w, grad_c, sum: self }
+    }
+
+    /// The derivative with respect to c for |x| ≪ |y|, where |y|² αx g·w and |z|² g·e cancel up to |x|:
+    /// their difference, multiplied out.
+    ///
+    /// ```text
+    /// (|y|² g·x (1 − c|x|² (2 + 2c x·y + c|y|²)) − g·y (|x|² + 2x·y + c|x|²|y|² (2 − c|x|²))) / den²
+    /// ```
+    fn short_x_grad_c(&self, n: usize, g: impl Fn(usize) -> f64) -> f64 {
+        let [x2, y2] = [self.x_norm, self.y_norm].map(|norm| norm * norm);
+        let [cx2, cy2] = [self.x_norm, self.y_norm].map(|norm| self.ball.c_norm2(norm));
+        let x_y = sum(n, |i| self.x(i) * self.y(i));
+        let g_x = sum(n, |i| g(i) * self.x(i));
+        let g_y = sum(n, |i| g(i) * self.y(i));
+        let of_x = 1.0 - cx2 * (2.0 + 2.0 * self.ball.c * x_y + cy2);
+        let of_y = x2 + 2.0 * x_y + cx2 * y2 * (2.0 - cx2);
+        (y2 * g_x * of_x - g_y * of_y) / self.den / self.den
     }
 }
 
@@ -117,7 +138,7 @@ pub fn mobius_add<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()>
     let (ball, n) = (Ball::new(c)?, x.len());
     check_lengths(n, &[("y", y.len()), ("out", out.len())])?;
     let sum = addition(ball, x, y)?;
-    assign(out, |i| sum.value(i));
+    ball.assign_point(out, |i| sum.value(i));
     Ok(())
 }
 

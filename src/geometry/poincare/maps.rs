@@ -16,7 +16,7 @@ use crate::float::Float;
 /// ```
 ///
 /// v is any vector. 1 − tanh²(t), which is what counts next to the boundary, is formed as it is and
-/// not from tanh(t). From λ|v|√c of some 37 (17 for `f32`) on, the end is rounded to the boundary.
+/// not from tanh(t). From λ|v|√c of some 37 (17 for `f32`) on, the end is the last point inside.
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
@@ -29,7 +29,7 @@ pub fn exp_map<F: Float>(x: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ax = ball.alpha("x", x)?;
     let step = Step::new(ball, norm_of(v), ax);
     let sum = step.addition(ball, x, v, ax);
-    assign(out, |i| sum.value(i));
+    ball.assign_point(out, |i| sum.value(i));
     Ok(())
 }
 
@@ -202,7 +202,7 @@ pub fn log_map_vjp<F: Float>(
 /// exp₀(v) = tanh(√c|v|) v/(√c|v|)        v at c = 0
 /// ```
 ///
-/// Right to a few ulps; from √c|v| of some 19 (9 for `f32`) on rounded to the boundary.
+/// Right to a few ulps; from √c|v| of some 19 (9 for `f32`) on it is the last point inside.
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
@@ -212,7 +212,7 @@ pub fn exp_map_origin<F: Float>(v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
     check_lengths(v.len(), &[("out", out.len())])?;
     let step = Step::new(ball, norm_of(v), 1.0);
-    assign(out, |i| step.scale * v[i].as_f64());
+    ball.assign_point(out, |i| step.scale * v[i].as_f64());
     Ok(())
 }
 

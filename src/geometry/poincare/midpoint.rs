@@ -1,6 +1,6 @@
 //! The weighted midpoint.
 
-use super::ball::{Ball, assign, check_lengths, norm, power_of_two_below, sum};
+use super::ball::{Ball, check_lengths, norm, power_of_two_below, sum};
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -32,7 +32,7 @@ pub fn midpoint<F: Float>(
     let ball = Ball::new(c)?;
     check_shape("points", &[weights.len(), out.len()], points.shape())?;
     let mean = Mean::new(ball, points, weights)?;
-    assign(out, |i| mean.m[i]);
+    ball.assign_point(out, |i| mean.m[i]);
     Ok(())
 }
 

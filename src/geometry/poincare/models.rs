@@ -11,7 +11,7 @@ use crate::float::Float;
 /// ```
 ///
 /// Right to a few ulps; but near the boundary Klein's coordinates have only half the digits of
-/// Poincaré's, and 1 − c|x|² of 10⁻⁸ (10⁻⁴ for `f32`) is rounded to the boundary. (Ungar 2009.)
+/// Poincaré's, and from 1 − c|x|² of 10⁻⁸ (10⁻⁴ for `f32`) on k is the last point inside. (Ungar 2009.)
 ///
 /// # Errors
 /// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidConfig`] for a c that is
@@ -20,7 +20,7 @@ pub fn to_klein<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
     check_lengths(x.len(), &[("out", out.len())])?;
     let scale = 2.0 / (2.0 - ball.alpha("x", x)?);
-    assign(out, |i| scale * x[i].as_f64());
+    ball.assign_point(out, |i| scale * x[i].as_f64());
     Ok(())
 }
 
@@ -55,7 +55,7 @@ pub fn from_klein<F: Float>(k: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
     check_lengths(k.len(), &[("out", out.len())])?;
     let den = 1.0 + ball.alpha("k", k)?.sqrt();
-    assign(out, |i| k[i].as_f64() / den);
+    ball.assign_point(out, |i| k[i].as_f64() / den);
     Ok(())
 }
 
@@ -130,7 +130,7 @@ pub fn from_lorentz<F: Float>(point: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::curved(c)?;
     check_shape("point", &[out.len() + 1], &[point.len()])?;
     let den = lorentz_denominator(ball, point)?;
-    assign(out, |i| point[i + 1].as_f64() / den);
+    ball.assign_point(out, |i| point[i + 1].as_f64() / den);
     Ok(())
 }
 

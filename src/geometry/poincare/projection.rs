@@ -11,8 +11,8 @@ use crate::float::Float;
 ///              R x/|x|        elsewhere, R = (1 − margin)/√c
 /// ```
 ///
-/// x is any vector, inside the ball or not; at c = 0 it stays what it is. Meant for points that
-/// rounding has put on the boundary. The price: no point is farther from the origin than
+/// x is any vector, inside the ball or not; at c = 0 it stays what it is. Meant for points that an
+/// optimiser has moved outside. The price: no point is farther from the origin than
 ///
 /// ```text
 /// 2 artanh(1 − margin)/√c ≈ ln(2/margin)/√c

@@ -1,6 +1,6 @@
 //! Numbers and matrices times points: through the tangent space at the origin.
 
-use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, stretch, sum};
+use super::ball::{Ball, add, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::maps::Step;
 use super::radial::{
     artanh_ratio, artanh_ratio_derivative, sech2, tanh_ratio, tanh_ratio_derivative,
@@ -29,7 +29,7 @@ pub fn mobius_scalar_mul<F: Float>(r: F, x: &[F], c: F, out: &mut [F]) -> Result
     let (r, radius) = (r.as_f64(), ball.root * norm_of(x));
     let artanh = artanh_ratio(radius, alpha);
     let scale = r * artanh * tanh_ratio((r * radius * artanh).abs());
-    assign(out, |i| scale * x[i].as_f64());
+    ball.assign_point(out, |i| scale * x[i].as_f64());
     Ok(())
 }
 
@@ -90,7 +90,7 @@ pub fn mobius_mat_vec<F: Float>(m: ArrayView2<'_, F>, x: &[F], c: F, out: &mut [
     let artanh = artanh_ratio(ball.root * norm_of(x), alpha);
     let image = image(m, |j| artanh * x[j].as_f64());
     let step = Step::new(ball, norm(image.len(), |i| image[i]), 1.0);
-    assign(out, |i| step.scale * image[i]);
+    ball.assign_point(out, |i| step.scale * image[i]);
     Ok(())
 }
 

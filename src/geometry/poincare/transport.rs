@@ -4,16 +4,17 @@ use super::ball::{Ball, add, assign, check_lengths, norm, sum};
 use crate::error::Result;
 use crate::float::Float;
 
-/// gyr[a, b] v for any source of coordinates.
-struct Gyration<A, B, V> {
+/// gyr[a, b] v for any source of coordinates; z = a + b, which may be known better than from theirs.
+pub(super) struct Gyration<A, B, Z, V> {
     n: usize,
     c: f64,
     a: A,
     b: B,
+    z: Z,
     v: V,
     aa: f64,
     ab: f64,
-    /// |a|², |b|², |z|², c|a|² and c|z|²; z = a + b.
+    /// |a|², |b|², |z|², c|a|² and c|z|².
     a2: f64,
     b2: f64,
     z2: f64,
@@ -22,85 +23,125 @@ struct Gyration<A, B, V> {
     den: f64,
     /// 2c/den, and products with v.
     factor: f64,
+    a_v: f64,
     b_v: f64,
     z_v: f64,
     p: f64,
     q: f64,
 }
 
-/// What multiplies the derivatives of αa and αb, and the derivative with respect to c without them.
-struct GyrationVjp {
-    of_aa: f64,
-    of_ab: f64,
-    of_cz2: f64,
+/// Gradients as combinations of vectors.
+pub(super) struct GyrationVjp {
+    /// That of a: multiples of g, v, a, b and z; that of b likewise.
+    of_a: [f64; 5],
+    of_b: [f64; 5],
+    /// That of v is g + multiples of a, b and z.
+    of_v: [f64; 3],
     of_c: f64,
-    g_a: f64,
-    g_z: f64,
 }
 
-impl<A: Fn(usize) -> f64, B: Fn(usize) -> f64, V: Fn(usize) -> f64> Gyration<A, B, V> {
-    fn new(ball: Ball, n: usize, (a, aa): (A, f64), (b, ab): (B, f64), v: V) -> Self {
-        let z_norm = norm(n, |i| a(i) + b(i));
-        let (a_norm, b_norm) = (norm(n, &a), norm(n, &b));
+impl<A, B, Z, V> Gyration<A, B, Z, V>
+where
+    A: Fn(usize) -> f64,
+    B: Fn(usize) -> f64,
+    Z: Fn(usize) -> f64,
+    V: Fn(usize) -> f64,
+{
+    pub(super) fn new(
+        ball: Ball,
+        n: usize,
+        (a, aa): (A, f64),
+        (b, ab): (B, f64),
+        z: Z,
+        v: V,
+    ) -> Self {
+        let (a_norm, b_norm, z_norm) = (norm(n, &a), norm(n, &b), norm(n, &z));
         let (ca2, cz2) = (ball.c_norm2(a_norm), ball.c_norm2(z_norm));
         let den = aa * ab + cz2;
         let a_v = sum(n, |i| a(i) * v(i));
         let b_v = sum(n, |i| b(i) * v(i));
-        let z_v = sum(n, |i| (a(i) + b(i)) * v(i));
+        let z_v = sum(n, |i| z(i) * v(i));
         let (p, q) = (ab * z_v + cz2 * b_v, aa * a_v + ca2 * z_v);
         let [a2, b2, z2] = [a_norm, b_norm, z_norm].map(|norm| norm * norm);
         let factor = 2.0 * ball.c / den;
         let c = ball.c;
-        Self { n, c, a, b, v, aa, ab, a2, b2, z2, ca2, cz2, den, factor, b_v, z_v, p, q }
-    }
-
-    fn z(&self, i: usize) -> f64 {
-        (self.a)(i) + (self.b)(i)
+        Self { n, c, a, b, z, v, aa, ab, a2, b2, z2, ca2, cz2, den, factor, a_v, b_v, z_v, p, q }
     }
 
     /// v + (2c/den)(p a − q z)
-    fn value(&self, i: usize) -> f64 {
-        (self.v)(i) + self.factor * (self.p * (self.a)(i) - self.q * self.z(i))
+    pub(super) fn value(&self, i: usize) -> f64 {
+        (self.v)(i) + self.factor * (self.p * (self.a)(i) - self.q * (self.z)(i))
     }
 
     fn vjp(&self, g: impl Fn(usize) -> f64) -> GyrationVjp {
+        // Where b is short, p a and q z are nearly the same.
+        if self.b2 < self.a2 / 16.0 { self.short_b_vjp(g) } else { self.usual_vjp(g) }
+    }
+
+    fn usual_vjp(&self, g: impl Fn(usize) -> f64) -> GyrationVjp {
+        let Self { c, aa, ab, ca2, cz2, factor, .. } = *self;
         let g_a = sum(self.n, |i| g(i) * (self.a)(i));
-        let g_z = sum(self.n, |i| g(i) * self.z(i));
+        let g_z = sum(self.n, |i| g(i) * (self.z)(i));
         let turn = (self.p * g_a - self.q * g_z) / self.den;
+        let of_aa = factor * (g_z * self.b_v - turn * ab);
+        let of_ab = factor * (g_a * self.z_v - turn * aa);
+        let of_cz2 = factor * (g_a * self.b_v - turn);
+        // The part of both gradients that comes by z = a + b.
+        let (g_by_z, v_by_z) = (-factor * self.q, factor * (g_a * ab - g_z * ca2));
+        let z_by_z = 2.0 * c * of_cz2;
         GyrationVjp {
-            of_aa: self.factor * (g_z * self.b_v - turn * self.ab),
-            of_ab: self.factor * (g_a * self.z_v - turn * self.aa),
-            of_cz2: self.factor * (g_a * self.b_v - turn),
-            of_c: 2.0 * turn,
-            g_a,
-            g_z,
+            of_a: [
+                g_by_z + factor * self.p,
+                v_by_z - factor * g_z * aa,
+                -2.0 * c * of_aa,
+                0.0,
+                z_by_z,
+            ],
+            of_b: [g_by_z, v_by_z + factor * g_a * cz2, 0.0, -2.0 * c * of_ab, z_by_z],
+            of_v: [-factor * g_z * aa, factor * g_a * cz2, factor * (g_a * ab - g_z * ca2)],
+            of_c: 2.0 * turn + self.z2 * of_cz2 - self.a2 * of_aa - self.b2 * of_ab,
         }
     }
 
-    fn grad_z(&self, vjp: &GyrationVjp, g: f64, i: usize) -> f64 {
-        let along_v = vjp.g_a * self.ab - vjp.g_z * self.ca2;
-        self.factor * (along_v * (self.v)(i) - self.q * g) + 2.0 * self.c * vjp.of_cz2 * self.z(i)
+    /// The same of gyr[a, b] v = v + 2(s a − t b)/den with everything multiplied out, so that all terms
+    /// are as short as b:
+    ///
+    /// ```text
+    /// s = c b·v (1 + 2c a·b) − c² a·v |b|²,  t = c a·v + c² b·v |a|²,  den = 1 + 2c a·b + c²|a|²|b|²
+    /// ```
+    fn short_b_vjp(&self, g: impl Fn(usize) -> f64) -> GyrationVjp {
+        let Self { n, c, a2, b2, a_v, b_v, .. } = *self;
+        let a_b = sum(n, |i| (self.a)(i) * (self.b)(i));
+        let g_a = sum(n, |i| g(i) * (self.a)(i));
+        let g_b = sum(n, |i| g(i) * (self.b)(i));
+        let one = 1.0 + 2.0 * c * a_b;
+        let (s, t) = (c * (b_v * one - c * a_v * b2), c * (a_v + c * b_v * a2));
+        let k = 2.0 / (one + (c * a2) * (c * b2));
+        // Minus the derivative with respect to den.
+        let of_den = k * k / 2.0 * (s * g_a - t * g_b);
+        let of_a_v = -k * c * (c * b2 * g_a + g_b);
+        let of_b_v = k * c * (one * g_a - c * a2 * g_b);
+        let of_a_b = 2.0 * c * (k * c * b_v * g_a - of_den);
+        let of_a2 = -c * c * (k * b_v * g_b + b2 * of_den);
+        let of_b2 = -c * c * (k * a_v * g_a + a2 * of_den);
+        let of_s = b_v + 4.0 * c * a_b * b_v - 2.0 * c * a_v * b2;
+        let of_t = a_v + 2.0 * c * b_v * a2;
+        GyrationVjp {
+            of_a: [k * s, of_a_v, 2.0 * of_a2, of_a_b, 0.0],
+            of_b: [-k * t, of_b_v, of_a_b, 2.0 * of_b2, 0.0],
+            of_v: [of_a_v, of_b_v, 0.0],
+            of_c: k * (of_s * g_a - of_t * g_b) - of_den * 2.0 * (a_b + c * a2 * b2),
+        }
     }
 
-    fn grad_a(&self, vjp: &GyrationVjp, g: f64, i: usize) -> f64 {
-        self.grad_z(vjp, g, i) + self.factor * (self.p * g - vjp.g_z * self.aa * (self.v)(i))
-            - 2.0 * self.c * vjp.of_aa * (self.a)(i)
-    }
-
-    fn grad_b(&self, vjp: &GyrationVjp, g: f64, i: usize) -> f64 {
-        self.grad_z(vjp, g, i) + self.factor * vjp.g_a * self.cz2 * (self.v)(i)
-            - 2.0 * self.c * vjp.of_ab * (self.b)(i)
+    fn grad_point(&self, of: &[f64; 5], g: f64, i: usize) -> f64 {
+        let (a, b, z) = ((self.a)(i), (self.b)(i), (self.z)(i));
+        of[0] * g + of[1] * (self.v)(i) + of[2] * a + of[3] * b + of[4] * z
     }
 
     fn grad_v(&self, vjp: &GyrationVjp, g: f64, i: usize) -> f64 {
-        let (a, b, z) = ((self.a)(i), (self.b)(i), self.z(i));
-        let by_a = vjp.g_a * (self.ab * z + self.cz2 * b);
-        let by_z = vjp.g_z * (self.aa * a + self.ca2 * z);
-        g + self.factor * (by_a - by_z)
-    }
-
-    fn grad_c(&self, vjp: &GyrationVjp) -> f64 {
-        vjp.of_c + self.z2 * vjp.of_cz2 - self.a2 * vjp.of_aa - self.b2 * vjp.of_ab
+        let [of_a, of_b, of_z] = vjp.of_v;
+        g + of_a * (self.a)(i) + of_b * (self.b)(i) + of_z * (self.z)(i)
     }
 }
 
@@ -125,7 +166,8 @@ pub fn gyration<F: Float>(a: &[F], b: &[F], v: &[F], c: F, out: &mut [F]) -> Res
     check_lengths(n, &[("b", b.len()), ("v", v.len()), ("out", out.len())])?;
     let a_side = (|i: usize| a[i].as_f64(), ball.alpha("a", a)?);
     let b_side = (|i: usize| b[i].as_f64(), ball.alpha("b", b)?);
-    let gyration = Gyration::new(ball, n, a_side, b_side, |i: usize| v[i].as_f64());
+    let z = |i: usize| a[i].as_f64() + b[i].as_f64();
+    let gyration = Gyration::new(ball, n, a_side, b_side, z, |i: usize| v[i].as_f64());
     assign(out, |i| gyration.value(i));
     Ok(())
 }
@@ -152,13 +194,14 @@ pub fn gyration_vjp<F: Float>(
     check_lengths(n, &grads)?;
     let a_side = (|i: usize| a[i].as_f64(), ball.alpha("a", a)?);
     let b_side = (|i: usize| b[i].as_f64(), ball.alpha("b", b)?);
-    let gyration = Gyration::new(ball, n, a_side, b_side, |i: usize| v[i].as_f64());
+    let z = |i: usize| a[i].as_f64() + b[i].as_f64();
+    let gyration = Gyration::new(ball, n, a_side, b_side, z, |i: usize| v[i].as_f64());
     let g = |i: usize| grad_out[i].as_f64();
     let vjp = gyration.vjp(g);
-    add(grad_a, |i| gyration.grad_a(&vjp, g(i), i));
-    add(grad_b, |i| gyration.grad_b(&vjp, g(i), i));
+    add(grad_a, |i| gyration.grad_point(&vjp.of_a, g(i), i));
+    add(grad_b, |i| gyration.grad_point(&vjp.of_b, g(i), i));
     add(grad_v, |i| gyration.grad_v(&vjp, g(i), i));
-    Ok(F::of(gyration.grad_c(&vjp)))
+    Ok(F::of(vjp.of_c))
 }
 
 /// The vector v at x, carried to y along the geodesic.
@@ -179,7 +222,8 @@ pub fn parallel_transport<F: Float>(x: &[F], y: &[F], v: &[F], c: F, out: &mut [
     let (ax, ay) = (ball.alpha("x", x)?, ball.alpha("y", y)?);
     let y_side = (|i: usize| y[i].as_f64(), ay);
     let x_side = (|i: usize| -x[i].as_f64(), ax);
-    let gyration = Gyration::new(ball, n, y_side, x_side, |i: usize| v[i].as_f64());
+    let z = |i: usize| y[i].as_f64() - x[i].as_f64();
+    let gyration = Gyration::new(ball, n, y_side, x_side, z, |i: usize| v[i].as_f64());
     assign(out, |i| ay / ax * gyration.value(i));
     Ok(())
 }
@@ -207,15 +251,18 @@ pub fn parallel_transport_vjp<F: Float>(
     let (ax, ay) = (ball.alpha("x", x)?, ball.alpha("y", y)?);
     let y_side = (|i: usize| y[i].as_f64(), ay);
     let x_side = (|i: usize| -x[i].as_f64(), ax);
-    let gyration = Gyration::new(ball, n, y_side, x_side, |i: usize| v[i].as_f64());
+    let z = |i: usize| y[i].as_f64() - x[i].as_f64();
+    let gyration = Gyration::new(ball, n, y_side, x_side, z, |i: usize| v[i].as_f64());
     let g = |i: usize| ay / ax * grad_out[i].as_f64();
     let mut vjp = gyration.vjp(g);
     // The derivatives of the factor αy/αx.
     let length = sum(n, |i| g(i) * gyration.value(i));
-    vjp.of_aa += length / ay;
-    vjp.of_ab -= length / ax;
-    add(grad_x, |i| -gyration.grad_b(&vjp, g(i), i));
-    add(grad_y, |i| gyration.grad_a(&vjp, g(i), i));
+    let (of_ay, of_ax) = (length / ay, -length / ax);
+    vjp.of_a[2] -= 2.0 * ball.c * of_ay;
+    vjp.of_b[3] -= 2.0 * ball.c * of_ax;
+    vjp.of_c -= gyration.a2 * of_ay + gyration.b2 * of_ax;
+    add(grad_x, |i| -gyration.grad_point(&vjp.of_b, g(i), i));
+    add(grad_y, |i| gyration.grad_point(&vjp.of_a, g(i), i));
     add(grad_v, |i| gyration.grad_v(&vjp, g(i), i));
-    Ok(F::of(gyration.grad_c(&vjp)))
+    Ok(F::of(vjp.of_c))
 }

@@ -1,10 +1,11 @@
 //! The backward pass row by row: once by query, and once by key.
 
+use super::dominant::{PairDistance, add_point};
 use super::pairs::{MASS, PairGradients, Pairs as VectorOfPairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::inputs::Pair;
+use crate::inputs::{Pair, head_columns};
 use crate::kernels::heads::{Columns, Gather, Weights};
 use crate::kernels::matmul::Vector;
 use crate::kernels::problem::{Rows, Slices};
@@ -13,6 +14,7 @@ use crate::kernels::rows::{
 };
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut2};
+use std::mem;
 
 /// Rows that gradients are sums of: directions times sinh R / 2, without NaN and infinities.
 #[derive(Debug)]
@@ -86,9 +88,11 @@ pub(in super::super) fn backward<F: Float>(
     let (num_queries, heads) = (inputs.num_queries(), softmax.heads);
     let mut grads = PointGradients::zeros(problem, [by_query, by_key])?;
     let level = level_for::<F>(level, [softmax.key_dim, problem.dim]);
-    let pass = |pairs| Pass { problem, points, upstream, pairs, tile_len };
+    let pass = |pairs| Pass { problem, points, upstream, dominant_logits: None, pairs, tile_len };
 
-    if by_query || grad_bias.is_some() {
+    // By query in any case: only then are the gradients of all logits known.
+    let mut dominant_logits: Array2<F> = try_zeros("gradients", num_queries, heads)?;
+    {
         let pairs = Pairs::by_query(inputs);
         let pass = pass(pairs);
         let parts = parts(pairs);
@@ -100,6 +104,8 @@ pub(in super::super) fn backward<F: Float>(
         } else {
             unwanted.each_mut().map(|array| array.view_mut())
         };
+        let [directions, radii, kappa] = by_row;
+        let by_row = [directions, radii, kappa, dominant_logits.view_mut()];
         let columns = if grad_bias.is_some() { heads } else { 0 };
         let mut grad_logits: Array2<F> = try_zeros("grads.bias", inputs.num_pairs(), columns)?;
         let outputs = Outputs::by_row(by_row, &parts);
@@ -126,7 +132,7 @@ pub(in super::super) fn backward<F: Float>(
     }
     if by_key {
         let pairs = Pairs::by_key(inputs);
-        let pass = pass(pairs);
+        let pass = Pass { dominant_logits: Some(&dominant_logits), ..pass(pairs) };
         let parts = parts(pairs);
         let ([key, key_radii], [value, value_radii]) =
             (grads.key.each_mut(), grads.value.each_mut());
@@ -147,6 +153,8 @@ struct Pass<'p, F: Float> {
     problem: &'p HyperbolicProblem<'p, F>,
     points: &'p Points<F>,
     upstream: &'p Upstream<F>,
+    /// The gradients of the logits of dominant pairs, num_queries × heads, once they are known.
+    dominant_logits: Option<&'p Array2<F>>,
     pairs: Pairs<'p>,
     tile_len: usize,
 }
@@ -162,8 +170,12 @@ struct Scratch<F> {
     /// What a pair's direction is multiplied by.
     directions: Vec<F>,
     grad_logits: Vec<F>,
-    /// For one head: bias and multiplier; what is gathered of queries and keys.
-    pairs: Lanes<F, 2>,
+    /// For each head, the sum of the gradients of the logits of a query so far, and the pair with nearly
+    /// all of the weight, with its slot.
+    sums: Vec<F>,
+    dominant: Vec<Option<(Pair, usize)>>,
+    /// For one head: bias, multiplier and dominant logit; what is gathered of queries and keys.
+    pairs: Lanes<F, 3>,
     queries: Lanes<F, RADIUS>,
     terms: Lanes<F, TERMS>,
     keys: Lanes<F, RADIUS>,
@@ -196,6 +208,8 @@ impl<'p, F: Float> Pass<'p, F> {
             spreads: zeros(),
             directions: zeros(),
             grad_logits: zeros(),
+            sums: vec![F::zero(); softmax.heads],
+            dominant: vec![None; softmax.heads],
             pairs: Lanes::new(stride),
             queries: Lanes::new(stride),
             terms: Lanes::new(stride),
@@ -207,8 +221,9 @@ impl<'p, F: Float> Pass<'p, F> {
     }
 
     #[inline(always)]
-    fn queries<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 3, 1>) {
-        let [mut grad_directions, mut grad_radii, mut grad_kappa] = outputs.by_row;
+    fn queries<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 4, 1>) {
+        let [mut grad_directions, mut grad_radii, mut grad_kappa, mut dominant_logits] =
+            outputs.by_row;
         let [mut grad_of_slots] = outputs.by_slot;
         let Self { problem, upstream, .. } = self;
         let softmax = &problem.softmax;
@@ -241,6 +256,22 @@ impl<'p, F: Float> Pass<'p, F> {
                             *grad = grad_logits[head * tile.stride + t];
                         }
                     }
+                }
+            }
+            for head in 0..softmax.heads {
+                let grad_logit = -mem::take(&mut scratch.sums[head]);
+                dominant_logits[[r, head]] = grad_logit;
+                let Some((pair, slot)) = scratch.dominant[head].take() else { continue };
+                let distance = PairDistance::new(problem, pair, head);
+                let of_logit = distance.vjp(problem.kappa, grad_logit.as_f64());
+                grad_radii[[r, head]] += of_logit.query;
+                grad_kappa[[r, head]] += of_logit.kappa;
+                let of_key = head_columns(softmax.kv_head(head), softmax.key_dim);
+                let point = &self.points.key.slices().row(pair.key)[of_key];
+                let of_query = head_columns(head, softmax.key_dim);
+                add_point(&mut sum[of_query], of_logit.direction, point);
+                if grad_of_slots.ncols() > 0 {
+                    grad_of_slots[[slot - part.slots.start, head]] += grad_logit;
                 }
             }
             add_to_row(grad_directions.row_mut(r), F::one(), &sum);
@@ -325,12 +356,14 @@ impl<'p, F: Float> Pass<'p, F> {
         head: usize,
         scratch: &mut Scratch<F>,
     ) -> Sums<F> {
-        let Self { problem, upstream, .. } = self;
+        let Self { problem, upstream, dominant_logits, .. } = self;
         let softmax = &problem.softmax;
         let Scratch { tile, pairs, queries, terms, keys, masses, .. } = scratch;
         pairs.fill(tile.pairs.iter().map(|&pair| {
             let bias = softmax.bias_of(pair, head);
-            [bias.unwrap_or(F::neg_infinity()), softmax.multiplier(pair, head)]
+            let dominant = dominant_logits.map_or(F::zero(), |logits| logits[[pair.query, head]]);
+            let bias = bias.unwrap_or(F::neg_infinity());
+            [bias, softmax.multiplier(pair, head), dominant]
         }));
         let [of_head, vectors] = tile.of_head(simd, head);
         let count = of_head.len();
@@ -361,6 +394,7 @@ impl<'p, F: Float> Pass<'p, F> {
 
         let len = Vector::<S, F>::LEN;
         let mut sums = [Vector::<S, F>::splat(simd, F::zero()); 2];
+        let mut sum_of_logits = Vector::<S, F>::splat(simd, F::zero());
         for at in (0..vectors.len()).step_by(len) {
             let (query, terms) = match own_query {
                 Some(own) => own,
@@ -370,7 +404,7 @@ impl<'p, F: Float> Pass<'p, F> {
                 Some(own) => own,
                 None => (keys.load(simd, at), masses.load(simd, at)),
             };
-            let [bias, multiplier] = pairs.load(simd, at);
+            let [bias, multiplier, dominant_logit] = pairs.load(simd, at);
             let place = vectors.start + at..vectors.start + at + len;
             let load = |from: &[F]| Vector::<S, F>::from_slice(simd, &from[place.clone()]);
             let pairs = VectorOfPairs {
@@ -383,15 +417,33 @@ impl<'p, F: Float> Pass<'p, F> {
                 spread: load(&scratch.spreads),
                 bias,
                 multiplier,
+                dominant_logit,
             };
-            let PairGradients { weight, logit, direction, query, key, value, factor } =
-                vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+            let PairGradients {
+                weight,
+                logit,
+                direction,
+                query,
+                key,
+                value,
+                factor,
+                mut dominates,
+            } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+            if !OWN_IS_KEY {
+                sum_of_logits += logit;
+                while dominates != 0 {
+                    let t = at + dominates.trailing_zeros() as usize;
+                    scratch.dominant[head] = Some((tile.pairs[t], tile.slots[t]));
+                    dominates &= dominates - 1;
+                }
+            }
             weight.store_slice(&mut tile.weights[place.clone()]);
             direction.store_slice(&mut scratch.directions[place.clone()]);
             logit.store_slice(&mut scratch.grad_logits[place]);
             sums[0] += if OWN_IS_KEY { key } else { query };
             sums[1] += if OWN_IS_KEY { value } else { factor };
         }
+        scratch.sums[head] += sum_of_logits.reduce_sum();
         [sums[0].reduce_sum(), sums[1].reduce_sum()]
     }
 }

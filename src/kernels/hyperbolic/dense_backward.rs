@@ -1,11 +1,12 @@
 //! The backward pass in tiles of queries × keys.
 
 use super::backward::{PointGradients, Points, Upstream};
+use super::dominant::{PairDistance, add_point};
 use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::Float;
-use crate::inputs::head_columns;
+use crate::inputs::{Pair, head_columns};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
@@ -62,9 +63,12 @@ struct Scratch<F> {
     rows: Vec<F>,
     /// key_dim × width.
     grad_query: Buffer<F>,
-    /// Gradients of radius and κ, lane by lane.
+    /// Gradients of radius and κ, and the sums of the gradients of the logits, lane by lane.
     grad_radius: Buffer<F>,
     grad_kappa: Buffer<F>,
+    grad_logits: Buffer<F>,
+    /// The key with nearly all of the weight.
+    dominant: Vec<Option<usize>>,
 }
 
 /// [`backward`](super::backward) for dense inputs.
@@ -163,6 +167,8 @@ fn backward_part<S: Simd, F: Float>(
         grad_query: Buffer::zeros(key_dim * width),
         grad_radius: Buffer::zeros(width),
         grad_kappa: Buffer::zeros(width),
+        grad_logits: Buffer::zeros(width),
+        dominant: vec![None; width],
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..softmax.heads {
@@ -191,7 +197,46 @@ fn backward_part<S: Simd, F: Float>(
                 part.grad_radius[[row, head]] += scratch.grad_radius[lane];
                 // s = −κ ln 2 · asinh(…)/ln 2
                 part.grad_kappa[[row, head]] -= scratch.grad_kappa[lane] * F::of(LN_2);
+                if let Some(key) = scratch.dominant[lane] {
+                    part.settle(problem, points, [row, key], head, -scratch.grad_logits[lane]);
+                }
             }
+        }
+    }
+}
+
+impl<F: Float> Part<'_, F> {
+    /// Adds what follows from the gradient of the logit of a row and a key that has been left out.
+    fn settle(
+        &mut self,
+        problem: &HyperbolicProblem<'_, F>,
+        points: &Points<F>,
+        [row, key]: [usize; 2],
+        head: usize,
+        grad_logit: F,
+    ) {
+        let softmax = &problem.softmax;
+        let (key_dim, num_keys) = (softmax.key_dim, softmax.inputs.num_keys());
+        let (query, kv_head) = (self.queries.start + row, softmax.kv_head(head));
+        let pair = Pair { query, key, index: query * num_keys + key };
+        let distance = PairDistance::new(problem, pair, head);
+        let of_logit = distance.vjp(problem.kappa, grad_logit.as_f64());
+        self.grad_radius[[row, head]] += of_logit.query;
+        self.grad_kappa[[row, head]] += of_logit.kappa;
+        let columns = head_columns(head, key_dim);
+        let kv_columns = head_columns(kv_head, key_dim);
+        let mut grad = self.grad_query.slice_mut(s![row, columns.clone()]);
+        let grad = grad.as_slice_mut().expect("rows of our own");
+        add_point(grad, of_logit.direction, &points.key.slices().row(key)[kv_columns]);
+        let at = kv_head * num_keys + key;
+        self.keys.key_radii[at] += of_logit.key;
+        let padded = self.keys.key.len() / self.keys.key_radii.len();
+        let grad = &mut self.keys.key[at * padded..][..key_dim];
+        add_point(grad, of_logit.direction, &points.query.slices().row(query)[columns]);
+        if let (Some(grad), Some(bias)) = (&mut self.grad_bias, softmax.bias) {
+            let [slot, column] = bias.slot(pair, head);
+            let per_query = if bias.is_matrix() { 1 } else { num_keys };
+            grad[[slot - self.queries.start * per_query, column]] += grad_logit;
         }
     }
 }
@@ -234,6 +279,8 @@ fn pack<S: Simd, F: Float>(
     scratch.grad_query.fill(F::zero());
     scratch.grad_radius.fill(F::zero());
     scratch.grad_kappa.fill(F::zero());
+    scratch.grad_logits.fill(F::zero());
+    scratch.dominant.fill(None);
 }
 
 #[inline(never)]
@@ -320,6 +367,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
             let from = |data: &[F]| Vector::<S, F>::from_slice(simd, &data[..vector_len]);
             let mut grad_radius = from(&scratch.grad_radius[at..]);
             let mut grad_kappa = from(&scratch.grad_kappa[at..]);
+            let mut grad_logits = from(&scratch.grad_logits[at..]);
             for k in 0..len {
                 let place = k * width + at;
                 let point = problem.key_at(tile.start + k, head);
@@ -339,9 +387,24 @@ fn backward_tile_inline<S: Simd, F: Float>(
                         true => from(&multipliers[place..]),
                         false => Vector::<S, F>::splat(simd, F::one()),
                     },
+                    dominant_logit: Vector::<S, F>::splat(simd, F::zero()),
                 };
-                let PairGradients { weight, logit, direction, query, key, value, factor } =
-                    vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+                let PairGradients {
+                    weight,
+                    logit,
+                    direction,
+                    query,
+                    key,
+                    value,
+                    factor,
+                    mut dominates,
+                } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+                grad_logits += logit;
+                while dominates != 0 {
+                    let lane = dominates.trailing_zeros() as usize;
+                    scratch.dominant[at + lane] = Some(tile.start + k);
+                    dominates &= dominates - 1;
+                }
                 weight.store_slice(&mut squared[place..place + vector_len]);
                 direction.store_slice(&mut products[place..place + vector_len]);
                 logit.store_slice(&mut spreads[place..place + vector_len]);
@@ -352,6 +415,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
             }
             grad_radius.store_slice(&mut scratch.grad_radius[at..at + vector_len]);
             grad_kappa.store_slice(&mut scratch.grad_kappa[at..at + vector_len]);
+            grad_logits.store_slice(&mut scratch.grad_logits[at..at + vector_len]);
         }
     }
 

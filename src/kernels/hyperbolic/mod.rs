@@ -11,16 +11,19 @@
 //! So a tile of logits is a tile of squared distances between directions, from their differences, and
 //! elementwise work (`pairs`). The forward pass is that of any softmax attention: what is summed of
 //! the values is linear, and what becomes of the sums is the mechanism's business. `spread` sums
-//! again what the first sums hold too inexactly; `backward` is the other direction.
+//! again what the first sums hold too inexactly; `backward` is the other direction, in which `dominant`
+//! settles what rounding leaves of a nearly one-hot softmax.
 
 mod backward;
 mod dense_backward;
+mod dominant;
 mod pairs;
 mod spread;
 
 pub(super) use backward::backward;
 pub(crate) use backward::{PointGradients, Points, Upstream};
 pub(super) use dense_backward::dense_backward;
+pub(crate) use dominant::{DOMINANT, OfLogit, PairDistance, add_point};
 pub(crate) use pairs::Terms;
 pub(super) use spread::spread;
 

@@ -1,12 +1,13 @@
 //! What is done with each pair, in vectors: the logit, and everything that depends on it in the
 //! backward pass.
 
+use super::dominant::DOMINANT;
 use super::{Mass, Radius};
 use crate::float::Float;
 use crate::kernels::asinh::asinh;
 use crate::kernels::exp::exp;
 use crate::kernels::matmul::Vector;
-use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
 
 /// Numbers of a [`Radius`] and of a [`Mass`].
 pub(super) const RADIUS: usize = 5;
@@ -138,6 +139,9 @@ pub(super) struct Pairs<V> {
     pub(super) bias: V,
     /// What dropout multiplies the weights by.
     pub(super) multiplier: V,
+    /// The gradient of the logit of a pair that [dominates](PairGradients::dominates); 0 where it is
+    /// not known yet.
+    pub(super) dominant_logit: V,
 }
 
 /// What a vector of pairs adds to the gradients.
@@ -153,6 +157,8 @@ pub(super) struct PairGradients<V> {
     pub(super) value: V,
     /// Of −κ ln 2.
     pub(super) factor: V,
+    /// The lanes whose pair has most of the weight of its query: see [`super::dominant`].
+    pub(super) dominates: u64,
 }
 
 /// The weight of a pair and the gradients that follow from it; zeros for hidden pairs, whatever they
@@ -191,6 +197,8 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let along = terms.radial * sinh;
     let grad_weight = mass.sinh.mul_add(tangential, along);
     let grad_logit = is_hidden.select(zero, kept * grad_weight - weight * terms.delta);
+    let dominates = weight.simd_gt(splat(F::of(DOMINANT)));
+    let grad_logit = dominates.select(pairs.dominant_logit, grad_logit);
     let along = terms.radial.mul_add(cosh_1, terms.radial);
     let grad_value = is_hidden.select(zero, kept * mass.cosh.mul_add(tangential, along));
 
@@ -220,5 +228,6 @@ pub(super) fn vjp<S: Simd, F: Float>(
         key: is_hidden.select(zero, coefficient * grad_key),
         value: grad_value,
         factor: is_hidden.select(zero, distance * grad_logit),
+        dominates: dominates.to_bitmask(),
     }
 }

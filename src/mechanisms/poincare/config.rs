@@ -12,8 +12,18 @@ pub enum Coordinates {
     /// Points of the ball, of norm less than 1/√c. Numbers near 1 are coarse: `f32` reaches distances
     /// of 17/√c from the origin, `f64` of 37/√c.
     Ball,
-    /// Tangent vectors v at the origin: the point is exp₀(v), 2|v| from the origin. Exact however
-    /// far; refused from 40/√c on in `f32` and from 350/√c on in `f64`, where squares would overflow.
+    /// Tangent vectors v at the origin: the point is exp₀(v), 2|v| from the origin. Every finite vector
+    /// is a point, so that c may grow and no vector is refused.
+    ///
+    /// Distances reach to 350/√c from the origin. Farther out, where their exponentials would overflow, a
+    /// vector stands for the point at 350/√c in its direction: longer vectors of one direction are one
+    /// point. Then its gradient has no part along the vector, and the gradient of c holds its distance
+    /// fixed in units of 1/√c. [`Aggregation::TangentAtQuery`] and [`Aggregation::FrechetMean`] do the same
+    /// from 36/√c on.
+    ///
+    /// In `f32`, inputs with a query or key farther than 40/√c from the origin, or a value whose midpoints
+    /// are wanted farther than 8/√c, are computed in `f64`, in two to three times the time: so in
+    /// [`Ball`](Self::Ball) too.
     Tangent,
 }
 
@@ -29,8 +39,7 @@ pub enum Aggregation {
     TangentAtOrigin,
     /// The mean in the tangent space at the query, exp_q(Σ p log_q v). Values have the size of
     /// queries. Pair by pair on one thread, and in the coordinates of the ball in `f64`: distances from
-    /// the origin up to 36/√c. Farther out a mean may round to the boundary, which is
-    /// [`Error::Domain`].
+    /// the origin up to 36/√c. A mean farther out is the last point of the ball in its direction.
     TangentAtQuery,
     /// The Fréchet mean, the point with the least Σ p d². By Newton's method to the last places of
     /// `f64`, or a hundred steps; its gradient is that of the exact mean. Every step takes the time of
@@ -130,10 +139,10 @@ impl PoincareConfig {
     /// The mechanism.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if c or τ is not positive and finite.
+    /// [`Error::InvalidConfig`] if c or τ is not between 10⁻³⁰ and 10³⁰.
     pub fn init<F: Float>(&self) -> Result<Poincare<F>> {
-        check_positive("curvature", self.curvature)?;
-        check_positive("temperature", self.temperature)?;
+        check_range("curvature", self.curvature, None::<F>)?;
+        check_range("temperature", self.temperature, None::<F>)?;
         // softplus⁻¹(y) = y + ln(1 − e^{−y})
         let raw = |value: f64| F::of(value + (-(-value).exp_m1()).ln());
         let learned = |learn: bool, value| learn.then(|| Array0::from_elem((), raw(value)));
@@ -145,20 +154,31 @@ impl PoincareConfig {
     }
 }
 
-/// `Ok` for a usable c or τ.
-pub(super) fn check_positive(field: &'static str, value: f64) -> Result<()> {
-    // Not those whose root or inverse would underflow.
+/// `Ok` for a usable c or τ: one whose root and inverse neither under- nor overflow. `raw` is what it is
+/// the softplus of, if it is learned.
+pub(super) fn check_range<F: Float>(field: &'static str, value: f64, raw: Option<F>) -> Result<()> {
     if value > 1e-30 && value < 1e30 {
         return Ok(());
     }
-    Err(Error::config(field, "a positive finite number", value))
+    let actual = match raw {
+        Some(raw) => format!("{value:?}, the softplus of raw_{field} = {raw:?}"),
+        None => format!("{value:?}"),
+    };
+    Err(Error::config(field, "a number above 1e-30 and below 1e30", actual))
 }
 
-/// √c d(0, x) from here on is refused: squares of its hyperbolic sine must not overflow.
-pub(super) fn largest_radius<F: Float>(aggregation: Aggregation) -> f64 {
-    if aggregation.is_plain() {
-        // Further out, points of `f64` round to the boundary.
-        return 36.0;
+/// √c d(0, x) up to which points are exact in `f64`: squares of its hyperbolic sine must not overflow.
+/// What lies farther out in tangent coordinates is moved here.
+pub(super) fn largest_radius(aggregation: Aggregation) -> f64 {
+    // In the coordinates of the ball, points of `f64` round to the boundary farther out.
+    if aggregation.is_plain() { 36.0 } else { 350.0 }
+}
+
+/// The radii of queries and keys, and of values, up to which a type can compute.
+pub(super) fn radii_within<F: Float>(aggregation: Aggregation) -> [f64; 2] {
+    if F::max_value().as_f64() > 1e300 {
+        return [f64::INFINITY; 2];
     }
-    if F::max_value().as_f64() > 1e300 { 350.0 } else { 40.0 }
+    // The gradient of a value is rounded by e^{2R} ε where a midpoint is near to it.
+    [40.0, if aggregation == Aggregation::Midpoint { 8.0 } else { 40.0 }]
 }

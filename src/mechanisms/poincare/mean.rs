@@ -1,12 +1,13 @@
 //! The points that weighted sums stand for, and the gradients of the sums.
 
+use super::deep::DeepRow;
 use super::polar::{Space, zero_nan};
 use super::{Coordinates, TILES};
 use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
-use crate::kernels::hyperbolic::{HyperbolicProblem, Terms, Upstream};
+use crate::kernels::hyperbolic::{HyperbolicProblem, PointGradients, Points, Terms, Upstream};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::Rows;
@@ -15,6 +16,11 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 /// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
 /// of sinh R, the difference has lost five bits, and is summed again from differences.
 const FAR: f64 = 1.0 / 32.0;
+
+/// The sinh R of a mean from which on it is formed pair by pair: the gradient of a value to which the
+/// mean is near would be rounded by e^{2R} ε otherwise. Not reached in `f32`, see
+/// [`radii_within`](super::config::radii_within).
+const DEEP: f64 = 1500.0;
 
 /// What a forward pass sums for each query and head.
 pub(super) struct Sums<F> {
@@ -25,6 +31,8 @@ pub(super) struct Sums<F> {
     /// T − |S|, T = Σ p cosh R; num_queries × heads. Not where sums are linear.
     gaps: Array2<F>,
     normalizer: Normalizer<F>,
+    /// Queries and heads whose mean is so far out that it is formed, and differentiated, pair by pair.
+    deep: Vec<[usize; 2]>,
 }
 
 impl<F: Float> Sums<F> {
@@ -38,7 +46,52 @@ impl<F: Float> Sums<F> {
             true => Array2::zeros((0, 0)),
             false => gaps(problem, &sums, &normalizer)?,
         };
-        Ok(Self { is_linear, sums, gaps, normalizer })
+        let mut sums = Self { is_linear, sums, gaps, normalizer, deep: Vec::new() };
+        if !is_linear {
+            sums.settle_deep(problem);
+        }
+        Ok(sums)
+    }
+
+    /// Finds the means that are so far out that the rounding of their direction would spoil them, and
+    /// forms them again.
+    fn settle_deep(&mut self, problem: &HyperbolicProblem<'_, F>) {
+        let (num_queries, heads) = self.gaps.dim();
+        for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
+        {
+            let center = self.center(query, head, problem.dim);
+            let is_deep = center.norm > DEEP * center.lorentz();
+            if center.is_empty() || !is_deep {
+                continue;
+            }
+            let row = DeepRow::new(problem, query, head);
+            let first = head * (problem.dim + 2);
+            for (c, &u) in row.direction.iter().enumerate() {
+                self.sums[[query, first + c]] = F::of(row.norm * u);
+            }
+            self.gaps[[query, head]] = F::of(row.gap);
+            self.deep.push([query, head]);
+        }
+    }
+
+    /// The gradients of what is formed pair by pair, in addition to those of all else.
+    pub(super) fn deep_vjp(
+        &self,
+        problem: &HyperbolicProblem<'_, F>,
+        points: &Points<F>,
+        space: Space,
+        grad_out: ArrayView2<'_, F>,
+        grads: &mut PointGradients<F>,
+        mut grad_bias: Option<ArrayViewMut2<'_, F>>,
+    ) {
+        for &[query, head] in &self.deep {
+            let row = DeepRow::new(problem, query, head);
+            let columns = head_columns(head, problem.dim);
+            let grad_out: Vec<f64> =
+                grad_out.slice(s![query, columns]).iter().map(|grad| grad.as_f64()).collect();
+            let slopes = self.center(query, head, problem.dim).slopes(space);
+            row.vjp(problem, points, slopes, &grad_out, grads, grad_bias.as_mut());
+        }
     }
 
     /// `Ok` if they are of such inputs.
@@ -104,6 +157,7 @@ impl<F: Float> Sums<F> {
                 terms.push(Terms::none());
                 continue;
             }
+            let is_deep = self.deep.binary_search(&[query, head]).is_ok();
             let columns = head_columns(head, dim);
             let grad_out = grad_out.slice(s![query, columns.clone()]);
             let unit = |sum: F| if center.norm == 0.0 { 0.0 } else { sum.as_f64() / center.norm };
@@ -111,6 +165,10 @@ impl<F: Float> Sums<F> {
             let along: f64 = along.sum();
             // out = r û, r ~ 1/√c at the same R
             grad_c -= 0.5 / space.c * center.factor(space) * center.norm * along;
+            if is_deep {
+                terms.push(Terms::none());
+                continue;
+            }
 
             let [slope, ratio] = center.slopes(space);
             let lorentz = center.lorentz();

@@ -1,7 +1,9 @@
 mod config;
+mod deep;
 mod mean;
 mod plain;
 mod polar;
+mod wide;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
 
@@ -22,6 +24,7 @@ use mean::Sums;
 use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use plain::Plain;
 use polar::{DirectionFactor, Polar, Space};
+use wide::Wide;
 
 const NAME: &str = "poincare";
 
@@ -60,9 +63,10 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// summed from differences, not formed of norms and a product, which would take half the instructions
 /// and be wrong for near points. So distances, means and gradients are right to a few tens of units
 /// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
-/// reach distances of 40/√c in `f32` and 350/√c in `f64`. Nothing is clamped. A mean farther than
+/// reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther than
 /// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
-/// then. What is known less well: the gradient of c is a difference of terms as large as ⟨x,
+/// then, and one farther than 8/√c is formed pair by pair on one thread. What is known less well:
+/// the gradient of c is a difference of terms as large as ⟨x,
 /// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
 ///
 /// The distance has no derivative where query and key are one point; there it counts as 0.
@@ -117,6 +121,8 @@ enum Attended<F> {
     /// The weights of all pairs, of means that are formed pair by pair.
     Pairs(Softmax<F>),
     Sums(Sums<F>),
+    /// What the same mechanism saved that computed in `f64`.
+    Wide(Saved),
 }
 
 impl<F: Float> Poincare<F> {
@@ -141,9 +147,10 @@ impl<F: Float> Poincare<F> {
     fn space(&self) -> Result<Space> {
         let c = self.curvature();
         let (temperature, coordinates) = (self.temperature(), self.config.coordinates);
-        config::check_positive("curvature", c)?;
-        config::check_positive("temperature", temperature)?;
-        let largest_radius = config::largest_radius::<F>(self.config.aggregation);
+        let raw = |param: &Option<Array0<F>>| param.as_ref().map(|raw| raw[()]);
+        config::check_range("curvature", c, raw(&self.raw_curvature))?;
+        config::check_range("temperature", temperature, raw(&self.raw_temperature))?;
+        let largest_radius = config::largest_radius(self.config.aggregation);
         Ok(Space { c, coordinates, largest_radius })
     }
 
@@ -224,6 +231,13 @@ impl<F: Float> Poincare<F> {
 }
 
 impl<F: Float> Embedded<F> {
+    /// Whether all points are so near to the origin that this type can compute with them.
+    fn is_within_range(&self, aggregation: Aggregation) -> bool {
+        let [radius, of_values] = config::radii_within::<F>(aggregation);
+        let is_within = [&self.query, &self.key].map(|polar| polar.is_within(radius));
+        is_within == [true; 2] && self.value.is_within(of_values)
+    }
+
     /// The pairs of some inputs over directions, and what is summed.
     fn inputs<'e>(&'e self, inputs: &Inputs<'e, F>) -> Result<Inputs<'e, F>> {
         let arrays = [&self.query.directions, &self.key.directions, &self.sums];
@@ -301,7 +315,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<Saved> {
         self.check_output("out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
-        let attended = if self.config.aggregation.is_plain() {
+        let attended = if !embedded.is_within_range(self.config.aggregation) {
+            Attended::Wide(Wide::new(self, inputs)?.forward(inputs, out)?)
+        } else if self.config.aggregation.is_plain() {
             let softmax = self.softmax(inputs, &embedded)?;
             Plain::new(self, inputs, &softmax)?.forward(out)?;
             Attended::Pairs(softmax)
@@ -329,6 +345,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
         grads.check(NAME, inputs, self)?;
         let sums = match attended {
             Attended::Sums(sums) => sums,
+            Attended::Wide(saved) => {
+                return Wide::new(self, inputs)?.backward(inputs, saved, grad_out, grads);
+            }
             Attended::Pairs(softmax) => {
                 let shape = [inputs.num_pairs(), inputs.heads()];
                 check_shape("saved weights", &shape, softmax.weights.shape())?;
@@ -347,19 +366,22 @@ impl<F: Float> Attention<F> for Poincare<F> {
             query: embedded.query.half_sinh_directions()?,
             key: embedded.key.half_sinh_directions()?,
         };
-        let GradientsMut { query, key, value, bias, params, .. } = grads;
+        let GradientsMut { query, key, value, mut bias, params, .. } = grads;
         let is_learned = !params.is_empty();
         let wanted =
             [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
         let level = level();
-        let grads = match inputs.pattern() {
+        let of_bias = bias.as_mut().map(|bias| bias.view_mut());
+        let mut grads = match inputs.pattern() {
             Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
-                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, bias)?
+                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, of_bias)?
             }
             _ => F::hyperbolic_rows_backward(
-                &problem, &points, &upstream, TILES.keys, level, wanted, bias,
+                &problem, &points, &upstream, TILES.keys, level, wanted, of_bias,
             )?,
         };
+        // All of it is there, also what is not wanted.
+        sums.deep_vjp(&problem, &points, embedded.space, grad_out, &mut grads, bias);
         let space = embedded.space;
         if wanted[0] {
             grad_c += space.vjp(&embedded.query, &grads.query, DirectionFactor::HalfSinh, query);
@@ -380,6 +402,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
 
     fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let embedded = self.embed(inputs)?;
+        if !embedded.is_within_range(self.config.aggregation) {
+            return Wide::new(self, inputs)?.weights(inputs);
+        }
         Ok(self.softmax(inputs, &embedded)?.weights)
     }
 }

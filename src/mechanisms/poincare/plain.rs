@@ -37,6 +37,7 @@ pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<So
 /// What the means are formed of, points in the coordinates of the ball.
 pub(super) struct Plain<'i, 'a, F: Float> {
     inputs: &'i Inputs<'a, F>,
+    space: Space,
     c: f64,
     temperature: f64,
     coordinates: Coordinates,
@@ -70,11 +71,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         inputs: &'i Inputs<'a, F>,
         softmax: &'i Softmax<F>,
     ) -> Result<Self> {
-        let Space { c, coordinates, .. } = poincare.space()?;
+        let space = poincare.space()?;
+        let Space { c, coordinates, .. } = space;
         let points = |array: ArrayView2<'_, F>, heads: usize| -> Result<Array2<f64>> {
             let mut points = array.mapv(Float::as_f64).as_standard_layout().into_owned();
             if coordinates == Coordinates::Tangent {
                 for_each_point(&mut points, heads, |_, point| {
+                    space.shorten(point);
                     let tangent = point.to_vec();
                     exp_map_origin(&tangent, c, point)
                 })?;
@@ -85,7 +88,18 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let [key, value] = [inputs.key(), inputs.value()];
         let [key, value] = [points(key, inputs.kv_heads())?, points(value, inputs.kv_heads())?];
         let (temperature, aggregation) = (poincare.temperature(), poincare.config.aggregation);
-        Ok(Self { inputs, c, temperature, coordinates, aggregation, query, key, value, softmax })
+        Ok(Self {
+            inputs,
+            space,
+            c,
+            temperature,
+            coordinates,
+            aggregation,
+            query,
+            key,
+            value,
+            softmax,
+        })
     }
 
     fn kv_head(&self, head: usize) -> usize {
@@ -119,7 +133,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             |pair: &Pair| bias.is_some_and(|bias| bias.at(*pair, head) == F::neg_infinity());
         let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
         let weight = |pair: &Pair| self.softmax.weights[[pair.index, head]].as_f64();
-        let weights: Vec<f64> = pairs.iter().map(weight).collect();
+        let mut weights: Vec<f64> = pairs.iter().map(weight).collect();
+        // Rounded weights of `f32` do not sum to 1: that of a pair with nearly all weight lacks what the
+        // others have.
+        let total: f64 = weights.iter().sum();
+        if total > 0.0 {
+            weights.iter_mut().for_each(|weight| *weight /= total);
+        }
         let multiplier = |pair: &Pair| self.multiplier(*pair, head);
         let kept: Vec<f64> =
             pairs.iter().zip(&weights).map(|(pair, weight)| weight * multiplier(pair)).collect();
@@ -369,9 +389,17 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         }
         // p = softmax(s): ds = p (dp − δ);  s = −d/τ + b
         let delta: f64 = grad_weights.iter().zip(&row.weights).map(|(grad, p)| grad * p).sum();
+        let grads_and_weights = grad_weights.into_iter().zip(&row.weights);
+        let mut grad_logits: Vec<f64> =
+            grads_and_weights.map(|(grad, p)| p * (grad - delta)).collect();
+        // They sum to 0. Of a pair with nearly all weight the difference is rounded, and its weight more:
+        // minus the sum of the others it is not.
+        if let Some(dominant) = row.weights.iter().position(|&p| p > 0.5) {
+            grad_logits[dominant] = 0.0;
+            grad_logits[dominant] = -grad_logits.iter().sum::<f64>();
+        }
         let mut grad_temperature = 0.0;
-        for ((pair, p), grad) in row.pairs.iter().zip(&row.weights).zip(grad_weights) {
-            let grad_logit = p * (grad - delta);
+        for (pair, grad_logit) in row.pairs.iter().zip(grad_logits) {
             if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
                 grad[bias.slot(*pair, head)] += F::of(grad_logit);
             }
@@ -405,8 +433,18 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                     return Ok(());
                 }
                 grad.fill(0.0);
-                let tangent = &of_row(&tangents, at / heads)[head_columns(at % heads, dim)];
-                grad_c += exp_map_origin_vjp(tangent, self.c, &grad_point, grad)?;
+                let columns = head_columns(at % heads, dim);
+                let mut tangent = of_row(&tangents, at / heads)[columns].to_vec();
+                let factor = self.space.shorten(&mut tangent);
+                grad_c += exp_map_origin_vjp(&tangent, self.c, &grad_point, grad)?;
+                if let Some(factor) = factor {
+                    // As that of a vector of fixed length in units of 1/√c.
+                    let (along, square) = (dot(grad, &tangent), dot(&tangent, &tangent));
+                    grad_c -= along / (2.0 * self.c);
+                    for (grad, tangent) in grad.iter_mut().zip(&tangent) {
+                        *grad = factor * (*grad - along / square * tangent);
+                    }
+                }
                 Ok(())
             })?;
         }

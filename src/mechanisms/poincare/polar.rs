@@ -3,7 +3,7 @@
 
 use super::Coordinates;
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec, try_zeros};
+use crate::float::{Float, all_finite, try_vec, try_zeros};
 use crate::geometry::poincare::ball::{norm_of, one_minus_c_norm2};
 use crate::inputs::head_columns;
 use crate::kernels::hyperbolic::{Mass, Radius};
@@ -16,7 +16,7 @@ pub(super) struct Space {
     /// Minus the curvature.
     pub(super) c: f64,
     pub(super) coordinates: Coordinates,
-    /// Radii from here on are refused.
+    /// Tangent vectors of a larger radius stand for the point of this one.
     pub(super) largest_radius: f64,
 }
 
@@ -92,13 +92,18 @@ impl Space {
             let (row, head) = (at / heads, at % heads);
             let x = &points.row(row)[head_columns(head, dim)];
             let direction = &mut all[row * columns..][head_columns(head, dim)];
-            let norm = norm_of(x);
+            let mut norm = norm_of(x);
+            let mut inverse = norm.recip();
+            if norm.is_infinite() && all_finite(x) {
+                // Of vectors that are longer than any number.
+                let quarter = norm_of(&x.iter().map(|&x| x * F::of(0.25)).collect::<Vec<_>>());
+                (norm, inverse) = (f64::MAX, 0.25 / quarter);
+            }
             if !norm.is_finite() {
                 direction.fill(F::nan());
                 continue;
             }
             *node = self.node(what, row, x, norm)?;
-            let inverse = norm.recip();
             for (direction, x) in direction.iter_mut().zip(x) {
                 *direction = match norm {
                     0.0 => F::zero(),
@@ -112,12 +117,12 @@ impl Space {
 
     fn node<F: Float>(&self, what: &'static str, row: usize, x: &[F], norm: f64) -> Result<Node> {
         let root = self.c.sqrt();
-        let domain = |limit| Err(Error::Domain { what: what.into(), row, norm, limit });
         match self.coordinates {
             Coordinates::Ball => {
                 let gap = one_minus_c_norm2(self.c, x.len(), |i| x[i].as_f64());
                 if gap <= 0.0 {
-                    return domain(root.recip());
+                    let limit = root.recip();
+                    return Err(Error::Domain { what: what.into(), row, norm, limit });
                 }
                 // e^{R/2} = (1 + √c|x|)/√gap, less 1 without cancellation.
                 let rho = root * norm;
@@ -125,12 +130,33 @@ impl Space {
                 Ok(Node { norm, expm1, gap })
             }
             Coordinates::Tangent => {
-                if 2.0 * root * norm >= self.largest_radius {
-                    return domain(self.largest_radius / (2.0 * root));
-                }
-                Ok(Node { norm, expm1: (root * norm).exp_m1(), gap: f64::NAN })
+                let half = (root * norm).min(0.5 * self.largest_radius);
+                Ok(Node { norm, expm1: half.exp_m1(), gap: f64::NAN })
             }
         }
+    }
+
+    /// Whether a tangent vector of this norm stands for a shorter one.
+    fn is_past_the_largest(&self, norm: f64) -> bool {
+        self.c.sqrt() * norm > 0.5 * self.largest_radius
+    }
+
+    /// The tangent vector that a tangent vector stands for, in its place, and the factor between them
+    /// where it is another one.
+    pub(super) fn shorten(&self, tangent: &mut [f64]) -> Option<f64> {
+        let norm = norm_of(tangent);
+        if !self.is_past_the_largest(norm) || !all_finite(tangent) {
+            return None;
+        }
+        let largest = 0.5 * self.largest_radius / self.c.sqrt();
+        let factor = if norm.is_finite() {
+            largest / norm
+        } else {
+            let quarter: Vec<f64> = tangent.iter().map(|x| 0.25 * x).collect();
+            0.25 * largest / norm_of(&quarter)
+        };
+        tangent.iter_mut().for_each(|x| *x *= factor);
+        Some(factor)
     }
 
     /// [dR/d|x|, dR/dc, R/|x|, (sinh R / 2)/|x|].
@@ -145,6 +171,9 @@ impl Space {
             }
             Coordinates::Tangent => {
                 let [half_sinh, _] = node.half_sinh_and_cosh();
+                if self.is_past_the_largest(node.norm) {
+                    return [0.0, 0.0, radius / node.norm, half_sinh / node.norm];
+                }
                 let slope = if node.norm == 0.0 { root } else { half_sinh / node.norm };
                 [2.0 * root, radius / (2.0 * self.c), 2.0 * root, slope]
             }
@@ -217,6 +246,12 @@ pub(super) enum DirectionFactor {
 }
 
 impl<F: Float> Polar<F> {
+    /// Whether no point is farther from the origin than this.
+    pub(super) fn is_within(&self, radius: f64) -> bool {
+        let largest = (0.5 * radius).exp_m1();
+        self.nodes.iter().all(|node| node.norm.is_nan() || node.expm1 <= largest)
+    }
+
     pub(super) fn for_logits(&self) -> Vec<Radius<F>> {
         self.nodes.iter().map(|node| node.for_logits()).collect()
     }

@@ -1,0 +1,88 @@
+//! Inputs in `f32` with points so far out that only `f64` can compute with them.
+
+use super::Poincare;
+use crate::attention::{Attention, Saved};
+use crate::error::Result;
+use crate::float::{Float, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::inputs::Inputs;
+use ndarray::{Array, Array2, ArrayView2, ArrayViewMut, ArrayViewMut2, Dimension};
+
+/// A mechanism and the arrays of its inputs, in `f64`.
+pub(super) struct Wide {
+    poincare: Poincare<f64>,
+    query: Array2<f64>,
+    key: Array2<f64>,
+    value: Array2<f64>,
+    bias: Option<Array2<f64>>,
+}
+
+impl Wide {
+    pub(super) fn new<F: Float>(poincare: &Poincare<F>, inputs: &Inputs<'_, F>) -> Result<Self> {
+        let wide = |array: ArrayView2<'_, F>| -> Result<Array2<f64>> {
+            let mut wide = try_zeros("inputs", array.nrows(), array.ncols())?;
+            wide.zip_mut_with(&array, |wide, x| *wide = x.as_f64());
+            Ok(wide)
+        };
+        let bias = inputs.bias();
+        Ok(Self {
+            poincare: Poincare {
+                config: poincare.config.clone(),
+                raw_curvature: poincare.raw_curvature.as_ref().map(|raw| raw.mapv(Float::as_f64)),
+                raw_temperature: (poincare.raw_temperature.as_ref())
+                    .map(|raw| raw.mapv(Float::as_f64)),
+            },
+            query: wide(inputs.query())?,
+            key: wide(inputs.key())?,
+            value: wide(inputs.value())?,
+            bias: bias.map(|bias| wide(bias.logits())).transpose()?,
+        })
+    }
+
+    fn inputs<'w, F: Float>(&'w self, inputs: &Inputs<'w, F>) -> Result<Inputs<'w, f64>> {
+        let bias = self.bias.as_ref().map(|bias| bias.view());
+        inputs.in_precision(self.query.view(), self.key.view(), self.value.view(), bias)
+    }
+
+    /// Overwrites `out`.
+    pub(super) fn forward<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Saved> {
+        let (wide, saved) = self.poincare.forward_train(&self.inputs(inputs)?)?;
+        out.zip_mut_with(&wide, |out, &wide| *out = F::of(wide));
+        Ok(saved)
+    }
+
+    pub(super) fn weights<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        Ok(self.poincare.weights(&self.inputs(inputs)?)?.mapv(F::of))
+    }
+
+    pub(super) fn backward<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        saved: &Saved,
+        grad_out: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let grad_out = grad_out.mapv(Float::as_f64);
+        let wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
+        add(grads.query, &wide.query);
+        add(grads.key, &wide.key);
+        add(grads.value, &wide.value);
+        if let Some(bias) = &wide.bias {
+            add(grads.bias, bias);
+        }
+        for (grad, wide) in grads.params.iter_mut().zip(&wide.params) {
+            add(Some(grad.view_mut()), wide);
+        }
+        Ok(())
+    }
+}
+
+fn add<F: Float, D: Dimension>(grad: Option<ArrayViewMut<'_, F, D>>, wide: &Array<f64, D>) {
+    if let Some(mut grad) = grad {
+        grad.zip_mut_with(wide, |grad, &wide| *grad += F::of(wide));
+    }
+}
