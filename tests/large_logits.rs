@@ -192,6 +192,31 @@ fn a_projected_mean_under_a_bias_has_its_gradients() -> Result<()> {
 }
 
 #[test]
+fn hyperbolic_weights_under_a_bias_are_equal_weights() -> Result<()> {
+    common::hold_simd();
+    // In f32 the distances are rounded away beside −1e9; at a temperature of 1e20 they do not count.
+    for num_queries in [3, 40] {
+        let [query, key, value] = [(num_queries, 1), (40, 2), (40, 3)]
+            .map(|(rows, seed)| matrix::<f32>(rows, 4, seed).mapv(|x| 0.4 * x));
+        let bias = Array2::from_elem((num_queries, 40), -1e9f32);
+        let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
+        let ones = Array2::from_elem((num_queries, 4), 1f32);
+        let run = |temperature: f64, inputs: &Inputs<'_, f32>| -> Result<[Array2<f32>; 2]> {
+            let poincare = PoincareConfig::new().temperature(temperature).init::<f32>()?;
+            let (out, saved) = poincare.forward_train(inputs)?;
+            Ok([out, poincare.backward(inputs, &saved, ones.view())?.value])
+        };
+        let expected = run(1e20, &inputs)?;
+        let actual = run(1.0, &inputs.with_bias(bias.view())?)?;
+        for (actual, expected) in actual.iter().zip(&expected) {
+            let size = expected.iter().fold(0.0, |size: f32, x| size.max(x.abs()));
+            assert!((actual - expected).iter().all(|error| error.abs() < 1e-5 * size));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
     common::hold_simd();
     fn check<F: Float>() -> Result<()> {

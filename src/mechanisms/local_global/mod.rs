@@ -39,7 +39,7 @@ const NAME: &str = "local_global";
 /// each once, less what mask, causal pattern and bias hide. The answer is that of [`Flash`] under the
 /// equivalent mask, but neither the mask nor a list of the pairs is ever made: the pairs are cut into
 /// dense blocks (the window, for each run of queries the global keys beyond it, and global queries with
-/// all keys), which go through the tiles of [`Flash`] and are merged by their log-sum-exp.
+/// all keys), which go through the tiles of [`Flash`] and are merged as [`Partial`](crate::Partial)s are.
 ///
 /// * **Positions.** Query i stands at key i, or with [`Causal::BottomRight`](crate::Causal) at key
 ///   i + num_keys − num_queries; so windows and globals are also defined where there are not as many
@@ -72,7 +72,7 @@ const NAME: &str = "local_global";
 /// # By layer
 ///
 /// ```text
-/// union:  one softmax over both kinds, by log-sum-exp:  o = (e^{L₀} o_local + e^{L₁} o_global) / (e^{L₀} + e^{L₁})
+/// union:  one softmax over both kinds, put together by `Partial`:  o = (e^{L₀} o_local + e^{L₁} o_global) / (e^{L₀} + e^{L₁})
 /// gate:   o = a o_local + (1 − a) o_global,             a = σ(w · q_i + b) for each head
 /// ```
 ///
