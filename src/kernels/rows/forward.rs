@@ -178,12 +178,19 @@ fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
 /// Replaces logits by e^{logit − shift} and returns their sum. Whole vectors.
 #[inline(always)]
 fn exponentials<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
+    /// Vectors that are summed from zero: small terms one by one would be lost beside a large one.
+    const VECTORS_OF_SUM: usize = 8;
+    let len = Vector::<S, F>::LEN;
     let shift = Vector::<S, F>::splat(simd, shift);
     let mut sum = Vector::<S, F>::splat(simd, F::zero());
-    for logits in logits.chunks_exact_mut(Vector::<S, F>::LEN) {
-        let weights = exp::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) - shift);
-        sum += weights;
-        weights.store_slice(logits);
+    for logits in logits.chunks_mut(VECTORS_OF_SUM * len) {
+        let mut of_block = Vector::<S, F>::splat(simd, F::zero());
+        for logits in logits.chunks_exact_mut(len) {
+            let weights = exp::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) - shift);
+            of_block += weights;
+            weights.store_slice(logits);
+        }
+        sum += of_block;
     }
     sum.reduce_sum()
 }
