@@ -3,10 +3,12 @@
 
 mod common;
 
-use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, concatenate, s};
+use graph_attention::ndarray::{
+    Array1, Array2, ArrayView1, ArrayView2, Axis, array, concatenate, s,
+};
 use graph_attention::{
-    Attention, EdgeGatConfig, EdgeRope, Flash, Float, Graph, GraphRopeConfig, Inputs, Layout,
-    LocalGlobal, MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig, Result,
+    Attention, EdgeGatConfig, EdgeRope, Features, Flash, Float, Graph, GraphRopeConfig, Inputs,
+    Layout, LocalGlobal, MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig, Result,
     ScaledDotProduct, Score, Window, params,
 };
 use rand::SeedableRng;
@@ -376,6 +378,58 @@ fn rows_of_millions() -> Result<()> {
         let out = Flash::new().forward(&inputs)?[[0, 0]];
         assert!((out - 0.5).abs() < 5e-7, "{out}");
     }
+    Ok(())
+}
+
+/// Where all weights are the same the output is the mean of what is summed, however it is summed.
+#[test]
+fn long_sums_of_all_kinds_are_exact() -> Result<()> {
+    common::hold_simd();
+    let num_keys = 40_000;
+    let positive = |columns, seed| matrix::<f32>(num_keys, columns, seed).mapv(|x| x + 1.1);
+    let check = |name: &str, out: ArrayView1<'_, f32>, terms: &Array2<f32>| {
+        let mean = terms.mapv(f64::from).mean_axis(Axis(0)).expect("it has rows");
+        for (&out, mean) in out.iter().zip(mean) {
+            let error = f64::from(out) / mean - 1.0;
+            assert!(error.abs() < 1e-6, "{name}: {error:e}");
+        }
+    };
+    let (query, value) = (positive(4, 1), positive(3, 2));
+    let key = Array2::from_shape_fn((num_keys, 4), |(_, c)| [0.3f32, -0.7, 0.2, 0.9][c]);
+    let (q, k, v) = (query.view(), key.view(), value.view());
+    let features =
+        [Features::Positive, Features::Hyperbolic, Features::Relu { epsilon: 1e-3 }, Features::Elu];
+    for features in features {
+        let num_features = if features == Features::Elu { 4 } else { 16 };
+        let performer = PerformerConfig::new(4, num_features).features(features).init(&mut rng())?;
+        let dense = Inputs::dense(q.slice(s![..2, ..]), k, v)?;
+        check("all keys", performer.forward(&dense)?.row(0), &value);
+        let causal = Inputs::dense(q, k, v)?.causal();
+        check("causal", performer.forward(&causal)?.row(num_keys - 1), &value);
+        // The gradient of a value is a sum over the queries.
+        let inputs = Inputs::dense(k, q.slice(s![..1, ..]), v.slice(s![..1, ..]))?;
+        let (_, saved) = performer.forward_train(&inputs)?;
+        let grad_value = performer.backward(&inputs, &saved, v)?.value;
+        check("gradient", grad_value.row(0).mapv(|x| x / num_keys as f32).view(), &value);
+    }
+
+    // Features of edges in the values of a graph attention network.
+    let graph = Graph::from_edges(1, num_keys, (0..num_keys).map(|key| (0, key)))?;
+    let edge_features = positive(3, 3);
+    let mut gat = EdgeGatConfig::new(Score::DotProduct, 4, 3, 1)
+        .edge_dim(3)
+        .bias(false)
+        .residual(false)
+        .init::<f32>(&mut rng())?;
+    gat.visit_params_mut(&mut |name, mut param| {
+        param.fill(0.0);
+        if name == "lin_edge.weight" {
+            param.indexed_iter_mut().for_each(|(at, x)| *x = f32::from(at[0] == at[1]));
+        }
+    });
+    let inputs = Inputs::graph(q.slice(s![..1, ..]), k, k, &graph)?;
+    let inputs = inputs.with_edge_features(edge_features.view())?;
+    check("edge features", gat.forward(&inputs)?.row(0), &edge_features);
     Ok(())
 }
 

@@ -53,6 +53,7 @@ macro_rules! without_sse2 {
 
 pub(crate) mod asinh;
 mod buffer;
+mod compensated;
 pub(crate) mod dense;
 pub(crate) mod edges;
 pub(crate) mod exp;

@@ -2,6 +2,7 @@ use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
+use crate::kernels::compensated;
 use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
     Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_width, splat, store,
@@ -18,8 +19,7 @@ use std::ops::Range;
 /// not rescaled, and rounded, by each.
 pub(in super::super) const SLACK: f64 = 4.0;
 
-/// After so many tiles sums go to a total with compensation (Kahan 1965), so that their error does not
-/// grow with the number of keys.
+/// After so many tiles sums go to a total with compensation.
 const TILES_OF_SUM: usize = 32;
 
 /// Buffers of a forward pass over one block after the other.
@@ -53,8 +53,6 @@ impl<F: Float> Totals<F> {
         simd.vectorize(
             #[inline(always)]
             || {
-                let len = Vector::<S, F>::LEN;
-                let zero = Vector::<S, F>::splat(simd, F::zero());
                 if self.totals.is_empty() {
                     self.totals.resize(sums.len(), F::zero());
                     self.lacks.resize(sums.len(), F::zero());
@@ -63,19 +61,10 @@ impl<F: Float> Totals<F> {
                     self.totals.chunks_exact_mut(width).zip(self.lacks.chunks_exact_mut(width)),
                 );
                 for (sums, (totals, lacks)) in rows {
-                    for at in (0..width).step_by(len) {
-                        let load =
-                            |data: &[F]| Vector::<S, F>::from_slice(simd, &data[at..][..len]);
-                        let alpha = load(&self.alphas);
-                        let sum = alpha.mul_add(load(lacks), load(sums));
-                        let total = alpha * load(totals);
-                        let new = total + sum;
-                        let lack = sum - (new - total);
-                        // Of infinities nothing is lacking.
-                        let lack = lack.simd_eq(lack).select(lack, zero);
-                        new.store_slice(&mut totals[at..at + len]);
-                        lack.store_slice(&mut lacks[at..at + len]);
-                        zero.store_slice(&mut sums[at..at + len]);
+                    let lanes = totals.iter_mut().zip(lacks).zip(&self.alphas);
+                    for (sum, ((total, lack), &alpha)) in sums.iter_mut().zip(lanes) {
+                        compensated::add(total, lack, alpha, *sum);
+                        *sum = F::zero();
                     }
                 }
                 self.alphas.fill(F::one());

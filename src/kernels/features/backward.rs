@@ -2,8 +2,8 @@
 
 use super::chunk::{CHUNK, Chunk};
 use super::forward::{PARTS, QuotientGradients, pack_values, value_stride};
-use super::products::{add_scaled, add_transposed_product, product, transposed};
-use super::{FeatureProblem, FeatureUpstream, KeySums, Map};
+use super::products::{add_scaled, product, transposed, transposed_product};
+use super::{FeatureProblem, FeatureUpstream, KeySums, Map, SumsOfChunk};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::kernels::matmul::{Left, Target, panel_width};
@@ -101,7 +101,8 @@ impl<F: Float> InputsVjp<F> {
             }
             let Self { rows, grad_weight, .. } = self;
             if !grad_weight.is_empty() {
-                add_transposed_product(simd, chunk.len, left, (rows, stride), grad_weight);
+                let right = (&rows[..], stride);
+                transposed_product(simd, chunk.len, left, right, Target::Add, grad_weight);
             }
             product(
                 simd,
@@ -139,8 +140,7 @@ struct Sums<F> {
 impl<F: Float> Sums<F> {
     fn add(&mut self, other: &Self) {
         for (sums, other) in self.keys.iter_mut().zip(&other.keys) {
-            add_scaled(&mut sums.sums, F::one(), &other.sums);
-            add_scaled(&mut sums.totals, F::one(), &other.totals);
+            sums.add(other, F::one());
         }
         add_scaled(&mut self.projection, F::one(), &other.projection);
     }
@@ -215,8 +215,9 @@ fn query_part<S: Simd, F: Float>(
     let mut inputs_vjp = InputsVjp::new(simd, problem);
     let mut grad_features = Vec::new();
     let mut transposed_sums = Vec::new();
+    let mut of_chunk = SumsOfChunk::default();
     for kv_head in 0..problem.kv_heads {
-        let KeySums { shifts, totals, sums, stride } = &sums[kv_head];
+        let KeySums { shifts, totals, sums, stride, .. } = &sums[kv_head];
         transposed(sums, *stride, chunk.stride, &mut transposed_sums);
         let mut quotients = QuotientGradients::new(*stride);
         let of_sums = &mut of_task.keys[kv_head];
@@ -228,11 +229,7 @@ fn query_part<S: Simd, F: Float>(
                 let range = first..first + rows.len();
                 quotients.load(upstream, range, head, problem.value_dim, |_| true);
                 let QuotientGradients { numerators, denominators, .. } = &quotients;
-                let KeySums { totals: grad_totals, sums: grad_sums, .. } = &mut *of_sums;
-                let right = (&numerators[..], *stride);
-                add_transposed_product(simd, chunk.len, chunk.left(), right, grad_sums);
-                let grads_of_rows = (0..chunk.len).zip(denominators);
-                grads_of_rows.for_each(|(at, &g)| add_scaled(grad_totals, g, chunk.row(at)));
+                of_sums.add_chunk(simd, &chunk, Some(denominators), numerators, &mut of_chunk);
 
                 grad_features.resize(rows.len() * chunk.stride, F::zero());
                 let right = (&transposed_sums[..], chunk.stride);

@@ -13,9 +13,9 @@
 
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
-use super::forward::{QuotientGradients, add_chunk, pack_values, value_stride, write_quotient};
-use super::products::{add_scaled, add_transposed_product, product, transposed};
-use super::{FeatureProblem, FeatureUpstream, KeySums};
+use super::forward::{QuotientGradients, pack_values, value_stride, write_quotient};
+use super::products::{add_scaled, product, transposed, transposed_product};
+use super::{FeatureProblem, FeatureUpstream, KeySums, SumsOfChunk};
 use crate::error::Result;
 use crate::float::Float;
 use crate::kernels::heads::unrolled_dot;
@@ -166,6 +166,7 @@ fn forward_head<S: Simd, F: Float>(
     let (mut values, mut numerators, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
     let mut transposed_keys = Vec::new();
     let mut factors = Factors::default();
+    let mut of_chunk = SumsOfChunk::default();
     let mut of_sums = Vec::new();
     for step in &steps(problem, num_queries) {
         let keys = &problem.keys[step.keys.clone()];
@@ -181,7 +182,7 @@ fn forward_head<S: Simd, F: Float>(
             numerators.resize(rows * stride, F::zero());
             of_sums.clear();
             of_sums.resize(rows, F::zero());
-            step.take_sums(simd, &mut query, &sums, &mut factors);
+            step.take_sums(simd, &mut query, &sums.shifts, &mut factors);
             if step.has_sums() {
                 product(
                     simd,
@@ -221,7 +222,7 @@ fn forward_head<S: Simd, F: Float>(
             }
         }
         key.key_features(simd, &mut sums);
-        add_chunk(simd, &key, &values, &mut sums);
+        sums.add_chunk(simd, &key, None, &values, &mut of_chunk);
     }
 }
 
@@ -232,12 +233,12 @@ impl Step {
         &self,
         simd: S,
         query: &mut Chunk<F>,
-        sums: &KeySums<F>,
+        shifts: &[F],
         factors: &mut Factors<F>,
     ) {
         factors.of_sums.clear();
         if self.has_sums() {
-            query.query_features(simd, &sums.shifts);
+            query.query_features(simd, shifts);
             factors.of_sums.extend_from_slice(&query.shifts[..query.len]);
         } else {
             factors.of_sums.resize(query.len, F::neg_infinity());
@@ -312,10 +313,8 @@ impl<F: Float> Head<'_, '_, '_, F> {
             key.features_vjp(simd, &step_of_keys.grad_features);
             lower(&mut grad_sums, &shifts[at]);
             if !step.queries.is_empty() {
-                own.run(simd, self, step, &shifts[at], &mut key, &mut step_of_keys);
+                own.run(simd, self, step, &mut grad_sums, &mut key, &mut step_of_keys);
                 key.features_vjp(simd, &own.grad_features);
-                add_scaled(&mut grad_sums.totals, F::one(), &own.sums.totals);
-                add_scaled(&mut grad_sums.sums, F::one(), &own.sums.sums);
             }
             let rows = step.keys.clone();
             step_of_keys.store(problem, 0, &mut grad_value.slice_mut(s![rows, ..]));
@@ -343,6 +342,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         let (mut values, mut grad_features, mut grad_pairs) = (Vec::new(), Vec::new(), Vec::new());
         let (mut transposed_sums, mut transposed_values) = (Vec::new(), Vec::new());
         let mut factors = Factors::default();
+        let mut of_chunk = SumsOfChunk::default();
         let mut shifts = vec![sums.shifts.clone()];
         for step in steps {
             let keys = &problem.keys[step.keys.clone()];
@@ -358,7 +358,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
                 query.load(simd, rows, |at| problem.query(step.queries.start + at, head));
                 let queries = step.queries.clone();
                 quotients.load(self.upstream, queries, head, problem.value_dim, is_summed);
-                step.take_sums(simd, &mut query, &sums, &mut factors);
+                step.take_sums(simd, &mut query, &sums.shifts, &mut factors);
                 // The part of the sums, nᵢ = αᵢ φᵢ S; its factor comes from the other part.
                 let of_sums = query.features.clone();
                 query.own_features(simd, true);
@@ -396,7 +396,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
                 });
             }
             key.key_features(simd, &mut sums);
-            add_chunk(simd, &key, &values, &mut sums);
+            sums.add_chunk(simd, &key, None, &values, &mut of_chunk);
             shifts.push(sums.shifts.clone());
         }
         shifts
@@ -429,7 +429,7 @@ struct OwnPairs<F> {
     query: Chunk<F>,
     quotients: QuotientGradients<F>,
     factors: Factors<F>,
-    sums: KeySums<F>,
+    of_chunk: SumsOfChunk<F>,
     /// Of the keys, relative to the largest of each.
     grad_features: Vec<F>,
     pairs: Vec<F>,
@@ -446,7 +446,7 @@ impl<F: Float> OwnPairs<F> {
             query: Chunk::new(simd, problem),
             quotients: QuotientGradients::new(stride),
             factors: Factors::default(),
-            sums: KeySums::zeros(problem.num_features(), stride),
+            of_chunk: SumsOfChunk::default(),
             grad_features: Vec::new(),
             pairs: Vec::new(),
             grad_pairs: Vec::new(),
@@ -455,36 +455,34 @@ impl<F: Float> OwnPairs<F> {
         }
     }
 
-    /// `shifts` are those of the sums before the step. Leaves the keys' own features in `key`.
+    /// Adds to the gradients of the sums before the step, which are relative to what those sums are. Leaves
+    /// the keys' own features in `key`.
     #[inline(always)]
     fn run<S: Simd>(
         &mut self,
         simd: S,
         head: &Head<'_, '_, '_, F>,
         step: &Step,
-        shifts: &[F],
+        grad_sums: &mut KeySums<F>,
         key: &mut Chunk<F>,
         step_of_keys: &mut KeyStep<F>,
     ) {
         let Head { problem, kv_head, .. } = *head;
-        let Self { query, quotients, factors, sums, .. } = self;
-        let stride = sums.stride;
-        sums.totals.fill(F::zero());
-        sums.sums.fill(F::zero());
+        let Self { query, quotients, factors, of_chunk, .. } = self;
+        let stride = grad_sums.stride;
         key.own_features(simd, false);
         self.grad_features.clear();
         self.grad_features.resize(key.len * key.stride, F::zero());
         let padded = step.padded_keys::<S, F>(simd);
         transposed(key.rows(), key.stride, padded, &mut self.transposed_keys);
         transposed(&step_of_keys.values, stride, padded, &mut self.transposed_values);
-        let before = KeySums::without_sums(shifts);
         for head_of_query in problem.group(kv_head) {
             let rows = step.queries.len();
             let is_summed = |at: usize| (head.is_summed)(step.queries.start + at, head_of_query);
             query.load(simd, rows, |at| problem.query(step.queries.start + at, head_of_query));
             let queries = step.queries.clone();
             quotients.load(head.upstream, queries, head_of_query, problem.value_dim, is_summed);
-            step.take_sums(simd, query, &before, factors);
+            step.take_sums(simd, query, &grad_sums.shifts, factors);
             let of_sums = query.features.clone();
             query.own_features(simd, true);
             factors.load(simd, step.limits(problem), query, key, is_summed);
@@ -497,12 +495,13 @@ impl<F: Float> OwnPairs<F> {
             // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
             let left = Left { data: &self.pairs, stride: padded, len: key.len };
             let right = (&quotients.numerators[..], stride);
-            add_transposed_product(simd, rows, left, right, &mut step_of_keys.grad_values);
+            let grad_values = &mut step_of_keys.grad_values;
+            transposed_product(simd, rows, left, right, Target::Add, grad_values);
             let right = (&self.transposed_values[..], padded);
             let left = head.grad_pairs(simd, quotients, factors, right, &mut self.grad_pairs);
             let left = Left { len: key.len, ..left };
             let right = (query.rows(), query.stride);
-            add_transposed_product(simd, rows, left, right, &mut self.grad_features);
+            transposed_product(simd, rows, left, right, Target::Add, &mut self.grad_features);
             if step.has_sums() {
                 query.features.copy_from_slice(&of_sums);
                 clear(query, is_summed);
@@ -510,10 +509,8 @@ impl<F: Float> OwnPairs<F> {
                     let row = &mut query.features[at * query.stride..][..query.stride];
                     row.iter_mut().for_each(|feature| *feature *= factor);
                 }
-                let right = (&quotients.numerators[..], stride);
-                add_transposed_product(simd, rows, query.left(), right, &mut sums.sums);
-                let rows = (0..rows).zip(&quotients.denominators);
-                rows.for_each(|(at, &g)| add_scaled(&mut sums.totals, g, query.row(at)));
+                let QuotientGradients { numerators, denominators, .. } = &*quotients;
+                grad_sums.add_chunk(simd, query, Some(denominators), numerators, of_chunk);
             }
         }
     }
@@ -533,10 +530,7 @@ fn lower<F: Float>(grads: &mut KeySums<F>, shifts: &[F]) {
         grads.shifts[feature] = shift;
         // The first have none yet, and are zeros.
         if old > shift {
-            let factor = (shift - old).exp2();
-            grads.totals[feature] *= factor;
-            let row = &mut grads.sums[feature * grads.stride..][..grads.stride];
-            row.iter_mut().for_each(|grad| *grad *= factor);
+            grads.rescale(feature, (shift - old).exp2());
         }
     }
 }

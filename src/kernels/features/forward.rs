@@ -1,8 +1,8 @@
 //! The forward pass: the sums of the keys, then the queries.
 
 use super::chunk::{CHUNK, Chunk};
-use super::products::{add_scaled, add_transposed_product, product};
-use super::{FeatureProblem, KeySums};
+use super::products::product;
+use super::{FeatureProblem, KeySums, SumsOfChunk};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::heads::unrolled_dot;
@@ -71,26 +71,13 @@ pub(super) fn add_keys<S: Simd, F: Float>(
     chunk: &mut Chunk<F>,
     sums: &mut KeySums<F>,
 ) {
-    let mut values = Vec::new();
+    let (mut values, mut of_chunk) = (Vec::new(), SumsOfChunk::default());
     for keys in keys.chunks(CHUNK) {
         chunk.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
         chunk.key_features(simd, sums);
         pack_values(problem, keys, kv_head, sums.stride, &mut values);
-        add_chunk(simd, chunk, &values, sums);
+        sums.add_chunk(simd, chunk, None, &values, &mut of_chunk);
     }
-}
-
-/// Adds a chunk of features of keys to their sums.
-#[inline(always)]
-pub(super) fn add_chunk<S: Simd, F: Float>(
-    simd: S,
-    chunk: &Chunk<F>,
-    values: &[F],
-    sums: &mut KeySums<F>,
-) {
-    let KeySums { totals, sums, stride, .. } = sums;
-    add_transposed_product(simd, chunk.len, chunk.left(), (values, *stride), sums);
-    (0..chunk.len).for_each(|at| add_scaled(totals, F::one(), chunk.row(at)));
 }
 
 /// Overwrites `out`, and the denominators: num_queries × heads.

@@ -21,10 +21,16 @@ pub(super) use backward::backward;
 pub(super) use causal::{backward as causal_backward, forward as causal_forward};
 pub(super) use forward::{forward, sum_keys};
 
+use super::compensated;
+use super::matmul::{ROWS_OF_SUM, Target};
+use super::parallel::ranges;
 use super::problem::Rows;
 use crate::float::Float;
 use crate::inputs::{Inputs, head_columns};
+use chunk::Chunk;
+use fearless_simd::Simd;
 use ndarray::{Array2, ArrayView2};
+use products::{add_scaled, transposed_product};
 
 /// How features are made of E = W x, and h = scale |x|².
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -119,7 +125,7 @@ impl<F: Float> FeatureProblem<'_, F> {
     }
 }
 
-/// Σⱼ φ(kⱼ) vⱼᵀ and Σⱼ φ(kⱼ) of a head, times 2^{−shift} of each feature.
+/// Σⱼ φ(kⱼ) vⱼᵀ and Σⱼ φ(kⱼ) of a head, times 2^{−shift} of each feature. With compensation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KeySums<F> {
     /// The largest exponents, one for each feature; −∞ where there are no keys.
@@ -130,6 +136,18 @@ pub struct KeySums<F> {
     pub(crate) sums: Vec<F>,
     /// Length of a row of them.
     pub(crate) stride: usize,
+    /// What rounding has taken from the totals, and from the sums.
+    lacks: [Vec<F>; 2],
+}
+
+/// The sums over a chunk of rows of (features times a weight) and (features ⊗ row of a right factor):
+/// features, and features × padded columns.
+#[derive(Debug, Default)]
+struct SumsOfChunk<F> {
+    totals: Vec<F>,
+    sums: Vec<F>,
+    /// Of a few rows, from zero: all rows one by one would lose more of each.
+    of_rows: Vec<F>,
 }
 
 impl<F: Float> KeySums<F> {
@@ -139,6 +157,7 @@ impl<F: Float> KeySums<F> {
             totals: vec![F::zero(); features],
             sums: vec![F::zero(); features * stride],
             stride,
+            lacks: [1, stride].map(|columns| vec![F::zero(); features * columns]),
         }
     }
 
@@ -152,10 +171,18 @@ impl<F: Float> KeySums<F> {
         let old = self.shifts[feature];
         if shift > old {
             self.shifts[feature] = shift;
-            let factor = (old - shift).exp2();
-            self.totals[feature] *= factor;
-            let row = &mut self.sums[feature * self.stride..][..self.stride];
-            row.iter_mut().for_each(|sum| *sum *= factor);
+            self.rescale(feature, (old - shift).exp2());
+        }
+    }
+
+    /// Multiplies the sums of a feature.
+    fn rescale(&mut self, feature: usize, factor: F) {
+        let row = feature * self.stride..(feature + 1) * self.stride;
+        let [of_totals, of_sums] = &mut self.lacks;
+        self.totals[feature] *= factor;
+        of_totals[feature] *= factor;
+        for sums in [&mut self.sums, of_sums] {
+            sums[row.clone()].iter_mut().for_each(|sum| *sum *= factor);
         }
     }
 
@@ -166,12 +193,57 @@ impl<F: Float> KeySums<F> {
             let shift = other.shifts[feature] - self.shifts[feature];
             // Not the difference of infinities of two sums over nothing.
             let factor = if shift < F::zero() { sign * shift.exp2() } else { sign };
-            self.totals[feature] += factor * total;
+            let [of_totals, of_sums] = &mut self.lacks;
+            let (sum, lack) = (&mut self.totals[feature], &mut of_totals[feature]);
+            compensated::add(sum, lack, F::one(), factor * total);
             let row = feature * self.stride..(feature + 1) * self.stride;
-            for (sum, &other) in self.sums[row.clone()].iter_mut().zip(&other.sums[row]) {
-                *sum += factor * other;
+            let sums = self.sums[row.clone()].iter_mut().zip(&mut of_sums[row.clone()]);
+            for ((sum, lack), &other) in sums.zip(&other.sums[row]) {
+                compensated::add(sum, lack, F::one(), factor * other);
             }
         }
+    }
+
+    /// Adds Σ φ rᵀ and Σ w φ over the rows of a chunk, relative to the same shifts: r are the rows of
+    /// `right`, and the weights w are 1 if none are given.
+    #[inline(never)]
+    fn add_chunk<S: Simd>(
+        &mut self,
+        simd: S,
+        chunk: &Chunk<F>,
+        weights: Option<&[F]>,
+        right: &[F],
+        of_chunk: &mut SumsOfChunk<F>,
+    ) {
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                let SumsOfChunk { totals, sums, of_rows } = of_chunk;
+                sums.resize(self.sums.len(), F::zero());
+                let right = (right, self.stride);
+                let target = Target::Overwrite;
+                transposed_product(simd, chunk.len, chunk.left(), right, target, sums);
+                totals.clear();
+                totals.resize(self.totals.len(), F::zero());
+                of_rows.resize(self.totals.len(), F::zero());
+                for rows in ranges(chunk.len, ROWS_OF_SUM) {
+                    of_rows.fill(F::zero());
+                    for at in rows {
+                        let weight = weights.map_or(F::one(), |weights| weights[at]);
+                        add_scaled(of_rows, weight, chunk.row(at));
+                    }
+                    add_scaled(totals, F::one(), of_rows);
+                }
+                let [of_totals, of_sums] = &mut self.lacks;
+                for (all, lacks, terms) in
+                    [(&mut self.totals, of_totals, totals), (&mut self.sums, of_sums, sums)]
+                {
+                    for ((sum, lack), &mut term) in all.iter_mut().zip(lacks).zip(terms) {
+                        compensated::add(sum, lack, F::one(), term);
+                    }
+                }
+            },
+        );
     }
 }
 

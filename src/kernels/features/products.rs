@@ -18,18 +18,19 @@ pub(super) fn product<S: Simd, F: Float>(
     rows_times(simd, rows, left, Matrix { data: right, stride }, target, out);
 }
 
-/// out += leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
+/// leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
 #[inline(always)]
-pub(super) fn add_transposed_product<S: Simd, F: Float>(
+pub(super) fn transposed_product<S: Simd, F: Float>(
     simd: S,
     rows: usize,
     left: Left<'_, F>,
     (right, stride): (&[F], usize),
+    target: Target<'_, F>,
     out: &mut [F],
 ) {
     let left = Left { data: &left.data[..rows * left.stride], ..left };
     let right = Matrix { data: &right[..rows * stride], stride };
-    columns_times(simd, left, right, Target::Add, Out { data: out, stride, columns: stride });
+    columns_times(simd, left, right, target, Out { data: out, stride, columns: stride });
 }
 
 /// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there

@@ -1,5 +1,6 @@
 //! The forward pass.
 
+use super::super::compensated;
 use super::super::dense::SLACK;
 use super::super::exp::exp;
 use super::super::heads::Columns;
@@ -145,8 +146,7 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
 }
 
 /// sums ← α · sums + those of a tile, for heads of `dim` columns and then one number for each head. With
-/// compensation (Kahan 1965): `lacks` is what the sums lack of rounding, so that their error does not grow
-/// with the number of tiles.
+/// compensation.
 #[inline(never)]
 fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[F], dim: usize) {
     let heads = alphas.len();
@@ -154,13 +154,7 @@ fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[
     let alpha = (0..columns.len()).map(|column| alphas[column / dim]).chain(alphas.iter().copied());
     let of_tile = columns.iter().chain(rest);
     for (((sum, lack), &of_tile), alpha) in sums.iter_mut().zip(lacks).zip(of_tile).zip(alpha) {
-        let (before, added) = (*sum * alpha, of_tile + *lack * alpha);
-        *sum = before + added;
-        *lack = added - (*sum - before);
-        // Of infinities nothing is lacking.
-        if lack.is_nan() {
-            *lack = F::zero();
-        }
+        compensated::add(sum, lack, alpha, of_tile);
     }
 }
 

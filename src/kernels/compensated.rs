@@ -1,0 +1,13 @@
+//! Sums with compensation (Kahan 1965): their error does not grow with the number of terms.
+
+use crate::float::Float;
+
+/// sum ← factor · sum + term. `lack` is what rounding has taken from the sum.
+#[inline(always)]
+pub(super) fn add<F: Float>(sum: &mut F, lack: &mut F, factor: F, term: F) {
+    let (before, added) = (*sum * factor, term + *lack * factor);
+    *sum = before + added;
+    let new_lack = added - (*sum - before);
+    // Of infinities nothing is lacking.
+    *lack = if new_lack.is_nan() { F::zero() } else { new_lack };
+}
