@@ -11,13 +11,15 @@ const WORTH_SHARING: usize = 4_000_000;
 /// Runs a task for each part. Each writes to places of its own, so neither their order nor the
 /// number of threads changes a bit of the result.
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Send + Sync) {
+    // The kernels are compiled into `run`: called in two places it would be compiled twice.
+    let run: &(dyn Fn(T) + Send + Sync) = &run;
     #[cfg(feature = "parallel")]
     if work >= WORTH_SHARING && parts.len() > 1 {
         use std::sync::{Mutex, PoisonError};
         let parts: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
         return for_each_index(parts.len(), &|index| {
             let part = parts[index].lock().unwrap_or_else(PoisonError::into_inner).take();
-            part.into_iter().for_each(&run);
+            part.into_iter().for_each(run);
         });
     }
     let _ = work;

@@ -201,6 +201,8 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     run: impl Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send,
     merge: impl Fn([ArrayViewMut1<'_, F>; N], [ArrayView2<'_, F>; N]),
 ) {
+    // Compiled once, as in `parallel::for_each`.
+    let run: &(dyn Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send) = &run;
     if let [part] = parts
         && !part.is_segment
     {
