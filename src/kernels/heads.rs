@@ -7,10 +7,10 @@
 //! head may lie elsewhere in the others than in the own, since heads of queries may share those of
 //! keys.
 
-use super::matmul::{ROWS_OF_SUM, Vector};
+use super::matmul::{ROWS_OF_SUM, Vector, vector_len};
 use super::problem::Slices;
 use crate::float::Float;
-use fearless_simd::{Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// Σ aᵢ bᵢ over the common length, without SIMD.
 #[inline]
@@ -52,6 +52,7 @@ struct Start {
 /// The columns of heads in own and other rows.
 #[derive(Clone, Debug)]
 pub(crate) struct Columns<F> {
+    level: Level,
     /// Columns of a head.
     dim: usize,
     /// The vectors of columns of all heads: by fours where they follow each other in both rows.
@@ -65,9 +66,8 @@ pub(crate) struct Columns<F> {
 
 impl<F: Float> Columns<F> {
     /// `starts(head)` are a head's first columns in own and other rows.
-    #[inline(always)]
-    pub(crate) fn new<S: Simd>(
-        _: S,
+    pub(crate) fn new(
+        level: Level,
         heads: usize,
         dim: usize,
         starts: impl Fn(usize) -> [usize; 2],
@@ -76,12 +76,11 @@ impl<F: Float> Columns<F> {
             let [own, other] = starts(head);
             Start { head, own, other, is_first: true }
         });
-        Self::of_vectors(Vector::<S, F>::LEN, dim, starts.collect())
+        Self::of_vectors(level, dim, starts.collect())
     }
 
-    /// For vectors of so many numbers: compiled once, not for each instruction set.
-    #[inline(never)]
-    fn of_vectors(len: usize, dim: usize, heads: Vec<Start>) -> Self {
+    fn of_vectors(level: Level, dim: usize, heads: Vec<Start>) -> Self {
+        let len = vector_len::<F>(level);
         let skip = |start: &Start, columns: usize| Start {
             own: start.own + columns,
             other: start.other + columns,
@@ -109,7 +108,7 @@ impl<F: Float> Columns<F> {
             }
         }
         let scratch = vec![F::zero(); heads.len() * len * len];
-        Self { dim, fours, ones, rest, scratch }
+        Self { level, dim, fours, ones, rest, scratch }
     }
 
     /// out[h · stride + t] = own · row t in the columns of head h. Overwrites up to a whole vector of
@@ -118,34 +117,20 @@ impl<F: Float> Columns<F> {
     /// The products of as many rows as a vector has lanes are kept as vectors, and folded together into
     /// one vector of sums: a quarter of the shuffles that one row at a time takes.
     #[inline(never)]
-    pub(crate) fn dots<S: Simd>(
-        &mut self,
-        simd: S,
-        own: &[F],
-        rows: Gather<'_, F>,
-        out: &mut [F],
-        stride: usize,
-    ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.sums::<S, false>(simd, own, rows, out, stride),
-        );
+    pub(crate) fn dots(&mut self, own: &[F], rows: Gather<'_, F>, out: &mut [F], stride: usize) {
+        dispatch!(self.level, simd => self.sums::<_, false>(simd, own, rows, out, stride));
     }
 
     /// |own − row t|² in place of the products of [`dots`](Self::dots), from the differences.
     #[inline(never)]
-    pub(crate) fn squared_distances<S: Simd>(
+    pub(crate) fn squared_distances(
         &mut self,
-        simd: S,
         own: &[F],
         rows: Gather<'_, F>,
         out: &mut [F],
         stride: usize,
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.sums::<S, true>(simd, own, rows, out, stride),
-        );
+        dispatch!(self.level, simd => self.sums::<_, true>(simd, own, rows, out, stride));
     }
 
     #[inline(always)]
@@ -202,21 +187,12 @@ impl<F: Float> Columns<F> {
     ///
     /// The sum stays in registers over all rows, four vectors of it at a time.
     #[inline(never)]
-    pub(crate) fn add_weighted<S: Simd>(
-        &self,
-        simd: S,
-        sum: &mut [F],
-        weights: Weights<'_, F>,
-        rows: Gather<'_, F>,
-    ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.add_weighted_inline(simd, sum, weights, rows),
-        );
+    pub(crate) fn add_weighted(&self, sum: &mut [F], weights: Weights<'_, F>, rows: Gather<'_, F>) {
+        dispatch!(self.level, simd => self.weighted_sums(simd, sum, weights, rows));
     }
 
     #[inline(always)]
-    fn add_weighted_inline<S: Simd>(
+    fn weighted_sums<S: Simd>(
         &self,
         simd: S,
         sum: &mut [F],
@@ -437,30 +413,29 @@ mod tests {
     }
 
     /// `dots` and `add_weighted` against plain loops; `kv` heads of the other rows.
-    #[inline(always)]
-    fn check<S: Simd, F: Float>(simd: S, [heads, kv, dim, count]: [usize; 4]) {
+    fn check<F: Float>(level: Level, [heads, kv, dim, count]: [usize; 4]) {
         let [own_len, other_len] = [heads * dim, kv * dim];
         let kv_head = |head: usize| head * kv / heads;
-        let stride = count.next_multiple_of(Vector::<S, F>::LEN);
+        let stride = count.next_multiple_of(vector_len::<F>(level));
         let own: Vec<F> = entries(own_len, 1);
         let others: Vec<F> = entries(count * other_len, 2);
         let row = |t: usize| &others[t * other_len..][..other_len];
         let at: Vec<usize> = (0..count).collect();
         let gather = |data, columns| Gather { rows: Slices { data, columns }, at: &at };
 
-        let mut columns = Columns::new(simd, heads, dim, |head| [head * dim, kv_head(head) * dim]);
+        let mut columns = Columns::new(level, heads, dim, |head| [head * dim, kv_head(head) * dim]);
         // What a tile before left behind must not matter.
         columns.scratch.fill(F::nan());
         let mut products = vec![F::nan(); heads * stride];
-        columns.dots(simd, &own, gather(&others, other_len), &mut products, stride);
+        columns.dots(&own, gather(&others, other_len), &mut products, stride);
         columns.scratch.fill(F::nan());
         let mut squares = vec![F::nan(); heads * stride];
-        columns.squared_distances(simd, &own, gather(&others, other_len), &mut squares, stride);
+        columns.squared_distances(&own, gather(&others, other_len), &mut squares, stride);
         let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
         let mut sum: Vec<F> = entries(own_len, 5);
         let before = sum.clone();
         let all = Weights { factors: &factors, weights: &weights, stride };
-        columns.add_weighted(simd, &mut sum, all, gather(&others, other_len));
+        columns.add_weighted(&mut sum, all, gather(&others, other_len));
         for head in 0..heads {
             let other = |t: usize| &row(t)[kv_head(head) * dim..][..dim];
             for t in 0..count {
@@ -478,13 +453,13 @@ mod tests {
         }
 
         // The other way round several heads add to the same columns.
-        let columns = Columns::new(simd, heads, dim, |head| [kv_head(head) * dim, head * dim]);
+        let columns = Columns::new(level, heads, dim, |head| [kv_head(head) * dim, head * dim]);
         let others: Vec<F> = entries(count * own_len, 6);
         let row = |t: usize| &others[t * own_len..][..own_len];
         let mut sum = vec![F::zero(); other_len];
         let ones = vec![F::one(); heads];
         let all = Weights { factors: &ones, ..all };
-        columns.add_weighted(simd, &mut sum, all, gather(&others, own_len));
+        columns.add_weighted(&mut sum, all, gather(&others, own_len));
         for (kv_column, &sum) in sum.iter().enumerate() {
             let of_heads = (0..heads).filter(|&head| kv_head(head) == kv_column / dim);
             let terms = of_heads.flat_map(|head| {
@@ -512,10 +487,8 @@ mod tests {
                 for count in [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33] {
                     for [heads, kv] in [[1, 1], [4, 4], [5, 5], [6, 2]] {
                         let sizes = [heads, kv, dim, count];
-                        dispatch!(level, simd => {
-                            check::<_, f32>(simd, sizes);
-                            check::<_, f64>(simd, sizes);
-                        });
+                        check::<f32>(level, sizes);
+                        check::<f64>(level, sizes);
                     }
                 }
             }

@@ -11,7 +11,7 @@
 //! twelve multiply-adds would carry six of them.
 
 use crate::float::Float;
-use fearless_simd::{Simd, SimdBase, SimdFloat, SimdFloatElement};
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The widest vector of the CPU.
 pub(crate) type Vector<S, F> = <F as SimdFloatElement>::Native<S>;
@@ -25,6 +25,15 @@ const ROWS: usize = 6;
 /// So many rows of the factors of [`columns_times`] are summed from zero, and then added to those before:
 /// one sum over a tile, to which small terms are added one by one, would lose some of each.
 pub(crate) const ROWS_OF_SUM: usize = 16;
+
+/// Lanes of a vector.
+pub(crate) fn vector_len<F: Float>(level: Level) -> usize {
+    #[inline(always)]
+    fn len<S: Simd, F: Float>(_: S) -> usize {
+        Vector::<S, F>::LEN
+    }
+    dispatch!(level, simd => len::<_, F>(simd))
+}
 
 /// Columns of a panel.
 #[inline(always)]

@@ -77,7 +77,7 @@ pub(in super::super) fn backward<F: Float>(
             by_slot: [states.view_mut(), features],
             by_part: sums.view_mut(),
         },
-        |part, outputs| dispatch!(level, simd => pass.run(simd, part, outputs)),
+        |part, outputs| pass.run(level, part, outputs),
         add_up,
     );
     let sums = sums.sum_axis(Axis(0));
@@ -97,7 +97,7 @@ pub(in super::super) fn backward<F: Float>(
         &parts_of,
         softmax.work(),
         Outputs::by_row([key.view_mut(), value.view_mut()], &parts_of),
-        |part, outputs| dispatch!(level, simd => pass.run(simd, part, outputs)),
+        |part, outputs| pass.run(level, part, outputs),
         add_up,
     );
 
@@ -119,22 +119,21 @@ pub(in super::super) fn backward<F: Float>(
 
 /// dm = ds · a · LeakyReLU'(m) of the pairs of a tile, in place of LeakyReLU(m).
 #[inline(never)]
-fn activated_vjp<S: Simd, F: Float>(
-    simd: S,
+fn activated_vjp<F: Float>(
+    level: Level,
     problem: &EdgeProblem<'_, F>,
     activated: &mut Activated<F>,
     grads: &[F],
     stride: usize,
     count: usize,
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || activated_vjp_inline(simd, problem, activated, grads, stride, count),
-    );
+    dispatch!(level, simd => {
+        activated_vjp_in_vectors(simd, problem, activated, grads, stride, count);
+    });
 }
 
 #[inline(always)]
-fn activated_vjp_inline<S: Simd, F: Float>(
+fn activated_vjp_in_vectors<S: Simd, F: Float>(
     simd: S,
     problem: &EdgeProblem<'_, F>,
     activated: &mut Activated<F>,
@@ -170,11 +169,13 @@ fn activated_vjp_inline<S: Simd, F: Float>(
 }
 
 /// sum += Σ of the first rows.
-#[inline(always)]
-fn add_rows<F: Float>(sum: &mut [F], rows: &[F], count: usize) {
-    for row in rows.chunks_exact(sum.len().max(1)).take(count) {
-        sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value);
-    }
+#[inline(never)]
+fn add_rows<F: Float>(level: Level, sum: &mut [F], rows: &[F], count: usize) {
+    dispatch!(level, _simd => {
+        for row in rows.chunks_exact(sum.len().max(1)).take(count) {
+            sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += value);
+        }
+    });
 }
 
 /// The pass that knows everything of a query.
@@ -190,8 +191,7 @@ impl<F: Float> ByQuery<'_, F> {
     /// The rows of a part: overwrites the gradients of queries and the state of each pair (weights
     /// after dropout, then gradients of logits before the activation where that is a single one);
     /// adds the gradients of features and, over the whole part, of attention and edge weight.
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 1, 2>) {
+    fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 1, 2>) {
         let Self { problem, upstream, .. } = *self;
         let softmax = &problem.softmax;
         let (heads, dim, value_dim) = (softmax.heads, problem.feature_dim(), softmax.value_dim);
@@ -204,28 +204,28 @@ impl<F: Float> ByQuery<'_, F> {
         let grad_features = grad_features.as_slice_mut().expect("it is in standard layout");
         let (keys, values) = (softmax.key.slices(), softmax.value.slices());
 
-        let mut tile = Tile::new(simd, heads, self.tile_len);
+        let mut tile = Tile::new(level, heads, self.tile_len);
         let stride = tile.stride;
-        let mut scorer = EdgeScorer::new(simd, problem, &tile);
-        let mut columns = value_columns(simd, problem);
+        let mut scorer = EdgeScorer::new(level, problem, &tile);
+        let mut columns = value_columns(level, problem);
         // All columns as one head.
         let num_columns = heads * value_dim;
-        let mut whole = Columns::new(simd, 1, num_columns, |_| [0, 0]);
+        let mut whole = Columns::new(level, 1, num_columns, |_| [0, 0]);
         let [mut shifts, mut inverses, mut deltas, mut grads, mut logits] =
             [(); 5].map(|()| vec![F::zero(); tile.weights.len()]);
         let ones = &problem.ones;
-        let mut grad_tile = FeatureTile::new(if wants_features { dim } else { 0 }, stride);
+        let mut grad_tile = FeatureTile::new(level, if wants_features { dim } else { 0 }, stride);
         // Σ ds x and Σ p̃ x of a row; for single logits Σ ds x of the part.
-        let mut logit_sums = FeatureSums::zeros(simd, heads, dim);
-        let mut value_sums = FeatureSums::zeros(simd, heads, problem.value_feature_dim());
+        let mut logit_sums = FeatureSums::zeros(level, heads, dim);
+        let mut value_sums = FeatureSums::zeros(level, heads, problem.value_feature_dim());
         // W x of those, and Wᵀ g.
-        let mut coefficients = Coefficients::zeros(simd, heads, dim);
-        let mut of_grad_out = Coefficients::zeros(simd, heads, problem.value_feature_dim());
+        let mut coefficients = Coefficients::zeros(level, heads, dim);
+        let mut of_grad_out = Coefficients::zeros(level, heads, problem.value_feature_dim());
         let mut sum = vec![F::zero(); grad_query.ncols()];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             let query = row.row;
             let grad_out = upstream.grad_out.row(query);
-            scorer.begin(simd, query);
+            scorer.begin(query);
             sum.fill(F::zero());
             for head in 0..heads {
                 let [shift, inverse] = upstream.normalizer.factors(query, head);
@@ -237,7 +237,7 @@ impl<F: Float> ByQuery<'_, F> {
             }
             let is_one_tile = row.slots.len() <= tile.len;
             if problem.in_values {
-                project(simd, &mut columns, problem, &scorer.rows, grad_out, &mut of_grad_out);
+                project(&mut columns, problem, &scorer.rows, grad_out, &mut of_grad_out);
                 value_sums.clear();
             }
             if let Logit::DotProduct = problem.logit {
@@ -245,16 +245,16 @@ impl<F: Float> ByQuery<'_, F> {
             }
             while tile.fill(softmax, &mut row, [keys, values]) {
                 let count = tile.pairs.len();
-                scorer.score(simd, &mut tile);
-                tile.add_bias(simd, softmax);
+                scorer.score(&mut tile);
+                tile.add_bias(softmax);
                 logits.copy_from_slice(&tile.weights);
                 // dp = m g·(v + W x)
-                columns.dots(simd, grad_out, tile.gather(values), &mut grads, stride);
+                columns.dots(grad_out, tile.gather(values), &mut grads, stride);
                 if problem.in_values {
-                    scorer.features.add_scores(simd, heads, count, &of_grad_out, &mut grads);
+                    scorer.features.add_scores(heads, count, &of_grad_out, &mut grads);
                 }
                 for head in 0..heads {
-                    let [pairs, vectors] = tile.of_head(simd, head);
+                    let [pairs, vectors] = tile.of_head(head);
                     let multiply = |numbers: &mut [F]| {
                         for (number, pair) in numbers.iter_mut().zip(&tile.pairs) {
                             *number *= softmax.multiplier(*pair, head);
@@ -268,14 +268,14 @@ impl<F: Float> ByQuery<'_, F> {
                         .map(|numbers| &mut numbers[vectors.clone()]);
                     if is_one_tile {
                         // δ = Σ p dp has the roundings of these dp: it leaves 0 for a single pair.
-                        weights_of(simd, weights, [terms[0], terms[1]]);
+                        weights_of(level, weights, [terms[0], terms[1]]);
                         let of_pairs = || weights.iter().zip(&*grads_of).take(count);
                         let delta: F = of_pairs().map(|(&weight, &grad)| weight * grad).sum();
                         let pairs = weights.iter().zip(grads_of.iter_mut()).take(count);
                         pairs.for_each(|(&weight, grad)| *grad = weight * (*grad - delta));
                         grads_of[count..].fill(F::zero());
                     } else {
-                        weights_and_logits_vjp(simd, weights, terms, grads_of);
+                        weights_and_logits_vjp(level, weights, terms, grads_of);
                     }
                     if softmax.has_dropout() {
                         multiply(&mut tile.weights[pairs]);
@@ -293,41 +293,41 @@ impl<F: Float> ByQuery<'_, F> {
                 let of_pairs = Weights { factors: ones, weights: &grads, stride };
                 match &problem.logit {
                     Logit::DotProduct => {
-                        columns.add_weighted(simd, &mut sum, of_pairs, tile.gather(keys));
-                        scorer.features.add_sums(simd, ones, &grads, count, &mut logit_sums);
-                        grad_tile.add_outer(simd, heads, count, &grads, &scorer.coefficients);
+                        columns.add_weighted(&mut sum, of_pairs, tile.gather(keys));
+                        scorer.features.add_sums(ones, &grads, count, &mut logit_sums);
+                        grad_tile.add_outer(heads, count, &grads, &scorer.coefficients);
                     }
                     Logit::Additive { .. } => {
                         for (sum, grads) in sum.iter_mut().zip(grads.chunks_exact(stride)) {
                             *sum += grads[..count].iter().copied().sum::<F>();
                         }
-                        scorer.features.add_sums(simd, ones, &grads, count, &mut logit_sums);
-                        grad_tile.add_outer(simd, heads, count, &grads, &scorer.coefficients);
+                        scorer.features.add_sums(ones, &grads, count, &mut logit_sums);
+                        grad_tile.add_outer(heads, count, &grads, &scorer.coefficients);
                     }
                     Logit::Concatenated { .. } => {
                         let activated = &mut scorer.activated;
                         let all = &scorer.rows[..count];
-                        columns.add_weighted(simd, grad_attention, of_pairs, activated.gather(all));
-                        activated_vjp(simd, problem, activated, &grads, stride, count);
-                        add_rows(&mut sum, &activated.rows, count);
+                        columns.add_weighted(grad_attention, of_pairs, activated.gather(all));
+                        activated_vjp(level, problem, activated, &grads, stride, count);
+                        add_rows(level, &mut sum, &activated.rows, count);
                         let rows = activated.gather(all);
                         let weight = problem.edge_weight();
                         for feature in 0..dim {
                             let x = scorer.features.of_feature(feature);
                             let x = Weights { factors: ones, weights: x, stride };
                             let grad = &mut grad_weight[feature * num_columns..][..num_columns];
-                            whole.add_weighted(simd, grad, x, rows);
+                            whole.add_weighted(grad, x, rows);
                             if wants_features {
                                 let grad = grad_tile.of_feature_mut(feature);
-                                whole.dots(simd, weight.row(feature), rows, grad, stride);
+                                whole.dots(weight.row(feature), rows, grad, stride);
                             }
                         }
                     }
                 }
                 if problem.in_values {
                     let weights = &tile.weights;
-                    scorer.features.add_sums(simd, ones, weights, count, &mut value_sums);
-                    grad_tile.add_outer(simd, heads, count, weights, &of_grad_out);
+                    scorer.features.add_sums(ones, weights, count, &mut value_sums);
+                    grad_tile.add_outer(heads, count, weights, &of_grad_out);
                 }
                 for (t, slot) in tile.slots.iter().enumerate() {
                     let slot = slot - part.slots.start;
@@ -344,20 +344,20 @@ impl<F: Float> ByQuery<'_, F> {
             }
 
             if let Logit::DotProduct = problem.logit {
-                logit_sums.store(simd, &mut coefficients);
-                add_projected(simd, &columns, problem, &scorer.rows, &coefficients, &mut sum);
+                logit_sums.store(&mut coefficients);
+                add_projected(&columns, problem, &scorer.rows, &coefficients, &mut sum);
                 sum.iter_mut().for_each(|sum| *sum *= softmax.scale);
                 let query = softmax.query.row(query);
                 add_outer(softmax.scale, query, value_dim, &coefficients, grad_weight);
             }
             if problem.in_values {
-                value_sums.store(simd, &mut coefficients);
+                value_sums.store(&mut coefficients);
                 add_outer(F::one(), grad_out, value_dim, &coefficients, grad_weight);
             }
             grad_query.row_mut(r).assign(&ArrayView1::from(&sum));
         }
         if let Logit::Additive { .. } = problem.logit {
-            logit_sums.store(simd, &mut coefficients);
+            logit_sums.store(&mut coefficients);
             for (head, grad) in grad_attention.chunks_exact_mut(dim.max(1)).enumerate() {
                 grad.copy_from_slice(&coefficients.of_head(head)[..dim]);
             }
@@ -395,8 +395,7 @@ struct ByKey<'p, F: Float> {
 
 impl<F: Float> ByKey<'_, F> {
     /// The rows of a part: overwrites the gradients of keys and values.
-    #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 2, 0>) {
+    fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 2, 0>) {
         let Self { problem, upstream, states, slots, .. } = *self;
         let softmax = &problem.softmax;
         let heads = softmax.heads;
@@ -404,9 +403,9 @@ impl<F: Float> ByKey<'_, F> {
         let (queries, grads_out) = (softmax.query.slices(), upstream.grad_out);
         let states = states.to_slice().expect("an array of our own");
 
-        let mut tile = Tile::new(simd, heads, self.tile_len);
+        let mut tile = Tile::new(level, heads, self.tile_len);
         let mut activated = Activated::new(problem, &tile);
-        let columns = value_columns(simd, problem);
+        let columns = value_columns(level, problem);
         let mut grads = vec![F::zero(); tile.weights.len()];
         let ones = &problem.ones;
         let mut sum_key = vec![F::zero(); grad_key.ncols()];
@@ -432,11 +431,11 @@ impl<F: Float> ByKey<'_, F> {
                     }
                 }
                 let rows = tile.gather(grads_out);
-                columns.add_weighted(simd, &mut sum_value, tile.weights(ones), rows);
+                columns.add_weighted(&mut sum_value, tile.weights(ones), rows);
                 match &problem.logit {
                     Logit::DotProduct => {
                         let of_pairs = Weights { factors: ones, weights: &grads, stride };
-                        columns.add_weighted(simd, &mut sum_key, of_pairs, tile.gather(queries));
+                        columns.add_weighted(&mut sum_key, of_pairs, tile.gather(queries));
                     }
                     Logit::Additive { .. } => {
                         for (sum, grads) in sum_key.iter_mut().zip(grads.chunks_exact(stride)) {
@@ -445,9 +444,9 @@ impl<F: Float> ByKey<'_, F> {
                     }
                     Logit::Concatenated { .. } => {
                         let own = softmax.key.row(key);
-                        activated.fill(simd, problem, own, queries, &tile);
-                        activated_vjp(simd, problem, &mut activated, &grads, stride, count);
-                        add_rows(&mut sum_key, &activated.rows, count);
+                        activated.fill(problem, own, queries, &tile);
+                        activated_vjp(level, problem, &mut activated, &grads, stride, count);
+                        add_rows(level, &mut sum_key, &activated.rows, count);
                     }
                 }
             }

@@ -1,14 +1,15 @@
 //! The features of a tile of pairs, stored feature by feature: the lanes of a vector are pairs. So a
 //! few numbers for each pair need no sums across lanes, however few they are.
 
-use super::super::matmul::Vector;
+use super::super::matmul::{Vector, vector_len};
 use super::super::problem::Slices;
 use crate::float::Float;
 use crate::inputs::Pair;
-use fearless_simd::{Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// A number for each feature and pair of a tile.
 pub(super) struct FeatureTile<F> {
+    level: Level,
     dim: usize,
     /// From feature to feature: whole vectors.
     stride: usize,
@@ -23,16 +24,14 @@ pub(super) struct Coefficients<F> {
 }
 
 impl<F: Float> Coefficients<F> {
-    #[inline(always)]
-    pub(super) fn zeros<S: Simd>(_: S, heads: usize, dim: usize) -> Self {
-        let stride = dim.next_multiple_of(Vector::<S, F>::LEN);
+    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+        let stride = dim.next_multiple_of(vector_len::<F>(level));
         Self { stride, data: vec![F::zero(); heads * stride] }
     }
 
     /// From heads × features without gaps.
-    #[inline(always)]
-    pub(super) fn from_rows<S: Simd>(simd: S, rows: &[F], heads: usize, dim: usize) -> Self {
-        let mut coefficients = Self::zeros(simd, heads, dim);
+    pub(super) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
+        let mut coefficients = Self::zeros(level, heads, dim);
         for head in 0..heads {
             coefficients.data[head * coefficients.stride..][..dim]
                 .copy_from_slice(&rows[head * dim..][..dim]);
@@ -49,13 +48,15 @@ impl<F: Float> Coefficients<F> {
 /// Sums over pairs for each head and feature, lane by lane.
 pub(super) struct FeatureSums<F> {
     dim: usize,
+    /// Lanes of a vector.
+    len: usize,
     lanes: Vec<F>,
 }
 
 impl<F: Float> FeatureSums<F> {
-    #[inline(always)]
-    pub(super) fn zeros<S: Simd>(_: S, heads: usize, dim: usize) -> Self {
-        Self { dim, lanes: vec![F::zero(); heads * dim * Vector::<S, F>::LEN] }
+    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+        let len = vector_len::<F>(level);
+        Self { dim, len, lanes: vec![F::zero(); heads * dim * len] }
     }
 
     pub(super) fn clear(&mut self) {
@@ -63,21 +64,18 @@ impl<F: Float> FeatureSums<F> {
     }
 
     /// The sums.
-    #[inline(always)]
-    pub(super) fn store<S: Simd>(&self, simd: S, sums: &mut Coefficients<F>) {
-        let len = Vector::<S, F>::LEN;
-        for (at, lanes) in self.lanes.chunks_exact(len).enumerate() {
+    pub(super) fn store(&self, sums: &mut Coefficients<F>) {
+        for (at, lanes) in self.lanes.chunks_exact(self.len).enumerate() {
             let (head, feature) = (at / self.dim, at % self.dim);
-            let lanes = Vector::<S, F>::from_slice(simd, lanes);
-            sums.data[head * sums.stride + feature] = lanes.reduce_sum();
+            sums.data[head * sums.stride + feature] = lanes.iter().copied().sum();
         }
     }
 }
 
 impl<F: Float> FeatureTile<F> {
     /// For tiles whose heads are `stride` apart.
-    pub(super) fn new(dim: usize, stride: usize) -> Self {
-        Self { dim, stride, data: vec![F::zero(); dim * stride] }
+    pub(super) fn new(level: Level, dim: usize, stride: usize) -> Self {
+        Self { level, dim, stride, data: vec![F::zero(); dim * stride] }
     }
 
     /// The weights of a feature in [`Columns::add_weighted`](super::super::heads::Columns).
@@ -93,15 +91,7 @@ impl<F: Float> FeatureTile<F> {
 
     /// The features of some pairs, zeros past them up to a whole vector.
     #[inline(never)]
-    pub(super) fn load<S: Simd>(&mut self, simd: S, features: Slices<'_, F>, pairs: &[Pair]) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.load_inline(simd, features, pairs),
-        );
-    }
-
-    #[inline(always)]
-    fn load_inline<S: Simd>(&mut self, _: S, features: Slices<'_, F>, pairs: &[Pair]) {
+    pub(super) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
             return;
         }
@@ -111,7 +101,7 @@ impl<F: Float> FeatureTile<F> {
                 column[t] = value;
             }
         }
-        let end = pairs.len().next_multiple_of(Vector::<S, F>::LEN);
+        let end = pairs.len().next_multiple_of(vector_len::<F>(self.level));
         for column in self.data.chunks_exact_mut(self.stride) {
             column[pairs.len()..end].fill(F::zero());
         }
@@ -132,22 +122,20 @@ impl<F: Float> FeatureTile<F> {
 
     /// scores[h · stride + t] += Σ coefficients of head h · features of pair t.
     #[inline(never)]
-    pub(super) fn add_scores<S: Simd>(
+    pub(super) fn add_scores(
         &self,
-        simd: S,
         heads: usize,
         count: usize,
         coefficients: &Coefficients<F>,
         scores: &mut [F],
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.add_scores_inline(simd, heads, count, coefficients, scores),
-        );
+        dispatch!(self.level, simd => {
+            self.add_scores_in_vectors(simd, heads, count, coefficients, scores);
+        });
     }
 
     #[inline(always)]
-    fn add_scores_inline<S: Simd>(
+    fn add_scores_in_vectors<S: Simd>(
         &self,
         simd: S,
         heads: usize,
@@ -201,22 +189,20 @@ impl<F: Float> FeatureTile<F> {
     /// sums ← factors · sums + Σₜ weights[h · stride + t] · features of pair t. The weights past the
     /// end must be 0.
     #[inline(never)]
-    pub(super) fn add_sums<S: Simd>(
+    pub(super) fn add_sums(
         &self,
-        simd: S,
         factors: &[F],
         weights: &[F],
         count: usize,
         sums: &mut FeatureSums<F>,
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.add_sums_inline(simd, factors, weights, count, sums),
-        );
+        dispatch!(self.level, simd => {
+            self.add_sums_in_vectors(simd, factors, weights, count, sums);
+        });
     }
 
     #[inline(always)]
-    fn add_sums_inline<S: Simd>(
+    fn add_sums_in_vectors<S: Simd>(
         &self,
         simd: S,
         factors: &[F],
@@ -276,22 +262,20 @@ impl<F: Float> FeatureTile<F> {
 
     /// Feature c of pair t += Σ_h weights[h · stride + t] · coefficients of head h.
     #[inline(never)]
-    pub(super) fn add_outer<S: Simd>(
+    pub(super) fn add_outer(
         &mut self,
-        simd: S,
         heads: usize,
         count: usize,
         weights: &[F],
         coefficients: &Coefficients<F>,
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.add_outer_inline(simd, heads, count, weights, coefficients),
-        );
+        dispatch!(self.level, simd => {
+            self.add_outer_in_vectors(simd, heads, count, weights, coefficients);
+        });
     }
 
     #[inline(always)]
-    fn add_outer_inline<S: Simd>(
+    fn add_outer_in_vectors<S: Simd>(
         &mut self,
         simd: S,
         heads: usize,

@@ -15,7 +15,7 @@ use super::matmul::Vector;
 use super::problem::{Problem, Rows, Slices};
 use super::rows::{DotScorer, Pairs, Scorer, Tile};
 use crate::float::Float;
-use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use features::{Coefficients, FeatureSums, FeatureTile};
 use ndarray::Array2;
 
@@ -99,91 +99,52 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         &problem.softmax
     }
 
-    #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+    fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
         let (heads, dim) = (problem.softmax.heads, problem.feature_dim());
         let coefficients = match &problem.logit {
             Logit::Additive { edge_attention, .. } => {
                 let rows = edge_attention.as_slice().expect("a matrix of our own");
-                Coefficients::from_rows(simd, rows, heads, dim)
+                Coefficients::from_rows(level, rows, heads, dim)
             }
-            _ => Coefficients::zeros(simd, heads, dim),
+            _ => Coefficients::zeros(level, heads, dim),
         };
         let value_dim = problem.value_feature_dim();
         Self {
             problem,
-            dot: DotScorer::new(simd, &problem.softmax, tile),
-            columns: value_columns(simd, problem),
-            features: FeatureTile::new(dim, tile.stride),
+            dot: DotScorer::new(level, &problem.softmax, tile),
+            columns: value_columns(level, problem),
+            features: FeatureTile::new(level, dim, tile.stride),
             coefficients,
             activated: Activated::new(problem, tile),
             pairs: Pairs::by_query(&problem.softmax.inputs),
             rows: (0..tile.len.max(dim)).collect(),
             query: 0,
-            value_sums: FeatureSums::zeros(simd, heads, value_dim),
-            value_coefficients: Coefficients::zeros(simd, heads, value_dim),
+            value_sums: FeatureSums::zeros(level, heads, value_dim),
+            value_coefficients: Coefficients::zeros(level, heads, value_dim),
         }
     }
 
-    // Compiled once, not in every loop over pairs.
-    #[inline(never)]
-    fn begin<S: Simd>(&mut self, simd: S, query: usize) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.begin_inline(simd, query),
-        );
-    }
-
-    #[inline(never)]
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.score_inline(simd, tile),
-        );
-    }
-
-    #[inline(always)]
-    fn add_values<S: Simd>(&mut self, simd: S, tile: &Tile<F>, alphas: &[F]) {
-        if self.problem.in_values {
-            let count = tile.pairs.len();
-            self.features.add_sums(simd, alphas, &tile.weights, count, &mut self.value_sums);
-        }
-    }
-
-    #[inline(always)]
-    fn finish<S: Simd>(&mut self, simd: S, out: &mut [F]) {
-        if self.problem.in_values {
-            self.value_sums.store(simd, &mut self.value_coefficients);
-            let Self { columns, problem, rows, value_coefficients, .. } = self;
-            add_projected(simd, columns, problem, rows, value_coefficients, out);
-        }
-    }
-}
-
-impl<F: Float> EdgeScorer<'_, F> {
-    #[inline(always)]
-    fn begin_inline<S: Simd>(&mut self, simd: S, query: usize) {
+    fn begin(&mut self, query: usize) {
         self.query = query;
         self.value_sums.clear();
         if let Logit::DotProduct = self.problem.logit {
-            self.dot.begin(simd, query);
+            self.dot.begin(query);
             let Self { columns, problem, dot, coefficients, rows, .. } = self;
-            project(simd, columns, problem, rows, &dot.own, coefficients);
+            project(columns, problem, rows, &dot.own, coefficients);
         }
     }
 
-    #[inline(always)]
-    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+    fn score(&mut self, tile: &mut Tile<F>) {
         let problem = self.problem;
         let softmax = &problem.softmax;
         let (heads, count) = (softmax.heads, tile.pairs.len());
         tile.prefetch_pairs(self.pairs, problem.features.slices(), |pair| pair);
-        self.features.load(simd, problem.features.slices(), &tile.pairs);
+        self.features.load(problem.features.slices(), &tile.pairs);
         match &problem.logit {
             Logit::DotProduct => {
-                self.dot.score(simd, tile);
+                self.dot.score(tile);
                 let coefficients = &self.coefficients;
-                self.features.add_scores(simd, heads, count, coefficients, &mut tile.weights);
+                self.features.add_scores(heads, count, coefficients, &mut tile.weights);
             }
             Logit::Additive { slope, .. } => {
                 let own = softmax.query.row(self.query);
@@ -194,35 +155,48 @@ impl<F: Float> EdgeScorer<'_, F> {
                     }
                 }
                 let coefficients = &self.coefficients;
-                self.features.add_scores(simd, heads, count, coefficients, &mut tile.weights);
-                for head in 0..heads {
-                    let [_, vectors] = tile.of_head(simd, head);
-                    let logits = &mut tile.weights[vectors];
-                    leaky_relu(simd, *slope, logits);
-                }
+                self.features.add_scores(heads, count, coefficients, &mut tile.weights);
+                dispatch!(tile.level, simd => {
+                    for head in 0..heads {
+                        let [_, vectors] = tile.of_head(head);
+                        leaky_relu(simd, *slope, &mut tile.weights[vectors]);
+                    }
+                });
             }
             Logit::Concatenated { attention, .. } => {
                 let own = softmax.query.row(self.query);
-                self.activated.fill(simd, problem, own, softmax.key.slices(), tile);
+                self.activated.fill(problem, own, softmax.key.slices(), tile);
                 let rows = self.activated.gather(&self.rows[..count]);
                 let Tile { weights, stride, .. } = tile;
-                self.columns.dots(simd, attention, rows, weights, *stride);
+                self.columns.dots(attention, rows, weights, *stride);
             }
+        }
+    }
+
+    fn add_values(&mut self, tile: &Tile<F>, alphas: &[F]) {
+        if self.problem.in_values {
+            let count = tile.pairs.len();
+            self.features.add_sums(alphas, &tile.weights, count, &mut self.value_sums);
+        }
+    }
+
+    fn finish(&mut self, out: &mut [F]) {
+        if self.problem.in_values {
+            self.value_sums.store(&mut self.value_coefficients);
+            let Self { columns, problem, rows, value_coefficients, .. } = self;
+            add_projected(columns, problem, rows, value_coefficients, out);
         }
     }
 }
 
 /// The columns of the heads of values.
-#[inline(always)]
-fn value_columns<S: Simd, F: Float>(simd: S, problem: &EdgeProblem<'_, F>) -> Columns<F> {
+fn value_columns<F: Float>(level: Level, problem: &EdgeProblem<'_, F>) -> Columns<F> {
     let dim = problem.softmax.value_dim;
-    Columns::new(simd, problem.softmax.heads, dim, |head| [head * dim; 2])
+    Columns::new(level, problem.softmax.heads, dim, |head| [head * dim; 2])
 }
 
 /// Of each head, Wᵀ row in the columns of that head.
-#[inline(always)]
-fn project<S: Simd, F: Float>(
-    simd: S,
+fn project<F: Float>(
     columns: &mut Columns<F>,
     problem: &EdgeProblem<'_, F>,
     rows: &[usize],
@@ -230,13 +204,11 @@ fn project<S: Simd, F: Float>(
     projected: &mut Coefficients<F>,
 ) {
     let weight = Gather { rows: problem.edge_weight(), at: &rows[..problem.feature_dim()] };
-    columns.dots(simd, row, weight, &mut projected.data, projected.stride);
+    columns.dots(row, weight, &mut projected.data, projected.stride);
 }
 
 /// out += W x of each head in its columns.
-#[inline(always)]
-fn add_projected<S: Simd, F: Float>(
-    simd: S,
+fn add_projected<F: Float>(
     columns: &Columns<F>,
     problem: &EdgeProblem<'_, F>,
     rows: &[usize],
@@ -245,7 +217,7 @@ fn add_projected<S: Simd, F: Float>(
 ) {
     let weight = Gather { rows: problem.edge_weight(), at: &rows[..problem.feature_dim()] };
     let x = Weights { factors: &problem.ones, weights: &x.data, stride: x.stride };
-    columns.add_weighted(simd, out, x, weight);
+    columns.add_weighted(out, x, weight);
 }
 
 /// LeakyReLU of each. Whole vectors.
@@ -282,22 +254,18 @@ impl<F: Float> Activated<F> {
     }
 
     #[inline(never)]
-    fn fill<S: Simd>(
+    fn fill(
         &mut self,
-        simd: S,
         problem: &EdgeProblem<'_, F>,
         own: &[F],
         others: Slices<'_, F>,
         tile: &Tile<F>,
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.fill_inline(simd, problem, own, others, tile),
-        );
+        dispatch!(tile.level, simd => self.fill_in_vectors(simd, problem, own, others, tile));
     }
 
     #[inline(always)]
-    fn fill_inline<S: Simd>(
+    fn fill_in_vectors<S: Simd>(
         &mut self,
         simd: S,
         problem: &EdgeProblem<'_, F>,

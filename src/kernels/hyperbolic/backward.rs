@@ -118,7 +118,7 @@ pub(in super::super) fn backward<F: Float>(
             &parts,
             softmax.work(),
             outputs,
-            |part, outputs| dispatch!(level, simd => pass.queries(simd, part, outputs)),
+            |part, outputs| pass.queries(level, part, outputs),
             add_up,
         );
         if let (Some(mut grad_bias), Some(bias)) = (grad_bias, softmax.bias) {
@@ -141,7 +141,7 @@ pub(in super::super) fn backward<F: Float>(
             &parts,
             softmax.work(),
             Outputs::by_row(by_row, &parts),
-            |part, outputs| dispatch!(level, simd => pass.keys(simd, part, outputs)),
+            |part, outputs| pass.keys(level, part, outputs),
             add_up,
         );
     }
@@ -188,16 +188,15 @@ struct Scratch<F> {
 type Sums<F> = [F; 2];
 
 impl<'p, F: Float> Pass<'p, F> {
-    #[inline(always)]
-    fn scratch<S: Simd>(&self, simd: S, own_are_keys: bool) -> Scratch<F> {
+    fn scratch(&self, level: Level, own_are_keys: bool) -> Scratch<F> {
         let softmax = &self.problem.softmax;
         let columns = |dim| {
-            Columns::new(simd, softmax.heads, dim, |head| {
+            Columns::new(level, softmax.heads, dim, |head| {
                 let [query, key] = [head * dim, softmax.kv_head(head) * dim];
                 if own_are_keys { [key, query] } else { [query, key] }
             })
         };
-        let tile = Tile::new(simd, softmax.heads, self.pairs.tile_len(self.tile_len));
+        let tile = Tile::new(level, softmax.heads, self.pairs.tile_len(self.tile_len));
         let (len, stride) = (tile.weights.len(), tile.stride);
         let zeros = || vec![F::zero(); len];
         Scratch {
@@ -220,14 +219,13 @@ impl<'p, F: Float> Pass<'p, F> {
         }
     }
 
-    #[inline(always)]
-    fn queries<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 4, 1>) {
+    fn queries(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 4, 1>) {
         let [mut grad_directions, mut grad_radii, mut grad_kappa, mut dominant_logits] =
             outputs.by_row;
         let [mut grad_of_slots] = outputs.by_slot;
         let Self { problem, upstream, .. } = self;
         let softmax = &problem.softmax;
-        let mut scratch = self.scratch(simd, false);
+        let mut scratch = self.scratch(level, false);
         let own: [Slices<'_, F>; 3] =
             [softmax.query.slices(), upstream.weights.slices(), upstream.directions.slices()];
         let others =
@@ -237,10 +235,9 @@ impl<'p, F: Float> Pass<'p, F> {
             let query = row.row;
             sum.fill(F::zero());
             while scratch.tile.fill(softmax, &mut row, [others[0], others[1]]) {
-                self.products(simd, own.map(|rows| rows.row(query)), others, &mut scratch);
+                self.products(own.map(|rows| rows.row(query)), others, &mut scratch);
                 for head in 0..softmax.heads {
-                    let [radius, kappa] =
-                        self.differentiate::<S, false>(simd, query, head, &mut scratch);
+                    let [radius, kappa] = self.differentiate::<false>(query, head, &mut scratch);
                     grad_radii[[r, head]] += radius;
                     // s = −κ ln 2 · log₂ e^{d/2}
                     grad_kappa[[r, head]] -= kappa * F::of(std::f64::consts::LN_2);
@@ -248,7 +245,7 @@ impl<'p, F: Float> Pass<'p, F> {
                 let Scratch { tile, key_columns, directions, grad_logits, ones, .. } = &scratch;
                 let weights = Weights { factors: ones, weights: directions, stride: tile.stride };
                 let points = Gather { rows: self.points.key.slices(), at: &tile.others };
-                key_columns.add_weighted(simd, &mut sum, weights, points);
+                key_columns.add_weighted(&mut sum, weights, points);
                 if grad_of_slots.ncols() > 0 {
                     for (t, slot) in tile.slots.iter().enumerate() {
                         let mut grads = grad_of_slots.row_mut(slot - part.slots.start);
@@ -278,13 +275,12 @@ impl<'p, F: Float> Pass<'p, F> {
         }
     }
 
-    #[inline(always)]
-    fn keys<S: Simd>(&self, simd: S, part: &Part, outputs: Outputs<'_, F, 4, 0>) {
+    fn keys(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 4, 0>) {
         let [mut grad_keys, mut grad_key_radii, mut grad_values, mut grad_value_radii] =
             outputs.by_row;
         let Self { problem, upstream, .. } = self;
         let softmax = &problem.softmax;
-        let mut scratch = self.scratch(simd, true);
+        let mut scratch = self.scratch(level, true);
         let own: [Slices<'_, F>; 3] =
             [softmax.key.slices(), problem.directions.slices(), problem.directions.slices()];
         let others =
@@ -296,19 +292,18 @@ impl<'p, F: Float> Pass<'p, F> {
             sum.fill(F::zero());
             value_sum.fill(F::zero());
             while scratch.tile.fill(softmax, &mut row, [others[0], others[1]]) {
-                self.products(simd, own.map(|rows| rows.row(key)), others, &mut scratch);
+                self.products(own.map(|rows| rows.row(key)), others, &mut scratch);
                 for head in 0..softmax.heads {
-                    let [radius, value] =
-                        self.differentiate::<S, true>(simd, key, head, &mut scratch);
+                    let [radius, value] = self.differentiate::<true>(key, head, &mut scratch);
                     grad_key_radii[[r, softmax.kv_head(head)]] += radius;
                     grad_value_radii[[r, softmax.kv_head(head)]] += value;
                 }
                 let Scratch { tile, key_columns, value_columns, directions, ones, .. } = &scratch;
                 let weights = Weights { factors: ones, weights: directions, stride: tile.stride };
                 let points = Gather { rows: self.points.query.slices(), at: &tile.others };
-                key_columns.add_weighted(simd, &mut sum, weights, points);
+                key_columns.add_weighted(&mut sum, weights, points);
                 let sums = Gather { rows: upstream.sums.slices(), at: &tile.others };
-                value_columns.add_weighted(simd, &mut value_sum, tile.weights(ones), sums);
+                value_columns.add_weighted(&mut value_sum, tile.weights(ones), sums);
             }
             add_to_row(grad_keys.row_mut(r), F::one(), &sum);
             add_to_row(grad_values.row_mut(r), F::one(), &value_sum);
@@ -316,40 +311,31 @@ impl<'p, F: Float> Pass<'p, F> {
     }
 
     /// The squared distances and products of the own row with those of the tile.
-    #[inline(always)]
-    fn products<S: Simd>(
-        &self,
-        simd: S,
-        own: [&[F]; 3],
-        others: [Slices<'_, F>; 3],
-        scratch: &mut Scratch<F>,
-    ) {
+    fn products(&self, own: [&[F]; 3], others: [Slices<'_, F>; 3], scratch: &mut Scratch<F>) {
         let Scratch { tile, key_columns, value_columns, squared, products, spreads, .. } = scratch;
         let [points, weights, directions] = others.map(|rows| Gather { rows, at: &tile.others });
-        key_columns.squared_distances(simd, own[0], points, squared, tile.stride);
-        value_columns.dots(simd, own[1], weights, products, tile.stride);
+        key_columns.squared_distances(own[0], points, squared, tile.stride);
+        value_columns.dots(own[1], weights, products, tile.stride);
         if !self.upstream.is_linear {
-            value_columns.squared_distances(simd, own[2], directions, spreads, tile.stride);
+            value_columns.squared_distances(own[2], directions, spreads, tile.stride);
         }
     }
 
     /// Overwrites the weights, directions and gradients of the logits of a head; returns its sums.
     #[inline(never)]
-    fn differentiate<S: Simd, const OWN_IS_KEY: bool>(
+    fn differentiate<const OWN_IS_KEY: bool>(
         &self,
-        simd: S,
         own: usize,
         head: usize,
         scratch: &mut Scratch<F>,
     ) -> Sums<F> {
-        simd.vectorize(
-            #[inline(always)]
-            || self.differentiate_inline::<S, OWN_IS_KEY>(simd, own, head, scratch),
-        )
+        dispatch!(scratch.tile.level, simd => {
+            self.differentiate_in_vectors::<_, OWN_IS_KEY>(simd, own, head, scratch)
+        })
     }
 
     #[inline(always)]
-    fn differentiate_inline<S: Simd, const OWN_IS_KEY: bool>(
+    fn differentiate_in_vectors<S: Simd, const OWN_IS_KEY: bool>(
         &self,
         simd: S,
         own: usize,
@@ -365,7 +351,7 @@ impl<'p, F: Float> Pass<'p, F> {
             let bias = bias.unwrap_or(F::neg_infinity());
             [bias, softmax.multiplier(pair, head), dominant]
         }));
-        let [of_head, vectors] = tile.of_head(simd, head);
+        let [of_head, vectors] = tile.of_head(head);
         let count = of_head.len();
         pairs.data[count..vectors.len()].fill(F::neg_infinity());
         let query_at = |query: usize| query * softmax.heads + head;

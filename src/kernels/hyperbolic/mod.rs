@@ -34,7 +34,7 @@ use super::matmul::{Matrix, Out, PanelRow, Vector, load, panel_width, squared_di
 use super::problem::{Problem, Rows};
 use super::rows::{Scorer, Tile};
 use crate::float::Float;
-use fearless_simd::{Simd, SimdBase};
+use fearless_simd::{Level, Simd, SimdBase};
 use pairs::{RADIUS, logit};
 use std::f64::consts::LN_2;
 use std::ops::Range;
@@ -102,9 +102,8 @@ impl<F: Float> HyperbolicProblem<'_, F> {
     }
 
     /// The columns of heads of queries in own rows, of keys in others.
-    #[inline(always)]
-    fn columns<S: Simd>(&self, simd: S, dim: usize) -> Columns<F> {
-        Columns::new(simd, self.softmax.heads, dim, |head| {
+    fn columns(&self, level: Level, dim: usize) -> Columns<F> {
+        Columns::new(level, self.softmax.heads, dim, |head| {
             [head * dim, self.softmax.kv_head(head) * dim]
         })
     }
@@ -167,41 +166,35 @@ impl<'p, F: Float> Scorer<'p, F> for DistanceScorer<'p, F> {
         &problem.softmax
     }
 
-    #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
-        let columns = problem.columns(simd, problem.softmax.key_dim);
+    fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        let columns = problem.columns(level, problem.softmax.key_dim);
         Self { problem, columns, keys: Lanes::new(tile.stride), query: 0 }
     }
 
-    #[inline(always)]
-    fn begin<S: Simd>(&mut self, _: S, query: usize) {
+    fn begin(&mut self, query: usize) {
         self.query = query;
     }
 
-    #[inline(never)]
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.score_inline(simd, tile),
-        );
+    fn score(&mut self, tile: &mut Tile<F>) {
+        dispatch!(tile.level, simd => self.score_in_vectors(simd, tile));
     }
 }
 
 impl<F: Float> DistanceScorer<'_, F> {
     #[inline(always)]
-    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+    fn score_in_vectors<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
         let Self { problem, columns, keys, query } = self;
         let softmax = &problem.softmax;
         let own = softmax.query.row(*query);
         let rows = Gather { rows: softmax.key.slices(), at: &tile.others };
-        columns.squared_distances(simd, own, rows, &mut tile.weights, tile.stride);
+        columns.squared_distances(own, rows, &mut tile.weights, tile.stride);
         let factor = Vector::<S, F>::splat(simd, problem.factor());
         for head in 0..softmax.heads {
             keys.fill(
                 (tile.pairs.iter()).map(|pair| problem.key[problem.key_at(pair.key, head)].array()),
             );
             let own = Radius::of(splat_all(simd, problem.query(*query, head).array()));
-            let [_, vectors] = tile.of_head(simd, head);
+            let [_, vectors] = tile.of_head(head);
             let logits = tile.weights[vectors].chunks_exact_mut(Vector::<S, F>::LEN);
             for (v, logits) in logits.enumerate() {
                 let squared = Vector::<S, F>::from_slice(simd, logits);

@@ -56,7 +56,7 @@ pub(in super::super) fn spread<F: Float>(
         softmax.work(),
         Outputs::by_row([sums], &parts),
         |part, Outputs { by_row: [sums], .. }| {
-            dispatch!(level, simd => task.rows(simd, tile_len, part, sums));
+            task.rows(level, tile_len, part, sums);
         },
         add_up,
     );
@@ -69,14 +69,13 @@ struct Task<'p, F: Float> {
 }
 
 impl<F: Float> Task<'_, F> {
-    #[inline(always)]
-    fn rows<S: Simd>(&self, simd: S, tile_len: usize, part: &Part, mut sums: ArrayViewMut2<'_, F>) {
+    fn rows(&self, level: Level, tile_len: usize, part: &Part, mut sums: ArrayViewMut2<'_, F>) {
         let Self { problem, directions, normalizer } = *self;
         let softmax = &problem.softmax;
         let pairs = Pairs::by_query(&softmax.inputs);
-        let mut columns: Columns<F> = problem.columns(simd, problem.dim);
-        let mut tile = Tile::new(simd, softmax.heads, tile_len);
-        let mut scorer = DistanceScorer::new(simd, problem, &tile);
+        let mut columns: Columns<F> = problem.columns(level, problem.dim);
+        let mut tile = Tile::new(level, softmax.heads, tile_len);
+        let mut scorer = DistanceScorer::new(level, problem, &tile);
         let mut spreads = vec![F::zero(); tile.weights.len()];
         for (r, mut row) in part.rows(pairs).enumerate() {
             let query = row.row;
@@ -84,17 +83,17 @@ impl<F: Float> Task<'_, F> {
             if own.iter().all(|&entry| entry == F::zero()) {
                 continue;
             }
-            scorer.begin(simd, query);
+            scorer.begin(query);
             while tile.fill(softmax, &mut row, [softmax.key.slices(), problem.directions.slices()])
             {
-                scorer.score(simd, &mut tile);
-                tile.add_bias(simd, softmax);
+                scorer.score(&mut tile);
+                tile.add_bias(softmax);
                 let rows = Gather { rows: problem.directions.slices(), at: &tile.others };
-                columns.squared_distances(simd, own, rows, &mut spreads, tile.stride);
+                columns.squared_distances(own, rows, &mut spreads, tile.stride);
                 for head in 0..softmax.heads {
-                    let [of_head, vectors] = tile.of_head(simd, head);
+                    let [of_head, vectors] = tile.of_head(head);
                     let factors = normalizer.factors(query, head);
-                    weigh(simd, &mut tile.weights[vectors], factors);
+                    dispatch!(level, simd => weigh(simd, &mut tile.weights[vectors], factors));
                     let weights = &tile.weights[of_head.clone()];
                     let terms = weights.iter().zip(&spreads[of_head]).zip(&tile.pairs);
                     let half = F::of(0.5);

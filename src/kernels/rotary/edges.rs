@@ -10,7 +10,7 @@ use super::super::rows::{Pairs, Scorer, Tile, TwoSided, key_columns};
 use super::{Rotary, Turn, is_zero};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use fearless_simd::Simd;
+use fearless_simd::Level;
 
 /// Inputs of attention with rotations of the pairs.
 #[derive(Debug)]
@@ -57,9 +57,8 @@ pub(in super::super) struct RotaryScorer<'p, F: Float> {
 }
 
 impl<'p, F: Float> RotaryScorer<'p, F> {
-    #[inline(always)]
-    fn make<S: Simd>(
-        simd: S,
+    fn make(
+        level: Level,
         problem: &'p RotaryProblem<'p, F>,
         scaled_queries: Option<Slices<'p, F>>,
         is_backward: bool,
@@ -77,9 +76,9 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
             scaled_queries,
             is_backward,
             pairs: if own_are_keys { Pairs::by_key(inputs) } else { Pairs::by_query(inputs) },
-            columns: key_columns(simd, softmax, own_are_keys),
-            query_columns: key_columns(simd, softmax, false),
-            turn: Turn::new(simd, &problem.rotary),
+            columns: key_columns(level, softmax, own_are_keys),
+            query_columns: key_columns(level, softmax, false),
+            turn: Turn::new(level, &problem.rotary),
             row: 0,
             own: zeros(own.columns),
             rotated: zeros(tile.len * others.columns),
@@ -102,16 +101,37 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
         let softmax = &self.problem.softmax;
         if self.scaled_queries.is_some() { softmax.query.slices() } else { softmax.key.slices() }
     }
+}
 
-    #[inline(always)]
-    fn score_inline<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
+    type Problem = RotaryProblem<'p, F>;
+
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
+        &problem.softmax
+    }
+
+    fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        Self::make(level, problem, None, false, tile)
+    }
+
+    fn begin(&mut self, row: usize) {
+        let scale = self.problem.softmax.scale;
+        self.row = row;
+        let values = self.own_rows().row(row);
+        self.own.iter_mut().zip(values).for_each(|(own, &value)| *own = scale * value);
+        if self.is_backward && !self.slope.is_empty() {
+            self.turn.slope(scale, values, &mut self.slope);
+        }
+    }
+
+    fn score(&mut self, tile: &mut Tile<F>) {
         let distances = self.problem.distances.slices();
         tile.prefetch_pairs(self.pairs, distances, |pair| pair);
         let (own, others) = (self.own_rows().row(self.row), self.others());
         let rows = self.rotated.chunks_exact_mut(others.columns.max(1));
         for (t, rotated) in rows.take(tile.pairs.len()).enumerate() {
             let (distance, other) = (distances.row(tile.pairs[t].index), tile.others[t]);
-            self.turn.set(simd, distance, 1.0);
+            self.turn.set(distance, 1.0);
             let Some(queries) = self.scaled_queries else {
                 self.turn.apply(others.row(other), rotated);
                 continue;
@@ -119,17 +139,17 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
             self.turn.apply(own, &mut self.rotated_key);
             let rows = Slices { data: &self.rotated_key, columns: own.len() };
             let key = Gather { rows, at: &[0] };
-            self.query_columns.dots(simd, queries.row(other), key, &mut self.logits, tile.stride);
+            self.query_columns.dots(queries.row(other), key, &mut self.logits, tile.stride);
             for (head, logits) in self.logits.chunks_exact(tile.stride).enumerate() {
                 tile.weights[head * tile.stride + t] = logits[0];
             }
-            self.turn.set(simd, distance, -1.0);
+            self.turn.set(distance, -1.0);
             self.turn.apply(others.row(other), rotated);
         }
         if self.scaled_queries.is_none() {
             let rows = Slices { data: &self.rotated, columns: others.columns };
             let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
-            self.columns.dots(simd, &self.own, rows, &mut tile.weights, tile.stride);
+            self.columns.dots(&self.own, rows, &mut tile.weights, tile.stride);
         }
         if self.is_backward {
             // A logit that is NaN makes NaN of its gradient. What a bias hides is multiplied by 0.
@@ -138,22 +158,36 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
             }
         }
     }
+}
 
-    #[inline(always)]
-    fn logits_vjp_inline<S: Simd>(
-        &mut self,
-        simd: S,
+impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
+    fn num_extras(problem: &'p Self::Problem) -> [usize; 2] {
+        let sums = if problem.wants_frequencies { problem.rotary.pairs() } else { 0 };
+        [usize::from(problem.wants_distances), sums]
+    }
+
+    fn of_side(
+        level: Level,
+        problem: &'p Self::Problem,
+        scaled_queries: Option<Slices<'p, F>>,
         tile: &Tile<F>,
-        grads: &[F],
-        of_pairs: &mut [F],
-    ) {
+    ) -> Self {
+        Self::make(level, problem, scaled_queries, true, tile)
+    }
+
+    fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
+        let rows = Slices { data: &self.rotated, columns: others.columns };
+        Gather { rows, at: &self.all[..tile.pairs.len()] }
+    }
+
+    fn logits_vjp(&mut self, tile: &Tile<F>, grads: &[F], of_pairs: &mut [F]) {
         let (heads, stride) = (self.problem.softmax.heads, tile.stride);
         let rows = Slices { data: &self.rotated, columns: self.others().columns };
         let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
         // Where the gradient is 0 the pair may be hidden, and the rest NaN.
         let times = |grad: F, x: F| if grad == F::zero() { grad } else { grad * x };
         if self.problem.wants_distances {
-            self.columns.dots(simd, &self.slope, rows, &mut self.scratch, stride);
+            self.columns.dots(&self.slope, rows, &mut self.scratch, stride);
             of_pairs.fill(F::zero());
             for head in 0..heads {
                 let of_head = head * stride..(head + 1) * stride;
@@ -171,73 +205,11 @@ impl<'p, F: Float> RotaryScorer<'p, F> {
                 }
             }
             let weights = Weights { factors: &self.ones, weights: &self.scratch, stride };
-            self.columns.add_weighted(simd, &mut self.moments, weights, rows);
-        }
-    }
-}
-
-impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
-    type Problem = RotaryProblem<'p, F>;
-
-    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F> {
-        &problem.softmax
-    }
-
-    #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
-        Self::make(simd, problem, None, false, tile)
-    }
-
-    #[inline(always)]
-    fn begin<S: Simd>(&mut self, _: S, row: usize) {
-        let scale = self.problem.softmax.scale;
-        self.row = row;
-        let values = self.own_rows().row(row);
-        self.own.iter_mut().zip(values).for_each(|(own, &value)| *own = scale * value);
-        if self.is_backward && !self.slope.is_empty() {
-            self.turn.slope(scale, values, &mut self.slope);
+            self.columns.add_weighted(&mut self.moments, weights, rows);
         }
     }
 
-    #[inline(never)]
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.score_inline(simd, tile),
-        );
-    }
-}
-
-impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
-    fn num_extras(problem: &'p Self::Problem) -> [usize; 2] {
-        let sums = if problem.wants_frequencies { problem.rotary.pairs() } else { 0 };
-        [usize::from(problem.wants_distances), sums]
-    }
-
-    #[inline(always)]
-    fn of_side<S: Simd>(
-        simd: S,
-        problem: &'p Self::Problem,
-        scaled_queries: Option<Slices<'p, F>>,
-        tile: &Tile<F>,
-    ) -> Self {
-        Self::make(simd, problem, scaled_queries, true, tile)
-    }
-
-    fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
-        let rows = Slices { data: &self.rotated, columns: others.columns };
-        Gather { rows, at: &self.all[..tile.pairs.len()] }
-    }
-
-    #[inline(never)]
-    fn logits_vjp<S: Simd>(&mut self, simd: S, tile: &Tile<F>, grads: &[F], of_pairs: &mut [F]) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.logits_vjp_inline(simd, tile, grads, of_pairs),
-        );
-    }
-
-    fn finish_vjp<S: Simd>(&mut self, _: S, sums: &mut [F]) {
+    fn finish_vjp(&mut self, sums: &mut [F]) {
         let Problem { heads, key_dim: dim, scale, .. } = self.problem.softmax;
         if self.moments.is_empty() {
             return;

@@ -12,10 +12,10 @@ pub(crate) use edges::RotaryProblem;
 pub(super) use edges::RotaryScorer;
 pub(super) use nodes::{rotate, rotate_vjp};
 
-use super::matmul::Vector;
+use super::matmul::{Vector, vector_len};
 use super::sincos::sin_cos;
 use crate::float::Float;
-use fearless_simd::{Simd, SimdBase, SimdMask};
+use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use ndarray::Array2;
 
 /// Which columns of a head rotate together. Weights trained with one layout mean nothing in the other.
@@ -47,6 +47,7 @@ impl Rotary {
 
 /// The rotation of one row.
 struct Turn<F> {
+    level: Level,
     layout: Layout,
     head_dim: usize,
     pairs: usize,
@@ -71,13 +72,8 @@ fn halves(x: f64) -> [f64; 2] {
 }
 
 impl<F: Float> Turn<F> {
-    #[inline(always)]
-    fn new<S: Simd>(_: S, rotary: &Rotary) -> Self {
-        Self::of_vectors(Vector::<S, f64>::LEN, rotary)
-    }
-
-    /// For vectors of so many numbers.
-    fn of_vectors(len: usize, rotary: &Rotary) -> Self {
+    fn new(level: Level, rotary: &Rotary) -> Self {
+        let len = vector_len::<f64>(level);
         let pairs = rotary.pairs();
         let stride = pairs.next_multiple_of(len);
         let mut frequencies = [(); 3].map(|()| vec![0.0; rotary.frequencies.nrows() * stride]);
@@ -89,12 +85,17 @@ impl<F: Float> Turn<F> {
         }
         let zeros = || vec![F::zero(); stride];
         let Rotary { layout, head_dim, .. } = *rotary;
-        Self { layout, head_dim, pairs, stride, frequencies, cos: zeros(), sin: zeros() }
+        Self { level, layout, head_dim, pairs, stride, frequencies, cos: zeros(), sin: zeros() }
     }
 
     /// Takes up the angles of `sign` times a position.
+    #[inline(never)]
+    fn set(&mut self, position: &[F], sign: f64) {
+        dispatch!(self.level, simd => self.set_in_vectors(simd, position, sign));
+    }
+
     #[inline(always)]
-    fn set<S: Simd>(&mut self, simd: S, position: &[F], sign: f64) {
+    fn set_in_vectors<S: Simd>(&mut self, simd: S, position: &[F], sign: f64) {
         let splat = |x: f64| Vector::<S, f64>::splat(simd, x);
         let len = Vector::<S, f64>::LEN;
         for at in (0..self.stride).step_by(len) {
@@ -120,8 +121,13 @@ impl<F: Float> Turn<F> {
     }
 
     /// Overwrites a head, or several side by side, with the rotated ones.
-    #[inline(always)]
+    #[inline(never)]
     fn apply(&self, heads: &[F], out: &mut [F]) {
+        dispatch!(self.level, _simd => self.rotate(heads, out));
+    }
+
+    #[inline(always)]
+    fn rotate(&self, heads: &[F], out: &mut [F]) {
         let pairs = self.pairs;
         let (cos, sin) = (&self.cos[..pairs], &self.sin[..pairs]);
         let heads = heads.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
@@ -150,7 +156,6 @@ impl<F: Float> Turn<F> {
 
     /// Overwrites `out` with what a row y is multiplied by in the derivative of scale · x·y, as y turns
     /// with a position on one axis.
-    #[inline(always)]
     fn slope(&self, scale: F, x: &[F], out: &mut [F]) {
         out.fill(F::zero());
         let heads = x.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
@@ -170,8 +175,13 @@ impl<F: Float> Turn<F> {
 
     /// sums\[p\] += x × y, the cross product of the columns of pair p: what a change of its angle by 1
     /// adds to ⟨y, x⟩, over one head or several.
-    #[inline(always)]
+    #[inline(never)]
     fn add_cross_products(&self, x: &[F], y: &[F], sums: &mut [F]) {
+        dispatch!(self.level, _simd => self.add_cross(x, y, sums));
+    }
+
+    #[inline(always)]
+    fn add_cross(&self, x: &[F], y: &[F], sums: &mut [F]) {
         let pairs = self.pairs;
         let sums = &mut sums[..pairs];
         for (x, y) in x.chunks_exact(self.head_dim).zip(y.chunks_exact(self.head_dim)) {
@@ -301,18 +311,14 @@ mod tests {
 
     /// sin and cos of θ x on one axis, from a Turn.
     fn sin_cos_of(level: fearless_simd::Level, theta: f64, x: f64) -> [f64; 2] {
-        #[inline(always)]
-        fn run<S: Simd>(simd: S, rotary: &Rotary, x: f64) -> [f64; 2] {
-            let mut turn = Turn::<f64>::new(simd, rotary);
-            turn.set(simd, &[x], 1.0);
-            [turn.sin[0], turn.cos[0]]
-        }
         let rotary = Rotary {
             layout: Layout::Half,
             head_dim: 2,
             frequencies: Array2::from_elem((1, 1), theta),
         };
-        dispatch!(level, simd => run(simd, &rotary, x))
+        let mut turn = Turn::<f64>::new(level, &rotary);
+        turn.set(&[x], 1.0);
+        [turn.sin[0], turn.cos[0]]
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::super::rows::add_to_row;
 use super::{Rotary, Turn, is_zero};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, Array3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 use std::ops::Range;
 
@@ -29,19 +29,18 @@ pub(in super::super) fn rotate<F: Float>(
     x: &Rows<'_, F>,
     out: ArrayViewMut2<'_, F>,
 ) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(
-        simd: S,
+    fn run<F: Float>(
+        level: Level,
         rotary: &Rotary,
         positions: &Rows<'_, F>,
         x: &Rows<'_, F>,
         rows: Range<usize>,
         mut out: ArrayViewMut2<'_, F>,
     ) {
-        let mut turn = Turn::new(simd, rotary);
+        let mut turn = Turn::new(level, rotary);
         for (row, mut out) in rows.zip(out.rows_mut()) {
             let out = out.as_slice_mut().expect("an array of our own");
-            turn.set(simd, positions.row(row), 1.0);
+            turn.set(positions.row(row), 1.0);
             turn.apply(x.row(row), out);
         }
     }
@@ -50,7 +49,7 @@ pub(in super::super) fn rotate<F: Float>(
     let outs = row_chunks(out, parts.iter().map(|part| part.len()));
     let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
     parallel::for_each(tasks, work(rotary, rows, columns), |(rows, out)| {
-        dispatch!(level, simd => run(simd, rotary, positions, x, rows, out));
+        run(level, rotary, positions, x, rows, out);
     });
 }
 
@@ -77,7 +76,7 @@ pub(in super::super) fn rotate_vjp<F: Float>(
     let tasks: Vec<_> = tasks.collect();
     parallel::for_each(tasks, work(rotary, rows, columns), |(rows, grad_x, sums)| {
         let pass = Backward { rotary, positions, x, grad_out, rows };
-        dispatch!(level, simd => pass.run(simd, grad_x, sums));
+        pass.run(level, grad_x, sums);
     });
     if let Some(grad) = grad_frequencies {
         sums.outer_iter().for_each(|sums| *grad += &sums);
@@ -94,16 +93,15 @@ struct Backward<'r, F: Float> {
 }
 
 impl<F: Float> Backward<'_, F> {
-    #[inline(always)]
-    fn run<S: Simd>(
+    fn run(
         &self,
-        simd: S,
+        level: Level,
         mut grad_x: ArrayViewMut2<'_, F>,
         mut sums: Option<ArrayViewMut3<'_, f64>>,
     ) {
         let Self { rotary, positions, x, grad_out, .. } = *self;
         let head_dim = rotary.head_dim;
-        let mut turn = Turn::new(simd, rotary);
+        let mut turn = Turn::new(level, rotary);
         let mut back = vec![F::zero(); head_dim];
         let mut grad_angles = vec![F::zero(); rotary.pairs()];
         for (r, row) in self.rows.clone().enumerate() {
@@ -112,7 +110,7 @@ impl<F: Float> Backward<'_, F> {
             if is_zero(grad_out) {
                 continue;
             }
-            turn.set(simd, positions.row(row), -1.0);
+            turn.set(positions.row(row), -1.0);
             grad_angles.fill(F::zero());
             let heads = grad_out.chunks_exact(head_dim).zip(x.row(row).chunks_exact(head_dim));
             for (head, (grad_out, x)) in heads.enumerate().filter(|(_, (grad, _))| !is_zero(grad)) {

@@ -2,7 +2,7 @@
 
 use super::super::exp::exp;
 use super::super::heads::{Columns, Gather, Weights};
-use super::super::matmul::Vector;
+use super::super::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
     Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part, level_for,
@@ -32,7 +32,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     let queries = Side::new(problem.query.slices(), upstream.grad_out, false, may_hide);
     let keys = Side::new(problem.key.slices(), problem.value.slices(), true, may_hide);
     let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
-    let terms = dispatch!(level, simd => terms(simd, problem, upstream));
+    let terms = terms(level, problem, upstream);
 
     // In the order of the rows, since each thread must own what it adds to.
     let columns = if grads.bias.is_some() { problem.heads } else { 0 };
@@ -65,7 +65,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             },
             |part, Outputs { by_row: [grad_a], by_slot, by_part }| {
                 let of_query = OfQuery { by_slot, sums: by_part };
-                dispatch!(level, simd => pass.run(simd, part, grad_a, None, Some(of_query)));
+                pass.run(level, part, grad_a, None, Some(of_query));
             },
             add_up,
         );
@@ -91,7 +91,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             problem.work(),
             Outputs::by_row([key, value], &parts),
             |part, Outputs { by_row: [grad_a, grad_b], .. }| {
-                dispatch!(level, simd => pass.run(simd, part, grad_a, Some(grad_b), None));
+                pass.run(level, part, grad_a, Some(grad_b), None);
             },
             add_up,
         );
@@ -180,10 +180,9 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
 impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
     /// The rows of a part: adds the gradients of `a` and, if asked for, of `b`, and overwrites what
     /// else follows.
-    #[inline(always)]
-    fn run<S: Simd>(
+    fn run(
         &self,
-        simd: S,
+        level: Level,
         part: &Part,
         mut grad_a: ArrayViewMut2<'_, F>,
         mut grad_b: Option<ArrayViewMut2<'_, F>>,
@@ -193,15 +192,15 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let problem = C::softmax(self.of_scorer);
         let heads = problem.heads;
         let columns = |dim: usize| {
-            Columns::new(simd, heads, dim, |head| {
+            Columns::new(level, heads, dim, |head| {
                 [own.head(problem, head) * dim, other.head(problem, head) * dim]
             })
         };
         let (columns_a, mut columns_b) = (columns(problem.key_dim), columns(problem.value_dim));
         let (finite_a, finite_b) = (other.finite_a.slices(), other.finite_b.slices());
 
-        let mut tile = Tile::new(simd, heads, self.tile_len);
-        let mut scorer = C::of_side(simd, self.of_scorer, self.scaled_queries, &tile);
+        let mut tile = Tile::new(level, heads, self.tile_len);
+        let mut scorer = C::of_side(level, self.of_scorer, self.scaled_queries, &tile);
         // m, 1/l and δ of the query of each pair, and the gradient of its weight, then logit.
         let [mut shifts, mut inverses, mut deltas, mut grads] =
             [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
@@ -210,7 +209,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
-            scorer.begin(simd, row.row);
+            scorer.begin(row.row);
             let own_b = own.b.row(row.row);
             sum_a.fill(F::zero());
             sum_b.fill(F::zero());
@@ -224,15 +223,13 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 }
             }
             while tile.fill(problem, &mut row, [other.a, other.b]) {
-                scorer.score(simd, &mut tile);
-                tile.add_bias(simd, problem);
+                scorer.score(&mut tile);
+                tile.add_bias(problem);
                 // dp = m g·v
                 let stride = tile.stride;
-                columns_b.dots(simd, own_b, tile.gather(other.b), &mut grads, stride);
-                let Tile { pairs, weights, .. } = &mut tile;
-                let len = pairs.len();
+                columns_b.dots(own_b, tile.gather(other.b), &mut grads, stride);
                 if !other.is_keys {
-                    for (t, pair) in pairs.iter().enumerate() {
+                    for (t, pair) in tile.pairs.iter().enumerate() {
                         let terms = &terms[pair.query * heads..][..heads];
                         for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
                             shifts[head * stride + t] = shift;
@@ -242,16 +239,15 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     }
                 }
                 for head in 0..heads {
+                    let [of_head, vectors] = tile.of_head(head);
+                    let Tile { pairs, weights, .. } = &mut tile;
                     let multipliers = || pairs.iter().map(|&pair| problem.multiplier(pair, head));
-                    let of_head = head * stride..head * stride + len;
                     if problem.has_dropout() {
                         let grads = grads[of_head.clone()].iter_mut();
                         grads.zip(multipliers()).for_each(|(grad, m)| *grad *= m);
                     }
-                    let vectors =
-                        of_head.start..of_head.start + len.next_multiple_of(Vector::<S, F>::LEN);
                     weights_and_logits_vjp(
-                        simd,
+                        level,
                         &mut weights[vectors.clone()],
                         [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]),
                         &mut grads[vectors],
@@ -265,14 +261,14 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 // s = scale a·a'
                 let grad_logits = Weights { factors: &ones, weights: &grads, stride };
                 let factors = scorer.factors(&tile, finite_a);
-                columns_a.add_weighted(simd, &mut sum_a, grad_logits, factors);
+                columns_a.add_weighted(&mut sum_a, grad_logits, factors);
                 if grad_b.is_some() {
                     let b = tile.gather(finite_b);
-                    columns_b.add_weighted(simd, &mut sum_b, tile.weights(&ones), b);
+                    columns_b.add_weighted(&mut sum_b, tile.weights(&ones), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
                 if let Some(OfQuery { by_slot: [of_logits, of_data], .. }) = &mut of_query {
-                    scorer.logits_vjp(simd, &tile, &grads, &mut grad_data);
+                    scorer.logits_vjp(&tile, &grads, &mut grad_data);
                     let is_wanted = of_logits.ncols() + of_data.ncols() > 0;
                     for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
                         let slot = slot - part.slots.start;
@@ -285,7 +281,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             }
             if let Some(OfQuery { sums, .. }) = &mut of_query {
                 let sums = sums.as_slice_mut().expect("a row of an array of our own");
-                scorer.finish_vjp(simd, sums);
+                scorer.finish_vjp(sums);
             }
             add_to_row(grad_a.row_mut(r), problem.scale, &sum_a);
             if let Some(grad_b) = &mut grad_b {
@@ -350,20 +346,19 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
 
 /// m, 1/l and δ = g·o of each query and head. δ by the steps that make g·v of a pair: with one key in
 /// sight o is v, and ds is 0.
-#[inline(always)]
-fn terms<S: Simd, F: Float>(
-    simd: S,
+fn terms<F: Float>(
+    level: Level,
     problem: &Problem<'_, F>,
     upstream: Upstream<'_, F>,
 ) -> Vec<[F; 3]> {
     let Upstream { out, normalizer, grad_out } = upstream;
-    let (heads, dim, stride) = (problem.heads, problem.value_dim, Vector::<S, F>::LEN);
-    let mut columns = Columns::new(simd, heads, dim, |head| [head * dim; 2]);
+    let (heads, dim, stride) = (problem.heads, problem.value_dim, vector_len::<F>(level));
+    let mut columns = Columns::new(level, heads, dim, |head| [head * dim; 2]);
     let mut deltas = vec![F::zero(); heads * stride];
     let mut terms = Vec::with_capacity(problem.inputs.num_queries() * heads);
     for query in 0..problem.inputs.num_queries() {
         let rows = Gather { rows: out, at: &[query] };
-        columns.dots(simd, grad_out.row(query), rows, &mut deltas, stride);
+        columns.dots(grad_out.row(query), rows, &mut deltas, stride);
         terms.extend((0..heads).map(|head| {
             let [shift, inverse] = normalizer.factors(query, head);
             [shift, inverse, deltas[head * stride]]
@@ -374,56 +369,59 @@ fn terms<S: Simd, F: Float>(
 
 /// p = e^{s − m} / l in place of the logits. Whole vectors.
 #[inline(never)]
-pub(in super::super) fn weights_of<S: Simd, F: Float>(
-    simd: S,
+pub(in super::super) fn weights_of<F: Float>(
+    level: Level,
     logits: &mut [F],
     [shifts, inverses]: [&[F]; 2],
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let len = Vector::<S, F>::LEN;
-            let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
-            for (logits, (shifts, inverses)) in logits.chunks_exact_mut(len).zip(terms) {
-                let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
-                let weight = exp::<S, F>(simd, load(logits) - load(shifts)) * load(inverses);
-                weight.store_slice(logits);
-            }
-        },
-    );
+    dispatch!(level, simd => weigh(simd, logits, [shifts, inverses]));
+}
+
+#[inline(always)]
+fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], [shifts, inverses]: [&[F]; 2]) {
+    let len = Vector::<S, F>::LEN;
+    let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
+    for (logits, (shifts, inverses)) in logits.chunks_exact_mut(len).zip(terms) {
+        let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
+        let weight = exp::<S, F>(simd, load(logits) - load(shifts)) * load(inverses);
+        weight.store_slice(logits);
+    }
 }
 
 /// p = e^{s − m} / l in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
 /// for hidden pairs, whatever dp. Whole vectors.
 #[inline(never)]
-pub(in super::super) fn weights_and_logits_vjp<S: Simd, F: Float>(
+pub(in super::super) fn weights_and_logits_vjp<F: Float>(
+    level: Level,
+    logits: &mut [F],
+    [shifts, inverses, deltas]: [&[F]; 3],
+    grads: &mut [F],
+) {
+    dispatch!(level, simd => weigh_with_vjp(simd, logits, [shifts, inverses, deltas], grads));
+}
+
+#[inline(always)]
+fn weigh_with_vjp<S: Simd, F: Float>(
     simd: S,
     logits: &mut [F],
     [shifts, inverses, deltas]: [&[F]; 3],
     grads: &mut [F],
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let len = Vector::<S, F>::LEN;
-            let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-            let highest = Vector::<S, F>::splat(simd, F::infinity());
-            let zero = Vector::<S, F>::splat(simd, F::zero());
-            let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
-            let terms = terms.zip(deltas.chunks_exact(len)).zip(grads.chunks_exact_mut(len));
-            for (logits, (((shifts, inverses), deltas), grads)) in
-                logits.chunks_exact_mut(len).zip(terms)
-            {
-                let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
-                let (shift, grad) = (load(shifts), load(grads) - load(deltas));
-                // By the logit itself: −∞ less a shift that is NaN is not −∞ any more.
-                let logit = shift.simd_eq(highest).select(lowest, load(logits));
-                let is_hidden = logit.simd_eq(lowest);
-                let weight = exp::<S, F>(simd, logit - shift) * load(inverses);
-                let weight = is_hidden.select(zero, weight);
-                is_hidden.select(zero, weight * grad).store_slice(grads);
-                weight.store_slice(logits);
-            }
-        },
-    );
+    let len = Vector::<S, F>::LEN;
+    let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+    let highest = Vector::<S, F>::splat(simd, F::infinity());
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
+    let terms = terms.zip(deltas.chunks_exact(len)).zip(grads.chunks_exact_mut(len));
+    for (logits, (((shifts, inverses), deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
+        let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
+        let (shift, grad) = (load(shifts), load(grads) - load(deltas));
+        // By the logit itself: −∞ less a shift that is NaN is not −∞ any more.
+        let logit = shift.simd_eq(highest).select(lowest, load(logits));
+        let is_hidden = logit.simd_eq(lowest);
+        let weight = exp::<S, F>(simd, logit - shift) * load(inverses);
+        let weight = is_hidden.select(zero, weight);
+        is_hidden.select(zero, weight * grad).store_slice(grads);
+        weight.store_slice(logits);
+    }
 }

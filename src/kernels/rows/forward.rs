@@ -35,9 +35,7 @@ pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
         softmax.work(),
         Outputs::by_row([out, shift.view_mut(), sum.view_mut()], &parts),
         |part, outputs| {
-            dispatch!(level, simd => {
-                forward_rows::<_, _, C>(simd, problem, &values, tile_len, pairs, part, outputs);
-            });
+            forward_rows::<_, C>(level, problem, &values, tile_len, pairs, part, outputs);
         },
         |[mut out, mut shift, mut sum], [outs, shifts, sums]| {
             for head in 0..softmax.heads {
@@ -55,9 +53,8 @@ pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
     );
 }
 
-#[inline(always)]
-fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
-    simd: S,
+fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
+    level: Level,
     problem: &'p C::Problem,
     values: &FiniteRows<'_, F>,
     tile_len: usize,
@@ -68,43 +65,29 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     let [mut out, mut shift_out, mut sum_out] = outputs.by_row;
     let softmax = C::softmax(problem);
     let (heads, dim) = (softmax.heads, softmax.value_dim);
-    let columns = Columns::new(simd, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
-    let mut tile = Tile::new(simd, heads, tile_len);
-    let mut scorer = C::new(simd, problem, &tile);
-    let slack = F::of(SLACK);
+    let columns = Columns::new(level, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
+    let mut tile = Tile::new(level, heads, tile_len);
+    let mut scorer = C::new(level, problem, &tile);
     let mut maxima = vec![F::zero(); heads];
     let mut alphas = vec![F::zero(); heads];
     let ones = vec![F::one(); heads];
     // Of the row and, where it has several, of the last tile: Σ e^{s − m} v of each head, and l.
     let [mut sums, mut lacks, mut of_tile] = [(); 3].map(|()| vec![F::zero(); heads * (dim + 1)]);
     for (r, mut row) in part.rows(pairs).enumerate() {
-        scorer.begin(simd, row.row);
+        scorer.begin(row.row);
         maxima.fill(F::neg_infinity());
         sums.fill(F::zero());
         let mut is_first = true;
 
         while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
-            scorer.score(simd, &mut tile);
-            tile.add_bias(simd, softmax);
+            scorer.score(&mut tile);
+            tile.add_bias(softmax);
             let target = if is_first { &mut sums } else { &mut of_tile };
             let (values_of, sums_of) = target.split_at_mut(heads * dim);
-            for head in 0..heads {
-                let [pairs, vectors] = tile.of_head(simd, head);
-                let logits = &mut tile.weights[vectors];
-                let old_max = maxima[head];
-                let max = largest(simd, old_max, logits);
-                let max = if max > old_max + slack { max } else { old_max };
-                // Before the first key there is no maximum to shift by, and nothing to rescale.
-                let shift = if max == F::neg_infinity() { F::zero() } else { max };
-                alphas[head] = match old_max {
-                    _ if old_max == max => F::one(),
-                    _ if old_max == F::neg_infinity() => F::zero(),
-                    _ => (old_max - shift).exp(),
-                };
-                maxima[head] = max;
-                sums_of[head] = exponentials(simd, logits, shift);
-
-                if softmax.has_dropout() {
+            exponentials(&mut tile, &mut maxima, &mut alphas, sums_of);
+            if softmax.has_dropout() {
+                for head in 0..heads {
+                    let [pairs, _] = tile.of_head(head);
                     for (weight, &pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
                         *weight *= softmax.multiplier(pair, head);
                     }
@@ -112,8 +95,8 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
             }
             values_of.fill(F::zero());
             let rows = tile.gather(values.slices());
-            columns.add_weighted(simd, values_of, tile.weights(&ones), rows);
-            scorer.add_values(simd, &tile, &alphas);
+            columns.add_weighted(values_of, tile.weights(&ones), rows);
+            scorer.add_values(&tile, &alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
                 let values_of = &mut values_of[head_columns(head, dim)];
                 let weights = &tile.weights[head * tile.stride..];
@@ -130,7 +113,7 @@ fn forward_rows<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
         }
 
         let (row_out, sums) = sums.split_at_mut(heads * dim);
-        scorer.finish(simd, row_out);
+        scorer.finish(row_out);
         for head in 0..heads {
             // Nothing seen: not even 0/0.
             let is_empty = sums[head] == F::zero();
@@ -158,6 +141,30 @@ fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[
     }
 }
 
+/// Replaces the logits s of a tile by e^{s − m}. The maxima m rise where the logits exceed them by more than
+/// the slack; overwrites what the sums before are multiplied by then, and the sums of the exponentials.
+#[inline(never)]
+fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F], sums: &mut [F]) {
+    dispatch!(tile.level, simd => {
+        for (head, sum) in sums.iter_mut().enumerate() {
+            let [_, vectors] = tile.of_head(head);
+            let logits = &mut tile.weights[vectors];
+            let old_max = maxima[head];
+            let max = largest(simd, old_max, logits);
+            let max = if max > old_max + F::of(SLACK) { max } else { old_max };
+            // Before the first key there is no maximum to shift by, and nothing to rescale.
+            let shift = if max == F::neg_infinity() { F::zero() } else { max };
+            alphas[head] = match old_max {
+                _ if old_max == max => F::one(),
+                _ if old_max == F::neg_infinity() => F::zero(),
+                _ => (old_max - shift).exp(),
+            };
+            maxima[head] = max;
+            *sum = exponentials_of(simd, logits, shift);
+        }
+    });
+}
+
 /// The largest of `max` and some logits, NaN left out. Whole vectors.
 #[inline(always)]
 fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
@@ -171,7 +178,7 @@ fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
 
 /// Replaces logits by e^{logit − shift} and returns their sum. Whole vectors.
 #[inline(always)]
-fn exponentials<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
+fn exponentials_of<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
     /// Vectors that are summed from zero: small terms one by one would be lost beside a large one.
     const VECTORS_OF_SUM: usize = 8;
     let len = Vector::<S, F>::LEN;

@@ -16,7 +16,7 @@ pub(super) use forward::forward;
 pub(super) use weights::weights;
 
 use super::heads::{Columns, Gather, Weights};
-use super::matmul::Vector;
+use super::matmul::vector_len;
 use super::parallel::{self, Rest};
 use super::prefetch::prefetch;
 use super::problem::{FiniteRows, Problem, Slices};
@@ -24,7 +24,7 @@ use crate::error::{Channel, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, Pattern};
-use fearless_simd::{Level, Simd, SimdBase};
+use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -345,6 +345,8 @@ impl SlotOfPair {
 
 /// The pairs of a tile of one row, and a number for each head and pair, head after head.
 pub(super) struct Tile<F> {
+    pub(super) level: Level,
+    lanes: usize,
     pub(super) len: usize,
     /// From head to head: the length in whole vectors.
     pub(super) stride: usize,
@@ -357,10 +359,12 @@ pub(super) struct Tile<F> {
 }
 
 impl<F: Float> Tile<F> {
-    #[inline(always)]
-    pub(super) fn new<S: Simd>(_: S, heads: usize, len: usize) -> Self {
-        let stride = len.next_multiple_of(Vector::<S, F>::LEN);
+    pub(super) fn new(level: Level, heads: usize, len: usize) -> Self {
+        let lanes = vector_len::<F>(level);
+        let stride = len.next_multiple_of(lanes);
         Self {
+            level,
+            lanes,
             len,
             stride,
             pairs: Vec::with_capacity(len),
@@ -371,7 +375,7 @@ impl<F: Float> Tile<F> {
     }
 
     /// The next visible pairs of a row; `false` at its end. Asks for the rows of pairs to come.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn fill(
         &mut self,
         problem: &Problem<'_, F>,
@@ -443,9 +447,9 @@ impl<F: Float> Tile<F> {
 
     /// The place of a head's pairs, and with those past the end that fill the last vector.
     #[inline(always)]
-    pub(super) fn of_head<S: Simd>(&self, _: S, head: usize) -> [Range<usize>; 2] {
+    pub(super) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
-        [start..start + len, start..start + len.next_multiple_of(Vector::<S, F>::LEN)]
+        [start..start + len, start..start + len.next_multiple_of(self.lanes)]
     }
 
     /// The weights, for sums that are multiplied by `factors` first.
@@ -455,10 +459,10 @@ impl<F: Float> Tile<F> {
 
     /// Logits that a scorer has left at the visible pairs: adds the bias, and −∞ where it hides a pair
     /// and past the end.
-    #[inline(always)]
-    pub(super) fn add_bias<S: Simd>(&mut self, simd: S, problem: &Problem<'_, F>) {
+    #[inline(never)]
+    pub(super) fn add_bias(&mut self, problem: &Problem<'_, F>) {
         for head in 0..problem.heads {
-            let [pairs, vectors] = self.of_head(simd, head);
+            let [pairs, vectors] = self.of_head(head);
             self.weights[pairs.end..vectors.end].fill(F::neg_infinity());
             if problem.bias.is_some() {
                 for (logit, &pair) in self.weights[pairs].iter_mut().zip(&self.pairs) {
@@ -481,20 +485,20 @@ pub(super) trait Scorer<'p, F: Float>: Sized {
     fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
 
     /// For tiles like this one.
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self;
+    fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self;
 
     /// Takes up the row of a query.
-    fn begin<S: Simd>(&mut self, simd: S, query: usize);
+    fn begin(&mut self, query: usize);
 
     /// Writes the logits of a tile to its weights.
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>);
+    fn score(&mut self, tile: &mut Tile<F>);
 
     /// Adds to sums of its own what pairs add to the output beside their values, times their
     /// weights, after multiplying the sums before by `alphas`.
-    fn add_values<S: Simd>(&mut self, _: S, _: &Tile<F>, _alphas: &[F]) {}
+    fn add_values(&mut self, _: &Tile<F>, _alphas: &[F]) {}
 
     /// Adds those sums to the output, at the end of a row.
-    fn finish<S: Simd>(&mut self, _: S, _out: &mut [F]) {}
+    fn finish(&mut self, _out: &mut [F]) {}
 }
 
 /// A scorer for either side, by products of one side's row with the other's: what the backward pass is
@@ -507,8 +511,8 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
 
     /// For passes by query, or by key: then the queries come times the scale. Either way a pair has the
     /// same logit to the last bit: where logits are large another rounding would be another weight.
-    fn of_side<S: Simd>(
-        simd: S,
+    fn of_side(
+        level: Level,
         problem: &'p Self::Problem,
         scaled_queries: Option<Slices<'p, F>>,
         tile: &Tile<F>,
@@ -521,10 +525,10 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
     }
 
     /// By query: overwrites the gradients of the pairs' data, given those of the logits of a tile.
-    fn logits_vjp<S: Simd>(&mut self, _: S, _: &Tile<F>, _grads: &[F], _of_pairs: &mut [F]) {}
+    fn logits_vjp(&mut self, _: &Tile<F>, _grads: &[F], _of_pairs: &mut [F]) {}
 
     /// By query: adds to the sums what the row brings.
-    fn finish_vjp<S: Simd>(&mut self, _: S, _sums: &mut [F]) {}
+    fn finish_vjp(&mut self, _sums: &mut [F]) {}
 }
 
 /// The logits of scaled dot-product attention: one side's row against the other's.
@@ -544,29 +548,25 @@ impl<'p, F: Float> Scorer<'p, F> for DotScorer<'p, F> {
         problem
     }
 
-    #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
-        Self::of_side(simd, problem, None, tile)
+    fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self {
+        Self::of_side(level, problem, None, tile)
     }
 
-    #[inline(always)]
-    fn begin<S: Simd>(&mut self, _: S, row: usize) {
+    fn begin(&mut self, row: usize) {
         let row = self.own_rows.row(row);
         self.own.iter_mut().zip(row).for_each(|(own, &value)| *own = self.factor * value);
     }
 
-    #[inline(always)]
-    fn score<S: Simd>(&mut self, simd: S, tile: &mut Tile<F>) {
+    fn score(&mut self, tile: &mut Tile<F>) {
         let Tile { stride, others, weights, .. } = tile;
         let rows = Gather { rows: self.others, at: others };
-        self.columns.dots(simd, &self.own, rows, weights, *stride);
+        self.columns.dots(&self.own, rows, weights, *stride);
     }
 }
 
 impl<'p, F: Float> TwoSided<'p, F> for DotScorer<'p, F> {
-    #[inline(always)]
-    fn of_side<S: Simd>(
-        simd: S,
+    fn of_side(
+        level: Level,
         problem: &'p Problem<'p, F>,
         scaled_queries: Option<Slices<'p, F>>,
         _: &Tile<F>,
@@ -576,20 +576,19 @@ impl<'p, F: Float> TwoSided<'p, F> for DotScorer<'p, F> {
             Some(queries) => (key, queries, F::one()),
             None => (query, key, problem.scale),
         };
-        let columns = key_columns(simd, problem, scaled_queries.is_some());
+        let columns = key_columns(level, problem, scaled_queries.is_some());
         Self { columns, own: vec![F::zero(); own_rows.columns], own_rows, factor, others }
     }
 }
 
 /// The columns of the heads of queries and keys.
-#[inline(always)]
-pub(super) fn key_columns<S: Simd, F: Float>(
-    simd: S,
+pub(super) fn key_columns<F: Float>(
+    level: Level,
     problem: &Problem<'_, F>,
     own_are_keys: bool,
 ) -> Columns<F> {
     let dim = problem.key_dim;
-    Columns::new(simd, problem.heads, dim, |head| {
+    Columns::new(level, problem.heads, dim, |head| {
         let starts = [head * dim, problem.kv_head(head) * dim];
         if own_are_keys { [starts[1], starts[0]] } else { starts }
     })

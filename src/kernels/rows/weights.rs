@@ -4,7 +4,7 @@ use super::super::normalizer::Normalizer;
 use super::{Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, for_each_part, level_for, parts};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 
 /// The weights before dropout, pairs × heads in the caller's order, given the normalizer of the forward
@@ -27,18 +27,15 @@ pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
         softmax.work(),
         Outputs { by_row: [], by_slot: [weights.view_mut()], by_part: outputs.by_part },
         |part, Outputs { by_slot: [weights], .. }| {
-            dispatch!(level, simd => {
-                run::<_, _, C>(simd, problem, pairs, tile_len, part, normalizer, weights);
-            });
+            run::<_, C>(level, problem, pairs, tile_len, part, normalizer, weights);
         },
         |[], []| {},
     );
     SlotOfPair::new(softmax.inputs.pattern())?.in_callers_order(weights)
 }
 
-#[inline(always)]
-fn run<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
-    simd: S,
+fn run<'p, F: Float, C: Scorer<'p, F>>(
+    level: Level,
     problem: &'p C::Problem,
     pairs: Pairs<'_>,
     tile_len: usize,
@@ -47,13 +44,13 @@ fn run<'p, S: Simd, F: Float, C: Scorer<'p, F>>(
     mut weights: ArrayViewMut2<'_, F>,
 ) {
     let softmax = C::softmax(problem);
-    let mut tile = Tile::new(simd, softmax.heads, tile_len);
-    let mut scorer = C::new(simd, problem, &tile);
+    let mut tile = Tile::new(level, softmax.heads, tile_len);
+    let mut scorer = C::new(level, problem, &tile);
     for mut row in part.rows(pairs) {
-        scorer.begin(simd, row.row);
+        scorer.begin(row.row);
         while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
-            scorer.score(simd, &mut tile);
-            tile.add_bias(simd, softmax);
+            scorer.score(&mut tile);
+            tile.add_bias(softmax);
             for (t, slot) in tile.slots.iter().enumerate() {
                 for head in 0..softmax.heads {
                     let logit = tile.weights[head * tile.stride + t];
