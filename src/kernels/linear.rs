@@ -4,12 +4,12 @@
 //! among threads.
 
 use super::level::level;
-use super::matmul::{Left, Matrix, Out, Target, columns_times, panel_width, rows_times};
+use super::matmul::{Left, Matrix, Out, Target, columns_times, panel_len, rows_times};
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
@@ -212,12 +212,7 @@ fn pack<F: Float>(level: Level, right: &Rows<'_, F>, num_rows: usize) -> Result<
 
 /// Columns of a panel.
 pub(super) fn width<F: Float>(level: Level) -> usize {
-    dispatch!(level, simd => panel_width_of::<_, F>(simd))
-}
-
-#[inline(always)]
-fn panel_width_of<S: Simd, F: Float>(_: S) -> usize {
-    panel_width::<S, F>()
+    panel_len::<F>(level)
 }
 
 /// left · right for some rows; `right` in whole panels.
@@ -227,38 +222,27 @@ pub(super) fn product_rows<F: Float>(
     rows: Range<usize>,
     right: &Array2<F>,
     target: Target<'_, F>,
-    out: ArrayViewMut2<'_, F>,
+    mut out: ArrayViewMut2<'_, F>,
 ) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(
-        simd: S,
-        left: &Rows<'_, F>,
-        rows: Range<usize>,
-        right: Matrix<'_, F>,
-        target: Target<'_, F>,
-        mut out: ArrayViewMut2<'_, F>,
-    ) {
-        let left = left.slices();
-        let columns = out.ncols();
-        // Rows that do not lie one after the other are worked on in a copy.
-        let mut copy = match out.as_slice_mut() {
-            Some(_) => Vec::new(),
-            None => out.iter().copied().collect(),
-        };
-        let data_of_out = out.as_slice_mut().unwrap_or(&mut copy);
-        for block in parallel::ranges(rows.len(), BLOCK) {
-            let data = &left.data[(rows.start + block.start) * left.columns..];
-            let left = Left { data, stride: left.columns, len: left.columns };
-            let data = &mut data_of_out[block.start * columns..];
-            let out = Out { data, stride: columns, columns };
-            rows_times(simd, block.len(), left, right, target, out);
-        }
-        if !copy.is_empty() {
-            out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
-        }
-    }
     let right = Matrix { data: right.as_slice().expect("packed"), stride: right.ncols() };
-    dispatch!(level, simd => run(simd, left, rows, right, target, out));
+    let left = left.slices();
+    let columns = out.ncols();
+    // Rows that do not lie one after the other are worked on in a copy.
+    let mut copy = match out.as_slice_mut() {
+        Some(_) => Vec::new(),
+        None => out.iter().copied().collect(),
+    };
+    let data_of_out = out.as_slice_mut().unwrap_or(&mut copy);
+    for block in parallel::ranges(rows.len(), BLOCK) {
+        let data = &left.data[(rows.start + block.start) * left.columns..];
+        let left = Left { data, stride: left.columns, len: left.columns };
+        let data = &mut data_of_out[block.start * columns..];
+        let out = Out { data, stride: columns, columns };
+        rows_times(level, block.len(), left, right, target, out);
+    }
+    if !copy.is_empty() {
+        out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
+    }
 }
 
 /// sum += leftᵀ · right for some rows of both; `sum` in whole panels.
@@ -267,33 +251,23 @@ pub(super) fn add_transposed_product_rows<F: Float>(
     left: &Rows<'_, F>,
     right: &Rows<'_, F>,
     rows: Range<usize>,
-    sum: ArrayViewMut2<'_, F>,
+    mut sum: ArrayViewMut2<'_, F>,
 ) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(
-        simd: S,
-        left: &Rows<'_, F>,
-        right: &Rows<'_, F>,
-        rows: Range<usize>,
-        mut sum: ArrayViewMut2<'_, F>,
-    ) {
-        let (num_rows, stride) = sum.dim();
-        let sum = sum.as_slice_mut().expect("a matrix of our own");
-        let mut packed = vec![F::zero(); BLOCK.min(rows.len()) * stride];
-        for block in parallel::ranges(rows.len(), BLOCK) {
-            let block = rows.start + block.start..rows.start + block.end;
-            for (packed, row) in packed.chunks_exact_mut(stride).zip(block.clone()) {
-                let row = right.row(row);
-                packed[..row.len()].copy_from_slice(row);
-            }
-            let data = left.rows(block.clone());
-            let left = Left { data, stride: num_rows, len: num_rows };
-            let right = Matrix { data: &packed[..block.len() * stride], stride };
-            let out = Out { data: &mut *sum, stride, columns: stride };
-            columns_times(simd, left, right, Target::Add, out);
+    let (num_rows, stride) = sum.dim();
+    let sum = sum.as_slice_mut().expect("a matrix of our own");
+    let mut packed = vec![F::zero(); BLOCK.min(rows.len()) * stride];
+    for block in parallel::ranges(rows.len(), BLOCK) {
+        let block = rows.start + block.start..rows.start + block.end;
+        for (packed, row) in packed.chunks_exact_mut(stride).zip(block.clone()) {
+            let row = right.row(row);
+            packed[..row.len()].copy_from_slice(row);
         }
+        let data = left.rows(block.clone());
+        let left = Left { data, stride: num_rows, len: num_rows };
+        let right = Matrix { data: &packed[..block.len() * stride], stride };
+        let out = Out { data: &mut *sum, stride, columns: stride };
+        columns_times(level, left, right, Target::Add, out);
     }
-    dispatch!(level, simd => run(simd, left, right, rows, sum));
 }
 
 #[cfg(test)]

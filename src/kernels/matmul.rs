@@ -36,6 +36,11 @@ pub(crate) fn vector_len<F: Float>(level: Level) -> usize {
 }
 
 /// Columns of a panel.
+pub(crate) fn panel_len<F: Float>(level: Level) -> usize {
+    2 * vector_len::<F>(level)
+}
+
+/// [`panel_len`] of an instruction set that is known when it is compiled.
 #[inline(always)]
 pub(crate) fn panel_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
     2 * Vector::<S, F>::LEN
@@ -180,86 +185,84 @@ impl<'o, F: Float> Out<'o, F> {
 
 /// Left · right for some rows of `left`; `right` in whole panels.
 #[inline(never)]
-pub(crate) fn rows_times<S: Simd, F: Float>(
-    simd: S,
+pub(crate) fn rows_times<F: Float>(
+    level: Level,
     num_rows: usize,
     left: Left<'_, F>,
     right: Matrix<'_, F>,
     target: Target<'_, F>,
     mut out: Out<'_, F>,
 ) {
-    simd.vectorize(
+    let columns = out.columns;
+    dispatch!(level, simd => rows_with::<_, F, false>(
+        simd,
+        num_rows,
+        left,
+        right,
+        columns,
         #[inline(always)]
-        || {
-            let columns = out.columns;
-            rows_with::<S, F, false>(
-                simd,
-                num_rows,
-                left,
-                right,
-                columns,
-                #[inline(always)]
-                |row, column, sums| out.put(simd, (row, column), sums, target),
-            );
-        },
-    );
+        |row, column, sums| out.put(simd, (row, column), sums, target),
+    ));
 }
 
-/// [`rows_times`] for one panel, whose columns' largest entries and `max` are returned.
+/// [`rows_times`] for one panel; raises `maxima` to the largest entries of its columns.
 #[inline(never)]
-pub(crate) fn rows_times_with_max<S: Simd, F: Float>(
+pub(crate) fn rows_times_with_max<F: Float>(
+    level: Level,
+    num_rows: usize,
+    left: Left<'_, F>,
+    right: Matrix<'_, F>,
+    maxima: &mut [F],
+    out: Out<'_, F>,
+) {
+    dispatch!(level, simd => with_max(simd, num_rows, left, right, maxima, out));
+}
+
+#[inline(always)]
+fn with_max<S: Simd, F: Float>(
     simd: S,
     num_rows: usize,
     left: Left<'_, F>,
     right: Matrix<'_, F>,
-    mut max: PanelRow<S, F>,
+    maxima: &mut [F],
     mut out: Out<'_, F>,
-) -> PanelRow<S, F> {
-    simd.vectorize(
+) {
+    let mut max = load::<S, F>(simd, maxima);
+    rows_with::<S, F, false>(
+        simd,
+        num_rows,
+        left,
+        right,
+        panel_width::<S, F>(),
         #[inline(always)]
-        || {
-            rows_with::<S, F, false>(
-                simd,
-                num_rows,
-                left,
-                right,
-                panel_width::<S, F>(),
-                #[inline(always)]
-                |row, column, sums| {
-                    max = [max[0].max(sums[0]), max[1].max(sums[1])];
-                    out.put(simd, (row, column), sums, Target::Overwrite);
-                },
-            );
+        |row, column, sums| {
+            max = [max[0].max(sums[0]), max[1].max(sums[1])];
+            out.put(simd, (row, column), sums, Target::Overwrite);
         },
     );
-    max
+    store::<S, F>(max, maxima);
 }
 
 /// Σₜ (left\[m, t\] − right\[t, n\])² in place of the products of [`rows_times`]. Through
 /// |a|² + |b|² − 2 a·b it would be faster, and lose the distance between near points.
 #[inline(never)]
-pub(crate) fn squared_distances<S: Simd, F: Float>(
-    simd: S,
+pub(crate) fn squared_distances<F: Float>(
+    level: Level,
     num_rows: usize,
     left: Left<'_, F>,
     right: Matrix<'_, F>,
     mut out: Out<'_, F>,
 ) {
-    simd.vectorize(
+    let columns = out.columns;
+    dispatch!(level, simd => rows_with::<_, F, true>(
+        simd,
+        num_rows,
+        left,
+        right,
+        columns,
         #[inline(always)]
-        || {
-            let columns = out.columns;
-            rows_with::<S, F, true>(
-                simd,
-                num_rows,
-                left,
-                right,
-                columns,
-                #[inline(always)]
-                |row, column, sums| out.put(simd, (row, column), sums, Target::Overwrite),
-            );
-        },
-    );
+        |row, column, sums| out.put(simd, (row, column), sums, Target::Overwrite),
+    ));
 }
 
 /// The body of [`squared_distances`] or [`rows_times`]: hands each row of each panel to `visit`, with
@@ -315,40 +318,46 @@ fn rows_with_panel<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
 /// Leftᵀ · right, where row m of the product belongs to column m of the left factor: as many columns
 /// as `left` has entries in a row, and as many rows as both factors have.
 #[inline(never)]
-pub(crate) fn columns_times<S: Simd, F: Float>(
+pub(crate) fn columns_times<F: Float>(
+    level: Level,
+    left: Left<'_, F>,
+    right: Matrix<'_, F>,
+    target: Target<'_, F>,
+    out: Out<'_, F>,
+) {
+    dispatch!(level, simd => columns_with(simd, left, right, target, out));
+}
+
+#[inline(always)]
+fn columns_with<S: Simd, F: Float>(
     simd: S,
     left: Left<'_, F>,
     right: Matrix<'_, F>,
     target: Target<'_, F>,
     mut out: Out<'_, F>,
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            for column in (0..out.columns).step_by(panel_width::<S, F>()) {
-                let panel = right.skip_columns(column);
-                let mut row = 0;
-                while row < left.len {
-                    let left_rows = Matrix { data: left.data, stride: left.stride };
-                    let left_rows = left_rows.skip_columns(row);
-                    row += match left.len - row {
-                        6.. => {
-                            let sums = columns_times_panel::<S, F, 6>(simd, left_rows, panel);
-                            put_all(simd, &sums, (row, column), target, &mut out)
-                        }
-                        4.. => {
-                            let sums = columns_times_panel::<S, F, 4>(simd, left_rows, panel);
-                            put_all(simd, &sums, (row, column), target, &mut out)
-                        }
-                        _ => {
-                            let sums = columns_times_panel::<S, F, 1>(simd, left_rows, panel);
-                            put_all(simd, &sums, (row, column), target, &mut out)
-                        }
-                    };
+    for column in (0..out.columns).step_by(panel_width::<S, F>()) {
+        let panel = right.skip_columns(column);
+        let mut row = 0;
+        while row < left.len {
+            let left_rows = Matrix { data: left.data, stride: left.stride };
+            let left_rows = left_rows.skip_columns(row);
+            row += match left.len - row {
+                6.. => {
+                    let sums = columns_times_panel::<S, F, 6>(simd, left_rows, panel);
+                    put_all(simd, &sums, (row, column), target, &mut out)
                 }
-            }
-        },
-    );
+                4.. => {
+                    let sums = columns_times_panel::<S, F, 4>(simd, left_rows, panel);
+                    put_all(simd, &sums, (row, column), target, &mut out)
+                }
+                _ => {
+                    let sums = columns_times_panel::<S, F, 1>(simd, left_rows, panel);
+                    put_all(simd, &sums, (row, column), target, &mut out)
+                }
+            };
+        }
+    }
 }
 
 /// Puts consecutive rows; returns their number.
@@ -434,9 +443,8 @@ mod tests {
     }
 
     /// (left · right, rightward of transposed left) by both kernels, and by plain loops.
-    #[inline(always)]
-    fn check<S: Simd>(simd: S, rows: usize, inner: usize, panels: usize) {
-        let columns = panels * panel_width::<S, f32>();
+    fn check(level: Level, rows: usize, inner: usize, panels: usize) {
+        let columns = panels * panel_len::<f32>(level);
         let stride = columns + 3;
         let left = entries(rows * inner, 1);
         let mut right = entries(inner * stride, 2);
@@ -455,7 +463,7 @@ mod tests {
         let mut product = vec![f32::NAN; rows * columns];
         let rows_of_left = Left { data: &left[..], stride: inner, len: inner };
         rows_times(
-            simd,
+            level,
             rows,
             rows_of_left,
             right,
@@ -463,11 +471,11 @@ mod tests {
             whole(&mut product, columns),
         );
         assert_eq!(product, expected, "rows {rows} x {inner} x {columns}");
-        rows_times(simd, rows, rows_of_left, right, Target::Add, whole(&mut product, columns));
+        rows_times(level, rows, rows_of_left, right, Target::Add, whole(&mut product, columns));
         assert!(product.iter().zip(&expected).all(|(&sum, &once)| sum == 2.0 * once));
         let factors: Vec<f32> = (0..columns).map(|column| column as f32).collect();
         rows_times(
-            simd,
+            level,
             rows,
             rows_of_left,
             right,
@@ -480,25 +488,24 @@ mod tests {
 
         if panels == 1 {
             product.fill(f32::NAN);
-            let before = splat::<S, f32>(simd, 3.0);
-            let max = rows_times_with_max(
-                simd,
+            let mut max = vec![3.0; columns];
+            rows_times_with_max(
+                level,
                 rows,
                 rows_of_left,
                 right,
-                before,
+                &mut max,
                 whole(&mut product, columns),
             );
             assert_eq!(product, expected);
-            let max = max.iter().flat_map(|max| max.as_slice()).copied();
-            for (column, max) in max.enumerate() {
+            for (column, &max) in max.iter().enumerate() {
                 let entries = expected.iter().skip(column).step_by(columns);
                 assert_eq!(max, entries.copied().fold(3.0, f32::max));
             }
         }
 
         product.fill(f32::NAN);
-        squared_distances(simd, rows, rows_of_left, right, whole(&mut product, columns));
+        squared_distances(level, rows, rows_of_left, right, whole(&mut product, columns));
         assert_eq!(product, distances, "distances {rows} x {inner} x {columns}");
 
         let mut transposed = vec![0.0; inner * (rows + 1)];
@@ -507,17 +514,17 @@ mod tests {
         }
         let transposed = Left { data: &transposed[..], stride: rows + 1, len: rows };
         let mut product = vec![f32::NAN; rows * columns];
-        columns_times(simd, transposed, right, Target::Overwrite, whole(&mut product, columns));
+        columns_times(level, transposed, right, Target::Overwrite, whole(&mut product, columns));
         assert_eq!(product, expected, "columns {rows} x {inner} x {columns}");
 
         // Columns that do not fill the last panel.
         for columns in (columns.saturating_sub(3)..columns).filter(|&columns| columns > 0) {
             let mut product = vec![1.0; rows * columns];
             let out = Out { data: &mut product[..], stride: columns, columns };
-            columns_times(simd, transposed, right, Target::Add, out);
+            columns_times(level, transposed, right, Target::Add, out);
             for (at, &sum) in product.iter().enumerate() {
                 let (m, n) = (at / columns, at % columns);
-                assert_eq!(sum, 1.0 + expected[m * panels * panel_width::<S, f32>() + n]);
+                assert_eq!(sum, 1.0 + expected[m * panels * panel_len::<f32>(level) + n]);
             }
         }
     }
@@ -528,7 +535,7 @@ mod tests {
             for rows in [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17] {
                 for inner in [1, 2, 7, 16, 33] {
                     for panels in [0, 1, 3] {
-                        dispatch!(level, simd => check(simd, rows, inner, panels));
+                        check(level, rows, inner, panels);
                     }
                 }
             }
@@ -537,18 +544,14 @@ mod tests {
 
     #[test]
     fn a_product_over_nothing_is_zero() {
-        #[inline(always)]
-        fn run<S: Simd>(simd: S) -> Vec<f32> {
-            let columns = panel_width::<S, f32>();
+        for level in levels() {
+            let columns = panel_len::<f32>(level);
             let mut product = vec![f32::NAN; 2 * columns];
             let left = Left { data: &[][..], stride: 0, len: 0 };
             let right = Matrix { data: &[][..], stride: 1 };
             let out = Out { data: &mut product[..], stride: columns, columns };
-            rows_times(simd, 2, left, right, Target::Overwrite, out);
-            product
-        }
-        for level in levels() {
-            assert!(dispatch!(level, simd => run(simd)).iter().all(|&sum| sum == 0.0));
+            rows_times(level, 2, left, right, Target::Overwrite, out);
+            assert!(product.iter().all(|&sum| sum == 0.0));
         }
     }
 }

@@ -5,7 +5,8 @@ use crate::inputs::head_columns;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
-    Left, Matrix, Out, Target, columns_times, load, panel_width, rows_times, splat, store,
+    Left, Matrix, Out, Target, columns_times, load, panel_len, panel_width, rows_times, splat,
+    store,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
@@ -78,7 +79,7 @@ pub(in super::super) fn backward<F: Float>(
         grad_out: FiniteRows::new(upstream.grad_out, may_hide),
     };
 
-    let panel = dispatch!(level, simd => width_of::<_, F>(simd));
+    let panel = panel_len::<F>(level);
     let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
@@ -117,7 +118,7 @@ pub(in super::super) fn backward<F: Float>(
         .collect();
     let tasks = parts.iter_mut().collect();
     parallel::for_each(tasks, problem.work(), |part: &mut BackwardPart<'_, F>| {
-        dispatch!(level, simd => backward_part(simd, problem, &operands, sizes, part));
+        backward_part(level, problem, &operands, sizes, part);
     });
 
     for part in &parts {
@@ -147,18 +148,18 @@ pub(in super::super) fn add_head_rows<F: Float>(
     }
 }
 
-#[inline(always)]
-fn backward_part<S: Simd, F: Float>(
-    simd: S,
+fn backward_part<F: Float>(
+    level: Level,
     problem: &Problem<'_, F>,
     operands: &Operands<'_, F>,
     sizes: TileSizes,
     part: &mut BackwardPart<'_, F>,
 ) {
-    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let panel = panel_len::<F>(level);
+    let width = sizes.queries.next_multiple_of(panel);
     let tile = sizes.keys * width;
     let [padded_key, padded_value] =
-        [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel_width::<S, F>()));
+        [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let mut scratch = BackwardScratch {
         queries: Buffer::zeros(problem.key_dim * width),
         query_rows: Buffer::zeros(width * padded_key),
@@ -175,34 +176,29 @@ fn backward_part<S: Simd, F: Float>(
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..problem.heads {
-            let block = block::<S, F>(problem, head, &part.queries, &rows);
-            simd.vectorize(
-                #[inline(always)]
-                || backward_block(simd, &block, operands, sizes.keys, &mut scratch, part),
-            );
+            let block = block(level, problem, head, &part.queries, &rows);
+            backward_block(&block, operands, sizes.keys, &mut scratch, part);
             // s = scale q·k
             let columns = head_columns(head, problem.key_dim);
             let sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
-            block.add_lanes(simd, problem.scale, &scratch.grad_query, sum);
+            block.add_lanes(problem.scale, &scratch.grad_query, sum);
         }
     }
 }
 
 /// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys, values and
 /// bias to the part's.
-#[inline(always)]
-fn backward_block<S: Simd, F: Float>(
-    simd: S,
+fn backward_block<F: Float>(
     block: &Block<'_, '_, F>,
     operands: &Operands<'_, F>,
     keys_per_tile: usize,
     scratch: &mut BackwardScratch<F>,
     part: &mut BackwardPart<'_, F>,
 ) {
-    let Block { problem, head, width, .. } = *block;
+    let Block { level, problem, head, width, .. } = *block;
     let BackwardPart { queries, keys: sums, grad_bias, .. } = part;
     let first_query = queries.start;
-    let panel = panel_width::<S, F>();
+    let panel = panel_len::<F>(level);
     let kv_head = problem.kv_head(head);
     let (key_dim, value_dim) = (problem.key_dim, problem.value_dim);
     let keys = block.keys();
@@ -211,12 +207,10 @@ fn backward_block<S: Simd, F: Float>(
     let [padded_key, padded_value] = [key_dim, value_dim].map(|dim| dim.next_multiple_of(panel));
     let (first_row, first_key) = (kv_head * sums.keys.len(), sums.keys.start);
 
-    let grad_out =
-        |query: usize| &operands.upstream.grad_out.row(query)[head_columns(head, value_dim)];
-    let out = |query: usize| &operands.upstream.out.row(query)[head_columns(head, value_dim)];
-    block.pack_queries(simd, problem.scale, &mut scratch.queries);
-    block.pack_transposed(simd, value_dim, grad_out, F::one(), &mut scratch.grad_out);
-    block.pack_transposed(simd, value_dim, out, F::one(), &mut scratch.out);
+    let Upstream { out, grad_out, .. } = operands.upstream;
+    block.pack_queries(problem.scale, &mut scratch.queries);
+    block.pack_transposed(grad_out, value_dim, F::one(), &mut scratch.grad_out);
+    block.pack_transposed(out, value_dim, F::one(), &mut scratch.out);
     pack_rows(
         operands.query.slices(),
         block,
@@ -240,16 +234,8 @@ fn backward_block<S: Simd, F: Float>(
             operands.upstream.normalizer.factors(query, head);
     }
     // δ = g·o, by the steps that make g·v: with one key in sight o is v, and ds is 0.
-    for column in (0..width).step_by(panel) {
-        let mut delta = splat::<S, F>(simd, F::zero());
-        for c in 0..value_dim {
-            let at = c * width + column;
-            let out = load::<S, F>(simd, &scratch.out[at..]);
-            let grad = load::<S, F>(simd, &scratch.grad_out[at..]);
-            delta = [out[0].mul_add(grad[0], delta[0]), out[1].mul_add(grad[1], delta[1])];
-        }
-        store::<S, F>(delta, &mut scratch.deltas[column..]);
-    }
+    let BackwardScratch { out, grad_out, deltas, .. } = &mut *scratch;
+    column_products(level, width, value_dim, [out, grad_out], deltas);
     scratch.grad_query.fill(F::zero());
 
     for tile in block.tiles(keys_per_tile) {
@@ -280,48 +266,28 @@ fn backward_block<S: Simd, F: Float>(
             ] {
                 let right = Matrix { data: &packed[..], stride: width }.skip_columns(column);
                 let out = Out::panel(out, width, column, panel);
-                rows_times(simd, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
+                rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
             if block.may_hide_in(&lanes, &seen) {
-                block.restrict(simd, lanes.clone(), &seen, weights, &mut scratch.rows);
+                block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
             }
 
             // dP = m dP̃
-            block.drop_out(simd, lanes.clone(), &seen, grad_scores, &mut scratch.rows);
+            block.drop_out(lanes.clone(), &seen, grad_scores, &mut scratch.rows);
 
-            // P = e^{S − m} / l, dS = P (dP − δ); hidden pairs have S = −∞ and get zeros, whatever dP.
-            let shifts = load::<S, F>(simd, &scratch.shifts[column..]);
-            let inverses = load::<S, F>(simd, &scratch.inverses[column..]);
-            let deltas = load::<S, F>(simd, &scratch.deltas[column..]);
-            let [zero, _] = splat::<S, F>(simd, F::zero());
-            let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
-            let [highest, _] = splat::<S, F>(simd, F::infinity());
-            for (k, weights) in weights.chunks_exact_mut(width).enumerate() {
-                let weights = &mut weights[column..];
-                let grad_scores = &mut grad_scores[k * width + column..];
-                let score = load::<S, F>(simd, weights);
-                let mut grad = load::<S, F>(simd, grad_scores);
-                let mut weight = score;
-                for v in 0..2 {
-                    // By the score itself: −∞ less a shift that is NaN is not −∞ any more.
-                    let score = shifts[v].simd_eq(highest).select(lowest, score[v]);
-                    let is_hidden = score.simd_eq(lowest);
-                    let exponential = exp::<S, F>(simd, score - shifts[v]);
-                    weight[v] = is_hidden.select(zero, exponential * inverses[v]);
-                    grad[v] = is_hidden.select(zero, weight[v] * (grad[v] - deltas[v]));
-                }
-                store::<S, F>(grad, grad_scores);
-                store::<S, F>(weight, weights);
-            }
+            // P = e^{S − m} / l, dS = P (dP − δ)
+            let terms = [&scratch.shifts, &scratch.inverses, &scratch.deltas];
+            let terms = terms.map(|terms| &terms[column..column + panel]);
+            weights_and_logits_vjp(level, width, column, weights, grad_scores, terms);
             // P̃ = m P
-            block.drop_out(simd, lanes.clone(), &seen, weights, &mut scratch.rows);
+            block.drop_out(lanes.clone(), &seen, weights, &mut scratch.rows);
             if let Some(grad) = grad_bias {
-                block.add_bias_gradients(simd, lanes, &seen, grad_scores, first_query, grad);
+                block.add_bias_gradients(lanes, &seen, grad_scores, first_query, grad);
             }
             // dQ += dS K
             let right = Matrix { data: &*grad_scores, stride: width }.skip_columns(column);
             let out = Out::panel(&mut scratch.grad_query, width, column, panel);
-            columns_times(simd, finite_keys.left(seen.start), right, Target::Add, out);
+            columns_times(level, finite_keys.left(seen.start), right, Target::Add, out);
         }
 
         // dV += P̃ᵀ G, dK += dSᵀ (scale Q)
@@ -333,7 +299,7 @@ fn backward_block<S: Simd, F: Float>(
             let right = Matrix { data: &rows[..], stride: padded };
             let data = &mut sums[(first_row + tile.start - first_key) * padded..];
             let out = Out { data, stride: padded, columns: padded };
-            rows_times(simd, tile.len(), left, right, Target::Add, out);
+            rows_times(level, tile.len(), left, right, Target::Add, out);
         }
 
         // What is not finite, pair by pair.
@@ -346,7 +312,8 @@ fn backward_block<S: Simd, F: Float>(
         let bad = lanes_of(&operands.grad_out.bad);
         block.for_each_visible(bad.into_iter(), tile.clone(), |lane, key| {
             let weight = weights[(key - tile.start) * width + lane];
-            let grad = grad_out(block.queries.start + lane).iter().enumerate();
+            let grad = operands.upstream.grad_out.row(block.queries.start + lane);
+            let grad = grad[head_columns(head, value_dim)].iter().enumerate();
             for (c, &grad) in grad.filter(not_finite) {
                 sums.value[(first_row + key - first_key) * padded_value + c] += weight * grad;
             }
@@ -371,12 +338,83 @@ fn backward_block<S: Simd, F: Float>(
     }
 }
 
-pub(in super::super) fn width_of<S: Simd, F: Float>(_: S) -> usize {
-    panel_width::<S, F>()
+/// Overwrites `sums` with Σ a b over the rows of two matrices, columns × width, lane by lane.
+#[inline(never)]
+fn column_products<F: Float>(
+    level: Level,
+    width: usize,
+    num_rows: usize,
+    [a, b]: [&[F]; 2],
+    sums: &mut [F],
+) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        width: usize,
+        num_rows: usize,
+        [a, b]: [&[F]; 2],
+        sums: &mut [F],
+    ) {
+        for column in (0..width).step_by(panel_width::<S, F>()) {
+            let mut sum = splat::<S, F>(simd, F::zero());
+            for row in 0..num_rows {
+                let at = row * width + column;
+                let (a, b) = (load::<S, F>(simd, &a[at..]), load::<S, F>(simd, &b[at..]));
+                sum = [a[0].mul_add(b[0], sum[0]), a[1].mul_add(b[1], sum[1])];
+            }
+            store::<S, F>(sum, &mut sums[column..]);
+        }
+    }
+    dispatch!(level, simd => run(simd, width, num_rows, [a, b], sums));
+}
+
+/// P = e^{S − m} / l in place of the scores S of a panel, dS = P (dP − δ) in place of dP. Hidden pairs have
+/// S = −∞ and get zeros, whatever dP.
+#[inline(never)]
+fn weights_and_logits_vjp<F: Float>(
+    level: Level,
+    width: usize,
+    column: usize,
+    scores: &mut [F],
+    grads: &mut [F],
+    terms: [&[F]; 3],
+) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        width: usize,
+        column: usize,
+        scores: &mut [F],
+        grads: &mut [F],
+        [shifts, inverses, deltas]: [&[F]; 3],
+    ) {
+        let shifts = load::<S, F>(simd, shifts);
+        let inverses = load::<S, F>(simd, inverses);
+        let deltas = load::<S, F>(simd, deltas);
+        let [zero, _] = splat::<S, F>(simd, F::zero());
+        let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+        let [highest, _] = splat::<S, F>(simd, F::infinity());
+        for (scores, grads) in scores.chunks_exact_mut(width).zip(grads.chunks_exact_mut(width)) {
+            let (scores, grads) = (&mut scores[column..], &mut grads[column..]);
+            let score = load::<S, F>(simd, scores);
+            let mut grad = load::<S, F>(simd, grads);
+            let mut weight = score;
+            for v in 0..2 {
+                // By the score itself: −∞ less a shift that is NaN is not −∞ any more.
+                let score = shifts[v].simd_eq(highest).select(lowest, score[v]);
+                let is_hidden = score.simd_eq(lowest);
+                let exponential = exp::<S, F>(simd, score - shifts[v]);
+                weight[v] = is_hidden.select(zero, exponential * inverses[v]);
+                grad[v] = is_hidden.select(zero, weight[v] * (grad[v] - deltas[v]));
+            }
+            store::<S, F>(grad, grads);
+            store::<S, F>(weight, scores);
+        }
+    }
+    dispatch!(level, simd => run(simd, width, column, scores, grads, terms));
 }
 
 /// Overwrites `packed`, width × padded, with `factor` × a head's rows of a block, and zeros.
-#[inline(always)]
 pub(in super::super) fn pack_rows<F: Float>(
     rows: Slices<'_, F>,
     block: &Block<'_, '_, F>,

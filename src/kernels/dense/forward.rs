@@ -5,7 +5,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::compensated;
 use crate::kernels::exp::exp;
 use crate::kernels::matmul::{
-    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_width, splat, store,
+    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_len, splat, store,
 };
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
@@ -30,7 +30,8 @@ struct ForwardScratch<F> {
     sums: Buffer<F>,
     /// What the exponentials are relative to: m.
     maxima: Buffer<F>,
-    /// What rescales the sums of a panel.
+    /// Of a panel: the largest scores and m before, and what rescales the sums.
+    largest: Buffer<F>,
     alphas: Buffer<F>,
     totals: Totals<F>,
     /// For what is added to scores, and multiplies weights.
@@ -49,10 +50,8 @@ struct Totals<F> {
 impl<F: Float> Totals<F> {
     /// Takes up sums in place of which it leaves zeros.
     #[inline(never)]
-    fn take<S: Simd>(&mut self, simd: S, sums: &mut [F], width: usize) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
+    fn take(&mut self, level: Level, sums: &mut [F], width: usize) {
+        dispatch!(level, _simd => {
                 if self.totals.is_empty() {
                     self.totals.resize(sums.len(), F::zero());
                     self.lacks.resize(sums.len(), F::zero());
@@ -68,14 +67,13 @@ impl<F: Float> Totals<F> {
                     }
                 }
                 self.alphas.fill(F::one());
-            },
-        );
+        });
     }
 
     /// Leaves all sums in `sums`, and is empty again.
-    fn finish<S: Simd>(&mut self, simd: S, sums: &mut [F], width: usize) {
+    fn finish(&mut self, level: Level, sums: &mut [F], width: usize) {
         if !self.totals.is_empty() {
-            self.take(simd, sums, width);
+            self.take(level, sums, width);
             sums.copy_from_slice(&self.totals);
             self.totals.clear();
             self.lacks.clear();
@@ -101,15 +99,12 @@ pub(in super::super) fn forward<'p, F: Float, C: TileScorer<'p, F>>(
     let sums = row_chunks(normalizer.sum.view_mut(), rows());
     let tasks = parts.iter().cloned().zip(outs).zip(shifts.zip(sums)).collect();
     parallel::for_each(tasks, problem.work(), |((queries, out), normalizer)| {
-        dispatch!(level, simd => {
-            forward_part::<_, _, C>(simd, whole, &values, sizes, queries, out, normalizer);
-        });
+        forward_part::<_, C>(level, whole, &values, sizes, queries, out, normalizer);
     });
 }
 
-#[inline(always)]
-fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
-    simd: S,
+fn forward_part<'p, F: Float, C: TileScorer<'p, F>>(
+    level: Level,
     whole: &'p C::Problem,
     values: &FiniteRows<'_, F>,
     sizes: TileSizes,
@@ -119,25 +114,24 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
 ) {
     let problem = C::softmax(whole);
     let dim = problem.value_dim;
-    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
-    let mut scorer = C::new(simd, whole, width);
+    let panel = panel_len::<F>(level);
+    let width = sizes.queries.next_multiple_of(panel);
+    let mut scorer = C::new(whole, width);
     let mut scratch = ForwardScratch {
         scores: Buffer::zeros(sizes.keys * width),
         sums: Buffer::zeros((dim + 1) * width),
         maxima: Buffer::zeros(width),
-        alphas: Buffer::zeros(panel_width::<S, F>()),
+        largest: Buffer::zeros(panel),
+        alphas: Buffer::zeros(panel),
         totals: Totals { totals: Vec::new(), lacks: Vec::new(), alphas: vec![F::one(); width] },
         rows: Vec::new(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
         for head in 0..problem.heads {
-            let block = block::<S, F>(problem, head, &queries, &rows);
-            simd.vectorize(
-                #[inline(always)]
-                || forward_block(simd, &block, &mut scorer, values, sizes.keys, &mut scratch),
-            );
+            let block = block(level, problem, head, &queries, &rows);
+            forward_block(&block, &mut scorer, values, sizes.keys, &mut scratch);
             let out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
-            write_out(simd, &scratch, block.width, out);
+            write_out(level, &scratch, block.width, out);
             for (lane, row) in rows.clone().enumerate() {
                 let sum = scratch.sums[dim * block.width + lane];
                 let is_empty = sum == F::zero();
@@ -150,73 +144,72 @@ fn forward_part<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
 
 /// Divides the outputs by the sums, and gives each query its row.
 #[inline(never)]
-fn write_out<S: Simd, F: Float>(
+fn write_out<F: Float>(
+    level: Level,
+    scratch: &ForwardScratch<F>,
+    width: usize,
+    out: ArrayViewMut2<'_, F>,
+) {
+    dispatch!(level, simd => write_quotients(simd, scratch, width, out));
+}
+
+#[inline(always)]
+fn write_quotients<S: Simd, F: Float>(
     simd: S,
     scratch: &ForwardScratch<F>,
     width: usize,
     mut out: ArrayViewMut2<'_, F>,
 ) {
-    simd.vectorize(
+    let len = Vector::<S, F>::LEN;
+    let at = |data: &[F], place: usize| Vector::<S, F>::from_slice(simd, &data[place..][..len]);
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let one = Vector::<S, F>::splat(simd, F::one());
+    let (num_queries, dim) = out.dim();
+    transposed::<S, F>(
+        simd,
+        dim,
+        num_queries,
         #[inline(always)]
-        || {
-            let len = Vector::<S, F>::LEN;
-            let at =
-                |data: &[F], place: usize| Vector::<S, F>::from_slice(simd, &data[place..][..len]);
-            let zero = Vector::<S, F>::splat(simd, F::zero());
-            let one = Vector::<S, F>::splat(simd, F::one());
-            let (num_queries, dim) = out.dim();
-            transposed::<S, F>(
-                simd,
-                dim,
-                num_queries,
-                #[inline(always)]
-                |column, lane| {
-                    let sum = at(&scratch.sums, dim * width + lane);
-                    let mean = at(&scratch.sums, column * width + lane) * (one / sum);
-                    // Nothing seen: not even 0/0.
-                    sum.simd_eq(zero).select(zero, mean)
-                },
-                #[inline(always)]
-                |lane, column, entries| {
-                    let mut row = out.row_mut(lane);
-                    match row.as_slice_mut() {
-                        Some(row) => store_part::<S, F>(entries, &mut row[column..]),
-                        None => (row.iter_mut().skip(column).zip(entries.as_slice()))
-                            .for_each(|(value, &entry)| *value = entry),
-                    }
-                },
-            );
+        |column, lane| {
+            let sum = at(&scratch.sums, dim * width + lane);
+            let mean = at(&scratch.sums, column * width + lane) * (one / sum);
+            // Nothing seen: not even 0/0.
+            sum.simd_eq(zero).select(zero, mean)
+        },
+        #[inline(always)]
+        |lane, column, entries| {
+            let mut row = out.row_mut(lane);
+            match row.as_slice_mut() {
+                Some(row) => store_part::<S, F>(entries, &mut row[column..]),
+                None => (row.iter_mut().skip(column).zip(entries.as_slice()))
+                    .for_each(|(value, &entry)| *value = entry),
+            }
         },
     );
 }
 
 /// Leaves the sums and what they are relative to in `scratch`.
-#[inline(always)]
-fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
-    simd: S,
+fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     block: &Block<'_, '_, F>,
     scorer: &mut C,
     values: &FiniteRows<'_, F>,
     keys_per_tile: usize,
     scratch: &mut ForwardScratch<F>,
 ) {
-    let Block { problem, head, width, .. } = *block;
-    let panel = panel_width::<S, F>();
+    let Block { level, problem, head, width, .. } = *block;
+    let panel = panel_len::<F>(level);
     let kv_head = problem.kv_head(head);
     let dim = problem.value_dim;
     let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
-    scorer.begin(simd, block);
+    scorer.begin(block);
     scratch.maxima.fill(F::neg_infinity());
-    let ForwardScratch { scores, sums, maxima, alphas, totals, rows } = scratch;
+    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows } = scratch;
     let sums = &mut sums[..(dim + 1) * width];
     sums.fill(F::zero());
 
-    let [slack, _] = splat::<S, F>(simd, F::of(SLACK));
-    let [zero, _] = splat::<S, F>(simd, F::zero());
-    let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
     for (number, tile) in block.tiles(keys_per_tile).enumerate() {
         if number % TILES_OF_SUM == TILES_OF_SUM - 1 {
-            totals.take(simd, sums, width);
+            totals.take(level, sums, width);
         }
         for column in (0..width).step_by(panel) {
             // Causal pattern and window hide the ends of a tile from whole panels.
@@ -229,62 +222,28 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
             let scores = &mut scores[..tile.len() * width];
             let may_hide = block.may_hide_in(&lanes, &tile);
 
-            // S, and m' = max S where that is larger than m by more than the slack.
-            let old_max = load::<S, F>(simd, &maxima[column..]);
-            let mut max = scorer.score(simd, block, &tile, column, old_max, scores);
+            // S, and the largest of m and S.
+            largest.copy_from_slice(&maxima[column..column + panel]);
+            scorer.score(block, &tile, column, largest, scores);
             if may_hide {
-                block.restrict(simd, lanes.clone(), &tile, scores, rows);
-                max = old_max;
-                for scores in scores.chunks_exact(width) {
-                    let score = load::<S, F>(simd, &scores[column..]);
-                    max = [max[0].max(score[0]), max[1].max(score[1])];
-                }
+                block.restrict(lanes.clone(), &tile, scores, rows);
+                largest.copy_from_slice(&maxima[column..column + panel]);
+                raise(level, width, column, scores, largest);
             }
-            // Where there is no maximum yet the shift is 0: −∞ − (−∞) never arises.
-            let (mut shift, mut alpha) = (max, max);
-            for half in 0..2 {
-                let is_raised = max[half].simd_gt(old_max[half] + slack);
-                max[half] = is_raised.select(max[half], old_max[half]);
-                shift[half] = max[half].simd_eq(lowest).select(zero, max[half]);
-                alpha[half] = exp::<S, F>(simd, old_max[half] - shift[half]);
-            }
-            store::<S, F>(max, &mut maxima[column..]);
-            store::<S, F>(alpha, alphas);
+            let maxima = &mut maxima[column..column + panel];
+            let sums_of_weights = &mut sums[dim * width + column..][..panel];
+            exponentials(level, width, column, scores, largest, maxima, alphas, sums_of_weights);
             if !totals.totals.is_empty() {
-                let of_panel = &mut totals.alphas[column..];
-                let before = load::<S, F>(simd, of_panel);
-                store::<S, F>([before[0] * alpha[0], before[1] * alpha[1]], of_panel);
+                let of_panel = totals.alphas[column..].iter_mut().zip(&**alphas);
+                of_panel.for_each(|(of_total, &alpha)| *of_total *= alpha);
             }
-
-            // α = e^{m − m'}, P = e^{S − m'}, l ← α l + Σ P
-            // In the steps of the product with the values: constant values have constant outputs.
-            let mut sum = [zero; 2];
-            for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
-                let mut of_rows = [zero; 2];
-                for scores in scores.chunks_exact_mut(width) {
-                    let scores = &mut scores[column..];
-                    let mut weight = load::<S, F>(simd, scores);
-                    for half in 0..2 {
-                        weight[half] = exp::<S, F>(simd, weight[half] - shift[half]);
-                        of_rows[half] += weight[half];
-                    }
-                    store::<S, F>(weight, scores);
-                }
-                sum = [sum[0] + of_rows[0], sum[1] + of_rows[1]];
-            }
-            let of_panel = &mut sums[dim * width + column..];
-            let before = load::<S, F>(simd, of_panel);
-            for half in 0..2 {
-                sum[half] = before[half].mul_add(alpha[half], sum[half]);
-            }
-            store::<S, F>(sum, of_panel);
-            block.drop_out(simd, lanes.clone(), &tile, scores, rows);
+            block.drop_out(lanes.clone(), &tile, scores, rows);
 
             // O ← α O + P̃ V
             let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
             let left = values_of_head.left(tile.start);
             let out = Out::panel(&mut *sums, width, column, panel);
-            columns_times(simd, left, weights, Target::Rescale(alphas), out);
+            columns_times(level, left, weights, Target::Rescale(alphas), out);
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
             block.for_each_visible(lanes, bad_keys, |lane, key| {
                 let weight = scores[(key - tile.start) * width + lane];
@@ -296,5 +255,93 @@ fn forward_block<'p, S: Simd, F: Float, C: TileScorer<'p, F>>(
             });
         }
     }
-    totals.finish(simd, sums, width);
+    totals.finish(level, sums, width);
+}
+
+/// Raises `largest` to the largest scores of a panel.
+#[inline(never)]
+fn raise<F: Float>(level: Level, width: usize, column: usize, scores: &[F], largest: &mut [F]) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        width: usize,
+        column: usize,
+        scores: &[F],
+        largest: &mut [F],
+    ) {
+        let mut max = load::<S, F>(simd, largest);
+        for scores in scores.chunks_exact(width) {
+            let score = load::<S, F>(simd, &scores[column..]);
+            max = [max[0].max(score[0]), max[1].max(score[1])];
+        }
+        store::<S, F>(max, largest);
+    }
+    dispatch!(level, simd => run(simd, width, column, scores, largest));
+}
+
+/// m' = `largest` where that is larger than m by more than the slack, α = e^{m − m'}, P = e^{S − m'} in
+/// place of the scores S of a panel, l ← α l + Σ P.
+#[inline(never)]
+#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
+fn exponentials<F: Float>(
+    level: Level,
+    width: usize,
+    column: usize,
+    scores: &mut [F],
+    largest: &[F],
+    maxima: &mut [F],
+    alphas: &mut [F],
+    sums: &mut [F],
+) {
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        width: usize,
+        column: usize,
+        scores: &mut [F],
+        largest: &[F],
+        maxima: &mut [F],
+        alphas: &mut [F],
+        sums: &mut [F],
+    ) {
+        let [slack, _] = splat::<S, F>(simd, F::of(SLACK));
+        let [zero, _] = splat::<S, F>(simd, F::zero());
+        let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
+        let old_max = load::<S, F>(simd, maxima);
+        let mut max = load::<S, F>(simd, largest);
+        // Where there is no maximum yet the shift is 0: −∞ − (−∞) never arises.
+        let (mut shift, mut alpha) = (max, max);
+        for half in 0..2 {
+            let is_raised = max[half].simd_gt(old_max[half] + slack);
+            max[half] = is_raised.select(max[half], old_max[half]);
+            shift[half] = max[half].simd_eq(lowest).select(zero, max[half]);
+            alpha[half] = exp::<S, F>(simd, old_max[half] - shift[half]);
+        }
+        store::<S, F>(max, maxima);
+        store::<S, F>(alpha, alphas);
+        // In the steps of the product with the values: constant values have constant outputs.
+        let mut sum = [zero; 2];
+        for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
+            let mut of_rows = [zero; 2];
+            for scores in scores.chunks_exact_mut(width) {
+                let scores = &mut scores[column..];
+                let mut weight = load::<S, F>(simd, scores);
+                for half in 0..2 {
+                    weight[half] = exp::<S, F>(simd, weight[half] - shift[half]);
+                    of_rows[half] += weight[half];
+                }
+                store::<S, F>(weight, scores);
+            }
+            sum = [sum[0] + of_rows[0], sum[1] + of_rows[1]];
+        }
+        let before = load::<S, F>(simd, sums);
+        for half in 0..2 {
+            sum[half] = before[half].mul_add(alpha[half], sum[half]);
+        }
+        store::<S, F>(sum, sums);
+    }
+    dispatch!(level, simd => {
+        run(simd, width, column, scores, largest, maxima, alphas, sums);
+    });
 }

@@ -8,17 +8,17 @@
 mod backward;
 mod forward;
 
-pub(super) use backward::{add_head_rows, backward, pack_rows, width_of};
+pub(super) use backward::{add_head_rows, backward, pack_rows};
 pub(super) use forward::{SLACK, forward};
 
 use super::buffer::Buffer;
-use super::matmul::{Left, Matrix, Out, PanelRow, Vector, panel_width, rows_times_with_max};
+use super::matmul::{Left, Matrix, Out, Vector, panel_len, rows_times_with_max, vector_len};
 use super::parallel::ranges;
 use super::problem::{Problem, Slices};
 use super::transpose::{load_padded, store_part, transposed};
 use crate::float::Float;
 use crate::inputs::Pair;
-use fearless_simd::{Select, Simd, SimdBase};
+use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -67,6 +67,7 @@ impl<'r, F: Float> HeadRows<'r, F> {
 /// A block of queries of one head, in columns: lane r is query `queries.start + r`, and lanes past
 /// the end are padding.
 pub(super) struct Block<'p, 'a, F: Float> {
+    pub(super) level: Level,
     pub(super) problem: &'p Problem<'a, F>,
     pub(super) head: usize,
     pub(super) queries: Range<usize>,
@@ -78,33 +79,43 @@ pub(super) struct Block<'p, 'a, F: Float> {
 
 impl<F: Float> Block<'_, '_, F> {
     /// Overwrites `packed`, key_dim × width, with the queries times a factor, transposed.
-    #[inline(always)]
-    pub(super) fn pack_queries<S: Simd>(&self, simd: S, factor: F, packed: &mut [F]) {
-        let row = |query| self.problem.query(query, self.head);
-        self.pack_transposed(simd, self.problem.key_dim, row, factor, packed);
+    pub(super) fn pack_queries(&self, factor: F, packed: &mut [F]) {
+        self.pack_transposed(self.problem.query.slices(), self.problem.key_dim, factor, packed);
     }
 
-    /// Overwrites `packed`, columns × width, with a factor times the transpose of what `row` gives for
-    /// each query, and zeros.
-    #[inline(always)]
-    pub(super) fn pack_transposed<'r, S: Simd>(
+    /// Overwrites `packed`, dim × width, with a factor times the transpose of the head's columns of the
+    /// rows of its queries, and zeros.
+    #[inline(never)]
+    pub(super) fn pack_transposed(
         &self,
-        simd: S,
-        columns: usize,
-        row: impl Fn(usize) -> &'r [F],
+        rows: Slices<'_, F>,
+        dim: usize,
         factor: F,
         packed: &mut [F],
     ) {
+        dispatch!(self.level, simd => self.transpose_rows(simd, rows, dim, factor, packed));
+    }
+
+    #[inline(always)]
+    fn transpose_rows<S: Simd>(
+        &self,
+        simd: S,
+        rows: Slices<'_, F>,
+        dim: usize,
+        factor: F,
+        packed: &mut [F],
+    ) {
+        let rows = HeadRows::new(rows, self.head, dim);
         let (first, len) = (self.queries.start, self.queries.len());
         let zero = Vector::<S, F>::splat(simd, F::zero());
         let factor = Vector::<S, F>::splat(simd, factor);
         transposed::<S, F>(
             simd,
             self.width,
-            columns,
+            dim,
             #[inline(always)]
             |lane, column| match lane < len {
-                true => load_padded::<S, F>(simd, row(first + lane), column) * factor,
+                true => load_padded::<S, F>(simd, rows.row(first + lane), column) * factor,
                 false => zero,
             },
             #[inline(always)]
@@ -162,9 +173,8 @@ impl<F: Float> Block<'_, '_, F> {
 
     /// Adds the bias to the scores of some lanes, and hides what is hidden. `rows` is scratch.
     #[inline(never)]
-    pub(super) fn restrict<S: Simd>(
+    pub(super) fn restrict(
         &self,
-        simd: S,
         lanes: Range<usize>,
         keys: &Range<usize>,
         scores: &mut [F],
@@ -186,31 +196,37 @@ impl<F: Float> Block<'_, '_, F> {
             }
             return;
         }
-        simd.vectorize(
+        let fill = |query, row: &mut [F]| self.fill_bias(query, keys, row);
+        self.fill_rows(&lanes, keys.len(), rows, fill);
+        dispatch!(self.level, simd => self.add_rows_of_bias(simd, &lanes, keys.len(), rows, scores));
+    }
+
+    #[inline(always)]
+    fn add_rows_of_bias<S: Simd>(
+        &self,
+        simd: S,
+        lanes: &Range<usize>,
+        num_keys: usize,
+        rows: &[F],
+        scores: &mut [F],
+    ) {
+        let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+        self.for_lanes(
+            simd,
+            lanes,
+            num_keys,
+            rows,
             #[inline(always)]
-            || {
-                let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-                let fill = |query, row: &mut [F]| self.fill_bias(query, keys, row);
-                self.for_lanes(
-                    simd,
-                    lanes,
-                    keys.len(),
-                    rows,
-                    fill,
-                    #[inline(always)]
-                    |at, bias| {
-                        let scores = &mut scores[at..][..Vector::<S, F>::LEN];
-                        let score = Vector::<S, F>::from_slice(simd, scores) + bias;
-                        // By the bias itself: a score that is NaN is hidden too.
-                        bias.simd_eq(lowest).select(lowest, score).store_slice(scores);
-                    },
-                );
+            |at, bias| {
+                let scores = &mut scores[at..][..Vector::<S, F>::LEN];
+                let score = Vector::<S, F>::from_slice(simd, scores) + bias;
+                // By the bias itself: a score that is NaN is hidden too.
+                bias.simd_eq(lowest).select(lowest, score).store_slice(scores);
             },
         );
     }
 
     /// Overwrites `row` with the additive logits of a query, −∞ where anything hides a key.
-    #[inline(always)]
     fn fill_bias(&self, query: usize, keys: &Range<usize>, row: &mut [F]) {
         let Problem { inputs, bias, .. } = self.problem;
         match bias {
@@ -235,24 +251,21 @@ impl<F: Float> Block<'_, '_, F> {
     }
 
     /// Multiplies the entries of some lanes by what dropout makes of their weights. `rows` is scratch.
-    #[inline(always)]
-    pub(super) fn drop_out<S: Simd>(
+    pub(super) fn drop_out(
         &self,
-        simd: S,
         lanes: Range<usize>,
         keys: &Range<usize>,
         weights: &mut [F],
         rows: &mut Vec<F>,
     ) {
         if self.problem.has_dropout() {
-            self.multiply_by_dropout(simd, lanes, keys, weights, rows);
+            self.multiply_by_dropout(lanes, keys, weights, rows);
         }
     }
 
     #[inline(never)]
-    fn multiply_by_dropout<S: Simd>(
+    fn multiply_by_dropout(
         &self,
-        simd: S,
         lanes: Range<usize>,
         keys: &Range<usize>,
         weights: &mut [F],
@@ -262,44 +275,66 @@ impl<F: Float> Block<'_, '_, F> {
         let fill = |query, row: &mut [F]| {
             inputs.dropout_multipliers(self.problem.dense_pair(query, keys.start), self.head, row);
         };
-        simd.vectorize(
+        dispatch!(self.level, simd => {
+            // The hash of a pair is computed in vectors too.
+            self.fill_rows(&lanes, keys.len(), rows, fill);
+            self.multiply_by_rows(simd, &lanes, keys.len(), rows, weights);
+        });
+    }
+
+    #[inline(always)]
+    fn multiply_by_rows<S: Simd>(
+        &self,
+        simd: S,
+        lanes: &Range<usize>,
+        num_keys: usize,
+        rows: &[F],
+        weights: &mut [F],
+    ) {
+        self.for_lanes(
+            simd,
+            lanes,
+            num_keys,
+            rows,
             #[inline(always)]
-            || {
-                self.for_lanes(
-                    simd,
-                    lanes,
-                    keys.len(),
-                    rows,
-                    fill,
-                    #[inline(always)]
-                    |at, multipliers| {
-                        let weights = &mut weights[at..][..Vector::<S, F>::LEN];
-                        let weight = Vector::<S, F>::from_slice(simd, weights);
-                        (multipliers * weight).store_slice(weights);
-                    },
-                );
+            |at, multipliers| {
+                let weights = &mut weights[at..][..Vector::<S, F>::LEN];
+                let weight = Vector::<S, F>::from_slice(simd, weights);
+                (multipliers * weight).store_slice(weights);
             },
         );
     }
 
-    /// Hands what `fill` writes into the row of each query to `visit`, key by key in vectors of lanes,
-    /// with the place of the first in a tile of scores. Lanes past the last come with zeros.
+    /// Lets `fill` write a number for each key into the row of each query, for
+    /// [`for_lanes`](Self::for_lanes).
     #[inline(always)]
-    fn for_lanes<S: Simd>(
+    fn fill_rows(
         &self,
-        simd: S,
-        lanes: Range<usize>,
+        lanes: &Range<usize>,
         num_keys: usize,
         rows: &mut Vec<F>,
         fill: impl Fn(usize, &mut [F]),
-        mut visit: impl FnMut(usize, Vector<S, F>),
     ) {
-        let len = Vector::<S, F>::LEN;
-        let stride = num_keys.next_multiple_of(len);
+        let stride = num_keys.next_multiple_of(vector_len::<F>(self.level));
         rows.resize(lanes.len() * stride, F::zero());
         for (lane, row) in lanes.clone().zip(rows.chunks_exact_mut(stride)) {
             fill(self.queries.start + lane, &mut row[..num_keys]);
         }
+    }
+
+    /// Hands the numbers of `rows`, one row for each of the lanes, to `visit`, key by key in vectors of
+    /// lanes, with the place of the first in a tile of scores. Lanes past the last come with zeros.
+    #[inline(always)]
+    fn for_lanes<S: Simd>(
+        &self,
+        simd: S,
+        lanes: &Range<usize>,
+        num_keys: usize,
+        rows: &[F],
+        mut visit: impl FnMut(usize, Vector<S, F>),
+    ) {
+        let len = Vector::<S, F>::LEN;
+        let stride = num_keys.next_multiple_of(len);
         transposed::<S, F>(
             simd,
             lanes.len(),
@@ -314,10 +349,24 @@ impl<F: Float> Block<'_, '_, F> {
     /// Adds the gradients of the logits of some lanes, keys × width, to that of the bias of the
     /// queries from `first` on.
     #[inline(never)]
-    pub(super) fn add_bias_gradients<S: Simd>(
+    pub(super) fn add_bias_gradients(
+        &self,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        grads: &[F],
+        first: usize,
+        grad_bias: &mut ArrayViewMut2<'_, F>,
+    ) {
+        dispatch!(self.level, simd => {
+            self.transpose_bias_gradients(simd, &lanes, keys, grads, first, grad_bias);
+        });
+    }
+
+    #[inline(always)]
+    fn transpose_bias_gradients<S: Simd>(
         &self,
         simd: S,
-        lanes: Range<usize>,
+        lanes: &Range<usize>,
         keys: &Range<usize>,
         grads: &[F],
         first: usize,
@@ -325,36 +374,36 @@ impl<F: Float> Block<'_, '_, F> {
     ) {
         let Some(bias) = self.problem.bias else { return };
         let first_pair = first * self.problem.inputs.num_keys();
-        simd.vectorize(
+        transposed::<S, F>(
+            simd,
+            keys.len(),
+            lanes.len(),
             #[inline(always)]
-            || {
-                transposed::<S, F>(
-                    simd,
-                    keys.len(),
-                    lanes.len(),
-                    #[inline(always)]
-                    |key, lane| {
-                        let grads = &grads[key * self.width + lanes.start + lane..];
-                        load_padded::<S, F>(simd, grads, 0)
-                    },
-                    #[inline(always)]
-                    |lane, key, entries| {
-                        let pair = self.pair(lanes.start + lane, keys.start + key);
-                        let (query, index) = (pair.query - first, pair.index - first_pair);
-                        let len = Vector::<S, F>::LEN.min(keys.len() - key);
-                        let row = bias.slots(Pair { query, index, ..pair }, len, self.head);
-                        let mut sum = grad_bias.slice_mut(row);
-                        let entries = &entries.as_slice()[..len];
-                        sum.iter_mut().zip(entries).for_each(|(sum, &grad)| *sum += grad);
-                    },
-                );
+            |key, lane| {
+                let grads = &grads[key * self.width + lanes.start + lane..];
+                load_padded::<S, F>(simd, grads, 0)
+            },
+            #[inline(always)]
+            |lane, key, entries| {
+                let pair = self.pair(lanes.start + lane, keys.start + key);
+                let (query, index) = (pair.query - first, pair.index - first_pair);
+                let len = Vector::<S, F>::LEN.min(keys.len() - key);
+                let row = bias.slots(Pair { query, index, ..pair }, len, self.head);
+                let mut sum = grad_bias.slice_mut(row);
+                let entries = &entries.as_slice()[..len];
+                sum.iter_mut().zip(entries).for_each(|(sum, &grad)| *sum += grad);
             },
         );
     }
 
     /// sum += factor · the transpose of `lanes`, columns × width.
     #[inline(never)]
-    pub(super) fn add_lanes<S: Simd>(
+    pub(super) fn add_lanes(&self, factor: F, lanes: &[F], sum: ArrayViewMut2<'_, F>) {
+        dispatch!(self.level, simd => self.add_transposed_lanes(simd, factor, lanes, sum));
+    }
+
+    #[inline(always)]
+    fn add_transposed_lanes<S: Simd>(
         &self,
         simd: S,
         factor: F,
@@ -362,25 +411,17 @@ impl<F: Float> Block<'_, '_, F> {
         mut sum: ArrayViewMut2<'_, F>,
     ) {
         let (num_queries, dim) = sum.dim();
-        simd.vectorize(
+        transposed::<S, F>(
+            simd,
+            dim,
+            num_queries,
             #[inline(always)]
-            || {
-                transposed::<S, F>(
-                    simd,
-                    dim,
-                    num_queries,
-                    #[inline(always)]
-                    |column, lane| {
-                        let lanes = &lanes[column * self.width + lane..];
-                        load_padded::<S, F>(simd, lanes, 0)
-                    },
-                    #[inline(always)]
-                    |lane, column, entries| {
-                        let mut sum = sum.row_mut(lane);
-                        let sum = sum.iter_mut().skip(column);
-                        sum.zip(entries.as_slice()).for_each(|(sum, &x)| *sum += factor * x);
-                    },
-                );
+            |column, lane| load_padded::<S, F>(simd, &lanes[column * self.width + lane..], 0),
+            #[inline(always)]
+            |lane, column, entries| {
+                let mut sum = sum.row_mut(lane);
+                let sum = sum.iter_mut().skip(column);
+                sum.zip(entries.as_slice()).for_each(|(sum, &x)| *sum += factor * x);
             },
         );
     }
@@ -414,17 +455,19 @@ fn zip_with<F, T: Copy>(row: &mut [F], array: ArrayView1<'_, T>, f: impl Fn(&mut
 }
 
 /// Rows `rows` of the queries from `queries.start` on.
-pub(super) fn block<'p, 'a, S: Simd, F: Float>(
+pub(super) fn block<'p, 'a, F: Float>(
+    level: Level,
     problem: &'p Problem<'a, F>,
     head: usize,
     queries: &Range<usize>,
     rows: &Range<usize>,
 ) -> Block<'p, 'a, F> {
     Block {
+        level,
         problem,
         head,
         queries: queries.start + rows.start..queries.start + rows.end,
-        width: rows.len().next_multiple_of(panel_width::<S, F>()),
+        width: rows.len().next_multiple_of(panel_len::<F>(level)),
         may_hide_anywhere: problem.inputs.mask().is_some() || problem.bias.is_some(),
     }
 }
@@ -449,22 +492,21 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
     fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
 
     /// For blocks of up to so many lanes.
-    fn new<S: Simd>(simd: S, problem: &'p Self::Problem, width: usize) -> Self;
+    fn new(problem: &'p Self::Problem, width: usize) -> Self;
 
     /// Takes up the queries of a block.
-    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>);
+    fn begin(&mut self, block: &Block<'_, '_, F>);
 
-    /// Writes the logits of a panel of lanes for a tile of keys; returns the largest of them and
-    /// `max`.
-    fn score<S: Simd>(
+    /// Writes the logits of a panel of lanes for a tile of keys, and raises the maxima of its lanes to the
+    /// largest of them.
+    fn score(
         &self,
-        simd: S,
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         column: usize,
-        max: PanelRow<S, F>,
+        maxima: &mut [F],
         scores: &mut [F],
-    ) -> PanelRow<S, F>;
+    );
 }
 
 /// The logits of scaled dot-product attention.
@@ -481,31 +523,27 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         problem
     }
 
-    #[inline(always)]
-    fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
+    fn new(problem: &'p Self::Problem, width: usize) -> Self {
         Self { problem, queries: Buffer::zeros(problem.key_dim * width) }
     }
 
-    #[inline(always)]
-    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>) {
-        block.pack_queries(simd, self.problem.scale, &mut self.queries);
+    fn begin(&mut self, block: &Block<'_, '_, F>) {
+        block.pack_queries(self.problem.scale, &mut self.queries);
     }
 
     /// S = K Qᵀ
-    #[inline(always)]
-    fn score<S: Simd>(
+    fn score(
         &self,
-        simd: S,
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         column: usize,
-        max: PanelRow<S, F>,
+        maxima: &mut [F],
         scores: &mut [F],
-    ) -> PanelRow<S, F> {
+    ) {
         let width = block.width;
         let queries = Matrix { data: &self.queries[..], stride: width }.skip_columns(column);
         let keys = block.keys().left(tile.start);
-        let out = Out::panel(scores, width, column, panel_width::<S, F>());
-        rows_times_with_max(simd, tile.len(), keys, queries, max, out)
+        let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
+        rows_times_with_max(block.level, tile.len(), keys, queries, maxima, out);
     }
 }

@@ -6,9 +6,9 @@ use super::products::{add_scaled, product, transposed, transposed_product};
 use super::{FeatureProblem, FeatureUpstream, KeySums, Map, SumsOfChunk};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::kernels::matmul::{Left, Target, panel_width};
+use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -59,12 +59,8 @@ pub(super) struct InputsVjp<F> {
 }
 
 impl<F: Float> InputsVjp<F> {
-    #[inline(always)]
-    pub(super) fn new<S: Simd>(_: S, problem: &FeatureProblem<'_, F>) -> Self {
-        Self::with_panel(problem, panel_width::<S, F>())
-    }
-
-    fn with_panel(problem: &FeatureProblem<'_, F>, panel: usize) -> Self {
+    pub(super) fn new(level: Level, problem: &FeatureProblem<'_, F>) -> Self {
+        let panel = panel_len::<F>(level);
         let (dim, columns) = problem.projection.dim();
         let padded_dim = dim.next_multiple_of(panel);
         let mut weight = vec![F::zero(); columns * padded_dim];
@@ -85,10 +81,8 @@ impl<F: Float> InputsVjp<F> {
 
     /// From the gradients of a chunk's E, and of its h where `with_squares`, those of its inputs,
     /// which `set` takes; adds that of the projection.
-    #[inline(always)]
-    pub(super) fn run<S: Simd>(
+    pub(super) fn run(
         &mut self,
-        simd: S,
         chunk: &Chunk<F>,
         with_squares: bool,
         mut set: impl FnMut(usize, usize, F),
@@ -102,10 +96,10 @@ impl<F: Float> InputsVjp<F> {
             let Self { rows, grad_weight, .. } = self;
             if !grad_weight.is_empty() {
                 let right = (&rows[..], stride);
-                transposed_product(simd, chunk.len, left, right, Target::Add, grad_weight);
+                transposed_product(chunk.level, chunk.len, left, right, Target::Add, grad_weight);
             }
             product(
-                simd,
+                chunk.level,
                 chunk.len,
                 left,
                 (&self.weight, stride),
@@ -154,7 +148,7 @@ pub(in super::super) fn backward<F: Float>(
     level: Level,
 ) -> Result<FeatureGradients<F>> {
     let num_queries = problem.inputs.num_queries();
-    let stride = dispatch!(level, simd => value_stride(simd, problem));
+    let stride = value_stride(level, problem);
     let mut grads = FeatureGradients::zeros(problem)?;
 
     let ranges = parts(num_queries, CHUNK, PARTS);
@@ -168,9 +162,9 @@ pub(in super::super) fn backward<F: Float>(
         .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (queries, grad, of_task): &mut QueryTask<'_, F> = task;
-        dispatch!(level, simd => {
-            query_part(simd, problem, sums, upstream, queries.clone(), grad, of_task);
-        });
+        {
+            query_part(level, problem, sums, upstream, queries.clone(), grad, of_task);
+        };
     });
     let mut tasks = tasks.into_iter().map(|(_, _, sums)| sums);
     let Some(mut total) = tasks.next() else { return Ok(grads) };
@@ -185,25 +179,23 @@ pub(in super::super) fn backward<F: Float>(
         .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (keys, grads, projection): &mut KeyTask<'_, F> = task;
-        dispatch!(level, simd => {
-            *projection = key_part(simd, problem, sums, &total.keys, keys.clone(), grads);
-        });
+        {
+            *projection = key_part(level, problem, sums, &total.keys, keys.clone(), grads);
+        };
     });
     let of_keys: Vec<_> = tasks.into_iter().map(|(_, _, projection)| projection).collect();
     of_keys.iter().for_each(|sums| add_scaled(&mut total.projection, F::one(), sums));
-    let padded_dim = dispatch!(level, simd => padded_dim(simd, problem));
+    let padded_dim = padded_dim(level, problem);
     grads.add_projection(padded_dim, &total.projection);
     Ok(grads)
 }
 
-#[inline(always)]
-pub(super) fn padded_dim<S: Simd, F: Float>(_: S, problem: &FeatureProblem<'_, F>) -> usize {
-    problem.projection.nrows().next_multiple_of(panel_width::<S, F>())
+pub(super) fn padded_dim<F: Float>(level: Level, problem: &FeatureProblem<'_, F>) -> usize {
+    problem.projection.nrows().next_multiple_of(panel_len::<F>(level))
 }
 
-#[inline(always)]
-fn query_part<S: Simd, F: Float>(
-    simd: S,
+fn query_part<F: Float>(
+    level: Level,
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
     upstream: &FeatureUpstream<'_, F>,
@@ -211,8 +203,8 @@ fn query_part<S: Simd, F: Float>(
     grad_query: &mut ArrayViewMut2<'_, F>,
     of_task: &mut Sums<F>,
 ) {
-    let mut chunk = Chunk::new(simd, problem);
-    let mut inputs_vjp = InputsVjp::new(simd, problem);
+    let mut chunk = Chunk::new(level, problem);
+    let mut inputs_vjp = InputsVjp::new(level, problem);
     let mut grad_features = Vec::new();
     let mut transposed_sums = Vec::new();
     let mut of_chunk = SumsOfChunk::default();
@@ -224,23 +216,23 @@ fn query_part<S: Simd, F: Float>(
         for head in problem.group(kv_head) {
             for rows in ranges(queries.len(), CHUNK) {
                 let first = queries.start + rows.start;
-                chunk.load(simd, rows.len(), |at| problem.query(first + at, head));
-                chunk.query_features(simd, shifts);
+                chunk.load(rows.len(), |at| problem.query(first + at, head));
+                chunk.query_features(shifts);
                 let range = first..first + rows.len();
                 quotients.load(upstream, range, head, problem.value_dim, |_| true);
                 let QuotientGradients { numerators, denominators, .. } = &quotients;
-                of_sums.add_chunk(simd, &chunk, Some(denominators), numerators, &mut of_chunk);
+                of_sums.add_chunk(&chunk, Some(denominators), numerators, &mut of_chunk);
 
                 grad_features.resize(rows.len() * chunk.stride, F::zero());
                 let right = (&transposed_sums[..], chunk.stride);
                 let left = quotients.left(problem.value_dim);
-                product(simd, chunk.len, left, right, Target::Overwrite, &mut grad_features);
+                product(level, chunk.len, left, right, Target::Overwrite, &mut grad_features);
                 for (grads, &g) in grad_features.chunks_exact_mut(chunk.stride).zip(denominators) {
                     add_scaled(grads, g, totals);
                 }
-                chunk.features_vjp(simd, &grad_features);
+                chunk.features_vjp(&grad_features);
                 // Of h nothing is left in a quotient.
-                inputs_vjp.run(simd, &chunk, false, |at, c, grad| {
+                inputs_vjp.run(&chunk, false, |at, c, grad| {
                     grad_query[[rows.start + at, head * problem.dim + c]] = grad;
                 });
             }
@@ -250,17 +242,16 @@ fn query_part<S: Simd, F: Float>(
 }
 
 /// Returns the gradient of the projection.
-#[inline(always)]
-fn key_part<S: Simd, F: Float>(
-    simd: S,
+fn key_part<F: Float>(
+    level: Level,
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
     grad_sums: &[KeySums<F>],
     range: Range<usize>,
     [grad_key, grad_value]: &mut [ArrayViewMut2<'_, F>; 2],
 ) -> Vec<F> {
-    let mut chunk = Chunk::new(simd, problem);
-    let mut inputs_vjp = InputsVjp::new(simd, problem);
+    let mut chunk = Chunk::new(level, problem);
+    let mut inputs_vjp = InputsVjp::new(level, problem);
     let mut step = KeyStep::default();
     for kv_head in 0..problem.kv_heads {
         // With the shifts of all keys, which no key raises.
@@ -268,13 +259,13 @@ fn key_part<S: Simd, F: Float>(
         step.take(&chunk, &grad_sums[kv_head]);
         for rows in ranges(range.len(), CHUNK) {
             let keys = &problem.keys[range.start + rows.start..range.start + rows.end];
-            chunk.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-            chunk.key_features(simd, &mut shifts);
-            step.run(simd, problem, kv_head, keys, &grad_sums[kv_head], &chunk);
-            chunk.features_vjp(simd, &step.grad_features);
+            chunk.load(keys.len(), |at| problem.key(keys[at], kv_head));
+            chunk.key_features(&mut shifts);
+            step.run(problem, kv_head, keys, &grad_sums[kv_head], &chunk);
+            chunk.features_vjp(&step.grad_features);
             let mut grad_value = grad_value.slice_mut(s![rows.clone(), ..]);
             step.store(problem, kv_head, &mut grad_value);
-            inputs_vjp.run(simd, &chunk, true, |at, c, grad| {
+            inputs_vjp.run(&chunk, true, |at, c, grad| {
                 grad_key[[rows.start + at, kv_head * problem.dim + c]] = grad;
             });
         }
@@ -299,25 +290,23 @@ impl<F: Float> KeyStep<F> {
         transposed(&grad_sums.sums, grad_sums.stride, chunk.stride, &mut self.transposed);
     }
 
-    #[inline(always)]
-    pub(super) fn run<S: Simd>(
+    pub(super) fn run(
         &mut self,
-        simd: S,
         problem: &FeatureProblem<'_, F>,
         kv_head: usize,
         keys: &[usize],
         grad_sums: &KeySums<F>,
         chunk: &Chunk<F>,
     ) {
-        let stride = self.stride;
+        let (level, stride) = (chunk.level, self.stride);
         pack_values(problem, keys, kv_head, stride, &mut self.values);
         self.grad_values.resize(keys.len() * stride, F::zero());
         let right = (&grad_sums.sums[..], stride);
-        product(simd, keys.len(), chunk.left(), right, Target::Overwrite, &mut self.grad_values);
+        product(level, keys.len(), chunk.left(), right, Target::Overwrite, &mut self.grad_values);
         self.grad_features.resize(keys.len() * chunk.stride, F::zero());
         let left = Left { data: &self.values, stride, len: problem.value_dim };
         let right = (&self.transposed[..], chunk.stride);
-        product(simd, keys.len(), left, right, Target::Overwrite, &mut self.grad_features);
+        product(level, keys.len(), left, right, Target::Overwrite, &mut self.grad_features);
         for grads in self.grad_features.chunks_exact_mut(chunk.stride) {
             add_scaled(grads, F::one(), &grad_sums.totals);
         }

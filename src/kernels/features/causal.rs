@@ -19,9 +19,9 @@ use super::{FeatureProblem, FeatureUpstream, KeySums, SumsOfChunk};
 use crate::error::Result;
 use crate::float::Float;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::matmul::{Left, Target, panel_width};
+use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, ranges};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
@@ -69,9 +69,8 @@ impl Step {
         self.queries.clone().map(|query| problem.num_seen(query) - self.keys.start)
     }
 
-    #[inline(always)]
-    fn padded_keys<S: Simd, F: Float>(&self, _: S) -> usize {
-        self.keys.len().next_multiple_of(panel_width::<S, F>())
+    fn padded_keys<F: Float>(&self, level: Level) -> usize {
+        self.keys.len().next_multiple_of(panel_len::<F>(level))
     }
 }
 
@@ -87,16 +86,14 @@ struct Factors<F> {
 
 impl<F: Float> Factors<F> {
     /// From m in `of_sums`, and A and B in the chunks. Zeros for rows that are not summed.
-    #[inline(always)]
-    fn load<S: Simd>(
+    fn load(
         &mut self,
-        simd: S,
         limits: impl Iterator<Item = usize>,
         query: &Chunk<F>,
         key: &Chunk<F>,
         is_summed: impl Fn(usize) -> bool,
     ) {
-        self.padded = key.len.next_multiple_of(panel_width::<S, F>());
+        self.padded = key.len.next_multiple_of(panel_len::<F>(key.level));
         self.of_pairs.resize(query.len * self.padded, F::zero());
         let keys = &key.shifts[..key.len];
         for (at, limit) in limits.enumerate() {
@@ -115,7 +112,9 @@ impl<F: Float> Factors<F> {
             // Past the limit exponents may be positive: their powers are not looked at.
             row[..limit].copy_from_slice(&keys[..limit]);
             row[limit..].fill(F::neg_infinity());
-            shifted_powers(simd, row, shift - query.shifts[at]);
+            dispatch!(query.level, simd => {
+                shifted_powers(simd, row, shift - query.shifts[at]);
+            });
             row[limit..].fill(F::zero());
         }
     }
@@ -145,23 +144,22 @@ pub(in super::super) fn forward<F: Float>(
     let tasks = (0..problem.kv_heads).zip(outs.zip(of_heads)).collect();
     parallel::for_each(tasks, problem.work(), |(kv_head, (out, denominators))| {
         let num_queries = num_queries[kv_head];
-        dispatch!(level, simd => {
-            forward_head(simd, problem, kv_head, num_queries, out, denominators);
-        });
+        {
+            forward_head(level, problem, kv_head, num_queries, out, denominators);
+        };
     });
 }
 
-#[inline(always)]
-fn forward_head<S: Simd, F: Float>(
-    simd: S,
+fn forward_head<F: Float>(
+    level: Level,
     problem: &FeatureProblem<'_, F>,
     kv_head: usize,
     num_queries: usize,
     mut out: ArrayViewMut2<'_, F>,
     mut denominators: ArrayViewMut2<'_, F>,
 ) {
-    let (mut query, mut key) = (Chunk::new(simd, problem), Chunk::new(simd, problem));
-    let stride = value_stride(simd, problem);
+    let (mut query, mut key) = (Chunk::new(level, problem), Chunk::new(level, problem));
+    let stride = value_stride(level, problem);
     let mut sums = KeySums::zeros(problem.num_features(), stride);
     let (mut values, mut numerators, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
     let mut transposed_keys = Vec::new();
@@ -170,22 +168,22 @@ fn forward_head<S: Simd, F: Float>(
     let mut of_sums = Vec::new();
     for step in &steps(problem, num_queries) {
         let keys = &problem.keys[step.keys.clone()];
-        key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-        key.own_features(simd, false);
+        key.load(keys.len(), |at| problem.key(keys[at], kv_head));
+        key.own_features(false);
         pack_values(problem, keys, kv_head, stride, &mut values);
-        let padded = step.padded_keys::<S, F>(simd);
+        let padded = step.padded_keys::<F>(level);
         transposed(key.rows(), key.stride, padded, &mut transposed_keys);
         for (of_group, head) in problem.group(kv_head).enumerate() {
             let rows = step.queries.len();
-            query.load(simd, rows, |at| problem.query(step.queries.start + at, head));
+            query.load(rows, |at| problem.query(step.queries.start + at, head));
             numerators.clear();
             numerators.resize(rows * stride, F::zero());
             of_sums.clear();
             of_sums.resize(rows, F::zero());
-            step.take_sums(simd, &mut query, &sums.shifts, &mut factors);
+            step.take_sums(&mut query, &sums.shifts, &mut factors);
             if step.has_sums() {
                 product(
-                    simd,
+                    level,
                     rows,
                     query.left(),
                     (&sums.sums, stride),
@@ -196,11 +194,11 @@ fn forward_head<S: Simd, F: Float>(
                     *sum = unrolled_dot(&sums.totals, query.row(at));
                 }
             }
-            query.own_features(simd, true);
-            factors.load(simd, step.limits(problem), &query, &key, |_| true);
+            query.own_features(true);
+            factors.load(step.limits(problem), &query, &key, |_| true);
             pairs.resize(rows * padded, F::zero());
             product(
-                simd,
+                level,
                 rows,
                 query.left(),
                 (&transposed_keys, padded),
@@ -212,7 +210,7 @@ fn forward_head<S: Simd, F: Float>(
                 row.iter_mut().for_each(|sum| *sum *= factor);
             }
             let left = Left { data: &pairs, stride: padded, len: keys.len() };
-            product(simd, rows, left, (&values, stride), Target::Add, &mut numerators);
+            product(level, rows, left, (&values, stride), Target::Add, &mut numerators);
             for (at, index) in step.queries.clone().enumerate() {
                 let own = pairs[at * padded..][..padded].iter().copied().sum::<F>();
                 let denominator = factors.of_sums[at] * of_sums[at] + own;
@@ -221,24 +219,17 @@ fn forward_head<S: Simd, F: Float>(
                 write_quotient(out.row_mut(index), of_group, row, denominator);
             }
         }
-        key.key_features(simd, &mut sums);
-        sums.add_chunk(simd, &key, None, &values, &mut of_chunk);
+        key.key_features(&mut sums);
+        sums.add_chunk(&key, None, &values, &mut of_chunk);
     }
 }
 
 impl Step {
     /// The features of its queries relative to the sums, and what these are relative to.
-    #[inline(always)]
-    fn take_sums<S: Simd, F: Float>(
-        &self,
-        simd: S,
-        query: &mut Chunk<F>,
-        shifts: &[F],
-        factors: &mut Factors<F>,
-    ) {
+    fn take_sums<F: Float>(&self, query: &mut Chunk<F>, shifts: &[F], factors: &mut Factors<F>) {
         factors.of_sums.clear();
         if self.has_sums() {
-            query.query_features(simd, shifts);
+            query.query_features(shifts);
             factors.of_sums.extend_from_slice(&query.shifts[..query.len]);
         } else {
             factors.of_sums.resize(query.len, F::neg_infinity());
@@ -269,10 +260,10 @@ pub(in super::super) fn backward<F: Float>(
         let (kv_head, grads, projection): &mut Task<'_, F> = task;
         let num_queries = num_queries[*kv_head];
         let head = Head { problem, kv_head: *kv_head, num_queries, upstream, is_summed };
-        dispatch!(level, simd => *projection = head.backward(simd, grads));
+        *projection = head.backward(level, grads);
     });
     let projections: Vec<_> = tasks.into_iter().map(|(_, _, projection)| projection).collect();
-    let padded_dim = dispatch!(level, simd => padded_dim(simd, problem));
+    let padded_dim = padded_dim(level, problem);
     projections.iter().for_each(|projection| grads.add_projection(padded_dim, projection));
     Ok(grads)
 }
@@ -288,37 +279,36 @@ struct Head<'h, 'p, 'u, F: Float> {
 
 impl<F: Float> Head<'_, '_, '_, F> {
     /// Returns the gradient of the projection.
-    #[inline(always)]
-    fn backward<S: Simd>(
+    fn backward(
         &self,
-        simd: S,
+        level: Level,
         [grad_query, grad_key, grad_value]: &mut [ArrayViewMut2<'_, F>; 3],
     ) -> Vec<F> {
         let Self { problem, kv_head, num_queries, .. } = *self;
-        let mut inputs_vjp = InputsVjp::new(simd, problem);
+        let mut inputs_vjp = InputsVjp::new(level, problem);
         let steps = steps(problem, num_queries);
-        let shifts = self.queries(simd, &steps, grad_query, &mut inputs_vjp);
+        let shifts = self.queries(level, &steps, grad_query, &mut inputs_vjp);
 
-        let mut key = Chunk::new(simd, problem);
-        let stride = value_stride(simd, problem);
+        let mut key = Chunk::new(level, problem);
+        let stride = value_stride(level, problem);
         let mut step_of_keys = KeyStep::default();
-        let mut own = OwnPairs::new(simd, problem);
+        let mut own = OwnPairs::new(level, problem);
         let mut grad_sums = KeySums::zeros(problem.num_features(), stride);
         for (at, step) in steps.iter().enumerate().rev() {
             let keys = &problem.keys[step.keys.clone()];
-            key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-            key.key_features(simd, &mut KeySums::without_sums(&shifts[at + 1]));
+            key.load(keys.len(), |at| problem.key(keys[at], kv_head));
+            key.key_features(&mut KeySums::without_sums(&shifts[at + 1]));
             step_of_keys.take(&key, &grad_sums);
-            step_of_keys.run(simd, problem, kv_head, keys, &grad_sums, &key);
-            key.features_vjp(simd, &step_of_keys.grad_features);
+            step_of_keys.run(problem, kv_head, keys, &grad_sums, &key);
+            key.features_vjp(&step_of_keys.grad_features);
             lower(&mut grad_sums, &shifts[at]);
             if !step.queries.is_empty() {
-                own.run(simd, self, step, &mut grad_sums, &mut key, &mut step_of_keys);
-                key.features_vjp(simd, &own.grad_features);
+                own.run(self, step, &mut grad_sums, &mut key, &mut step_of_keys);
+                key.features_vjp(&own.grad_features);
             }
             let rows = step.keys.clone();
             step_of_keys.store(problem, 0, &mut grad_value.slice_mut(s![rows, ..]));
-            inputs_vjp.run(simd, &key, true, |at, c, grad| {
+            inputs_vjp.run(&key, true, |at, c, grad| {
                 grad_key[[step.keys.start + at, c]] = grad;
             });
         }
@@ -326,17 +316,16 @@ impl<F: Float> Head<'_, '_, '_, F> {
     }
 
     /// The gradients of the queries; returns the shifts before each step, and after the last.
-    #[inline(always)]
-    fn queries<S: Simd>(
+    fn queries(
         &self,
-        simd: S,
+        level: Level,
         steps: &[Step],
         grad_query: &mut ArrayViewMut2<'_, F>,
         inputs_vjp: &mut InputsVjp<F>,
     ) -> Vec<Vec<F>> {
         let Self { problem, kv_head, .. } = *self;
-        let (mut query, mut key) = (Chunk::new(simd, problem), Chunk::new(simd, problem));
-        let stride = value_stride(simd, problem);
+        let (mut query, mut key) = (Chunk::new(level, problem), Chunk::new(level, problem));
+        let stride = value_stride(level, problem);
         let mut sums = KeySums::zeros(problem.num_features(), stride);
         let mut quotients = QuotientGradients::new(stride);
         let (mut values, mut grad_features, mut grad_pairs) = (Vec::new(), Vec::new(), Vec::new());
@@ -346,28 +335,28 @@ impl<F: Float> Head<'_, '_, '_, F> {
         let mut shifts = vec![sums.shifts.clone()];
         for step in steps {
             let keys = &problem.keys[step.keys.clone()];
-            key.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-            key.own_features(simd, false);
+            key.load(keys.len(), |at| problem.key(keys[at], kv_head));
+            key.own_features(false);
             pack_values(problem, keys, kv_head, stride, &mut values);
-            let padded = step.padded_keys::<S, F>(simd);
+            let padded = step.padded_keys::<F>(level);
             transposed(&values, stride, padded, &mut transposed_values);
             transposed(&sums.sums, stride, query.stride, &mut transposed_sums);
             for (of_group, head) in problem.group(kv_head).enumerate() {
                 let rows = step.queries.len();
                 let is_summed = |at: usize| (self.is_summed)(step.queries.start + at, head);
-                query.load(simd, rows, |at| problem.query(step.queries.start + at, head));
+                query.load(rows, |at| problem.query(step.queries.start + at, head));
                 let queries = step.queries.clone();
                 quotients.load(self.upstream, queries, head, problem.value_dim, is_summed);
-                step.take_sums(simd, &mut query, &sums.shifts, &mut factors);
+                step.take_sums(&mut query, &sums.shifts, &mut factors);
                 // The part of the sums, nᵢ = αᵢ φᵢ S; its factor comes from the other part.
                 let of_sums = query.features.clone();
-                query.own_features(simd, true);
-                factors.load(simd, step.limits(problem), &query, &key, is_summed);
+                query.own_features(true);
+                factors.load(step.limits(problem), &query, &key, is_summed);
                 clear(&mut query, is_summed);
 
                 grad_features.resize(rows * query.stride, F::zero());
                 let left = self.grad_pairs(
-                    simd,
+                    level,
                     &quotients,
                     &factors,
                     (&transposed_values, padded),
@@ -375,38 +364,37 @@ impl<F: Float> Head<'_, '_, '_, F> {
                 );
                 let left = Left { len: keys.len(), ..left };
                 let right = (key.rows(), key.stride);
-                product(simd, rows, left, right, Target::Overwrite, &mut grad_features);
-                query.features_vjp(simd, &grad_features);
+                product(level, rows, left, right, Target::Overwrite, &mut grad_features);
+                query.features_vjp(&grad_features);
                 if step.has_sums() {
                     query.features.copy_from_slice(&of_sums);
                     clear(&mut query, is_summed);
                     let left = quotients.left(problem.value_dim);
                     let right = (&transposed_sums[..], query.stride);
-                    product(simd, rows, left, right, Target::Overwrite, &mut grad_features);
+                    product(level, rows, left, right, Target::Overwrite, &mut grad_features);
                     let grads = grad_features.chunks_exact_mut(query.stride);
                     let terms = quotients.denominators.iter().zip(&factors.of_sums);
                     for (grads, (&g, &factor)) in grads.zip(terms) {
                         add_scaled(grads, g, &sums.totals);
                         grads.iter_mut().for_each(|grad| *grad *= factor);
                     }
-                    query.features_vjp(simd, &grad_features);
+                    query.features_vjp(&grad_features);
                 }
-                inputs_vjp.run(simd, &query, false, |at, c, grad| {
+                inputs_vjp.run(&query, false, |at, c, grad| {
                     grad_query[[step.queries.start + at, of_group * problem.dim + c]] = grad;
                 });
             }
-            key.key_features(simd, &mut sums);
-            sums.add_chunk(simd, &key, None, &values, &mut of_chunk);
+            key.key_features(&mut sums);
+            sums.add_chunk(&key, None, &values, &mut of_chunk);
             shifts.push(sums.shifts.clone());
         }
         shifts
     }
 
     /// The gradients of the kernels of a step's pairs, rows × padded.
-    #[inline(always)]
-    fn grad_pairs<'g, S: Simd>(
+    fn grad_pairs<'g>(
         &self,
-        simd: S,
+        level: Level,
         quotients: &QuotientGradients<F>,
         factors: &Factors<F>,
         (transposed_values, padded): (&[F], usize),
@@ -415,7 +403,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         let rows = quotients.denominators.len();
         grads.resize(rows * padded, F::zero());
         let left = quotients.left(self.problem.value_dim);
-        product(simd, rows, left, (transposed_values, padded), Target::Overwrite, grads);
+        product(level, rows, left, (transposed_values, padded), Target::Overwrite, grads);
         for (row, &g) in grads.chunks_exact_mut(padded.max(1)).zip(&quotients.denominators) {
             row.iter_mut().for_each(|grad| *grad += g);
         }
@@ -439,11 +427,10 @@ struct OwnPairs<F> {
 }
 
 impl<F: Float> OwnPairs<F> {
-    #[inline(always)]
-    fn new<S: Simd>(simd: S, problem: &FeatureProblem<'_, F>) -> Self {
-        let stride = value_stride(simd, problem);
+    fn new(level: Level, problem: &FeatureProblem<'_, F>) -> Self {
+        let stride = value_stride(level, problem);
         Self {
-            query: Chunk::new(simd, problem),
+            query: Chunk::new(level, problem),
             quotients: QuotientGradients::new(stride),
             factors: Factors::default(),
             of_chunk: SumsOfChunk::default(),
@@ -457,10 +444,8 @@ impl<F: Float> OwnPairs<F> {
 
     /// Adds to the gradients of the sums before the step, which are relative to what those sums are. Leaves
     /// the keys' own features in `key`.
-    #[inline(always)]
-    fn run<S: Simd>(
+    fn run(
         &mut self,
-        simd: S,
         head: &Head<'_, '_, '_, F>,
         step: &Step,
         grad_sums: &mut KeySums<F>,
@@ -469,39 +454,39 @@ impl<F: Float> OwnPairs<F> {
     ) {
         let Head { problem, kv_head, .. } = *head;
         let Self { query, quotients, factors, of_chunk, .. } = self;
-        let stride = grad_sums.stride;
-        key.own_features(simd, false);
+        let (level, stride) = (key.level, grad_sums.stride);
+        key.own_features(false);
         self.grad_features.clear();
         self.grad_features.resize(key.len * key.stride, F::zero());
-        let padded = step.padded_keys::<S, F>(simd);
+        let padded = step.padded_keys::<F>(level);
         transposed(key.rows(), key.stride, padded, &mut self.transposed_keys);
         transposed(&step_of_keys.values, stride, padded, &mut self.transposed_values);
         for head_of_query in problem.group(kv_head) {
             let rows = step.queries.len();
             let is_summed = |at: usize| (head.is_summed)(step.queries.start + at, head_of_query);
-            query.load(simd, rows, |at| problem.query(step.queries.start + at, head_of_query));
+            query.load(rows, |at| problem.query(step.queries.start + at, head_of_query));
             let queries = step.queries.clone();
             quotients.load(head.upstream, queries, head_of_query, problem.value_dim, is_summed);
-            step.take_sums(simd, query, &grad_sums.shifts, factors);
+            step.take_sums(query, &grad_sums.shifts, factors);
             let of_sums = query.features.clone();
-            query.own_features(simd, true);
-            factors.load(simd, step.limits(problem), query, key, is_summed);
+            query.own_features(true);
+            factors.load(step.limits(problem), query, key, is_summed);
             clear(query, is_summed);
 
             self.pairs.resize(rows * padded, F::zero());
             let right = (&self.transposed_keys[..], padded);
-            product(simd, rows, query.left(), right, Target::Overwrite, &mut self.pairs);
+            product(level, rows, query.left(), right, Target::Overwrite, &mut self.pairs);
             factors.multiply(&mut self.pairs);
             // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
             let left = Left { data: &self.pairs, stride: padded, len: key.len };
             let right = (&quotients.numerators[..], stride);
             let grad_values = &mut step_of_keys.grad_values;
-            transposed_product(simd, rows, left, right, Target::Add, grad_values);
+            transposed_product(level, rows, left, right, Target::Add, grad_values);
             let right = (&self.transposed_values[..], padded);
-            let left = head.grad_pairs(simd, quotients, factors, right, &mut self.grad_pairs);
+            let left = head.grad_pairs(level, quotients, factors, right, &mut self.grad_pairs);
             let left = Left { len: key.len, ..left };
             let right = (query.rows(), query.stride);
-            transposed_product(simd, rows, left, right, Target::Add, &mut self.grad_features);
+            transposed_product(level, rows, left, right, Target::Add, &mut self.grad_features);
             if step.has_sums() {
                 query.features.copy_from_slice(&of_sums);
                 clear(query, is_summed);
@@ -510,7 +495,7 @@ impl<F: Float> OwnPairs<F> {
                     row.iter_mut().for_each(|feature| *feature *= factor);
                 }
                 let QuotientGradients { numerators, denominators, .. } = &*quotients;
-                grad_sums.add_chunk(simd, query, Some(denominators), numerators, of_chunk);
+                grad_sums.add_chunk(query, Some(denominators), numerators, of_chunk);
             }
         }
     }

@@ -5,9 +5,9 @@ use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
 use crate::kernels::exp::exp2;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::matmul::{Left, Target, Vector, panel_width};
+use crate::kernels::matmul::{Left, Target, Vector, panel_len};
 use crate::kernels::sincos::sin_cos;
-use fearless_simd::{Select, Simd, SimdBase};
+use fearless_simd::{Level, Select, Simd, SimdBase};
 use std::f64::consts::{LN_2, LOG2_E};
 
 /// Rows that are worked on at a time.
@@ -15,6 +15,7 @@ pub(super) const CHUNK: usize = 128;
 
 /// The features of up to [`CHUNK`] rows, and their buffers.
 pub(super) struct Chunk<F> {
+    pub(super) level: Level,
     /// Rows that are there.
     pub(super) len: usize,
     pub(super) num_features: usize,
@@ -48,12 +49,8 @@ pub(super) struct Chunk<F> {
 }
 
 impl<F: Float> Chunk<F> {
-    #[inline(always)]
-    pub(super) fn new<S: Simd>(_: S, problem: &FeatureProblem<'_, F>) -> Self {
-        Self::with_panel(problem, panel_width::<S, F>())
-    }
-
-    fn with_panel(problem: &FeatureProblem<'_, F>, panel: usize) -> Self {
+    pub(super) fn new(level: Level, problem: &FeatureProblem<'_, F>) -> Self {
+        let panel = panel_len::<F>(level);
         let (dim, columns) = problem.projection.dim();
         let padded = columns.next_multiple_of(panel);
         let stride = problem.num_features().next_multiple_of(panel);
@@ -63,6 +60,7 @@ impl<F: Float> Chunk<F> {
             row.iter().zip(padded).for_each(|(&entry, padded)| *padded = entry);
         }
         Self {
+            level,
             len: 0,
             num_features: problem.num_features(),
             stride,
@@ -105,8 +103,7 @@ impl<F: Float> Chunk<F> {
     }
 
     /// Takes up rows: E and h, and no gradients yet.
-    #[inline(always)]
-    pub(super) fn load<'r, S: Simd>(&mut self, simd: S, len: usize, row: impl Fn(usize) -> &'r [F])
+    pub(super) fn load<'r>(&mut self, len: usize, row: impl Fn(usize) -> &'r [F])
     where
         F: 'r,
     {
@@ -127,7 +124,7 @@ impl<F: Float> Chunk<F> {
         }
         let left = Left { data: &self.inputs, stride: self.dim, len: self.dim };
         product(
-            simd,
+            self.level,
             len,
             left,
             (&self.projection, self.padded),
@@ -139,15 +136,12 @@ impl<F: Float> Chunk<F> {
     /// The features of keys, relative to the shifts of the sums, which are raised to the largest
     /// exponents where these are more.
     #[inline(never)]
-    pub(super) fn key_features<S: Simd>(&mut self, simd: S, sums: &mut KeySums<F>) {
-        simd.vectorize(
-            #[inline(always)]
-            || self.key_features_inline(simd, sums),
-        );
+    pub(super) fn key_features(&mut self, sums: &mut KeySums<F>) {
+        dispatch!(self.level, simd => self.key_features_in_vectors(simd, sums));
     }
 
     #[inline(always)]
-    fn key_features_inline<S: Simd>(&mut self, simd: S, sums: &mut KeySums<F>) {
+    fn key_features_in_vectors<S: Simd>(&mut self, simd: S, sums: &mut KeySums<F>) {
         let Self { map, columns, stride, padded, num_features, .. } = *self;
         let rows = self.features.chunks_exact_mut(stride).take(self.len);
         let products = self.products.chunks_exact(padded).zip(&self.squares);
@@ -187,125 +181,122 @@ impl<F: Float> Chunk<F> {
     /// The features of queries, relative to what cancels: exponents with the shifts of the keys'
     /// sums, and then to the largest.
     #[inline(never)]
-    pub(super) fn query_features<S: Simd>(&mut self, simd: S, shifts: &[F]) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let Self { map, columns, .. } = *self;
-                // Of other features all have the same.
-                let shift = shifts[0];
-                for at in 0..self.len {
-                    let row = &mut self.features[at * self.stride..][..self.stride];
-                    let products = &self.products[at * self.padded..][..columns];
-                    if !map.is_exponential() {
-                        plain_features(simd, map, products, row);
-                        self.shifts[at] = shift;
-                        continue;
-                    }
-                    exponents(map, products, F::zero(), row);
-                    for (exponent, &shift) in row.iter_mut().zip(shifts) {
-                        *exponent += shift;
-                    }
-                    self.shifts[at] = powers_below_largest(simd, row);
-                    mantissas(map, products, row);
-                }
-            },
-        );
+    pub(super) fn query_features(&mut self, shifts: &[F]) {
+        dispatch!(self.level, simd => self.query_features_in_vectors(simd, shifts));
+    }
+
+    #[inline(always)]
+    fn query_features_in_vectors<S: Simd>(&mut self, simd: S, shifts: &[F]) {
+        let Self { map, columns, .. } = *self;
+        // Of other features all have the same.
+        let shift = shifts[0];
+        for at in 0..self.len {
+            let row = &mut self.features[at * self.stride..][..self.stride];
+            let products = &self.products[at * self.padded..][..columns];
+            if !map.is_exponential() {
+                plain_features(simd, map, products, row);
+                self.shifts[at] = shift;
+                continue;
+            }
+            exponents(map, products, F::zero(), row);
+            for (exponent, &shift) in row.iter_mut().zip(shifts) {
+                *exponent += shift;
+            }
+            self.shifts[at] = powers_below_largest(simd, row);
+            mantissas(map, products, row);
+        }
     }
 
     /// The features of queries or keys, relative to the largest exponent of each row, without what
     /// cancels of queries.
     #[inline(never)]
-    pub(super) fn own_features<S: Simd>(&mut self, simd: S, is_query: bool) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let Self { map, columns, .. } = *self;
-                for at in 0..self.len {
-                    let row = &mut self.features[at * self.stride..][..self.stride];
-                    let products = &self.products[at * self.padded..][..columns];
-                    let square = if is_query { F::zero() } else { self.squares[at] };
-                    if !map.is_exponential() {
-                        plain_features(simd, map, products, row);
-                        let has_shift = map == Map::Circular;
-                        self.shifts[at] = if has_shift { square } else { F::zero() };
-                        continue;
-                    }
-                    exponents(map, products, square, row);
-                    self.shifts[at] = powers_below_largest(simd, row);
-                    mantissas(map, products, row);
-                }
-            },
-        );
+    pub(super) fn own_features(&mut self, is_query: bool) {
+        dispatch!(self.level, simd => self.own_features_in_vectors(simd, is_query));
+    }
+
+    #[inline(always)]
+    fn own_features_in_vectors<S: Simd>(&mut self, simd: S, is_query: bool) {
+        let Self { map, columns, .. } = *self;
+        for at in 0..self.len {
+            let row = &mut self.features[at * self.stride..][..self.stride];
+            let products = &self.products[at * self.padded..][..columns];
+            let square = if is_query { F::zero() } else { self.squares[at] };
+            if !map.is_exponential() {
+                plain_features(simd, map, products, row);
+                let has_shift = map == Map::Circular;
+                self.shifts[at] = if has_shift { square } else { F::zero() };
+                continue;
+            }
+            exponents(map, products, square, row);
+            self.shifts[at] = powers_below_largest(simd, row);
+            mantissas(map, products, row);
+        }
     }
 
     /// Adds the gradients of E, from those of the features, and of h of each row, for keys.
     #[inline(never)]
-    pub(super) fn features_vjp<S: Simd>(&mut self, simd: S, grads: &[F]) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                let Self { map, columns, stride, padded, .. } = *self;
-                let ln_2 = F::of(LN_2);
-                for at in 0..self.len {
-                    let row = &self.features[at * stride..][..stride];
-                    let grads = &grads[at * stride..][..stride];
-                    let products = &self.products[at * padded..][..columns];
-                    let out = &mut self.grad_products[at * padded..][..columns];
-                    let (first, second) = match map {
-                        Map::Both | Map::Circular => (&row[..columns], &row[columns..2 * columns]),
-                        _ => (&row[..columns], &row[..0]),
-                    };
-                    let grad_first = &grads[..columns];
-                    self.grad_squares[at] += match map {
-                        // 2^{E − h}
-                        Map::Exponential => {
-                            let steps = out.iter_mut().zip(first.iter().zip(grad_first));
-                            for (out, (&feature, &grad)) in steps {
-                                *out += ln_2 * (feature * grad);
-                            }
-                            -ln_2 * unrolled_dot(first, grad_first)
-                        }
-                        Map::Both => {
-                            let grad_second = &grads[columns..2 * columns];
-                            for c in 0..columns {
-                                let difference =
-                                    first[c] * grad_first[c] - second[c] * grad_second[c];
-                                out[c] += ln_2 * difference;
-                            }
-                            let sum = unrolled_dot(first, grad_first);
-                            -ln_2 * (sum + unrolled_dot(second, grad_second))
-                        }
-                        // 2^h cos E, 2^h sin E
-                        Map::Circular => {
-                            let grad_second = &grads[columns..2 * columns];
-                            for c in 0..columns {
-                                out[c] += first[c] * grad_second[c] - second[c] * grad_first[c];
-                            }
-                            let sum = unrolled_dot(first, grad_first);
-                            ln_2 * (sum + unrolled_dot(second, grad_second))
-                        }
-                        Map::Relu(_) => {
-                            let steps = out.iter_mut().zip(products.iter().zip(grad_first));
-                            for (out, (&product, &grad)) in steps {
-                                *out += if product > F::zero() { grad } else { F::zero() };
-                            }
-                            F::zero()
-                        }
-                        // (x + 1) 2^{−shift} or e^x 2^{−shift}
-                        Map::Elu => {
-                            let steps = first.iter().zip(grad_first);
-                            for ((out, &x), (&feature, &grad)) in
-                                out.iter_mut().zip(products).zip(steps)
-                            {
-                                *out += feature / mantissa(x) * grad;
-                            }
-                            F::zero()
-                        }
-                    };
+    pub(super) fn features_vjp(&mut self, grads: &[F]) {
+        dispatch!(self.level, _simd => self.features_vjp_in_vectors(grads));
+    }
+
+    #[inline(always)]
+    fn features_vjp_in_vectors(&mut self, grads: &[F]) {
+        let Self { map, columns, stride, padded, .. } = *self;
+        let ln_2 = F::of(LN_2);
+        for at in 0..self.len {
+            let row = &self.features[at * stride..][..stride];
+            let grads = &grads[at * stride..][..stride];
+            let products = &self.products[at * padded..][..columns];
+            let out = &mut self.grad_products[at * padded..][..columns];
+            let (first, second) = match map {
+                Map::Both | Map::Circular => (&row[..columns], &row[columns..2 * columns]),
+                _ => (&row[..columns], &row[..0]),
+            };
+            let grad_first = &grads[..columns];
+            self.grad_squares[at] += match map {
+                // 2^{E − h}
+                Map::Exponential => {
+                    let steps = out.iter_mut().zip(first.iter().zip(grad_first));
+                    for (out, (&feature, &grad)) in steps {
+                        *out += ln_2 * (feature * grad);
+                    }
+                    -ln_2 * unrolled_dot(first, grad_first)
                 }
-            },
-        );
+                Map::Both => {
+                    let grad_second = &grads[columns..2 * columns];
+                    for c in 0..columns {
+                        let difference = first[c] * grad_first[c] - second[c] * grad_second[c];
+                        out[c] += ln_2 * difference;
+                    }
+                    let sum = unrolled_dot(first, grad_first);
+                    -ln_2 * (sum + unrolled_dot(second, grad_second))
+                }
+                // 2^h cos E, 2^h sin E
+                Map::Circular => {
+                    let grad_second = &grads[columns..2 * columns];
+                    for c in 0..columns {
+                        out[c] += first[c] * grad_second[c] - second[c] * grad_first[c];
+                    }
+                    let sum = unrolled_dot(first, grad_first);
+                    ln_2 * (sum + unrolled_dot(second, grad_second))
+                }
+                Map::Relu(_) => {
+                    let steps = out.iter_mut().zip(products.iter().zip(grad_first));
+                    for (out, (&product, &grad)) in steps {
+                        *out += if product > F::zero() { grad } else { F::zero() };
+                    }
+                    F::zero()
+                }
+                // (x + 1) 2^{−shift} or e^x 2^{−shift}
+                Map::Elu => {
+                    let steps = first.iter().zip(grad_first);
+                    for ((out, &x), (&feature, &grad)) in out.iter_mut().zip(products).zip(steps) {
+                        *out += feature / mantissa(x) * grad;
+                    }
+                    F::zero()
+                }
+            };
+        }
     }
 }
 

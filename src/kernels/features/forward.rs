@@ -6,9 +6,9 @@ use super::{FeatureProblem, KeySums, SumsOfChunk};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::heads::unrolled_dot;
-use crate::kernels::matmul::{Left, Target, panel_width};
+use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 use std::ops::Range;
 
@@ -38,7 +38,7 @@ pub(in super::super) fn sum_keys<F: Float>(
     level: Level,
 ) -> Vec<KeySums<F>> {
     let ranges = parts(problem.keys.len(), CHUNK, PARTS);
-    let stride = dispatch!(level, simd => value_stride(simd, problem));
+    let stride = value_stride(level, problem);
     let zeros = || KeySums::zeros(problem.num_features(), stride);
     let mut tasks: Vec<_> = (0..problem.kv_heads)
         .flat_map(|head| ranges.iter().map(move |range| (head, range.clone())))
@@ -46,25 +46,22 @@ pub(in super::super) fn sum_keys<F: Float>(
         .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (head, range, sums): &mut (usize, Range<usize>, KeySums<F>) = task;
-        dispatch!(level, simd => {
-            let mut chunk = Chunk::new(simd, problem);
-            add_keys(simd, problem, *head, &problem.keys[range.clone()], &mut chunk, sums);
-        });
+        {
+            let mut chunk = Chunk::new(level, problem);
+            add_keys(problem, *head, &problem.keys[range.clone()], &mut chunk, sums);
+        };
     });
     let mut sums: Vec<KeySums<F>> = (0..problem.kv_heads).map(|_| zeros()).collect();
     tasks.iter().for_each(|(head, _, part)| sums[*head].add(part, F::one()));
     sums
 }
 
-#[inline(always)]
-pub(super) fn value_stride<S: Simd, F: Float>(_: S, problem: &FeatureProblem<'_, F>) -> usize {
-    problem.value_dim.next_multiple_of(panel_width::<S, F>())
+pub(super) fn value_stride<F: Float>(level: Level, problem: &FeatureProblem<'_, F>) -> usize {
+    problem.value_dim.next_multiple_of(panel_len::<F>(level))
 }
 
 /// Adds keys to their sums.
-#[inline(always)]
-pub(super) fn add_keys<S: Simd, F: Float>(
-    simd: S,
+pub(super) fn add_keys<F: Float>(
     problem: &FeatureProblem<'_, F>,
     kv_head: usize,
     keys: &[usize],
@@ -73,10 +70,10 @@ pub(super) fn add_keys<S: Simd, F: Float>(
 ) {
     let (mut values, mut of_chunk) = (Vec::new(), SumsOfChunk::default());
     for keys in keys.chunks(CHUNK) {
-        chunk.load(simd, keys.len(), |at| problem.key(keys[at], kv_head));
-        chunk.key_features(simd, sums);
+        chunk.load(keys.len(), |at| problem.key(keys[at], kv_head));
+        chunk.key_features(sums);
         pack_values(problem, keys, kv_head, sums.stride, &mut values);
-        sums.add_chunk(simd, chunk, None, &values, &mut of_chunk);
+        sums.add_chunk(chunk, None, &values, &mut of_chunk);
     }
 }
 
@@ -93,29 +90,28 @@ pub(in super::super) fn forward<F: Float>(
     let denominators = row_chunks(denominators.view_mut(), ranges.iter().map(Range::len));
     let tasks = ranges.iter().cloned().zip(outs.zip(denominators)).collect();
     parallel::for_each(tasks, problem.work(), |(queries, outs)| {
-        dispatch!(level, simd => forward_part(simd, problem, sums, queries, outs));
+        forward_part(level, problem, sums, queries, outs);
     });
 }
 
-#[inline(always)]
-fn forward_part<S: Simd, F: Float>(
-    simd: S,
+fn forward_part<F: Float>(
+    level: Level,
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
     queries: Range<usize>,
     (mut out, mut denominators): (ArrayViewMut2<'_, F>, ArrayViewMut2<'_, F>),
 ) {
-    let mut chunk = Chunk::new(simd, problem);
+    let mut chunk = Chunk::new(level, problem);
     let mut numerators = Vec::new();
     for rows in ranges(queries.len(), CHUNK) {
         for head in 0..problem.heads {
             let sums = &sums[problem.kv_head(head)];
             let row = |at| problem.query(queries.start + rows.start + at, head);
-            chunk.load(simd, rows.len(), row);
-            chunk.query_features(simd, &sums.shifts);
+            chunk.load(rows.len(), row);
+            chunk.query_features(&sums.shifts);
             numerators.resize(rows.len() * sums.stride, F::zero());
             product(
-                simd,
+                level,
                 chunk.len,
                 chunk.left(),
                 (&sums.sums, sums.stride),

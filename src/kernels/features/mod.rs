@@ -28,7 +28,6 @@ use super::problem::Rows;
 use crate::float::Float;
 use crate::inputs::{Inputs, head_columns};
 use chunk::Chunk;
-use fearless_simd::Simd;
 use ndarray::{Array2, ArrayView2};
 use products::{add_scaled, transposed_product};
 
@@ -207,22 +206,19 @@ impl<F: Float> KeySums<F> {
     /// Adds Σ φ rᵀ and Σ w φ over the rows of a chunk, relative to the same shifts: r are the rows of
     /// `right`, and the weights w are 1 if none are given.
     #[inline(never)]
-    fn add_chunk<S: Simd>(
+    fn add_chunk(
         &mut self,
-        simd: S,
         chunk: &Chunk<F>,
         weights: Option<&[F]>,
         right: &[F],
         of_chunk: &mut SumsOfChunk<F>,
     ) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
+        dispatch!(chunk.level, _simd => {
                 let SumsOfChunk { totals, sums, of_rows } = of_chunk;
                 sums.resize(self.sums.len(), F::zero());
                 let right = (right, self.stride);
                 let target = Target::Overwrite;
-                transposed_product(simd, chunk.len, chunk.left(), right, target, sums);
+                transposed_product(chunk.level, chunk.len, chunk.left(), right, target, sums);
                 totals.clear();
                 totals.resize(self.totals.len(), F::zero());
                 of_rows.resize(self.totals.len(), F::zero());
@@ -242,8 +238,7 @@ impl<F: Float> KeySums<F> {
                         compensated::add(sum, lack, F::one(), term);
                     }
                 }
-            },
-        );
+        });
     }
 }
 

@@ -2,12 +2,11 @@
 
 use crate::float::Float;
 use crate::kernels::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
-use fearless_simd::Simd;
+use fearless_simd::Level;
 
 /// left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.
-#[inline(always)]
-pub(super) fn product<S: Simd, F: Float>(
-    simd: S,
+pub(super) fn product<F: Float>(
+    level: Level,
     rows: usize,
     left: Left<'_, F>,
     (right, stride): (&[F], usize),
@@ -15,13 +14,12 @@ pub(super) fn product<S: Simd, F: Float>(
     out: &mut [F],
 ) {
     let out = Out { data: out, stride, columns: stride };
-    rows_times(simd, rows, left, Matrix { data: right, stride }, target, out);
+    rows_times(level, rows, left, Matrix { data: right, stride }, target, out);
 }
 
 /// leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
-#[inline(always)]
-pub(super) fn transposed_product<S: Simd, F: Float>(
-    simd: S,
+pub(super) fn transposed_product<F: Float>(
+    level: Level,
     rows: usize,
     left: Left<'_, F>,
     (right, stride): (&[F], usize),
@@ -30,7 +28,7 @@ pub(super) fn transposed_product<S: Simd, F: Float>(
 ) {
     let left = Left { data: &left.data[..rows * left.stride], ..left };
     let right = Matrix { data: &right[..rows * stride], stride };
-    columns_times(simd, left, right, target, Out { data: out, stride, columns: stride });
+    columns_times(level, left, right, target, Out { data: out, stride, columns: stride });
 }
 
 /// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there

@@ -10,13 +10,11 @@ use crate::inputs::{Pair, head_columns};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
-    width_of,
 };
 use crate::kernels::matmul::{
-    Left, Matrix, Out, Target, Vector, columns_times, panel_width, rows_times, squared_distances,
+    Left, Matrix, Out, Target, Vector, columns_times, panel_len, rows_times, squared_distances,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
-use crate::kernels::problem::Slices;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayViewMut2, s};
 use std::f64::consts::LN_2;
@@ -85,7 +83,7 @@ pub(in super::super) fn dense_backward<F: Float>(
     let sizes = clip(softmax, sizes);
     let mut grads = PointGradients::zeros(problem, [true; 2])?;
     let num_keys = inputs.num_keys();
-    let panel = dispatch!(level, simd => width_of::<_, F>(simd));
+    let panel = panel_len::<F>(level);
     let padded = [softmax.key_dim, problem.dim].map(|dim| dim.next_multiple_of(panel));
     let rows = inputs.kv_heads() * num_keys;
     let blocks = inputs.num_queries().div_ceil(sizes.queries);
@@ -123,7 +121,7 @@ pub(in super::super) fn dense_backward<F: Float>(
     }
     drop((grad_query, grad_radius, grad_kappa, grad_bias));
     parallel::for_each(parts.iter_mut().collect(), softmax.work(), |part: &mut Part<'_, F>| {
-        dispatch!(level, simd => backward_part(simd, problem, points, upstream, sizes, part));
+        backward_part(level, problem, points, upstream, sizes, part);
     });
     let sums: Vec<KeySums<F>> = parts.into_iter().map(|part| part.keys).collect();
     for KeySums { key, value, key_radii, value_radii } in sums {
@@ -135,9 +133,8 @@ pub(in super::super) fn dense_backward<F: Float>(
     Ok(grads)
 }
 
-#[inline(always)]
-fn backward_part<S: Simd, F: Float>(
-    simd: S,
+fn backward_part<F: Float>(
+    level: Level,
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
     upstream: &Upstream<F>,
@@ -145,11 +142,11 @@ fn backward_part<S: Simd, F: Float>(
     part: &mut Part<'_, F>,
 ) {
     let softmax = &problem.softmax;
-    let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
+    let panel = panel_len::<F>(level);
+    let width = sizes.queries.next_multiple_of(panel);
     let tile = || Buffer::zeros(sizes.keys * width);
     let (key_dim, dim) = (softmax.key_dim, problem.dim);
-    let [padded_key, padded] =
-        [key_dim, dim].map(|dim| dim.next_multiple_of(panel_width::<S, F>()));
+    let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
     let mut scratch = Scratch {
         queries: Buffer::zeros(key_dim * width),
         weights: Buffer::zeros(dim * width),
@@ -172,11 +169,10 @@ fn backward_part<S: Simd, F: Float>(
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..softmax.heads {
-            let block = block::<S, F>(softmax, head, &part.queries, &rows);
-            pack(simd, problem, points, upstream, &block, &mut scratch);
+            let block = block(level, softmax, head, &part.queries, &rows);
+            pack(problem, points, upstream, &block, &mut scratch);
             for tile in block.tiles(sizes.keys) {
                 backward_tile(
-                    simd,
                     problem,
                     points,
                     upstream,
@@ -187,12 +183,12 @@ fn backward_part<S: Simd, F: Float>(
                 );
                 if let Some(grad) = &mut part.grad_bias {
                     let (lanes, first) = (0..block.queries.len(), part.queries.start);
-                    block.add_bias_gradients(simd, lanes, &tile, &scratch.spreads, first, grad);
+                    block.add_bias_gradients(lanes, &tile, &scratch.spreads, first, grad);
                 }
             }
             let columns = head_columns(head, softmax.key_dim);
             let sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
-            block.add_lanes(simd, F::one(), &scratch.grad_query, sum);
+            block.add_lanes(F::one(), &scratch.grad_query, sum);
             for (lane, row) in rows.clone().enumerate() {
                 part.grad_radius[[row, head]] += scratch.grad_radius[lane];
                 // s = −κ ln 2 · asinh(…)/ln 2
@@ -242,30 +238,24 @@ impl<F: Float> Part<'_, F> {
 }
 
 /// Takes up the queries of a block.
-#[inline(never)]
-fn pack<S: Simd, F: Float>(
-    simd: S,
+fn pack<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
     upstream: &Upstream<F>,
     block: &Block<'_, '_, F>,
     scratch: &mut Scratch<F>,
 ) {
-    let Block { head, width, .. } = *block;
+    let Block { level, head, width, .. } = *block;
     let (key_dim, dim) = (problem.softmax.key_dim, problem.dim);
     let queries = || block.queries.clone();
-    fn of_head<F: Float>(rows: Slices<'_, F>, row: usize, head: usize, dim: usize) -> &[F] {
-        &rows.row(row)[head_columns(head, dim)]
-    }
-    block.pack_queries(simd, F::one(), &mut scratch.queries);
+    block.pack_queries(F::one(), &mut scratch.queries);
     for (rows, packed) in [
         (upstream.weights.slices(), &mut scratch.weights),
         (upstream.directions.slices(), &mut scratch.directions),
     ] {
-        let row = |query| of_head(rows, query, head, dim);
-        block.pack_transposed(simd, dim, row, F::one(), packed);
+        block.pack_transposed(rows, dim, F::one(), packed);
     }
-    let panel = width_of::<S, F>(simd);
+    let panel = panel_len::<F>(level);
     let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
     let (one, query_rows, sum_rows) = (F::one(), &mut scratch.query_rows, &mut scratch.sum_rows);
     pack_rows(points.query.slices(), block, key_dim, padded_key, one, query_rows);
@@ -283,30 +273,10 @@ fn pack<S: Simd, F: Float>(
     scratch.dominant.fill(None);
 }
 
-#[inline(never)]
-#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
-fn backward_tile<S: Simd, F: Float>(
-    simd: S,
-    problem: &HyperbolicProblem<'_, F>,
-    points: &Points<F>,
-    upstream: &Upstream<F>,
-    block: &Block<'_, '_, F>,
-    tile: &Range<usize>,
-    scratch: &mut Scratch<F>,
-    sums: &mut KeySums<F>,
-) {
-    simd.vectorize(
-        #[inline(always)]
-        || backward_tile_inline(simd, problem, points, upstream, block, tile, scratch, sums),
-    );
-}
-
 /// Adds the gradient of the queries in `scratch`, those of keys and values in `sums`; leaves the
 /// gradients of the logits in `scratch.spreads`.
-#[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
-fn backward_tile_inline<S: Simd, F: Float>(
-    simd: S,
+fn backward_tile<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
     upstream: &Upstream<F>,
@@ -315,8 +285,8 @@ fn backward_tile_inline<S: Simd, F: Float>(
     scratch: &mut Scratch<F>,
     sums: &mut KeySums<F>,
 ) {
-    let Block { problem: softmax, head, width, .. } = *block;
-    let panel = panel_width::<S, F>();
+    let Block { level, problem: softmax, head, width, .. } = *block;
+    let panel = panel_len::<F>(level);
     let kv_head = softmax.kv_head(head);
     let (key_dim, dim) = (softmax.key_dim, problem.dim);
     let [padded_key, padded] = [key_dim, dim].map(|dim| dim.next_multiple_of(panel));
@@ -324,25 +294,26 @@ fn backward_tile_inline<S: Simd, F: Float>(
     let keys = block.keys();
     let values = HeadRows::new(problem.directions.slices(), kv_head, dim);
     let len = tile.len();
-    let (squared, products, spreads) = (
-        &mut scratch.squared[..len * width],
-        &mut scratch.products[..len * width],
-        &mut scratch.spreads[..len * width],
-    );
-    let (bias, multipliers) =
-        (&mut scratch.bias[..len * width], &mut scratch.multipliers[..len * width]);
     for column in (0..width).step_by(panel) {
+        let [squared, products, spreads, bias, multipliers] = [
+            &mut scratch.squared,
+            &mut scratch.products,
+            &mut scratch.spreads,
+            &mut scratch.bias,
+            &mut scratch.multipliers,
+        ]
+        .map(|numbers| &mut numbers[..len * width]);
         let right = |packed| Matrix { data: packed, stride: width }.skip_columns(column);
         let key = keys.left(tile.start);
         let value = values.left(tile.start);
         let out = Out::panel(squared, width, column, panel);
-        squared_distances(simd, len, key, right(&scratch.queries[..]), out);
+        squared_distances(level, len, key, right(&scratch.queries[..]), out);
         let out = Out::panel(products, width, column, panel);
         let weights = right(&scratch.weights[..]);
-        rows_times(simd, len, value, weights, Target::Overwrite, out);
+        rows_times(level, len, value, weights, Target::Overwrite, out);
         if !upstream.is_linear {
             let out = Out::panel(spreads, width, column, panel);
-            squared_distances(simd, len, value, right(&scratch.directions[..]), out);
+            squared_distances(level, len, value, right(&scratch.directions[..]), out);
         }
         let lanes = block.lanes(column, panel);
         let may_hide = block.may_hide_in(&lanes, tile);
@@ -350,15 +321,69 @@ fn backward_tile_inline<S: Simd, F: Float>(
             for bias in bias.chunks_exact_mut(width) {
                 bias[column..column + panel].fill(F::zero());
             }
-            block.restrict(simd, lanes.clone(), tile, bias, &mut scratch.rows);
+            block.restrict(lanes.clone(), tile, bias, &mut scratch.rows);
         }
         if softmax.has_dropout() {
             for multipliers in multipliers.chunks_exact_mut(width) {
                 multipliers[column..column + panel].fill(F::one());
             }
-            block.drop_out(simd, lanes, tile, multipliers, &mut scratch.rows);
+            block.drop_out(lanes, tile, multipliers, &mut scratch.rows);
         }
 
+        differentiate(problem, block, tile, column, may_hide, scratch, sums);
+    }
+    let (squared, products) = (&scratch.squared[..len * width], &scratch.products[..len * width]);
+
+    for (factors, rows, padded, sums) in [
+        (squared, &scratch.sum_rows, padded, &mut sums.value),
+        (products, &scratch.query_rows, padded_key, &mut sums.key),
+    ] {
+        let left = Left { data: factors, stride: width, len: width };
+        let right = Matrix { data: &rows[..], stride: padded };
+        let data = &mut sums[first_row * padded..];
+        let out = Out { data, stride: padded, columns: padded };
+        rows_times(level, len, left, right, Target::Add, out);
+    }
+    let right = Matrix { data: products, stride: width };
+    let left = HeadRows::new(points.key.slices(), kv_head, key_dim).left(tile.start);
+    let out = Out { data: &mut scratch.grad_query[..], stride: width, columns: width };
+    columns_times(level, left, right, Target::Add, out);
+}
+
+/// The gradients of the pairs of a panel: leaves the weights, what the directions are multiplied by, and the
+/// gradients of the logits in `squared`, `products` and `spreads`.
+#[inline(never)]
+fn differentiate<F: Float>(
+    problem: &HyperbolicProblem<'_, F>,
+    block: &Block<'_, '_, F>,
+    tile: &Range<usize>,
+    column: usize,
+    may_hide: bool,
+    scratch: &mut Scratch<F>,
+    sums: &mut KeySums<F>,
+) {
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
+    fn run<S: Simd, F: Float>(
+        simd: S,
+        problem: &HyperbolicProblem<'_, F>,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        may_hide: bool,
+        scratch: &mut Scratch<F>,
+        sums: &mut KeySums<F>,
+    ) {
+        let Block { problem: softmax, head, width, .. } = *block;
+        let len = tile.len();
+        let first_row = softmax.kv_head(head) * softmax.inputs.num_keys() + tile.start;
+        let (squared, products, spreads) = (
+            &mut scratch.squared[..len * width],
+            &mut scratch.products[..len * width],
+            &mut scratch.spreads[..len * width],
+        );
+        let (bias, multipliers) =
+            (&scratch.bias[..len * width], &scratch.multipliers[..len * width]);
         let vector_len = Vector::<S, F>::LEN;
         for half in 0..2 {
             let at = column + half * vector_len;
@@ -418,19 +443,7 @@ fn backward_tile_inline<S: Simd, F: Float>(
             grad_logits.store_slice(&mut scratch.grad_logits[at..at + vector_len]);
         }
     }
-
-    for (factors, rows, padded, sums) in [
-        (&*squared, &scratch.sum_rows, padded, &mut sums.value),
-        (&*products, &scratch.query_rows, padded_key, &mut sums.key),
-    ] {
-        let left = Left { data: factors, stride: width, len: width };
-        let right = Matrix { data: &rows[..], stride: padded };
-        let data = &mut sums[first_row * padded..];
-        let out = Out { data, stride: padded, columns: padded };
-        rows_times(simd, len, left, right, Target::Add, out);
-    }
-    let right = Matrix { data: &*products, stride: width };
-    let left = HeadRows::new(points.key.slices(), kv_head, key_dim).left(tile.start);
-    let out = Out { data: &mut scratch.grad_query[..], stride: width, columns: width };
-    columns_times(simd, left, right, Target::Add, out);
+    dispatch!(block.level, simd => {
+        run(simd, problem, block, tile, column, may_hide, scratch, sums);
+    });
 }

@@ -30,7 +30,7 @@ pub(super) use spread::spread;
 use super::buffer::Buffer;
 use super::dense::{Block, TileScorer};
 use super::heads::{Columns, Gather};
-use super::matmul::{Matrix, Out, PanelRow, Vector, load, panel_width, squared_distances, store};
+use super::matmul::{Matrix, Out, Vector, load, panel_len, squared_distances, store};
 use super::problem::{Problem, Rows};
 use super::rows::{Scorer, Tile};
 use crate::float::Float;
@@ -220,34 +220,50 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
         &problem.softmax
     }
 
-    #[inline(always)]
-    fn new<S: Simd>(_: S, problem: &'p Self::Problem, width: usize) -> Self {
+    fn new(problem: &'p Self::Problem, width: usize) -> Self {
         let directions = Buffer::zeros(problem.softmax.key_dim * width);
         Self { problem, directions, queries: Lanes::new(width) }
     }
 
-    #[inline(always)]
-    fn begin<S: Simd>(&mut self, simd: S, block: &Block<'_, '_, F>) {
-        block.pack_queries(simd, F::one(), &mut self.directions);
+    fn begin(&mut self, block: &Block<'_, '_, F>) {
+        block.pack_queries(F::one(), &mut self.directions);
         let queries = block.queries.clone();
         self.queries.fill(queries.map(|query| self.problem.query(query, block.head).array()));
     }
 
+    fn score(
+        &self,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        maxima: &mut [F],
+        scores: &mut [F],
+    ) {
+        let width = block.width;
+        let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
+        let keys = block.keys().left(tile.start);
+        let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
+        squared_distances(block.level, tile.len(), keys, right, out);
+        dispatch!(block.level, simd => {
+            self.logits(simd, block, tile, column, maxima, scores);
+        });
+    }
+}
+
+impl<F: Float> DistanceTiles<'_, F> {
+    /// Logits in place of squared distances of directions.
     #[inline(always)]
-    fn score<S: Simd>(
+    fn logits<S: Simd>(
         &self,
         simd: S,
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         column: usize,
-        mut max: PanelRow<S, F>,
+        maxima: &mut [F],
         scores: &mut [F],
-    ) -> PanelRow<S, F> {
+    ) {
         let (problem, width) = (self.problem, block.width);
-        let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
-        let keys = block.keys().left(tile.start);
-        let out = Out::panel(scores, width, column, panel_width::<S, F>());
-        squared_distances(simd, tile.len(), keys, right, out);
+        let mut max = load::<S, F>(simd, maxima);
         let factor = Vector::<S, F>::splat(simd, problem.factor());
         let len = Vector::<S, F>::LEN;
         let queries = [
@@ -266,6 +282,6 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
             max = [max[0].max(logits[0]), max[1].max(logits[1])];
             store::<S, F>(logits, scores);
         }
-        max
+        store::<S, F>(max, maxima);
     }
 }

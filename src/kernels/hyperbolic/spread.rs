@@ -10,7 +10,7 @@ use crate::kernels::dense::{
 use crate::kernels::exp::exp;
 use crate::kernels::heads::{Columns, Gather};
 use crate::kernels::matmul::{
-    Matrix, Out, Vector, load, panel_width, splat, squared_distances, store,
+    Matrix, Out, Vector, load, panel_len, splat, squared_distances, store,
 };
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, row_chunks};
@@ -44,7 +44,7 @@ pub(in super::super) fn spread<F: Float>(
         let chunks = row_chunks(sums, ranges.iter().map(Range::len));
         let tasks = ranges.iter().cloned().zip(chunks).collect();
         parallel::for_each(tasks, softmax.work(), |(queries, sums)| {
-            dispatch!(level, simd => task.blocks(simd, sizes, queries, sums));
+            task.blocks(level, sizes, queries, sums);
         });
         return;
     }
@@ -108,41 +108,44 @@ impl<F: Float> Task<'_, F> {
     }
 
     /// In tiles.
-    #[inline(always)]
-    fn blocks<S: Simd>(
+    fn blocks(
         &self,
-        simd: S,
+        level: Level,
         sizes: TileSizes,
         queries: Range<usize>,
         mut sums: ArrayViewMut2<'_, F>,
     ) {
         let Self { problem, directions, .. } = *self;
         let softmax = &problem.softmax;
-        let width = sizes.queries.next_multiple_of(panel_width::<S, F>());
-        let mut scorer = DistanceTiles::new(simd, problem, width);
+        let width = sizes.queries.next_multiple_of(panel_len::<F>(level));
+        let mut scorer = DistanceTiles::new(problem, width);
         let mut tile = Scores {
             scores: Buffer::zeros(sizes.keys * width),
             spreads: Buffer::zeros(sizes.keys * width),
+            maxima: Buffer::zeros(panel_len::<F>(level)),
             rows: Vec::new(),
         };
         let mut packed = Buffer::zeros(problem.dim * width);
         let mut lanes = Lanes::<F, 3>::new(width);
         for rows in parallel::ranges(queries.len(), sizes.queries) {
             for head in 0..softmax.heads {
-                let block = block::<S, F>(softmax, head, &queries, &rows);
+                let block = block(level, softmax, head, &queries, &rows);
                 let columns = head_columns(head, problem.dim);
                 let of_query = |query| &directions.row(query)[columns.clone()];
                 if block.queries.clone().flat_map(of_query).all(|&entry| entry == F::zero()) {
                     continue;
                 }
-                block.pack_transposed(simd, problem.dim, of_query, F::one(), &mut packed);
+                block.pack_transposed(directions, problem.dim, F::one(), &mut packed);
                 // m, 1/l and the sum. Lanes past the end have weights of 0.
                 let factors = |query| self.normalizer.factors(query, head);
                 let factors = block.queries.clone().map(factors);
                 let padding = iter::repeat([F::infinity(), F::zero()]);
                 let of_lanes = factors.chain(padding).take(width);
                 lanes.fill(of_lanes.map(|[shift, inverse]| [shift, inverse, F::zero()]));
-                self.block(simd, &block, sizes.keys, &mut scorer, &packed, &mut tile, &mut lanes);
+                scorer.begin(&block);
+                for keys in block.tiles(sizes.keys) {
+                    self.tile(&block, &keys, &scorer, &packed, &mut tile, &mut lanes);
+                }
                 for (lane, row) in rows.clone().enumerate() {
                     sums[[row, head]] += lanes.data[2 * width + lane];
                 }
@@ -150,85 +153,62 @@ impl<F: Float> Task<'_, F> {
         }
     }
 
-    #[inline(never)]
-    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
-    fn block<S: Simd>(
+    fn tile(
         &self,
-        simd: S,
-        block: &Block<'_, '_, F>,
-        keys_per_tile: usize,
-        scorer: &mut DistanceTiles<'_, F>,
-        packed: &[F],
-        of_tile: &mut Scores<F>,
-        lanes: &mut Lanes<F, 3>,
-    ) {
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                scorer.begin(simd, block);
-                for tile in block.tiles(keys_per_tile) {
-                    self.tile(simd, block, &tile, scorer, packed, of_tile, lanes);
-                }
-            },
-        );
-    }
-
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
-    fn tile<S: Simd>(
-        &self,
-        simd: S,
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         scorer: &DistanceTiles<'_, F>,
         packed: &[F],
-        Scores { scores, spreads, rows }: &mut Scores<F>,
+        Scores { scores, spreads, maxima, rows }: &mut Scores<F>,
         lanes: &mut Lanes<F, 3>,
     ) {
         let problem = self.problem;
-        let (panel, width) = (panel_width::<S, F>(), block.width);
+        let Block { level, width, .. } = *block;
+        let panel = panel_len::<F>(level);
         let scores = &mut scores[..tile.len() * width];
         let spreads = &mut spreads[..tile.len() * width];
         let kv_head = problem.softmax.kv_head(block.head);
         let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
-        let [lowest, highest, zero] =
-            [F::neg_infinity(), F::infinity(), F::zero()].map(|x| splat::<S, F>(simd, x)[0]);
         for column in (0..width).step_by(panel) {
-            let no_max = splat::<S, F>(simd, F::neg_infinity());
-            scorer.score(simd, block, tile, column, no_max, scores);
+            scorer.score(block, tile, column, maxima, scores);
             let of_panel = block.lanes(column, panel);
             if block.may_hide_in(&of_panel, tile) {
-                block.restrict(simd, of_panel.clone(), tile, scores, rows);
+                block.restrict(of_panel.clone(), tile, scores, rows);
             }
-            let shifts = load::<S, F>(simd, &lanes.data[column..]);
-            let inverses = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
-            for scores in scores.chunks_exact_mut(width) {
-                let mut weights = load::<S, F>(simd, &scores[column..]);
-                for half in 0..2 {
-                    let is_hidden = weights[half].simd_eq(lowest);
-                    let is_empty = shifts[half].simd_eq(highest);
-                    let logit = is_hidden.select(lowest, weights[half] - shifts[half]);
-                    let exponential = exp::<S, F>(simd, is_empty.select(lowest, logit));
-                    weights[half] = is_empty.select(zero, exponential * inverses[half]);
-                }
-                store::<S, F>(weights, &mut scores[column..]);
-            }
-            block.drop_out(simd, of_panel, tile, scores, rows);
-            let mut sum = load::<S, F>(simd, &lanes.data[2 * lanes.stride + column..]);
+            dispatch!(level, simd => weigh_panel(simd, width, column, lanes, scores));
+            block.drop_out(of_panel, tile, scores, rows);
             let right = Matrix { data: packed, stride: width }.skip_columns(column);
             let out = Out::panel(spreads, width, column, panel);
-            squared_distances(simd, tile.len(), values.left(tile.start), right, out);
-            let of_keys = scores.chunks_exact(width).zip(spreads.chunks_exact(width));
-            for (key, (weights, spreads)) in tile.clone().zip(of_keys) {
-                let mass = problem.masses[problem.key_at(key, block.head)];
-                let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
-                let weights = load::<S, F>(simd, &weights[column..]);
-                let spreads = load::<S, F>(simd, &spreads[column..]);
-                sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
-                sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
-            }
-            store::<S, F>(sum, &mut lanes.data[2 * lanes.stride + column..]);
+            squared_distances(level, tile.len(), values.left(tile.start), right, out);
+            dispatch!(level, simd => {
+                self.add_up(simd, block, tile, column, [scores, spreads], lanes);
+            });
         }
+    }
+
+    /// Adds the sums of a panel.
+    #[inline(always)]
+    fn add_up<S: Simd>(
+        &self,
+        simd: S,
+        block: &Block<'_, '_, F>,
+        tile: &Range<usize>,
+        column: usize,
+        [scores, spreads]: [&[F]; 2],
+        lanes: &mut Lanes<F, 3>,
+    ) {
+        let (problem, width) = (self.problem, block.width);
+        let mut sum = load::<S, F>(simd, &lanes.data[2 * lanes.stride + column..]);
+        let of_keys = scores.chunks_exact(width).zip(spreads.chunks_exact(width));
+        for (key, (weights, spreads)) in tile.clone().zip(of_keys) {
+            let mass = problem.masses[problem.key_at(key, block.head)];
+            let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
+            let weights = load::<S, F>(simd, &weights[column..]);
+            let spreads = load::<S, F>(simd, &spreads[column..]);
+            sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);
+            sum[1] = (weights[1] * half).mul_add(spreads[1], sum[1]);
+        }
+        store::<S, F>(sum, &mut lanes.data[2 * lanes.stride + column..]);
     }
 }
 
@@ -237,8 +217,36 @@ struct Scores<F> {
     /// keys × width.
     scores: Buffer<F>,
     spreads: Buffer<F>,
+    /// What nobody asks for here.
+    maxima: Buffer<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,
+}
+
+/// p = e^{s − m} / l in place of the logits of a panel.
+#[inline(always)]
+fn weigh_panel<S: Simd, F: Float>(
+    simd: S,
+    width: usize,
+    column: usize,
+    lanes: &Lanes<F, 3>,
+    scores: &mut [F],
+) {
+    let [lowest, highest, zero] =
+        [F::neg_infinity(), F::infinity(), F::zero()].map(|x| splat::<S, F>(simd, x)[0]);
+    let shifts = load::<S, F>(simd, &lanes.data[column..]);
+    let inverses = load::<S, F>(simd, &lanes.data[lanes.stride + column..]);
+    for scores in scores.chunks_exact_mut(width) {
+        let mut weights = load::<S, F>(simd, &scores[column..]);
+        for half in 0..2 {
+            let is_hidden = weights[half].simd_eq(lowest);
+            let is_empty = shifts[half].simd_eq(highest);
+            let logit = is_hidden.select(lowest, weights[half] - shifts[half]);
+            let exponential = exp::<S, F>(simd, is_empty.select(lowest, logit));
+            weights[half] = is_empty.select(zero, exponential * inverses[half]);
+        }
+        store::<S, F>(weights, &mut scores[column..]);
+    }
 }
 
 /// p = e^{s − m} / l in place of logits. Whole vectors.
