@@ -208,7 +208,9 @@ impl<F: Float> Columns<F> {
         for rest in &self.rest {
             let len = self.dim % Vector::<S, F>::LEN;
             let sum = &mut sum[rest.own..][..len];
-            sum.iter_mut().for_each(|sum| *sum *= weights.factors[rest.head]);
+            for sum in sum.iter_mut() {
+                *sum *= weights.factors[rest.head];
+            }
             for (t, &weight) in weights.of_head(rest.head, rows.at.len()).iter().enumerate() {
                 let row = &rows.row(t)[rest.other..][..len];
                 sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += weight * value);
@@ -334,6 +336,12 @@ impl<'r, F: Copy> Gather<'r, F> {
     fn row(self, t: usize) -> &'r [F] {
         self.rows.row(self.at[t])
     }
+
+    /// So many columns of a row.
+    #[inline(always)]
+    fn columns(self, t: usize, [first, len]: [usize; 2]) -> &'r [F] {
+        &self.row(t)[first..][..len]
+    }
 }
 
 /// What [`Columns::add_weighted`] multiplies by.
@@ -372,13 +380,13 @@ fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
         total[n] = Vector::<S, F>::from_slice(simd, &sum[n * len..][..len]) * factor;
         of_head[n] = weights.of_head(vectors[n].head, count);
     }
-    let row = |t| &rows.row(t)[vectors[0].other..][..N * len];
+    let columns = [vectors[0].other, N * len];
     for start in (0..count).step_by(2 * ROWS_OF_SUM) {
         let end = count.min(start + 2 * ROWS_OF_SUM);
         // Two sums in turn, so that an addition need not wait for the one before.
         let (mut even, mut odd) = ([zero; N], [zero; N]);
         for t in (start..end - (end - start) % 2).step_by(2) {
-            let (even_row, odd_row) = (row(t), row(t + 1));
+            let (even_row, odd_row) = (rows.columns(t, columns), rows.columns(t + 1, columns));
             for n in 0..N {
                 let a = Vector::<S, F>::from_slice(simd, &even_row[n * len..][..len]);
                 let b = Vector::<S, F>::from_slice(simd, &odd_row[n * len..][..len]);
@@ -387,7 +395,7 @@ fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
             }
         }
         if (end - start) % 2 == 1 {
-            let row = row(end - 1);
+            let row = rows.columns(end - 1, columns);
             for n in 0..N {
                 let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
                 even[n] = Vector::<S, F>::splat(simd, of_head[n][end - 1]).mul_add(row, even[n]);

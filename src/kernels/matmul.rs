@@ -285,8 +285,23 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
                 *row = left.row((start + m).min(num_rows - 1));
             }
             let sums = rows_with_panel::<S, F, SQUARE>(simd, rows, panel);
-            for (m, &sums) in sums.iter().enumerate().take(num_rows - start) {
-                visit(start + m, column, sums);
+            // One by one: a loop would keep the sums in memory.
+            let [a, b, c, d, e, f] = sums;
+            visit(start, column, a);
+            if start + 1 < num_rows {
+                visit(start + 1, column, b);
+            }
+            if start + 2 < num_rows {
+                visit(start + 2, column, c);
+            }
+            if start + 3 < num_rows {
+                visit(start + 3, column, d);
+            }
+            if start + 4 < num_rows {
+                visit(start + 4, column, e);
+            }
+            if start + 5 < num_rows {
+                visit(start + 5, column, f);
             }
         }
     }
@@ -336,67 +351,53 @@ fn columns_with<S: Simd, F: Float>(
     target: Target<'_, F>,
     mut out: Out<'_, F>,
 ) {
+    let left_rows = Matrix { data: left.data, stride: left.stride };
     for column in (0..out.columns).step_by(panel_width::<S, F>()) {
         let panel = right.skip_columns(column);
+        let num_rows = left_rows.num_rows(left.len).min(panel.num_rows(panel_width::<S, F>()));
         let mut row = 0;
         while row < left.len {
-            let left_rows = Matrix { data: left.data, stride: left.stride };
             let left_rows = left_rows.skip_columns(row);
+            let place = (row, column);
             row += match left.len - row {
                 6.. => {
-                    let sums = columns_times_panel::<S, F, 6>(simd, left_rows, panel);
-                    put_all(simd, &sums, (row, column), target, &mut out)
+                    put_sums::<S, F, 6>(simd, num_rows, left_rows, panel, target, place, &mut out)
                 }
                 4.. => {
-                    let sums = columns_times_panel::<S, F, 4>(simd, left_rows, panel);
-                    put_all(simd, &sums, (row, column), target, &mut out)
+                    put_sums::<S, F, 4>(simd, num_rows, left_rows, panel, target, place, &mut out)
                 }
-                _ => {
-                    let sums = columns_times_panel::<S, F, 1>(simd, left_rows, panel);
-                    put_all(simd, &sums, (row, column), target, &mut out)
-                }
+                _ => put_sums::<S, F, 1>(simd, num_rows, left_rows, panel, target, place, &mut out),
             };
         }
     }
 }
 
-/// Puts consecutive rows; returns their number.
+/// Puts M rows of a panel of the product; returns their number.
 #[inline(always)]
-fn put_all<S: Simd, F: Float>(
+fn put_sums<S: Simd, F: Float, const M: usize>(
     simd: S,
-    sums: &[PanelRow<S, F>],
-    (row, column): (usize, usize),
-    target: Target<'_, F>,
-    out: &mut Out<'_, F>,
-) -> usize {
-    for (m, &sums) in sums.iter().enumerate() {
-        out.put(simd, (row + m, column), sums, target);
-    }
-    sums.len()
-}
-
-#[inline(always)]
-fn columns_times_panel<S: Simd, F: SimdFloatElement + 'static, const M: usize>(
-    simd: S,
+    num_rows: usize,
     left: Matrix<'_, F>,
     panel: Matrix<'_, F>,
-) -> [PanelRow<S, F>; M] {
-    let zeros = [splat(simd, F::from(0u8)); M];
-    let mut totals = zeros;
-    let num_rows = left.num_rows(M).min(panel.num_rows(panel_width::<S, F>()));
-    for start in (0..num_rows).step_by(ROWS_OF_SUM) {
-        let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
-        let last = ROWS_OF_SUM.min(num_rows - start) - 1;
-        let mut sums = zeros;
-        for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
-            add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
+    target: Target<'_, F>,
+    (row, column): (usize, usize),
+    out: &mut Out<'_, F>,
+) -> usize {
+    for start in (0..num_rows.max(1)).step_by(ROWS_OF_SUM) {
+        let mut sums = [splat(simd, F::zero()); M];
+        if let Some(last) = ROWS_OF_SUM.min(num_rows - start).checked_sub(1) {
+            let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
+            for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
+                add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
+            }
+            add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
         }
-        add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
-        for m in 0..M {
-            totals[m] = [totals[m][0] + sums[m][0], totals[m][1] + sums[m][1]];
+        let target = if start == 0 { target } else { Target::Add };
+        for (m, &sums) in sums.iter().enumerate() {
+            out.put(simd, (row + m, column), sums, target);
         }
     }
-    totals
+    M
 }
 
 #[inline(always)]

@@ -272,12 +272,18 @@ impl<F: Float> Block<'_, '_, F> {
         rows: &mut Vec<F>,
     ) {
         let inputs = &self.problem.inputs;
-        let fill = |query, row: &mut [F]| {
-            inputs.dropout_multipliers(self.problem.dense_pair(query, keys.start), self.head, row);
-        };
         dispatch!(self.level, simd => {
             // The hash of a pair is computed in vectors too.
-            self.fill_rows(&lanes, keys.len(), rows, fill);
+            self.fill_rows(
+                &lanes,
+                keys.len(),
+                rows,
+                #[inline(always)]
+                |query, row| {
+                    let first = self.problem.dense_pair(query, keys.start);
+                    inputs.dropout_multipliers(first, self.head, row);
+                },
+            );
             self.multiply_by_rows(simd, &lanes, keys.len(), rows, weights);
         });
     }
@@ -420,8 +426,15 @@ impl<F: Float> Block<'_, '_, F> {
             #[inline(always)]
             |lane, column, entries| {
                 let mut sum = sum.row_mut(lane);
-                let sum = sum.iter_mut().skip(column);
-                sum.zip(entries.as_slice()).for_each(|(sum, &x)| *sum += factor * x);
+                match sum.as_slice_mut() {
+                    Some(sum) => {
+                        for (sum, &x) in sum[column..].iter_mut().zip(entries.as_slice()) {
+                            *sum += factor * x;
+                        }
+                    }
+                    None => (sum.iter_mut().skip(column).zip(entries.as_slice()))
+                        .for_each(|(sum, &x)| *sum += factor * x),
+                }
             },
         );
     }

@@ -2,7 +2,7 @@
 
 use super::chunk::{CHUNK, Chunk};
 use super::forward::{PARTS, QuotientGradients, pack_values, value_stride};
-use super::products::{add_scaled, product, transposed, transposed_product};
+use super::products::{add_outer, add_scaled, product, transposed, transposed_product};
 use super::{FeatureProblem, FeatureUpstream, KeySums, Map, SumsOfChunk};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
@@ -10,6 +10,7 @@ use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, s};
+use std::iter;
 use std::ops::Range;
 
 /// The gradients of the inputs, and of the projection: columns of E × dim.
@@ -227,9 +228,8 @@ fn query_part<F: Float>(
                 let right = (&transposed_sums[..], chunk.stride);
                 let left = quotients.left(problem.value_dim);
                 product(level, chunk.len, left, right, Target::Overwrite, &mut grad_features);
-                for (grads, &g) in grad_features.chunks_exact_mut(chunk.stride).zip(denominators) {
-                    add_scaled(grads, g, totals);
-                }
+                let grads = (&mut grad_features[..], chunk.stride);
+                add_outer(level, denominators.iter().copied(), totals, grads);
                 chunk.features_vjp(&grad_features);
                 // Of h nothing is left in a quotient.
                 inputs_vjp.run(&chunk, false, |at, c, grad| {
@@ -307,9 +307,8 @@ impl<F: Float> KeyStep<F> {
         let left = Left { data: &self.values, stride, len: problem.value_dim };
         let right = (&self.transposed[..], chunk.stride);
         product(level, keys.len(), left, right, Target::Overwrite, &mut self.grad_features);
-        for grads in self.grad_features.chunks_exact_mut(chunk.stride) {
-            add_scaled(grads, F::one(), &grad_sums.totals);
-        }
+        let grads = (&mut self.grad_features[..], chunk.stride);
+        add_outer(level, iter::repeat(F::one()), &grad_sums.totals, grads);
     }
 
     pub(super) fn store(

@@ -14,11 +14,10 @@
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
 use super::forward::{QuotientGradients, pack_values, value_stride, write_quotient};
-use super::products::{add_scaled, product, transposed, transposed_product};
+use super::products::{add_outer, product, scale_rows, transposed, transposed_product};
 use super::{FeatureProblem, FeatureUpstream, KeySums, SumsOfChunk};
 use crate::error::Result;
 use crate::float::Float;
-use crate::kernels::heads::unrolled_dot;
 use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, ranges};
 use fearless_simd::Level;
@@ -120,10 +119,13 @@ impl<F: Float> Factors<F> {
     }
 
     /// Rows of pairs times their factors.
-    fn multiply(&self, pairs: &mut [F]) {
-        pairs.iter_mut().zip(&self.of_pairs).for_each(|(pair, &factor)| {
-            // A pair that is not seen may be anything.
-            *pair = if factor == F::zero() { F::zero() } else { *pair * factor };
+    #[inline(never)]
+    fn multiply(&self, level: Level, pairs: &mut [F]) {
+        dispatch!(level, _simd => {
+            for (pair, &factor) in pairs.iter_mut().zip(&self.of_pairs) {
+                // A pair that is not seen may be anything.
+                *pair = if factor == F::zero() { F::zero() } else { *pair * factor };
+            }
         });
     }
 }
@@ -190,9 +192,7 @@ fn forward_head<F: Float>(
                     Target::Overwrite,
                     &mut numerators,
                 );
-                for (at, sum) in of_sums.iter_mut().enumerate() {
-                    *sum = unrolled_dot(&sums.totals, query.row(at));
-                }
+                query.products_with(&sums.totals, &mut of_sums);
             }
             query.own_features(true);
             factors.load(step.limits(problem), &query, &key, |_| true);
@@ -205,10 +205,8 @@ fn forward_head<F: Float>(
                 Target::Overwrite,
                 &mut pairs,
             );
-            factors.multiply(&mut pairs);
-            for (row, &factor) in numerators.chunks_exact_mut(stride).zip(&factors.of_sums) {
-                row.iter_mut().for_each(|sum| *sum *= factor);
-            }
+            factors.multiply(level, &mut pairs);
+            scale_rows(level, &factors.of_sums, (&mut numerators, stride));
             let left = Left { data: &pairs, stride: padded, len: keys.len() };
             product(level, rows, left, (&values, stride), Target::Add, &mut numerators);
             for (at, index) in step.queries.clone().enumerate() {
@@ -372,12 +370,11 @@ impl<F: Float> Head<'_, '_, '_, F> {
                     let left = quotients.left(problem.value_dim);
                     let right = (&transposed_sums[..], query.stride);
                     product(level, rows, left, right, Target::Overwrite, &mut grad_features);
-                    let grads = grad_features.chunks_exact_mut(query.stride);
-                    let terms = quotients.denominators.iter().zip(&factors.of_sums);
-                    for (grads, (&g, &factor)) in grads.zip(terms) {
-                        add_scaled(grads, g, &sums.totals);
-                        grads.iter_mut().for_each(|grad| *grad *= factor);
-                    }
+                    let denominators = quotients.denominators.iter().copied();
+                    let grads = (&mut grad_features[..], query.stride);
+                    add_outer(level, denominators, &sums.totals, grads);
+                    let grads = (&mut grad_features[..], query.stride);
+                    scale_rows(level, &factors.of_sums, grads);
                     query.features_vjp(&grad_features);
                 }
                 inputs_vjp.run(&query, false, |at, c, grad| {
@@ -407,7 +404,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         for (row, &g) in grads.chunks_exact_mut(padded.max(1)).zip(&quotients.denominators) {
             row.iter_mut().for_each(|grad| *grad += g);
         }
-        factors.multiply(grads);
+        factors.multiply(level, grads);
         Left { data: grads, stride: padded, len: padded }
     }
 }
@@ -476,7 +473,7 @@ impl<F: Float> OwnPairs<F> {
             self.pairs.resize(rows * padded, F::zero());
             let right = (&self.transposed_keys[..], padded);
             product(level, rows, query.left(), right, Target::Overwrite, &mut self.pairs);
-            factors.multiply(&mut self.pairs);
+            factors.multiply(level, &mut self.pairs);
             // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
             let left = Left { data: &self.pairs, stride: padded, len: key.len };
             let right = (&quotients.numerators[..], stride);

@@ -95,6 +95,15 @@ impl<F: Float> Chunk<F> {
         &self.features[at * self.stride..][..self.stride]
     }
 
+    /// Overwrites `out` with the product of each row of features and a vector.
+    #[inline(never)]
+    pub(super) fn products_with(&self, vector: &[F], out: &mut Vec<F>) {
+        dispatch!(self.level, _simd => {
+            out.clear();
+            out.extend((0..self.len).map(|at| unrolled_dot(vector, self.row(at))));
+        });
+    }
+
     /// Without a row: nothing of it reaches a sum.
     pub(super) fn clear_row(&mut self, at: usize) {
         self.features[at * self.stride..][..self.stride].fill(F::zero());
@@ -111,10 +120,9 @@ impl<F: Float> Chunk<F> {
         self.grad_products[..len * self.padded].fill(F::zero());
         self.grad_squares[..len].fill(F::zero());
         for at in 0..len {
-            let row = row(at);
-            self.inputs[at * self.dim..][..self.dim].copy_from_slice(row);
-            self.squares[at] = self.square_scale * unrolled_dot(row, row);
+            self.inputs[at * self.dim..][..self.dim].copy_from_slice(row(at));
         }
+        self.square();
         if let Map::Elu = self.map {
             for at in 0..len {
                 self.products[at * self.padded..][..self.dim]
@@ -131,6 +139,17 @@ impl<F: Float> Chunk<F> {
             Target::Overwrite,
             &mut self.products,
         );
+    }
+
+    /// h of each row.
+    #[inline(never)]
+    fn square(&mut self) {
+        dispatch!(self.level, _simd => {
+            let rows = self.inputs.chunks_exact(self.dim.max(1)).take(self.len);
+            for (square, row) in self.squares.iter_mut().zip(rows) {
+                *square = self.square_scale * unrolled_dot(row, row);
+            }
+        });
     }
 
     /// The features of keys, relative to the shifts of the sums, which are raised to the largest

@@ -5,7 +5,6 @@ use super::products::product;
 use super::{FeatureProblem, KeySums, SumsOfChunk};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::kernels::heads::unrolled_dot;
 use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use fearless_simd::Level;
@@ -102,7 +101,7 @@ fn forward_part<F: Float>(
     (mut out, mut denominators): (ArrayViewMut2<'_, F>, ArrayViewMut2<'_, F>),
 ) {
     let mut chunk = Chunk::new(level, problem);
-    let mut numerators = Vec::new();
+    let (mut numerators, mut products) = (Vec::new(), Vec::new());
     for rows in ranges(queries.len(), CHUNK) {
         for head in 0..problem.heads {
             let sums = &sums[problem.kv_head(head)];
@@ -118,8 +117,8 @@ fn forward_part<F: Float>(
                 Target::Overwrite,
                 &mut numerators,
             );
-            for at in 0..chunk.len {
-                let denominator = unrolled_dot(&sums.totals, chunk.row(at));
+            chunk.products_with(&sums.totals, &mut products);
+            for (at, &denominator) in products.iter().enumerate() {
                 denominators[[rows.start + at, head]] = denominator;
                 let row = &numerators[at * sums.stride..][..problem.value_dim];
                 write_quotient(out.row_mut(rows.start + at), head, row, denominator);

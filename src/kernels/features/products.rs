@@ -50,7 +50,33 @@ pub(super) fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize,
     }
 }
 
+/// Each row of `sums`, which start `stride` apart, += its factor · row.
+#[inline(never)]
+pub(super) fn add_outer<F: Float>(
+    level: Level,
+    factors: impl Iterator<Item = F>,
+    row: &[F],
+    (sums, stride): (&mut [F], usize),
+) {
+    dispatch!(level, _simd => {
+        for (sum, factor) in sums.chunks_exact_mut(stride).zip(factors) {
+            add_scaled(sum, factor, row);
+        }
+    });
+}
+
+/// Multiplies each row by its factor.
+#[inline(never)]
+pub(super) fn scale_rows<F: Float>(level: Level, factors: &[F], (rows, stride): (&mut [F], usize)) {
+    dispatch!(level, _simd => {
+        for (row, &factor) in rows.chunks_exact_mut(stride).zip(factors) {
+            row.iter_mut().for_each(|entry| *entry *= factor);
+        }
+    });
+}
+
 /// sum += factor · row.
+#[inline(always)]
 pub(super) fn add_scaled<F: Float>(sum: &mut [F], factor: F, row: &[F]) {
     sum.iter_mut().zip(row).for_each(|(sum, &entry)| *sum += factor * entry);
 }
