@@ -197,12 +197,40 @@ impl<'a, F: Float, const N: usize> Outputs<'a, F, N, 0> {
 pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     parts: &[Part],
     work: usize,
-    mut outputs: Outputs<'_, F, N, M>,
+    outputs: Outputs<'_, F, N, M>,
     run: impl Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send,
     merge: impl Fn([ArrayViewMut1<'_, F>; N], [ArrayView2<'_, F>; N]),
 ) {
-    // Compiled once, as in `parallel::for_each`.
-    let run: &(dyn Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send) = &run;
+    fn array<T, const N: usize>(items: Vec<T>) -> [T; N] {
+        items.try_into().unwrap_or_else(|_| unreachable!("as many as the caller gave"))
+    }
+    let Outputs { by_row, by_slot, by_part } = outputs;
+    split_and_run(
+        parts,
+        work,
+        AnyOutputs { by_row: by_row.into(), by_slot: by_slot.into(), by_part },
+        &|part, AnyOutputs { by_row, by_slot, by_part }| {
+            run(part, Outputs { by_row: array(by_row), by_slot: array(by_slot), by_part });
+        },
+        &|rows, segments| merge(array(rows), array(segments)),
+    );
+}
+
+/// [`Outputs`] of any number.
+struct AnyOutputs<'a, F> {
+    by_row: Vec<ArrayViewMut2<'a, F>>,
+    by_slot: Vec<ArrayViewMut2<'a, F>>,
+    by_part: ArrayViewMut2<'a, F>,
+}
+
+/// [`for_each_part`], compiled once for all tasks.
+fn split_and_run<F: Float>(
+    parts: &[Part],
+    work: usize,
+    mut outputs: AnyOutputs<'_, F>,
+    run: &(dyn Fn(&Part, AnyOutputs<'_, F>) + Sync + Send),
+    merge: &dyn Fn(Vec<ArrayViewMut1<'_, F>>, Vec<ArrayView2<'_, F>>),
+) {
     if let [part] = parts
         && !part.is_segment
     {
@@ -210,25 +238,28 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     }
     let num_segments = parts.iter().filter(|part| part.is_segment).count();
     let by_row = &mut outputs.by_row;
-    let mut segments = by_row.each_ref().map(|rows| Array2::zeros((num_segments, rows.ncols())));
-    let mut rest = by_row.each_mut().map(|rows| Rest::new(rows.view_mut()));
-    let mut rest_segments = segments.each_mut().map(|rows| Rest::new(rows.view_mut()));
-    let mut by_slot = outputs.by_slot.map(Rest::new);
+    let mut segments: Vec<Array2<F>> =
+        by_row.iter().map(|rows| Array2::zeros((num_segments, rows.ncols()))).collect();
+    let mut rest: Vec<_> = by_row.iter_mut().map(|rows| Rest::new(rows.view_mut())).collect();
+    let mut rest_segments: Vec<_> =
+        segments.iter_mut().map(|rows| Rest::new(rows.view_mut())).collect();
+    let mut by_slot: Vec<_> = outputs.by_slot.into_iter().map(Rest::new).collect();
     let mut by_part = Rest::new(outputs.by_part);
+    fn take<'a, F>(rest: &mut [Rest<'a, F>], len: usize) -> Vec<ArrayViewMut2<'a, F>> {
+        rest.iter_mut().map(|rest| rest.take(len)).collect()
+    }
     let mut tasks = Vec::with_capacity(parts.len());
     for part in parts {
         let by_row = if part.is_segment {
             if part.is_first {
-                for rest in &mut rest {
-                    rest.take(1);
-                }
+                take(&mut rest, 1);
             }
-            rest_segments.each_mut().map(|rest| rest.take(1))
+            take(&mut rest_segments, 1)
         } else {
-            rest.each_mut().map(|rest| rest.take(part.rows.len()))
+            take(&mut rest, part.rows.len())
         };
-        let by_slot = by_slot.each_mut().map(|rest| rest.take(part.slots.len()));
-        tasks.push((part, Outputs { by_row, by_slot, by_part: by_part.take(1) }));
+        let by_slot = take(&mut by_slot, part.slots.len());
+        tasks.push((part, AnyOutputs { by_row, by_slot, by_part: by_part.take(1) }));
     }
     parallel::for_each(tasks, work, |(part, outputs)| run(part, outputs));
 
@@ -236,8 +267,9 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     let long_rows = parts.iter().filter(|part| part.is_segment);
     for of_row in long_rows.collect::<Vec<_>>().chunk_by(|a, b| a.rows == b.rows) {
         let end = start + of_row.len();
-        let segments = segments.each_ref().map(|rows| rows.slice(s![start..end, ..]));
-        merge(outputs.by_row.each_mut().map(|rows| rows.row_mut(of_row[0].rows.start)), segments);
+        let segments = segments.iter().map(|rows| rows.slice(s![start..end, ..])).collect();
+        let row = of_row[0].rows.start;
+        merge(outputs.by_row.iter_mut().map(|rows| rows.row_mut(row)).collect(), segments);
         start = end;
     }
 }
