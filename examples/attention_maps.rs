@@ -3,8 +3,8 @@
 //! `ScaledDotProduct`; `Moe` and `DualSpace` have only those of the mechanisms inside.)
 //!
 //! ```sh
-//! cargo run --release --example attention_maps               # target/attention_maps.svg
-//! cargo run --release --example attention_maps -- maps.svg
+//! cargo run --release -p examples --example attention_maps               # target/attention_maps.svg
+//! cargo run --release -p examples --example attention_maps -- maps.svg
 //! ```
 //!
 //! Dev-dependency: `rand`.

@@ -1,8 +1,8 @@
 //! Runs every mechanism of the crate over one graph and prints what each costs and does.
 //!
 //! ```sh
-//! cargo run --release --example compare               # Zachary's karate club
-//! cargo run --release --example compare -- edges.csv  # one undirected edge "u,v" a line
+//! cargo run --release -p examples --example compare               # Zachary's karate club
+//! cargo run --release -p examples --example compare -- edges.csv  # one undirected edge "u,v" a line
 //! ```
 //!
 //! Every node attends to its neighbours and itself, with random features; its position is the number

@@ -2,7 +2,7 @@
 //! a bench entry like any other, and the crate's checks find its mistakes.
 //!
 //! ```sh
-//! cargo run --release --example custom_mechanism
+//! cargo run --release -p examples --example custom_mechanism
 //! ```
 //!
 //! Half of its lines are the trait's signatures. Dev-dependency: `rand`.

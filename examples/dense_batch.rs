@@ -2,7 +2,7 @@
 //! and the gradient of a loss with respect to the queries.
 //!
 //! ```sh
-//! cargo run --release --example dense_batch
+//! cargo run --release -p examples --example dense_batch
 //! ```
 //!
 //! Dev-dependencies: `rand`, `rand_distr`.

@@ -2,7 +2,7 @@
 //! have the same ones: attention over both, with gates that learn whom to ask.
 //!
 //! ```sh
-//! cargo run --release --example dual_space
+//! cargo run --release -p examples --example dual_space
 //! ```
 //!
 //! Dev-dependency: `rand`.

@@ -2,7 +2,7 @@
 //! a ring, trained by gradient descent with the crate's backward pass.
 //!
 //! ```sh
-//! cargo run --release --example graph_layer
+//! cargo run --release -p examples --example graph_layer
 //! ```
 //!
 //! Dev-dependency: `rand`.

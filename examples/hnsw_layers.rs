@@ -1,7 +1,7 @@
 //! The layers of an HNSW index drive local and global attention.
 //!
 //! ```sh
-//! cargo run --release --example hnsw_layers --features hnsw
+//! cargo run --release -p examples --example hnsw_layers --features hnsw
 //! ```
 //!
 //! An index for nearest neighbours is already a graph to attend over: layer 0 links near vectors,

@@ -2,7 +2,7 @@
 //! Poincaré disk puts the neighbours in the tree first.
 //!
 //! ```sh
-//! cargo run --release --example hyperbolic_tree
+//! cargo run --release -p examples --example hyperbolic_tree
 //! ```
 //!
 //! Sarkar's construction (2011; De Sa et al. 2018, arXiv:1804.03329) lays a tree out with edges of one

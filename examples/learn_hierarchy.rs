@@ -2,8 +2,8 @@
 //! as in Nickel & Kiela 2017, arXiv:1705.08039, by the gradients of hyperbolic attention.
 //!
 //! ```sh
-//! cargo run --release --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
-//! cargo run --release --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
+//! cargo run --release -p examples --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
+//! cargo run --release -p examples --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
 //! ```
 //!
 //! A folder holds `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.

@@ -1,8 +1,8 @@
 //! Linear attention over a long context: what it costs, how wrong it is, and that it says so itself.
 //!
 //! ```sh
-//! cargo run --release --example long_context            # 50,000 keys
-//! cargo run --release --example long_context -- 20000
+//! cargo run --release -p examples --example long_context            # 50,000 keys
+//! cargo run --release -p examples --example long_context -- 20000
 //! ```
 //!
 //! Every vector attends to all others, exactly and through more and more random features. The error is

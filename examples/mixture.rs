@@ -1,7 +1,7 @@
 //! Four kinds of attention in one mixture, whose router learns which nodes need which.
 //!
 //! ```sh
-//! cargo run --release --example mixture
+//! cargo run --release -p examples --example mixture
 //! ```
 //!
 //! There are four kinds of nodes, told apart by four of their columns, and each is to output what one

@@ -1,8 +1,8 @@
 //! Draws a tree in the Poincaré disk and what one of its nodes attends to, by hyperbolic distance.
 //!
 //! ```sh
-//! cargo run --release --example poincare_disk              # into the temporary folder
-//! cargo run --release --example poincare_disk -- disk.svg
+//! cargo run --release -p examples --example poincare_disk              # into the temporary folder
+//! cargo run --release -p examples --example poincare_disk -- disk.svg
 //! ```
 //!
 //! Nodes get smaller towards the boundary, as all lengths do: hyperbolically, all edges are as long.

@@ -1,7 +1,7 @@
 //! Four sources of positions for rotary attention over one graph, and what each lets a node know.
 //!
 //! ```sh
-//! cargo run --release --features spectral --example positions
+//! cargo run --release -p examples --features spectral --example positions
 //! ```
 //!
 //! Two villages of five, in which all know each other; the only road between them joins their mayors,

@@ -2,7 +2,7 @@
 //! blended by how well they match, and the answers of two shards make the exact answer of both.
 //!
 //! ```sh
-//! cargo run --release --example single_query
+//! cargo run --release -p examples --example single_query
 //! ```
 //!
 //! No dev-dependency.

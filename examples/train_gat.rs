@@ -3,8 +3,8 @@
 //! takes them.
 //!
 //! ```sh
-//! cargo run --release --example train_gat                         # the karate club in examples/data
-//! cargo run --release --example train_gat -- <folder> --seeds 10  # Cora: 0.831; the paper has 0.830
+//! cargo run --release -p examples --example train_gat                         # the karate club in examples/data
+//! cargo run --release -p examples --example train_gat -- <folder> --seeds 10  # Cora: 0.831; the paper has 0.830
 //! ```
 //!
 //! A folder holds `nodes.csv` with columns `label` and `split` (`train`, `val`, `test`, others), `edges.csv`
@@ -19,7 +19,7 @@ use std::{collections::HashMap, env, error::Error, fs};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = env::args().skip(1).collect();
-    let contained = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/karate_club");
+    let contained = concat!(env!("CARGO_MANIFEST_DIR"), "/data/karate_club");
     let folder = args.first().map_or(contained, String::as_str);
     let seeds = args.get(2).map_or(Ok(3), |seeds| seeds.parse())?;
     let csv = |file| csv::Reader::from_path(format!("{folder}/{file}"));

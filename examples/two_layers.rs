@@ -3,7 +3,7 @@
 //! to the first, through the activation between them.
 //!
 //! ```sh
-//! cargo run --release --example two_layers
+//! cargo run --release -p examples --example two_layers
 //! ```
 //!
 //! Dev-dependency: `rand`.

@@ -2,8 +2,8 @@
 //! inputs grow, the error against exact, and which mechanism when, filled from what was measured.
 //!
 //! ```sh
-//! cargo run --release --example report                         # target/report.html, in seconds
-//! cargo run --release --example report -- report.html --full   # larger inputs, some minutes
+//! cargo run --release -p examples --example report                         # target/report.html, in seconds
+//! cargo run --release -p examples --example report -- report.html --full   # larger inputs, some minutes
 //! ```
 //!
 //! The page needs nothing but itself. Dev-dependencies: `peak_alloc`, `rand`, `rand_distr`.

@@ -1,16 +1,25 @@
 //! The inner loops, on slices: the only place where speed may cost beauty.
 //!
-//! The instruction set is chosen at run time by `fearless_simd`, once for each task; every function
-//! that computes in vectors is generic over it. Those that work on a vector are `#[inline(always)]`,
-//! since a call across the boundary costs ten times the work; those that work on a whole tile of
-//! rows enter the instruction set themselves and are called, since inlined everywhere they would make
-//! the build take minutes.
+//! ```text
+//! mechanism ── Problem (heads, slices of rows, bias, dropout) ── Kernels for f32, f64
+//!                 │
+//!     driver: dense in tiles of queries × keys, rows pair by pair, features through sums over keys
+//!                 │  parts of the problem, shared among threads by `parallel`
+//!     scorer: how a mechanism makes logits of a tile (dot products, distances, rotations, edges)
+//!                 │
+//!     step over one tile: a product (matmul, heads), exponentials (exp), a transpose
+//!                 │  here the instruction set is chosen, by `dispatch!`
+//!     vectors of fearless_simd
+//! ```
 //!
-//! `matmul`, `exp`, `transpose` and `heads` are the primitives, `linear` makes projections of them, `problem` is
-//! softmax attention laid out for them. `dense` walks it in tiles of queries × keys, `rows` row by
-//! row, `edges` row by row with features of the pairs; none ever holds more than a tile of logits.
-//! `nearest` walks queries × keys in tiles too, and keeps the best keys of each query.
-//! What they are checked against is the plain `ScaledDotProduct`, and PyG's answers.
+//! Drivers and scorers are plain code, compiled once for each type: they pass the [`Level`] of the CPU on,
+//! and none ever holds more than a tile of logits. The steps over a tile choose the instruction set
+//! themselves: a choice costs a nanosecond. So only they are compiled for each instruction set, and are
+//! called, not inlined. What they call for each vector is `#[inline(always)]`, closures included, since a
+//! call across the boundary of an instruction set costs ten times the work.
+//!
+//! `linear` makes projections of the products. `nearest` walks queries × keys in tiles too, and keeps the best
+//! keys of each query. All are checked against the plain `ScaledDotProduct`, and PyG's answers.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///
@@ -92,13 +101,38 @@ use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
-/// The kernels as methods of their element: so they are compiled in this crate, once for each type
-/// and instruction set, and not again in every crate that calls a mechanism.
-pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
+/// Makes the trait and both implementations of one list.
+macro_rules! kernels {
+    ($($(#[$attribute:meta])*
+    fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $kernel:expr;)*) => {
+        /// The kernels as methods of their element: so they are compiled in this crate, once for each type
+        /// and instruction set, and not again in every crate that calls a mechanism.
+        pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
+            $($(#[$attribute])*
+            fn $name($($argument: $type),*) $(-> $result)?
+            where
+                Self: Float;)*
+        }
+
+        impl Kernels for f32 {
+            $($(#[$attribute])*
+            fn $name($($argument: $type),*) $(-> $result)? {
+                $kernel($($argument),*)
+            })*
+        }
+
+        impl Kernels for f64 {
+            $($(#[$attribute])*
+            fn $name($($argument: $type),*) $(-> $result)? {
+                $kernel($($argument),*)
+            })*
+        }
+    };
+}
+
+kernels! {
     /// [`linear::width`].
-    fn panel_width(level: Level) -> usize
-    where
-        Self: Float;
+    fn panel_width(level: Level) -> usize = linear::width::<Self>;
 
     /// [`linear::product_rows`].
     fn product_rows(
@@ -108,8 +142,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         right: &Array2<Self>,
         target: Target<'_, Self>,
         out: ArrayViewMut2<'_, Self>,
-    ) where
-        Self: Float;
+    ) = linear::product_rows;
 
     /// [`linear::add_transposed_product_rows`].
     fn add_transposed_product(
@@ -118,8 +151,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         right: &Rows<'_, Self>,
         rows: Range<usize>,
         sum: ArrayViewMut2<'_, Self>,
-    ) where
-        Self: Float;
+    ) = linear::add_transposed_product_rows;
 
     /// [`nearest::nearest`].
     fn nearest(
@@ -129,14 +161,11 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         rows: Range<usize>,
         search: &NeighborSearch<'_, Self>,
         lists: Lists<'_, Self>,
-    ) where
-        Self: Float;
+    ) = nearest::nearest;
 
     /// [`nearest::squared_distance`].
     #[cfg(feature = "hnsw")]
-    fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self
-    where
-        Self: Float;
+    fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self = nearest::squared_distance;
 
     /// [`dense::forward`].
     fn dense_forward(
@@ -145,8 +174,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = dense::forward::<_, dense::DotTiles<'_, _>>;
 
     /// [`dense::backward`].
     fn dense_backward(
@@ -155,8 +183,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) where
-        Self: Float;
+    ) = dense::backward;
 
     /// [`rows::forward`].
     fn rows_forward(
@@ -165,8 +192,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = rows::forward::<_, rows::DotScorer<'_, _>>;
 
     /// [`rows::backward`].
     fn rows_backward(
@@ -175,8 +201,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) where
-        Self: Float;
+    ) = rows::dot_backward;
 
     /// [`rows::forward`] with the logits of [`edges`].
     fn edges_forward(
@@ -185,8 +210,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = rows::forward::<_, edges::EdgeScorer<'_, _>>;
 
     /// [`edges::backward`].
     fn edges_backward(
@@ -195,9 +219,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         upstream: Upstream<'_, Self>,
         grad_features: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<EdgeGradients<Self>>
-    where
-        Self: Float;
+    ) -> Result<EdgeGradients<Self>> = edges::backward;
 
     /// [`rows::weights`] with the logits of [`edges`].
     fn edges_weights(
@@ -205,9 +227,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         normalizer: &Normalizer<Self>,
-    ) -> Result<Array2<Self>>
-    where
-        Self: Float;
+    ) -> Result<Array2<Self>> = rows::weights::<_, edges::EdgeScorer<'_, _>>;
 
     /// [`dense::forward`] with the logits of [`hyperbolic`].
     fn hyperbolic_dense_forward(
@@ -216,8 +236,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = dense::forward::<_, hyperbolic::DistanceTiles<'_, _>>;
 
     /// [`rows::forward`] with the logits of [`hyperbolic`].
     fn hyperbolic_rows_forward(
@@ -226,8 +245,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = rows::forward::<_, hyperbolic::DistanceScorer<'_, _>>;
 
     /// [`hyperbolic::spread`].
     fn hyperbolic_spread(
@@ -237,8 +255,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         sizes: TileSizes,
         level: Level,
         sums: ArrayViewMut2<'_, Self>,
-    ) where
-        Self: Float;
+    ) = hyperbolic::spread;
 
     /// [`hyperbolic::backward`].
     fn hyperbolic_rows_backward(
@@ -249,9 +266,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         wanted: [bool; 2],
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<hyperbolic::PointGradients<Self>>
-    where
-        Self: Float;
+    ) -> Result<hyperbolic::PointGradients<Self>> = hyperbolic::backward;
 
     /// [`hyperbolic::dense_backward`].
     fn hyperbolic_dense_backward(
@@ -261,14 +276,13 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         sizes: TileSizes,
         level: Level,
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<hyperbolic::PointGradients<Self>>
-    where
-        Self: Float;
+    ) -> Result<hyperbolic::PointGradients<Self>> = hyperbolic::dense_backward;
 
     /// [`features::sum_keys`].
-    fn sum_keys(problem: &FeatureProblem<'_, Self>, level: Level) -> Vec<KeySums<Self>>
-    where
-        Self: Float;
+    fn sum_keys(
+        problem: &FeatureProblem<'_, Self>,
+        level: Level,
+    ) -> Vec<KeySums<Self>> = features::sum_keys;
 
     /// [`features::forward`].
     fn features_forward(
@@ -277,8 +291,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         denominators: &mut Array2<Self>,
-    ) where
-        Self: Float;
+    ) = features::forward;
 
     /// [`features::backward`].
     fn features_backward(
@@ -286,9 +299,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         sums: &[KeySums<Self>],
         upstream: &FeatureUpstream<'_, Self>,
         level: Level,
-    ) -> Result<FeatureGradients<Self>>
-    where
-        Self: Float;
+    ) -> Result<FeatureGradients<Self>> = features::backward;
 
     /// [`features::causal_forward`].
     fn causal_features_forward(
@@ -297,8 +308,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         denominators: &mut Array2<Self>,
-    ) where
-        Self: Float;
+    ) = features::causal_forward;
 
     /// [`features::causal_backward`].
     fn causal_features_backward(
@@ -307,9 +317,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         upstream: &FeatureUpstream<'_, Self>,
         is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
         level: Level,
-    ) -> Result<FeatureGradients<Self>>
-    where
-        Self: Float;
+    ) -> Result<FeatureGradients<Self>> = features::causal_backward;
 
     /// [`rotary::rotate`].
     fn rotate(
@@ -318,8 +326,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         positions: &Rows<'_, Self>,
         x: &Rows<'_, Self>,
         out: ArrayViewMut2<'_, Self>,
-    ) where
-        Self: Float;
+    ) = rotary::rotate;
 
     /// [`rotary::rotate_vjp`].
     fn rotate_vjp(
@@ -330,8 +337,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         grad_out: &Array2<Self>,
         grad_x: Option<ArrayViewMut2<'_, Self>>,
         grad_frequencies: Option<&mut Array2<f64>>,
-    ) where
-        Self: Float;
+    ) = rotary::rotate_vjp;
 
     /// [`rows::forward`] with the logits of [`rotary`].
     fn rotary_forward(
@@ -340,8 +346,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) where
-        Self: Float;
+    ) = rows::forward::<_, rotary::RotaryScorer<'_, _>>;
 
     /// [`rows::backward`] with the logits of [`rotary`]: returns the gradient of the frequencies.
     fn rotary_backward(
@@ -350,9 +355,7 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) -> Array1<Self>
-    where
-        Self: Float;
+    ) -> Array1<Self> = rotary::backward;
 
     /// [`rows::weights`] with the logits of [`rotary`].
     fn rotary_weights(
@@ -360,292 +363,8 @@ pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
         tile_len: usize,
         level: Level,
         normalizer: &Normalizer<Self>,
-    ) -> Result<Array2<Self>>
-    where
-        Self: Float;
+    ) -> Result<Array2<Self>> = rows::weights::<_, rotary::RotaryScorer<'_, _>>;
 }
-
-macro_rules! compile_kernels {
-    ($($float:ty),*) => {$(
-        impl Kernels for $float {
-            fn panel_width(level: Level) -> usize {
-                linear::width::<Self>(level)
-            }
-
-            fn product_rows(
-                level: Level,
-                left: &Rows<'_, Self>,
-                rows: Range<usize>,
-                right: &Array2<Self>,
-                target: Target<'_, Self>,
-                out: ArrayViewMut2<'_, Self>,
-            ) {
-                linear::product_rows(level, left, rows, right, target, out);
-            }
-
-            fn add_transposed_product(
-                level: Level,
-                left: &Rows<'_, Self>,
-                right: &Rows<'_, Self>,
-                rows: Range<usize>,
-                sum: ArrayViewMut2<'_, Self>,
-            ) {
-                linear::add_transposed_product_rows(level, left, right, rows, sum);
-            }
-
-            fn nearest(
-                level: Level,
-                keys: &Keys<'_, Self>,
-                queries: &Rows<'_, Self>,
-                rows: Range<usize>,
-                search: &NeighborSearch<'_, Self>,
-                lists: Lists<'_, Self>,
-            ) {
-                nearest::nearest(level, keys, queries, rows, search, lists);
-            }
-
-            #[cfg(feature = "hnsw")]
-            fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self {
-                nearest::squared_distance(level, a, b)
-            }
-
-            fn dense_forward(
-                problem: &Problem<'_, Self>,
-                sizes: TileSizes,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                dense::forward::<_, dense::DotTiles<'_, _>>(problem, sizes, level, out, normalizer);
-            }
-
-            fn dense_backward(
-                problem: &Problem<'_, Self>,
-                sizes: TileSizes,
-                level: Level,
-                upstream: Upstream<'_, Self>,
-                grads: &mut GradientsMut<'_, Self>,
-            ) {
-                dense::backward(problem, sizes, level, upstream, grads);
-            }
-
-            fn rows_forward(
-                problem: &Problem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                rows::forward::<_, rows::DotScorer<'_, _>>(problem, tile_len, level, out, normalizer);
-            }
-
-            fn rows_backward(
-                problem: &Problem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                upstream: Upstream<'_, Self>,
-                grads: &mut GradientsMut<'_, Self>,
-            ) {
-                let scaled = rows::scaled_queries(problem);
-                rows::backward::<_, rows::DotScorer<'_, _>>(
-                    problem, &scaled, tile_len, level, upstream, grads,
-                );
-            }
-
-            fn edges_forward(
-                problem: &EdgeProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                rows::forward::<_, edges::EdgeScorer<'_, _>>(
-                    problem, tile_len, level, out, normalizer,
-                );
-            }
-
-            fn edges_backward(
-                problem: &EdgeProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                upstream: Upstream<'_, Self>,
-                grad_features: Option<ArrayViewMut2<'_, Self>>,
-            ) -> Result<EdgeGradients<Self>> {
-                edges::backward(problem, tile_len, level, upstream, grad_features)
-            }
-
-            fn edges_weights(
-                problem: &EdgeProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                normalizer: &Normalizer<Self>,
-            ) -> Result<Array2<Self>> {
-                rows::weights::<_, edges::EdgeScorer<'_, _>>(problem, tile_len, level, normalizer)
-            }
-
-            fn hyperbolic_dense_forward(
-                problem: &HyperbolicProblem<'_, Self>,
-                sizes: TileSizes,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                dense::forward::<_, hyperbolic::DistanceTiles<'_, _>>(
-                    problem, sizes, level, out, normalizer,
-                );
-            }
-
-            fn hyperbolic_rows_forward(
-                problem: &HyperbolicProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                rows::forward::<_, hyperbolic::DistanceScorer<'_, _>>(
-                    problem, tile_len, level, out, normalizer,
-                );
-            }
-
-            fn hyperbolic_spread(
-                problem: &HyperbolicProblem<'_, Self>,
-                directions: Slices<'_, Self>,
-                normalizer: &Normalizer<Self>,
-                sizes: TileSizes,
-                level: Level,
-                sums: ArrayViewMut2<'_, Self>,
-            ) {
-                hyperbolic::spread(problem, directions, normalizer, sizes, level, sums);
-            }
-
-            fn hyperbolic_rows_backward(
-                problem: &HyperbolicProblem<'_, Self>,
-                points: &hyperbolic::Points<Self>,
-                upstream: &hyperbolic::Upstream<Self>,
-                tile_len: usize,
-                level: Level,
-                wanted: [bool; 2],
-                grad_bias: Option<ArrayViewMut2<'_, Self>>,
-            ) -> Result<hyperbolic::PointGradients<Self>> {
-                hyperbolic::backward(problem, points, upstream, tile_len, level, wanted, grad_bias)
-            }
-
-            fn hyperbolic_dense_backward(
-                problem: &HyperbolicProblem<'_, Self>,
-                points: &hyperbolic::Points<Self>,
-                upstream: &hyperbolic::Upstream<Self>,
-                sizes: TileSizes,
-                level: Level,
-                grad_bias: Option<ArrayViewMut2<'_, Self>>,
-            ) -> Result<hyperbolic::PointGradients<Self>> {
-                hyperbolic::dense_backward(problem, points, upstream, sizes, level, grad_bias)
-            }
-
-            fn sum_keys(problem: &FeatureProblem<'_, Self>, level: Level) -> Vec<KeySums<Self>> {
-                features::sum_keys(problem, level)
-            }
-
-            fn features_forward(
-                problem: &FeatureProblem<'_, Self>,
-                sums: &[KeySums<Self>],
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                denominators: &mut Array2<Self>,
-            ) {
-                features::forward(problem, sums, level, out, denominators);
-            }
-
-            fn features_backward(
-                problem: &FeatureProblem<'_, Self>,
-                sums: &[KeySums<Self>],
-                upstream: &FeatureUpstream<'_, Self>,
-                level: Level,
-            ) -> Result<FeatureGradients<Self>> {
-                features::backward(problem, sums, upstream, level)
-            }
-
-            fn causal_features_forward(
-                problem: &FeatureProblem<'_, Self>,
-                num_queries: &[usize],
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                denominators: &mut Array2<Self>,
-            ) {
-                features::causal_forward(problem, num_queries, level, out, denominators);
-            }
-
-            fn causal_features_backward(
-                problem: &FeatureProblem<'_, Self>,
-                num_queries: &[usize],
-                upstream: &FeatureUpstream<'_, Self>,
-                is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
-                level: Level,
-            ) -> Result<FeatureGradients<Self>> {
-                features::causal_backward(problem, num_queries, upstream, is_summed, level)
-            }
-
-            fn rotate(
-                rotary: &Rotary,
-                level: Level,
-                positions: &Rows<'_, Self>,
-                x: &Rows<'_, Self>,
-                out: ArrayViewMut2<'_, Self>,
-            ) {
-                rotary::rotate(rotary, level, positions, x, out);
-            }
-
-            fn rotate_vjp(
-                rotary: &Rotary,
-                level: Level,
-                positions: &Rows<'_, Self>,
-                x: &Rows<'_, Self>,
-                grad_out: &Array2<Self>,
-                grad_x: Option<ArrayViewMut2<'_, Self>>,
-                grad_frequencies: Option<&mut Array2<f64>>,
-            ) {
-                rotary::rotate_vjp(rotary, level, positions, x, grad_out, grad_x, grad_frequencies);
-            }
-
-            fn rotary_forward(
-                problem: &RotaryProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                out: ArrayViewMut2<'_, Self>,
-                normalizer: &mut Normalizer<Self>,
-            ) {
-                rows::forward::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, tile_len, level, out, normalizer,
-                );
-            }
-
-            fn rotary_backward(
-                problem: &RotaryProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                upstream: Upstream<'_, Self>,
-                grads: &mut GradientsMut<'_, Self>,
-            ) -> Array1<Self> {
-                let scaled = rows::scaled_queries(&problem.softmax);
-                rows::backward::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, &scaled, tile_len, level, upstream, grads,
-                )
-            }
-
-            fn rotary_weights(
-                problem: &RotaryProblem<'_, Self>,
-                tile_len: usize,
-                level: Level,
-                normalizer: &Normalizer<Self>,
-            ) -> Result<Array2<Self>> {
-                rows::weights::<_, rotary::RotaryScorer<'_, _>>(
-                    problem, tile_len, level, normalizer,
-                )
-            }
-        }
-    )*};
-}
-
-compile_kernels!(f32, f64);
 
 /// Every instruction set that this CPU has, and none at all with the feature `scalar`.
 #[cfg(test)]

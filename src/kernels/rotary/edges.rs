@@ -5,12 +5,14 @@
 //! rounded in two ways. The pass by key also rotates the queries by the opposite, for the gradients.
 
 use super::super::heads::{Columns, Gather, Weights};
-use super::super::problem::{Problem, Rows, Slices};
-use super::super::rows::{Pairs, Scorer, Tile, TwoSided, key_columns};
+use super::super::problem::{Problem, Rows, Slices, Upstream};
+use super::super::rows::{self, Pairs, Scorer, Tile, TwoSided, key_columns};
 use super::{Rotary, Turn, is_zero};
 use crate::float::Float;
+use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
 use fearless_simd::Level;
+use ndarray::Array1;
 
 /// Inputs of attention with rotations of the pairs.
 #[derive(Debug)]
@@ -225,6 +227,18 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
             }
         }
     }
+}
+
+/// The gradients; returns that of the frequencies.
+pub(in super::super) fn backward<F: Float>(
+    problem: &RotaryProblem<'_, F>,
+    tile_len: usize,
+    level: Level,
+    upstream: Upstream<'_, F>,
+    grads: &mut GradientsMut<'_, F>,
+) -> Array1<F> {
+    let scaled = rows::scaled_queries(&problem.softmax);
+    rows::backward::<_, RotaryScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads)
 }
 
 #[cfg(test)]

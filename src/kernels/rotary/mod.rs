@@ -9,7 +9,7 @@ mod edges;
 mod nodes;
 
 pub(crate) use edges::RotaryProblem;
-pub(super) use edges::RotaryScorer;
+pub(super) use edges::{RotaryScorer, backward};
 pub(super) use nodes::{rotate, rotate_vjp};
 
 use super::matmul::{Vector, vector_len};

@@ -5,8 +5,8 @@ use super::super::heads::{Columns, Gather, Weights};
 use super::super::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
-    Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part, level_for,
-    parts,
+    DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part,
+    level_for, parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
@@ -110,6 +110,18 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
         }
     }
     sums.sum_axis(Axis(0))
+}
+
+/// [`backward`] with the logits of scaled dot-product attention.
+pub(in super::super) fn dot_backward<F: Float>(
+    problem: &Problem<'_, F>,
+    tile_len: usize,
+    level: Level,
+    upstream: Upstream<'_, F>,
+    grads: &mut GradientsMut<'_, F>,
+) {
+    let scaled = scaled_queries(problem);
+    backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
 }
 
 /// The queries times the scale.

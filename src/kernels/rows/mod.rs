@@ -11,7 +11,9 @@ mod backward;
 mod forward;
 mod weights;
 
-pub(super) use backward::{backward, scaled_queries, weights_and_logits_vjp, weights_of};
+pub(super) use backward::{
+    backward, dot_backward, scaled_queries, weights_and_logits_vjp, weights_of,
+};
 pub(super) use forward::forward;
 pub(super) use weights::weights;
 
@@ -223,13 +225,16 @@ struct AnyOutputs<'a, F> {
     by_part: ArrayViewMut2<'a, F>,
 }
 
+/// Of the segments of a long row makes the row, in each array.
+type Merge<'m, F> = dyn Fn(Vec<ArrayViewMut1<'_, F>>, Vec<ArrayView2<'_, F>>) + 'm;
+
 /// [`for_each_part`], compiled once for all tasks.
 fn split_and_run<F: Float>(
     parts: &[Part],
     work: usize,
     mut outputs: AnyOutputs<'_, F>,
     run: &(dyn Fn(&Part, AnyOutputs<'_, F>) + Sync + Send),
-    merge: &dyn Fn(Vec<ArrayViewMut1<'_, F>>, Vec<ArrayView2<'_, F>>),
+    merge: &Merge<'_, F>,
 ) {
     if let [part] = parts
         && !part.is_segment

@@ -1,0 +1,1 @@
+//! The examples of `graph-attention`: `cargo run --release -p examples --example compare`.
