@@ -22,8 +22,8 @@ pub(crate) type PanelRow<S, F> = [Vector<S, F>; 2];
 /// Rows of the result at a time.
 const ROWS: usize = 6;
 
-/// So many rows of the factors of [`columns_times`] are summed from zero, and then added to those before:
-/// one sum over a tile, to which small terms are added one by one, would lose some of each.
+/// So many rows of the factors of [`columns_times`] are summed from zero, then the sums of a tile, and these
+/// are added to what was there: one sum, to which small terms are added one by one, would lose some of each.
 pub(crate) const ROWS_OF_SUM: usize = 16;
 
 /// Lanes of a vector.
@@ -383,19 +383,22 @@ fn put_sums<S: Simd, F: Float, const M: usize>(
     (row, column): (usize, usize),
     out: &mut Out<'_, F>,
 ) -> usize {
-    for start in (0..num_rows.max(1)).step_by(ROWS_OF_SUM) {
-        let mut sums = [splat(simd, F::zero()); M];
-        if let Some(last) = ROWS_OF_SUM.min(num_rows - start).checked_sub(1) {
-            let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
-            for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
-                add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
-            }
-            add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
+    let zeros = [splat(simd, F::zero()); M];
+    let mut totals = zeros;
+    for start in (0..num_rows).step_by(ROWS_OF_SUM) {
+        let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
+        let last = ROWS_OF_SUM.min(num_rows - start) - 1;
+        let mut sums = zeros;
+        for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
+            add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
         }
-        let target = if start == 0 { target } else { Target::Add };
-        for (m, &sums) in sums.iter().enumerate() {
-            out.put(simd, (row + m, column), sums, target);
+        add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
+        for m in 0..M {
+            totals[m] = [totals[m][0] + sums[m][0], totals[m][1] + sums[m][1]];
         }
+    }
+    for (m, &sums) in totals.iter().enumerate() {
+        out.put(simd, (row + m, column), sums, target);
     }
     M
 }

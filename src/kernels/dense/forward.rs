@@ -11,7 +11,7 @@ use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::problem::FiniteRows;
 use crate::kernels::transpose::{store_part, transposed};
-use fearless_simd::{Level, Select, Simd, SimdBase};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -321,8 +321,7 @@ fn exponentials<F: Float>(
         store::<S, F>(max, maxima);
         store::<S, F>(alpha, alphas);
         // In the steps of the product with the values: constant values have constant outputs.
-        let before = load::<S, F>(simd, sums);
-        let mut sum = [before[0] * alpha[0], before[1] * alpha[1]];
+        let mut sum = [zero; 2];
         for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
             let mut of_rows = [zero; 2];
             for scores in scores.chunks_exact_mut(width) {
@@ -335,6 +334,10 @@ fn exponentials<F: Float>(
                 store::<S, F>(weight, scores);
             }
             sum = [sum[0] + of_rows[0], sum[1] + of_rows[1]];
+        }
+        let before = load::<S, F>(simd, sums);
+        for half in 0..2 {
+            sum[half] = before[half].mul_add(alpha[half], sum[half]);
         }
         store::<S, F>(sum, sums);
     }
