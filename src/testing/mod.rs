@@ -42,6 +42,38 @@ pub fn hold_simd() -> crate::Result<String> {
     crate::kernels::level::hold_down()
 }
 
+/// Compiles the mechanisms with this crate: builds that optimise little, as of tests, share what a crate that
+/// they depend on has compiled, so that it is not compiled again for each test. Release builds do not share.
+#[cfg(debug_assertions)]
+#[doc(hidden)]
+pub fn compile_here() {
+    use crate::{
+        Attention, DualSpace, EdgeGat, EdgeRope, Flash, Float, GraphRope, LocalGlobal, Moe,
+        MultiHead, Performer, Poincare, ScaledDotProduct,
+    };
+    use std::ptr::null;
+
+    fn of<F: Float>() {
+        // The table of a type's methods names them all.
+        let mechanisms: [*const dyn Attention<F>; 11] = [
+            null::<ScaledDotProduct>(),
+            null::<Flash>(),
+            null::<MultiHead<F, Flash>>(),
+            null::<EdgeGat<F>>(),
+            null::<Poincare<F>>(),
+            null::<LocalGlobal<F>>(),
+            null::<Performer<F>>(),
+            null::<GraphRope<F, Flash>>(),
+            null::<EdgeRope<F>>(),
+            null::<Moe<F>>(),
+            null::<DualSpace<F>>(),
+        ];
+        std::hint::black_box((mechanisms, check_attention::<F> as fn(_, _) -> _));
+    }
+    of::<f32>();
+    of::<f64>();
+}
+
 /// What a check went through. Look at [`refused`](Self::refused): what is listed there has not been
 /// checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
