@@ -44,7 +44,7 @@ pub fn hold_simd() -> crate::Result<String> {
 
 /// Compiles the mechanisms with this crate: builds that optimise little, as of tests, share what a crate that
 /// they depend on has compiled, so that it is not compiled again for each test. Release builds do not share.
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, not(test)))]
 #[doc(hidden)]
 pub fn compile_here() {
     use crate::{
