@@ -8,12 +8,11 @@
 //!
 //! A folder holds `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.
 //! mAP is the mean average precision of ancestors among all nodes in the order of attention.
-//! Dev-dependencies: `csv`, `indicatif`, `rand`.
+//! Dev-dependencies: `csv`, `rand`.
 
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, project};
 use graph_attention::ndarray::{Array1, Array2, Axis};
 use graph_attention::{Aggregation, Attention, Graph, Inputs, PoincareConfig};
-use indicatif::ProgressIterator;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use std::{collections::BTreeMap, env, error::Error, iter};
 
@@ -38,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut points = Array2::from_shape_simple_fn((n, dim), || rng.random_range(-1e-3..1e-3));
     let before = precision(&points, &is_ancestor)?;
     let attention = PoincareConfig::new().aggregation(Aggregation::TangentAtOrigin).init()?;
-    for epoch in (0..300).progress() {
+    for epoch in 0..300 {
         // While all are near the origin, small steps find the directions.
         let rate = if epoch < 20 { 0.005 } else { 0.05 };
         pairs.shuffle(&mut rng);

@@ -21,7 +21,7 @@ const EDGE_INDEX: [[usize; 14]; 2] = [
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/pyg_gat.safetensors");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/pyg_gat.safetensors");
     // A layer's parameters are those under its name; sizes and options are not in the file.
     let layer = |prefix| safetensors::read::<f32>(&file, prefix);
     let first = EdgeGatConfig::new(Score::GatV2, 4, 3, 2).edge_dim(2);

@@ -9,11 +9,10 @@
 //!
 //! A folder holds `nodes.csv` with columns `label` and `split` (`train`, `val`, `test`, others), `edges.csv`
 //! with `u` and `v`, and `features.txt`, whose line i lists the columns that are 1 for node i. Cora is at
-//! github.com/kimiyoung/planetoid. Dev-dependencies: `csv`, `indicatif`, `rand`.
+//! github.com/kimiyoung/planetoid. Dev-dependencies: `csv`, `rand`.
 
 use graph_attention::ndarray::{Array1, Array2, ArrayD};
 use graph_attention::{Attention, Dropout, EdgeGat, EdgeGatConfig, Graph, Inputs, Score, params};
-use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::{collections::HashMap, env, error::Error, fs};
 
@@ -75,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // The patience of the authors' code: a loss or an accuracy on the validation nodes that is as good
         // as ever buys 100 epochs more, both in one epoch make the model the best.
         let (mut best, mut best_loss, mut best_accuracy) = (None, f32::INFINITY, 0.0);
-        let (mut epoch, mut end, bar) = (0, 100, ProgressBar::new(100));
+        let (mut epoch, mut end) = (0, 100);
         while epoch < end {
             epoch += 1;
             let [on_x, on_first, on_hidden, on_second] =
@@ -124,9 +123,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 }
                 (best_loss, best_accuracy) = (loss.min(best_loss), accuracy.max(best_accuracy));
                 end = epoch + 100;
-                bar.set_length(end as u64);
             }
-            bar.set_position(epoch as u64);
         }
         let (first, second) = best.ok_or("the first epoch is as good as ever")?;
         accuracies.push(evaluate(&first, &second, &test)?[1]);

@@ -203,7 +203,7 @@ fn a_file_by_the_specification_is_read() -> Result<()> {
 
 #[test]
 fn a_file_from_python_is_read() -> Result<()> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/pyg_gat.safetensors");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/pyg_gat.safetensors");
     let read = |prefix| safetensors::read::<f64>(path, prefix);
     // Parameters and inputs are thousandths, which nothing but the right bytes gives.
     let thousandths = |value: &ArrayD<f64>| {

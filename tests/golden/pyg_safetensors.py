@@ -1,6 +1,6 @@
 """A PyTorch Geometric model of two attention layers, as a safetensors file.
 
-Writes tests/golden/pyg_gat.safetensors. To make it again (Python 3.11):
+Writes examples/data/pyg_gat.safetensors. To make it again (Python 3.11):
 
     python -m venv ~/torchenv && . ~/torchenv/bin/activate
     pip install torch==2.12.1 torch_geometric==2.8.1 safetensors==0.8.0 numpy==2.4.6
@@ -65,7 +65,7 @@ def main():
         "graph.x": x,
         "graph.out": out,
     }
-    path = Path(__file__).parent / "pyg_gat.safetensors"
+    path = Path(__file__).parents[2] / "examples" / "data" / "pyg_gat.safetensors"
     save_file(tensors, path)
 
     # What was written is what was computed with; float64 gives nearly the same answer.
