@@ -4,7 +4,7 @@
 //! among threads.
 
 use super::level::level;
-use super::matmul::{Left, Matrix, Out, Target, columns_times, panel_len, rows_times};
+use super::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
@@ -171,7 +171,7 @@ fn add_transposed_product<F: Float>(
     }
     let level = level();
     let parts = parts(num_rows, BLOCK, SUMS);
-    let columns = out.ncols().next_multiple_of(F::panel_width(level));
+    let columns = out.ncols().next_multiple_of(F::panel_len(level));
     let mut sums = try_zeros("product", parts.len() * out.nrows(), columns)?;
     let lens = parts.iter().map(|_| out.nrows());
     let tasks: Vec<_> = parts.iter().cloned().zip(row_chunks(sums.view_mut(), lens)).collect();
@@ -202,17 +202,12 @@ fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
 /// A right factor in rows of whole panels, with zeros past its columns.
 fn pack<F: Float>(level: Level, right: &Rows<'_, F>, num_rows: usize) -> Result<Array2<F>> {
     let num_columns = right.slices().columns;
-    let columns = num_columns.next_multiple_of(F::panel_width(level));
+    let columns = num_columns.next_multiple_of(F::panel_len(level));
     let mut packed = try_zeros("product", num_rows, columns)?;
     for (row, mut packed) in packed.rows_mut().into_iter().enumerate() {
         packed.slice_mut(s![..num_columns]).assign(&ArrayView1::from(right.row(row)));
     }
     Ok(packed)
-}
-
-/// Columns of a panel.
-pub(super) fn width<F: Float>(level: Level) -> usize {
-    panel_len::<F>(level)
 }
 
 /// left · right for some rows; `right` in whole panels.

@@ -131,8 +131,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// [`linear::width`].
-    fn panel_width(level: Level) -> usize = linear::width::<Self>;
+    /// [`matmul::panel_len`].
+    fn panel_len(level: Level) -> usize = matmul::panel_len::<Self>;
 
     /// [`linear::product_rows`].
     fn product_rows(

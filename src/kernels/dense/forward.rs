@@ -232,7 +232,8 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             }
             let maxima = &mut maxima[column..column + panel];
             let sums_of_weights = &mut sums[dim * width + column..][..panel];
-            exponentials(level, width, column, scores, largest, maxima, alphas, sums_of_weights);
+            let lanes_of_panel = [maxima, &mut **alphas, sums_of_weights];
+            exponentials(level, (width, column), scores, largest, lanes_of_panel);
             if !totals.totals.is_empty() {
                 let of_panel = totals.alphas[column..].iter_mut().zip(&**alphas);
                 of_panel.for_each(|(of_total, &alpha)| *of_total *= alpha);
@@ -280,30 +281,22 @@ fn raise<F: Float>(level: Level, width: usize, column: usize, scores: &[F], larg
 }
 
 /// m' = `largest` where that is larger than m by more than the slack, α = e^{m − m'}, P = e^{S − m'} in
-/// place of the scores S of a panel, l ← α l + Σ P.
+/// place of the scores S of the panel at (width, column), l ← α l + Σ P. The lanes are m, α and l.
 #[inline(never)]
-#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
 fn exponentials<F: Float>(
     level: Level,
-    width: usize,
-    column: usize,
+    place: (usize, usize),
     scores: &mut [F],
     largest: &[F],
-    maxima: &mut [F],
-    alphas: &mut [F],
-    sums: &mut [F],
+    lanes: [&mut [F]; 3],
 ) {
     #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
     fn run<S: Simd, F: Float>(
         simd: S,
-        width: usize,
-        column: usize,
+        (width, column): (usize, usize),
         scores: &mut [F],
         largest: &[F],
-        maxima: &mut [F],
-        alphas: &mut [F],
-        sums: &mut [F],
+        [maxima, alphas, sums]: [&mut [F]; 3],
     ) {
         let [slack, _] = splat::<S, F>(simd, F::of(SLACK));
         let [zero, _] = splat::<S, F>(simd, F::zero());
@@ -341,7 +334,5 @@ fn exponentials<F: Float>(
         }
         store::<S, F>(sum, sums);
     }
-    dispatch!(level, simd => {
-        run(simd, width, column, scores, largest, maxima, alphas, sums);
-    });
+    dispatch!(level, simd => run(simd, place, scores, largest, lanes));
 }

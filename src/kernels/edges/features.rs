@@ -215,12 +215,12 @@ impl<F: Float> FeatureTile<F> {
             for start in (0..self.dim).step_by(4) {
                 if start + 4 <= self.dim {
                     let first = head * self.dim + start;
-                    self.add_sums_block::<S, 4>(simd, factor, weights, count, start, first, sums);
+                    self.add_sums_block::<S, 4>(simd, factor, weights, count, [start, first], sums);
                 } else {
                     for feature in start..self.dim {
                         let first = head * self.dim + feature;
                         let block = Self::add_sums_block::<S, 1>;
-                        block(self, simd, factor, weights, count, feature, first, sums);
+                        block(self, simd, factor, weights, count, [feature, first], sums);
                     }
                 }
             }
@@ -229,15 +229,13 @@ impl<F: Float> FeatureTile<F> {
 
     /// N features of one head, whose sums start at number `first`.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "the body of a loop, twice")]
     fn add_sums_block<S: Simd, const N: usize>(
         &self,
         simd: S,
         factor: F,
         weights: &[F],
         count: usize,
-        feature: usize,
-        first: usize,
+        [feature, first]: [usize; 2],
         sums: &mut FeatureSums<F>,
     ) {
         let (len, stride) = (Vector::<S, F>::LEN, self.stride);

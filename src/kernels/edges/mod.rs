@@ -284,11 +284,11 @@ impl<F: Float> Activated<F> {
             let (other, x) = (others.row(other), problem.features.row(pair.index));
             let (mut start, own) = (0, &own[..columns]);
             while start + 4 * len <= columns {
-                sum_columns::<S, F, 4>(simd, slope, own, other, x, weight, start, row);
+                sum_columns::<S, F, 4>(simd, slope, [own, other], x, weight, start, row);
                 start += 4 * len;
             }
             while start + len <= columns {
-                sum_columns::<S, F, 1>(simd, slope, own, other, x, weight, start, row);
+                sum_columns::<S, F, 1>(simd, slope, [own, other], x, weight, start, row);
                 start += len;
             }
             for c in start..columns {
@@ -302,12 +302,10 @@ impl<F: Float> Activated<F> {
 
 /// N vectors of columns from `start` on.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "the body of a loop, twice")]
 fn sum_columns<S: Simd, F: Float, const N: usize>(
     simd: S,
     slope: F,
-    own: &[F],
-    other: &[F],
+    [own, other]: [&[F]; 2],
     x: &[F],
     weight: Slices<'_, F>,
     start: usize,

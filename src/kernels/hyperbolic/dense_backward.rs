@@ -12,7 +12,8 @@ use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
 };
 use crate::kernels::matmul::{
-    Left, Matrix, Out, Target, Vector, columns_times, panel_len, rows_times, squared_distances,
+    Left, Matrix, Out, Target, Vector, columns_times, panel_len, panel_width, rows_times,
+    squared_distances,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use fearless_simd::{Level, Simd, SimdBase};
@@ -275,7 +276,6 @@ fn pack<F: Float>(
 
 /// Adds the gradient of the queries in `scratch`, those of keys and values in `sums`; leaves the
 /// gradients of the logits in `scratch.spreads`.
-#[allow(clippy::too_many_arguments, reason = "the body of a loop")]
 fn backward_tile<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
@@ -316,8 +316,7 @@ fn backward_tile<F: Float>(
             squared_distances(level, len, value, right(&scratch.directions[..]), out);
         }
         let lanes = block.lanes(column, panel);
-        let may_hide = block.may_hide_in(&lanes, tile);
-        if may_hide {
+        if block.may_hide_in(&lanes, tile) {
             for bias in bias.chunks_exact_mut(width) {
                 bias[column..column + panel].fill(F::zero());
             }
@@ -330,7 +329,7 @@ fn backward_tile<F: Float>(
             block.drop_out(lanes, tile, multipliers, &mut scratch.rows);
         }
 
-        differentiate(problem, block, tile, column, may_hide, scratch, sums);
+        differentiate(problem, block, tile, column, scratch, sums);
     }
     let (squared, products) = (&scratch.squared[..len * width], &scratch.products[..len * width]);
 
@@ -358,23 +357,22 @@ fn differentiate<F: Float>(
     block: &Block<'_, '_, F>,
     tile: &Range<usize>,
     column: usize,
-    may_hide: bool,
     scratch: &mut Scratch<F>,
     sums: &mut KeySums<F>,
 ) {
     #[inline(always)]
-    #[allow(clippy::too_many_arguments, reason = "the body of a loop")]
     fn run<S: Simd, F: Float>(
         simd: S,
         problem: &HyperbolicProblem<'_, F>,
         block: &Block<'_, '_, F>,
         tile: &Range<usize>,
         column: usize,
-        may_hide: bool,
         scratch: &mut Scratch<F>,
         sums: &mut KeySums<F>,
     ) {
         let Block { problem: softmax, head, width, .. } = *block;
+        let lanes = block.lanes(column, panel_width::<S, F>());
+        let may_hide = block.may_hide_in(&lanes, tile);
         let len = tile.len();
         let first_row = softmax.kv_head(head) * softmax.inputs.num_keys() + tile.start;
         let (squared, products, spreads) = (
@@ -444,6 +442,6 @@ fn differentiate<F: Float>(
         }
     }
     dispatch!(block.level, simd => {
-        run(simd, problem, block, tile, column, may_hide, scratch, sums);
+        run(simd, problem, block, tile, column, scratch, sums);
     });
 }

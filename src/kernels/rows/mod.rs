@@ -206,6 +206,13 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     fn array<T, const N: usize>(items: Vec<T>) -> [T; N] {
         items.try_into().unwrap_or_else(|_| unreachable!("as many as the caller gave"))
     }
+    // Compiled once, as in `parallel::for_each`.
+    let run: &(dyn Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send) = &run;
+    if let [part] = parts
+        && !part.is_segment
+    {
+        return run(part, outputs);
+    }
     let Outputs { by_row, by_slot, by_part } = outputs;
     split_and_run(
         parts,
@@ -228,7 +235,7 @@ struct AnyOutputs<'a, F> {
 /// Of the segments of a long row makes the row, in each array.
 type Merge<'m, F> = dyn Fn(Vec<ArrayViewMut1<'_, F>>, Vec<ArrayView2<'_, F>>) + 'm;
 
-/// [`for_each_part`], compiled once for all tasks.
+/// [`for_each_part`] for several parts, compiled once for all tasks.
 fn split_and_run<F: Float>(
     parts: &[Part],
     work: usize,
@@ -236,11 +243,6 @@ fn split_and_run<F: Float>(
     run: &(dyn Fn(&Part, AnyOutputs<'_, F>) + Sync + Send),
     merge: &Merge<'_, F>,
 ) {
-    if let [part] = parts
-        && !part.is_segment
-    {
-        return run(part, outputs);
-    }
     let num_segments = parts.iter().filter(|part| part.is_segment).count();
     let by_row = &mut outputs.by_row;
     let mut segments: Vec<Array2<F>> =
