@@ -224,7 +224,7 @@ pub(crate) fn norm_of<F: Float>(x: &[F]) -> f64 {
 }
 
 /// The dot product of two slices.
-pub(super) fn dot<F: Float>(x: &[F], y: &[F]) -> f64 {
+pub(crate) fn dot<F: Float>(x: &[F], y: &[F]) -> f64 {
     sum(x.len(), |i| x[i].as_f64() * y[i].as_f64())
 }
 

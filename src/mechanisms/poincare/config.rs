@@ -39,9 +39,7 @@ pub enum Aggregation {
     TangentAtOrigin,
     /// The mean in the tangent space at the query, exp_q(Σ p log_q v). Values have the size of
     /// queries. Pair by pair on one thread, and in the coordinates of the ball in `f64`: distances from
-    /// the origin up to 36/√c. A mean farther out is the last point of the ball in its direction. Where
-    /// nearly all weight is on one key, the mean hardly depends on the query: its gradient is then small, and
-    /// rounded by 1e-16 of the gradient of that key's value.
+    /// the origin up to 36/√c. A mean farther out is the last point of the ball in its direction.
     TangentAtQuery,
     /// The Fréchet mean, the point with the least Σ p d². By Newton's method to the last places of
     /// `f64`, or a hundred steps; its gradient is that of the exact mean. Every step takes the time of

@@ -1,5 +1,6 @@
 mod config;
 mod deep;
+mod hessian;
 mod mean;
 mod plain;
 mod polar;

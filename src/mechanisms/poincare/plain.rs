@@ -1,11 +1,12 @@
 //! The weights of all pairs, and the two means that are formed pair by pair: in the tangent space at the
 //! query, and Fréchet's. In the coordinates of the ball, in `f64`, on one thread.
 
+use super::hessian::{hessian, hessian_difference};
 use super::polar::Space;
 use super::{Aggregation, Coordinates, Poincare};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::geometry::poincare::ball::norm_of;
+use crate::geometry::poincare::ball::{dot, norm_of};
 use crate::geometry::poincare::{
     conformal_factor, distance, distance_vjp, exp_map, exp_map_origin, exp_map_origin_vjp,
     exp_map_vjp, log_map, log_map_origin, log_map_origin_vjp, log_map_vjp, midpoint,
@@ -238,35 +239,31 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     fn residual(row: &Row) -> f64 {
         let base = norm_of(&row.base);
         let logs = row.logarithms.rows().into_iter().zip(&row.kept);
-        let norm = |log: ArrayView1<'_, f64>| norm_of(log.as_slice().expect("our own"));
+        let norm = |log: ArrayView1<'_, f64>| norm_of(as_slice(&log));
         let scale: f64 = logs.map(|(log, p)| p * (base + norm(log))).sum();
         if scale == 0.0 { 0.0 } else { norm_of(&row.sum) / scale }
     }
 
-    /// The distances from the base, in units of the radius of curvature.
-    fn distances(&self, row: &Row) -> Result<Vec<f64>> {
-        let factor = self.c.sqrt() * conformal_factor(&row.base, self.c)?;
-        let norm = |log: ArrayView1<'_, f64>| norm_of(log.as_slice().expect("our own"));
-        Ok(row.logarithms.rows().into_iter().map(|log| factor * norm(log)).collect())
+    /// √c λ at the base, which turns lengths there into distances in units of the radius of curvature.
+    fn kappa(&self, row: &Row) -> Result<f64> {
+        Ok(self.c.sqrt() * conformal_factor(&row.base, self.c)?)
     }
 
-    /// H⁻¹ b, where H = Σ p (n nᵀ + d coth d (1 − n nᵀ)), n the direction of a logarithm, is minus the
-    /// derivative of Σ p log with respect to the base. By conjugate gradients: its eigenvalues lie
-    /// between Σ p and Σ p d coth d.
+    /// The distances from the base, in units of the radius of curvature.
+    fn distances(&self, row: &Row) -> Result<Vec<f64>> {
+        let kappa = self.kappa(row)?;
+        let norm = |log: ArrayView1<'_, f64>| norm_of(as_slice(&log));
+        Ok(row.logarithms.rows().into_iter().map(|log| kappa * norm(log)).collect())
+    }
+
+    /// Σ p H(log), minus the derivative of Σ p log with respect to the base, by which b is divided. By
+    /// conjugate gradients: the eigenvalues lie between Σ p and Σ p d coth d.
     fn solve(&self, row: &Row, b: &[f64]) -> Result<Vec<f64>> {
-        let distances = self.distances(row)?;
+        let kappa = self.kappa(row)?;
         let apply = |x: &[f64]| -> Vec<f64> {
             let mut y = vec![0.0; x.len()];
-            let pairs = row.logarithms.rows().into_iter().zip(&distances).zip(&row.kept);
-            for ((log, &d), &p) in pairs {
-                let log = log.as_slice().expect("a row of our own");
-                let across = if d == 0.0 { 1.0 } else { d / d.tanh() };
-                let norm = norm_of(log);
-                let along = if norm == 0.0 { 0.0 } else { dot(log, x) / norm };
-                for ((y, &x), log) in y.iter_mut().zip(x).zip(log) {
-                    let unit = if norm == 0.0 { 0.0 } else { log / norm };
-                    *y += p * (across * x + (1.0 - across) * along * unit);
-                }
+            for (log, &p) in row.logarithms.rows().into_iter().zip(&row.kept) {
+                add_times(&mut y, p, &hessian(as_slice(&log), kappa, x));
             }
             y
         };
@@ -368,24 +365,24 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             grad_out = grad_mean;
         }
         // m = exp_q(Σ p log_q(y)), or the m where Σ p log_m(y) = 0; then its own derivative is 0.
-        let mut no_base = vec![0.0; row.base.len()];
-        let (grad_sum, grad_base) = if self.aggregation == Aggregation::TangentAtQuery {
+        let mut unused = vec![0.0; row.base.len()];
+        let grad_sum = if self.aggregation == Aggregation::TangentAtQuery {
             let mut grad_sum = vec![0.0; grad_out.len()];
             grad_c +=
-                exp_map_vjp(&row.base, &row.sum, self.c, &grad_out, grad_query, &mut grad_sum)?;
-            (grad_sum, grad_query)
+                exp_map_vjp(&row.base, &row.sum, self.c, &grad_out, &mut unused, &mut grad_sum)?;
+            add_times(grad_query, 1.0, &self.base_vjp(row, &grad_sum)?);
+            grad_sum
         } else {
-            (self.solve(row, &grad_out)?, &mut no_base[..])
+            self.solve(row, &grad_out)?
         };
         let mut grad_weights = Vec::with_capacity(row.pairs.len());
         let mut grad_log = vec![0.0; grad_sum.len()];
         for ((pair, &p), log) in row.pairs.iter().zip(&row.kept).zip(row.logarithms.rows()) {
-            let log = log.as_slice().expect("a row of our own");
-            grad_weights.push(self.multiplier(*pair, head) * dot(&grad_sum, log));
+            grad_weights.push(self.multiplier(*pair, head) * dot(&grad_sum, as_slice(&log)));
             grad_log.iter_mut().zip(&grad_sum).for_each(|(log, sum)| *log = p * sum);
             let grad_value = &mut of_row_mut(value, pair.key)[self.value_columns(head)];
             let point = self.value(pair.key, head);
-            grad_c += log_map_vjp(&row.base, point, self.c, &grad_log, grad_base, grad_value)?;
+            grad_c += log_map_vjp(&row.base, point, self.c, &grad_log, &mut unused, grad_value)?;
         }
         // p = softmax(s): ds = p (dp − δ);  s = −d/τ + b
         let delta: f64 = grad_weights.iter().zip(&row.weights).map(|(grad, p)| grad * p).sum();
@@ -412,6 +409,36 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             grad_c += distance_vjp(a, b, self.c, grad_distance, grad_query, grad_key)?;
         }
         Ok([grad_c, grad_temperature])
+    }
+
+    /// From the gradient g of u = Σ p log_q(y) that of q in exp_q(u), at fixed p.
+    ///
+    /// When q moves by w, logarithms move by −H(log) w; and exp_q(u), if u moved by −H(u) w, would stay
+    /// where it is. So exp_q(u) moves as if only u did, by H(u) w − Σ p H(log) w, and the gradient is
+    /// (H(u) − Σ p H(log)) g. Where one key has nearly all weight the difference is small, and so formed
+    /// from the differences between its logarithm and the others.
+    fn base_vjp(&self, row: &Row, g: &[f64]) -> Result<Vec<f64>> {
+        let kappa = self.kappa(row)?;
+        let pairs = || row.logarithms.rows().into_iter().zip(&row.kept).enumerate();
+        let (first, _) = pairs().max_by(|(_, (_, p)), (_, (_, q))| p.total_cmp(q)).expect("a pair");
+        let first_log = row.logarithms.row(first).to_vec();
+        // u − log₀ = Σ p (log − log₀) − (1 − Σ p) log₀
+        let is_dropped = self.inputs.dropout().is_some();
+        let rest = if is_dropped { 1.0 - row.kept.iter().sum::<f64>() } else { 0.0 };
+        let mut sum_less_first: Vec<f64> = first_log.iter().map(|log| -rest * log).collect();
+        let mut grad: Vec<f64> = vec![0.0; g.len()];
+        add_times(&mut grad, rest, &hessian(&first_log, kappa, g));
+        for (at, (log, &p)) in pairs() {
+            if at != first {
+                let log = as_slice(&log);
+                let less: Vec<f64> = first_log.iter().zip(log).map(|(a, b)| a - b).collect();
+                add_times(&mut sum_less_first, -p, &less);
+                add_times(&mut grad, p, &hessian_difference(&first_log, log, &less, kappa, g));
+            }
+        }
+        let of_sum = hessian_difference(&row.sum, &first_log, &sum_less_first, kappa, g);
+        add_times(&mut grad, 1.0, &of_sum);
+        Ok(grad)
     }
 
     /// Adds the gradient of an input to `sink`, from that of its points; returns that of c.
@@ -472,11 +499,16 @@ fn of_row(array: &Array2<f64>, row: usize) -> &[f64] {
     &array.as_slice().expect("a matrix of our own")[row * columns..][..columns]
 }
 
+fn as_slice<'a>(row: &'a ArrayView1<'_, f64>) -> &'a [f64] {
+    row.as_slice().expect("a row of our own")
+}
+
+/// y += factor x
+fn add_times(y: &mut [f64], factor: f64, x: &[f64]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x);
+}
+
 fn of_row_mut(array: &mut Array2<f64>, row: usize) -> &mut [f64] {
     let columns = array.ncols();
     &mut array.as_slice_mut().expect("a matrix of our own")[row * columns..][..columns]
-}
-
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -1,0 +1,82 @@
+//! The Hessian of ½ d(q, y)² with respect to q, as a matrix in the tangent space at q:
+//!
+//! ```text
+//! H(v) = φ + (1 − φ) n nᵀ = φ − ψ κ² v vᵀ        v = log_q(y), n = v/|v|
+//! φ = r coth r,  ψ = (φ − 1)/r²,  r = κ|v|       κ = √c λq
+//! ```
+//!
+//! −H(v) is the derivative of the logarithm log_q(y) with respect to q.
+
+use crate::geometry::poincare::ball::dot;
+
+/// H(v) x.
+pub(super) fn hessian(v: &[f64], kappa: f64, x: &[f64]) -> Vec<f64> {
+    let r2 = kappa * kappa * dot(v, v);
+    let psi = psi(r2);
+    let along = kappa * kappa * psi * dot(v, x);
+    v.iter().zip(x).map(|(v, x)| (1.0 + r2 * psi) * x - along * v).collect()
+}
+
+/// (H(a) − H(b)) x with e = a − b, which the caller may know better than from a and b: every term has
+/// a factor e.
+pub(super) fn hessian_difference(
+    a: &[f64],
+    b: &[f64],
+    e: &[f64],
+    kappa: f64,
+    x: &[f64],
+) -> Vec<f64> {
+    let kappa2 = kappa * kappa;
+    let (a2, b2) = (kappa2 * dot(a, a), kappa2 * dot(b, b));
+    // |a|² − |b|²
+    let difference = kappa2 * (dot(e, a) + dot(e, b));
+    let (psi_a, psi_difference) = (psi(a2), psi_difference(a2, b2, difference));
+    let phi_difference = psi_a * difference + b2 * psi_difference;
+    // a aᵀ − b bᵀ = e aᵀ + b eᵀ
+    let of_e = kappa2 * psi_a * dot(a, x);
+    let of_b = kappa2 * (psi_a * dot(e, x) + psi_difference * dot(b, x));
+    let vectors = e.iter().zip(b).zip(x);
+    vectors.map(|((e, b), x)| phi_difference * x - of_e * e - of_b * b).collect()
+}
+
+/// Up to this r² the continued fraction r coth r = 1 + r²/(3 + r²/(5 + …)) is taken.
+const SMALL: f64 = 9.0;
+/// Its terms; at `SMALL` the rest is below 1e-20.
+const NUM_TERMS: usize = 16;
+
+fn odd(term: usize) -> f64 {
+    (2 * term + 1) as f64
+}
+
+/// ψ(r²).
+fn psi(r2: f64) -> f64 {
+    if r2 > SMALL {
+        let r = r2.sqrt();
+        return (r / r.tanh() - 1.0) / r2;
+    }
+    let denominator = |next: f64, term| odd(term) + r2 / next;
+    (1..NUM_TERMS).rev().fold(odd(NUM_TERMS), denominator).recip()
+}
+
+/// ψ(a²) − ψ(b²), given a² − b² beside them.
+fn psi_difference(a2: f64, b2: f64, difference: f64) -> f64 {
+    if a2 < b2 {
+        return -psi_difference(b2, a2, -difference);
+    }
+    if a2 > SMALL {
+        // coth a − coth b = −2 (e^−2b − e^−2a)/((1 − e^−2a)(1 − e^−2b))
+        let (a, b) = (a2.sqrt(), b2.sqrt());
+        let step = difference / (a + b);
+        let coth_difference = 2.0 * (-2.0 * b).exp() * (-2.0 * step).exp_m1() / (-2.0 * a).exp_m1();
+        let b_over = if b == 0.0 { -0.5 } else { b / (-2.0 * b).exp_m1() };
+        let phi_difference = step / a.tanh() + coth_difference * b_over;
+        return (phi_difference - psi(b2) * difference) / a2;
+    }
+    // f_k(s) = 2k + 1 + s/f_{k+1}(s): f_k(a²) − f_k(b²) from that of f_{k+1}.
+    let (mut of_a, mut of_b, mut f_difference) = (odd(NUM_TERMS), odd(NUM_TERMS), 0.0);
+    for term in (1..NUM_TERMS).rev() {
+        f_difference = difference / of_a - b2 * f_difference / (of_a * of_b);
+        (of_a, of_b) = (odd(term) + a2 / of_a, odd(term) + b2 / of_b);
+    }
+    -f_difference / (of_a * of_b)
+}
