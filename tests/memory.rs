@@ -91,14 +91,14 @@ fn dual() -> DualSpace<f32> {
 
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
     let peaks: Vec<u64> =
-        [1, 2, 4, 8, 16].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
+        [1, 2, 4, 8].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
     // From 2k on the queries are cut into a fixed number of parts, before that into fewer.
     assert!(peaks[0] <= peaks[1], "{peaks:?}");
     for doubled in peaks[1..].windows(2) {
         assert!(doubled[1] <= doubled[0] * 21 / 10, "{peaks:?}");
     }
-    // Far below one number for each pair: at 16k by a factor of forty.
-    assert!(peaks[4] < 16 * 1024 * 16 * 1024 * 4 / 40, "{peaks:?}");
+    // Far below one number for each pair: at 8k by a factor of twenty.
+    assert!(peaks[3] < 8 * 1024 * 8 * 1024 * 4 / 20, "{peaks:?}");
 }
 
 #[test]

@@ -219,7 +219,7 @@ pub(super) fn product_rows<F: Float>(
     target: Target<'_, F>,
     mut out: ArrayViewMut2<'_, F>,
 ) {
-    let right = Matrix { data: right.as_slice().expect("packed"), stride: right.ncols() };
+    let right = Matrix::new(right.as_slice().expect("packed"), right.ncols());
     let left = left.slices();
     let columns = out.ncols();
     // Rows that do not lie one after the other are worked on in a copy.
@@ -230,10 +230,8 @@ pub(super) fn product_rows<F: Float>(
     let data_of_out = out.as_slice_mut().unwrap_or(&mut copy);
     for block in parallel::ranges(rows.len(), BLOCK) {
         let data = &left.data[(rows.start + block.start) * left.columns..];
-        let left = Left { data, stride: left.columns, len: left.columns };
-        let data = &mut data_of_out[block.start * columns..];
-        let out = Out { data, stride: columns, columns };
-        rows_times(level, block.len(), left, right, target, out);
+        let out = Out::new(&mut data_of_out[block.start * columns..], columns);
+        rows_times(level, block.len(), Left::new(data, left.columns), right, target, out);
     }
     if !copy.is_empty() {
         out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
@@ -257,11 +255,9 @@ pub(super) fn add_transposed_product_rows<F: Float>(
             let row = right.row(row);
             packed[..row.len()].copy_from_slice(row);
         }
-        let data = left.rows(block.clone());
-        let left = Left { data, stride: num_rows, len: num_rows };
-        let right = Matrix { data: &packed[..block.len() * stride], stride };
-        let out = Out { data: &mut *sum, stride, columns: stride };
-        columns_times(level, left, right, Target::Add, out);
+        let left = Left::new(left.rows(block.clone()), num_rows);
+        let right = Matrix::new(&packed[..block.len() * stride], stride);
+        columns_times(level, left, right, Target::Add, Out::new(&mut *sum, stride));
     }
 }
 

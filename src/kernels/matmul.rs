@@ -11,6 +11,7 @@
 //! twelve multiply-adds would carry six of them.
 
 use crate::float::Float;
+use crate::kernels::transpose::MOST as MOST_LANES;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The widest vector of the CPU.
@@ -20,7 +21,7 @@ pub(crate) type Vector<S, F> = <F as SimdFloatElement>::Native<S>;
 pub(crate) type PanelRow<S, F> = [Vector<S, F>; 2];
 
 /// Rows of the result at a time.
-const ROWS: usize = 6;
+pub(super) const ROWS: usize = 6;
 
 /// So many rows of the factors of [`columns_times`] are summed from zero, then the sums of a tile, and these
 /// are added to what was there: one sum, to which small terms are added one by one, would lose some of each.
@@ -66,57 +67,77 @@ pub(crate) fn store<S: Simd, F: SimdFloatElement + 'static>([a, b]: PanelRow<S, 
     b.store_slice(&mut row[len..]);
 }
 
-/// A row-major matrix whose rows start `stride` apart, from some column on.
+/// Rows of `stride` entries, of which those from `column` on count. All are whole: then a loop over them
+/// checks the length of one.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a, F> {
     pub(crate) data: &'a [F],
     pub(crate) stride: usize,
+    pub(crate) column: usize,
 }
 
+/// No stride and no number of rows is larger. Where the compiler knows that a product of both does not overflow,
+/// `chunks_exact` need not divide it by one of them.
+const MOST: usize = u32::MAX as usize;
+
 impl<'a, F> Matrix<'a, F> {
+    #[inline(always)]
+    pub(crate) fn new(data: &'a [F], stride: usize) -> Self {
+        Self { data, stride, column: 0 }
+    }
+
     /// Without its first columns.
     #[inline(always)]
-    pub(crate) fn skip_columns(self, column: usize) -> Self {
-        Self { data: self.data.get(column..).unwrap_or_default(), ..self }
+    pub(crate) fn skip_columns(self, columns: usize) -> Self {
+        Self { column: self.column + columns, ..self }
+    }
+
+    #[inline(always)]
+    fn num_rows(self) -> usize {
+        self.data.len() / self.stride.max(1)
     }
 
     /// Without its first rows.
     #[inline(always)]
-    fn skip_rows(self, row: usize) -> Self {
-        Self { data: &self.data[row * self.stride..], ..self }
+    fn skip_rows(self, rows: usize) -> Self {
+        Self { data: &self.data[rows * self.stride..], ..self }
     }
 
+    /// The first rows, from the column on.
     #[inline(always)]
-    fn row(self, row: usize) -> &'a [F] {
-        &self.data[row * self.stride..]
-    }
-
-    /// The first rows but the last, each as long as the stride: all have one length, which a loop over
-    /// them need not check.
-    #[inline(always)]
-    fn whole_rows(self, len: usize) -> std::slice::ChunksExact<'a, F> {
-        self.data[..len * self.stride].chunks_exact(self.stride.max(1))
-    }
-
-    /// How many rows have so many entries.
-    #[inline(always)]
-    fn num_rows(self, columns: usize) -> usize {
-        (self.data.len() + self.stride).saturating_sub(columns) / self.stride.max(1)
+    fn rows(self, num_rows: usize) -> impl Iterator<Item = &'a [F]> + use<'a, F> {
+        let (stride, column) = (self.stride.clamp(1, MOST), self.column);
+        self.data[..num_rows.min(MOST) * stride].chunks_exact(stride).map(
+            #[inline(always)]
+            move |row| &row[column..],
+        )
     }
 }
 
-/// Rows of a left factor that start `stride` apart, of which the first `len` entries are read.
+/// A left factor, of which `len` columns count.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'l, F> {
-    pub(crate) data: &'l [F],
-    pub(crate) stride: usize,
+    pub(crate) rows: Matrix<'l, F>,
     pub(crate) len: usize,
 }
 
 impl<'l, F> Left<'l, F> {
+    /// All columns of rows that lie one after the other.
+    #[inline(always)]
+    pub(crate) fn new(data: &'l [F], stride: usize) -> Self {
+        Self { rows: Matrix::new(data, stride), len: stride }
+    }
+
+    /// The first columns.
+    #[inline(always)]
+    pub(crate) fn with_len(self, len: usize) -> Self {
+        Self { len, ..self }
+    }
+
     #[inline(always)]
     fn row(self, row: usize) -> &'l [F] {
-        &self.data[row * self.stride..][..self.len]
+        let Matrix { data, stride, column } = self.rows;
+        &data[row * stride + column..][..self.len]
     }
 }
 
@@ -131,54 +152,89 @@ pub enum Target<'t, F> {
     Rescale(&'t [F]),
 }
 
-/// Where a product goes: rows of `columns` entries that start `stride` apart.
+/// Where a product goes: rows of `stride` entries, of which as many as `columns` from `start` on.
 pub(crate) struct Out<'o, F> {
     pub(crate) data: &'o mut [F],
     pub(crate) stride: usize,
+    pub(crate) start: usize,
     pub(crate) columns: usize,
 }
 
 impl<'o, F: Float> Out<'o, F> {
+    /// All columns.
+    #[inline(always)]
+    pub(crate) fn new(data: &'o mut [F], stride: usize) -> Self {
+        Self { data, stride, start: 0, columns: stride }
+    }
+
     /// A panel of rows of `stride`, from some column on.
     #[inline(always)]
     pub(crate) fn panel(data: &'o mut [F], stride: usize, column: usize, panel: usize) -> Self {
-        Self { data: data.get_mut(column..).unwrap_or_default(), stride, columns: panel }
+        Self { data, stride, start: column, columns: panel }
     }
 
-    /// Takes in a row of a panel, or as much of it as there are columns.
+    /// Takes in the first `count` of some rows of a panel, or as much of them as there are columns.
     #[inline(always)]
-    fn put<S: Simd>(
+    fn put<S: Simd, const M: usize>(
         &mut self,
         simd: S,
         (row, column): (usize, usize),
-        sums: PanelRow<S, F>,
+        sums: [PanelRow<S, F>; M],
+        count: usize,
         target: Target<'_, F>,
     ) {
         let panel = panel_width::<S, F>();
-        let len = panel.min(self.columns - column);
-        let out = &mut self.data[row * self.stride + column..][..len];
-        if len == panel {
-            let sums = match target {
-                Target::Overwrite => sums,
-                Target::Add => {
-                    let [a, b] = load::<S, F>(simd, out);
-                    [a + sums[0], b + sums[1]]
-                }
-                Target::Rescale(factors) => {
-                    let [a, b] = load::<S, F>(simd, out);
-                    let factors = load::<S, F>(simd, &factors[column..]);
-                    [a.mul_add(factors[0], sums[0]), b.mul_add(factors[1], sums[1])]
-                }
-            };
-            return store::<S, F>(sums, out);
+        let columns = self.columns - column;
+        let mut rows = &mut self.data[row * self.stride + self.start + column..];
+        if count == M && columns >= panel {
+            for sums in sums {
+                let (row, later_rows) = rows.split_at_mut(self.stride.min(rows.len()));
+                let sums = match target {
+                    Target::Overwrite => sums,
+                    Target::Add => {
+                        let [a, b] = load::<S, F>(simd, row);
+                        [a + sums[0], b + sums[1]]
+                    }
+                    Target::Rescale(factors) => {
+                        let [a, b] = load::<S, F>(simd, row);
+                        let factors = load::<S, F>(simd, &factors[column..]);
+                        [a.mul_add(factors[0], sums[0]), b.mul_add(factors[1], sums[1])]
+                    }
+                };
+                store::<S, F>(sums, row);
+                rows = later_rows;
+            }
+            return;
         }
-        let lanes = sums.iter().flat_map(|sums| sums.as_slice());
-        for (lane, (out, &sum)) in out.iter_mut().zip(lanes).enumerate() {
-            *out = match target {
-                Target::Overwrite => sum,
-                Target::Add => *out + sum,
-                Target::Rescale(factors) => *out * factors[column + lane] + sum,
-            };
+        let mut entries = [[F::zero(); 2 * MOST_LANES]; M];
+        for (entries, sums) in entries.iter_mut().zip(sums) {
+            store::<S, F>(sums, entries);
+        }
+        let factors = match target {
+            Target::Rescale(factors) => Target::Rescale(&factors[column..]),
+            target => target,
+        };
+        put_part(&entries[..count], panel.min(columns), factors, rows, self.stride);
+    }
+}
+
+/// [`Out::put`] of some rows, or of rows that are shorter than a panel. Compiled once: it comes up at the ends.
+#[inline(never)]
+fn put_part<F: Float>(
+    rows: &[[F; 2 * MOST_LANES]],
+    len: usize,
+    target: Target<'_, F>,
+    out: &mut [F],
+    stride: usize,
+) {
+    for (row, out) in rows.iter().zip(out.chunks_mut(stride)) {
+        let entries = out[..len].iter_mut().zip(row);
+        match target {
+            Target::Overwrite => entries.for_each(|(out, &sum)| *out = sum),
+            Target::Add => entries.for_each(|(out, &sum)| *out += sum),
+            Target::Rescale(factors) => {
+                entries.zip(factors).for_each(|((out, &sum), &factor)| *out = *out * factor + sum);
+            }
         }
     }
 }
@@ -201,7 +257,7 @@ pub(crate) fn rows_times<F: Float>(
         right,
         columns,
         #[inline(always)]
-        |row, column, sums| out.put(simd, (row, column), sums, target),
+        |row, column, sums, count| out.put(simd, (row, column), sums, count, target),
     ));
 }
 
@@ -235,9 +291,11 @@ fn with_max<S: Simd, F: Float>(
         right,
         panel_width::<S, F>(),
         #[inline(always)]
-        |row, column, sums| {
-            max = [max[0].max(sums[0]), max[1].max(sums[1])];
-            out.put(simd, (row, column), sums, Target::Overwrite);
+        |row, column, sums, count| {
+            for [a, b] in sums {
+                max = [max[0].max(a), max[1].max(b)];
+            }
+            out.put(simd, (row, column), sums, count, Target::Overwrite);
         },
     );
     store::<S, F>(max, maxima);
@@ -261,12 +319,12 @@ pub(crate) fn squared_distances<F: Float>(
         right,
         columns,
         #[inline(always)]
-        |row, column, sums| out.put(simd, (row, column), sums, Target::Overwrite),
+        |row, column, sums, count| out.put(simd, (row, column), sums, count, Target::Overwrite),
     ));
 }
 
-/// The body of [`squared_distances`] or [`rows_times`]: hands each row of each panel to `visit`, with
-/// its row and first column.
+/// The body of [`squared_distances`] or [`rows_times`]: hands six rows of each panel at a time to `visit`, with
+/// the first row and column and the number of rows. Past it the last row is repeated.
 #[inline(always)]
 pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
@@ -274,60 +332,24 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
     left: Left<'_, F>,
     right: Matrix<'_, F>,
     columns: usize,
-    mut visit: impl FnMut(usize, usize, PanelRow<S, F>),
+    mut visit: impl FnMut(usize, usize, [PanelRow<S, F>; ROWS], usize),
 ) {
     for column in (0..columns).step_by(panel_width::<S, F>()) {
         let panel = right.skip_columns(column);
         for start in (0..num_rows).step_by(ROWS) {
-            // Past the end the last row is repeated, and its result not looked at.
             let mut rows = [left.row(start); ROWS];
             for (m, row) in rows.iter_mut().enumerate() {
                 *row = left.row((start + m).min(num_rows - 1));
             }
-            let sums = rows_with_panel::<S, F, SQUARE>(simd, rows, panel);
-            // One by one: a loop would keep the sums in memory.
-            let [a, b, c, d, e, f] = sums;
-            visit(start, column, a);
-            if start + 1 < num_rows {
-                visit(start + 1, column, b);
+            let [a, b, c, d, e, f] = rows;
+            let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
+            let mut sums = [splat(simd, F::from(0u8)); ROWS];
+            for ((((((a, b), c), d), e), f), row) in factors.zip(panel.rows(left.len)) {
+                add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
             }
-            if start + 2 < num_rows {
-                visit(start + 2, column, c);
-            }
-            if start + 3 < num_rows {
-                visit(start + 3, column, d);
-            }
-            if start + 4 < num_rows {
-                visit(start + 4, column, e);
-            }
-            if start + 5 < num_rows {
-                visit(start + 5, column, f);
-            }
+            visit(start, column, sums, ROWS.min(num_rows - start));
         }
     }
-}
-
-#[inline(always)]
-fn rows_with_panel<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
-    simd: S,
-    rows: [&[F]; ROWS],
-    panel: Matrix<'_, F>,
-) -> [PanelRow<S, F>; ROWS] {
-    let mut sums = [splat(simd, F::from(0u8)); ROWS];
-    let Some(last) = rows[0].len().checked_sub(1) else {
-        return sums;
-    };
-    let [a, b, c, d, e, f] = rows;
-    let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
-    for ((((((a, b), c), d), e), f), row) in factors.zip(panel.whole_rows(last)) {
-        add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
-    }
-    let mut factors = [F::from(0u8); ROWS];
-    for (factor, row) in factors.iter_mut().zip(rows) {
-        *factor = row[last];
-    }
-    add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, factors, panel.row(last));
-    sums
 }
 
 /// Leftᵀ · right, where row m of the product belongs to column m of the left factor: as many columns
@@ -351,13 +373,12 @@ fn columns_with<S: Simd, F: Float>(
     target: Target<'_, F>,
     mut out: Out<'_, F>,
 ) {
-    let left_rows = Matrix { data: left.data, stride: left.stride };
+    let num_rows = left.rows.num_rows().min(right.num_rows());
     for column in (0..out.columns).step_by(panel_width::<S, F>()) {
         let panel = right.skip_columns(column);
-        let num_rows = left_rows.num_rows(left.len).min(panel.num_rows(panel_width::<S, F>()));
         let mut row = 0;
         while row < left.len {
-            let left_rows = left_rows.skip_columns(row);
+            let left_rows = left.rows.skip_columns(row);
             let place = (row, column);
             row += match left.len - row {
                 6.. => {
@@ -385,21 +406,20 @@ fn put_sums<S: Simd, F: Float, const M: usize>(
 ) -> usize {
     let zeros = [splat(simd, F::zero()); M];
     let mut totals = zeros;
-    for start in (0..num_rows).step_by(ROWS_OF_SUM) {
-        let (left, panel) = (left.skip_rows(start), panel.skip_rows(start));
-        let last = ROWS_OF_SUM.min(num_rows - start) - 1;
+    let mut rest = num_rows;
+    let (mut left, mut panel) = (left, panel);
+    while rest > 0 {
+        let count = rest.min(ROWS_OF_SUM);
         let mut sums = zeros;
-        for (factors, row) in left.whole_rows(last).zip(panel.whole_rows(last)) {
+        for (factors, row) in left.rows(count).zip(panel.rows(count)) {
             add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
         }
-        add_row::<S, F, false, M>(simd, &mut sums, first(left.row(last)), panel.row(last));
         for m in 0..M {
             totals[m] = [totals[m][0] + sums[m][0], totals[m][1] + sums[m][1]];
         }
+        (left, panel, rest) = (left.skip_rows(count), panel.skip_rows(count), rest - count);
     }
-    for (m, &sums) in totals.iter().enumerate() {
-        out.put(simd, (row + m, column), sums, target);
-    }
+    out.put(simd, (row, column), totals, M, target);
     M
 }
 
@@ -443,7 +463,7 @@ mod tests {
     }
 
     fn whole(data: &mut [f32], columns: usize) -> Out<'_, f32> {
-        Out { data, stride: columns, columns }
+        Out::new(data, columns)
     }
 
     /// (left · right, rightward of transposed left) by both kernels, and by plain loops.
@@ -451,9 +471,8 @@ mod tests {
         let columns = panels * panel_len::<f32>(level);
         let stride = columns + 3;
         let left = entries(rows * inner, 1);
-        let mut right = entries(inner * stride, 2);
-        right.truncate(right.len().saturating_sub(3));
-        let right = Matrix { data: &right, stride };
+        let right = entries(inner * stride, 2);
+        let right = Matrix::new(&right, stride);
         let mut expected = vec![0.0; rows * columns];
         let mut distances = expected.clone();
         for (m, t, n) in (0..rows * inner * columns)
@@ -465,7 +484,7 @@ mod tests {
         }
 
         let mut product = vec![f32::NAN; rows * columns];
-        let rows_of_left = Left { data: &left[..], stride: inner, len: inner };
+        let rows_of_left = Left::new(&left, inner);
         rows_times(
             level,
             rows,
@@ -516,7 +535,7 @@ mod tests {
         for (m, t) in (0..rows * inner).map(|at| (at / inner, at % inner)) {
             transposed[t * (rows + 1) + m] = left[m * inner + t];
         }
-        let transposed = Left { data: &transposed[..], stride: rows + 1, len: rows };
+        let transposed = Left::new(&transposed, rows + 1).with_len(rows);
         let mut product = vec![f32::NAN; rows * columns];
         columns_times(level, transposed, right, Target::Overwrite, whole(&mut product, columns));
         assert_eq!(product, expected, "columns {rows} x {inner} x {columns}");
@@ -524,8 +543,7 @@ mod tests {
         // Columns that do not fill the last panel.
         for columns in (columns.saturating_sub(3)..columns).filter(|&columns| columns > 0) {
             let mut product = vec![1.0; rows * columns];
-            let out = Out { data: &mut product[..], stride: columns, columns };
-            columns_times(level, transposed, right, Target::Add, out);
+            columns_times(level, transposed, right, Target::Add, whole(&mut product, columns));
             for (at, &sum) in product.iter().enumerate() {
                 let (m, n) = (at / columns, at % columns);
                 assert_eq!(sum, 1.0 + expected[m * panels * panel_len::<f32>(level) + n]);
@@ -551,10 +569,8 @@ mod tests {
         for level in levels() {
             let columns = panel_len::<f32>(level);
             let mut product = vec![f32::NAN; 2 * columns];
-            let left = Left { data: &[][..], stride: 0, len: 0 };
-            let right = Matrix { data: &[][..], stride: 1 };
-            let out = Out { data: &mut product[..], stride: columns, columns };
-            rows_times(level, 2, left, right, Target::Overwrite, out);
+            let (left, right) = (Left::new(&[], 0), Matrix::new(&[], columns));
+            rows_times(level, 2, left, right, Target::Overwrite, whole(&mut product, columns));
             assert!(product.iter().all(|&sum| sum == 0.0));
         }
     }

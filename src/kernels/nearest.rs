@@ -378,8 +378,8 @@ impl<'s, F: Float> Block<'s, F> {
         let Self { lanes, packed, width, bounds } = self;
         let factors = &keys.factors[tile.clone()];
         let (rows, dim) = (keys.rows.rows(tile.clone()), keys.dim());
-        let left = Left { data: rows, stride: dim, len: dim };
-        let right = Matrix { data: &packed[..], stride: *width };
+        let left = Left::new(rows, dim);
+        let right = Matrix::new(packed, *width);
         rows_with::<S, F, SQUARE>(
             simd,
             tile.len(),
@@ -387,11 +387,13 @@ impl<'s, F: Float> Block<'s, F> {
             right,
             *width,
             #[inline(always)]
-            |key, column, sums| {
+            |first, column, sums, count| {
                 let (lanes, bounds) = (&mut lanes[column..], &mut bounds[column..]);
-                let bits = may_improve::<S, F>(simd, sums, factors[key], bounds);
-                if bits != 0 {
-                    offer(simd, keys, tile.start + key, bits, lanes, bounds);
+                for (key, sums) in (first..).zip(sums).take(count) {
+                    let bits = may_improve::<S, F>(simd, sums, factors[key], bounds);
+                    if bits != 0 {
+                        offer(simd, keys, tile.start + key, bits, lanes, bounds);
+                    }
                 }
             },
         );

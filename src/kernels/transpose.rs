@@ -4,7 +4,7 @@ use super::matmul::Vector;
 use fearless_simd::{Simd, SimdBase, SimdFloatElement};
 
 /// The most numbers in a vector of any instruction set.
-const MOST: usize = 16;
+pub(super) const MOST: usize = 16;
 
 /// Hands the transpose of a `num_rows` × `num_columns` matrix to `visit`: column, first row, and a
 /// vector of the column's entries from that row on. `load` gives a vector of a row's entries from some

@@ -264,7 +264,7 @@ fn backward_block<F: Float>(
                 (keys, &scratch.queries, &mut *weights),
                 (values, &scratch.grad_out, &mut *grad_scores),
             ] {
-                let right = Matrix { data: &packed[..], stride: width }.skip_columns(column);
+                let right = Matrix::new(packed, width).skip_columns(column);
                 let out = Out::panel(out, width, column, panel);
                 rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
@@ -285,7 +285,7 @@ fn backward_block<F: Float>(
                 block.add_bias_gradients(lanes, &seen, grad_scores, first_query, grad);
             }
             // dQ += dS K
-            let right = Matrix { data: &*grad_scores, stride: width }.skip_columns(column);
+            let right = Matrix::new(grad_scores, width).skip_columns(column);
             let out = Out::panel(&mut scratch.grad_query, width, column, panel);
             columns_times(level, finite_keys.left(seen.start), right, Target::Add, out);
         }
@@ -295,11 +295,9 @@ fn backward_block<F: Float>(
             (&*weights, &scratch.grad_out_rows, padded_value, &mut sums.value),
             (&*grad_scores, &scratch.query_rows, padded_key, &mut sums.key),
         ] {
-            let left = Left { data: factors, stride: width, len: width };
-            let right = Matrix { data: &rows[..], stride: padded };
-            let data = &mut sums[(first_row + tile.start - first_key) * padded..];
-            let out = Out { data, stride: padded, columns: padded };
-            rows_times(level, tile.len(), left, right, Target::Add, out);
+            let (left, right) = (Left::new(factors, width), Matrix::new(rows, padded));
+            let sums = &mut sums[(first_row + tile.start - first_key) * padded..];
+            rows_times(level, tile.len(), left, right, Target::Add, Out::new(sums, padded));
         }
 
         // What is not finite, pair by pair.

@@ -241,7 +241,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             block.drop_out(lanes.clone(), &tile, scores, rows);
 
             // O ← α O + P̃ V
-            let weights = Matrix { data: &*scores, stride: width }.skip_columns(column);
+            let weights = Matrix::new(scores, width).skip_columns(column);
             let left = values_of_head.left(tile.start);
             let out = Out::panel(&mut *sums, width, column, panel);
             columns_times(level, left, weights, Target::Rescale(alphas), out);

@@ -41,26 +41,27 @@ pub(super) const BLOCKS_OF_PART: usize = 4;
 /// One head of keys or values: row j starts at `j · stride`.
 #[derive(Clone, Copy)]
 pub(super) struct HeadRows<'r, F> {
-    data: &'r [F],
-    stride: usize,
+    rows: Slices<'r, F>,
+    column: usize,
     dim: usize,
 }
 
 impl<'r, F: Float> HeadRows<'r, F> {
     pub(super) fn new(rows: Slices<'r, F>, head: usize, dim: usize) -> Self {
-        let data = rows.data.get(head * dim..).unwrap_or_default();
-        Self { data, stride: rows.columns, dim }
+        Self { rows, column: head * dim, dim }
     }
 
     #[inline(always)]
     pub(super) fn row(self, row: usize) -> &'r [F] {
-        &self.data[row * self.stride..][..self.dim]
+        &self.rows.row(row)[self.column..][..self.dim]
     }
 
     /// The rows from this one on, as a factor of a product.
     #[inline(always)]
     pub(super) fn left(self, from: usize) -> Left<'r, F> {
-        Left { data: &self.data[from * self.stride..], stride: self.stride, len: self.dim }
+        let Slices { data, columns } = self.rows;
+        let rows = Matrix { data: &data[from * columns..], stride: columns, column: self.column };
+        Left { rows, len: self.dim }
     }
 }
 
@@ -554,7 +555,7 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         scores: &mut [F],
     ) {
         let width = block.width;
-        let queries = Matrix { data: &self.queries[..], stride: width }.skip_columns(column);
+        let queries = Matrix::new(&self.queries, width).skip_columns(column);
         let keys = block.keys().left(tile.start);
         let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
         rows_times_with_max(block.level, tile.len(), keys, queries, maxima, out);

@@ -89,7 +89,7 @@ impl<F: Float> InputsVjp<F> {
         mut set: impl FnMut(usize, usize, F),
     ) {
         let (dim, stride) = (self.dim, self.padded_dim);
-        let left = Left { data: &chunk.grad_products, stride: chunk.padded, len: self.columns };
+        let left = Left::new(&chunk.grad_products, chunk.padded).with_len(self.columns);
         if self.is_linear {
             for at in 0..chunk.len {
                 self.rows[at * stride..][..dim].copy_from_slice(&chunk.inputs[at * dim..][..dim]);
@@ -304,7 +304,7 @@ impl<F: Float> KeyStep<F> {
         let right = (&grad_sums.sums[..], stride);
         product(level, keys.len(), chunk.left(), right, Target::Overwrite, &mut self.grad_values);
         self.grad_features.resize(keys.len() * chunk.stride, F::zero());
-        let left = Left { data: &self.values, stride, len: problem.value_dim };
+        let left = Left::new(&self.values, stride).with_len(problem.value_dim);
         let right = (&self.transposed[..], chunk.stride);
         product(level, keys.len(), left, right, Target::Overwrite, &mut self.grad_features);
         let grads = (&mut self.grad_features[..], chunk.stride);

@@ -207,7 +207,7 @@ fn forward_head<F: Float>(
             );
             factors.multiply(level, &mut pairs);
             scale_rows(level, &factors.of_sums, (&mut numerators, stride));
-            let left = Left { data: &pairs, stride: padded, len: keys.len() };
+            let left = Left::new(&pairs, padded).with_len(keys.len());
             product(level, rows, left, (&values, stride), Target::Add, &mut numerators);
             for (at, index) in step.queries.clone().enumerate() {
                 let own = pairs[at * padded..][..padded].iter().copied().sum::<F>();
@@ -360,7 +360,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
                     (&transposed_values, padded),
                     &mut grad_pairs,
                 );
-                let left = Left { len: keys.len(), ..left };
+                let left = left.with_len(keys.len());
                 let right = (key.rows(), key.stride);
                 product(level, rows, left, right, Target::Overwrite, &mut grad_features);
                 query.features_vjp(&grad_features);
@@ -405,7 +405,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
             row.iter_mut().for_each(|grad| *grad += g);
         }
         factors.multiply(level, grads);
-        Left { data: grads, stride: padded, len: padded }
+        Left::new(grads, padded)
     }
 }
 
@@ -475,13 +475,13 @@ impl<F: Float> OwnPairs<F> {
             product(level, rows, query.left(), right, Target::Overwrite, &mut self.pairs);
             factors.multiply(level, &mut self.pairs);
             // nᵢ = … + Σ pᵢⱼ vⱼ, dᵢ = … + Σ pᵢⱼ, pᵢⱼ = 2^{Aᵢ + Bⱼ − Zᵢ} φᵢ·φⱼ
-            let left = Left { data: &self.pairs, stride: padded, len: key.len };
+            let left = Left::new(&self.pairs, padded).with_len(key.len);
             let right = (&quotients.numerators[..], stride);
             let grad_values = &mut step_of_keys.grad_values;
             transposed_product(level, rows, left, right, Target::Add, grad_values);
             let right = (&self.transposed_values[..], padded);
             let left = head.grad_pairs(level, quotients, factors, right, &mut self.grad_pairs);
-            let left = Left { len: key.len, ..left };
+            let left = left.with_len(key.len);
             let right = (query.rows(), query.stride);
             transposed_product(level, rows, left, right, Target::Add, &mut self.grad_features);
             if step.has_sums() {

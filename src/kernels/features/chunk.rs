@@ -83,7 +83,7 @@ impl<F: Float> Chunk<F> {
 
     /// The features as the left factor of a product.
     pub(super) fn left(&self) -> Left<'_, F> {
-        Left { data: &self.features, stride: self.stride, len: self.num_features }
+        Left::new(&self.features, self.stride).with_len(self.num_features)
     }
 
     /// The features, row after row.
@@ -130,7 +130,7 @@ impl<F: Float> Chunk<F> {
             }
             return;
         }
-        let left = Left { data: &self.inputs, stride: self.dim, len: self.dim };
+        let left = Left::new(&self.inputs, self.dim);
         product(
             self.level,
             len,

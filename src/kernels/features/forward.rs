@@ -154,7 +154,7 @@ impl<F: Float> QuotientGradients<F> {
     }
 
     pub(super) fn left(&self, value_dim: usize) -> Left<'_, F> {
-        Left { data: &self.numerators, stride: self.stride, len: value_dim }
+        Left::new(&self.numerators, self.stride).with_len(value_dim)
     }
 
     pub(super) fn load(

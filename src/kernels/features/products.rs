@@ -13,8 +13,7 @@ pub(super) fn product<F: Float>(
     target: Target<'_, F>,
     out: &mut [F],
 ) {
-    let out = Out { data: out, stride, columns: stride };
-    rows_times(level, rows, left, Matrix { data: right, stride }, target, out);
+    rows_times(level, rows, left, Matrix::new(right, stride), target, Out::new(out, stride));
 }
 
 /// leftᵀ · right for some rows of both; `out` has `left.len` rows of `stride`.
@@ -26,9 +25,8 @@ pub(super) fn transposed_product<F: Float>(
     target: Target<'_, F>,
     out: &mut [F],
 ) {
-    let left = Left { data: &left.data[..rows * left.stride], ..left };
-    let right = Matrix { data: &right[..rows * stride], stride };
-    columns_times(level, left, right, target, Out { data: out, stride, columns: stride });
+    let right = Matrix::new(&right[..rows * stride], stride);
+    columns_times(level, left, right, target, Out::new(out, stride));
 }
 
 /// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there

@@ -303,7 +303,7 @@ fn backward_tile<F: Float>(
             &mut scratch.multipliers,
         ]
         .map(|numbers| &mut numbers[..len * width]);
-        let right = |packed| Matrix { data: packed, stride: width }.skip_columns(column);
+        let right = |packed| Matrix::new(packed, width).skip_columns(column);
         let key = keys.left(tile.start);
         let value = values.left(tile.start);
         let out = Out::panel(squared, width, column, panel);
@@ -337,16 +337,13 @@ fn backward_tile<F: Float>(
         (squared, &scratch.sum_rows, padded, &mut sums.value),
         (products, &scratch.query_rows, padded_key, &mut sums.key),
     ] {
-        let left = Left { data: factors, stride: width, len: width };
-        let right = Matrix { data: &rows[..], stride: padded };
-        let data = &mut sums[first_row * padded..];
-        let out = Out { data, stride: padded, columns: padded };
-        rows_times(level, len, left, right, Target::Add, out);
+        let (left, right) = (Left::new(factors, width), Matrix::new(rows, padded));
+        let sums = &mut sums[first_row * padded..];
+        rows_times(level, len, left, right, Target::Add, Out::new(sums, padded));
     }
-    let right = Matrix { data: products, stride: width };
+    let right = Matrix::new(products, width);
     let left = HeadRows::new(points.key.slices(), kv_head, key_dim).left(tile.start);
-    let out = Out { data: &mut scratch.grad_query[..], stride: width, columns: width };
-    columns_times(level, left, right, Target::Add, out);
+    columns_times(level, left, right, Target::Add, Out::new(&mut scratch.grad_query, width));
 }
 
 /// The gradients of the pairs of a panel: leaves the weights, what the directions are multiplied by, and the

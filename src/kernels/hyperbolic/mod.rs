@@ -240,7 +240,7 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
         scores: &mut [F],
     ) {
         let width = block.width;
-        let right = Matrix { data: &self.directions[..], stride: width }.skip_columns(column);
+        let right = Matrix::new(&self.directions, width).skip_columns(column);
         let keys = block.keys().left(tile.start);
         let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
         squared_distances(block.level, tile.len(), keys, right, out);

@@ -177,7 +177,7 @@ impl<F: Float> Task<'_, F> {
             }
             dispatch!(level, simd => weigh_panel(simd, width, column, lanes, scores));
             block.drop_out(of_panel, tile, scores, rows);
-            let right = Matrix { data: packed, stride: width }.skip_columns(column);
+            let right = Matrix::new(packed, width).skip_columns(column);
             let out = Out::panel(spreads, width, column, panel);
             squared_distances(level, tile.len(), values.left(tile.start), right, out);
             dispatch!(level, simd => {
