@@ -16,7 +16,7 @@ fn dense<F: Float>(c: &mut Criterion, sizes: &[(usize, usize)]) {
             let [q, k, v] = [1, 2, 3].map(|seed| matrix::<F>(n, d, seed));
             let full = Inputs::dense(q.view(), k.view(), v.view()).expect("shapes fit");
             for (pattern, inputs, pairs) in
-                [("full", full, n * n), ("causal", full.causal(), n * (n + 1) / 2)]
+                [("full", full, n * n), ("causal", full.with_causal(), n * (n + 1) / 2)]
             {
                 let id = || BenchmarkId::new("flash", format!("{n}x{d}"));
                 let name = format!("{pattern} {float}, {threads}");

@@ -7,7 +7,7 @@
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use graph_attention::{EdgeGat, EdgeGatConfig, Inputs, Score};
+use graph_attention::{EdgeGat, EdgeGatConfig, Inputs, edge_gat::Score};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use workload::{machine, matrix, power_law_graph};
 

@@ -4,7 +4,7 @@
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, Layout};
+use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 use workload::{Places, machine, matrix, random_graph};
 
 /// The layout makes no difference to the time.

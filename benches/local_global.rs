@@ -7,7 +7,7 @@ mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Flash, Gradients, Inputs, LocalGlobal, Window};
+use graph_attention::{Attention, Flash, Gradients, Inputs, LocalGlobal, local_global::Window};
 use peak_alloc::PeakAlloc;
 use workload::{machine, matrix};
 
@@ -25,8 +25,10 @@ fn pairs_in_window(n: usize, dilation: usize) -> usize {
 
 /// Name, mechanism, and the number of pairs.
 fn mechanisms(n: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>, usize)> {
-    let by_order = |window| -> Box<dyn Attention<f32>> {
-        Box::new(LocalGlobal::by_order(window, Flash::new()).expect("the dilation is positive"))
+    let sliding_window = |window| -> Box<dyn Attention<f32>> {
+        Box::new(
+            LocalGlobal::sliding_window(window, Flash::new()).expect("the dilation is positive"),
+        )
     };
     let globals: Vec<usize> = (0..GLOBALS).map(|global| (2 * global + 1) * n / 9).collect();
     // In both directions, less what is in the windows already.
@@ -36,9 +38,9 @@ fn mechanisms(n: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>, usize)> {
             .map(|&node| 2 * (n - (n.min(node + RADIUS + 1) - node.saturating_sub(RADIUS))))
             .sum::<usize>();
     let mut mechanisms = vec![
-        ("window", by_order(Window::new(RADIUS)), pairs_in_window(n, 1)),
-        ("window and globals", by_order(Window::new(RADIUS).globals(&globals)), with_globals),
-        ("dilated by 4", by_order(Window::new(RADIUS).dilation(4)), pairs_in_window(n, 4)),
+        ("window", sliding_window(Window::new(RADIUS)), pairs_in_window(n, 1)),
+        ("window and globals", sliding_window(Window::new(RADIUS).globals(&globals)), with_globals),
+        ("dilated by 4", sliding_window(Window::new(RADIUS).dilation(4)), pairs_in_window(n, 4)),
     ];
     if n <= 1 << 14 {
         mechanisms.push(("flash", Box::new(Flash::new()), n * n));

@@ -7,7 +7,7 @@ mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Coordinates, Flash, Graph, Inputs, PoincareConfig};
+use graph_attention::{Attention, Flash, Graph, Inputs, PoincareConfig, poincare::Coordinates};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use workload::{machine, random_graph};
 

@@ -44,7 +44,7 @@ fn scaling(c: &mut Criterion) {
             let inputs = Inputs::dense(query.view(), key.view(), value.view());
             let mut inputs = inputs.expect("shapes fit");
             if name.contains("causal") {
-                inputs = inputs.causal();
+                inputs = inputs.with_causal();
             }
             let [of_forward, of_training] = operations(n);
             for (threads, pool) in machine::pools() {

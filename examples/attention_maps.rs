@@ -11,9 +11,9 @@
 
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, Layout,
-    LocalGlobal, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score,
-    Window, params,
+    Attention, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, LocalGlobal, MultiHeadConfig,
+    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, edge_gat::Score, graph_rope::Layout,
+    local_global::Window, params, poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::f64::consts::PI;
@@ -59,10 +59,10 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
 
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1);
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent);
-    let window = LocalGlobal::by_order(Window::new(4).globals(&LEADERS), Flash::new())?;
+    let window = LocalGlobal::sliding_window(Window::new(4).globals(&LEADERS), Flash::new())?;
     let rope = GraphRopeConfig::new(4, Layout::Half).base(1.0);
     let nodes = rope.clone().axes(2).init(Flash::new())?;
-    let votes = MultiHeadConfig::new(N, 1).value_input_dim(1).init(Flash::new(), rng)?;
+    let votes = MultiHeadConfig::new(N, 1).value_dim(1).init(Flash::new(), rng)?;
     let gat = EdgeGatConfig::new(Score::Gat, N, 8, 1).edge_dim(1).init(rng)?;
     let performer = PerformerConfig::new(N, 1024).init(rng)?;
     let maps: [(Box<dyn Attention<f64>>, _, _); 8] = [
@@ -84,8 +84,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         if ["multi_head", "edge_gat"].contains(&name) {
             learn(&mut attention, &inputs, &sides)?;
         }
-        let weights = attention.weights(&inputs)?;
-        let even = ScaledDotProduct::new().with_scale(0.0)?.weights(&inputs)?;
+        let weights = attention.attention_weights(&inputs)?;
+        let even = ScaledDotProduct::new().with_scale(0.0)?.attention_weights(&inputs)?;
         let [even, share] = [&even, &weights].map(|weights| {
             let mut sums = [0.0; 2];
             for pair in (0..N).flat_map(|u| inputs.row(u)).filter(|pair| pair.query != pair.key) {

@@ -9,6 +9,7 @@
 //! of hops from node 0. Beyond 100 lines, since it has all mechanisms and a data set. Dev-dependencies:
 //! `peak_alloc`, `rand`, `rand_distr`.
 
+use graph_attention::{dual_space::*, edge_gat::*, graph_rope::*, local_global::*, poincare::*};
 use graph_attention::{ndarray::Array2, neighbors::Metric, *};
 use peak_alloc::PeakAlloc;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -33,7 +34,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(MultiHeadConfig::new(DIM, 4).init(Flash::new(), rng)?),
         Box::new(MoeConfig::new(DIM, 1).init(experts, rng)?),
         // Without the edges between nodes whose numbers are far apart.
-        Box::new(LocalGlobal::by_order(Window::new(12), Flash::new())?),
+        Box::new(LocalGlobal::sliding_window(Window::new(12), Flash::new())?),
         Box::new(dual.with_search(LatentSearch::new(5, Metric::Cosine))),
         Box::new(EdgeGatConfig::new(Score::GatV2, DIM, DIM / 4, 4).init(rng)?),
         Box::new(poincare.init()?),
@@ -77,7 +78,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             attention.backward(&inputs, &saved, out.view())
         })?;
         let kib = (PEAK.peak_usage() - before) as f64 / 1024.0;
-        let entropy = attention.weights(&inputs).map_or("-".to_owned(), |w| entropy(&graph, &w));
+        let entropy =
+            attention.attention_weights(&inputs).map_or("-".to_owned(), |w| entropy(&graph, &w));
         let (name, distance) = (attention.name(), norm(&(out - &exact)) / norm(&exact));
         print!("{name:<20} {forward:>9.1?}  {training:>10.1?}  {kib:>7.1} KiB");
         println!("  {entropy:>16}  {distance:.1e}");

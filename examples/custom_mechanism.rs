@@ -10,7 +10,7 @@
 use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{Attention, Channel, GradientsMut, Inputs, MultiHeadConfig};
-use graph_attention::{Params, Result, Saved};
+use graph_attention::{Params, Result, Saved, check_output};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 /// oᵢ = Σⱼ vⱼ / |N(i)|
@@ -20,8 +20,8 @@ struct Mean;
 const NAME: &str = "mean";
 
 impl Params<f64> for Mean {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {}
 }
 
 impl Attention<f64> for Mean {
@@ -39,8 +39,8 @@ impl Attention<f64> for Mean {
         mut out: ArrayViewMut2<'_, f64>,
     ) -> Result<()> {
         // What would change the answer and is not done here is refused, not ignored.
-        inputs.refuse(NAME, &[Channel::Bias, Channel::Dropout, Channel::Heads])?;
-        self.check_output("out", inputs, out.shape())?;
+        inputs.check_absent(NAME, &[Channel::Bias, Channel::Dropout, Channel::Heads])?;
+        check_output(self, "out", inputs, out.shape())?;
         out.fill(0.0);
         for query in 0..inputs.num_queries() {
             let share = 1.0 / inputs.row(query).count() as f64;
@@ -68,7 +68,7 @@ impl Attention<f64> for Mean {
         mut grads: GradientsMut<'_, f64>,
     ) -> Result<()> {
         saved.state::<()>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         for query in 0..inputs.num_queries() {
             let share = 1.0 / inputs.row(query).count() as f64;

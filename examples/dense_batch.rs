@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let value = normal(tokens, kv_heads * head_dim);
 
     let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
-    let inputs = inputs.with_kv_heads(heads, kv_heads)?.causal();
+    let inputs = inputs.with_grouped_heads(heads, kv_heads)?.with_causal();
     let attention = Flash::new();
     let (out, saved) = attention.forward_train(&inputs)?;
     println!("{tokens} tokens, output {:?}", out.dim());
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     let first = |array: &Array2<f32>| array.slice(s![..half, ..]).to_owned();
     let (query, key, value) = (first(&query), first(&key), first(&value));
     let half_inputs = Inputs::dense(query.view(), key.view(), value.view())?;
-    let half_inputs = half_inputs.with_kv_heads(heads, kv_heads)?.causal();
+    let half_inputs = half_inputs.with_grouped_heads(heads, kv_heads)?.with_causal();
     let half_out = attention.forward(&half_inputs)?;
     let difference = (&half_out - &out.slice(s![..half, ..])).mapv(f32::abs).sum();
     println!("difference of the first {half} outputs without the rest: {difference:e}");

@@ -9,7 +9,9 @@
 
 use graph_attention::ndarray::{Array2, Axis};
 use graph_attention::neighbors::Metric;
-use graph_attention::{Attention, DualSpaceConfig, Flash, Fusion, Graph, Inputs, LatentSearch};
+use graph_attention::{
+    Attention, DualSpaceConfig, Flash, Graph, Inputs, dual_space::Fusion, dual_space::LatentSearch,
+};
 use graph_attention::{MultiHeadConfig, Result, params};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -26,7 +28,7 @@ fn main() -> Result<()> {
 
     // The sides that friends took ask those alike, whose keys are wider: hence the projection.
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    let cross = MultiHeadConfig::new(1, 1).key_input_dim(n).init(Flash::new(), &mut rng)?;
+    let cross = MultiHeadConfig::new(1, 1).key_dim(n).init(Flash::new(), &mut rng)?;
     let search = LatentSearch::new(4, Metric::Cosine).threshold(0.5).exclude_graph(true);
     let mut dual = DualSpaceConfig::new(Fusion::Gated, 1)
         .init(Flash::new(), Flash::new(), cross, &mut rng)?

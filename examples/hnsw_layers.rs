@@ -50,7 +50,7 @@ fn main() -> Result<()> {
 
     // Scores by nearness would hide what is far, so all links count the same: the scale is 0.
     let flash = Flash::new().with_scale(0.0)?;
-    let both = LocalGlobal::by_layer_union(flash.clone(), flash.clone());
+    let both = LocalGlobal::joint(flash.clone(), flash.clone());
     let near = links.iter().filter(|&&(_, _, pair)| layers[pair] == 0);
     let local = Graph::from_edges(VECTORS, VECTORS, near.map(|&(query, key, _)| (query, key)))?;
     let start = Array2::from_shape_fn((VECTORS, CLUSTERS), |(vector, column)| {
@@ -64,7 +64,7 @@ fn main() -> Result<()> {
         let inputs = Inputs::graph(x.view(), x.view(), of_local.view(), &local)?;
         of_local = (&of_local + &flash.forward(&inputs)?) / 2.0;
         let inputs = Inputs::graph(x.view(), x.view(), of_both.view(), &graph)?;
-        of_both = (&of_both + &both.forward(&inputs.with_layers(&layers)?)?) / 2.0;
+        of_both = (&of_both + &both.forward(&inputs.with_edge_layers(&layers)?)?) / 2.0;
         heard = [&of_local, &of_both].map(|shares| {
             shares.iter().filter(|&&share| share > 0.0).count() as f32 / VECTORS as f32
         });

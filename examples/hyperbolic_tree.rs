@@ -59,7 +59,7 @@ fn quality(tree: &Graph, points: &[[f64; 2]], curvature: f64) -> Result<(f64, f6
     let hops = tree.hops_from(&(0..NODES).map(|node| [node]).collect::<Vec<_>>(), f64::INFINITY)?;
     let x = Array2::from(points.to_vec());
     let attention = PoincareConfig::new().curvature(curvature).init()?;
-    let weights = attention.weights(&Inputs::dense(x.view(), x.view(), x.view())?)?;
+    let weights = attention.attention_weights(&Inputs::dense(x.view(), x.view(), x.view())?)?;
     let (mut least, mut most, mut precision) = (f64::INFINITY, 0f64, 0.0);
     for node in 0..NODES {
         let mut others: Vec<_> = (0..NODES).filter(|&other| other != node).collect();

@@ -12,7 +12,7 @@
 
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, project};
 use graph_attention::ndarray::{Array1, Array2, Axis};
-use graph_attention::{Aggregation, Attention, Graph, Inputs, PoincareConfig};
+use graph_attention::{Attention, Graph, Inputs, PoincareConfig, poincare::Aggregation};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use std::{collections::BTreeMap, env, error::Error, iter};
 
@@ -86,7 +86,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn precision(points: &Array2<f64>, is_ancestor: &Array2<bool>) -> graph_attention::Result<f64> {
     let (n, x) = (points.nrows(), points.view());
-    let weights = PoincareConfig::new().init()?.weights(&Inputs::dense(x, x, x)?)?;
+    let weights = PoincareConfig::new().init()?.attention_weights(&Inputs::dense(x, x, x)?)?;
     let mut precisions = Vec::new();
     for node in 0..n {
         let mut others: Vec<_> = (0..n).filter(|&other| other != node).collect();

@@ -9,7 +9,9 @@
 //! also holds a graph's nodes, edge features and outputs, to compare with. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, ArrayD, Ix2};
-use graph_attention::{Attention, EdgeGat, EdgeGatConfig, Graph, Inputs, Score, safetensors};
+use graph_attention::{
+    Attention, EdgeGat, EdgeGatConfig, Graph, Inputs, edge_gat::Score, safetensors,
+};
 use std::error::Error;
 use std::path::Path;
 

@@ -56,7 +56,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let (out, cost) = run(&performer)?;
         let error = rms(&(out - &exact));
         // That of a whole row, from the scatter of the features: of each column its root mean square.
-        let predicted = rms(&performer.accuracy(&some)?.standard_error) / (COLUMNS as f64).sqrt();
+        let predicted =
+            rms(&performer.estimate_error(&some)?.standard_error) / (COLUMNS as f64).sqrt();
         let bar = "#".repeat((10.0 * (error / 0.001).log2().max(0.0)) as usize);
         println!("{num_features:8}   {cost}  {error:.4}     {predicted:.4}  {bar}");
         assert!((0.5..2.0).contains(&(predicted / error)), "the prediction holds");

@@ -12,8 +12,9 @@
 
 use graph_attention::ndarray::Array2;
 use graph_attention::{
-    Attention, Coordinates, EdgeGatConfig, Flash, Inputs, LocalGlobal, MoeConfig, PerformerConfig,
-    PoincareConfig, Result, Routing, ScaledDotProduct, Score, Window, params,
+    Attention, EdgeGatConfig, Flash, Inputs, LocalGlobal, MoeConfig, PerformerConfig,
+    PoincareConfig, Result, ScaledDotProduct, edge_gat::Score, local_global::Window, moe::Routing,
+    params, poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -32,7 +33,7 @@ fn main() -> Result<()> {
     let x = nodes.view();
     let inputs = Inputs::dense(x, x, x)?.with_edge_features(strengths.view())?;
 
-    let beside = || LocalGlobal::by_order(Window::new(2), Flash::new());
+    let beside = || LocalGlobal::sliding_window(Window::new(2), Flash::new());
     let poincare = || PoincareConfig::new().coordinates(Coordinates::Tangent).init();
     // Queries of zeros, for which only the strengths of the links make a difference.
     let (indifferent, bias) = (Array2::zeros(x.raw_dim()), 3.0 * &strengths);

@@ -24,7 +24,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let points = sarkar(&tree, 1.0)?;
     let (query, keys) = (Array2::from(vec![points[QUERY]]), Array2::from(points.clone()));
     let attention = PoincareConfig::new().temperature(0.25).init()?;
-    let weights = attention.weights(&Inputs::dense(query.view(), keys.view(), keys.view())?)?;
+    let weights =
+        attention.attention_weights(&Inputs::dense(query.view(), keys.view(), keys.view())?)?;
 
     let mut svg = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1.05 -1.05 2.1 2.1">
 <rect x="-1.05" y="-1.05" width="2.1" height="2.1" fill="white"/><circle r="1" fill="#f3f3f3"/>"##

@@ -10,7 +10,7 @@
 //! comes from the positions alone. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, array};
-use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, Layout};
+use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 use graph_attention::{Result, ScaledDotProduct};
 
 const N: usize = 10;
@@ -38,7 +38,7 @@ fn main() -> Result<()> {
         println!("{source:<22} {itself:7.3} {anchor:7.3} {friend:6.3} | {mayor:7.3} {other:7.3}");
         of_mayor
     };
-    let weights = show("no positions", ScaledDotProduct::new().weights(&inputs)?);
+    let weights = show("no positions", ScaledDotProduct::new().attention_weights(&inputs)?);
     assert!(weights.iter().all(|&weight| same(weight, 1.0 / N as f64)), "nothing is known");
 
     // A score falls with the difference of two positions, as long as it is below π.
@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     // Coordinates: hops from node 0; infinity would be where there is no way.
     let hops = graph.hops_from(&[[0]], f64::INFINITY)?;
     let anchored = inputs.with_positions(hops.view(), hops.view())?;
-    let weights = show("hops from node 0", by_node.weights(&anchored)?);
+    let weights = show("hops from node 0", by_node.attention_weights(&anchored)?);
     assert!(same(weights[1], weights[4]), "as far from the anchor as itself");
     assert!(same(weights[0], weights[5]), "a hop nearer or farther: the side is not told");
     assert!(weights[4] > weights[5] && weights[5] > weights[9], "farther is less");
@@ -56,14 +56,14 @@ fn main() -> Result<()> {
     // A number for each pair, which no coordinates need explain: the hops between the two nodes.
     let between = graph.hop_distances(&all_pairs, N, f64::INFINITY)?;
     let apart = inputs.with_distances(between.view())?;
-    let weights = show("hops of the pair", config.init_edges()?.weights(&apart)?);
+    let weights = show("hops of the pair", config.init_edges()?.attention_weights(&apart)?);
     assert!(weights[4] > weights[1] && weights[1] > weights[9], "it falls hop by hop");
     assert!(same(weights[1], weights[5]), "all who are one hop away are alike, on any side");
 
     // Anything else that is known of a node: its level, as in a hierarchy.
     let levels = Array2::from_shape_fn((N, 1), |(node, _)| f64::from(is_mayor(node)));
     let ranked = inputs.with_positions(levels.view(), levels.view())?;
-    let weights = show("level", by_node.weights(&ranked)?);
+    let weights = show("level", by_node.attention_weights(&ranked)?);
     assert!(same(weights[4], weights[5]) && weights[5] > weights[1], "mayors see mayors");
     assert!(same(weights[1], weights[9]), "where one lives is not told");
 
@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     let resistance = |j| (&spectral.row(4) - &spectral.row(j)).mapv(|x: f64| x * x).sum();
     let embedded = inputs.with_positions(spectral.view(), spectral.view())?;
     let by_axes = config.axes(N - 1).init(ScaledDotProduct::new())?;
-    let weights = show("spectral", by_axes.weights(&embedded)?);
+    let weights = show("spectral", by_axes.attention_weights(&embedded)?);
     println!("resistance, in theory    0.000   0.400  0.400 |   1.000   1.400");
     // Among five who all know each other it is 2/5, along a road without a detour 1.
     let expected = array![0.4, 0.4, 0.4, 0.4, 0.0, 1.0, 1.4, 1.4, 1.4, 1.4];

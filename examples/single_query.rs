@@ -19,7 +19,7 @@ fn main() -> Result<()> {
     // A higher scale than 1/√d makes the best matches count more.
     let attention = Flash::new().with_scale(2.0)?;
     let inputs = Inputs::single(query.view(), neighbours.view(), payloads.view())?;
-    let weights = attention.weights(&inputs)?;
+    let weights = attention.attention_weights(&inputs)?;
     let out = attention.forward(&inputs)?;
     for (neighbour, weight) in weights.column(0).iter().enumerate() {
         println!("neighbour {neighbour} matches with weight {weight:.3}");

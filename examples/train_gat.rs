@@ -12,7 +12,9 @@
 //! github.com/kimiyoung/planetoid. Dev-dependencies: `csv`, `rand`.
 
 use graph_attention::ndarray::{Array1, Array2, ArrayD};
-use graph_attention::{Attention, Dropout, EdgeGat, EdgeGatConfig, Graph, Inputs, Score, params};
+use graph_attention::{
+    Attention, Dropout, EdgeGat, EdgeGatConfig, Graph, Inputs, edge_gat::Score, params,
+};
 use rand::{Rng, SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::{collections::HashMap, env, error::Error, fs};
 
@@ -111,7 +113,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let grads = second.backward(&h, &second_saved, grad.view())?;
             adam(&mut second, 2, &grads.params)?;
             // Dropout is linear, so its gradient is dropped too; ELU's slope comes from its value.
-            let grad = dropped(&grads.into_self_attention()?, on_hidden);
+            let grad = dropped(&grads.self_attention()?, on_hidden);
             let grad = grad * hidden.mapv(|y| 1.0 + y.min(0.0));
             let grads = first.backward_params(&x, &first_saved, grad.view())?;
             adam(&mut first, 1, &grads)?;

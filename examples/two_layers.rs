@@ -9,7 +9,7 @@
 //! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Result, Score, params};
+use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Result, edge_gat::Score, params};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 fn main() -> Result<()> {
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
             param.scaled_add(-0.03, &grad);
         })?;
         // The slope of ELU, from its value y: 1 where y > 0, else eˣ = y + 1.
-        let grad_hidden = grads.into_self_attention()? * hidden.mapv(|y| 1.0 + y.min(0.0));
+        let grad_hidden = grads.self_attention()? * hidden.mapv(|y| 1.0 + y.min(0.0));
         // The members themselves are data, so nobody needs their gradient.
         let grads = first.backward_params(&inputs, &first_saved, grad_hidden.view())?;
         params::update(&mut first, &grads, |_, mut param, grad| param.scaled_add(-0.03, &grad))?;

@@ -21,7 +21,7 @@ use std::sync::Arc;
 ///   key, value or features changes nothing. NaN elsewhere gives NaN in the rows it touches.
 /// * A query without visible keys aggregates zeros, and gradients do not flow through it.
 /// * The same inputs give the same bits.
-/// * Channels that change the answer are honoured or refused ([`Inputs::refuse`]).
+/// * Channels that change the answer are honoured or refused ([`Inputs::check_absent`]).
 ///
 /// [`guide::own_mechanism`](crate::guide::own_mechanism) writes one step by step, and
 /// [`guide::training`](crate::guide::training) puts several layers together.
@@ -93,22 +93,9 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Error::NoWeights`] from a mechanism that never forms weights; otherwise as
     /// [`forward_into`](Self::forward_into).
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let _ = inputs;
         Err(Error::NoWeights { mechanism: self.name() })
-    }
-
-    /// Checks the shape of an `out` or `grad_out`, for implementations of this trait.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] naming `what` if it is not num_queries × [`output_dim`](Self::output_dim).
-    fn check_output(
-        &self,
-        what: &'static str,
-        inputs: &Inputs<'_, F>,
-        shape: &[usize],
-    ) -> Result<()> {
-        check_shape(what, &[inputs.num_queries(), self.output_dim(inputs)], shape)
     }
 
     /// [`forward_into`](Self::forward_into) with an output of its own.
@@ -158,18 +145,22 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         grad_out: ArrayView2<'_, F>,
     ) -> Result<Vec<ArrayD<F>>> {
         let mut params = params::zeros(self);
-        let grads = GradientsMut {
-            query: None,
-            key: None,
-            value: None,
-            bias: None,
-            edge_features: None,
-            distances: None,
-            params: &mut params,
-        };
-        self.backward_into(inputs, saved, grad_out, grads)?;
+        self.backward_into(inputs, saved, grad_out, GradientsMut::of_params(&mut params))?;
         Ok(params)
     }
+}
+
+/// Checks the shape of an `out` or `grad_out`: the first line of a `forward_into` or `backward_into`.
+///
+/// # Errors
+/// [`Error::Shape`] naming `what` if it is not num_queries × [`output_dim`](Attention::output_dim).
+pub fn check_output<F: Float>(
+    attention: &(impl Attention<F> + ?Sized),
+    what: &'static str,
+    inputs: &Inputs<'_, F>,
+    shape: &[usize],
+) -> Result<()> {
+    check_shape(what, &[inputs.num_queries(), attention.output_dim(inputs)], shape)
 }
 
 /// What a forward pass keeps for its backward pass: opaque, owned, made by
@@ -235,11 +226,11 @@ macro_rules! impl_for_pointers {
             ) -> Result<()> {
                 (**self).backward_into(inputs, saved, grad_out, grads)
             }
-            fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-                (**self).weights(inputs)
+            fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+                (**self).attention_weights(inputs)
             }
         }
     )*};
 }
 
-impl_for_pointers!(Box<A>, Arc<A>, &A);
+impl_for_pointers!(Box<A>, Arc<A>, &A, &mut A);

@@ -56,7 +56,7 @@ impl Dropout {
         // The upper 53 bits, as a number in [0, 1), less than the probability: in whole numbers, since
         // these stay in vectors.
         let dropped = (self.probability * (1u64 << 53) as f64).ceil() as u64;
-        if hash >> 11 < dropped { F::zero() } else { F::of(1.0 / (1.0 - self.probability)) }
+        if hash >> 11 < dropped { F::zero() } else { F::from_f64(1.0 / (1.0 - self.probability)) }
     }
 }
 

@@ -47,9 +47,7 @@ pub enum Error {
         columns: usize,
     },
     /// A mechanism needs a channel that the inputs do not carry.
-    #[error(
-        "{mechanism}: expected inputs with {channel}, got inputs without (see `Inputs::with_*`)"
-    )]
+    #[error("{mechanism} needs {channel}: call `Inputs::{}`", channel.setter())]
     MissingInput {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
         /// expert in a mixture, `cross (flash)` of a branch.
@@ -58,9 +56,7 @@ pub enum Error {
         channel: Channel,
     },
     /// The inputs carry a channel that changes the answer and that a mechanism cannot honour.
-    #[error(
-        "{mechanism}: expected inputs without {channel}, which it cannot honour, got inputs with it"
-    )]
+    #[error("{mechanism} does not support {channel}: leave it out of the inputs")]
     Unsupported {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
         /// expert in a mixture, `cross (flash)` of a branch.
@@ -70,7 +66,7 @@ pub enum Error {
     },
     /// The inputs carry data that the mechanism reads only with a setting, and it is configured without.
     #[error(
-        "{mechanism}: expected a configuration with `{setting}` for inputs with {channel}, got one without (set it, or leave {channel} out)"
+        "{mechanism} reads {channel} only with `{setting}`: set it, or leave {channel} out of the inputs"
     )]
     MissingSetting {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
@@ -82,10 +78,10 @@ pub enum Error {
         channel: Channel,
     },
     /// A setting or a scalar argument has a value outside its range.
-    #[error("{field}: expected {expected}, got {actual}")]
-    InvalidConfig {
-        /// The setting, e.g. `dropout.probability`.
-        field: &'static str,
+    #[error("{argument}: expected {expected}, got {actual}")]
+    InvalidArgument {
+        /// The argument or setting, e.g. `dropout.probability`.
+        argument: &'static str,
         /// The range it must lie in.
         expected: Cow<'static, str>,
         /// The value that came.
@@ -185,11 +181,11 @@ impl Error {
     }
 
     pub(crate) fn config(
-        field: &'static str,
+        argument: &'static str,
         expected: impl Into<Cow<'static, str>>,
         actual: impl ToString,
     ) -> Self {
-        Self::InvalidConfig { field, expected: expected.into(), actual: actual.to_string() }
+        Self::InvalidArgument { argument, expected: expected.into(), actual: actual.to_string() }
     }
 
     pub(crate) fn graph(
@@ -269,11 +265,28 @@ pub enum Channel {
     /// One distance per pair.
     Distances,
     /// One layer number per pair.
-    Layers,
+    EdgeLayers,
     /// Coordinates of queries and keys.
     Positions,
     /// A second graph over the same keys.
     Latent,
+}
+
+impl Channel {
+    /// The method of [`Inputs`](crate::Inputs) that sets it.
+    fn setter(self) -> &'static str {
+        match self {
+            Self::Mask => "with_mask",
+            Self::Bias => "with_bias",
+            Self::Dropout => "with_dropout",
+            Self::Heads => "with_heads",
+            Self::EdgeFeatures => "with_edge_features",
+            Self::Distances => "with_distances",
+            Self::EdgeLayers => "with_edge_layers",
+            Self::Positions => "with_positions",
+            Self::Latent => "with_latent",
+        }
+    }
 }
 
 impl fmt::Display for Channel {
@@ -285,7 +298,7 @@ impl fmt::Display for Channel {
             Self::Heads => "several heads",
             Self::EdgeFeatures => "edge features",
             Self::Distances => "distances",
-            Self::Layers => "layers",
+            Self::EdgeLayers => "edge layers",
             Self::Positions => "positions",
             Self::Latent => "latent neighbours",
         })

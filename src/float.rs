@@ -11,17 +11,17 @@ mod sealed {
 /// The element types of this crate: `f32` and `f64`.
 ///
 /// Sealed: the kernels are written for these two. Generic code gets its arithmetic from
-/// [`NdFloat`], and constants by [`of`](Self::of).
+/// [`NdFloat`], and constants by [`from_f64`](Self::from_f64).
 pub trait Float: sealed::Sealed + NdFloat + std::iter::Sum + Default {
     /// The nearest value of this type.
-    fn of(value: f64) -> Self;
+    fn from_f64(value: f64) -> Self;
     /// The same value as an `f64`; exact.
     fn as_f64(self) -> f64;
 }
 
 impl Float for f32 {
     #[inline(always)]
-    fn of(value: f64) -> Self {
+    fn from_f64(value: f64) -> Self {
         value as f32
     }
     #[inline(always)]
@@ -32,7 +32,7 @@ impl Float for f32 {
 
 impl Float for f64 {
     #[inline(always)]
-    fn of(value: f64) -> Self {
+    fn from_f64(value: f64) -> Self {
         value
     }
     #[inline(always)]

@@ -2,11 +2,12 @@ use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::{self, Params};
-use ndarray::{Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, Dimension};
+use ndarray::{Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, Dimension, s};
 
 /// The gradients of a loss with respect to the inputs and parameters of a mechanism, as
 /// [`Attention::backward`](crate::Attention::backward) returns them. Each array has the shape of
 /// what it is the gradient of.
+#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<F> {
     /// With respect to the queries.
@@ -28,8 +29,10 @@ pub struct Gradients<F> {
 /// Where [`Attention::backward_into`](crate::Attention::backward_into) adds the gradients: views,
 /// so that they may be parts of larger arrays. A `None` is not computed, which saves its time.
 ///
-/// [`Gradients::view_mut`] makes one of everything; [`guide::training`](crate::guide::training) adds up
-/// the gradients of a batch, and [`guide::performance`](crate::guide::performance) leaves some out.
+/// [`Gradients::view_mut`] makes one of everything, [`of_params`](Self::of_params) one of the parameters; [`guide::training`](crate::guide::training) adds up
+/// the gradients of a batch, and [`guide::performance`](crate::guide::performance) leaves some out. New
+/// fields may be added: a mechanism around others changes the fields that it knows, and hands on the rest.
+#[non_exhaustive]
 #[derive(Debug)]
 pub struct GradientsMut<'a, F> {
     /// With respect to the queries.
@@ -83,15 +86,97 @@ impl<F: Float> Gradients<F> {
         }
     }
 
-    /// The gradient with respect to h where query = key = value = h: the sum of the three. Takes
-    /// `self`, so use [`params`](Self::params) before.
+    /// The gradient of the nodes h where keys and values are h and the queries are its first rows: all of
+    /// them in self-attention ([`Inputs::self_attention`]), the targets of a sampled bipartite graph
+    /// otherwise. The sum of the gradients of query, key and value.
     ///
     /// # Errors
-    /// [`Error::Shape`] if query, key and value were not of one shape.
-    pub fn into_self_attention(self) -> Result<Array2<F>> {
-        check_shape("grads.key", self.query.shape(), self.key.shape())?;
-        check_shape("grads.value", self.query.shape(), self.value.shape())?;
-        Ok(self.query + &self.key + &self.value)
+    /// [`Error::Shape`] if query, key and value do not have as many columns, key and value not as many
+    /// rows, or there are more queries than keys.
+    pub fn self_attention(&self) -> Result<Array2<F>> {
+        let mut nodes = self.key_value()?;
+        let [queries, columns] = [self.query.nrows().min(nodes.nrows()), nodes.ncols()];
+        check_shape("grads.query", &[queries, columns], self.query.shape())?;
+        let mut targets = nodes.slice_mut(s![..queries, ..]);
+        targets += &self.query;
+        Ok(nodes)
+    }
+
+    /// The gradient of the source nodes h where keys and values are h and the queries are other nodes: the
+    /// sum of the gradients of key and value. That of the targets is [`query`](Self::query).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if key and value are not of one shape.
+    pub fn key_value(&self) -> Result<Array2<F>> {
+        check_shape("grads.value", self.key.shape(), self.value.shape())?;
+        Ok(&self.key + &self.value)
+    }
+
+    /// The gradients of the parameters with their names, in their order. `params` is the mechanism that
+    /// they are the gradients of.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are another mechanism's.
+    pub fn named(
+        &self,
+        params: &(impl Params<F> + ?Sized),
+    ) -> Result<impl Iterator<Item = (String, &ArrayD<F>)>> {
+        params::check_gradients(params, &self.params)?;
+        Ok(params::names(params).into_iter().zip(&self.params))
+    }
+
+    /// The gradient of the parameter of this name, such as `experts.2.in_proj_weight`. `params` is the
+    /// mechanism that they are the gradients of.
+    ///
+    /// ```
+    /// use graph_attention::edge_gat::Score;
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    /// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, ndarray::array};
+    ///
+    /// let nodes = array![[1.0, 0.0], [0.0, 1.0]];
+    /// let graph = Graph::from_edges(2, 2, [(0, 0), (0, 1), (1, 0)])?;
+    /// let inputs = Inputs::self_attention(nodes.view(), &graph)?;
+    /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    /// let gat = EdgeGatConfig::new(Score::GatV2, 2, 3, 1).init::<f64>(&mut rng)?;
+    /// let (out, saved) = gat.forward_train(&inputs)?;
+    /// let grads = gat.backward(&inputs, &saved, out.view())?;
+    /// assert_eq!(grads.param(&gat, "att")?.shape(), [1, 1, 3]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::UnknownParam`] if there is none; [`Error::Shape`] if they are another mechanism's.
+    pub fn param(&self, params: &(impl Params<F> + ?Sized), name: &str) -> Result<&ArrayD<F>> {
+        let mut named = self.named(params)?;
+        let found = named.find(|(known, _)| known == name).map(|(_, gradient)| gradient);
+        let unknown =
+            || Error::UnknownParam { name: name.to_owned(), known: params::names(params) };
+        found.ok_or_else(unknown)
+    }
+}
+
+impl<'a, F> GradientsMut<'a, F> {
+    /// Of the parameters alone: nothing else is computed. Set the fields of what else is wanted.
+    pub fn of_params(params: &'a mut [ArrayD<F>]) -> Self {
+        Self {
+            query: None,
+            key: None,
+            value: None,
+            bias: None,
+            edge_features: None,
+            distances: None,
+            params,
+        }
+    }
+
+    /// The first parameters, and everything else with the rest of the parameters: for a mechanism whose own
+    /// parameters come before those of the mechanism inside.
+    ///
+    /// # Panics
+    /// If there are fewer parameters; not after [`check`](Self::check).
+    pub fn split_params(self, count: usize) -> (&'a mut [ArrayD<F>], Self) {
+        let (first, params) = self.params.split_at_mut(count);
+        (first, Self { params, ..self })
     }
 }
 
@@ -189,4 +274,44 @@ impl<F: Float> GradientsMut<'_, F> {
 pub(crate) fn param_slot<F, D: Dimension>(slot: &mut ArrayD<F>) -> ArrayViewMut<'_, F, D> {
     let slot = slot.view_mut().into_dimensionality();
     slot.expect("the shapes of parameter gradients have been checked")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    fn gradients(queries: usize) -> Gradients<f64> {
+        let rows = array![[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]];
+        Gradients {
+            query: 100.0 * &rows.slice(s![..queries, ..]),
+            key: rows.clone(),
+            value: 10.0 * &rows,
+            bias: None,
+            edge_features: None,
+            distances: None,
+            params: vec![],
+        }
+    }
+
+    #[test]
+    fn queries_are_the_first_of_the_keys() -> Result<()> {
+        let whole = array![[111.0, 222.0], [333.0, 444.0], [555.0, 666.0]];
+        assert_eq!(gradients(3).self_attention()?, whole);
+        let targets = array![[111.0, 222.0], [33.0, 44.0], [55.0, 66.0]];
+        assert_eq!(gradients(1).self_attention()?, targets);
+        assert_eq!(gradients(1).key_value()?, array![[11.0, 22.0], [33.0, 44.0], [55.0, 66.0]]);
+        Ok(())
+    }
+
+    #[test]
+    fn everything_but_the_first_parameters_is_handed_on() {
+        let mut all = gradients(2);
+        all.params = vec![ArrayD::zeros(vec![1]), ArrayD::zeros(vec![2])];
+        let (own, rest) = all.view_mut().split_params(1);
+        assert_eq!((own[0].len(), rest.params[0].len()), (1, 2));
+        assert!(rest.query.is_some() && rest.key.is_some() && rest.value.is_some());
+        let params = GradientsMut::<f64>::of_params(&mut []);
+        assert!(params.query.is_none() && params.key.is_none() && params.value.is_none());
+    }
 }

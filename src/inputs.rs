@@ -40,7 +40,7 @@ type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 ///   [`Error::MissingSetting`]: edge features for an [`EdgeGat`](crate::EdgeGat) without
 ///   [`edge_dim`](crate::EdgeGatConfig::edge_dim).
 /// * Where the choice of a function decides what is read, that function says what is not: layers by
-///   [`LocalGlobal::by_order`](crate::LocalGlobal::by_order).
+///   [`LocalGlobal::sliding_window`](crate::LocalGlobal::sliding_window).
 ///
 /// A channel that is set twice is what it was set to last: two masks do not add up.
 ///
@@ -54,7 +54,7 @@ type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 /// let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
 ///     .with_heads(2)?
 ///     .with_edge_features(weights_of_edges.view())?;
-/// assert_eq!((inputs.num_pairs(), inputs.heads()), (2, 2));
+/// assert_eq!((inputs.num_pairs(), inputs.num_heads()), (2, 2));
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +81,7 @@ pub struct Inputs<'a, F: Float> {
 }
 
 /// Which pairs exist, before mask and causal pattern hide some: [`Inputs::pattern`].
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug)]
 pub enum Pattern<'a> {
     /// Every query with every key.
@@ -90,6 +91,7 @@ pub enum Pattern<'a> {
 }
 
 /// Where the diagonal of a causal pattern starts when there are not as many queries as keys.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Causal {
     /// Query i sees the keys j ≤ i: PyTorch's `is_causal`.
@@ -193,7 +195,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Every node over its neighbours: `nodes`, one row for each node of the graph, are queries, keys
-    /// and values. [`Gradients::into_self_attention`](crate::Gradients::into_self_attention) is the
+    /// and values. [`Gradients::self_attention`](crate::Gradients::self_attention) is the
     /// way back.
     ///
     /// ```
@@ -242,11 +244,12 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// The same pairs and channels over other queries, keys and values, with one head: what a
-    /// mechanism that projects or transforms its inputs hands to the one inside.
+    /// The same pairs, heads and channels over other queries, keys and values: what a mechanism that
+    /// projects or transforms its inputs hands to the one inside.
     ///
     /// # Errors
-    /// [`Error::Shape`] if a number of rows changes.
+    /// [`Error::Shape`] if a number of rows changes; [`Error::Heads`] if an array cannot be split into the
+    /// heads.
     pub fn with_arrays<'b>(
         &self,
         query: ArrayView2<'b, F>,
@@ -259,7 +262,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         check_shape("query", &[self.num_queries(), query.ncols()], query.shape())?;
         check_shape("key", &[self.num_keys(), key.ncols()], key.shape())?;
         check_shape("value", &[self.num_keys(), value.ncols()], value.shape())?;
-        Ok(Inputs { query, key, value, heads: 1, kv_heads: 1, ..*self })
+        Inputs { query, key, value, ..*self }.with_grouped_heads(self.heads, self.kv_heads)
     }
 
     /// The same pairs, heads and channels that change the answer over arrays of another precision, with
@@ -277,7 +280,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         let Self { pattern, causal, heads, kv_heads, mask, dropout, window, origin, .. } = *self;
         let is_matrix = self.bias.is_some_and(|bias| bias.is_matrix);
         let bias = bias.map(|logits| Bias { logits, is_matrix });
-        let inputs = Inputs::new(query, key, value, pattern)?.with_kv_heads(heads, kv_heads)?;
+        let inputs =
+            Inputs::new(query, key, value, pattern)?.with_grouped_heads(heads, kv_heads)?;
         Ok(Inputs { causal, mask, bias, dropout, window, origin, ..inputs })
     }
 
@@ -299,9 +303,9 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// [`EdgeGat`](crate::EdgeGat) make theirs and refuse inputs with several.
     ///
     /// # Errors
-    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidConfig`] if `heads` is 0.
+    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidArgument`] if `heads` is 0.
     pub fn with_heads(self, heads: usize) -> Result<Self> {
-        self.with_kv_heads(heads, heads)
+        self.with_grouped_heads(heads, heads)
     }
 
     /// Grouped heads (Ainslie et al. 2023, 2305.13245): queries in `heads` blocks, keys and values
@@ -309,9 +313,9 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// `enable_gqa`.
     ///
     /// # Errors
-    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidConfig`] if `kv_heads` is 0
+    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidArgument`] if `kv_heads` is 0
     /// or does not divide `heads`.
-    pub fn with_kv_heads(mut self, heads: usize, kv_heads: usize) -> Result<Self> {
+    pub fn with_grouped_heads(mut self, heads: usize, kv_heads: usize) -> Result<Self> {
         if heads == 0 {
             return Err(Error::config("heads", "at least 1", heads));
         }
@@ -340,14 +344,14 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`]. When decoding with a cache, with fewer
     /// queries than keys, use [`Causal::BottomRight`].
     #[must_use]
-    pub fn causal(self) -> Self {
-        self.with_causal(Causal::TopLeft)
+    pub fn with_causal(self) -> Self {
+        self.with_causal_alignment(Causal::TopLeft)
     }
 
     /// Each query sees only the keys up to the diagonal. The hidden pairs still have their numbers.
     /// On a graph, edges to later keys are hidden.
     #[must_use]
-    pub fn with_causal(mut self, alignment: Causal) -> Self {
+    pub fn with_causal_alignment(mut self, alignment: Causal) -> Self {
         self.causal = Some(alignment);
         self
     }
@@ -440,8 +444,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.
-    pub fn with_layers(mut self, layers: &'a [u8]) -> Result<Self> {
-        check_shape("layers", &[self.num_pairs()], &[layers.len()])?;
+    pub fn with_edge_layers(mut self, layers: &'a [u8]) -> Result<Self> {
+        check_shape("edge layers", &[self.num_pairs()], &[layers.len()])?;
         self.layers = Some(layers);
         Ok(self)
     }
@@ -501,7 +505,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// (there is no training mode): leave it out for inference.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if the probability is not in [0, 1).
+    /// [`Error::InvalidArgument`] if the probability is not in [0, 1).
     pub fn with_dropout(mut self, dropout: Dropout) -> Result<Self> {
         dropout.validate()?;
         self.dropout = Some(dropout);
@@ -558,13 +562,13 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// The number of query heads.
     #[must_use]
-    pub fn heads(&self) -> usize {
+    pub fn num_heads(&self) -> usize {
         self.heads
     }
 
     /// The number of key and value heads.
     #[must_use]
-    pub fn kv_heads(&self) -> usize {
+    pub fn num_kv_heads(&self) -> usize {
         self.kv_heads
     }
 
@@ -651,8 +655,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     ///
     /// # Errors
     /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
-    pub fn layers(&self, mechanism: &'static str) -> Result<&'a [u8]> {
-        require(self.layers, mechanism, Channel::Layers)
+    pub fn edge_layers(&self, mechanism: &'static str) -> Result<&'a [u8]> {
+        require(self.layers, mechanism, Channel::EdgeLayers)
     }
 
     /// The positions of queries and of keys.
@@ -685,7 +689,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             Channel::Heads => self.heads > 1,
             Channel::EdgeFeatures => self.edge_features.is_some(),
             Channel::Distances => self.distances.is_some(),
-            Channel::Layers => self.layers.is_some(),
+            Channel::EdgeLayers => self.layers.is_some(),
             Channel::Positions => self.positions.is_some(),
             Channel::Latent => self.latent.is_some(),
         }
@@ -696,7 +700,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming the first of `channels` that the inputs carry.
-    pub fn refuse(&self, mechanism: &'static str, channels: &[Channel]) -> Result<()> {
+    pub fn check_absent(&self, mechanism: &'static str, channels: &[Channel]) -> Result<()> {
         match channels.iter().find(|channel| self.has(**channel)) {
             Some(&channel) => Err(Error::Unsupported { mechanism: mechanism.into(), channel }),
             None => Ok(()),
@@ -1012,23 +1016,23 @@ mod tests {
         let dense = shorten(Inputs::dense(q.view(), k.view(), k.view())?);
         assert_eq!(keys_of(&dense, 1), [(0, 3), (1, 4), (2, 5)]);
         assert_eq!(keys_of(&dense, 2), []);
-        assert_eq!(keys_of(&dense.causal(), 0), [(0, 0)]);
+        assert_eq!(keys_of(&dense.with_causal(), 0), [(0, 0)]);
         let (q, k) = (Array2::zeros((2, 4)), Array2::zeros((3, 4)));
-        let heads = Inputs::dense(q.view(), k.view(), k.view())?.with_kv_heads(4, 2)?;
-        let other = heads.causal().with_arrays(q.view(), k.view(), k.view())?;
-        assert_eq!((other.heads(), other.kv_heads()), (1, 1));
+        let heads = Inputs::dense(q.view(), k.view(), k.view())?.with_grouped_heads(4, 2)?;
+        let other = heads.with_causal().with_arrays(q.view(), k.view(), k.view())?;
+        assert_eq!((other.num_heads(), other.num_kv_heads()), (4, 2));
         assert_eq!(keys_of(&other, 0), [(0, 0)]);
-        let bottom_right = dense.with_causal(Causal::BottomRight);
+        let bottom_right = dense.with_causal_alignment(Causal::BottomRight);
         assert_eq!(keys_of(&bottom_right, 0), [(0, 0), (1, 1)]);
 
         let mask = array![[true, false, true], [false, true, true]];
-        assert_eq!(keys_of(&dense.with_mask(mask.view())?.causal(), 1), [(1, 4)]);
+        assert_eq!(keys_of(&dense.with_mask(mask.view())?.with_causal(), 1), [(1, 4)]);
 
         let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0), (1, 2)])?;
         let sparse = Inputs::graph(q.view(), k.view(), k.view(), &graph)?;
         assert_eq!(keys_of(&sparse, 1), [(2, 0), (0, 2), (2, 3)]);
         assert_eq!(keys_of(&sparse.with_mask(mask.view())?, 0), []);
-        assert_eq!(keys_of(&sparse.causal(), 1), [(0, 2)]);
+        assert_eq!(keys_of(&sparse.with_causal(), 1), [(0, 2)]);
         Ok(())
     }
 
@@ -1048,8 +1052,8 @@ mod tests {
     #[test]
     fn more_queries_than_keys_leave_the_first_rows_empty_at_the_bottom_right() -> Result<()> {
         let (q, k) = (Array2::zeros((3, 1)), Array2::zeros((2, 1)));
-        let inputs =
-            Inputs::<f32>::dense(q.view(), k.view(), k.view())?.with_causal(Causal::BottomRight);
+        let inputs = Inputs::<f32>::dense(q.view(), k.view(), k.view())?
+            .with_causal_alignment(Causal::BottomRight);
         let seen: Vec<usize> = (0..3).map(|query| inputs.row(query).count()).collect();
         assert_eq!(seen, [0, 1, 2]);
         Ok(())

@@ -44,7 +44,7 @@
 //!
 //! ```
 //! use graph_attention::ndarray::array;
-//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score};
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, edge_gat::Score};
 //! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
@@ -57,7 +57,7 @@
 //! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //! let layer = EdgeGatConfig::new(Score::GatV2, 2, 4, 3).edge_dim(1).init::<f64>(&mut rng)?;
 //! assert_eq!(layer.forward(&inputs)?.dim(), (3, 12)); // heads side by side
-//! let weights = layer.weights(&inputs)?; // pairs × heads
+//! let weights = layer.attention_weights(&inputs)?; // pairs × heads
 //! assert!((weights[[0, 0]] + weights[[1, 0]] - 1.0).abs() < 1e-12); // the two edges of node 0
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
@@ -72,7 +72,7 @@
 //!
 //! ```
 //! use graph_attention::ndarray::array;
-//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Score, params};
+//! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, edge_gat::Score, params};
 //! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
@@ -167,28 +167,31 @@ pub mod safetensors;
 pub mod testing;
 
 pub use ndarray;
+pub use rand;
 
-pub use attention::{Attention, Saved};
+pub use attention::{Attention, Saved, check_output};
 pub use dropout::Dropout;
 pub use error::{Channel, Error, Result};
 pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
-pub use mechanisms::dual_space::{DualSpace, DualSpaceConfig, Fusion, LatentSearch};
-pub use mechanisms::edge_gat::{EdgeGat, EdgeGatConfig, Score};
-pub use mechanisms::flash::Flash;
-pub use mechanisms::graph_rope::{EdgeRope, GraphRope, GraphRopeConfig, Layout};
-pub use mechanisms::local_global::{LocalGlobal, Window};
-pub use mechanisms::moe::{Gating, Moe, MoeConfig, Priority, Routing};
-pub use mechanisms::multi_head::{MultiHead, MultiHeadConfig};
-pub use mechanisms::performer::{
-    Accuracy, Features, Performer, PerformerConfig, PerformerState, Projection,
+pub use mechanisms::{
+    dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare,
 };
-pub use mechanisms::poincare::{Aggregation, Coordinates, Poincare, PoincareConfig};
+
+pub use dual_space::{DualSpace, DualSpaceConfig};
+pub use edge_gat::{EdgeGat, EdgeGatConfig};
+pub use graph_rope::{EdgeRope, GraphRope, GraphRopeConfig};
+pub use local_global::LocalGlobal;
+pub use mechanisms::flash::Flash;
 pub use mechanisms::scaled_dot_product::ScaledDotProduct;
+pub use moe::{Moe, MoeConfig};
+pub use multi_head::{MultiHead, MultiHeadConfig};
 pub use params::Params;
 pub use partial::Partial;
+pub use performer::{Performer, PerformerConfig};
+pub use poincare::{Poincare, PoincareConfig};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -8,7 +8,7 @@
 //! ```
 //! # #[cfg(feature = "serde")] {
 //! use graph_attention::ndarray::ArrayD;
-//! use graph_attention::{EdgeGat, EdgeGatConfig, Score, params};
+//! use graph_attention::{EdgeGat, EdgeGatConfig, edge_gat::Score, params};
 //! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let config = EdgeGatConfig::new(Score::GatV2, 4, 3, 2);
@@ -50,19 +50,19 @@ use std::sync::Arc;
 /// buffers are left out, and the buffers inside are then not saved.
 /// [`guide::training`](crate::guide::training) implements the trait for a model of several layers.
 pub trait Params<F: Float> {
-    /// Shows every parameter with its name.
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>));
+    /// Shows every parameter with its name. The views outlive the call.
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>));
 
     /// Lends every parameter with its name for writing.
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>));
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>));
 
     /// Shows every buffer with its name. Default: there are none.
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let _ = visitor;
     }
 
     /// Lends every buffer with its name for writing. Default: there are none.
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let _ = visitor;
     }
 }
@@ -70,7 +70,7 @@ pub trait Params<F: Float> {
 /// A copy of all parameters and then of all buffers, with their names: PyTorch's state dict.
 ///
 /// ```
-/// use graph_attention::{EdgeGat, EdgeGatConfig, Score, params};
+/// use graph_attention::{EdgeGat, EdgeGatConfig, edge_gat::Score, params};
 /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
@@ -90,7 +90,7 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 /// A copy of all buffers with their names: what a state that holds parameters alone lacks.
 ///
 /// ```
-/// use graph_attention::{Flash, GraphRopeConfig, Layout, MultiHeadConfig, params};
+/// use graph_attention::{Flash, GraphRopeConfig, graph_rope::Layout, MultiHeadConfig, params};
 /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let config = MultiHeadConfig::new(8, 2);
@@ -111,6 +111,41 @@ pub fn buffers<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Arr
     buffers
 }
 
+/// The parameter or buffer of this name, without a copy; `None` if there is none.
+///
+/// ```
+/// use graph_attention::edge_gat::Score;
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::{EdgeGat, EdgeGatConfig, params};
+///
+/// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+/// let gat: EdgeGat<f32> = EdgeGatConfig::new(Score::GatV2, 3, 4, 2).init(&mut rng)?;
+/// assert_eq!(params::get(&gat, "att").unwrap().shape(), [1, 2, 4]);
+/// assert!(params::get(&gat, "attention").is_none());
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+pub fn get<'a, F: Float>(
+    params: &'a (impl Params<F> + ?Sized),
+    name: &str,
+) -> Option<ArrayViewD<'a, F>> {
+    let mut found = None;
+    let mut visitor = |known: &str, array| {
+        if known == name {
+            found = Some(array);
+        }
+    };
+    params.visit_params(&mut visitor);
+    params.visit_buffers(&mut visitor);
+    found
+}
+
+/// The names of the parameters, in their order.
+pub(crate) fn names<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<String> {
+    let mut names = Vec::new();
+    params.visit_params(&mut |name, _| names.push(name.to_owned()));
+    names
+}
+
 /// Zeros in the shapes of the parameters, in their order: gradients to add to.
 pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
     let mut zeros = Vec::new();
@@ -124,7 +159,7 @@ pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
 /// # Errors
 /// [`Error::UnknownParam`] for a name that does not exist, [`Error::DuplicateParam`] for one that comes
 /// twice, [`Error::MissingParam`] for a parameter or buffer that is not in the state, [`Error::Shape`] for
-/// a value of another shape, and [`Error::InvalidConfig`] if the parameters are shared and so cannot be
+/// a value of another shape, and [`Error::InvalidArgument`] if the parameters are shared and so cannot be
 /// written.
 pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
@@ -187,7 +222,7 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] if the gradients are not those of the parameters, [`Error::InvalidConfig`] if
+/// [`Error::Shape`] if the gradients are not those of the parameters, [`Error::InvalidArgument`] if
 /// the parameters are shared and so cannot be written.
 pub fn update<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
@@ -243,31 +278,31 @@ fn check_writable(writable: usize, count: usize) -> Result<()> {
 }
 
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for Box<P> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         (**self).visit_params_mut(visitor);
     }
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_buffers(visitor);
     }
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         (**self).visit_buffers_mut(visitor);
     }
 }
 
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         (**self).visit_params_mut(visitor);
     }
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_buffers(visitor);
     }
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         (**self).visit_buffers_mut(visitor);
     }
 }
@@ -275,31 +310,31 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
 /// A shared reference shows its parameters and buffers but lends none for writing, so that
 /// [`load_state`] and [`update`] refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_buffers(visitor);
     }
-    fn visit_buffers_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+    fn visit_buffers_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
 /// Lends its parameters and buffers for writing while it is the only one that holds them; afterwards
 /// [`load_state`] and [`update`] refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for Arc<P> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if let Some(params) = Arc::get_mut(self) {
             params.visit_params_mut(visitor);
         }
     }
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_buffers(visitor);
     }
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if let Some(params) = Arc::get_mut(self) {
             params.visit_buffers_mut(visitor);
         }
@@ -320,18 +355,24 @@ mod tests {
     }
 
     impl Params<f64> for Two {
-        fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {
             visitor("first", self.first.view());
             visitor("second", self.second.view());
         }
-        fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+        fn visit_params_mut<'a>(
+            &'a mut self,
+            visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>),
+        ) {
             visitor("first", self.first.view_mut());
             visitor("second", self.second.view_mut());
         }
-        fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+        fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {
             visitor("kept", self.kept.view());
         }
-        fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+        fn visit_buffers_mut<'a>(
+            &'a mut self,
+            visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>),
+        ) {
             visitor("kept", self.kept.view_mut());
         }
     }

@@ -68,7 +68,7 @@ pub fn save<F: Float>(params: &(impl Params<F> + ?Sized), path: impl AsRef<Path>
 /// The contents of the file that [`save`] writes; the same bytes for the same parameters.
 ///
 /// # Errors
-/// [`Error::DuplicateParam`] if two arrays have one name, [`Error::InvalidConfig`] for the name
+/// [`Error::DuplicateParam`] if two arrays have one name, [`Error::InvalidArgument`] for the name
 /// `__metadata__`, which the format reserves, [`Error::File`] if the names and shapes take more than
 /// the format's 100 MB.
 pub fn to_bytes<F: Float>(params: &(impl Params<F> + ?Sized)) -> Result<Vec<u8>> {
@@ -224,7 +224,7 @@ fn decode<F: Float>(dtype: Dtype, data: &[u8]) -> Option<Vec<F>> {
 }
 
 fn elements<F: Float, const N: usize>(data: &[u8], value: impl Fn([u8; N]) -> f64) -> Vec<F> {
-    data.as_chunks().0.iter().map(|&bytes| F::of(value(bytes))).collect()
+    data.as_chunks().0.iter().map(|&bytes| F::from_f64(value(bytes))).collect()
 }
 
 /// The value of an IEEE half: 1 bit of sign, 5 of exponent, 10 of mantissa.

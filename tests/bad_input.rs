@@ -7,9 +7,9 @@ use common::mechanisms;
 use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Axis};
 use graph_attention::ndarray::{Dimension, Ix1, Ix2, ShapeBuilder, s};
 use graph_attention::{
-    Attention, Channel, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Fusion, Gradients,
-    Graph, Inputs, LoopFill, MoeConfig, MultiHead, MultiHeadConfig, Partial, Result, Saved,
-    ScaledDotProduct, Score, params,
+    Attention, Channel, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Gradients, Graph,
+    Inputs, LoopFill, MoeConfig, MultiHead, MultiHeadConfig, Partial, Result, Saved,
+    ScaledDotProduct, dual_space::Fusion, edge_gat::Score, params,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::LazyLock;
@@ -117,14 +117,23 @@ fn heads_that_do_not_divide() {
         (inputs.with_heads(4), "Heads | value | 4 heads | 6 columns"),
         (inputs.with_heads(24), "Heads | query | 24 heads | 12 columns"),
         (inputs.with_heads(usize::MAX), "Heads | query | 18446744073709551615 heads | 12 columns"),
-        (inputs.with_kv_heads(6, 3), "Heads | key | 3 heads | 8 columns"),
-        (inputs.with_kv_heads(12, 4), "Heads | value | 4 heads | 6 columns"),
+        (inputs.with_grouped_heads(6, 3), "Heads | key | 3 heads | 8 columns"),
+        (inputs.with_grouped_heads(12, 4), "Heads | value | 4 heads | 6 columns"),
         (no_columns.with_heads(2), "Heads | query | 2 heads | 0 columns"),
-        (inputs.with_heads(0), "InvalidConfig | heads | at least 1 | got 0"),
-        (inputs.with_kv_heads(0, 0), "InvalidConfig | heads | at least 1 | got 0"),
-        (inputs.with_kv_heads(2, 0), "InvalidConfig | kv_heads | a divisor of heads = 2 | got 0"),
-        (inputs.with_kv_heads(4, 3), "InvalidConfig | kv_heads | a divisor of heads = 4 | got 3"),
-        (inputs.with_kv_heads(2, 4), "InvalidConfig | kv_heads | a divisor of heads = 2 | got 4"),
+        (inputs.with_heads(0), "InvalidArgument | heads | at least 1 | got 0"),
+        (inputs.with_grouped_heads(0, 0), "InvalidArgument | heads | at least 1 | got 0"),
+        (
+            inputs.with_grouped_heads(2, 0),
+            "InvalidArgument | kv_heads | a divisor of heads = 2 | got 0",
+        ),
+        (
+            inputs.with_grouped_heads(4, 3),
+            "InvalidArgument | kv_heads | a divisor of heads = 4 | got 3",
+        ),
+        (
+            inputs.with_grouped_heads(2, 4),
+            "InvalidArgument | kv_heads | a divisor of heads = 2 | got 4",
+        ),
     ] {
         refused(result, expected);
     }
@@ -147,8 +156,8 @@ fn channels_of_other_shapes() {
         (sparse.with_edge_features(zeros(6, 2)), "edge_features | [4, 2] | [6, 2]"),
         (dense.with_distances(zero_row(3)), "distances | [6] | [3]"),
         (sparse.with_distances(zero_row(6)), "distances | [4] | [6]"),
-        (dense.with_layers(&[0; 4]), "layers | [6] | [4]"),
-        (sparse.with_layers(&[0; 6]), "layers | [4] | [6]"),
+        (dense.with_edge_layers(&[0; 4]), "layers | [6] | [4]"),
+        (sparse.with_edge_layers(&[0; 6]), "edge layers | [4] | [6]"),
         (dense.with_positions(zeros(3, 2), zeros(3, 2)), "query positions | [2, 2] | [3, 2]"),
         (dense.with_positions(zeros(2, 2), zeros(2, 2)), "key positions | [3, 2] | [2, 2]"),
         (dense.with_positions(zeros(2, 2), zeros(3, 9)), "key positions | [3, 2] | [3, 9]"),
@@ -157,7 +166,8 @@ fn channels_of_other_shapes() {
         refused(result, &format!("Shape | {words}"));
     }
     for probability in [f64::NAN, -0.1, 1.0, f64::INFINITY, f64::NEG_INFINITY] {
-        let expected = format!("InvalidConfig | dropout.probability | [0, 1) | got {probability}");
+        let expected =
+            format!("InvalidArgument | dropout.probability | [0, 1) | got {probability}");
         refused(dense.with_dropout(Dropout { probability, seed: 0 }), &expected);
     }
 }
@@ -168,29 +178,29 @@ fn channels_that_are_missing_or_refused() {
     for (missing, channel) in [
         (inputs.edge_features("edge_gat").map(drop), "edge features"),
         (inputs.distances("edge_gat").map(drop), "distances"),
-        (inputs.layers("edge_gat").map(drop), "layers"),
+        (inputs.edge_layers("edge_gat").map(drop), "edge layers"),
         (inputs.positions("edge_gat").map(drop), "positions"),
         (inputs.latent("edge_gat").map(drop), "latent neighbours"),
     ] {
-        let words = format!("edge_gat | inputs with {channel} | got inputs without");
+        let words = format!("edge_gat needs {channel}: call `Inputs::with_");
         refused(missing, &format!("MissingInput | {words}"));
     }
     let dropout = Dropout { probability: 0.5, seed: 0 };
     for (channel, with, name) in [
         (Channel::Mask, inputs.with_mask(fill(&true, 2, 3)), "a mask or causal pattern"),
-        (Channel::Mask, Ok(inputs.causal()), "a mask or causal pattern"),
+        (Channel::Mask, Ok(inputs.with_causal()), "a mask or causal pattern"),
         (Channel::Bias, inputs.with_bias(zeros(2, 3)), "an additive bias"),
         (Channel::Dropout, inputs.with_dropout(dropout), "dropout"),
         (Channel::Heads, inputs.with_heads(2), "several heads"),
         (Channel::EdgeFeatures, inputs.with_edge_features(zeros(6, 1)), "edge features"),
         (Channel::Distances, inputs.with_distances(zero_row(6)), "distances"),
-        (Channel::Layers, inputs.with_layers(&[0; 6]), "layers"),
+        (Channel::EdgeLayers, inputs.with_edge_layers(&[0; 6]), "edge layers"),
         (Channel::Positions, inputs.with_positions(zeros(2, 2), zeros(3, 2)), "positions"),
         (Channel::Latent, inputs.with_latent(&GRAPH), "latent neighbours"),
     ] {
-        inputs.refuse("edge_gat", &[channel]).unwrap();
-        let refusal = with.unwrap().refuse("edge_gat", &[channel]);
-        let words = format!("edge_gat | inputs without {name} | got inputs with it");
+        inputs.check_absent("edge_gat", &[channel]).unwrap();
+        let refusal = with.unwrap().check_absent("edge_gat", &[channel]);
+        let words = format!("edge_gat does not support {name}: leave it out");
         refused(refusal, &format!("Unsupported | {words}"));
     }
 }
@@ -204,14 +214,13 @@ fn data_that_the_configuration_leaves_unread() {
     let with_features = suited(dense([2, 3, 4, 4]), None);
     let without = suited(dense([2, 3, 4, 4]), Some(Channel::EdgeFeatures));
     let (out, saved) = gat().forward_train(&without).unwrap();
-    let words =
-        "`EdgeGatConfig::edge_dim` | with edge features | without | leave edge features out";
+    let words = "edge features | `EdgeGatConfig::edge_dim` | leave edge features out";
     let refused = |result: Result<()>, mechanism: &str| {
-        refused(result, &format!("MissingSetting | {mechanism}: | {words}"));
+        refused(result, &format!("MissingSetting | {mechanism} reads | {words}"));
     };
     refused(gat().forward(&with_features).map(drop), "edge_gat");
     refused(gat().forward_train(&with_features).map(drop), "edge_gat");
-    refused(gat().weights(&with_features).map(drop), "edge_gat");
+    refused(gat().attention_weights(&with_features).map(drop), "edge_gat");
     refused(gat().backward(&with_features, &saved, out.view()).map(drop), "edge_gat");
     // Features of no columns are no data.
     gat().forward(&without.with_edge_features(zeros(6, 0)).unwrap()).unwrap();
@@ -243,7 +252,7 @@ fn data_that_a_mechanism_never_reads_changes_nothing() {
             match channel {
                 "edge features" => inputs.with_edge_features(numbers.view()),
                 "distances" => inputs.with_distances(numbers.column(0)),
-                "layers" => inputs.with_layers(&[0, 1, 2, 0, 1, 2, 0, 1, 2]),
+                "layers" => inputs.with_edge_layers(&[0, 1, 2, 0, 1, 2, 0, 1, 2]),
                 "positions" => inputs.with_positions(at, at),
                 _ => inputs.with_latent(&latent),
             }
@@ -318,18 +327,18 @@ fn graphs_that_contradict_themselves() {
     }
     refused(
         expander(5, 5),
-        "InvalidConfig | degree | at most 4, the number of other nodes | got 5",
+        "InvalidArgument | degree | at most 4, the number of other nodes | got 5",
     );
-    refused(expander(5, HUGE), "InvalidConfig | degree | at most 4, the number of other nodes");
+    refused(expander(5, HUGE), "InvalidArgument | degree | at most 4, the number of other nodes");
     refused(
         expander(0, 1),
-        "InvalidConfig | degree | at most 0, the number of other nodes | got 1",
+        "InvalidArgument | degree | at most 0, the number of other nodes | got 1",
     );
-    refused(expander(7, 3), "InvalidConfig | degree | an even number for 7 nodes | got 3");
+    refused(expander(7, 3), "InvalidArgument | degree | an even number for 7 nodes | got 3");
     let square = Graph::window(3, 1).unwrap();
     let union = Graph::union;
-    refused(union(&[]), "InvalidConfig | number of graphs | 1 to 256 | got 0");
-    refused(union(&[&square; 257]), "InvalidConfig | number of graphs | 1 to 256 | got 257");
+    refused(union(&[]), "InvalidArgument | number of graphs | 1 to 256 | got 0");
+    refused(union(&[&square; 257]), "InvalidArgument | number of graphs | 1 to 256 | got 257");
     refused(union(&[&square, &square, &complete]), "Shape | graphs[2] | [3, 3] | [2048, 2048]");
     let hops = |graph: &Graph, anchors: &[&[usize]]| graph.hops_from(anchors, -1.0);
     refused(hops(&GRAPH, &[]), "Graph | hops_from | as many queries as 3 keys | 2 queries");
@@ -345,35 +354,41 @@ fn graphs_that_contradict_themselves() {
 fn settings_out_of_range() {
     let single = Inputs::dense(fill(&0f32, 1, 1), fill(&0.0, 1, 1), fill(&0.0, 1, 1)).unwrap();
     let beyond_f32 = Flash::new().with_scale(1e300).unwrap().forward(&single);
-    refused(beyond_f32, "InvalidConfig | scale | a finite number | got inf");
+    refused(beyond_f32, "InvalidArgument | scale | a finite number | got inf");
     for scale in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        let expected = format!("InvalidConfig | scale | a finite number | got {scale}");
+        let expected = format!("InvalidArgument | scale | a finite number | got {scale}");
         refused(ScaledDotProduct::new().with_scale(scale), &expected);
         refused(Flash::new().with_scale(scale), &expected);
     }
     let tiles = |queries, keys| Flash::new().with_tiles(queries, keys);
-    refused(tiles(0, 4), "InvalidConfig | tiles.queries | at least 1 | got 0");
-    refused(tiles(4, 0), "InvalidConfig | tiles.keys | at least 1 | got 0");
+    refused(tiles(0, 4), "InvalidArgument | tiles.queries | at least 1 | got 0");
+    refused(tiles(4, 0), "InvalidArgument | tiles.keys | at least 1 | got 0");
 
     let config = MultiHeadConfig::new;
     for (config, expected) in [
-        (config(4, 0), "InvalidConfig | num_heads | at least 1 | got 0"),
-        (config(0, 2), "InvalidConfig | embed_dim | at least 1 | got 0"),
-        (config(0, 2).head_dim(1), "InvalidConfig | embed_dim | at least 1 | got 0"),
-        (config(4, 2).key_input_dim(0), "InvalidConfig | key_input_dim | at least 1 | got 0"),
-        (config(4, 2).value_input_dim(0), "InvalidConfig | value_input_dim | at least 1 | got 0"),
-        (config(4, 2).output_dim(0), "InvalidConfig | output_dim | at least 1 | got 0"),
-        (config(4, 2).head_dim(0), "InvalidConfig | head_dim | at least 1 | got 0"),
-        (config(4, 2).value_head_dim(0), "InvalidConfig | value_head_dim | at least 1 | got 0"),
-        (config(4, 3), "InvalidConfig | embed_dim | a multiple of num_heads = 3 | got 4"),
-        (config(4, 8), "InvalidConfig | embed_dim | a multiple of num_heads = 8 | got 4"),
-        (config(4, 2).kv_heads(0), "InvalidConfig | kv_heads | a divisor of num_heads = 2 | got 0"),
-        (config(4, 2).kv_heads(4), "InvalidConfig | kv_heads | a divisor of num_heads = 2 | got 4"),
+        (config(4, 0), "InvalidArgument | num_heads | at least 1 | got 0"),
+        (config(0, 2), "InvalidArgument | embed_dim | at least 1 | got 0"),
+        (config(0, 2).head_dim(1), "InvalidArgument | embed_dim | at least 1 | got 0"),
+        (config(4, 2).key_dim(0), "InvalidArgument | key_dim | at least 1 | got 0"),
+        (config(4, 2).value_dim(0), "InvalidArgument | value_dim | at least 1 | got 0"),
+        (config(4, 2).output_dim(0), "InvalidArgument | output_dim | at least 1 | got 0"),
+        (config(4, 2).head_dim(0), "InvalidArgument | head_dim | at least 1 | got 0"),
+        (config(4, 2).value_head_dim(0), "InvalidArgument | value_head_dim | at least 1 | got 0"),
+        (config(4, 3), "InvalidArgument | embed_dim | a multiple of num_heads = 3 | got 4"),
+        (config(4, 8), "InvalidArgument | embed_dim | a multiple of num_heads = 8 | got 4"),
+        (
+            config(4, 2).kv_heads(0),
+            "InvalidArgument | kv_heads | a divisor of num_heads = 2 | got 0",
+        ),
+        (
+            config(4, 2).kv_heads(4),
+            "InvalidArgument | kv_heads | a divisor of num_heads = 2 | got 4",
+        ),
         (config(HUGE, 1), "TooLarge | in_proj_weight | 2305843009213693951]"),
         (config(4, 2).head_dim(HUGE), "TooLarge | in_proj_weight | , 4]"),
         (config(4, HUGE).head_dim(HUGE), "TooLarge | in_proj_weight | [18446744073709551615, 4]"),
-        (config(4, 2).key_input_dim(HUGE), "TooLarge | k_proj_weight | [4, 2305843009213693951]"),
-        (config(4, 2).value_input_dim(HUGE), "TooLarge | v_proj_weight | [4, 2305843009213693951]"),
+        (config(4, 2).key_dim(HUGE), "TooLarge | k_proj_weight | [4, 2305843009213693951]"),
+        (config(4, 2).value_dim(HUGE), "TooLarge | v_proj_weight | [4, 2305843009213693951]"),
         (config(4, 2).output_dim(HUGE), "TooLarge | out_proj.weight | [2305843009213693951, 4]"),
     ] {
         refused(init(&config, Flash::new()), expected);
@@ -388,7 +403,7 @@ fn inputs_that_a_mechanism_cannot_take() {
     let bias = heads.with_bias(zeros(6, 3)).unwrap();
     for attention in [&plain as &dyn Attention<f64>, &flash] {
         refused(attention.forward(&keys), "Shape | key | [3, 8] | [3, 4]");
-        refused(attention.weights(&keys), "Shape | key | [3, 8] | [3, 4]");
+        refused(attention.attention_weights(&keys), "Shape | key | [3, 8] | [3, 4]");
         refused(attention.forward_train(&bias), "Shape | bias | [6, 2] | [6, 3]");
     }
     refused(plain.forward_partial(&keys), "Shape | key | [3, 8] | [3, 4]");
@@ -403,8 +418,8 @@ fn inputs_that_a_mechanism_cannot_take() {
     refused(forward(4, 4, 8), "Shape | value | [3, 4] | [3, 8]");
     let bias = bias.with_heads(1).unwrap();
     refused(attention.forward(&bias), "Shape | bias | [6, 2] | [6, 3]");
-    refused(attention.forward(&heads), "Unsupported | multi_head | without several heads");
-    refused(attention.weights(&heads), "Unsupported | multi_head | without several heads");
+    refused(attention.forward(&heads), "Unsupported | multi_head | several heads");
+    refused(attention.attention_weights(&heads), "Unsupported | multi_head | several heads");
 }
 
 #[test]
@@ -451,7 +466,7 @@ fn outputs_and_gradients_of_other_shapes() {
                 result => refused(result, &format!("Shape | grads.{words}")),
             }
             if let Some(channel) = channel {
-                let words = format!("{name} | with {channel} | got inputs without");
+                let words = format!("{name} needs {channel}: call `Inputs::with_");
                 let result = backward(&suited(bare, Some(channel)));
                 refused(result, &format!("MissingInput | {words}"));
             }
@@ -470,9 +485,12 @@ fn outputs_and_gradients_of_other_shapes() {
     refused(grads.param::<Ix2>(1), "Shape | rank of grads.params[1] | [2] | [1]");
     refused(grads.param::<Ix1>(4), "Shape | grads.params | [5] | [4]");
 
-    let sum = |sizes| Gradients::zeros(&dense(sizes), &Flash::new())?.into_self_attention();
-    refused(sum([2, 3, 4, 4]), "Shape | grads.key | [2, 4] | [3, 4]");
+    let sum = |sizes| Gradients::zeros(&dense(sizes), &Flash::new())?.self_attention();
+    refused(sum([4, 3, 4, 4]), "Shape | grads.query | [3, 4] | [4, 4]");
     refused(sum([3, 3, 4, 5]), "Shape | grads.value | [3, 4] | [3, 5]");
+    let grads = Gradients::zeros(&bare, &attention).unwrap();
+    refused(grads.param(&attention, "in_proj"), "UnknownParam | in_proj | in_proj_weight");
+    refused(grads.named(&Flash::new()).map(drop), "Shape | number of grads.params | [0] | [4]");
 }
 
 #[test]
@@ -560,7 +578,7 @@ fn parameters_that_do_not_fit() {
         assert_eq!(params::state(&attention), state);
     }
     let mut gradients: Vec<_> = state.iter().map(|(_, value)| value.clone()).collect();
-    let shared = "InvalidConfig | params | all 4 writable | 0 writable";
+    let shared = "InvalidArgument | params | all 4 writable | 0 writable";
     refused(params::load_state(&mut &attention, state), shared);
     refused(params::update(&mut &attention, &gradients, |_, _, _| {}), shared);
     let update = params::update(&mut attention, &gradients[..3], |_, _, _| {});
@@ -577,7 +595,7 @@ fn sizes_beyond_memory() {
     let weights = format!("TooLarge | weights | [{}, 1]", 2 * HUGE);
     let large = |what| format!("TooLarge | {what} | [{HUGE}, 1]");
     for attention in [&plain as &dyn Attention<f64>, &flash] {
-        refused(attention.weights(&many_keys), &weights);
+        refused(attention.attention_weights(&many_keys), &weights);
         refused(attention.forward(&many_queries), &large("out"));
         refused(attention.forward_train(&many_queries), &large("out"));
     }
@@ -598,7 +616,7 @@ fn sizes_beyond_memory() {
     // Tiles are cut to what they are worth.
     let largest_tiles = flash.clone().with_tiles(usize::MAX, usize::MAX).unwrap();
     assert_eq!(largest_tiles.forward(&many).unwrap().dim(), (0, 0));
-    let projection = multi_head(flash).weights(&dense([HUGE / 4, 1, 4, 4]));
+    let projection = multi_head(flash).attention_weights(&dense([HUGE / 4, 1, 4, 4]));
     refused(projection, &format!("TooLarge | projection | [{}, 4]", HUGE / 4));
 }
 
@@ -613,7 +631,7 @@ fn empty_inputs_are_valid() {
         // Those that are for columns of any number, and for four all.
         let any = ["scaled_dot_product", "flash", "poincare", "local_global"];
         let fits = |name: &str| (key_dim, value_dim) == (4, 4) || any.contains(&name);
-        for inputs in [dense, dense.causal(), sparse].map(|inputs| suited(inputs, None)) {
+        for inputs in [dense, dense.with_causal(), sparse].map(|inputs| suited(inputs, None)) {
             let fitting: Vec<_> = mechanisms().into_iter().filter(|it| fits(it.name())).collect();
             assert!(fitting.len() >= any.len());
             for attention in fitting {
@@ -621,7 +639,7 @@ fn empty_inputs_are_valid() {
                 assert_eq!(out, zeros(num_queries, value_dim));
                 let grads = attention.backward(&inputs, &saved, out.view()).unwrap();
                 assert_eq!(grads.query.dim(), (num_queries, key_dim));
-                match attention.weights(&inputs) {
+                match attention.attention_weights(&inputs) {
                     Err(Error::NoWeights { .. }) => {}
                     weights => assert_eq!(weights.unwrap().nrows(), inputs.num_pairs()),
                 }
@@ -631,7 +649,7 @@ fn empty_inputs_are_valid() {
         }
     }
     let inputs = dense([2, 0, 4, 4]).with_mask(fill(&true, 2, 0)).unwrap();
-    let inputs = inputs.with_bias(zeros(2, 0)).unwrap().with_layers(&[]).unwrap();
+    let inputs = inputs.with_bias(zeros(2, 0)).unwrap().with_edge_layers(&[]).unwrap();
     inputs.with_edge_features(zeros(0, 5)).unwrap();
     inputs.with_positions(zeros(2, 0), zeros(0, 0)).unwrap();
     Partial::<f64>::empty(0, 0, 1).unwrap();

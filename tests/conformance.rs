@@ -5,9 +5,10 @@ mod common;
 use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeGatConfig, Features,
-    Flash, Float, Fusion, Gating, GraphRopeConfig, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Projection, ScaledDotProduct, Score, Window,
+    Attention, DualSpace, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig,
+    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window, moe::Gating,
+    performer::Features, performer::Projection, poincare::Aggregation, poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let one_head = || Shapes::new(3, 3, 2);
     let heads = || Shapes::new(2 * 3, 2 * 3, 2 * 5).heads(2);
     let grouped = || Shapes::new(6 * 3, 2 * 3, 2 * 5).kv_heads(6, 2);
-    let separate = MultiHeadConfig::new(6, 2).key_input_dim(5).value_input_dim(7).output_dim(3);
+    let separate = MultiHeadConfig::new(6, 2).key_dim(5).value_dim(7).output_dim(3);
     let all_sizes = separate.head_dim(3).value_head_dim(2).kv_heads(1);
     // Edge features, and none; heads of more columns than a vector, and of fewer.
     let gat = |score, dim, heads| EdgeGatConfig::new(score, 5, dim, heads).edge_dim(3);
@@ -147,7 +148,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (one_head(), moe(raw(sigmoid(3, 3)), flashes())),
         (six(), {
             let mut biased = moe(sigmoid(6, 2), with_buffers);
-            biased.set_expert_bias(array![0.5, -0.25, 0.0].mapv(F::of)).unwrap();
+            biased.set_expert_bias(array![0.5, -0.25, 0.0].mapv(F::from_f64)).unwrap();
             biased
         }),
     ]
@@ -218,18 +219,18 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         ),
     ];
     // The laws are about all pairs, so windows are wide enough for all: in one block and in three.
-    let by_order = |window, flash| LocalGlobal::by_order(window, flash).unwrap();
+    let sliding_window = |window, flash| LocalGlobal::sliding_window(window, flash).unwrap();
     let mut projected = || -> Box<dyn Attention<F>> {
         Box::new(MultiHeadConfig::new(6, 1).init(Flash::new(), &mut rng).unwrap())
     };
     let [local, global] = [projected(), projected()];
     let mut gate = |head_dim, heads, local, global| {
-        LocalGlobal::by_layer_gate(head_dim, heads, local, global, &mut rng).unwrap()
+        LocalGlobal::gated(head_dim, heads, local, global, &mut rng).unwrap()
     };
     let local_globals = [
-        (one_head(), by_order(Window::new(7), Flash::new())),
-        (grouped(), by_order(Window::new(9).globals(&[3, 0]), flash(3, 2))),
-        (heads(), LocalGlobal::by_layer_union(flash(2, 3), flash(2, 2).with_scale(-0.6).unwrap())),
+        (one_head(), sliding_window(Window::new(7), Flash::new())),
+        (grouped(), sliding_window(Window::new(9).globals(&[3, 0]), flash(3, 2))),
+        (heads(), LocalGlobal::joint(flash(2, 3), flash(2, 2).with_scale(-0.6).unwrap())),
         (grouped(), gate(3, 6, scaled(0.3), scaled(1.1))),
         (six(), gate(6, 1, local, global)),
     ]
@@ -243,7 +244,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         config.init(flash(2, 3), ScaledDotProduct::new(), Flash::new(), rng).unwrap()
     };
     let multi_head = |dim, rng: &mut _| {
-        let config = MultiHeadConfig::new(dim, 1).key_input_dim(5).value_input_dim(3);
+        let config = MultiHeadConfig::new(dim, 1).key_dim(5).value_dim(3);
         config.output_dim(4).init(Flash::new(), rng).unwrap()
     };
     let mut projected = |config: DualSpaceConfig| {

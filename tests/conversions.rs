@@ -234,7 +234,8 @@ mod sprs {
         let bias = ArrayView2::from_shape((6, 1), matrix.data()).unwrap();
         let inputs =
             Inputs::graph(query.view(), key.view(), value.view(), &graph)?.with_bias(bias)?;
-        let weights = ScaledDotProduct::new().weights(&inputs)?.into_raw_vec_and_offset().0;
+        let weights =
+            ScaledDotProduct::new().attention_weights(&inputs)?.into_raw_vec_and_offset().0;
         let (indptr, indices) = (matrix.proper_indptr().to_vec(), matrix.indices().to_vec());
         let weights = CsMat::new((3, 5), indptr, indices, weights);
         let out = Flash::new().forward(&inputs)?;

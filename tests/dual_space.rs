@@ -7,9 +7,9 @@ use graph_attention::ndarray::{
 use graph_attention::neighbors::{ExactIndex, Metric, Neighbor, NeighborIndex};
 use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
-    Attention, Channel, Dropout, DualSpace, DualSpaceConfig, EdgeGatConfig, Error, Flash, Fusion,
-    Gradients, Graph, Inputs, LatentSearch, MoeConfig, MultiHeadConfig, PoincareConfig, Result,
-    ScaledDotProduct, Score, params,
+    Attention, Channel, Dropout, DualSpace, DualSpaceConfig, EdgeGatConfig, Error, Flash,
+    Gradients, Graph, Inputs, MoeConfig, MultiHeadConfig, PoincareConfig, Result, ScaledDotProduct,
+    dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -118,7 +118,7 @@ fn outputs_are_those_of_the_equations() {
     let mut mask = Array2::from_shape_fn((n, n), |(i, j)| (i + 2 * j) % 5 != 0);
     latent.neighbors(5).iter().for_each(|&key| mask[[5, key as usize]] = false);
     let inputs = Inputs::graph(q.view(), k.view(), v.view(), &graph).unwrap();
-    let inputs = inputs.with_latent(&latent).unwrap().with_mask(mask.view()).unwrap().causal();
+    let inputs = inputs.with_latent(&latent).unwrap().with_mask(mask.view()).unwrap().with_causal();
     let inputs = inputs.with_heads(heads).unwrap();
 
     let visible = |graph: &Graph| -> Vec<Vec<usize>> {
@@ -299,7 +299,7 @@ fn a_search_finds_the_nearest_but_for_those_excluded() {
 
     // Hidden keys take no place among the k.
     let mask = Array2::from_shape_fn((n, n), |(i, j)| (3 * i + j) % 4 != 0);
-    let masked = inputs.with_mask(mask.view()).unwrap().causal();
+    let masked = inputs.with_mask(mask.view()).unwrap().with_causal();
     let hidden = |i: usize, j: usize| j > i || !mask[[i, j]];
     assert_eq!(found(&dots, &masked), nearest(&x, dot, 4, any, hidden));
 
@@ -343,7 +343,7 @@ fn what_a_search_finds_is_as_if_the_inputs_had_brought_it() {
     for config in [linear(3, 4), gated(4)] {
         for inputs in [
             square(&x, &graph),
-            square(&x, &graph).with_mask(mask.view()).unwrap().causal(),
+            square(&x, &graph).with_mask(mask.view()).unwrap().with_causal(),
             square(&x, &graph).with_dropout(dropout).unwrap().with_heads(2).unwrap(),
         ] {
             let search = plain(&config).with_search(options(LatentSearch::new(5, Metric::Cosine)));
@@ -373,7 +373,7 @@ fn selected_queries_get_the_answer_that_they_get_among_all() {
     let x = matrix(n, 4, 1);
     let (graph, latent) = (random_graph(n, n, 2), random_graph(n, n, 8));
     let dropout = Dropout { probability: 0.4, seed: 3 };
-    let inputs = square(&x, &graph).with_latent(&latent).unwrap().causal();
+    let inputs = square(&x, &graph).with_latent(&latent).unwrap().with_causal();
     let inputs = inputs.with_dropout(dropout).unwrap();
     let dual = plain(&gated(4));
     let queries = [1, 4, 5, 9, 12, 18];
@@ -396,7 +396,7 @@ fn selected_queries_get_the_answer_that_they_get_among_all() {
     };
     let experts: Vec<Box<dyn Attention<f64>>> = vec![Box::new(expert()), Box::new(expert())];
     let moe = MoeConfig::new(4, 1).init(experts, &mut rng(4)).unwrap();
-    let inputs = square(&x, &graph).causal();
+    let inputs = square(&x, &graph).with_causal();
     assert!(moe.route(&inputs).unwrap().shares().iter().all(|&share| share > 0.2));
     close(&moe.forward(&inputs).unwrap(), &expert().forward(&inputs).unwrap());
 }
@@ -505,12 +505,12 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     assert_eq!(plain(&gated(4)).gates(&inputs), Err(missing.clone()));
     assert_eq!(plain(&gated(4)).latent_neighbors(&inputs), Err(missing));
     let no_gates = plain(&linear(4, 4)).gates(&latent);
-    refused(no_gates, "InvalidConfig", &["fusion: expected a gated one"]);
+    refused(no_gates, "InvalidArgument", &["fusion: expected a gated one"]);
     let init = |config: &DualSpaceConfig| {
         config.init::<f64>(Flash::new(), Flash::new(), Flash::new(), &mut rng(1))
     };
-    refused(init(&linear(0, 3)), "InvalidConfig", &["output_dim: expected at least 1, got 0"]);
-    refused(init(&gated(0)), "InvalidConfig", &["branch_dim: expected at least 1, got 0"]);
+    refused(init(&linear(0, 3)), "InvalidArgument", &["output_dim: expected at least 1, got 0"]);
+    refused(init(&gated(0)), "InvalidArgument", &["branch_dim: expected at least 1, got 0"]);
     refused(init(&gated(usize::MAX)), "TooLarge", &["fusion weight"]);
 
     // Branches of other sizes, and inner mechanisms that refuse.
@@ -547,7 +547,7 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     let search = |search| plain(&gated(4)).with_search(search);
     let cosine = |k| LatentSearch::new(k, Metric::Cosine);
     let refused_search = search(cosine(2).threshold(f64::NAN)).forward(&inputs);
-    refused(refused_search, "InvalidConfig", &["threshold"]);
+    refused(refused_search, "InvalidArgument", &["threshold"]);
     let few = x.slice(s![..3, ..]);
     let other_nodes = Inputs::dense(few, x.view(), x.view()).unwrap();
     refused(search(cosine(2)).forward(&other_nodes), "Shape", &["queries", "[5, 4]", "[3, 4]"]);

@@ -8,7 +8,7 @@ use graph_attention::ndarray::{
 use graph_attention::ndarray::{Ix1, IxDyn, concatenate, s};
 use graph_attention::{
     Attention, EdgeGat, EdgeGatConfig, Flash, Float, Gradients, Graph, Inputs, Params, Result,
-    Score, params,
+    edge_gat::Score, params,
 };
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -21,7 +21,7 @@ fn seeded(seed: u64) -> Xoshiro256PlusPlus {
 }
 
 fn normal<F: Float>(rng: &mut Xoshiro256PlusPlus, rows: usize, columns: usize) -> Array2<F> {
-    Array2::from_shape_simple_fn((rows, columns), || F::of(StandardNormal.sample(rng)))
+    Array2::from_shape_simple_fn((rows, columns), || F::from_f64(StandardNormal.sample(rng)))
 }
 
 fn permutation(rng: &mut Xoshiro256PlusPlus, len: usize) -> Vec<usize> {
@@ -38,7 +38,7 @@ fn complete(queries: usize, keys: usize) -> Graph {
 
 /// For each head and each query, the keys from the most attended to the least.
 fn rankings(gat: &EdgeGat<f64>, inputs: &Inputs<'_, f64>) -> Vec<Vec<Vec<usize>>> {
-    let weights = gat.weights(inputs).unwrap();
+    let weights = gat.attention_weights(inputs).unwrap();
     let num_keys = inputs.num_keys();
     let of_query = |weights: Vec<f64>| {
         let mut keys: Vec<usize> = (0..num_keys).collect();
@@ -157,7 +157,7 @@ fn gat_v2_by_hand_looks_up_any_dictionary() {
         let values = permutation(&mut rng, k);
         let (query, key) = (Array2::eye(k), dictionary(attributes, &values));
         let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph).unwrap();
-        let weights = gat.weights(&inputs).unwrap();
+        let weights = gat.attention_weights(&inputs).unwrap();
         let out = gat.forward(&inputs).unwrap();
         for (j, (&attribute, &value)) in attributes.iter().zip(&values).enumerate() {
             assert!(weights[[attribute * k + j, 0]] > 0.999, "{attributes:?}");
@@ -176,12 +176,12 @@ struct Model {
 }
 
 impl Params<f32> for Model {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f32>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
         self.gat.visit_params(visitor);
         visitor("read_out", self.read_out.view());
         visitor("read_out.bias", self.bias.view());
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f32>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
         self.gat.visit_params_mut(visitor);
         visitor("read_out", self.read_out.view_mut());
         visitor("read_out.bias", self.bias.view_mut());
@@ -357,13 +357,13 @@ fn configurations_that_contradict_themselves() {
     let config = |score| new(score, 5, 4, 2);
     for score in SCORES {
         for (config, expected) in [
-            (new(score, 0, 4, 2), "InvalidConfig | input_dim | at least 1 | got 0"),
-            (new(score, 5, 0, 2), "InvalidConfig | head_dim | at least 1 | got 0"),
-            (new(score, 5, 4, 0), "InvalidConfig | num_heads | at least 1 | got 0"),
-            (config(score).key_dim(0), "InvalidConfig | key_dim | at least 1 | got 0"),
+            (new(score, 0, 4, 2), "InvalidArgument | input_dim | at least 1 | got 0"),
+            (new(score, 5, 0, 2), "InvalidArgument | head_dim | at least 1 | got 0"),
+            (new(score, 5, 4, 0), "InvalidArgument | num_heads | at least 1 | got 0"),
+            (config(score).key_dim(0), "InvalidArgument | key_dim | at least 1 | got 0"),
             (
                 config(score).residual(false).gate(true),
-                "InvalidConfig | gate | a residual to weigh | got none",
+                "InvalidArgument | gate | a residual to weigh | got none",
             ),
             (new(score, HUGE, 4, 2), "TooLarge | weight | , 2305843009213693951]"),
             (new(score, 5, HUGE, 9), "TooLarge | expected a size that fits in memory"),
@@ -373,18 +373,19 @@ fn configurations_that_contradict_themselves() {
         }
         for slope in [-0.1, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let expected = format!(
-                "InvalidConfig | negative_slope | a finite number of at least 0 | got {slope}"
+                "InvalidArgument | negative_slope | a finite number of at least 0 | got {slope}"
             );
             refused(init(&config(score).negative_slope(slope)), &expected);
         }
         init(&config(score).negative_slope(0.0)).unwrap();
     }
     let shared = config(Score::DotProduct).share_weights(true);
-    let expected = "InvalidConfig | share_weights | false for Score::DotProduct | got true";
+    let expected = "InvalidArgument | share_weights | false for Score::DotProduct | got true";
     refused(init(&shared), expected);
     for score in [Score::Gat, Score::GatV2] {
         let shared = config(score).key_dim(3).share_weights(true);
-        let expected = "InvalidConfig | share_weights | false where key_dim = 3 differs | got true";
+        let expected =
+            "InvalidArgument | share_weights | false where key_dim = 3 differs | got true";
         refused(init(&shared), expected);
         init(&shared.key_dim(5).share_weights(true)).unwrap();
     }
@@ -423,13 +424,16 @@ fn inputs_that_do_not_fit_the_configuration() {
                 bare.with_edge_features(narrow.view()).unwrap(),
                 "Shape | edge_features | [6, 3] | [6, 2]",
             ),
-            (bare, "MissingInput | edge_gat | with edge features | got inputs without"),
+            (
+                bare,
+                "MissingInput | edge_gat needs edge features: call `Inputs::with_edge_features`",
+            ),
             (full.with_bias(bias.view()).unwrap(), "Unsupported | edge_gat | an additive bias"),
             (dense(&heads).with_heads(2).unwrap(), "Unsupported | edge_gat | several heads"),
         ] {
             refused(gat.forward(&inputs), expected);
             refused(gat.forward_train(&inputs), expected);
-            refused(gat.weights(&inputs), expected);
+            refused(gat.attention_weights(&inputs), expected);
             // The state is of inputs that fit.
             let (out, saved) = gat.forward_train(&full).unwrap();
             refused(gat.backward(&inputs, &saved, out.view()), expected);
@@ -500,7 +504,8 @@ fn a_shared_weight_may_come_under_either_name_or_both() {
             }
             // A bias of zeros is the same at any scale.
             if names[0].ends_with("weight") {
-                let expected = format!("InvalidConfig | share_weights | different | {}", names[1]);
+                let expected =
+                    format!("InvalidArgument | share_weights | different | {}", names[1]);
                 refused(renamed(&names, 2.0), &expected);
             }
         }
@@ -599,7 +604,7 @@ fn weights_are_drawn_from_the_whole_of_glorots_interval() {
 /// The same parameters in another precision.
 fn cast<F: Float>(gat: &EdgeGat<f64>) -> EdgeGat<F> {
     let state = params::state(gat).into_iter();
-    gat.config().from_params(state.map(|(name, value)| (name, value.mapv(F::of)))).unwrap()
+    gat.config().from_params(state.map(|(name, value)| (name, value.mapv(F::from_f64)))).unwrap()
 }
 
 /// The output and all gradients, with their names.

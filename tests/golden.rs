@@ -7,7 +7,7 @@ use graph_attention::ndarray::{
 };
 use graph_attention::{
     Attention, Causal, EdgeGatConfig, Flash, Graph, Inputs, LoopFill, MultiHeadConfig,
-    ScaledDotProduct, Score, params,
+    ScaledDotProduct, edge_gat::Score, params,
 };
 use serde_json::Value;
 
@@ -90,12 +90,14 @@ fn scaled_dot_product_attention_of_pytorch() {
         let mask = mask(&case["mask"]);
         let logits = (!case["bias"].is_null()).then(|| bias(&case["bias"]));
         let mut inputs = Inputs::dense(query.view(), key.view(), value.view())
-            .and_then(|inputs| inputs.with_kv_heads(size(&case["heads"]), size(&case["kv_heads"])))
+            .and_then(|inputs| {
+                inputs.with_grouped_heads(size(&case["heads"]), size(&case["kv_heads"]))
+            })
             .unwrap();
         match case["causal"].as_str() {
             None => {}
-            Some("top_left") => inputs = inputs.causal(),
-            Some("bottom_right") => inputs = inputs.with_causal(Causal::BottomRight),
+            Some("top_left") => inputs = inputs.with_causal(),
+            Some("bottom_right") => inputs = inputs.with_causal_alignment(Causal::BottomRight),
             Some(other) => panic!("{other}"),
         }
         if let Some(mask) = &mask {
@@ -108,7 +110,7 @@ fn scaled_dot_product_attention_of_pytorch() {
         let scale = case["scale"].as_f64();
         let largest_logit = {
             let largest = |array: &Array2<f64>| array.iter().fold(0.0, |max, x| x.abs().max(max));
-            let dim = query.ncols() as f64 / inputs.heads() as f64;
+            let dim = query.ncols() as f64 / inputs.num_heads() as f64;
             scale.unwrap_or(dim.sqrt().recip()).abs() * dim * largest(&query) * largest(&key)
         };
         let tolerance = TOLERANCE.max(largest_logit * f64::EPSILON);
@@ -164,12 +166,12 @@ fn multihead_attention_of_pytorch_loads_by_name() {
             inputs = inputs.with_bias(logits.view()).unwrap();
         }
         if case["causal"].as_bool().unwrap() {
-            inputs = inputs.causal();
+            inputs = inputs.with_causal();
         }
 
         let config = MultiHeadConfig::new(size(&case["embed_dim"]), size(&case["num_heads"]))
-            .key_input_dim(size(&case["kdim"]))
-            .value_input_dim(size(&case["vdim"]))
+            .key_dim(size(&case["kdim"]))
+            .value_dim(size(&case["vdim"]))
             .bias(case["bias"].as_bool().unwrap());
         let state = case["params"].as_object().unwrap();
         let state = || state.iter().map(|(name, value)| (name, dynamic(value)));
@@ -181,7 +183,7 @@ fn multihead_attention_of_pytorch_loads_by_name() {
             let what = |array: &str| format!("{name}, {array}");
             let (ours, saved) = attention.forward_train(&inputs).unwrap();
             assert_close(&what("out"), TOLERANCE, ours.view(), out.view());
-            let weights = attention.weights(&inputs).unwrap();
+            let weights = attention.attention_weights(&inputs).unwrap();
             let expected = by_pair(array(&case["weights"]));
             assert_close(&what("weights"), TOLERANCE, weights.view(), expected.view());
 
@@ -260,7 +262,7 @@ fn graph_convolutions_of_pyg_load_by_name() {
         let what = |array: &str| format!("{name}, {array}");
         let (ours, saved) = gat.forward_train(&inputs).unwrap();
         assert_close(&what("out"), TOLERANCE, ours.view(), array::<Ix2>(&case["out"]).view());
-        let weights = gat.weights(&inputs).unwrap();
+        let weights = gat.attention_weights(&inputs).unwrap();
         assert_close(&what("alpha"), TOLERANCE, weights.view(), array(&case["alpha"]).view());
 
         let grad_out: Array2<f64> = array(&case["grad_out"]);

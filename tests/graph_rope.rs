@@ -5,8 +5,8 @@ use graph_attention::ndarray::{
 };
 use graph_attention::{
     Attention, Channel, EdgeRope, Error, Flash, Float, Gradients, GradientsMut, Graph, GraphRope,
-    GraphRopeConfig, Inputs, Layout, MultiHeadConfig, Params, PerformerConfig, Result, Saved,
-    ScaledDotProduct, params,
+    GraphRopeConfig, Inputs, MultiHeadConfig, Params, PerformerConfig, Result, Saved,
+    ScaledDotProduct, graph_rope::Layout, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -79,8 +79,8 @@ fn train(
 struct Show;
 
 impl<F: Float> Params<F> for Show {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
 impl<F: Float> Attention<F> for Show {
@@ -153,10 +153,10 @@ fn peers_agree() {
         };
         let (heads, kv_heads) = (size(&case["heads"]), size(&case["kv_heads"]));
         let mut inputs = Inputs::dense(query.view(), key.view(), value.view())
-            .and_then(|inputs| inputs.with_kv_heads(heads, kv_heads))
+            .and_then(|inputs| inputs.with_grouped_heads(heads, kv_heads))
             .unwrap();
         if case["causal"].as_bool().unwrap() {
-            inputs = inputs.causal();
+            inputs = inputs.with_causal();
         }
         let ropes: Vec<Box<dyn Attention<f64>>>;
         let (distances, query_at, key_at);
@@ -357,10 +357,10 @@ fn distances_that_are_differences_of_positions_are_positions() {
     let all = (0..n_q * n_k).map(|pair| (pair / n_k, pair % n_k)).collect::<Vec<_>>();
     let dense = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
     let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph).unwrap();
-    for (inputs, pairs) in [(dense, &all), (dense.causal(), &all), (sparse, &edges)] {
+    for (inputs, pairs) in [(dense, &all), (dense.with_causal(), &all), (sparse, &edges)] {
         let distances = pairs.iter().map(|&(i, j)| key_at[[j, 0]] - query_at[[i, 0]]);
         let distances = distances.collect::<Array1<f64>>();
-        let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap();
+        let inputs = inputs.with_grouped_heads(heads, kv_heads).unwrap();
         let inputs = inputs.with_positions(query_at.view(), key_at.view()).unwrap();
         let inputs = inputs.with_distances(distances.view()).unwrap();
         for layout in LAYOUTS {
@@ -374,11 +374,11 @@ fn distances_that_are_differences_of_positions_are_positions() {
             let [a, b] = [&grads, &edge_grads].map(|grads| grads.params[0].clone());
             let [a, b] = [a, b].map(|grad| grad.into_dimensionality().unwrap());
             assert_close("frequencies", 1e-13, b.view(), a.view());
-            let weights = of_nodes.weights(&inputs).unwrap();
+            let weights = of_nodes.attention_weights(&inputs).unwrap();
             assert_close(
                 "weights",
                 1e-14,
-                of_edges.weights(&inputs).unwrap().view(),
+                of_edges.attention_weights(&inputs).unwrap().view(),
                 weights.view(),
             );
         }
@@ -600,7 +600,10 @@ fn bad_configurations_are_errors() {
         (new(2).frequencies(array![[f64::INFINITY]]), "frequencies"),
     ] {
         let error = config.init::<f64, _>(Flash::new()).unwrap_err();
-        assert!(matches!(error, Error::InvalidConfig { field: at, .. } if at == field), "{error}");
+        assert!(
+            matches!(error, Error::InvalidArgument { argument: at, .. } if at == field),
+            "{error}"
+        );
         assert_eq!(config.init_edges::<f64>().unwrap_err(), error);
     }
     let shape = new(8).frequencies(array![[1.0, 2.0, 3.0]]).init::<f64, _>(Flash::new());
@@ -609,7 +612,7 @@ fn bad_configurations_are_errors() {
     assert_eq!(shape.unwrap_err(), error);
     assert!(new(4).frequencies(Array2::zeros((0, 2))).init::<f64, _>(Flash::new()).is_err());
     let error = new(8).axes(2).init_edges::<f64>().unwrap_err();
-    assert!(matches!(error, Error::InvalidConfig { field: "axes", .. }), "{error}");
+    assert!(matches!(error, Error::InvalidArgument { argument: "axes", .. }), "{error}");
 }
 
 #[test]

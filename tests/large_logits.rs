@@ -7,9 +7,9 @@ use graph_attention::ndarray::{
     Array1, Array2, ArrayView1, ArrayView2, Axis, array, concatenate, s,
 };
 use graph_attention::{
-    Attention, EdgeGatConfig, EdgeRope, Features, Flash, Float, Graph, GraphRopeConfig, Inputs,
-    Layout, LocalGlobal, MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig, Result,
-    ScaledDotProduct, Score, Window, params,
+    Attention, EdgeGatConfig, EdgeRope, Flash, Float, Graph, GraphRopeConfig, Inputs, LocalGlobal,
+    MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
+    edge_gat::Score, graph_rope::Layout, local_global::Window, params, performer::Features,
 };
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
@@ -21,7 +21,7 @@ fn rng() -> Xoshiro256PlusPlus {
 /// Entries between −1 and 1.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {
-        F::of((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
+        F::from_f64((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
     })
 }
 
@@ -29,7 +29,7 @@ fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
 fn means<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     let features = PerformerConfig::new(4, 16).init::<F>(&mut rng()).unwrap();
     let rope: EdgeRope<F> = GraphRopeConfig::new(4, Layout::Half).init_edges().unwrap();
-    let window = LocalGlobal::<F>::by_order(Window::new(9), Flash::new()).unwrap();
+    let window = LocalGlobal::<F>::sliding_window(Window::new(9), Flash::new()).unwrap();
     vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -48,8 +48,8 @@ fn check_one_bias<F: Float>(bias: f64, what: &str) -> Result<()> {
         let edges = (0..num_queries).flat_map(|i| (0..num_keys).map(move |j| (i, j)));
         let graph = Graph::from_edges(num_queries, num_keys, edges)?;
         let distances = Array1::from_elem(num_queries * num_keys, F::one());
-        let biases = Array2::from_elem((num_queries, num_keys), F::of(bias));
-        let of_pairs = Array2::from_elem((num_queries * num_keys, 1), F::of(bias));
+        let biases = Array2::from_elem((num_queries, num_keys), F::from_f64(bias));
+        let of_pairs = Array2::from_elem((num_queries * num_keys, 1), F::from_f64(bias));
         let (q, k, v) = (query.view(), key.view(), value.view());
         let dense = Inputs::dense(q, k, v)?.with_bias(biases.view())?;
         let graph = Inputs::graph(q, k, v, &graph)?.with_bias(of_pairs.view())?;
@@ -68,7 +68,7 @@ fn check_one_bias<F: Float>(bias: f64, what: &str) -> Result<()> {
                     let error = sum / num_queries as f64 - 1.0;
                     assert!(error.abs() < bound, "{case}: Σ dv off by {error:e}");
                 }
-                let weights = mechanism.weights(&inputs)?;
+                let weights = mechanism.attention_weights(&inputs)?;
                 for query in 0..num_queries {
                     let pairs = inputs.row(query);
                     let sum: f64 = pairs.map(|pair| weights[[pair.index, 0]].as_f64()).sum();
@@ -102,10 +102,12 @@ fn weights_of_the_backward_pass_sum_to_one_for_any_products() -> Result<()> {
                 let num_keys = 100;
                 // All logits are the same number, or differ.
                 for is_one in [true, false] {
-                    let query = Array2::from_elem((num_queries, 4), F::of(0.3));
+                    let query = Array2::from_elem((num_queries, 4), F::from_f64(0.3));
                     let key = match is_one {
-                        true => Array2::from_elem((num_keys, 4), F::of(size / 0.6)),
-                        false => matrix::<F>(num_keys, 4, 2).mapv(|entry| entry * F::of(size)),
+                        true => Array2::from_elem((num_keys, 4), F::from_f64(size / 0.6)),
+                        false => {
+                            matrix::<F>(num_keys, 4, 2).mapv(|entry| entry * F::from_f64(size))
+                        }
                     };
                     let value = matrix::<F>(num_keys, 4, 3);
                     let (q, k, v) = (query.view(), key.view(), value.view());
@@ -137,18 +139,20 @@ fn with_one_key_in_sight_nothing_flows_to_the_query() -> Result<()> {
     common::hold_simd();
     fn check<F: Float>() -> Result<()> {
         for num_queries in [1, 20] {
-            let [query, key, value] = [(num_queries, 1), (num_queries, 2), (num_queries, 3)]
-                .map(|(rows, seed)| matrix::<F>(rows, 4, seed).mapv(|entry| entry * F::of(1e5)));
+            let [query, key, value] =
+                [(num_queries, 1), (num_queries, 2), (num_queries, 3)].map(|(rows, seed)| {
+                    matrix::<F>(rows, 4, seed).mapv(|entry| entry * F::from_f64(1e5))
+                });
             let graph = Graph::from_edges(
                 num_queries,
                 num_queries,
                 (0..num_queries).map(|i| (i, (i * 7) % num_queries)),
             )?;
-            let distances = Array1::from_elem(num_queries, F::of(1.7));
+            let distances = Array1::from_elem(num_queries, F::from_f64(1.7));
             let (q, k, v) = (query.view(), key.view(), value.view());
             let inputs = Inputs::graph(q, k, v, &graph)?.with_distances(distances.view())?;
             let mask = Array2::from_shape_fn((num_queries, num_queries), |(i, j)| i == j);
-            let distances = Array1::from_elem(num_queries * num_queries, F::of(1.7));
+            let distances = Array1::from_elem(num_queries * num_queries, F::from_f64(1.7));
             let masked = Inputs::dense(q, k, v)?.with_mask(mask.view())?;
             let masked = masked.with_distances(distances.view())?;
             let grad_out = matrix::<F>(num_queries, 4, 4);
@@ -224,13 +228,13 @@ fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
     fn check<F: Float>() -> Result<()> {
         for num_queries in [1, 12] {
             let [query, key, value] = [(num_queries, 1), (9, 2), (9, 3)]
-                .map(|(rows, seed)| matrix::<F>(rows, 4, seed).mapv(|x| x * F::of(0.1)));
+                .map(|(rows, seed)| matrix::<F>(rows, 4, seed).mapv(|x| x * F::from_f64(0.1)));
             let bias = Array2::from_elem((num_queries, 9), F::min_value());
             let distances = Array1::from_elem(num_queries * 9, F::one());
             let unbiased = Inputs::dense(query.view(), key.view(), value.view())?
                 .with_distances(distances.view())?;
             let inputs = unbiased.with_bias(bias.view())?;
-            let mean = value.sum_axis(Axis(0)) / F::of(9.0);
+            let mean = value.sum_axis(Axis(0)) / F::from_f64(9.0);
             for mechanism in means::<F>().into_iter().filter(|m| m.name() != "local_global") {
                 let out = mechanism.forward(&inputs)?;
                 // Beside such a bias the logits are lost to rounding; a Performer has kernels instead,
@@ -313,7 +317,7 @@ fn edge_weights_of_large_logits_sum_to_one() -> Result<()> {
                 &key.row(0).to_owned().insert_axis(Axis(0)) + &(matrix::<f32>(3, 2, 3) * 1e-3);
             let features = Array2::from_elem((3, 1), size);
             let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph)?;
-            let weights = gat.weights(&inputs.with_edge_features(features.view())?)?;
+            let weights = gat.attention_weights(&inputs.with_edge_features(features.view())?)?;
             for sum in weights.sum_axis(Axis(0)) {
                 assert!((sum - 1.0).abs() < 4.0 * f32::EPSILON, "{score:?}, {size}: {sum}");
             }
@@ -404,7 +408,7 @@ fn long_sums_of_all_kinds_are_exact() -> Result<()> {
         let performer = PerformerConfig::new(4, num_features).features(features).init(&mut rng())?;
         let dense = Inputs::dense(q.slice(s![..2, ..]), k, v)?;
         check("all keys", performer.forward(&dense)?.row(0), &value);
-        let causal = Inputs::dense(q, k, v)?.causal();
+        let causal = Inputs::dense(q, k, v)?.with_causal();
         check("causal", performer.forward(&causal)?.row(num_keys - 1), &value);
         // The gradient of a value is a sum over the queries.
         let inputs = Inputs::dense(k, q.slice(s![..1, ..]), v.slice(s![..1, ..]))?;

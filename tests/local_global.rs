@@ -4,7 +4,8 @@ use graph_attention::ndarray::{Array1, Array2, ArrayView2, Axis, array, s};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
     Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Gradients, Graph, Inputs,
-    LocalGlobal, MultiHeadConfig, Params, Result, ScaledDotProduct, Score, Window, params,
+    LocalGlobal, MultiHeadConfig, Params, Result, ScaledDotProduct, edge_gat::Score,
+    local_global::Window, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -30,7 +31,7 @@ struct Pattern {
 impl Pattern {
     fn attention(&self, flash: Flash) -> LocalGlobal<f64> {
         let window = Window::new(self.radius as usize).dilation(self.dilation as usize);
-        LocalGlobal::by_order(window.globals(&self.globals), flash).unwrap()
+        LocalGlobal::sliding_window(window.globals(&self.globals), flash).unwrap()
     }
 
     /// `offset` is the key at which query 0 stands.
@@ -77,7 +78,7 @@ fn assert_same(
 }
 
 #[test]
-fn by_order_is_attention_under_the_mask_at_every_size() -> Result<()> {
+fn sliding_window_is_attention_under_the_mask_at_every_size() -> Result<()> {
     for n in [1, 2, 7, 95, 96, 97, 193] {
         let mut rng = rng(n as u64);
         let [q, k, v] = [3, 3, 2].map(|columns| normal(n, columns, &mut rng));
@@ -88,7 +89,7 @@ fn by_order_is_attention_under_the_mask_at_every_size() -> Result<()> {
                     let pattern = Pattern { radius, dilation, globals };
                     let mask = pattern.mask(n, n, 0);
                     let attention = pattern.attention(Flash::new());
-                    for inputs in [inputs, inputs.causal()] {
+                    for inputs in [inputs, inputs.with_causal()] {
                         let plain = inputs.with_mask(mask.view())?;
                         let what = format!("{n} {pattern:?} {:?}", inputs.causal_alignment());
                         let oracle = ScaledDotProduct::new();
@@ -103,7 +104,7 @@ fn by_order_is_attention_under_the_mask_at_every_size() -> Result<()> {
 
 /// Windows around global positions meet, lie in each other and reach over the ends, in every class.
 #[test]
-fn by_order_is_attention_under_the_mask_whatever_the_globals() -> Result<()> {
+fn sliding_window_is_attention_under_the_mask_whatever_the_globals() -> Result<()> {
     let mut rng = rng(17);
     for _ in 0..300 {
         let [num_queries, num_keys] = [(); 2].map(|()| rng.random_range(1..70));
@@ -112,10 +113,10 @@ fn by_order_is_attention_under_the_mask_whatever_the_globals() -> Result<()> {
         let inputs = Inputs::dense(q.view(), k.view(), v.view())?.with_heads(2)?;
         let (inputs, offset) = match rng.random_range(0..3) {
             0 => (inputs, 0),
-            1 => (inputs.causal(), 0),
+            1 => (inputs.with_causal(), 0),
             _ => {
                 let offset = num_keys as i64 - num_queries as i64;
-                (inputs.with_causal(Causal::BottomRight), offset)
+                (inputs.with_causal_alignment(Causal::BottomRight), offset)
             }
         };
         let len = num_queries.max(num_keys);
@@ -140,7 +141,7 @@ fn globals_copy_little() -> Result<()> {
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
     // Few enough multiplications to stay on one thread, where they are counted.
     let peaks = |window: Window| -> Result<[u64; 2]> {
-        let attention = LocalGlobal::by_order(window, Flash::new().with_tiles(16, 16)?)?;
+        let attention = LocalGlobal::sliding_window(window, Flash::new().with_tiles(16, 16)?)?;
         let mut out = Array2::zeros((n, columns));
         let forward = allocation_counter::measure(|| {
             attention.forward_into(&inputs, out.view_mut()).unwrap()
@@ -164,7 +165,7 @@ fn globals_copy_little() -> Result<()> {
 
 /// Inputs with grouped heads of any layout, mask, bias and dropout.
 #[test]
-fn by_order_honours_every_channel() -> Result<()> {
+fn sliding_window_honours_every_channel() -> Result<()> {
     let mut rng = rng(5);
     for (num_queries, num_keys) in [(101, 101), (41, 103), (103, 41), (5, 103), (103, 5)] {
         // Every other row and column of larger arrays, backwards.
@@ -179,7 +180,7 @@ fn by_order_honours_every_channel() -> Result<()> {
         per_head.mapv_inplace(|logit| if logit > 1.0 { f64::NEG_INFINITY } else { logit });
         let shared = per_head.slice(s![.., ..1]).to_owned();
         let dropout = Dropout { probability: 0.3, seed: 3 };
-        let dense = Inputs::dense(q, k, v)?.with_kv_heads(6, 2)?;
+        let dense = Inputs::dense(q, k, v)?.with_grouped_heads(6, 2)?;
         let globals = vec![1, num_keys.min(num_queries) - 1];
         for (radius, dilation, globals) in
             [(2, 1, vec![]), (17, 1, globals.clone()), (5, 3, vec![]), (4, 7, globals)]
@@ -188,10 +189,11 @@ fn by_order_honours_every_channel() -> Result<()> {
             for causal in [None, Some(Causal::TopLeft), Some(Causal::BottomRight)] {
                 let (inputs, offset) = match causal {
                     None => (dense, 0),
-                    Some(Causal::TopLeft) => (dense.causal(), 0),
-                    Some(alignment) => {
-                        (dense.with_causal(alignment), num_keys as i64 - num_queries as i64)
-                    }
+                    Some(Causal::TopLeft) => (dense.with_causal(), 0),
+                    Some(alignment) => (
+                        dense.with_causal_alignment(alignment),
+                        num_keys as i64 - num_queries as i64,
+                    ),
                 };
                 let mask = pattern.mask(num_queries, num_keys, offset);
                 let mut both = mask.clone();
@@ -221,18 +223,18 @@ fn a_window_over_everything_is_dense_attention() -> Result<()> {
     let x = normal(131, 6, &mut rng(1));
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?;
     for radius in [130, usize::MAX] {
-        let attention = LocalGlobal::by_order(Window::new(radius), Flash::new())?;
-        for inputs in [inputs, inputs.causal()] {
+        let attention = LocalGlobal::sliding_window(Window::new(radius), Flash::new())?;
+        for inputs in [inputs, inputs.with_causal()] {
             assert_eq!(attention.forward(&inputs)?, Flash::new().forward(&inputs)?);
         }
     }
     let globals: Vec<usize> = (0..131).collect();
-    let attention = LocalGlobal::by_order(Window::new(0).globals(&globals), Flash::new())?;
+    let attention = LocalGlobal::sliding_window(Window::new(0).globals(&globals), Flash::new())?;
     assert_same("all global", (&attention, &inputs), (&Flash::new(), &inputs))
 }
 
 #[test]
-fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> Result<()> {
+fn sliding_window_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> Result<()> {
     let mut rng = rng(6);
     let (num_queries, num_keys) = (37, 41);
     let edges = (0..900).map(|_| (rng.random_range(0..num_queries), rng.random_range(0..num_keys)));
@@ -256,11 +258,12 @@ fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> R
         let attention = pattern.attention(Flash::new());
         for (causal, offset) in [(Causal::TopLeft, 0), (Causal::BottomRight, 4)] {
             let mask = pattern.mask(num_queries, num_keys, offset);
-            let sparse = sparse.with_causal(causal);
+            let sparse = sparse.with_causal_alignment(causal);
             let plain = sparse.with_mask(mask.view())?;
             let oracle = ScaledDotProduct::new();
             assert_same("graph", (&attention, &sparse), (&oracle, &plain))?;
-            let all = [sparse, dense.with_causal(causal), dense.with_bias(matrix.view())?];
+            let all =
+                [sparse, dense.with_causal_alignment(causal), dense.with_bias(matrix.view())?];
             for (inputs, queries) in
                 all.iter().flat_map(|inputs| some.iter().map(move |q| (inputs, q)))
             {
@@ -271,7 +274,8 @@ fn by_order_hides_edges_of_a_graph_and_selected_queries_keep_their_places() -> R
                 let plain = inputs.with_mask(mask.view())?.select_queries(queries)?;
                 let (inputs, plain) = (selected.inputs(), plain.inputs());
                 assert_same("selected", (&attention, &inputs), (&oracle, &plain))?;
-                let difference = attention.weights(&inputs)? - oracle.weights(&plain)?;
+                let difference =
+                    attention.attention_weights(&inputs)? - oracle.attention_weights(&plain)?;
                 assert!(difference.iter().all(|d| d.abs() < 1e-13));
             }
         }
@@ -325,10 +329,10 @@ fn nan_reaches_the_queries_that_see_it_and_no_others() -> Result<()> {
 }
 
 #[test]
-fn gradients_by_order_are_the_derivatives() {
+fn gradients_sliding_window_are_the_derivatives() {
     for window in [Window::new(0), Window::new(1), Window::new(1).dilation(2).globals(&[3, 0, 3])] {
         let flash = Flash::new().with_tiles(2, 3).unwrap();
-        let mut attention = LocalGlobal::by_order(window, flash).unwrap();
+        let mut attention = LocalGlobal::sliding_window(window, flash).unwrap();
         let shapes = Shapes::new(4 * 3, 2 * 3, 2 * 5).kv_heads(4, 2);
         let report = check_gradients(&mut attention, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(report.refused, Vec::<&str>::new());
@@ -356,27 +360,27 @@ fn the_union_is_one_softmax() -> Result<()> {
     let logits = normal(graph.num_edges(), 2, &mut rng)
         .mapv(|logit| if logit > 0.8 { f64::NEG_INFINITY } else { logit });
     let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
-    let sparse = sparse.with_layers(&layers)?;
+    let sparse = sparse.with_edge_layers(&layers)?;
     let dense = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?;
-    let dense = dense.with_layers(&all_layers)?;
+    let dense = dense.with_edge_layers(&all_layers)?;
     let dropout = Dropout { probability: 0.4, seed: 2 };
     for inputs in [
         sparse,
-        sparse.causal().with_dropout(dropout)?,
+        sparse.with_causal().with_dropout(dropout)?,
         sparse.with_bias(logits.view())?,
         dense,
-        dense.causal().with_dropout(dropout)?,
+        dense.with_causal().with_dropout(dropout)?,
     ] {
-        let union = LocalGlobal::by_layer_union(Flash::new(), Flash::new());
+        let union = LocalGlobal::joint(Flash::new(), Flash::new());
         assert_same("union", (&union, &inputs), (&ScaledDotProduct::new(), &inputs))?;
-        let difference = union.weights(&inputs)? - Flash::new().weights(&inputs)?;
+        let difference =
+            union.attention_weights(&inputs)? - Flash::new().attention_weights(&inputs)?;
         assert!(difference.iter().all(|d| d.abs() < 1e-14));
     }
 
     // With scales of their own: logits by hand.
     let inputs = sparse.with_heads(1)?;
-    let union =
-        LocalGlobal::by_layer_union(Flash::new().with_scale(0.9)?, Flash::new().with_scale(-0.4)?);
+    let union = LocalGlobal::joint(Flash::new().with_scale(0.9)?, Flash::new().with_scale(-0.4)?);
     let out = union.forward(&inputs)?;
     for query in 0..31 {
         let logits = graph.row(query).map(|(key, edge)| {
@@ -404,10 +408,10 @@ fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
     let (graph, layers) = layered(&mut rng)?;
     let x = normal(31, 6, &mut rng);
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
-    let inputs = inputs.with_layers(&layers)?;
+    let inputs = inputs.with_edge_layers(&layers)?;
     let (sharp, soft) = (Flash::new().with_scale(2.0)?, Flash::new().with_scale(0.3)?);
     let mut attention =
-        LocalGlobal::by_layer_gate(3, 2, boxed(sharp.clone()), boxed(soft.clone()), &mut rng)?;
+        LocalGlobal::gated(3, 2, boxed(sharp.clone()), boxed(soft.clone()), &mut rng)?;
     let mut names = Vec::new();
     attention.visit_params(&mut |name, _| names.push(name.to_owned()));
     assert_eq!(names, ["gate.weight", "gate.bias"]);
@@ -417,7 +421,7 @@ fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
         [("gate.weight", weight.clone().into_dyn()), ("gate.bias", bias.clone().into_dyn())];
     params::load_state(&mut attention, state)?;
     let out = attention.forward(&inputs)?;
-    let weights = attention.weights(&inputs)?;
+    let weights = attention.attention_weights(&inputs)?;
 
     let one_kind = |is_global: bool| {
         let edges: Vec<usize> =
@@ -434,7 +438,8 @@ fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
     let local = Inputs::graph(x.view(), x.view(), x.view(), &local_graph)?.with_heads(2)?;
     let global = Inputs::graph(x.view(), x.view(), x.view(), &global_graph)?.with_heads(2)?;
     let (local_out, global_out) = (sharp.forward(&local)?, soft.forward(&global)?);
-    let (local_weights, global_weights) = (sharp.weights(&local)?, soft.weights(&global)?);
+    let (local_weights, global_weights) =
+        (sharp.attention_weights(&local)?, soft.attention_weights(&global)?);
     for query in 0..31 {
         let kinds = [&local_graph, &global_graph].map(|graph| !graph.neighbors(query).is_empty());
         seen_kinds[usize::from(kinds[0]) + 2 * usize::from(kinds[1])] += 1;
@@ -471,9 +476,9 @@ fn a_bias_may_leave_a_head_one_kind() -> Result<()> {
     // Head 0 of query 0 does not see its global pair.
     let bias = array![[0.0, 0.0], [f64::NEG_INFINITY, 0.0]];
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_heads(2)?;
-    let inputs = inputs.with_layers(&[0, 4])?.with_bias(bias.view())?;
+    let inputs = inputs.with_edge_layers(&[0, 4])?.with_bias(bias.view())?;
     let [local, global] = [boxed(Flash::new()), boxed(Flash::new())];
-    let mut attention = LocalGlobal::by_layer_gate(2, 2, local, global, &mut rng)?;
+    let mut attention = LocalGlobal::gated(2, 2, local, global, &mut rng)?;
     let zeros = [
         ("gate.weight", Array2::<f64>::zeros((2, 2)).into_dyn()),
         ("gate.bias", Array1::<f64>::zeros(2).into_dyn()),
@@ -490,7 +495,7 @@ fn a_bias_may_leave_a_head_one_kind() -> Result<()> {
 fn a_gate_between_mechanisms_with_edge_features_keeps_the_laws() -> Result<()> {
     let gat = |score| EdgeGatConfig::new(score, 5, 4, 2).edge_dim(3).init(&mut rng(20));
     let [local, global] = [boxed(gat(Score::GatV2)?), boxed(gat(Score::DotProduct)?)];
-    let mut attention = LocalGlobal::by_layer_gate(5, 1, local, global, &mut rng(21))?;
+    let mut attention = LocalGlobal::gated(5, 1, local, global, &mut rng(21))?;
     let shapes = Shapes::new(5, 5, 5).edge_dim(3);
     for report in [check_attention(&attention, &shapes), check_gradients(&mut attention, &shapes)] {
         let report = report.unwrap_or_else(|e| panic!("{e}"));
@@ -505,31 +510,31 @@ fn a_gate_between_mechanisms_with_edge_features_keeps_the_laws() -> Result<()> {
 fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
     let x = normal(7, 4, &mut rng(11));
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
-    let refused = LocalGlobal::<f64>::by_order(Window::new(2).dilation(0), Flash::new());
+    let refused = LocalGlobal::<f64>::sliding_window(Window::new(2).dilation(0), Flash::new());
     assert!(refused.unwrap_err().to_string().contains("dilation: expected at least 1, got 0"));
-    let attention = LocalGlobal::by_order(Window::new(2).globals(&[7, 3]), Flash::new())?;
+    let attention = LocalGlobal::sliding_window(Window::new(2).globals(&[7, 3]), Flash::new())?;
     let refused = attention.forward(&inputs).unwrap_err().to_string();
     assert_eq!(refused, "globals: expected positions below 7, got 7");
-    assert!(attention.weights(&inputs).is_err());
+    assert!(attention.attention_weights(&inputs).is_err());
     // A position without a query is one all the same.
     assert!(attention.forward(&inputs.select_queries(&[2])?.inputs()).is_err());
     let wide = normal(9, 4, &mut rng(12));
     assert!(attention.forward(&Inputs::dense(x.view(), wide.view(), wide.view())?).is_ok());
 
-    let union = LocalGlobal::<f64>::by_layer_union(Flash::new(), Flash::new());
+    let union = LocalGlobal::<f64>::joint(Flash::new(), Flash::new());
     let missing =
-        Error::MissingInput { mechanism: "local_global".into(), channel: Channel::Layers };
+        Error::MissingInput { mechanism: "local_global".into(), channel: Channel::EdgeLayers };
     assert_eq!(union.forward(&inputs).unwrap_err(), missing);
-    assert_eq!(union.weights(&inputs).unwrap_err(), missing);
+    assert_eq!(union.attention_weights(&inputs).unwrap_err(), missing);
 
     let layers = vec![0; 49];
-    let inputs = inputs.with_layers(&layers)?;
+    let inputs = inputs.with_edge_layers(&layers)?;
     let gate = |head_dim, heads, global| {
-        LocalGlobal::by_layer_gate(head_dim, heads, boxed(Flash::new()), global, &mut rng(13))
+        LocalGlobal::gated(head_dim, heads, boxed(Flash::new()), global, &mut rng(13))
     };
     for (head_dim, heads) in [(0, 1), (4, 0)] {
         let refused = gate(head_dim, heads, boxed(Flash::new()));
-        assert!(matches!(refused, Err(Error::InvalidConfig { .. })));
+        assert!(matches!(refused, Err(Error::InvalidArgument { .. })));
     }
     let refused = gate(2, 2, boxed(Flash::new()))?.forward(&inputs).unwrap_err().to_string();
     assert!(refused.contains("heads of the inputs, as of the gate"), "{refused}");
@@ -540,10 +545,7 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
     assert!(refused.contains("global (multi_head), as of local (flash)"), "{refused}");
     let gat = EdgeGatConfig::new(Score::Gat, 4, 4, 1).edge_dim(2).init(&mut rng(15))?;
     let refused = gate(4, 1, boxed(gat))?.forward(&inputs).unwrap_err().to_string();
-    assert!(
-        refused.starts_with("global (edge_gat): expected inputs with edge features"),
-        "{refused}"
-    );
+    assert!(refused.starts_with("global (edge_gat) needs edge features"), "{refused}");
 
     // Saved by another reading.
     let (out, saved) = union.forward_train(&inputs)?;
@@ -557,9 +559,9 @@ fn shards_of_a_long_line_agree_with_the_whole() -> Result<()> {
     // Longer than the mask of the other tests could be.
     let n = 20_011;
     let x = normal(n, 4, &mut rng(16));
-    let inputs = Inputs::dense(x.view(), x.view(), x.view())?.causal();
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();
     let window = Window::new(70).dilation(2).globals(&[10_007]);
-    let out = LocalGlobal::by_order(window, Flash::new())?.forward(&inputs)?;
+    let out = LocalGlobal::sliding_window(window, Flash::new())?.forward(&inputs)?;
     for query in [0, 9_999, 10_007, 10_008, 20_010] {
         let mut keys: Vec<usize> = match query {
             10_007 => (0..=query).collect(),

@@ -4,10 +4,10 @@ use allocation_counter::{AllocationInfo, measure};
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, DualSpace, DualSpaceConfig, EdgeRope, Flash, Fusion, Gradients, Graph,
-    GraphRope, GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, Moe, MoeConfig,
-    MultiHead, MultiHeadConfig, Performer, PerformerConfig, Poincare, PoincareConfig,
-    ScaledDotProduct, Window,
+    Attention, DualSpace, DualSpaceConfig, EdgeRope, Flash, Gradients, Graph, GraphRope,
+    GraphRopeConfig, Inputs, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer,
+    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, dual_space::Fusion,
+    dual_space::LatentSearch, graph_rope::Layout, local_global::Window, poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -42,7 +42,7 @@ fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> Allocat
 
 fn dense_training_peak(attention: &dyn Attention<f32>, n: usize) -> u64 {
     let (x, at) = (matrix(n), positions(n));
-    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap().causal();
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap().with_causal();
     training(attention, &inputs.with_positions(at.view(), at.view()).unwrap()).bytes_max
 }
 
@@ -121,7 +121,7 @@ fn a_window_and_globals_train_in_memory_linear_in_n() {
         Window::new(16).globals(&[0, 7, 900]),
         Window::new(3).dilation(2).globals(&[1_000]),
     ] {
-        let attention = LocalGlobal::by_order(window, Flash::new()).unwrap();
+        let attention = LocalGlobal::sliding_window(window, Flash::new()).unwrap();
         let peaks: Vec<u64> =
             (0..8).map(|doublings| dense_training_peak(&attention, 1024 << doublings)).collect();
         assert!(peaks[0] <= peaks[1], "{attention:?}: {peaks:?}");

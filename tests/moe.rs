@@ -6,9 +6,10 @@ use graph_attention::ndarray::{
 };
 use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
-    Attention, Causal, Coordinates, Dropout, EdgeGatConfig, Error, Flash, Float, Gating, Gradients,
-    GradientsMut, Graph, Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PerformerConfig,
-    PoincareConfig, Priority, Result, Routing, Saved, ScaledDotProduct, Score, params,
+    Attention, Causal, Dropout, EdgeGatConfig, Error, Flash, Float, Gradients, GradientsMut, Graph,
+    Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PerformerConfig, PoincareConfig, Result,
+    Saved, ScaledDotProduct, edge_gat::Score, moe::Gating, moe::Priority, moe::Routing, params,
+    poincare::Coordinates,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -78,7 +79,7 @@ impl ReadsAll {
         mut visit: impl FnMut(Pair, f64, f64, f64),
     ) -> Result<()> {
         let (features, distances) = (inputs.edge_features("all")?, inputs.distances("all")?);
-        let (layers, (query, key)) = (inputs.layers("all")?, inputs.positions("all")?);
+        let (layers, (query, key)) = (inputs.edge_layers("all")?, inputs.positions("all")?);
         for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
             let logit = inputs.bias().map_or(0.0, |bias| bias.at(pair, 0));
             if logit == f64::NEG_INFINITY {
@@ -96,8 +97,8 @@ impl ReadsAll {
 }
 
 impl Params<f64> for ReadsAll {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {}
 }
 
 impl Attention<f64> for ReadsAll {
@@ -225,7 +226,7 @@ impl Data {
             inputs
                 .with_edge_features(self.features.slice(s![..pairs, ..]))
                 .and_then(|inputs| inputs.with_distances(self.features.slice(s![..pairs, 1])))
-                .and_then(|inputs| inputs.with_layers(&self.layers[..pairs]))
+                .and_then(|inputs| inputs.with_edge_layers(&self.layers[..pairs]))
                 .and_then(|inputs| {
                     inputs.with_positions(self.positions[0].view(), self.positions[1].view())
                 })
@@ -241,14 +242,17 @@ impl Data {
         vec![
             dense,
             dense.with_heads(2).unwrap().with_bias(self.bias[1].view()).unwrap(),
-            dense.causal(),
-            dense.with_causal(Causal::BottomRight).with_dropout(dropout).unwrap(),
-            dense.with_mask(self.mask.view()).unwrap().causal(),
+            dense.with_causal(),
+            dense.with_causal_alignment(Causal::BottomRight).with_dropout(dropout).unwrap(),
+            dense.with_mask(self.mask.view()).unwrap().with_causal(),
             dense.with_bias(self.bias[0].view()).unwrap().with_dropout(dropout).unwrap(),
             graph,
             graph.with_heads(2).unwrap().with_dropout(dropout).unwrap(),
-            graph.with_bias(self.edge_bias.view()).unwrap().with_causal(Causal::BottomRight),
-            graph.with_mask(self.mask.view()).unwrap().causal().with_dropout(dropout).unwrap(),
+            graph
+                .with_bias(self.edge_bias.view())
+                .unwrap()
+                .with_causal_alignment(Causal::BottomRight),
+            graph.with_mask(self.mask.view()).unwrap().with_causal().with_dropout(dropout).unwrap(),
         ]
     }
 }
@@ -269,10 +273,10 @@ fn readers() -> Vec<Expert> {
 
 /// Whether a mechanism takes the inputs.
 fn takes(attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>) -> bool {
-    let refuses = inputs.heads() > 1 || inputs.bias().is_some();
+    let refuses = inputs.num_heads() > 1 || inputs.bias().is_some();
     match attention.name() {
         "edge_gat" => !refuses,
-        "reads_all" => inputs.heads() == 1,
+        "reads_all" => inputs.num_heads() == 1,
         _ => true,
     }
 }
@@ -352,11 +356,9 @@ fn rows_that_lie_apart_are_gathered_and_scattered_all_the_same() {
     let mut grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
     let mut of_query = spread(grads.query.view());
     let mut of_features = spread(grads.edge_features.as_ref().unwrap().view());
-    let lent = GradientsMut {
-        query: Some(of_query.slice_mut(s![.., ..;2])),
-        edge_features: Some(of_features.slice_mut(s![.., ..;2])),
-        ..grads.view_mut()
-    };
+    let mut lent = grads.view_mut();
+    lent.query = Some(of_query.slice_mut(s![.., ..;2]));
+    lent.edge_features = Some(of_features.slice_mut(s![.., ..;2]));
     assert_eq!(train(&apart, lent), expected);
     assert_eq!(of_query, spread(expected_grads.query.view()));
     assert_eq!(of_features, spread(expected_grads.edge_features.unwrap().view()));
@@ -370,7 +372,7 @@ fn selections_are_checked() {
     for inputs in [dense, graph] {
         for queries in [[0, 23], [4, 2], [4, 4]] {
             let words = format!("below 23, in ascending order | got {} at position 1", queries[1]);
-            let words = format!("InvalidConfig | queries | {words}");
+            let words = format!("InvalidArgument | queries | {words}");
             refused(inputs.select_queries(&queries), &words);
         }
         let selected = inputs.select_queries(&[1, 2]).unwrap();
@@ -519,8 +521,8 @@ type Calls = Arc<Mutex<Vec<(&'static str, usize)>>>;
 struct Counted(Calls, Flash);
 
 impl Params<f64> for Counted {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {}
 }
 
 impl Attention<f64> for Counted {
@@ -623,7 +625,7 @@ fn ties_and_nan_go_to_the_lower_numbers() {
 fn query_by_query_a_full_expert_drops_those_who_come_later() {
     let data = Data::new();
     let (q, k, v) = (data.query.view(), data.key.view(), data.value.view());
-    let inputs = Inputs::dense(q, k, v).unwrap().causal();
+    let inputs = Inputs::dense(q, k, v).unwrap().with_causal();
     // ⌈0.5 · 2 · 23 / 4⌉ = 6.
     let config = MoeConfig::new(COLUMNS, 2).priority(Priority::Query);
     let free = moe(config.clone(), flashes());
@@ -772,11 +774,12 @@ fn by_gate_the_larger_one_is_served_first() {
 
 fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
     // As torch.topk chooses, where only one probability is not zero.
-    let logits = array![[-50.0, 0.0, high, 100.0], [low, low - 1.0, high, low + 1.0]].mapv(F::of);
+    let logits =
+        array![[-50.0, 0.0, high, 100.0], [low, low - 1.0, high, low + 1.0]].mapv(F::from_f64);
     for gating in [Gating::Softmax, Gating::Sigmoid] {
         let chosen = |k: usize, logits: &Array2<F>, bias: Option<[f64; 4]>| {
             let config = MoeConfig::new(1, k).gating(gating);
-            let bias = bias.map(|bias| Array1::from_iter(bias.map(F::of)));
+            let bias = bias.map(|bias| Array1::from_iter(bias.map(F::from_f64)));
             let bias = bias.as_ref().map(|bias| bias.view());
             Routing::from_logits(&config, logits.clone(), bias).unwrap()
         };
@@ -788,11 +791,11 @@ fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
         let some = chosen(3, &logits, Some([3.0, 3.0, 0.0, 0.0]));
         assert_eq!(some.experts(), array![[1, 0, 2], [0, 1, 2]]);
         // Gates that are all 1 or near it.
-        let large = array![[97.0, 99.0, 98.0, 96.0]].mapv(F::of);
+        let large = array![[97.0, 99.0, 98.0, 96.0]].mapv(F::from_f64);
         assert_eq!(chosen(4, &large, None).experts(), array![[1, 2, 0, 3]]);
         // What is renormalised comes from the logits too: e⁻¹ apart, far below the smallest number.
         let config = MoeConfig::new(1, 2).gating(gating);
-        let bias = array![9.0, 9.0, 0.0, 0.0].mapv(F::of);
+        let bias = array![9.0, 9.0, 0.0, 0.0].mapv(F::from_f64);
         let routing = Routing::from_logits(&config, logits.clone(), Some(bias.view())).unwrap();
         assert_eq!(routing.experts().row(1), array![0, 1]);
         for (weight, expected) in routing.weights().row(1).iter().zip([1.0, (-1f64).exp()]) {
@@ -929,13 +932,13 @@ fn a_routing_of_given_logits_is_that_of_a_router() {
     };
     let config = || MoeConfig::new(1, 2);
     let logits = || Array2::zeros((5, 3));
-    refused(from(config(), Array2::zeros((5, 0)), None), "InvalidConfig | experts | at least 1");
-    refused(from(config(), Array2::zeros((5, 1)), None), "InvalidConfig | k | between 1 and 1");
-    refused(from(config().capacity(0), logits(), None), "InvalidConfig | capacity | got 0");
+    refused(from(config(), Array2::zeros((5, 0)), None), "InvalidArgument | experts | at least 1");
+    refused(from(config(), Array2::zeros((5, 1)), None), "InvalidArgument | k | between 1 and 1");
+    refused(from(config().capacity(0), logits(), None), "InvalidArgument | capacity | got 0");
     let bias = Some(array![0.0, 0.0]);
     refused(from(config(), logits(), bias), "Shape | expert_bias | [3] | [2]");
     let bias = Some(array![0.0, f64::NAN, 0.0]);
-    refused(from(config(), logits(), bias), "InvalidConfig | expert_bias | finite | got NaN");
+    refused(from(config(), logits(), bias), "InvalidArgument | expert_bias | finite | got NaN");
     let routing = from(config(), logits(), None).unwrap();
     let words = "Shape | grad_weights | [5, 2] | [5, 3]";
     refused(routing.weights_vjp(logits().view()), words);
@@ -946,7 +949,7 @@ fn a_routing_of_given_logits_is_that_of_a_router() {
 }
 
 fn what_balancing_has_learned_comes_back<F: Float>() {
-    let x = matrix(300, COLUMNS, 44).mapv(F::of);
+    let x = matrix(300, COLUMNS, 44).mapv(F::from_f64);
     let keys = x.slice(s![..3, ..]);
     let inputs = Inputs::dense(x.view(), keys, keys).unwrap();
     let config = MoeConfig::new(COLUMNS, 1).renormalize(false);
@@ -957,7 +960,7 @@ fn what_balancing_has_learned_comes_back<F: Float>() {
     let mut trained = config.init(experts(), &mut rng(46)).unwrap();
     trained.visit_params_mut(&mut |name, mut param| {
         if name == "router.bias" {
-            param[[0]] = F::of(3.0);
+            param[[0]] = F::from_f64(3.0);
         }
     });
     let before = trained.route(&inputs).unwrap().shares();
@@ -1138,7 +1141,7 @@ fn losses_have_their_closed_forms() {
 
 #[test]
 fn losses_reach_the_router_and_the_queries() {
-    type Loss = fn(&graph_attention::Routing<f64>) -> Result<(f64, Array2<f64>)>;
+    type Loss = fn(&graph_attention::moe::Routing<f64>) -> Result<(f64, Array2<f64>)>;
     let losses: [Loss; 3] = [
         |routing| routing.switch_load_balance(),
         |routing| routing.importance_cv2(),
@@ -1298,10 +1301,10 @@ fn bad_calls_are_refused() {
         (MoeConfig::new(6, 1).capacity_factor(1.0 / 0.0), "capacity_factor | positive | got inf"),
         (MoeConfig::new(6, 1).capacity(0), "capacity | at least 1 | got 0"),
     ] {
-        refused(init(&config, flashes()), &format!("InvalidConfig | {words}"));
+        refused(init(&config, flashes()), &format!("InvalidArgument | {words}"));
     }
     let one = MoeConfig::new(6, 1);
-    refused(init(&one, vec![]), "InvalidConfig | experts | at least 1 | got 0");
+    refused(init(&one, vec![]), "InvalidArgument | experts | at least 1 | got 0");
     let huge = MoeConfig::new(usize::MAX / 8, 1);
     refused(init(&huge, flashes()), "TooLarge | router.weight");
 
@@ -1347,16 +1350,19 @@ fn bad_calls_are_refused() {
     let mut moe = moe(MoeConfig::new(6, 2), flashes());
     let wide = Inputs::dense(data.features.slice(s![..5, ..]), k, v).unwrap();
     refused(moe.route(&wide), "Shape | query | [5, 6] | [5, 3]");
-    refused(moe.weights(&bare), "NoWeights | moe");
-    refused(moe.set_noise(Some(1)), "InvalidConfig | noise | one without");
+    refused(moe.attention_weights(&bare), "NoWeights | moe");
+    refused(moe.set_noise(Some(1)), "InvalidArgument | noise | one without");
     assert!(moe.set_noise(None).is_ok());
     refused(moe.set_expert_bias(Array1::zeros(3)), "Shape | expert_bias | [4] | [3]");
     let infinite = array![0.0, f64::INFINITY, 0.0, 0.0];
-    refused(moe.set_expert_bias(infinite), "InvalidConfig | expert_bias | finite | got inf");
+    refused(moe.set_expert_bias(infinite), "InvalidArgument | expert_bias | finite | got inf");
     let routing = third.route(&bare).unwrap();
     refused(moe.update_expert_bias(&routing, 0.1), "Shape | routing | [4] | [3]");
     let routing = moe.route(&bare).unwrap();
-    refused(moe.update_expert_bias(&routing, f64::NAN), "InvalidConfig | step | finite | got NaN");
+    refused(
+        moe.update_expert_bias(&routing, f64::NAN),
+        "InvalidArgument | step | finite | got NaN",
+    );
     assert!(moe.expert_bias().iter().all(|&bias| bias == 0.0));
     assert_eq!(routing.queries(4), [0; 0]);
 

@@ -10,7 +10,7 @@ use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 fn fresh_parameters_fill_their_range() -> Result<()> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(4);
     let packed = MultiHeadConfig::new(24, 2).init::<f64, _>(Flash::new(), &mut rng)?;
-    let separate = MultiHeadConfig::new(24, 2).key_input_dim(6).output_dim(30);
+    let separate = MultiHeadConfig::new(24, 2).key_dim(6).output_dim(30);
     let separate = separate.init::<f64, _>(Flash::new(), &mut rng)?;
     // Glorot: √(6 / (rows + columns)) of the array as PyTorch holds it; outputs: 1/√inputs.
     let glorot = |rows: f64, columns: f64| (6.0 / (rows + columns)).sqrt();
@@ -58,8 +58,8 @@ fn parameters_inside_are_named_and_updated() -> Result<()> {
 struct ReadsEdges;
 
 impl Params<f64> for ReadsEdges {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {}
 }
 
 impl Attention<f64> for ReadsEdges {

@@ -24,6 +24,7 @@ fn similarity(metric: Metric, query: &[f64], key: &[f64]) -> f64 {
             0.0 => 0.0,
             norms => dot(query, key) / norms,
         },
+        other => unreachable!("{other:?}"),
     }
 }
 
@@ -77,7 +78,7 @@ fn assert_found<F: Float>(
 fn normal<F: Float>(rows: usize, dim: usize, seed: u64) -> Array2<F> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut draw = || -> f64 { StandardNormal.sample(&mut rng) };
-    Array2::from_shape_simple_fn((rows, dim), || F::of(draw()))
+    Array2::from_shape_simple_fn((rows, dim), || F::from_f64(draw()))
 }
 
 fn check_sizes<F: Float>() {
@@ -93,8 +94,8 @@ fn check_sizes<F: Float>() {
                 let all = brute_force(metric, keys.view(), queries.view(), k, |_, _, _| true);
                 assert_found(&index, queries.view(), &NeighborSearch::new(k), &all, &what);
             }
-            let positive = NeighborSearch::new(num_keys).threshold(F::of(-0.3));
-            let admits = |_, _, similarity| similarity >= F::of(-0.3).as_f64();
+            let positive = NeighborSearch::new(num_keys).threshold(F::from_f64(-0.3));
+            let admits = |_, _, similarity| similarity >= F::from_f64(-0.3).as_f64();
             let near = brute_force(metric, keys.view(), queries.view(), num_keys, admits);
             assert_found(&index, queries.view(), &positive, &near, "threshold");
         }

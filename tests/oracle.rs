@@ -73,6 +73,7 @@ fn random_case(seed: u64) -> Case {
             None => true,
             Some(Causal::TopLeft) => key <= query,
             Some(Causal::BottomRight) => key + num_queries <= query + num_keys,
+            Some(other) => unreachable!("{other:?}"),
         };
         below_diagonal && mask.as_ref().is_none_or(|mask| mask[[query, key]])
     };
@@ -124,7 +125,9 @@ fn random_case(seed: u64) -> Case {
 
 fn matrix<F: Float>(data: &[f64], rows: usize) -> Array2<F> {
     let columns = data.len() / rows;
-    Array2::from_shape_fn((rows, columns), |(row, column)| F::of(data[row * columns + column]))
+    Array2::from_shape_fn((rows, columns), |(row, column)| {
+        F::from_f64(data[row * columns + column])
+    })
 }
 
 fn flat<F: Float>(array: ArrayView2<'_, F>) -> Vec<f64> {
@@ -154,22 +157,22 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
         Some(graph) => Inputs::graph(query.view(), key.view(), value.view(), graph).unwrap(),
         None => Inputs::dense(query.view(), key.view(), value.view()).unwrap(),
     };
-    inputs = inputs.with_kv_heads(p.heads, p.kv_heads).unwrap();
+    inputs = inputs.with_grouped_heads(p.heads, p.kv_heads).unwrap();
     if let Some(alignment) = case.causal {
-        inputs = inputs.with_causal(alignment);
+        inputs = inputs.with_causal_alignment(alignment);
     }
     if let Some(mask) = &case.mask {
         inputs = inputs.with_mask(mask.view()).unwrap();
     }
     let per_head = |logits: &Vec<f64>| {
-        let logit = |(pair, head)| F::of(logits[pair * p.heads + head]);
+        let logit = |(pair, head)| F::from_f64(logits[pair * p.heads + head]);
         Array2::from_shape_fn((p.pairs.len(), p.heads), logit)
     };
     let bias: Option<Array2<F>> = p.bias.as_ref().map(|logits| match case.bias {
         Bias::PerHead | Bias::None => per_head(logits),
         Bias::PerPair => per_head(logits).slice_move(s![.., ..1]),
         Bias::Matrix => Array2::from_shape_fn((p.num_queries, p.num_keys), |(query, key)| {
-            F::of(logits[(query * p.num_keys + key) * p.heads])
+            F::from_f64(logits[(query * p.num_keys + key) * p.heads])
         }),
     });
     if let Some(bias) = &bias {
@@ -202,7 +205,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
         answer: Answer {
             out: flat(out.view()),
             log_sum_exp: flat(partial.log_sum_exp().view()),
-            weights: flat(attention.weights(&inputs).unwrap().view()),
+            weights: flat(attention.attention_weights(&inputs).unwrap().view()),
         },
         grad_bias: gradients.bias.map(|bias| flat(bias.view())),
         grad_inputs: [gradients.query, gradients.key, gradients.value]

@@ -2,8 +2,9 @@
 
 use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
-    Attention, Causal, Dropout, Error, Features, Flash, Float, Gradients, Graph, Inputs, MultiHead,
-    MultiHeadConfig, Performer, PerformerConfig, Projection, Saved, params,
+    Attention, Causal, Dropout, Error, Flash, Float, Gradients, Graph, Inputs, MultiHead,
+    MultiHeadConfig, Performer, PerformerConfig, Saved, params, performer::Features,
+    performer::Projection,
 };
 use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
@@ -17,7 +18,9 @@ fn rng(seed: u64) -> Xoshiro256PlusPlus {
 }
 
 fn normal<F: Float>(rows: usize, columns: usize, scale: f64, rng: &mut impl Rng) -> Array2<F> {
-    Array2::from_shape_fn((rows, columns), |_| F::of(scale * rng.sample::<f64, _>(StandardNormal)))
+    Array2::from_shape_fn((rows, columns), |_| {
+        F::from_f64(scale * rng.sample::<f64, _>(StandardNormal))
+    })
 }
 
 fn projection_of<F: Float>(performer: &Performer<F>) -> Option<Array2<f64>> {
@@ -60,7 +63,7 @@ fn log_features(
             [each(&|p| with(signed(p.cos()))), each(&|p| with(signed(p.sin())))].concat()
         }
         Features::Relu { epsilon } => each(&|p| signed(p.max(0.0) + epsilon)),
-        Features::Elu => unreachable!("it has no projection"),
+        other => unreachable!("{other:?} has no projection"),
     }
 }
 
@@ -140,8 +143,8 @@ fn dense_causal_and_pairs_are_the_oracle() {
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
             check("dense", &inputs, &expected(&|_, _| Some(0.0)));
             let top_left = |i: usize, j: usize| (j <= i).then_some(0.0);
-            check("causal", &inputs.causal(), &expected(&top_left));
-            let bottom = inputs.with_causal(Causal::BottomRight);
+            check("causal", &inputs.with_causal(), &expected(&top_left));
+            let bottom = inputs.with_causal_alignment(Causal::BottomRight);
             check(
                 "bottom right",
                 &bottom,
@@ -153,7 +156,7 @@ fn dense_causal_and_pairs_are_the_oracle() {
             let padded = inputs.with_mask(padding).unwrap();
             check("padded", &padded, &expected(&|_, j| (j % 3 != 1).then_some(0.0)));
             let both = |i: usize, j: usize| (j % 3 != 1 && j <= i).then_some(0.0);
-            check("padded, causal", &padded.causal(), &expected(&both));
+            check("padded, causal", &padded.with_causal(), &expected(&both));
             let mask = Array2::from_shape_fn((queries, keys), |(i, j)| (i * 3 + j * 5) % 7 != 0);
             let masked = inputs.with_mask(mask.view()).unwrap();
             check("masked", &masked, &expected(&|i, j| mask[[i, j]].then_some(0.0)));
@@ -192,7 +195,7 @@ fn large_norms_are_the_oracle_too() {
             let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph).unwrap();
             for (what, inputs, causal) in [
                 ("dense", inputs, false),
-                ("causal", inputs.causal(), true),
+                ("causal", inputs.with_causal(), true),
                 ("graph", sparse, false),
             ] {
                 let sees = |i: usize, j: usize| (!causal || j <= i).then_some(0.0);
@@ -225,8 +228,9 @@ fn gradients_of_sums_are_those_of_pairs() {
             let grad_out = normal(n_q, heads * d_v, 1.0, &mut rng);
             let no_bias = Array2::zeros((n_q, n_k));
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
-            let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap();
-            let cases = [inputs, inputs.causal(), inputs.with_causal(Causal::BottomRight)];
+            let inputs = inputs.with_grouped_heads(heads, kv_heads).unwrap();
+            let cases =
+                [inputs, inputs.with_causal(), inputs.with_causal_alignment(Causal::BottomRight)];
             for (case, inputs) in cases.into_iter().enumerate() {
                 let run = |inputs: &Inputs<'_, f64>| {
                     let (out, saved) = performer.forward_train(inputs).unwrap();
@@ -446,7 +450,7 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
             let ones = Array2::<f32>::ones((211, 2));
             let dense = Inputs::dense(q.view(), k.view(), ones.view()).unwrap();
             let sparse = Inputs::graph(q.view(), k.view(), ones.view(), &graph).unwrap();
-            for inputs in [dense, dense.causal(), sparse] {
+            for inputs in [dense, dense.with_causal(), sparse] {
                 let (out, saved) = performer.forward_train(&inputs).unwrap();
                 let grads = performer.backward(&inputs, &saved, out.view()).unwrap();
                 let all = grads.query.iter().chain(&grads.key).chain(&grads.value).chain(&out);
@@ -487,8 +491,8 @@ fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
         let graph = Graph::from_edges(n_q, n_k, edges).unwrap();
         let inputs = Inputs::dense(q.view(), k.view(), ones.view()).unwrap();
         let sparse = Inputs::graph(q.view(), k.view(), ones.view(), &graph).unwrap();
-        let bottom = inputs.with_causal(Causal::BottomRight);
-        for (case, inputs) in [inputs, inputs.causal(), bottom, sparse].iter().enumerate() {
+        let bottom = inputs.with_causal_alignment(Causal::BottomRight);
+        for (case, inputs) in [inputs, inputs.with_causal(), bottom, sparse].iter().enumerate() {
             let (out, saved) = performer.forward_train(inputs).unwrap();
             let grads = performer.backward(inputs, &saved, grad_out.view()).unwrap();
             let arrays = [&out, &grads.query, &grads.key, &grads.value];
@@ -511,7 +515,7 @@ fn what_comes_later_changes_no_bit_of_causal_rows() {
         let performer = config.init::<f32>(&mut rng).unwrap();
         let [q, k, v] = [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
         let run = |k: &Array2<f32>, v: &Array2<f32>| {
-            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().causal();
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_causal();
             performer.forward(&inputs).unwrap()
         };
         let all = run(&k, &v);
@@ -537,7 +541,7 @@ fn bad_causal_queries_touch_only_what_they_see() {
             if let Some(row) = bad {
                 q.row_mut(row).fill(f64::NAN);
             }
-            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().causal();
+            let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_causal();
             let (out, saved) = performer.forward_train(&inputs).unwrap();
             (performer.backward(&inputs, &saved, v.view()).unwrap(), out)
         };
@@ -567,7 +571,7 @@ fn bad_causal_keys_and_values_touch_only_who_sees_them() {
         let [q, k, v] = [(300, 5), (300, 5), (300, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
         let run = |k: &Array2<f64>, v: &Array2<f64>| {
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
-            performer.forward(&inputs.causal()).unwrap()
+            performer.forward(&inputs.with_causal()).unwrap()
         };
         let clean = run(&k, &v);
         for bad in [f64::NAN, f64::INFINITY] {
@@ -590,7 +594,7 @@ fn selected_queries_are_the_rows_of_the_whole() {
     let performer = PerformerConfig::new(5, 24).init::<f64>(&mut rng).unwrap();
     let [q, k, v] = [(701, 10), (701, 10), (701, 6)].map(|(n, d)| normal(n, d, 0.7, &mut rng));
     let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(2).unwrap();
-    let inputs = inputs.causal();
+    let inputs = inputs.with_causal();
     let all: Vec<usize> = (0..701).collect();
     for queries in [vec![0, 3, 300, 301, 302, 650], vec![5], vec![700], all] {
         let selected = inputs.select_queries(&queries).unwrap();
@@ -635,16 +639,16 @@ fn a_state_is_the_attention_over_its_keys() {
         let performer = config.init::<f64>(&mut rng).unwrap();
         let [q, k, v] = [(7, 5), (173, 5), (173, 3)].map(|(n, d)| normal(n, d, 0.5, &mut rng));
         let part = |x: &Array2<f64>, from: usize, to: usize| x.slice(s![from..to, ..]).to_owned();
-        let expect = |state: &graph_attention::PerformerState<f64>, from, to| {
+        let expect = |state: &graph_attention::performer::PerformerState<f64>, from, to| {
             let (k, v) = (part(&k, from, to), part(&v, from, to));
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
             let expected = performer.forward(&inputs).unwrap();
-            let error = largest_difference(&state.query(q.view()).unwrap(), &expected);
+            let error = largest_difference(&state.attend(q.view()).unwrap(), &expected);
             assert!(error < 1e-10, "{kind:?} {from}..{to}: {error:e}");
             assert_eq!(state.num_keys(), to - from);
         };
         let mut state = performer.state(3).unwrap();
-        assert_eq!(state.query(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
+        assert_eq!(state.attend(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
         state.add(part(&k, 0, 60).view(), part(&v, 0, 60).view()).unwrap();
         expect(&state, 0, 60);
         let mut other = performer.state(3).unwrap();
@@ -657,7 +661,7 @@ fn a_state_is_the_attention_over_its_keys() {
         }
         expect(&state, 100, 173);
         state.remove(part(&k, 100, 173).view(), part(&v, 100, 173).view()).unwrap();
-        assert_eq!(state.query(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
+        assert_eq!(state.attend(q.view()).unwrap(), Array2::<f64>::zeros((7, 3)));
     }
 }
 
@@ -671,9 +675,9 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     let mut state = performer.state(1).unwrap();
     state.add(near.view(), array![[1.0], [1.0]].view()).unwrap();
     state.add(far.view(), array![[5.0]].view()).unwrap();
-    assert!((state.query(near.view()).unwrap()[[0, 0]] - 1.0).abs() < 1e-12);
+    assert!((state.attend(near.view()).unwrap()[[0, 0]] - 1.0).abs() < 1e-12);
     state.remove(near.view(), array![[1.0], [1.0]].view()).unwrap();
-    let error = state.query(near.view()).unwrap_err().to_string();
+    let error = state.attend(near.view()).unwrap_err().to_string();
     assert!(error.contains("removed"), "{error}");
 
     let bad = array![[f64::NAN, 0.0]];
@@ -701,13 +705,13 @@ fn removal_never_leaves_a_wrong_answer() {
             for size in [1.0, 1e3, 1e9, 1e15, 1e20, 1e100] {
                 let mut state = performer.state(2).unwrap();
                 state.add(near.view(), values.view()).unwrap();
-                let expected = state.query(near.view()).unwrap();
+                let expected = state.attend(near.view()).unwrap();
                 let (key, value) = (array![[norm, 0.3 * norm]], array![[size, 0.7 * size]]);
                 let mut other = performer.state(2).unwrap();
                 other.add(key.view(), value.view()).unwrap();
                 state.merge(&other).unwrap();
                 state.remove(key.view(), value.view()).unwrap();
-                match state.query(near.view()) {
+                match state.attend(near.view()) {
                     Ok(out) => {
                         let error = largest_difference(&out, &expected);
                         assert!(error < 1e-2, "{kind:?} {norm} {size:e}: {error:e}");
@@ -721,10 +725,10 @@ fn removal_never_leaves_a_wrong_answer() {
                 let mut empty = state.clone();
                 empty.remove(near.view(), values.view()).unwrap();
                 empty.add(near.view(), values.view()).unwrap();
-                assert_eq!(empty.query(near.view()).unwrap(), expected);
+                assert_eq!(empty.attend(near.view()).unwrap(), expected);
                 // What is there again is not refused.
                 state.add(key.view(), value.view()).unwrap();
-                assert!(state.query(key.view()).is_ok(), "{kind:?} {norm}");
+                assert!(state.attend(key.view()).is_ok(), "{kind:?} {norm}");
             }
         }
         assert!(refused < 36, "{kind:?}: {refused}");
@@ -739,12 +743,12 @@ fn removal_one_by_one_never_leaves_a_wrong_answer() {
     let mut check = |performer: &Performer<f64>, [q, kept, kept_v, k, v]: [&Array2<f64>; 5]| {
         let mut state = performer.state(1).unwrap();
         state.add(kept.view(), kept_v.view()).unwrap();
-        let expected = state.query(q.view()).unwrap();
+        let expected = state.attend(q.view()).unwrap();
         state.add(k.view(), v.view()).unwrap();
         for row in 0..k.nrows() {
             state.remove(k.slice(s![row..=row, ..]), v.slice(s![row..=row, ..])).unwrap();
         }
-        match state.query(q.view()) {
+        match state.attend(q.view()) {
             Ok(out) => {
                 answered += 1;
                 let error = largest_difference(&out, &expected);
@@ -808,8 +812,8 @@ fn a_state_does_not_drift() {
     let mut fresh = performer.state(3).unwrap();
     fresh.add(k, v).unwrap();
     assert_eq!(state.num_keys(), 40);
-    let expected = fresh.query(q.view()).unwrap().mapv(f64::from);
-    let error = largest_difference(&state.query(q.view()).unwrap().mapv(f64::from), &expected);
+    let expected = fresh.attend(q.view()).unwrap().mapv(f64::from);
+    let error = largest_difference(&state.attend(q.view()).unwrap().mapv(f64::from), &expected);
     assert!(error < 1e-6, "{error:e}");
 }
 
@@ -829,7 +833,7 @@ fn the_standard_error_is_the_error() {
             performer.redraw(&mut rng).unwrap();
             let error = performer.forward(&inputs).unwrap() - &exact;
             actual += &error.mapv(|e| e * e).sum_axis(Axis(1));
-            let accuracy = performer.accuracy(&inputs).unwrap();
+            let accuracy = performer.estimate_error(&inputs).unwrap();
             said += &accuracy.standard_error.column(0).mapv(|e| e * e);
             let effective = &accuracy.effective_features;
             assert!(effective.iter().all(|&m| m > 5.0 && m <= 256.0), "{kind:?}: {effective}");
@@ -842,7 +846,7 @@ fn the_standard_error_is_the_error() {
     let hopeless = PerformerConfig::new(4, 64).init::<f64>(&mut rng).unwrap();
     let far = (&q * 30.0, &k * 30.0);
     let inputs = Inputs::dense(far.0.view(), far.1.view(), v.view()).unwrap();
-    let accuracy = hopeless.accuracy(&inputs).unwrap();
+    let accuracy = hopeless.estimate_error(&inputs).unwrap();
     assert!(accuracy.effective_features.iter().all(|&m| m < 5.0), "{accuracy:?}");
     assert!(hopeless.relative_variance(far.0.row(0), far.1.row(0)).unwrap() > 1e10);
 }
@@ -874,7 +878,7 @@ fn a_projection_is_trained_only_if_asked<F: Float>() {
     let mask = Array2::from_shape_fn((9, 9), |(i, j)| (i + j) % 3 > 0);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     // By sums, by sums in order, and pair by pair.
-    for inputs in [inputs, inputs.causal(), inputs.with_mask(mask.view()).unwrap()] {
+    for inputs in [inputs, inputs.with_causal(), inputs.with_mask(mask.view()).unwrap()] {
         for kind in [Features::Positive, Features::Hyperbolic, RELU] {
             let config = PerformerConfig::new(2, 6).features(kind);
             let layer = |config: &PerformerConfig| {
@@ -891,7 +895,9 @@ fn a_projection_is_trained_only_if_asked<F: Float>() {
                     // With weight decay, which needs no gradient.
                     params::update(layer, &grads.params, |name, mut param, grad| {
                         names.push(name.to_owned());
-                        param.zip_mut_with(&grad, |x, &g| *x = F::of(0.99) * *x - F::of(0.01) * g);
+                        param.zip_mut_with(&grad, |x, &g| {
+                            *x = F::from_f64(0.99) * *x - F::from_f64(0.01) * g
+                        });
                     })
                     .unwrap();
                 }
@@ -954,7 +960,10 @@ fn bad_configurations_and_inputs_are_refused() {
         (new(4, 5).scale(f64::INFINITY), "scale"),
     ] {
         let error = init(config).unwrap_err();
-        assert!(matches!(error, Error::InvalidConfig { field: f, .. } if f == field), "{error}");
+        assert!(
+            matches!(error, Error::InvalidArgument { argument: f, .. } if f == field),
+            "{error}"
+        );
     }
     let performer = new(4, 6).init::<f64>(&mut rng(24)).unwrap();
     let (x, y) = (Array2::<f64>::zeros((3, 4)), Array2::<f64>::zeros((3, 5)));
@@ -966,8 +975,8 @@ fn bad_configurations_and_inputs_are_refused() {
     let right = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let dropout = Dropout { probability: 0.5, seed: 1 };
     let dropped = right.with_dropout(dropout).unwrap();
-    for inputs in [dropped, right.causal()] {
-        assert!(matches!(performer.accuracy(&inputs), Err(Error::InvalidConfig { .. })));
+    for inputs in [dropped, right.with_causal()] {
+        assert!(matches!(performer.estimate_error(&inputs), Err(Error::InvalidArgument { .. })));
     }
     assert!(performer.relative_variance(x.row(0), y.row(0)).is_err());
     assert!(performer.num_features_for(x.row(0), x.row(1), f64::NAN).is_err());
@@ -982,7 +991,10 @@ fn bad_configurations_and_inputs_are_refused() {
     let relu = new(4, 6).features(RELU).init::<f64>(&mut rng(25)).unwrap();
     assert!(relu.relative_variance(x.row(0), x.row(1)).is_err());
     let circular = new(4, 6).features(Features::Trigonometric).init::<f64>(&mut rng(26)).unwrap();
-    assert_eq!(circular.weights(&right), Err(Error::NoWeights { mechanism: "performer" }));
+    assert_eq!(
+        circular.attention_weights(&right),
+        Err(Error::NoWeights { mechanism: "performer" })
+    );
     // Saved for other keys, heads or features.
     let [q, k, short, v] =
         [(3, 8), (5, 8), (2, 8), (5, 6)].map(|(n, d)| Array2::<f64>::ones((n, d)));
@@ -996,7 +1008,7 @@ fn bad_configurations_and_inputs_are_refused() {
     let with = |way: usize, inputs: Inputs<'_, f64>| {
         let (_, saved) = match way {
             0 => performer.forward_train(&inputs),
-            1 => performer.forward_train(&inputs.with_causal(Causal::BottomRight)),
+            1 => performer.forward_train(&inputs.with_causal_alignment(Causal::BottomRight)),
             _ => performer.forward_train(&inputs.with_bias(no_bias.view()).unwrap()),
         }
         .unwrap();
@@ -1025,7 +1037,8 @@ fn weights_are_those_of_the_outputs() {
     let performer = PerformerConfig::new(5, 24).init::<f64>(&mut rng).unwrap();
     let [q, k, v] = [(7, 5), (11, 5), (11, 3)].map(|(n, d)| normal(n, d, 1.0, &mut rng));
     let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
-    let weights = performer.weights(&inputs).unwrap().into_shape_with_order((7, 11)).unwrap();
+    let weights =
+        performer.attention_weights(&inputs).unwrap().into_shape_with_order((7, 11)).unwrap();
     assert!(largest_difference(&weights.dot(&v), &performer.forward(&inputs).unwrap()) < 1e-13);
     assert!(weights.iter().all(|&weight| weight > 0.0));
 }
@@ -1064,7 +1077,7 @@ fn outputs_and_gradients_are_those_of_performer_pytorch() {
         let heads = case["heads"].as_u64().unwrap() as usize;
         let mut inputs = Inputs::dense(q, k, v).unwrap().with_heads(heads).unwrap();
         if case["causal"] == true {
-            inputs = inputs.causal();
+            inputs = inputs.with_causal();
         }
         let (out, saved) = performer.forward_train(&inputs).unwrap();
         let grads = performer.backward(&inputs, &saved, arrays["grad_out"].view()).unwrap();

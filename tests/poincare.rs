@@ -3,14 +3,14 @@
 use graph_attention::geometry::poincare::{conformal_factor, distance, midpoint, mobius_add};
 use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, array};
 use graph_attention::{
-    Aggregation, Attention, Coordinates, Dropout, Error, Float, Graph, Inputs, Params,
-    PoincareConfig, params,
+    Attention, Dropout, Error, Float, Graph, Inputs, Params, PoincareConfig, params,
+    poincare::Aggregation, poincare::Coordinates,
 };
 use serde_json::{Value, json};
 
 fn array<F: Float>(value: &Value) -> Array2<F> {
     let size = |n: usize| value["shape"][n].as_u64().unwrap() as usize;
-    let data = value["data"].as_array().unwrap().iter().map(|n| F::of(n.as_f64().unwrap()));
+    let data = value["data"].as_array().unwrap().iter().map(|n| F::from_f64(n.as_f64().unwrap()));
     Array2::from_shape_vec((size(0), size(1)), data.collect()).unwrap()
 }
 
@@ -153,7 +153,7 @@ impl Case<'_> {
                 .enumerate()
         {
             let slope = -(-value).exp_m1();
-            let grad = grads.params[param].mapv(|grad| F::of(grad.as_f64() / slope));
+            let grad = grads.params[param].mapv(|grad| F::from_f64(grad.as_f64() / slope));
             let grad = grad.into_shape_with_order((1, 1)).unwrap();
             self.compare(name, grad.into_dimensionality::<Ix2>().unwrap().view());
         }
@@ -192,7 +192,7 @@ fn noise(seed: &mut u64) -> f64 {
 }
 
 fn points<F: Float>(rows: usize, columns: usize, scale: f64, seed: &mut u64) -> Array2<F> {
-    Array2::from_shape_simple_fn((rows, columns), || F::of(scale * noise(seed)))
+    Array2::from_shape_simple_fn((rows, columns), || F::from_f64(scale * noise(seed)))
 }
 
 fn assert_near<F: Float>(what: &str, a: &Array2<F>, b: &Array2<F>, tolerance: f64) {
@@ -222,7 +222,7 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
             let mut value = points::<F>(num_keys, kv_heads * value_dim, scale, &mut seed);
             if case >= 5 {
                 // Far from the origin, where sums are taken a second time.
-                value.column_mut(0).mapv_inplace(|x| x + F::of(4.0));
+                value.column_mut(0).mapv_inplace(|x| x + F::from_f64(4.0));
             }
             let bias = points::<F>(num_queries * num_keys, heads, 1.0, &mut seed);
             let noise = points::<F>(num_queries, num_keys, 1.0, &mut seed);
@@ -233,10 +233,10 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
             let dense = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
             let sparse = Inputs::graph(query.view(), key.view(), value.view(), &graph).unwrap();
             let [dense, sparse] = [dense, sparse].map(|inputs| {
-                let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap();
+                let inputs = inputs.with_grouped_heads(heads, kv_heads).unwrap();
                 match case {
                     0 => inputs.with_bias(bias.view()).unwrap().with_mask(mask.view()).unwrap(),
-                    3 | 6 => inputs.causal(),
+                    3 | 6 => inputs.with_causal(),
                     4 | 5 => inputs.with_dropout(Dropout { probability: 0.3, seed: 5 }).unwrap(),
                     _ => inputs,
                 }
@@ -339,7 +339,7 @@ fn isometries_move_the_means_and_leave_the_weights() {
             let config = PoincareConfig::new().curvature(c).temperature(0.8);
             let poincare = config.aggregation(aggregation).init::<f64>().unwrap();
             let [weights, moved_weights] =
-                [&inputs, &other].map(|inputs| poincare.weights(inputs).unwrap());
+                [&inputs, &other].map(|inputs| poincare.attention_weights(inputs).unwrap());
             assert_near("weights", &moved_weights, &weights, 1e-11);
             let [out, moved_out] =
                 [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
@@ -364,7 +364,7 @@ fn a_head_is_the_midpoint_under_its_weights() {
         let value = in_the_ball(23, 3, norms.clone(), &mut seed);
         let poincare = PoincareConfig::new().curvature(c).init::<f64>().unwrap();
         let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
-        let weights = poincare.weights(&inputs).unwrap();
+        let weights = poincare.attention_weights(&inputs).unwrap();
         let out = poincare.forward(&inputs).unwrap();
         for (at, out) in out.rows().into_iter().enumerate() {
             let weights: Vec<f64> = (0..23).map(|key| weights[[at * 23 + key, 0]]).collect();
@@ -443,7 +443,7 @@ fn points_outside_are_errors_that_name_them() {
         let inputs = Inputs::dense(query, key, value).unwrap();
         assert_eq!(poincare.forward(&inputs), Err(domain(what, 1.0)));
         assert_eq!(poincare.forward_train(&inputs).unwrap_err(), domain(what, 1.0));
-        assert_eq!(poincare.weights(&inputs), Err(domain(what, 1.0)));
+        assert_eq!(poincare.attention_weights(&inputs), Err(domain(what, 1.0)));
     }
     // The last number below 1 is inside.
     let edge = array![[1.0f32.next_down(), 0.0], [0.0, -1.0f32.next_down()]];
@@ -480,7 +480,7 @@ fn every_finite_tangent_vector_is_a_point<F: Float>() {
                 for (row, mut x) in x.rows_mut().into_iter().enumerate() {
                     x *= lengths[row % 6];
                 }
-                x.mapv(|x| F::of(if x.abs() > huge { huge.copysign(x) } else { x }))
+                x.mapv(|x| F::from_f64(if x.abs() > huge { huge.copysign(x) } else { x }))
             };
             let (query, key, value) =
                 (far(num_queries, &mut seed), far(6, &mut seed), far(6, &mut seed));
@@ -496,7 +496,7 @@ fn every_finite_tangent_vector_is_a_point<F: Float>() {
                 let what = format!("{:?}: {lengths:?}", poincare.config());
                 assert!(out.iter().all(|x| x.is_finite()), "{what}: {out}");
                 assert_eq!(poincare.forward(&inputs).unwrap(), out, "{what}");
-                let weights = poincare.weights(&inputs).unwrap();
+                let weights = poincare.attention_weights(&inputs).unwrap();
                 for query in 0..num_queries {
                     let sum: F = (0..6).map(|key| weights[[query * 6 + key, 0]]).sum();
                     assert!((sum.as_f64() - 1.0).abs() < 1e-5, "{what}: {sum}");
@@ -593,7 +593,7 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
 fn one_value<F: Float>(radii: &[f64], tolerance: f64) {
     let mut seed = 77;
     for &radius in radii {
-        let value = (0.5 * radius * in_the_ball(1, 3, 1.0..1.0, &mut seed)).mapv(F::of);
+        let value = (0.5 * radius * in_the_ball(1, 3, 1.0..1.0, &mut seed)).mapv(F::from_f64);
         let grad = points::<F>(1, 3, 1.0, &mut seed);
         let inputs = Inputs::dense(value.view(), value.view(), value.view()).unwrap();
         let config = PoincareConfig::new().coordinates(Coordinates::Tangent);
@@ -656,7 +656,7 @@ fn bad_options_and_states_are_refused() {
         ] {
             let error = config.init::<f32>().unwrap_err();
             assert!(
-                matches!(&error, Error::InvalidConfig { field: f, .. } if *f == field),
+                matches!(&error, Error::InvalidArgument { argument: f, .. } if *f == field),
                 "{error}"
             );
         }
@@ -683,7 +683,7 @@ fn bad_options_and_states_are_refused() {
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     assert!(matches!(
         learned.forward(&inputs),
-        Err(Error::InvalidConfig { field: "curvature", .. })
+        Err(Error::InvalidArgument { argument: "curvature", .. })
     ));
     learned.visit_params_mut(&mut |_, mut raw| raw.fill(-100.0));
     let text = learned.forward(&inputs).unwrap_err().to_string();
@@ -732,13 +732,13 @@ fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
         };
         // Rounding may have put it outside, by less than a sum of squares in f64 can tell.
         let is_outside = |row: &[f64]| {
-            let row: Vec<F> = row.iter().map(|&x| F::of(x)).collect();
+            let row: Vec<F> = row.iter().map(|&x| F::from_f64(x)).collect();
             conformal_factor(&row, F::one()).is_err()
         };
         while is_outside(&row) {
             row.iter_mut().for_each(|x| *x *= 1.0 - F::epsilon().as_f64());
         }
-        x.row_mut(at).iter_mut().zip(row).for_each(|(x, value)| *x = F::of(value));
+        x.row_mut(at).iter_mut().zip(row).for_each(|(x, value)| *x = F::from_f64(value));
     }
     x
 }

@@ -149,12 +149,12 @@ fn functions<F: Float>() -> Vec<Function<F>> {
             name: "project",
             forward: |a, c| {
                 let mut out = vec![F::zero(); a[0].len()];
-                project(&a[0], c, F::of(MARGIN), &mut out)?;
+                project(&a[0], c, F::from_f64(MARGIN), &mut out)?;
                 Ok(out)
             },
             vjp: |a, c, g| {
                 let mut grads = zeros(a);
-                let grad_c = project_vjp(&a[0], c, F::of(MARGIN), g, &mut grads[0])?;
+                let grad_c = project_vjp(&a[0], c, F::from_f64(MARGIN), g, &mut grads[0])?;
                 grads.push(vec![grad_c]);
                 Ok(grads)
             },
@@ -411,7 +411,7 @@ fn results_past_the_last_point_are_the_nearest_inside() {
 }
 
 fn numbers<F: Float>(value: &Value) -> Vec<F> {
-    value.as_array().unwrap().iter().map(|x| F::of(x.as_f64().unwrap())).collect()
+    value.as_array().unwrap().iter().map(|x| F::from_f64(x.as_f64().unwrap())).collect()
 }
 
 fn float_norm<F: Float>(x: impl IntoIterator<Item = F>) -> f64 {
@@ -454,7 +454,7 @@ fn answers_of_mpmath<F: Float>(kind: &str, ordinary: f64) -> usize {
         let class = label.split([',', ' ']).next().unwrap();
         let function = functions.iter().find(|function| function.name == name).unwrap();
         let a: Vectors<F> = case["inputs"].as_array().unwrap().iter().map(numbers).collect();
-        let c = F::of(case["c"].as_f64().unwrap());
+        let c = F::from_f64(case["c"].as_f64().unwrap());
         let g: Vec<F> = numbers(&case["grad_out"]);
         let mut parts = vec![((function.forward)(&a, c).unwrap(), &case["out"], "out_condition")];
         for (k, grad) in (function.vjp)(&a, c, &g).unwrap().into_iter().enumerate() {
@@ -734,8 +734,8 @@ fn projection_is_explicit() {
 
 #[test]
 fn bad_input() {
-    let config = |field, expected: &'static str, actual: &str| Error::InvalidConfig {
-        field,
+    let config = |field, expected: &'static str, actual: &str| Error::InvalidArgument {
+        argument: field,
         expected: expected.into(),
         actual: actual.into(),
     };
@@ -849,8 +849,8 @@ fn hard_point<F: Float>(
     let tiny = if F::epsilon().as_f64() < 1e-10 { 1e-300 } else { 1e-37 };
     let inside = |x: &[F]| conformal_factor(x, c).is_ok();
     let radius = 1.0 / c.as_f64().sqrt().max(1e-3);
-    let scaled = |x: &[f64], by: f64| -> Vec<F> { x.iter().map(|x| F::of(x * by)).collect() };
-    let times = |x: &[F], by: f64| -> Vec<F> { x.iter().map(|&x| x * F::of(by)).collect() };
+    let scaled = |x: &[f64], by: f64| -> Vec<F> { x.iter().map(|x| F::from_f64(x * by)).collect() };
+    let times = |x: &[F], by: f64| -> Vec<F> { x.iter().map(|&x| x * F::from_f64(by)).collect() };
     let direction = unit(rng, n);
     let chosen = match (rng.random_range(0..10), before) {
         (0, Some(x)) => x.clone(),
@@ -889,7 +889,7 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
     let (mut count, mut refused) = (0, 0);
     for round in 0..rounds {
         let n = [1, 2, 3, 7][round % 4];
-        let c = F::of([1.0, 0.1, 2.5, 1e-6, 0.0][round / 4 % 5]);
+        let c = F::from_f64([1.0, 0.1, 2.5, 1e-6, 0.0][round / 4 % 5]);
         for function in &functions {
             let name = function.name;
             let x = hard_point(&mut rng, n, c, None);
@@ -899,9 +899,9 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
             let by = if rng.random() { length * alpha } else { length };
             let v: Vec<F> = if rng.random() {
                 let size = float_norm(x.iter().copied()).max(1e-3);
-                x.iter().map(|x| F::of(-by / size * x.as_f64())).collect()
+                x.iter().map(|x| F::from_f64(-by / size * x.as_f64())).collect()
             } else {
-                unit(&mut rng, n).iter().map(|v| F::of(by * v)).collect()
+                unit(&mut rng, n).iter().map(|v| F::from_f64(by * v)).collect()
             };
             let a = match name {
                 "conformal_factor" | "log_map_origin" | "to_klein" | "from_klein" => vec![x],
@@ -909,24 +909,24 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
                 "exp_map" => vec![x, v],
                 "distance" | "mobius_add" | "log_map" => vec![x, y],
                 "parallel_transport" | "gyration" => {
-                    vec![x, y, unit(&mut rng, n).iter().map(|&v| F::of(v)).collect()]
+                    vec![x, y, unit(&mut rng, n).iter().map(|&v| F::from_f64(v)).collect()]
                 }
                 "geodesic" => {
                     let t = [0.0, 0.5, 1.0, rng.random(), -0.25, 3.0][rng.random_range(0..6)];
-                    vec![x, y, vec![F::of(t)]]
+                    vec![x, y, vec![F::from_f64(t)]]
                 }
                 "mobius_scalar_mul" => {
-                    vec![vec![F::of(rng.random_range(-3.0..3.0) * length.min(1e3))], x]
+                    vec![vec![F::from_f64(rng.random_range(-3.0..3.0) * length.min(1e3))], x]
                 }
                 "mobius_mat_vec" => {
-                    let m = (0..2 * n).map(|_| F::of(rng.random_range(-1.0..1.0))).collect();
+                    let m = (0..2 * n).map(|_| F::from_f64(rng.random_range(-1.0..1.0))).collect();
                     vec![m, x]
                 }
                 "midpoint" => {
                     let z = hard_point(&mut rng, n, c, Some(&y));
                     let mut weights: Vec<F> =
-                        (0..3).map(|_| F::of(rng.random_range(0.01..2.0))).collect();
-                    weights[round % 3] = F::of([0.0, 1e-20, 1.0, 1e20][round / 3 % 4]);
+                        (0..3).map(|_| F::from_f64(rng.random_range(0.01..2.0))).collect();
+                    weights[round % 3] = F::from_f64([0.0, 1e-20, 1.0, 1e20][round / 3 % 4]);
                     vec![[x, y, z].concat(), weights]
                 }
                 _ if c == F::zero() => continue,
@@ -947,7 +947,7 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
                 }
                 out => out.unwrap(),
             };
-            let g: Vec<F> = out.iter().map(|_| F::of(rng.random_range(-1.0..1.0))).collect();
+            let g: Vec<F> = out.iter().map(|_| F::from_f64(rng.random_range(-1.0..1.0))).collect();
             let grads = (function.vjp)(&a, c, &g).unwrap();
             let finite = out.iter().chain(grads.iter().flatten()).all(|x| x.is_finite());
             assert!(finite, "{name}, c = {c}: {a:?} makes {out:?}, {g:?} {grads:?}");

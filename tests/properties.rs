@@ -170,7 +170,7 @@ proptest! {
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
         let result = Graph::expander(n, degree, &mut rng);
         if degree >= n || n * degree % 2 == 1 {
-            let refused = matches!(result, Err(Error::InvalidConfig { field: "degree", .. }));
+            let refused = matches!(result, Err(Error::InvalidArgument { argument: "degree", .. }));
             prop_assert!(refused, "{:?}", result);
             return Ok(());
         }

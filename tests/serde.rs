@@ -8,10 +8,11 @@ use allocation_counter::measure;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayViewMutD, array};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Aggregation, Coordinates, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Features, Flash,
-    Float, Fusion, Gating, Graph, GraphRopeConfig, Inputs, Layout, LocalGlobal, MoeConfig,
-    MultiHeadConfig, Params, PerformerConfig, PoincareConfig, Priority, Projection, Result, Score,
-    Window, params,
+    Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
+    LocalGlobal, MoeConfig, MultiHeadConfig, Params, PerformerConfig, PoincareConfig, Result,
+    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window, moe::Gating,
+    moe::Priority, params, performer::Features, performer::Projection, poincare::Aggregation,
+    poincare::Coordinates,
 };
 use parameters::mechanisms;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -158,7 +159,7 @@ fn changed<C: Serialize + DeserializeOwned, T>(
     assert!(fields.get(field).is_some(), "{field}");
     fields[field] = value;
     match init(&from_json::<C>(&fields)) {
-        Err(error @ (Error::InvalidConfig { .. } | Error::Shape { .. })) => error.to_string(),
+        Err(error @ (Error::InvalidArgument { .. } | Error::Shape { .. })) => error.to_string(),
         Err(error) => panic!("{error:?}"),
         Ok(_) => panic!("accepted: {fields}"),
     }
@@ -176,7 +177,7 @@ fn invalid_configurations_are_refused_by_init() {
     let dual = |config: &DualSpaceConfig| {
         config.init::<f32>(Flash::new(), Flash::new(), Flash::new(), &mut rng())
     };
-    let window = |window: &Window| LocalGlobal::<f32>::by_order(window.clone(), Flash::new());
+    let window = |window: &Window| LocalGlobal::<f32>::sliding_window(window.clone(), Flash::new());
     let x = array![[1f32]];
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let dropout = |dropout: &Dropout| inputs.with_dropout(*dropout);
@@ -444,10 +445,10 @@ fn parameters_come_back_as_the_same_bits() -> Result<()> {
 struct One<F>(ArrayD<F>);
 
 impl<F: Float> Params<F> for One<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("x", self.0.view());
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         visitor("x", self.0.view_mut());
     }
 }

@@ -1,12 +1,12 @@
 //! The checks of `testing` have teeth: for every law a mechanism with the fault it is there for.
 
 use graph_attention::ndarray::{
-    Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, IxDyn,
+    Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut1, ArrayViewMut2, ArrayViewMutD, Axis,
 };
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Attention, Channel, Dropout, DualSpaceConfig, Error, Flash, Fusion, GradientsMut, Inputs,
-    MultiHeadConfig, Params, Pattern, Result, Saved, params,
+    Attention, Channel, Dropout, DualSpaceConfig, Error, Flash, GradientsMut, Inputs,
+    MultiHeadConfig, Params, Pattern, Result, Saved, dual_space::Fusion, params,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -70,17 +70,22 @@ impl<A> Wrong<A> {
     }
 }
 
+/// Numbers that nobody owns.
+fn two_more() -> ArrayViewMut1<'static, f64> {
+    ArrayViewMut1::from(&mut Box::leak(Box::new([0.0; 2]))[..])
+}
+
 impl<A: Params<f64>> Params<f64> for Wrong<A> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {
         self.1.visit_params(visitor);
     }
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {
         self.1.visit_params_mut(visitor);
     }
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, f64>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f64>)) {
         match self.0 {
-            Keeps(name, _) => visitor(name(), ArrayD::zeros(IxDyn(&[2])).view()),
-            Forgets => visitor("kept", ArrayD::zeros(IxDyn(&[2])).view()),
+            Keeps(name, _) => visitor(name(), ArrayView1::from(&[0.0; 2]).into_dyn()),
+            Forgets => visitor("kept", ArrayView1::from(&[0.0; 2]).into_dyn()),
             ShowsTwice => self.1.visit_params(&mut |name, param| {
                 if name == "out_proj.bias" {
                     visitor(name, param);
@@ -89,10 +94,10 @@ impl<A: Params<f64>> Params<f64> for Wrong<A> {
             _ => self.1.visit_buffers(visitor),
         }
     }
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, f64>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f64>)) {
         match self.0 {
-            Keeps(_, name) => visitor(name, ArrayD::zeros(IxDyn(&[2])).view_mut()),
-            Forgets => visitor("kept", ArrayD::zeros(IxDyn(&[2])).view_mut()),
+            Keeps(_, name) => visitor(name, two_more().into_dyn()),
+            Forgets => visitor("kept", two_more().into_dyn()),
             ShowsTwice => self.1.visit_params_mut(&mut |name, param| {
                 if name == "out_proj.bias" {
                     visitor(name, param);
@@ -112,7 +117,7 @@ impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
     }
     fn forward_into(&self, inputs: &In<'_>, mut out: ArrayViewMut2<'_, f64>) -> Result<()> {
         match self.0 {
-            Refuses(channels) => inputs.refuse("wrong", channels)?,
+            Refuses(channels) => inputs.check_absent("wrong", channels)?,
             Fails(forward) => self.fail_if(forward)?,
             _ => {}
         }
@@ -154,8 +159,8 @@ impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
         let seen = with_arrays(inputs, &arrays)?;
         self.hide(self.1.backward_into(&seen, saved, grad_out, grads))
     }
-    fn weights(&self, inputs: &In<'_>) -> Result<Out> {
-        let mut weights = self.1.weights(inputs)?;
+    fn attention_weights(&self, inputs: &In<'_>) -> Result<Out> {
+        let mut weights = self.1.attention_weights(inputs)?;
         if let Weighs(change) = self.0 {
             change(inputs, &mut weights);
         }
@@ -165,8 +170,7 @@ impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
 
 fn with_arrays<'a>(inputs: &In<'a>, arrays: &'a [Out; 3]) -> Result<In<'a>> {
     let [query, key, value] = arrays.each_ref().map(|array| array.view());
-    let seen = inputs.with_arrays(query, key, value)?;
-    seen.with_kv_heads(inputs.heads(), inputs.kv_heads())
+    inputs.with_arrays(query, key, value)
 }
 
 fn rng() -> Xoshiro256PlusPlus {
@@ -228,9 +232,9 @@ fn ignore_masks<'a>(x: &In<'a>) -> Result<In<'a>> {
     match x.pattern() {
         Pattern::Dense => {
             let all = Inputs::dense(x.query(), x.key(), x.value())?;
-            all.with_kv_heads(x.heads(), x.kv_heads())
+            all.with_grouped_heads(x.num_heads(), x.num_kv_heads())
         }
-        Pattern::Graph(_) => Ok(*x),
+        _ => Ok(*x),
     }
 }
 
@@ -282,7 +286,7 @@ fn nan_query_leaks(x: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<
 
 /// Query heads that read the keys and values of the other group.
 fn swap_groups(x: &In<'_>, [_, key, value]: [&mut Out; 3]) {
-    if x.kv_heads() < x.heads() {
+    if x.num_kv_heads() < x.num_heads() {
         for array in [key, value] {
             let half = array.ncols() / 2;
             let order: Vec<usize> = (half..array.ncols()).chain(0..half).collect();
@@ -336,7 +340,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
     (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
     (Reads(swap_groups), "grouped heads are the same"),
-    (Sees(|x| x.with_kv_heads(2, 1)), "a head reads its own columns, and no others"),
+    (Sees(|x| x.with_grouped_heads(2, 1)), "a head reads its own columns, and no others"),
     (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),
     (Weighs(spread_weights), "weights are non-negative"),
     (Weighs(weigh_hidden_pairs), "weights are non-negative, 0 for hidden pairs"),
@@ -409,7 +413,7 @@ fn heads_may_share_queries_but_not_keys() {
     assert_eq!(law(routed, &shapes).map(drop), own_columns);
     let shapes = shapes.whole_queries();
     assert!(law(routed, &shapes).is_ok());
-    assert_eq!(law(Sees(|x| x.with_kv_heads(2, 1)), &shapes).map(drop), own_columns);
+    assert_eq!(law(Sees(|x| x.with_grouped_heads(2, 1)), &shapes).map(drop), own_columns);
 }
 
 #[test]

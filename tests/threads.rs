@@ -4,9 +4,10 @@
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
-    Aggregation, Attention, Causal, Coordinates, DualSpaceConfig, Flash, Fusion, Gradients, Graph,
-    GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, ScaledDotProduct, Window,
+    Attention, Causal, DualSpaceConfig, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
+    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    dual_space::Fusion, dual_space::LatentSearch, graph_rope::Layout, local_global::Window,
+    poincare::Aggregation, poincare::Coordinates,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -43,7 +44,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
     for inputs in [
         dense.with_heads(2).unwrap(),
-        dense.with_causal(Causal::BottomRight),
+        dense.with_causal_alignment(Causal::BottomRight),
         dense.with_bias(logits.view()).unwrap(),
         sparse.with_heads(4).unwrap(),
         sparse.with_bias(edge_logits.view()).unwrap(),
@@ -53,7 +54,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         assert_eq!(one, run(7, &Flash::new(), &inputs));
     }
     // In tiles and in rows; far from the center, where sums are taken a second time, and near it.
-    for (factor, inputs) in [(1.0, dense), (1.0, sparse), (0.1, dense.causal())] {
+    for (factor, inputs) in [(1.0, dense), (1.0, sparse), (0.1, dense.with_causal())] {
         let near = x.mapv(|x| factor * x);
         let inputs = inputs.with_arrays(near.view(), near.view(), near.view()).unwrap();
         for aggregation in [Aggregation::Midpoint, Aggregation::TangentAtOrigin] {
@@ -65,7 +66,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         }
     }
     let performer = PerformerConfig::new(8, 64).init(&mut rng).unwrap();
-    for inputs in [dense, dense.causal(), sparse] {
+    for inputs in [dense, dense.with_causal(), sparse] {
         let inputs = inputs.with_heads(4).unwrap();
         let one = run(1, &performer, &inputs);
         assert_eq!(one, run(2, &performer, &inputs));
@@ -98,7 +99,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         dual.with_search(LatentSearch::new(7, Metric::Cosine))
     });
     for attention in [&linear as &dyn Attention<f32>, &gated] {
-        for inputs in [sparse, dense.causal()] {
+        for inputs in [sparse, dense.with_causal()] {
             let one = run(1, attention, &inputs);
             assert_eq!(one, run(2, attention, &inputs));
             assert_eq!(one, run(7, attention, &inputs));
@@ -106,7 +107,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     }
     let plain = ScaledDotProduct::new();
     for attention in [&multi_head as &dyn Attention<f32>, &moe, &plain] {
-        for inputs in [dense, sparse, dense.causal()] {
+        for inputs in [dense, sparse, dense.with_causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
         }
     }
@@ -119,17 +120,17 @@ fn windows_and_layers_give_the_same_bits() {
     let x = Array2::from_shape_simple_fn((n, 32), || StandardNormal.sample(&mut rng));
     let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap().with_heads(2).unwrap();
     let layers: Vec<u8> = (0..n * n).map(|_| rng.random_range(0..3)).collect();
-    let by_order = |window| LocalGlobal::by_order(window, Flash::new()).unwrap();
+    let sliding_window = |window| LocalGlobal::sliding_window(window, Flash::new()).unwrap();
     let flash = || Box::new(Flash::new()) as Box<dyn Attention<f32>>;
-    let gate = LocalGlobal::by_layer_gate(16, 2, flash(), flash(), &mut rng).unwrap();
+    let gate = LocalGlobal::gated(16, 2, flash(), flash(), &mut rng).unwrap();
     for attention in [
-        by_order(Window::new(300)),
-        by_order(Window::new(200).dilation(2).globals(&[0, 500])),
-        LocalGlobal::by_layer_union(Flash::new(), Flash::new()),
+        sliding_window(Window::new(300)),
+        sliding_window(Window::new(200).dilation(2).globals(&[0, 500])),
+        LocalGlobal::joint(Flash::new(), Flash::new()),
         gate,
     ] {
-        let inputs = dense.with_layers(&layers).unwrap();
-        for inputs in [inputs, inputs.causal()] {
+        let inputs = dense.with_edge_layers(&layers).unwrap();
+        for inputs in [inputs, inputs.with_causal()] {
             let one = run(1, &attention, &inputs);
             assert_eq!(one, run(2, &attention, &inputs));
             assert_eq!(one, run(7, &attention, &inputs));

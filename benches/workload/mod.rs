@@ -8,9 +8,10 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Flash, Float, Fusion, Gradients, Graph,
-    GraphRopeConfig, Inputs, LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig,
-    PerformerConfig, PoincareConfig, Result, ScaledDotProduct, Score, Window,
+    Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, Gradients, Graph, GraphRopeConfig,
+    Inputs, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result,
+    ScaledDotProduct, dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score,
+    graph_rope::Layout, local_global::Window, poincare::Coordinates,
 };
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -32,7 +33,7 @@ pub(crate) fn matrix<F: Float>(rows: usize, columns: usize, seed: u64) -> Array2
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     Array2::from_shape_simple_fn((rows, columns), || {
         let value: f64 = StandardNormal.sample(&mut rng);
-        F::of(value)
+        F::from_f64(value)
     })
 }
 
@@ -74,8 +75,8 @@ pub(crate) struct Places<F>([Array2<F>; 2], Array1<F>);
 impl<F: Float> Places<F> {
     pub(crate) fn new(inputs: &Inputs<'_, F>) -> Self {
         let positions =
-            |n: usize| Array2::from_shape_fn((n, 1), |(node, _)| F::of((node % 1009) as f64));
-        let distances = (0..inputs.num_pairs()).map(|pair| F::of((pair % 101) as f64));
+            |n: usize| Array2::from_shape_fn((n, 1), |(node, _)| F::from_f64((node % 1009) as f64));
+        let distances = (0..inputs.num_pairs()).map(|pair| F::from_f64((pair % 101) as f64));
         Self([positions(inputs.num_queries()), positions(inputs.num_keys())], distances.collect())
     }
 
@@ -106,7 +107,7 @@ fn all<F: Float>(columns: usize) -> Result<Vec<Box<dyn Attention<F>>>> {
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(columns, 4).init(Flash::new(), &mut rng)?),
         Box::new(MoeConfig::new(columns, 2).init(experts, &mut rng)?),
-        Box::new(LocalGlobal::by_order(Window::new(128), Flash::new())?),
+        Box::new(LocalGlobal::sliding_window(Window::new(128), Flash::new())?),
         Box::new(dual.with_search(search)),
         Box::new(EdgeGatConfig::new(Score::GatV2, columns, columns / 4, 4).init(&mut rng)?),
         Box::new(PoincareConfig::new().coordinates(Coordinates::Tangent).init()?),

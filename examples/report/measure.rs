@@ -5,7 +5,7 @@ use crate::mechanisms::{Mechanism, mechanisms};
 use graph_attention::ndarray::{Array1, Array2, s};
 use graph_attention::{
     Attention, Flash, Float, Gradients, Graph, Inputs, LocalGlobal, PerformerConfig, Result,
-    Window, params,
+    local_global::Window, params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -233,7 +233,7 @@ fn approximations(load: &Workload<f32>) -> Result<Vec<Approximation>> {
         found.push(approximate(format!("m = {features}"), &draws)?);
     }
     for radius in [8, 32, 128, 512] {
-        let window = LocalGlobal::by_order(Window::new(radius), Flash::new())?;
+        let window = LocalGlobal::sliding_window(Window::new(radius), Flash::new())?;
         found.push(approximate(format!("r = {radius}"), &[Box::new(window)])?);
     }
     Ok(found)

@@ -3,9 +3,10 @@
 use crate::measure::{COLUMNS, DEGREE};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Coordinates, DualSpaceConfig, EdgeGatConfig, Flash, Float, Fusion, GraphRopeConfig,
-    LatentSearch, Layout, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig,
-    Result, ScaledDotProduct, Score, Window,
+    Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
+    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
+    dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score, graph_rope::Layout,
+    local_global::Window, poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -55,7 +56,7 @@ pub(crate) fn mechanisms<F: Float>() -> Result<Vec<Mechanism<F>>> {
             "one mechanism serves all",
         ),
         of(
-            Box::new(LocalGlobal::by_order(Window::new(RADIUS), Flash::new())?),
+            Box::new(LocalGlobal::sliding_window(Window::new(RADIUS), Flash::new())?),
             "#0d9f6e",
             "a long order in which near keys matter",
             "what matters is far, and not among the globals",

@@ -26,7 +26,7 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! # Accuracy
+//! # ErrorEstimate
 //!
 //! Everything is computed in `f64`, for `f32` too, so that `f32` only knows the rounding of its
 //! arguments and results. For `f64`:

@@ -5,7 +5,7 @@ use ndarray::{Array1, Array2};
 
 impl Graph {
     /// All pairs of different nodes at a distance of 1 to `k` edges, and that distance for each
-    /// pair (fit for [`Inputs::with_layers`](crate::Inputs::with_layers)). The nodes of a row are
+    /// pair (fit for [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)). The nodes of a row are
     /// in order of distance. A node is at distance 0 from itself, so it is not in its own row.
     ///
     /// Breadth-first search from every node: O(n + the edges walked).
@@ -87,7 +87,7 @@ impl Graph {
             search.start(set.as_ref().iter().map(|&node| node as u32));
             while !search.step().is_empty() {}
             for (node, hops) in (0..n as u32).zip(&mut axis) {
-                *hops = search.hops(node).map_or(unreachable, |hops| F::of(f64::from(hops)));
+                *hops = search.hops(node).map_or(unreachable, |hops| F::from_f64(f64::from(hops)));
             }
         }
         Ok(hops)
@@ -142,7 +142,7 @@ impl Graph {
             }
             for (key, pair) in pattern.row(query) {
                 if let Some(hops) = search.hops(key as u32) {
-                    distances[pair] = F::of(f64::from(hops));
+                    distances[pair] = F::from_f64(f64::from(hops));
                 }
             }
         }
@@ -177,7 +177,7 @@ impl Graph {
         let mut levels = try_zeros("levels", self.num_keys, 1)?;
         for query in 0..self.num_keys {
             for (key, edge) in self.row(query) {
-                let layer = F::of(f64::from(layers[edge]));
+                let layer = F::from_f64(f64::from(layers[edge]));
                 for node in [query, key] {
                     levels[[node, 0]] = layer.max(levels[[node, 0]]);
                 }

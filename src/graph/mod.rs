@@ -68,6 +68,7 @@ pub struct Graph {
 }
 
 /// What the features of new self-loops are: [`Graph::with_self_loops_and_features`].
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum LoopFill<F> {
     /// This value in every column.
@@ -333,7 +334,7 @@ impl Graph {
                 for (node, mut mean) in new.rows_mut().into_iter().enumerate() {
                     let others = || self.row(node).filter(|&(key, _)| key != node);
                     others().for_each(|(_, edge)| mean += &features.row(edge));
-                    mean /= F::of(others().count().max(1) as f64);
+                    mean /= F::from_f64(others().count().max(1) as f64);
                 }
             }
         }

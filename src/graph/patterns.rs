@@ -90,7 +90,7 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if there is no such graph, because there are not `degree` other nodes
+    /// [`Error::InvalidArgument`] if there is no such graph, because there are not `degree` other nodes
     /// or n · `degree` is odd; [`Error::Graph`] if there would be more than `u32::MAX` nodes or pairs.
     pub fn expander(n: usize, degree: usize, rng: &mut (impl Rng + ?Sized)) -> Result<Self> {
         check_sizes(n, n)?;
@@ -124,7 +124,7 @@ impl Graph {
     }
 
     /// Several patterns as one: every pair that some graph has, once, and for each pair the number
-    /// of the first graph that has it (fit for [`Inputs::with_layers`](crate::Inputs::with_layers)).
+    /// of the first graph that has it (fit for [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)).
     /// **Pair order:** row after row, keys ascending, whatever the order in the graphs.
     ///
     /// O(edges · log edges of a row).
@@ -143,13 +143,13 @@ impl Graph {
     /// assert_eq!(layers[..4], [0, 0, 1, 1]); // of the pairs (0, 0), (0, 1), (0, 2), (0, 3)
     ///
     /// let x = Array2::<f32>::zeros((50, 8));
-    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_layers(&layers)?;
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&layers)?;
     /// assert!(inputs.num_pairs() < 50 + 50 * (3 + 1 + 4));
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if there are no graphs or more than 256; [`Error::Shape`] if they are
+    /// [`Error::InvalidArgument`] if there are no graphs or more than 256; [`Error::Shape`] if they are
     /// not all over as many queries and keys as the first; [`Error::Graph`] if there would be more
     /// than `u32::MAX` pairs.
     pub fn union(graphs: &[&Graph]) -> Result<(Self, Vec<u8>)> {

@@ -21,7 +21,7 @@ impl Graph {
     /// O(nodes + edges).
     ///
     /// ```
-    /// use graph_attention::{Attention, EdgeRope, Graph, GraphRopeConfig, Inputs, Layout};
+    /// use graph_attention::{Attention, EdgeRope, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
     /// use graph_attention::ndarray::{Array1, array};
     /// use petgraph::graph::UnGraph;
     ///

@@ -153,7 +153,7 @@ impl Graph {
     /// weight, is not the same in both directions; if a weight is not positive and finite, or all of
     /// a node's together are not finite; if the graph is in pieces, between which the resistance is
     /// infinite; or if its weights differ so much that rounding hides the smallest eigenvalue.
-    /// [`Error::InvalidConfig`] if `num_axes` is above n − 1; [`Error::Shape`] if there is not
+    /// [`Error::InvalidArgument`] if `num_axes` is above n − 1; [`Error::Shape`] if there is not
     /// one weight per edge; [`Error::TooLarge`] if the Laplacian does not fit in memory.
     #[cfg(feature = "spectral")]
     pub fn spectral_coordinates<F: Float>(
@@ -196,7 +196,7 @@ impl Graph {
             let size = vector.amax() * (1.0 - 1e-6);
             let sign = vector.iter().find(|x| x.abs() >= size).map_or(1.0, |x| x.signum());
             let scale = sign / value.sqrt();
-            axis.iter_mut().zip(vector.iter()).for_each(|(r, u)| *r = F::of(scale * u));
+            axis.iter_mut().zip(vector.iter()).for_each(|(r, u)| *r = F::from_f64(scale * u));
         }
         Ok(coordinates)
     }

@@ -114,7 +114,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// use graph_attention::ndarray::{Axis, array};
     ///
     /// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.causal();
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();
     /// let selected = inputs.select_queries(&[0, 2])?;
     /// let out = Flash::new().forward(&selected.inputs())?;
     /// assert_eq!(out, Flash::new().forward(&inputs)?.select(Axis(0), &[0, 2]));
@@ -122,7 +122,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if `queries` are not numbers of queries in strictly ascending order;
+    /// [`Error::InvalidArgument`] if `queries` are not numbers of queries in strictly ascending order;
     /// [`Error::TooLarge`] if the arrays do not fit in memory.
     pub fn select_queries(&self, queries: &[usize]) -> Result<SelectedInputs<'a, F>> {
         let mut first = 0;
@@ -242,7 +242,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// Where the data of selected pairs stand in arrays with one row per pair; `None` where those are
     /// as they were, or not there.
     fn rows_of_pairs(&self, numbers: &Numbers) -> Option<Vec<Range<usize>>> {
-        let channels = [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::Layers];
+        let channels =
+            [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::EdgeLayers];
         if !channels.into_iter().any(|channel| self.has(channel)) {
             return None;
         }

@@ -417,7 +417,7 @@ mod tests {
 
     /// Small integers, so that every order of summation gives the same sum.
     fn entries<F: Float>(len: usize, seed: usize) -> Vec<F> {
-        (0..len).map(|i| F::of(((i * 7 + seed * 3) % 11) as f64 - 5.0)).collect()
+        (0..len).map(|i| F::from_f64(((i * 7 + seed * 3) % 11) as f64 - 5.0)).collect()
     }
 
     /// `dots` and `add_weighted` against plain loops; `kv` heads of the other rows.

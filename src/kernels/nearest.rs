@@ -50,7 +50,7 @@ impl<'a, F: Float> Keys<'a, F> {
                 _ if !norm.is_finite() => F::nan(),
                 Metric::Cosine if *norm == 0.0 => F::zero(),
                 Metric::Cosine if *norm < smallest => F::nan(),
-                Metric::Cosine => F::of(norm.recip()),
+                Metric::Cosine => F::from_f64(norm.recip()),
                 Metric::Dot => F::one(),
                 Metric::Euclidean => -F::one(),
             };
@@ -118,7 +118,7 @@ impl<'a, F: Float> Keys<'a, F> {
             Metric::Euclidean => (1.0, None),
         };
         let values = self.rows.row(key).iter().map(|value| value.as_f64() / divisor);
-        Some(values.chain(last).map(F::of).collect())
+        Some(values.chain(last).map(F::from_f64).collect())
     }
 
     #[cfg(feature = "hnsw")]
@@ -130,7 +130,7 @@ impl<'a, F: Float> Keys<'a, F> {
             Metric::Euclidean => (1.0, None),
         };
         let values = query.values.iter().map(|value| value / divisor);
-        values.chain(last).map(F::of).collect()
+        values.chain(last).map(F::from_f64).collect()
     }
 
     /// A bound on the absolute error of the similarities of a tile; a relative one of
@@ -186,7 +186,7 @@ fn norm_of<F: Float>(row: &[F]) -> f64 {
 #[inline(always)]
 fn sum<Q: Float, F: Float, const SQUARE: bool>(query: &[Q], key: &[F]) -> Q {
     let term = |query: Q, key: F| {
-        let key = Q::of(key.as_f64());
+        let key = Q::from_f64(key.as_f64());
         if SQUARE { (query - key) * (query - key) } else { query * key }
     };
     let len = query.len().min(key.len());
@@ -221,7 +221,7 @@ pub(crate) struct Candidate {
 
 impl Candidate {
     pub(crate) fn into_neighbor<F: Float>(self) -> Neighbor<F> {
-        Neighbor { key: self.key as usize, similarity: F::of(self.similarity) }
+        Neighbor { key: self.key as usize, similarity: F::from_f64(self.similarity) }
     }
 }
 
@@ -290,7 +290,7 @@ impl<F: Float> Lane<'_, F> {
         if is_full && self.nearest.peek().is_none_or(|worst| candidate >= *worst) {
             return false;
         }
-        let found = Neighbor { key, similarity: F::of(candidate.similarity) };
+        let found = Neighbor { key, similarity: F::from_f64(candidate.similarity) };
         if !self.search.accepts(self.number, found) {
             return false;
         }
@@ -310,9 +310,9 @@ impl<F: Float> Lane<'_, F> {
         let needed = worst.max(threshold);
         if needed.is_infinite() && self.absolute_error.is_finite() {
             // Infinity less its relative error would be NaN.
-            return F::of(needed);
+            return F::from_f64(needed);
         }
-        F::of(needed - self.absolute_error - keys.relative_error() * needed.abs())
+        F::from_f64(needed - self.absolute_error - keys.relative_error() * needed.abs())
     }
 }
 
@@ -340,7 +340,7 @@ impl<'s, F: Float> Block<'s, F> {
             let query = keys.prepare(queries.row(number));
             if let Some(query) = &query {
                 for (packed, &value) in packed.chunks_exact_mut(width).zip(&query.values) {
-                    packed[lane] = F::of(value);
+                    packed[lane] = F::from_f64(value);
                 }
             }
             let absolute_error = query.as_ref().map_or(0.0, |query| keys.absolute_error(query));
@@ -481,7 +481,7 @@ mod tests {
 
     /// Entries from −1 to 1 with ties and zeros among them.
     fn rows<F: Float>(len: usize, dim: usize, salt: usize) -> Rows<'static, F> {
-        let entry = |(i, j)| F::of(((i * 37 + j * 11 + salt) * 53 % 101) as f64 / 50.0 - 1.0);
+        let entry = |(i, j)| F::from_f64(((i * 37 + j * 11 + salt) * 53 % 101) as f64 / 50.0 - 1.0);
         Rows::from(Array2::from_shape_fn((len, dim), entry))
     }
 

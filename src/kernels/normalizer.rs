@@ -97,7 +97,7 @@ pub(crate) fn merge<'r, F: Float>(
     let weights: Vec<f64> = parts().map(|part| weight(part) / sum).collect();
     for (column, out) in out.iter_mut().enumerate() {
         let terms = parts().zip(&weights).map(|(part, weight)| weight * part.out[column].as_f64());
-        *out = F::of(terms.sum());
+        *out = F::from_f64(terms.sum());
     }
-    [shift, F::of(sum)]
+    [shift, F::from_f64(sum)]
 }

@@ -27,16 +27,16 @@ pub struct Problem<'a, F: Float> {
 impl<'a, F: Float> Problem<'a, F> {
     /// `scale` multiplies the dot products; `None` is 1/√d.
     pub(crate) fn new(inputs: &Inputs<'a, F>, scale: Option<f64>) -> Result<Self> {
-        let heads = inputs.heads();
+        let heads = inputs.num_heads();
         let key_dim = inputs.query().ncols() / heads;
-        let key_shape = [inputs.num_keys(), inputs.kv_heads() * key_dim];
+        let key_shape = [inputs.num_keys(), inputs.num_kv_heads() * key_dim];
         check_shape("key", &key_shape, inputs.key().shape())?;
         if let Some(bias) = inputs.bias() {
             bias.check_heads(heads)?;
         }
         // Without columns every dot product is 0, whatever its scale: only keep it finite.
         let scale = scale.unwrap_or(1.0 / (key_dim.max(1) as f64).sqrt());
-        check_scale(F::of(scale).as_f64())?;
+        check_scale(F::from_f64(scale).as_f64())?;
         Ok(Self {
             inputs: *inputs,
             query: Rows::new("query", inputs.query())?,
@@ -44,8 +44,8 @@ impl<'a, F: Float> Problem<'a, F> {
             value: Rows::new("value", inputs.value())?,
             heads,
             key_dim,
-            value_dim: inputs.value().ncols() / inputs.kv_heads(),
-            scale: F::of(scale),
+            value_dim: inputs.value().ncols() / inputs.num_kv_heads(),
+            scale: F::from_f64(scale),
             bias: inputs.bias(),
         })
     }
@@ -53,7 +53,7 @@ impl<'a, F: Float> Problem<'a, F> {
     /// The head of keys and values that a query head reads.
     #[inline]
     pub(crate) fn kv_head(&self, head: usize) -> usize {
-        head * self.inputs.kv_heads() / self.heads
+        head * self.inputs.num_kv_heads() / self.heads
     }
 
     #[inline]
@@ -137,7 +137,7 @@ pub struct Upstream<'u, F> {
 
 /// The number of output columns of softmax attention.
 pub(crate) fn output_dim<F: Float>(inputs: &Inputs<'_, F>) -> usize {
-    (inputs.value().ncols() / inputs.kv_heads()).saturating_mul(inputs.heads())
+    (inputs.value().ncols() / inputs.num_kv_heads()).saturating_mul(inputs.num_heads())
 }
 
 /// `Ok` for a usable scale of the logits.

@@ -15,7 +15,7 @@ const TILE: usize = 12;
 /// Entries between −1 and 1 that no two arrays share.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {
-        F::of((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
+        F::from_f64((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
     })
 }
 
@@ -48,7 +48,7 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     for level in levels() {
         let case = &format!("{case}, {level:?}");
         let mut out = Array2::from_elem(expected.raw_dim(), F::nan());
-        let nan = Array2::from_elem((inputs.num_queries(), inputs.heads()), F::nan());
+        let nan = Array2::from_elem((inputs.num_queries(), inputs.num_heads()), F::nan());
         let mut normalizer = Normalizer { shift: nan.clone(), sum: nan };
         let mut grads = Gradients::zeros(inputs, &plain)?;
         if is_dense {
@@ -87,19 +87,19 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         *bias = F::neg_infinity();
     });
     let scattered_bias = scattered(&bias);
-    let of_heads = matrix(inputs.num_pairs(), inputs.heads(), 6);
+    let of_heads = matrix(inputs.num_pairs(), inputs.num_heads(), 6);
     let mask = Array2::from_shape_fn((num_queries, num_keys), |(i, j)| (i + 2 * j) % 3 != 0);
     let transposed_mask = mask.t().to_owned();
     let dropout = Dropout { probability: 0.3, seed: 4 };
     check(inputs, case)?;
-    let causal = inputs.with_causal(Causal::BottomRight).with_mask(mask.view())?;
+    let causal = inputs.with_causal_alignment(Causal::BottomRight).with_mask(mask.view())?;
     check(&causal, &format!("{case}, causal and masked"))?;
     let masked = inputs.with_mask(transposed_mask.t())?.with_dropout(dropout)?;
     check(&masked, &format!("{case}, mask of columns, dropout"))?;
     let of_heads = inputs.with_bias(of_heads.view())?;
-    check(&of_heads.causal(), &format!("{case}, causal, bias of heads"))?;
+    check(&of_heads.with_causal(), &format!("{case}, causal, bias of heads"))?;
     if matches!(inputs.pattern(), Pattern::Dense) {
-        check(&inputs.with_bias(bias.view())?.causal(), &format!("{case}, causal, bias"))?;
+        check(&inputs.with_bias(bias.view())?.with_causal(), &format!("{case}, causal, bias"))?;
         let strided = inputs.with_bias(scattered_bias.slice(s![..;-2, ..;-2]))?;
         check(&strided.with_dropout(dropout)?, &format!("{case}, strided bias, dropout"))?;
         check(&inputs.with_window(2), &format!("{case}, window"))?;
@@ -122,7 +122,7 @@ fn check_sizes<F: Float>() -> Result<()> {
         let (q, k) = (q.slice(s![..;-2, ..;-2]), k.slice(s![..;-2, ..;-2]));
         let shape =
             format!("{num_queries} x {num_keys}, {heads} x {dim}, {kv_heads} x {value_dim}");
-        let dense = Inputs::dense(q, k, v.view())?.with_kv_heads(heads, kv_heads)?;
+        let dense = Inputs::dense(q, k, v.view())?.with_grouped_heads(heads, kv_heads)?;
         check_all(&dense, &format!("dense {shape}"))?;
         // Unequal rows, some empty, some with the same key twice, in no order.
         let edges = (0..5 * num_queries * num_keys.min(1)).map(|edge| {
@@ -130,7 +130,7 @@ fn check_sizes<F: Float>() -> Result<()> {
             (query - query % 3, edge * 5 % num_keys)
         });
         let graph = Graph::from_edges(num_queries, num_keys, edges)?;
-        let graph = Inputs::graph(q, k, v.view(), &graph)?.with_kv_heads(heads, kv_heads)?;
+        let graph = Inputs::graph(q, k, v.view(), &graph)?.with_grouped_heads(heads, kv_heads)?;
         check_all(&graph, &format!("graph {shape}"))?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -37,7 +37,7 @@ const NAME: &str = "flash";
 /// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
 ///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
 /// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
-///   outputs and gradients, and O(tile) beside it. [`weights`](Attention::weights) is the one call
+///   outputs and gradients, and O(tile) beside it. [`weights`](Attention::attention_weights) is the one call
 ///   that takes O(pairs · heads), since that is what it returns.
 /// * **Errors** as [`ScaledDotProduct`].
 ///
@@ -46,7 +46,7 @@ const NAME: &str = "flash";
 /// use graph_attention::ndarray::Array2;
 ///
 /// let x = Array2::from_shape_fn((300, 8), |(i, j)| ((i * 7 + j * 3) % 11) as f64 / 11.0);
-/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?.causal();
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_heads(2)?.with_causal();
 /// let fast = Flash::new().forward(&inputs)?;
 /// let plain = ScaledDotProduct::new().forward(&inputs)?;
 /// assert!((fast - plain).iter().all(|difference| difference.abs() < 1e-14));
@@ -67,7 +67,7 @@ pub(crate) struct State<F> {
 
 impl<F: Float> State<F> {
     pub(crate) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        let (queries, heads) = (inputs.num_queries(), inputs.heads());
+        let (queries, heads) = (inputs.num_queries(), inputs.num_heads());
         check_shape("saved out", &[queries, output_dim(inputs)], self.out.shape())?;
         self.normalizer.check(queries, heads)
     }
@@ -90,7 +90,7 @@ impl Flash {
     /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if it is not finite.
+    /// [`Error::InvalidArgument`] if it is not finite.
     pub fn with_scale(mut self, scale: f64) -> Result<Self> {
         check_scale(scale)?;
         self.scale = Some(scale);
@@ -101,7 +101,7 @@ impl Flash {
     /// tiles larger than the problem, or than 1024, are cut. On a graph only `keys` counts.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if one of them is 0.
+    /// [`Error::InvalidArgument`] if one of them is 0.
     pub fn with_tiles(mut self, queries: usize, keys: usize) -> Result<Self> {
         for (field, size) in [("tiles.queries", queries), ("tiles.keys", keys)] {
             if size == 0 {
@@ -136,7 +136,7 @@ impl Flash {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Normalizer<F>> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
         let (tiles, level) = (self.tiles, level());
@@ -170,8 +170,8 @@ impl Flash {
 }
 
 impl<F: Float> Params<F> for Flash {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
 impl<F: Float> Attention<F> for Flash {
@@ -204,14 +204,14 @@ impl<F: Float> Attention<F> for Flash {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let state = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         state.check(inputs)?;
         grads.check(NAME, inputs, self)?;
         let State { out, normalizer } = state;
         self.add_gradients(inputs, out.view(), normalizer, grad_out, &mut grads)
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        ScaledDotProduct { scale: self.scale }.weights(inputs)
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        ScaledDotProduct { scale: self.scale }.attention_weights(inputs)
     }
 }

@@ -1,14 +1,14 @@
-//! The mechanisms, one a file.
+//! The mechanisms, each in a module of its own.
 
-pub(crate) mod dual_space;
-pub(crate) mod edge_gat;
+pub mod dual_space;
+pub mod edge_gat;
 pub(crate) mod flash;
-pub(crate) mod graph_rope;
-pub(crate) mod local_global;
-pub(crate) mod moe;
-pub(crate) mod multi_head;
-pub(crate) mod performer;
-pub(crate) mod poincare;
+pub mod graph_rope;
+pub mod local_global;
+pub mod moe;
+pub mod multi_head;
+pub mod performer;
+pub mod poincare;
 pub(crate) mod scaled_dot_product;
 
 use crate::float::Float;
@@ -23,6 +23,6 @@ fn fill_uniform<F: Float, D: Dimension>(
     rng: &mut impl Rng,
 ) {
     if let Ok(uniform) = Uniform::new_inclusive(-bound, bound) {
-        param.mapv_inplace(|_| F::of(uniform.sample(rng)));
+        param.mapv_inplace(|_| F::from_f64(uniform.sample(rng)));
     }
 }

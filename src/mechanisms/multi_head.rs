@@ -1,4 +1,6 @@
-use crate::attention::{Attention, Saved};
+//! Multi-head attention with learned projections: [`MultiHead`].
+
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
@@ -27,8 +29,8 @@ pub struct MultiHeadConfig {
     embed_dim: usize,
     num_heads: usize,
     kv_heads: usize,
-    key_input_dim: usize,
-    value_input_dim: usize,
+    key_dim: usize,
+    value_dim: usize,
     output_dim: usize,
     head_dim: Option<usize>,
     value_head_dim: Option<usize>,
@@ -44,8 +46,8 @@ impl MultiHeadConfig {
             embed_dim,
             num_heads,
             kv_heads: num_heads,
-            key_input_dim: embed_dim,
-            value_input_dim: embed_dim,
+            key_dim: embed_dim,
+            value_dim: embed_dim,
             output_dim: embed_dim,
             head_dim: None,
             value_head_dim: None,
@@ -55,15 +57,15 @@ impl MultiHeadConfig {
 
     /// Keys of another number of columns than queries: PyTorch's `kdim`. Default: `embed_dim`.
     #[must_use]
-    pub fn key_input_dim(mut self, dim: usize) -> Self {
-        self.key_input_dim = dim;
+    pub fn key_dim(mut self, dim: usize) -> Self {
+        self.key_dim = dim;
         self
     }
 
     /// Values of another number of columns than queries: PyTorch's `vdim`. Default: `embed_dim`.
     #[must_use]
-    pub fn value_input_dim(mut self, dim: usize) -> Self {
-        self.value_input_dim = dim;
+    pub fn value_dim(mut self, dim: usize) -> Self {
+        self.value_dim = dim;
         self
     }
 
@@ -88,7 +90,7 @@ impl MultiHeadConfig {
         self
     }
 
-    /// Fewer heads of keys and values than of queries, in groups as in [`Inputs::with_kv_heads`].
+    /// Fewer heads of keys and values than of queries, in groups as in [`Inputs::with_grouped_heads`].
     /// Default: `num_heads`.
     #[must_use]
     pub fn kv_heads(mut self, heads: usize) -> Self {
@@ -107,7 +109,7 @@ impl MultiHeadConfig {
     /// uniform input projections, output weights uniform in ±1/√inputs, biases zero.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if `num_heads` is 0 or does not divide `embed_dim` (and no head
+    /// [`Error::InvalidArgument`] if `num_heads` is 0 or does not divide `embed_dim` (and no head
     /// size is set), if `kv_heads` does not divide `num_heads`, or if a size is 0 or huge.
     pub fn init<F: Float, A: Attention<F>>(
         &self,
@@ -159,8 +161,8 @@ impl MultiHeadConfig {
         let value_head_dim = self.value_head_dim.unwrap_or(head_dim);
         for (field, size) in [
             ("embed_dim", embed_dim),
-            ("key_input_dim", self.key_input_dim),
-            ("value_input_dim", self.value_input_dim),
+            ("key_dim", self.key_dim),
+            ("value_dim", self.value_dim),
             ("output_dim", self.output_dim),
             ("head_dim", head_dim),
             ("value_head_dim", value_head_dim),
@@ -176,14 +178,14 @@ impl MultiHeadConfig {
         ];
         let all_rows = rows.iter().fold(0usize, |sum, &rows| sum.saturating_add(rows));
         let zeros = |columns| try_zeros("in_proj_weight", all_rows, columns);
-        let packed = self.key_input_dim == embed_dim && self.value_input_dim == embed_dim;
+        let packed = self.key_dim == embed_dim && self.value_dim == embed_dim;
         let in_proj_weights = if packed {
             InProjection::Packed(zeros(embed_dim)?)
         } else {
             InProjection::Separate([
                 try_zeros("q_proj_weight", rows[0], embed_dim)?,
-                try_zeros("k_proj_weight", rows[1], self.key_input_dim)?,
-                try_zeros("v_proj_weight", rows[2], self.value_input_dim)?,
+                try_zeros("k_proj_weight", rows[1], self.key_dim)?,
+                try_zeros("v_proj_weight", rows[2], self.value_dim)?,
             ])
         };
         let context_dim = num_heads.saturating_mul(value_head_dim);
@@ -316,7 +318,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
 
     /// Query, key and value, if they fit the projections.
     fn arrays<'a>(&self, inputs: &Inputs<'a, F>) -> Result<[ArrayView2<'a, F>; 3]> {
-        inputs.refuse(NAME, &[Channel::Heads])?;
+        inputs.check_absent(NAME, &[Channel::Heads])?;
         let arrays = [inputs.query(), inputs.key(), inputs.value()];
         for (which, what) in ["query", "key", "value"].into_iter().enumerate() {
             let expected = [arrays[which].nrows(), self.in_weight(which).ncols()];
@@ -343,7 +345,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
     ) -> Result<Inputs<'b, F>> {
         let [query, key, value] = projected.each_ref().map(|array| array.view());
         let inner = inputs.with_arrays(query, key, value)?;
-        inner.with_kv_heads(self.num_heads, self.kv_heads)
+        inner.with_grouped_heads(self.num_heads, self.kv_heads)
     }
 
     /// An output for the inner mechanism, which must fit the output projection.
@@ -355,7 +357,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
 }
 
 impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         for (name, weight) in self.in_proj_weights.names().iter().zip(self.in_proj_weights.iter()) {
             visitor(name, weight.view().into_dyn());
         }
@@ -369,7 +371,7 @@ impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
         self.inner.visit_params(&mut |name, param| visitor(&format!("inner.{name}"), param));
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let names = self.in_proj_weights.names();
         for (name, weight) in names.iter().zip(self.in_proj_weights.iter_mut()) {
             visitor(name, weight.view_mut().into_dyn());
@@ -384,11 +386,11 @@ impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
         self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
     }
 }
@@ -403,7 +405,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
@@ -416,7 +418,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
@@ -430,10 +432,10 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { projected, context, inner } = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let arrays = self.arrays(inputs)?;
         for (which, x) in arrays.iter().enumerate() {
@@ -443,11 +445,15 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let context_shape = [inputs.num_queries(), self.out_proj_weight.ncols()];
         check_shape("saved context", &context_shape, context.shape())?;
         let inner_inputs = self.inner_inputs(inputs, projected)?;
-        let (in_weights, params) = grads.params.split_at_mut(self.in_proj_weights.names().len());
-        let (in_bias, params) = params.split_at_mut(usize::from(self.in_proj_bias.is_some()));
-        let (out_weight, params) = params.split_at_mut(1);
-        let (out_bias, inner_params) =
-            params.split_at_mut(usize::from(self.out_proj_bias.is_some()));
+        let grads_of_arrays = [grads.query.take(), grads.key.take(), grads.value.take()];
+        let num_in_weights = self.in_proj_weights.names().len();
+        let num_in_biases = usize::from(self.in_proj_bias.is_some());
+        let num_out_biases = usize::from(self.out_proj_bias.is_some());
+        let num_own = num_in_weights + num_in_biases + 1 + num_out_biases;
+        let (params, inner_grads) = grads.split_params(num_own);
+        let (in_weights, params) = params.split_at_mut(num_in_weights);
+        let (in_bias, params) = params.split_at_mut(num_in_biases);
+        let (out_weight, out_bias) = params.split_at_mut(1);
 
         // o = context W_oᵀ + b_o
         let mut grad_context = Array2::zeros(context.raw_dim());
@@ -456,15 +462,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         // context = inner(q', k', v')
         let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
         let [query, key, value] = grad_projected.each_mut().map(|array| Some(array.view_mut()));
-        let inner_grads = GradientsMut {
-            query,
-            key,
-            value,
-            bias: grads.bias,
-            edge_features: grads.edge_features,
-            distances: grads.distances,
-            params: inner_params,
-        };
+        let inner_grads = GradientsMut { query, key, value, ..inner_grads };
         self.inner.backward_into(&inner_inputs, inner, grad_context.view(), inner_grads)?;
         linear_params_vjp(
             context.view(),
@@ -476,7 +474,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         // x' = x Wᵀ + b for query, key and value
         let packed = in_weights.len() == 1;
         let mut in_bias = in_bias.first_mut().map(param_slot::<F, Ix1>);
-        for (which, grad_x) in [grads.query, grads.key, grads.value].into_iter().enumerate() {
+        for (which, grad_x) in grads_of_arrays.into_iter().enumerate() {
             let rows = self.rows[which].clone();
             let mut weight = param_slot::<F, Ix2>(&mut in_weights[if packed { 0 } else { which }]);
             if packed {
@@ -492,8 +490,8 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let projected = self.project(inputs)?;
-        self.inner.weights(&self.inner_inputs(inputs, &projected)?)
+        self.inner.attention_weights(&self.inner_inputs(inputs, &projected)?)
     }
 }

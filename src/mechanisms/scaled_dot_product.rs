@@ -1,4 +1,4 @@
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_zeros};
 use crate::gradients::GradientsMut;
@@ -67,7 +67,7 @@ impl ScaledDotProduct {
     /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if it is not finite.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if it is not finite.
     pub fn with_scale(mut self, scale: f64) -> Result<Self> {
         check_scale(scale)?;
         self.scale = Some(scale);
@@ -90,7 +90,7 @@ impl ScaledDotProduct {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Softmax<F>> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let state = dot_softmax(&problem)?;
         // In f64, as the sums of the weights are.
@@ -101,7 +101,7 @@ impl ScaledDotProduct {
             let value = problem.value(pair.key, head);
             sums.iter_mut().zip(value).for_each(|(sum, &v)| *sum += weight * v.as_f64());
         });
-        out.zip_mut_with(&sums, |out, &sum| *out = F::of(sum));
+        out.zip_mut_with(&sums, |out, &sum| *out = F::from_f64(sum));
         Ok(state)
     }
 }
@@ -145,7 +145,7 @@ pub(crate) fn softmax<F: Float>(
         if max == F::neg_infinity() {
             continue;
         }
-        *total = F::of(sum);
+        *total = F::from_f64(sum);
         shift[[query, head]] = max;
         visible().for_each(|(pair, _)| weights[[pair.index, head]] /= *total);
     }
@@ -171,8 +171,8 @@ pub(crate) fn for_each_pair<F: Float>(
 }
 
 impl<F: Float> Params<F> for ScaledDotProduct {
-    fn visit_params(&self, _: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {}
-    fn visit_params_mut(&mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {}
+    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
+    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
 impl<F: Float> Attention<F> for ScaledDotProduct {
@@ -204,7 +204,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let state: &Softmax<F> = saved.state(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
         let (pairs, heads) = (inputs.num_pairs(), problem.heads);
@@ -256,7 +256,7 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         Ok(dot_softmax(&Problem::new(inputs, self.scale)?)?.weights)
     }
 }
@@ -282,7 +282,7 @@ mod tests {
         let v = array![[4.0, 0.0], [0.0, 8.0]];
         let inputs = Inputs::dense(q.view(), k.view(), v.view())?;
         let attention = ScaledDotProduct::new();
-        assert_close(&attention.weights(&inputs)?, &array![[0.75], [0.25]]);
+        assert_close(&attention.attention_weights(&inputs)?, &array![[0.75], [0.25]]);
         let (out, saved) = attention.forward_train(&inputs)?;
         assert_close(&out, &array![[3.0, 2.0]]);
         let partial = attention.forward_partial(&inputs)?;

@@ -72,7 +72,7 @@ impl HnswConfig {
     /// Inserts keys, num_keys × dim, one by one: some O(num_keys log num_keys · dim).
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a setting is outside its range, [`Error::Graph`] if there are more
+    /// [`Error::InvalidArgument`] if a setting is outside its range, [`Error::Graph`] if there are more
     /// than `u32::MAX` keys, [`Error::TooLarge`] if memory is refused.
     pub fn build<F: Float>(&self, keys: Array2<F>) -> Result<HnswIndex<F>> {
         if !(2..=256).contains(&self.connections) {
@@ -132,7 +132,7 @@ impl HnswConfig {
 /// nearest.sort();
 /// assert_eq!(nearest, [6, 8]);
 ///
-/// // Its links, fit for `Inputs::graph` and `Inputs::with_layers`.
+/// // Its links, fit for `Inputs::graph` and `Inputs::with_edge_layers`.
 /// let (links, layers) = index.links()?;
 /// assert_eq!(links.num_edges(), layers.len());
 /// # Ok::<(), graph_attention::Error>(())

@@ -46,7 +46,7 @@
 //! // Ranked anew by attention: here by the dot product, in which long vectors count more.
 //! let flash = Flash::new().with_scale(1.0)?;
 //! let inputs = Inputs::graph(query.view(), documents.view(), documents.view(), &found.graph)?;
-//! let weights = flash.weights(&inputs)?; // hits × 1 head
+//! let weights = flash.attention_weights(&inputs)?; // hits × 1 head
 //! assert!(weights[[1, 0]] > weights[[0, 0]]);
 //! let blended = flash.forward(&inputs)?; // Σ weight · document, 1 × 2
 //!
@@ -99,6 +99,7 @@ use std::ops::Range;
 /// }
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Metric {
@@ -300,7 +301,7 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     /// use graph_attention::ndarray::array;
     ///
     /// let x = array![[0.0], [1.0], [1.1]];
-    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.causal();
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();
     /// let search = NeighborSearch::new(1).exclude_self(true).visible_in(&inputs);
     /// let found = ExactIndex::new(x.view(), Metric::Euclidean)?.search(x.view(), &search)?;
     /// assert_eq!(found.graph.indices(), [0, 1]); // of nodes 1 and 2; node 0 sees no other
@@ -318,7 +319,7 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     /// # Errors
     /// [`Error::Shape`] if the queries have another number of columns, or other rows than the keys
     /// where a node is not to find itself, or if the excluded graph or the inputs that hide keys are
-    /// over other numbers of queries or keys; [`Error::InvalidConfig`] if the threshold is NaN.
+    /// over other numbers of queries or keys; [`Error::InvalidArgument`] if the threshold is NaN.
     pub fn check(
         &self,
         (num_queries, columns): (usize, usize),

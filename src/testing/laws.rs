@@ -181,8 +181,8 @@ impl<'a, F: Float> Check<'a, F> {
 
         let law = "weights follow the pair order";
         let indices: Vec<usize> = pairs.iter().map(|pair| pair.index).collect();
-        if let Ok(weights) = self.mechanism.weights(&inputs) {
-            let shuffled = succeed(law, self.mechanism.weights(&graph_inputs))?;
+        if let Ok(weights) = self.mechanism.attention_weights(&inputs) {
+            let shuffled = succeed(law, self.mechanism.attention_weights(&graph_inputs))?;
             close(law, &shuffled, &weights.select(Axis(0), &indices))?;
         }
         Ok(())
@@ -327,7 +327,7 @@ impl<'a, F: Float> Check<'a, F> {
         }
         let mut samples = vec![];
         for exponent in [20, 28] {
-            let factor = F::of(2f64.powi(exponent));
+            let factor = F::from_f64(2f64.powi(exponent));
             let key = self.sample.key.mapv(|entry| entry * factor);
             samples.push(Sample { key, ..self.sample.clone() });
         }
@@ -335,7 +335,7 @@ impl<'a, F: Float> Check<'a, F> {
             Some(graph) => (graph.num_edges(), 1),
             None => (self.sample.query.nrows(), self.sample.key.nrows()),
         };
-        let bias = Some(Array2::from_elem(pairs, F::of(-1e9)));
+        let bias = Some(Array2::from_elem(pairs, F::from_f64(-1e9)));
         samples.push(Sample { bias, ..self.sample.clone() });
 
         for sample in samples {
@@ -345,7 +345,7 @@ impl<'a, F: Float> Check<'a, F> {
             };
             self.has_a_distribution(&sample)?;
             let law = "Σ v·dv = Σ g·o for large logits, if the output is linear in the values";
-            let two = F::of(2.0);
+            let two = F::from_f64(2.0);
             let twice = Sample { value: &sample.value * two, ..sample.clone() };
             let inputs = succeed(law, twice.inputs())?;
             let is_linear = self.mechanism.forward(&inputs).is_ok_and(|twice| twice == &out * two);
@@ -370,7 +370,7 @@ impl<'a, F: Float> Check<'a, F> {
     fn has_a_distribution(&self, sample: &Sample<F>) -> Result<(), Broken> {
         let law = "weights are non-negative, 0 for hidden pairs, and sum to 1 (0 for empty rows)";
         let inputs = succeed(law, sample.inputs())?;
-        let weights = match self.mechanism.weights(&inputs) {
+        let weights = match self.mechanism.attention_weights(&inputs) {
             Err(Error::NoWeights { .. }) => return Ok(()),
             weights => succeed(law, weights)?,
         };
@@ -639,7 +639,7 @@ fn gradients<F: Float>(
 /// How far two sums of the same numbers of order 1 in another order may lie apart: some hundred
 /// terms, each with a few roundings.
 fn rounding<F: Float>() -> F {
-    F::of(1e3) * F::epsilon()
+    F::from_f64(1e3) * F::epsilon()
 }
 
 fn same_bits<F: Float>(

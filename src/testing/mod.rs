@@ -36,7 +36,7 @@ use ndarray::ArrayViewD;
 /// its name. Called before anything else; for the tests, benches and examples of this crate.
 ///
 /// # Errors
-/// [`Error::InvalidConfig`] if the CPU has no such instruction set, or another one is in use already.
+/// [`Error::InvalidArgument`] if the CPU has no such instruction set, or another one is in use already.
 #[doc(hidden)]
 pub fn hold_simd() -> crate::Result<String> {
     crate::kernels::level::hold_down()

@@ -47,7 +47,7 @@ impl Shapes {
         self.kv_heads(heads, heads)
     }
 
-    /// The head layout of the inputs, grouped: [`Inputs::with_kv_heads`].
+    /// The head layout of the inputs, grouped: [`Inputs::with_grouped_heads`].
     #[must_use]
     pub fn kv_heads(mut self, heads: usize, kv_heads: usize) -> Self {
         (self.heads, self.kv_heads, self.bias_heads) = (heads, kv_heads, heads);
@@ -192,7 +192,8 @@ impl<F: Float> Sample<F> {
 
     fn draw_pair_data(&mut self, pairs: usize, rng: &mut impl rand::Rng) {
         self.edge_features = normal([pairs, self.edge_features.ncols()], 1.0, rng);
-        self.distances = Array1::from_shape_simple_fn(pairs, || F::of(rng.random_range(0.5..2.0)));
+        self.distances =
+            Array1::from_shape_simple_fn(pairs, || F::from_f64(rng.random_range(0.5..2.0)));
         self.layers = (0..pairs).map(|_| rng.random_range(0..3)).collect();
     }
 
@@ -205,14 +206,14 @@ impl<F: Float> Sample<F> {
             Some(graph) => Inputs::graph(query, key, value, graph)?,
         };
         inputs = inputs
-            .with_kv_heads(self.heads, self.kv_heads)?
+            .with_grouped_heads(self.heads, self.kv_heads)?
             .with_edge_features(self.edge_features.view())?
             .with_distances(self.distances.view())?
-            .with_layers(&self.layers)?
+            .with_edge_layers(&self.layers)?
             .with_positions(self.query_positions.view(), self.key_positions.view())?
             .with_latent(&self.latent)?;
         if let Some(alignment) = self.causal {
-            inputs = inputs.with_causal(alignment);
+            inputs = inputs.with_causal_alignment(alignment);
         }
         if let Some(mask) = &self.mask {
             inputs = inputs.with_mask(mask.view())?;
@@ -368,6 +369,6 @@ pub(super) fn normal<F: Float>(
 ) -> Array2<F> {
     Array2::from_shape_simple_fn(shape, || {
         let value: f64 = StandardNormal.sample(rng);
-        F::of(deviation * value)
+        F::from_f64(deviation * value)
     })
 }

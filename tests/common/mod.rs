@@ -2,9 +2,9 @@
 #![allow(dead_code, reason = "every file of tests is a crate of its own and uses its part")]
 
 use graph_attention::{
-    Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, Fusion, GraphRopeConfig, Layout,
-    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
-    Score, Window,
+    Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
+    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::collections::BTreeSet;
@@ -30,7 +30,7 @@ pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(4, 2).init(Flash::new(), rng).unwrap()),
         Box::new(MoeConfig::new(4, 1).init(experts, rng).unwrap()),
-        Box::new(LocalGlobal::by_order(Window::new(9), Flash::new()).unwrap()),
+        Box::new(LocalGlobal::sliding_window(Window::new(9), Flash::new()).unwrap()),
         Box::new(dual.init(Flash::new(), Flash::new(), Flash::new(), rng).unwrap()),
         Box::new(EdgeGatConfig::new(Score::GatV2, 4, 2, 2).edge_dim(2).init(rng).unwrap()),
         Box::new(PoincareConfig::new().init().unwrap()),

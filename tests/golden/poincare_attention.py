@@ -236,7 +236,7 @@ class Attention:
 
     def row(self, h, i, q, keys, values, bias, c, tau):
         """The output of query i in head h; `bias` by pairs."""
-        p = self.weights(h, i, q, keys, bias, c, tau)
+        p = self.attention_weights(h, i, q, keys, bias, c, tau)
         points = [values[j] for j, _ in self.pairs[i]]
         m = self.aggregate(h, i, q, p, points, c)
         return log_0(m, c) if self.tangent else m

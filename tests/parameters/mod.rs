@@ -5,9 +5,10 @@ mod common;
 
 use graph_attention::ndarray::Array1;
 use graph_attention::{
-    Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Features, Flash, Float, Fusion,
-    Gating, GraphRopeConfig, Layout, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig,
-    Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, Score, Window,
+    Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Flash, Float, GraphRopeConfig,
+    LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer, PerformerConfig, Poincare,
+    PoincareConfig, ScaledDotProduct, dual_space::Fusion, edge_gat::Score, graph_rope::Layout,
+    local_global::Window, moe::Gating, performer::Features,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
@@ -57,14 +58,15 @@ fn balanced<F: Float>(seed: u64) -> Moe<F> {
     ];
     let config = MoeConfig::new(6, 2).gating(Gating::Sigmoid);
     let mut moe = config.init(experts, &mut rng(seed)).unwrap();
-    moe.set_expert_bias(Array1::from_iter((0..3).map(|e| F::of(0.1 * (seed + e) as f64)))).unwrap();
+    moe.set_expert_bias(Array1::from_iter((0..3).map(|e| F::from_f64(0.1 * (seed + e) as f64))))
+        .unwrap();
     moe
 }
 
 /// Where a mechanism has parameters or buffers, another seed gives others.
 pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
-    let separate = config.clone().key_input_dim(5).value_input_dim(3).output_dim(4);
+    let separate = config.clone().key_dim(5).value_dim(3).output_dim(4);
     let [gat, gat_v2, dot] = [Score::Gat, Score::GatV2, Score::DotProduct]
         .map(|score| EdgeGatConfig::new(score, 5, 3, 2).edge_dim(2));
     let mechanisms: Vec<Box<dyn Attention<F>>> = vec![
@@ -97,7 +99,7 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         Box::new({
             let local = Box::new(balanced(seed));
             let global = Box::new(performer(&PerformerConfig::new(6, 4), seed));
-            LocalGlobal::by_layer_gate(6, 1, local, global, &mut rng(seed)).unwrap()
+            LocalGlobal::gated(6, 1, local, global, &mut rng(seed)).unwrap()
         }),
         Box::new({
             let config = DualSpaceConfig::new(Fusion::Gated, 6);
@@ -105,12 +107,12 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
             let [graph, latent] = [branch(seed + 1), branch(seed + 2)];
             config.init(graph, latent, balanced(seed), &mut rng(seed)).unwrap()
         }),
-        Box::new(LocalGlobal::by_order(Window::new(3), Flash::new()).unwrap()),
-        Box::new(LocalGlobal::by_layer_union(Flash::new(), Flash::new())),
+        Box::new(LocalGlobal::sliding_window(Window::new(3), Flash::new()).unwrap()),
+        Box::new(LocalGlobal::joint(Flash::new(), Flash::new())),
         Box::new({
             let local = Box::new(multi_head(&config, Flash::new(), seed + 3));
             let global = Box::new(poincare(seed));
-            LocalGlobal::by_layer_gate(6, 1, local, global, &mut rng(seed)).unwrap()
+            LocalGlobal::gated(6, 1, local, global, &mut rng(seed)).unwrap()
         }),
         Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
         Box::new(dual_space(Fusion::Gated, seed)),

@@ -3,7 +3,7 @@
 //! Every operation returns its exact result times 1 + δ, |δ| ≤ u, or, below the smallest normal number,
 //! something off by less than that number (it may be 0). So a product of k such factors lies
 //! within e^{ku} of 1. A sum of n terms is wrong by at most (e^{nu} − 1) Σ |terms|, in whichever order,
-//! by tiles or lanes, fused or not (Higham 2002, *Accuracy and Stability of Numerical Algorithms*,
+//! by tiles or lanes, fused or not (Higham 2002, *ErrorEstimate and Stability of Numerical Algorithms*,
 //! §4.2). Hence a bound is a number of roundings times the sum of the absolute values of what is added,
 //! and both are counted here, from the equations in [`super`]. Nothing is fitted to what an
 //! implementation happens to do; it may

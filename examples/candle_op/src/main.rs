@@ -66,7 +66,9 @@ fn tensor<F: WithDType>(array: &Array2<F>) -> Result<Tensor> {
 fn gradients<F: Float + WithDType>(graph: &Graph, by_candle: bool) -> Result<Vec<f64>> {
     let shape = (graph.num_queries(), 8);
     let var = |x: f64| {
-        let rows = Array2::from_shape_fn(shape, |(i, j)| F::of((x * (8 * i + j) as f64).sin()));
+        let rows = Array2::from_shape_fn(shape, |(i, j)| {
+            <F as Float>::from_f64((x * (8 * i + j) as f64).sin())
+        });
         Var::from_tensor(&tensor(&rows)?)
     };
     let [q, k, v] = [var(1.3)?, var(1.7)?, var(2.1)?];

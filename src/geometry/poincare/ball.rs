@@ -73,7 +73,7 @@ impl Ball {
     /// taken back.
     fn move_inside<F: Float>(self, out: &mut [F], value: impl Fn(usize) -> f64) {
         // Rounds to the neighbour on the side of 0.
-        let inwards = |x: F| x * (F::one() - F::epsilon() / F::of(2.0));
+        let inwards = |x: F| x * (F::one() - F::epsilon() / F::from_f64(2.0));
         let alpha = |out: &[F]| one_minus_c_norm2(self.c, out.len(), |i| out[i].as_f64());
         let mut slack = alpha(out);
         while slack <= 0.0 {
@@ -103,7 +103,7 @@ impl Ball {
                 let (_, by, i) = last;
                 // At least to the neighbour.
                 let x = out[i].as_f64();
-                let (far, near) = (F::of(x - by.copysign(x)), inwards(out[i]));
+                let (far, near) = (F::from_f64(x - by.copysign(x)), inwards(out[i]));
                 out[i] = if far.abs() < near.abs() { far } else { near };
             } else {
                 out[i] = inwards(out[i]);
@@ -231,14 +231,14 @@ pub(crate) fn dot<F: Float>(x: &[F], y: &[F]) -> f64 {
 /// Adds to a gradient.
 pub(super) fn add<F: Float>(grad: &mut [F], term: impl Fn(usize) -> f64) {
     for (i, grad) in grad.iter_mut().enumerate() {
-        *grad += F::of(term(i));
+        *grad += F::from_f64(term(i));
     }
 }
 
 /// Overwrites an output.
 pub(super) fn assign<F: Float>(out: &mut [F], value: impl Fn(usize) -> f64) {
     for (i, out) in out.iter_mut().enumerate() {
-        *out = F::of(value(i));
+        *out = F::from_f64(value(i));
     }
 }
 

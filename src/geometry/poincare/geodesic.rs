@@ -21,7 +21,7 @@ use crate::float::Float;
 /// directions lack then grows with the distance. γ(0) is x and γ(1) is y. (Ungar 2009.)
 ///
 /// # Errors
-/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidConfig`] for a c that is negative
+/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is negative
 /// or not finite, or an infinite t, [`Error::Domain`] for a point outside the ball.
 pub fn geodesic<F: Float>(x: &[F], y: &[F], t: F, c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, x.len());
@@ -95,7 +95,7 @@ pub fn geodesic_vjp<F: Float>(
         + mu * (a * lx * lx * x2 * g_x + b * ly * ly * y2 * g_y) / 2.0;
     let grad_c = (lx / den) * (ly / den) * g_z * between + by_mu / den / den
         - derivatives.of_mu * growth * g_point / den;
-    Ok((F::of(grad_t), F::of(grad_c)))
+    Ok((F::from_f64(grad_t), F::from_f64(grad_c)))
 }
 
 /// A geodesic and a time. Beyond x and y the weights may overflow; a, b, μ, `unit` and `den` all are

@@ -132,7 +132,7 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> AdditionVjp<X, Y> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn mobius_add<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, x.len());
@@ -162,7 +162,7 @@ pub fn mobius_add_vjp<F: Float>(
     let vjp = addition(ball, x, y)?.vjp(n, g);
     add(grad_x, |i| vjp.grad_x(g(i), i));
     add(grad_y, |i| vjp.grad_y(g(i), i));
-    Ok(F::of(vjp.grad_c))
+    Ok(F::from_f64(vjp.grad_c))
 }
 
 fn addition<'a, F: Float>(

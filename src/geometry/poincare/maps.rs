@@ -21,7 +21,7 @@ use crate::float::Float;
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn exp_map<F: Float>(x: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, x.len());
@@ -63,7 +63,7 @@ pub fn exp_map_vjp<F: Float>(
     add(grad_x, |i| vjp.grad_x(g(i), i) - 2.0 * ball.c * x[i].as_f64() * of_alpha);
     let of_step = step.scale_by_c(ball) * grad_w_v;
     if step.t > 0.25 {
-        return Ok(F::of(vjp.grad_c + of_step - x_norm * x_norm * of_alpha));
+        return Ok(F::from_f64(vjp.grad_c + of_step - x_norm * x_norm * of_alpha));
     }
 
     // For a short step the first and the last term cancel, up to the square of its length: in
@@ -83,7 +83,7 @@ pub fn exp_map_vjp<F: Float>(
     let rest = x2 * step.sech2 / (ratio * den) * (2.0 * c * w2 * vjp.g_w - z_w * vjp.of_z)
         - to.z2 / den * c * w2 * g_x / den;
     let of_sum = w2 * vjp.g_w * ax / den;
-    Ok(F::of(of_sum + of_step + g_w * of_g_w / (ratio * den * den) + rest))
+    Ok(F::from_f64(of_sum + of_step + g_w * of_g_w / (ratio * den * den) + rest))
 }
 
 /// tanh(t) v/(√c|v|) = `scale` · v with t = √c|v|/α.
@@ -141,7 +141,7 @@ impl Step {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn log_map<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, x.len());
@@ -193,7 +193,7 @@ pub fn log_map_vjp<F: Float>(
     add(grad_y, |i| of_z(i) - 2.0 * ball.c * of_ay * y[i].as_f64());
     let square = |norm: f64| norm * norm;
     let of_c = square(z_norm) * of_cz2 - square(norm_of(x)) * of_ax - square(norm_of(y)) * of_ay;
-    Ok(F::of(of_c))
+    Ok(F::from_f64(of_c))
 }
 
 /// Where the geodesic that leaves the origin with velocity v is at time 1.
@@ -207,7 +207,7 @@ pub fn log_map_vjp<F: Float>(
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite.
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite.
 pub fn exp_map_origin<F: Float>(v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
     check_lengths(v.len(), &[("out", out.len())])?;
@@ -228,7 +228,7 @@ pub fn exp_map_origin_vjp<F: Float>(v: &[F], c: F, grad_out: &[F], grad_v: &mut 
     let step = Step::new(ball, v_norm, 1.0);
     let g = |i: usize| grad_out[i].as_f64();
     add(grad_v, stretch(n, |i| v[i].as_f64(), v_norm, g, step.sech2, step.scale));
-    Ok(F::of(step.scale_by_c(ball) * dot(grad_out, v)))
+    Ok(F::from_f64(step.scale_by_c(ball) * dot(grad_out, v)))
 }
 
 /// The velocity at the origin of the geodesic that is at y at time 1: the inverse of
@@ -243,7 +243,7 @@ pub fn exp_map_origin_vjp<F: Float>(v: &[F], c: F, grad_out: &[F], grad_v: &mut 
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn log_map_origin<F: Float>(y: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
@@ -268,5 +268,5 @@ pub fn log_map_origin_vjp<F: Float>(y: &[F], c: F, grad_out: &[F], grad_y: &mut 
     let g = |i: usize| grad_out[i].as_f64();
     let across = artanh_ratio(r, alpha);
     add(grad_y, stretch(n, |i| y[i].as_f64(), y_norm, g, alpha.recip(), across));
-    Ok(F::of(dot(grad_out, y) * y_norm * y_norm * artanh_ratio_derivative(r, alpha)))
+    Ok(F::from_f64(dot(grad_out, y) * y_norm * y_norm * artanh_ratio_derivative(r, alpha)))
 }

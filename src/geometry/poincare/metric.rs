@@ -15,10 +15,10 @@ use crate::float::Float;
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn conformal_factor<F: Float>(x: &[F], c: F) -> Result<F> {
-    Ok(F::of(2.0 / Ball::new(c)?.alpha("x", x)?))
+    Ok(F::from_f64(2.0 / Ball::new(c)?.alpha("x", x)?))
 }
 
 /// λ = 2/α, α = 1 − c|x|². The vector–Jacobian product of [`conformal_factor`]: adds to `grad_x`,
@@ -32,7 +32,7 @@ pub fn conformal_factor_vjp<F: Float>(x: &[F], c: F, grad_out: F, grad_x: &mut [
     let alpha = ball.alpha("x", x)?;
     let g = 2.0 * grad_out.as_f64() / alpha / alpha;
     add(grad_x, |i| 2.0 * ball.c * x[i].as_f64() * g);
-    Ok(F::of(norm_of(x).powi(2) * g))
+    Ok(F::from_f64(norm_of(x).powi(2) * g))
 }
 
 /// The length of the geodesic from x to y.
@@ -46,14 +46,14 @@ pub fn conformal_factor_vjp<F: Float>(x: &[F], c: F, grad_out: F, grad_x: &mut [
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn distance<F: Float>(x: &[F], y: &[F], c: F) -> Result<F> {
     let ball = Ball::new(c)?;
     check_lengths(x.len(), &[("y", y.len())])?;
     let (ax, ay) = (ball.alpha("x", x)?, ball.alpha("y", y)?);
     let p = norm(x.len(), |i| y[i].as_f64() - x[i].as_f64()) / (ax * ay).sqrt();
-    Ok(F::of(2.0 * p * asinh_ratio(ball.c_norm2(p))))
+    Ok(F::from_f64(2.0 * p * asinh_ratio(ball.c_norm2(p))))
 }
 
 /// d = 2p asinh(√c p)/(√c p), p = |z|/√(αx αy), z = y − x. The vector–Jacobian product of
@@ -92,5 +92,5 @@ pub fn distance_vjp<F: Float>(
     let p = length / (ax * ay).sqrt();
     let of_asinh = 2.0 * p * p * p * asinh_ratio_derivative(ball.c_norm2(p));
     let of_alphas = length / root_den * (norm_of(x).powi(2) / ax + norm_of(y).powi(2) / ay);
-    Ok(F::of(grad_out.as_f64() * (of_asinh + of_alphas)))
+    Ok(F::from_f64(grad_out.as_f64() * (of_asinh + of_alphas)))
 }

@@ -21,7 +21,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 ///
 /// # Errors
 /// [`Error::Shape`] if rows and weights or the lengths of rows and `out` differ,
-/// [`Error::InvalidConfig`] for a c that is negative or not finite, for weights that are negative or
+/// [`Error::InvalidArgument`] for a c that is negative or not finite, for weights that are negative or
 /// infinite or all zero, [`Error::Domain`] for a point outside the ball.
 pub fn midpoint<F: Float>(
     points: ArrayView2<'_, F>,
@@ -73,17 +73,17 @@ pub fn midpoint_vjp<F: Float>(
         let (z_norm, x_norm) = (norm(n, z), norm(n, x));
         let g_z = sum(n, |i| g(i) * z(i));
         let g_phi = (am * g_z - ball.c_norm2(z_norm) * g_m) / alpha;
-        grad_weights[j] += F::of(g_phi / normaliser / scale);
+        grad_weights[j] += F::from_f64(g_phi / normaliser / scale);
 
         let share = weights[j].as_f64() / scale / normaliser / alpha;
         for (i, grad) in grad_points.row_mut(j).iter_mut().enumerate() {
             let of_z = am * g(i) - 2.0 * c * g_m * z(i);
-            *grad += F::of(share * (of_z + 2.0 * c * g_phi * x(i)));
+            *grad += F::from_f64(share * (of_z + 2.0 * c * g_phi * x(i)));
         }
         let of_z = m_norm * m_norm * g_z + z_norm * z_norm * g_m;
         grad_c += share * (x_norm * x_norm * g_phi - of_z);
     }
-    Ok(F::of(grad_c))
+    Ok(F::from_f64(grad_c))
 }
 
 /// The midpoint, and what its gradient needs.

@@ -14,7 +14,7 @@ use crate::float::Float;
 /// Poincaré's, and from 1 − c|x|² of 10⁻⁸ (10⁻⁴ for `f32`) on k is the last point inside. (Ungar 2009.)
 ///
 /// # Errors
-/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidConfig`] for a c that is
+/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
 /// negative or not finite, [`Error::Domain`] for a point outside the ball.
 pub fn to_klein<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
@@ -37,7 +37,7 @@ pub fn to_klein_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F]) -
     let g = |i: usize| grad_out[i].as_f64();
     let along = 2.0 * alpha / (den * den);
     add(grad_x, stretch(n, |i| x[i].as_f64(), x_norm, g, along, 2.0 / den));
-    Ok(F::of(-2.0 * dot(grad_out, x) * (x_norm / den) * (x_norm / den)))
+    Ok(F::from_f64(-2.0 * dot(grad_out, x) * (x_norm / den) * (x_norm / den)))
 }
 
 /// The point of the Poincaré ball from its Klein coordinates: the inverse of [`to_klein`].
@@ -49,7 +49,7 @@ pub fn to_klein_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F]) -
 /// Right to a few ulps. (Ungar 2009.)
 ///
 /// # Errors
-/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidConfig`] for a c that is
+/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
 /// negative or not finite, [`Error::Domain`] for a point outside the ball.
 pub fn from_klein<F: Float>(k: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
@@ -71,7 +71,7 @@ pub fn from_klein_vjp<F: Float>(k: &[F], c: F, grad_out: &[F], grad_k: &mut [F])
     let (k_norm, den) = (norm_of(k), 1.0 + beta);
     let g = |i: usize| grad_out[i].as_f64();
     add(grad_k, stretch(n, |i| k[i].as_f64(), k_norm, g, 1.0 / (beta * den), 1.0 / den));
-    Ok(F::of(dot(grad_out, k) * (k_norm / den) * (k_norm / den) / (2.0 * beta)))
+    Ok(F::from_f64(dot(grad_out, k) * (k_norm / den) * (k_norm / den) / (2.0 * beta)))
 }
 
 /// The same point on the hyperboloid −x₀² + |xₛ|² = −1/c, x₀ > 0.
@@ -84,13 +84,13 @@ pub fn from_klein_vjp<F: Float>(k: &[F], c: F, grad_out: &[F], grad_k: &mut [F])
 /// at c = 0, where x₀ is infinite.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `out` has one coordinate more than x, [`Error::InvalidConfig`] for a c
+/// [`Error::Shape`] unless `out` has one coordinate more than x, [`Error::InvalidArgument`] for a c
 /// that is not positive and finite, [`Error::Domain`] for a point outside the ball.
 pub fn to_lorentz<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::curved(c)?;
     check_shape("out", &[x.len() + 1], &[out.len()])?;
     let alpha = ball.alpha("x", x)?;
-    out[0] = F::of((2.0 - alpha) / alpha / ball.root);
+    out[0] = F::from_f64((2.0 - alpha) / alpha / ball.root);
     assign(&mut out[1..], |i| 2.0 * x[i].as_f64() / alpha);
     Ok(())
 }
@@ -110,7 +110,7 @@ pub fn to_lorentz_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F])
     let g = |i: usize| g_space[i].as_f64();
     add(grad_x, |i| 2.0 * g(i) / alpha - 2.0 * ball.c * of_alpha * x[i].as_f64());
     let time = (2.0 - alpha) / alpha / ball.root;
-    Ok(F::of(-norm_of(x).powi(2) * of_alpha - g_time * time / (2.0 * ball.c)))
+    Ok(F::from_f64(-norm_of(x).powi(2) * of_alpha - g_time * time / (2.0 * ball.c)))
 }
 
 /// The point of the Poincaré ball from its coordinates on the hyperboloid: the inverse of
@@ -123,7 +123,7 @@ pub fn to_lorentz_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F])
 /// Reads all coordinates of `point` and does not ask that −x₀² + |xₛ|² is −1/c. Right to a few ulps.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `point` has one coordinate more than `out`, [`Error::InvalidConfig`] for a
+/// [`Error::Shape`] unless `point` has one coordinate more than `out`, [`Error::InvalidArgument`] for a
 /// c that is not positive and finite, [`Error::Domain`] where x would not be in the ball: unless
 /// |xₛ| < x₀ + 1/√c.
 pub fn from_lorentz<F: Float>(point: &[F], c: F, out: &mut [F]) -> Result<()> {
@@ -150,9 +150,9 @@ pub fn from_lorentz_vjp<F: Float>(
     check_shape("grad_point", &[n + 1], &[grad_point.len()])?;
     let den = lorentz_denominator(ball, point)?;
     let g_x = sum(n, |i| grad_out[i].as_f64() * (point[i + 1].as_f64() / den));
-    grad_point[0] += F::of(-ball.root * g_x / den);
+    grad_point[0] += F::from_f64(-ball.root * g_x / den);
     add(&mut grad_point[1..], |i| grad_out[i].as_f64() / den);
-    Ok(F::of(-point[0].as_f64() / (2.0 * ball.root) * g_x / den))
+    Ok(F::from_f64(-point[0].as_f64() / (2.0 * ball.root) * g_x / den))
 }
 
 /// 1 + √c x₀ of a point that the ball has.

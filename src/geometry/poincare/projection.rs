@@ -22,7 +22,7 @@ use crate::float::Float;
 /// 12.2/√c, and 4ε at 17 for `f32`, 35 for `f64`).
 ///
 /// # Errors
-/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidConfig`] for a c that is
+/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
 /// negative or not finite or a margin that is not from 4 ε to 1 (with less, rounding would undo it),
 /// [`Error::Domain`] for an infinite x.
 pub fn project<F: Float>(x: &[F], c: F, margin: F, out: &mut [F]) -> Result<()> {
@@ -57,7 +57,7 @@ pub fn project_vjp<F: Float>(
     };
     add(grad_x, stretch(n, |i| x[i].as_f64(), norm, g, 0.0, limit / norm));
     // dR/dc = −R/(2c)
-    Ok(F::of(-dot(grad_out, x) / norm * limit / (2.0 * c.as_f64())))
+    Ok(F::from_f64(-dot(grad_out, x) / norm * limit / (2.0 * c.as_f64())))
 }
 
 /// The norm and R where the norm is larger.

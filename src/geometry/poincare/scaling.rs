@@ -20,7 +20,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn mobius_scalar_mul<F: Float>(r: F, x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
@@ -67,7 +67,7 @@ pub fn mobius_scalar_mul_vjp<F: Float>(
         // The same as one difference: next to the boundary the two terms above are large.
         g_x * (along - across) / (2.0 * ball.c)
     };
-    Ok((F::of(g_x * sech2 * artanh), F::of(grad_c)))
+    Ok((F::from_f64(g_x * sech2 * artanh), F::from_f64(grad_c)))
 }
 
 /// A matrix times a point: the linear map M in the tangent space at the origin.
@@ -81,7 +81,7 @@ pub fn mobius_scalar_mul_vjp<F: Float>(
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) if M is not `out` × `x`,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn mobius_mat_vec<F: Float>(m: ArrayView2<'_, F>, x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::new(c)?;
@@ -125,7 +125,7 @@ pub fn mobius_mat_vec_vjp<F: Float>(
     let grad_image: Vec<f64> = (0..rows).map(grad_image).collect();
     for (mut row, g) in grad_m.rows_mut().into_iter().zip(&grad_image) {
         for (grad, x) in row.iter_mut().zip(x) {
-            *grad += F::of(g * artanh * x.as_f64());
+            *grad += F::from_f64(g * artanh * x.as_f64());
         }
     }
     let mut grad_log = vec![0.0; n];
@@ -138,7 +138,7 @@ pub fn mobius_mat_vec_vjp<F: Float>(
     add(grad_x, stretch(n, |j| x[j].as_f64(), x_norm, grad_log, alpha.recip(), artanh));
     let of_exp = step.scale_by_c(ball) * sum(rows, |i| g(i) * image[i]);
     let of_log = x_norm * x_norm * artanh_ratio_derivative(radius, alpha);
-    Ok(F::of(of_exp + of_log * sum(n, |j| grad_log(j) * x[j].as_f64())))
+    Ok(F::from_f64(of_exp + of_log * sum(n, |j| grad_log(j) * x[j].as_f64())))
 }
 
 /// M p

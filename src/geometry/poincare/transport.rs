@@ -159,7 +159,7 @@ where
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn gyration<F: Float>(a: &[F], b: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, a.len());
@@ -201,7 +201,7 @@ pub fn gyration_vjp<F: Float>(
     add(grad_a, |i| gyration.grad_point(&vjp.of_a, g(i), i));
     add(grad_b, |i| gyration.grad_point(&vjp.of_b, g(i), i));
     add(grad_v, |i| gyration.grad_v(&vjp, g(i), i));
-    Ok(F::of(vjp.of_c))
+    Ok(F::from_f64(vjp.of_c))
 }
 
 /// The vector v at x, carried to y along the geodesic.
@@ -214,7 +214,7 @@ pub fn gyration_vjp<F: Float>(
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
-/// [`Error::InvalidConfig`](crate::Error::InvalidConfig) for a c that is negative or not finite,
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
 /// [`Error::Domain`](crate::Error::Domain) for a point outside the ball.
 pub fn parallel_transport<F: Float>(x: &[F], y: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
     let (ball, n) = (Ball::new(c)?, x.len());
@@ -264,5 +264,5 @@ pub fn parallel_transport_vjp<F: Float>(
     add(grad_x, |i| -gyration.grad_point(&vjp.of_b, g(i), i));
     add(grad_y, |i| gyration.grad_point(&vjp.of_a, g(i), i));
     add(grad_v, |i| gyration.grad_v(&vjp, g(i), i));
-    Ok(F::of(vjp.of_c))
+    Ok(F::from_f64(vjp.of_c))
 }

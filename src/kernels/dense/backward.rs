@@ -103,7 +103,7 @@ pub(in super::super) fn backward<F: Float>(
         .map(|(queries, grad_query)| {
             let start = problem.inputs.first_visible_key(queries.start);
             let keys = start..problem.inputs.num_visible_keys(queries.end - 1).max(start);
-            let rows = problem.inputs.kv_heads() * keys.len();
+            let rows = problem.inputs.num_kv_heads() * keys.len();
             BackwardPart {
                 queries,
                 grad_query,

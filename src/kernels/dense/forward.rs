@@ -298,7 +298,7 @@ fn exponentials<F: Float>(
         largest: &[F],
         [maxima, alphas, sums]: [&mut [F]; 3],
     ) {
-        let [slack, _] = splat::<S, F>(simd, F::of(SLACK));
+        let [slack, _] = splat::<S, F>(simd, F::from_f64(SLACK));
         let [zero, _] = splat::<S, F>(simd, F::zero());
         let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
         let old_max = load::<S, F>(simd, maxima);

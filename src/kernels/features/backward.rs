@@ -75,7 +75,7 @@ impl<F: Float> InputsVjp<F> {
             columns,
             dim: problem.dim,
             is_linear: problem.map != Map::Elu,
-            twice_square_scale: F::of(2.0) * problem.square_scale,
+            twice_square_scale: F::from_f64(2.0) * problem.square_scale,
             rows: vec![F::zero(); CHUNK * padded_dim],
         }
     }

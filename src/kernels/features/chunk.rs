@@ -261,7 +261,7 @@ impl<F: Float> Chunk<F> {
     #[inline(always)]
     fn features_vjp_in_vectors(&mut self, grads: &[F]) {
         let Self { map, columns, stride, padded, .. } = *self;
-        let ln_2 = F::of(LN_2);
+        let ln_2 = F::from_f64(LN_2);
         for at in 0..self.len {
             let row = &self.features[at * stride..][..stride];
             let grads = &grads[at * stride..][..stride];
@@ -326,7 +326,7 @@ fn exponents<F: Float>(map: Map<F>, products: &[F], square: F, row: &mut [F]) {
     let (first, rest) = row.split_at_mut(columns);
     let first = first.iter_mut().zip(products);
     if let Map::Elu = map {
-        let log2_e = F::of(LOG2_E);
+        let log2_e = F::from_f64(LOG2_E);
         // NaN stays.
         first.for_each(|(e, &x)| *e = if x > F::zero() { F::zero() } else { x * log2_e });
         rest.fill(F::neg_infinity());

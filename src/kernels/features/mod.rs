@@ -311,7 +311,7 @@ mod tests {
                     let value = entries(num_keys, 2 * value_dim, 3);
                     let grad_out = entries(num_queries, 4 * value_dim, 5);
                     let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
-                    let inputs = inputs.with_kv_heads(4, 2)?.causal();
+                    let inputs = inputs.with_grouped_heads(4, 2)?.with_causal();
                     // Exponents and angles of a size at which nothing cancels.
                     let problem = FeatureProblem {
                         inputs,

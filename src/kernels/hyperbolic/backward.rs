@@ -65,8 +65,8 @@ impl<F: Float> PointGradients<F> {
         let points = |rows, heads, dim| Ok([zeros(rows, heads * dim)?, zeros(rows, heads)?]);
         Ok(Self {
             query: points(num_queries, softmax.heads, softmax.key_dim)?,
-            key: points(num_keys, inputs.kv_heads(), softmax.key_dim)?,
-            value: points(num_keys, inputs.kv_heads(), problem.dim)?,
+            key: points(num_keys, inputs.num_kv_heads(), softmax.key_dim)?,
+            value: points(num_keys, inputs.num_kv_heads(), problem.dim)?,
             kappa: zeros(num_queries, softmax.heads)?,
         })
     }
@@ -240,7 +240,7 @@ impl<'p, F: Float> Pass<'p, F> {
                     let [radius, kappa] = self.differentiate::<false>(query, head, &mut scratch);
                     grad_radii[[r, head]] += radius;
                     // s = −κ ln 2 · log₂ e^{d/2}
-                    grad_kappa[[r, head]] -= kappa * F::of(std::f64::consts::LN_2);
+                    grad_kappa[[r, head]] -= kappa * F::from_f64(std::f64::consts::LN_2);
                 }
                 let Scratch { tile, key_columns, directions, grad_logits, ones, .. } = &scratch;
                 let weights = Weights { factors: ones, weights: directions, stride: tile.stride };

@@ -86,7 +86,7 @@ pub(in super::super) fn dense_backward<F: Float>(
     let num_keys = inputs.num_keys();
     let panel = panel_len::<F>(level);
     let padded = [softmax.key_dim, problem.dim].map(|dim| dim.next_multiple_of(panel));
-    let rows = inputs.kv_heads() * num_keys;
+    let rows = inputs.num_kv_heads() * num_keys;
     let blocks = inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
     let ranges = parts_of_work(inputs.num_queries(), sizes.queries, num_parts, |block| {
@@ -193,7 +193,7 @@ fn backward_part<F: Float>(
             for (lane, row) in rows.clone().enumerate() {
                 part.grad_radius[[row, head]] += scratch.grad_radius[lane];
                 // s = −κ ln 2 · asinh(…)/ln 2
-                part.grad_kappa[[row, head]] -= scratch.grad_kappa[lane] * F::of(LN_2);
+                part.grad_kappa[[row, head]] -= scratch.grad_kappa[lane] * F::from_f64(LN_2);
                 if let Some(key) = scratch.dominant[lane] {
                     part.settle(problem, points, [row, key], head, -scratch.grad_logits[lane]);
                 }

@@ -73,10 +73,10 @@ impl PairDistance {
         let of_query = squared * query.half_cosh * key.half_sinh + along;
         let of_key = squared * key.half_cosh * query.half_sinh - along;
         OfLogit {
-            direction: F::of(-2.0 * coefficient),
-            query: F::of(coefficient * of_query),
-            key: F::of(coefficient * of_key),
-            kappa: F::of(-grad_logit * self.half()),
+            direction: F::from_f64(-2.0 * coefficient),
+            query: F::from_f64(coefficient * of_query),
+            key: F::from_f64(coefficient * of_key),
+            kappa: F::from_f64(-grad_logit * self.half()),
         }
     }
 }

@@ -92,13 +92,13 @@ impl<F: Float> HyperbolicProblem<'_, F> {
     /// The point of a key, and the value's, that a head of the queries meets.
     #[inline(always)]
     pub(crate) fn key_at(&self, key: usize, head: usize) -> usize {
-        key * self.softmax.inputs.kv_heads() + self.softmax.kv_head(head)
+        key * self.softmax.inputs.num_kv_heads() + self.softmax.kv_head(head)
     }
 
     /// What the logit is times d/2 in units of ln 2.
     #[inline(always)]
     fn factor(&self) -> F {
-        F::of(-self.kappa.as_f64() * LN_2)
+        F::from_f64(-self.kappa.as_f64() * LN_2)
     }
 
     /// The columns of heads of queries in own rows, of keys in others.

@@ -197,7 +197,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let along = terms.radial * sinh;
     let grad_weight = mass.sinh.mul_add(tangential, along);
     let grad_logit = is_hidden.select(zero, kept * grad_weight - weight * terms.delta);
-    let dominates = weight.simd_gt(splat(F::of(DOMINANT)));
+    let dominates = weight.simd_gt(splat(F::from_f64(DOMINANT)));
     let grad_logit = dominates.select(pairs.dominant_logit, grad_logit);
     let along = terms.radial.mul_add(cosh_1, terms.radial);
     let grad_value = is_hidden.select(zero, kept * mass.cosh.mul_add(tangential, along));
@@ -213,7 +213,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let large = is_same.select(splat(F::one()), large);
     let ratio = small / large;
     let sinh = large * (ratio * ratio + splat(F::one())).sqrt();
-    let coefficient = splat(-kappa / F::of(2.0)) * grad_logit / (sinh * cosh);
+    let coefficient = splat(-kappa / F::from_f64(2.0)) * grad_logit / (sinh * cosh);
     let coefficient = is_hidden.select(zero, is_same.select(zero, coefficient));
 
     // dx²/dR_q = sinh((R_q − R_k)/2) cosh((R_q − R_k)/2) + |u_q − u_k|² (cosh R_q/2) (sinh R_k/2).
@@ -223,7 +223,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     PairGradients {
         weight: kept,
         logit: grad_logit,
-        direction: coefficient * splat(F::of(-2.0)),
+        direction: coefficient * splat(F::from_f64(-2.0)),
         query: is_hidden.select(zero, coefficient * grad_query),
         key: is_hidden.select(zero, coefficient * grad_key),
         value: grad_value,

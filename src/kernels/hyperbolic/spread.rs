@@ -96,7 +96,7 @@ impl<F: Float> Task<'_, F> {
                     dispatch!(level, simd => weigh(simd, &mut tile.weights[vectors], factors));
                     let weights = &tile.weights[of_head.clone()];
                     let terms = weights.iter().zip(&spreads[of_head]).zip(&tile.pairs);
-                    let half = F::of(0.5);
+                    let half = F::from_f64(0.5);
                     sums[[r, head]] += terms.fold(F::zero(), |sum, ((&weight, &spread), pair)| {
                         let sinh = problem.masses[problem.key_at(pair.key, head)].sinh;
                         let weight = weight * softmax.multiplier(*pair, head);
@@ -202,7 +202,7 @@ impl<F: Float> Task<'_, F> {
         let of_keys = scores.chunks_exact(width).zip(spreads.chunks_exact(width));
         for (key, (weights, spreads)) in tile.clone().zip(of_keys) {
             let mass = problem.masses[problem.key_at(key, block.head)];
-            let half = splat::<S, F>(simd, mass.sinh * F::of(0.5))[0];
+            let half = splat::<S, F>(simd, mass.sinh * F::from_f64(0.5))[0];
             let weights = load::<S, F>(simd, &weights[column..]);
             let spreads = load::<S, F>(simd, &spreads[column..]);
             sum[0] = (weights[0] * half).mul_add(spreads[0], sum[0]);

@@ -265,7 +265,7 @@ mod tests {
         let [key, value] = [head_dim, value_dim].map(|dim| matrix(n_k, kv_heads * dim, 2));
         let distances = matrix(n_q * n_k, 1, 3) * 40.0;
         let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
-        let inputs = inputs.with_kv_heads(heads, kv_heads).unwrap().causal();
+        let inputs = inputs.with_grouped_heads(heads, kv_heads).unwrap().with_causal();
         let inputs = inputs.with_distances(distances.column(0)).unwrap();
         let problem = RotaryProblem {
             softmax: Problem::new(&inputs, None).unwrap(),

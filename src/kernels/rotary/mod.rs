@@ -114,8 +114,8 @@ impl<F: Float> Turn<F> {
             let [sin, cos] = sin_cos_of_sum(simd, angle, error);
             let (cos_of, sin_of) = (&mut self.cos[at..][..len], &mut self.sin[at..][..len]);
             for lane in 0..len {
-                cos_of[lane] = F::of(cos.as_slice()[lane]);
-                sin_of[lane] = F::of(sin.as_slice()[lane]);
+                cos_of[lane] = F::from_f64(cos.as_slice()[lane]);
+                sin_of[lane] = F::from_f64(sin.as_slice()[lane]);
             }
         }
     }
@@ -165,7 +165,7 @@ impl<F: Float> Turn<F> {
                     Layout::Interleaved => [2 * p, 2 * p + 1],
                     Layout::Half => [p, p + self.pairs],
                 };
-                let factor = scale * F::of(frequency);
+                let factor = scale * F::from_f64(frequency);
                 // y turns (a, b) into (−b, a).
                 out[a] = factor * x[b];
                 out[b] = -factor * x[a];
@@ -254,7 +254,7 @@ mod tests {
     fn rotated<F: Float>(layout: Layout, frequencies: &Array2<f64>, position: &[f64]) -> Vec<F> {
         let (pairs, head_dim) = (frequencies.ncols(), 2 * frequencies.ncols() + 1);
         let x = |column: usize| (column + 1) as f64;
-        let mut out: Vec<F> = (0..2 * head_dim).map(|column| F::of(x(column))).collect();
+        let mut out: Vec<F> = (0..2 * head_dim).map(|column| F::from_f64(x(column))).collect();
         for head in [0, head_dim] {
             for p in 0..pairs {
                 let [a, b] = match layout {
@@ -264,8 +264,8 @@ mod tests {
                 // Angles of a few: rounding of the products does not matter.
                 let angles = position.iter().zip(frequencies.column(p)).map(|(x, theta)| x * theta);
                 let (sin, cos) = angles.sum::<f64>().sin_cos();
-                out[a] = F::of(x(a) * cos - x(b) * sin);
-                out[b] = F::of(x(a) * sin + x(b) * cos);
+                out[a] = F::from_f64(x(a) * cos - x(b) * sin);
+                out[b] = F::from_f64(x(a) * sin + x(b) * cos);
             }
         }
         out
@@ -280,17 +280,18 @@ mod tests {
                 for layout in [Layout::Interleaved, Layout::Half] {
                     let head_dim = 2 * pairs + 1;
                     let rotary = Rotary { layout, head_dim, frequencies: frequencies.clone() };
-                    let x =
-                        Array2::from_shape_fn((3, 2 * head_dim), |(_, c)| F::of((c + 1) as f64));
+                    let x = Array2::from_shape_fn((3, 2 * head_dim), |(_, c)| {
+                        F::from_f64((c + 1) as f64)
+                    });
                     let x = Rows::new("x", x.view()).unwrap();
                     let mut out = Array2::from_elem((3, 2 * head_dim), F::nan());
-                    let at = positions.mapv(F::of);
+                    let at = positions.mapv(F::from_f64);
                     let at = Rows::new("positions", at.view()).unwrap();
                     rotate(&rotary, level, &at, &x, out.view_mut());
                     for (out, position) in out.rows().into_iter().zip(positions.rows()) {
                         let expected =
                             rotated::<F>(layout, &frequencies, position.to_slice().unwrap());
-                        let tolerance = F::of(8.0 * head_dim as f64) * F::epsilon();
+                        let tolerance = F::from_f64(8.0 * head_dim as f64) * F::epsilon();
                         for (&a, &b) in out.iter().zip(&expected) {
                             assert!(
                                 (a - b).abs() <= tolerance,

@@ -151,7 +151,7 @@ fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F]
             let logits = &mut tile.weights[vectors];
             let old_max = maxima[head];
             let max = largest(simd, old_max, logits);
-            let max = if max > old_max + F::of(SLACK) { max } else { old_max };
+            let max = if max > old_max + F::from_f64(SLACK) { max } else { old_max };
             // Before the first key there is no maximum to shift by, and nothing to rescale.
             let shift = if max == F::neg_infinity() { F::zero() } else { max };
             alphas[head] = match old_max {

@@ -10,6 +10,7 @@ use ndarray::ArrayD;
 use rand::Rng;
 
 /// How a [`DualSpace`] makes one output of its three branches.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -51,7 +52,7 @@ impl DualSpaceConfig {
     /// PyTorch's `nn.Linear`; the bias of a gate is zero.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a size is 0 or huge, [`Error::TooLarge`].
+    /// [`Error::InvalidArgument`] if a size is 0 or huge, [`Error::TooLarge`].
     pub fn init<F: Float>(
         &self,
         graph: impl Attention<F> + 'static,

@@ -1,10 +1,12 @@
+//! Attention over the neighbours in a graph and over latent neighbours: [`DualSpace`].
+
 mod config;
 mod search;
 
 pub use config::{DualSpaceConfig, Fusion};
 pub use search::LatentSearch;
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::dropout::{Dropout, mix};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, nan_max, try_zeros};
@@ -48,7 +50,7 @@ const CROSS: usize = 2;
 ///   without the node itself and, if wanted, without N_G. For the gradient they are constant.
 /// * **Shapes** every branch gives `branch_dim` columns. Those of the graph branch are queries of the
 ///   cross branch: where they are not as many as a key has, that mechanism must project them, as
-///   [`MultiHead`](crate::MultiHead) does with `key_input_dim`. Heads are those of the inputs, for all
+///   [`MultiHead`](crate::MultiHead) does with `key_dim`. Heads are those of the inputs, for all
 ///   three; the fusion reads whole rows.
 /// * **Reads** mask and causal pattern for both kinds of neighbours. Bias, edge features, distances and
 ///   layers are data of the graph's pairs and reach the graph branch alone: a bias of −∞ hides no latent
@@ -70,7 +72,7 @@ const CROSS: usize = 2;
 /// ```
 /// use graph_attention::ndarray::array;
 /// use graph_attention::neighbors::Metric;
-/// use graph_attention::{Attention, DualSpaceConfig, Flash, Fusion, Graph, Inputs, LatentSearch};
+/// use graph_attention::{Attention, DualSpaceConfig, Flash, dual_space::Fusion, Graph, Inputs, dual_space::LatentSearch};
 /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// // A path 0 – 1 – 2 – 3 whose ends are alike.
@@ -137,7 +139,7 @@ impl<F: Float> DualSpace<F> {
     /// # Errors
     /// [`Error::MissingInput`] if there is neither. Those of the search: [`Error::Shape`] if queries
     /// and keys, or the keys of a kept index, do not fit each other, or if a node is not to find itself
-    /// and queries and keys are not the same nodes; [`Error::InvalidConfig`] if the threshold is NaN;
+    /// and queries and keys are not the same nodes; [`Error::InvalidArgument`] if the threshold is NaN;
     /// [`Error::TooLarge`] or [`Error::Graph`] if there are too many.
     pub fn latent_neighbors<'a>(&self, inputs: &Inputs<'a, F>) -> Result<Cow<'a, Graph>> {
         match self.search(inputs)? {
@@ -150,7 +152,7 @@ impl<F: Float> DualSpace<F> {
     /// They sum to 1, or to 0 for a query without neighbours.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if the fusion is not gated; otherwise as
+    /// [`Error::InvalidArgument`] if the fusion is not gated; otherwise as
     /// [`forward`](Attention::forward).
     pub fn gates(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         if self.config.fusion != Fusion::Gated {
@@ -285,7 +287,7 @@ impl<F: Float> DualSpace<F> {
 }
 
 impl<F: Float> Params<F> for DualSpace<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let [weight, bias] = self.names();
         visitor(weight, self.weight.view().into_dyn());
         visitor(bias, self.bias.view().into_dyn());
@@ -294,7 +296,7 @@ impl<F: Float> Params<F> for DualSpace<F> {
         }
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let [weight, bias] = self.names();
         visitor(weight, self.weight.view_mut().into_dyn());
         visitor(bias, self.bias.view_mut().into_dyn());
@@ -303,13 +305,13 @@ impl<F: Float> Params<F> for DualSpace<F> {
         }
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         for (prefix, branch) in BRANCHES.iter().zip(&self.branches) {
             branch.visit_buffers(&mut |name, buffer| visitor(&format!("{prefix}.{name}"), buffer));
         }
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         for (prefix, branch) in BRANCHES.iter().zip(&mut self.branches) {
             branch.visit_buffers_mut(&mut |name, buffer| {
                 visitor(&format!("{prefix}.{name}"), buffer);
@@ -331,7 +333,7 @@ impl<F: Float> Attention<F> for DualSpace<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let found = self.search(inputs)?;
         let latent_inputs = latent_inputs(inputs, found.as_ref())?;
         let (x, _) = self.run(inputs, &latent_inputs, |mechanism, inputs, out| {
@@ -345,7 +347,7 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let found = self.search(inputs)?;
         let latent_inputs = latent_inputs(inputs, found.as_ref())?;
         let (x, branches) = self.run(inputs, &latent_inputs, |mechanism, inputs, out| {
@@ -363,7 +365,7 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let state = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let shape = [inputs.num_queries(), self.weight.ncols()];
         check_shape("saved branches", &shape, state.x.shape())?;
@@ -393,24 +395,17 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         // cross = A_cross(graph; N_L)
         let cross_grads = GradientsMut {
             query: Some(grad_graph.view_mut()),
-            bias: None,
-            edge_features: None,
-            distances: None,
-            params: of_cross,
-            ..grads.reborrow()
+            key: grads.key.as_mut().map(|grad| grad.view_mut()),
+            value: grads.value.as_mut().map(|grad| grad.view_mut()),
+            ..GradientsMut::of_params(of_cross)
         };
         let graph = state.x.slice(s![.., self.columns(GRAPH)]);
         let inputs_of_cross = cross_inputs(&latent_inputs, graph);
         backward(CROSS, inputs_of_cross, grad_cross.view(), cross_grads)?;
 
         // latent = A_latent(q; N_L)
-        let latent_grads = GradientsMut {
-            bias: None,
-            edge_features: None,
-            distances: None,
-            params: of_latent,
-            ..grads.reborrow()
-        };
+        let GradientsMut { query, key, value, .. } = grads.reborrow();
+        let latent_grads = GradientsMut { query, key, value, ..GradientsMut::of_params(of_latent) };
         backward(LATENT, Ok(latent_inputs), grad_latent.view(), latent_grads)?;
 
         // graph = A_graph(q; N_G)
@@ -434,9 +429,8 @@ fn cross_inputs<'b, F: Float>(
     latent_inputs: &Inputs<'b, F>,
     graph: ArrayView2<'b, F>,
 ) -> Result<Inputs<'b, F>> {
-    let (heads, columns) = (latent_inputs.heads(), graph.ncols());
-    let inputs = latent_inputs.with_arrays(graph, latent_inputs.key(), latent_inputs.value())?;
-    let inputs = inputs.with_kv_heads(heads, latent_inputs.kv_heads());
+    let (heads, columns) = (latent_inputs.num_heads(), graph.ncols());
+    let inputs = latent_inputs.with_arrays(graph, latent_inputs.key(), latent_inputs.value());
     let what = "query of the cross branch, from the graph branch";
     with_next_seed(inputs.map_err(|_| Error::Heads { what, heads, columns })?)
 }

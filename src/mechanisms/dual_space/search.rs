@@ -13,7 +13,7 @@ use crate::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 /// mask or causal pattern hide from a query are not among its k.
 ///
 /// ```
-/// use graph_attention::LatentSearch;
+/// use graph_attention::dual_space::LatentSearch;
 /// use graph_attention::neighbors::{ExactIndex, Metric};
 /// use graph_attention::ndarray::array;
 ///

@@ -9,6 +9,7 @@ use ndarray::{ArrayD, Axis};
 use rand::Rng;
 
 /// How [`EdgeGat`] scores a query node i against a neighbour j with edge features x.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Score {
@@ -148,7 +149,7 @@ impl EdgeGatConfig {
     /// linear maps of `TransformerConv` from ±1/√columns.)
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a size is 0, the slope is negative or not finite, weights are to
+    /// [`Error::InvalidArgument`] if a size is 0, the slope is negative or not finite, weights are to
     /// be shared between nodes of different sizes or with [`Score::DotProduct`], or a gate has no
     /// residual; [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<EdgeGat<F>> {
@@ -172,7 +173,7 @@ impl EdgeGatConfig {
     /// node set). The `lin_skip` that a `TransformerConv` keeps without using it is left out.
     ///
     /// # Errors
-    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidConfig`] if a shared
+    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidArgument`] if a shared
     /// weight comes in two different versions.
     pub fn from_params<F: Float>(
         &self,
@@ -229,7 +230,7 @@ impl EdgeGatConfig {
                 return Err(Error::config(field, "at least 1", size));
             }
         }
-        let slope = F::of(self.negative_slope).as_f64();
+        let slope = F::from_f64(self.negative_slope).as_f64();
         if !(slope.is_finite() && slope >= 0.0) {
             let expected = "a finite number of at least 0";
             return Err(Error::config("negative_slope", expected, self.negative_slope));

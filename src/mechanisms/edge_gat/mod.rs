@@ -1,8 +1,10 @@
+//! Graph attention networks with edge features: [`EdgeGat`].
+
 mod config;
 
 pub use config::{EdgeGatConfig, Score};
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
@@ -67,7 +69,7 @@ const TILE: usize = 64;
 /// no difference in practice. `lin_edge` never has a bias, here as there.
 ///
 /// ```
-/// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, LoopFill, Score};
+/// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, LoopFill, edge_gat::Score};
 /// use graph_attention::ndarray::array;
 /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
@@ -160,7 +162,7 @@ impl<F: Float> EdgeGat<F> {
 
     /// Checks what the inputs carry.
     fn check_inputs(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        inputs.refuse(NAME, &[Channel::Heads, Channel::Bias])?;
+        inputs.check_absent(NAME, &[Channel::Heads, Channel::Bias])?;
         let config = &self.config;
         check_shape("query", &[inputs.num_queries(), config.query_dim], inputs.query().shape())?;
         check_shape("key", &[inputs.num_keys(), config.key_dim], inputs.key().shape())?;
@@ -234,7 +236,7 @@ impl<F: Float> EdgeGat<F> {
         let config = &self.config;
         let columns = config.num_heads * config.head_dim;
         let has_edges = config.edge_dim > 0;
-        let slope = F::of(config.negative_slope);
+        let slope = F::from_f64(config.negative_slope);
         let edge_weight = self.param::<Ix2>("lin_edge.weight");
         let logit = match config.score {
             Score::DotProduct => Logit::DotProduct,
@@ -308,7 +310,7 @@ impl<F: Float> EdgeGat<F> {
             return;
         }
         joined.fill(F::zero());
-        let factor = F::one() / F::of(self.config.num_heads as f64);
+        let factor = F::one() / F::from_f64(self.config.num_heads as f64);
         for head in context.axis_chunks_iter(Axis(1), self.config.head_dim) {
             joined.scaled_add(factor, &head);
         }
@@ -391,11 +393,11 @@ fn fold_vjp<F: Float>(
 }
 
 impl<F: Float> Params<F> for EdgeGat<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.params.iter().for_each(|(name, param)| visitor(name, param.view()));
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.params.iter_mut().for_each(|(name, param)| visitor(name, param.view_mut()));
     }
 }
@@ -489,7 +491,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
             return self.forward_train_into(inputs, out).map(drop);
         }
         // The heads are the output, and nobody asks for them afterwards.
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         self.attend(&self.inner_inputs(inputs, &projected)?, out.view_mut())?;
         self.add_residual(inputs, out.view_mut())?;
@@ -502,7 +504,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         let mut context = self.new_context(inputs)?;
         let inner = self.inner_inputs(inputs, &projected)?;
@@ -524,7 +526,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
             let expected = format!("the state of a forward pass with {:?}", self.config);
             return Err(Error::config("saved", expected, format!("one with {config:?}")));
         }
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         self.check_inputs(inputs)?;
         let columns = self.config.num_heads * self.config.head_dim;
@@ -551,7 +553,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         let mut grad_heads;
         let grad_context = if self.config.average_heads {
             grad_heads = try_zeros("grad_context", inputs.num_queries(), columns)?;
-            let factor = F::one() / F::of(self.config.num_heads as f64);
+            let factor = F::one() / F::from_f64(self.config.num_heads as f64);
             for mut head in grad_heads.axis_chunks_iter_mut(Axis(1), self.config.head_dim) {
                 head.scaled_add(factor, &grad_joined);
             }
@@ -612,11 +614,11 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         params.linear(names.value, inputs.value(), value.view(), grads.value)
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let projected = self.project(inputs)?;
         let inner = self.inner_inputs(inputs, &projected)?;
         if self.is_plain() {
-            return ScaledDotProduct::new().weights(&inner);
+            return ScaledDotProduct::new().attention_weights(&inner);
         }
         let mut context = self.new_context(inputs)?;
         let Softmax::Edges(normalizer) = self.attend(&inner, context.view_mut())? else {

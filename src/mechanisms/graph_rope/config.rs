@@ -103,7 +103,7 @@ impl GraphRopeConfig {
     /// Rotates by node positions before `inner`.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if the number of rotated columns is odd, 0 or more than a head has, if
+    /// [`Error::InvalidArgument`] if the number of rotated columns is odd, 0 or more than a head has, if
     /// the base is not positive and finite, if there are no axes, or more than pairs, or if a given
     /// frequency is not finite; [`Error::Shape`] if there is not a given frequency for each pair.
     pub fn init<F: Float, A: Attention<F>>(&self, inner: A) -> Result<GraphRope<F, A>> {
@@ -113,7 +113,7 @@ impl GraphRopeConfig {
     /// Rotates each key by its distance from the query.
     ///
     /// # Errors
-    /// As [`init`](Self::init), and [`Error::InvalidConfig`] if there is more than one axis.
+    /// As [`init`](Self::init), and [`Error::InvalidArgument`] if there is more than one axis.
     pub fn init_edges<F: Float>(&self) -> Result<EdgeRope<F>> {
         let rotation: Rotation<F> = self.rotation()?;
         match rotation.axes() {
@@ -145,9 +145,9 @@ impl GraphRopeConfig {
             }
         };
         let frequencies = if self.learnable {
-            Frequencies::Learned(frequencies.mapv(F::of))
+            Frequencies::Learned(frequencies.mapv(F::from_f64))
         } else {
-            Frequencies::Fixed(frequencies)
+            Frequencies::fixed(frequencies)
         };
         Ok(Rotation { layout, head_dim, frequencies })
     }
@@ -186,21 +186,38 @@ pub(super) struct Rotation<F> {
 /// axes × pairs.
 #[derive(Clone, Debug)]
 enum Frequencies<F> {
-    Fixed(Array2<f64>),
+    /// As configured, and as they are lent: whichever of the latter has not been changed keeps the digits
+    /// that F does not have.
+    Fixed {
+        configured: Array2<f64>,
+        lent: Array2<F>,
+    },
     Learned(Array2<F>),
+}
+
+impl<F: Float> Frequencies<F> {
+    fn fixed(configured: Array2<f64>) -> Self {
+        let lent = configured.mapv(F::from_f64);
+        Self::Fixed { configured, lent }
+    }
 }
 
 impl<F: Float> Rotation<F> {
     pub(super) fn frequencies(&self) -> Array2<f64> {
         match &self.frequencies {
-            Frequencies::Fixed(frequencies) => frequencies.clone(),
+            Frequencies::Fixed { configured, lent } => {
+                Zip::from(configured).and(lent).map_collect(|&configured, &lent| {
+                    let is_unchanged = lent == F::from_f64(configured);
+                    if is_unchanged { configured } else { lent.as_f64() }
+                })
+            }
             Frequencies::Learned(frequencies) => frequencies.mapv(F::as_f64),
         }
     }
 
     pub(super) fn axes(&self) -> usize {
         match &self.frequencies {
-            Frequencies::Fixed(frequencies) => frequencies.nrows(),
+            Frequencies::Fixed { lent, .. } => lent.nrows(),
             Frequencies::Learned(frequencies) => frequencies.nrows(),
         }
     }
@@ -215,53 +232,49 @@ impl<F: Float> Rotation<F> {
         usize::from(matches!(self.frequencies, Frequencies::Learned(_)))
     }
 
-    pub(super) fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    pub(super) fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if let Frequencies::Learned(frequencies) = &self.frequencies {
             visitor("frequencies", frequencies.view().into_dyn());
         }
     }
 
-    pub(super) fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    pub(super) fn visit_params_mut<'a>(
+        &'a mut self,
+        visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>),
+    ) {
         if let Frequencies::Learned(frequencies) = &mut self.frequencies {
             visitor("frequencies", frequencies.view_mut().into_dyn());
         }
     }
 
-    pub(super) fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
-        if let Frequencies::Fixed(frequencies) = &self.frequencies {
-            visitor("frequencies", frequencies.mapv(F::of).view().into_dyn());
+    pub(super) fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
+        if let Frequencies::Fixed { lent, .. } = &self.frequencies {
+            visitor("frequencies", lent.view().into_dyn());
         }
     }
 
-    pub(super) fn visit_buffers_mut(
-        &mut self,
-        visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>),
+    pub(super) fn visit_buffers_mut<'a>(
+        &'a mut self,
+        visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>),
     ) {
-        if let Frequencies::Fixed(frequencies) = &mut self.frequencies {
-            let rounded = frequencies.mapv(F::of);
-            let mut lent = rounded.clone();
+        if let Frequencies::Fixed { lent, .. } = &mut self.frequencies {
             visitor("frequencies", lent.view_mut().into_dyn());
-            // What has not been changed keeps the digits that F does not have.
-            Zip::from(frequencies).and(&rounded).and(&lent).for_each(|frequency, &old, &new| {
-                if new != old {
-                    *frequency = new.as_f64();
-                }
-            });
         }
     }
 
     /// Adds the gradient of the frequencies, where they are a parameter.
     pub(super) fn params_vjp(&self, grad: &Array2<f64>, params: &mut [ArrayD<F>]) {
         if let Some(slot) = params.first_mut() {
-            param_slot::<F, Ix2>(slot).zip_mut_with(grad, |sum, &grad| *sum += F::of(grad));
+            param_slot::<F, Ix2>(slot).zip_mut_with(grad, |sum, &grad| *sum += F::from_f64(grad));
         }
     }
 
     /// `Ok` if the heads of queries and keys are those configured.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        for (what, array, heads) in
-            [("query", inputs.query(), inputs.heads()), ("key", inputs.key(), inputs.kv_heads())]
-        {
+        for (what, array, heads) in [
+            ("query", inputs.query(), inputs.num_heads()),
+            ("key", inputs.key(), inputs.num_kv_heads()),
+        ] {
             let columns = heads.saturating_mul(self.head_dim);
             check_shape(what, &[array.nrows(), columns], array.shape())?;
         }

@@ -1,5 +1,5 @@
 use super::config::Rotation;
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -41,7 +41,7 @@ const TILE: usize = 32;
 ///   infinite makes NaN of its query's row.
 ///
 /// ```
-/// use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, Layout};
+/// use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 /// use graph_attention::ndarray::{Array2, array};
 ///
 /// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
@@ -100,19 +100,19 @@ impl<F: Float> EdgeRope<F> {
 }
 
 impl<F: Float> Params<F> for EdgeRope<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_params(visitor);
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_params_mut(visitor);
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_buffers(visitor);
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_buffers_mut(visitor);
     }
 }
@@ -127,7 +127,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         self.run(&self.problem(inputs)?, out).map(drop)
     }
 
@@ -136,7 +136,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let normalizer = self.run(&self.problem(inputs)?, out.view_mut())?;
         Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
     }
@@ -149,9 +149,9 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { out, normalizer } = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
-        self.check_output("saved out", inputs, out.shape())?;
-        normalizer.check(inputs.num_queries(), inputs.heads())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
+        check_output(self, "saved out", inputs, out.shape())?;
+        normalizer.check(inputs.num_queries(), inputs.num_heads())?;
         grads.check(NAME, inputs, self)?;
         let problem = RotaryProblem {
             wants_distances: grads.distances.is_some(),
@@ -165,7 +165,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let problem = self.problem(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
         let normalizer = self.run(&problem, out.view_mut())?;

@@ -1,3 +1,5 @@
+//! Rotary embeddings of node positions, [`GraphRope`], and of distances, [`EdgeRope`].
+
 mod config;
 mod edges;
 
@@ -5,7 +7,7 @@ pub use crate::kernels::rotary::Layout;
 pub use config::GraphRopeConfig;
 pub use edges::EdgeRope;
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -52,7 +54,7 @@ const NAME: &str = "graph_rope";
 /// attention of rotary transformers:
 ///
 /// ```
-/// use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, Layout};
+/// use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 /// use graph_attention::ndarray::{Array2, array};
 ///
 /// // Nodes at their levels in a tree; each attends to itself and its parent.
@@ -127,8 +129,7 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
         rotated: &'b [Array2<F>; 2],
     ) -> Result<Inputs<'b, F>> {
         let [query, key] = rotated.each_ref().map(|array| array.view());
-        let inner = inputs.with_arrays(query, key, inputs.value())?;
-        inner.with_kv_heads(inputs.heads(), inputs.kv_heads())
+        inputs.with_arrays(query, key, inputs.value())
     }
 }
 
@@ -139,22 +140,22 @@ struct Side<'a, F: Float> {
 }
 
 impl<F: Float, A: Attention<F>> Params<F> for GraphRope<F, A> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_params(visitor);
         self.inner.visit_params(&mut |name, param| visitor(&format!("inner.{name}"), param));
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_params_mut(visitor);
         self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_buffers(visitor);
         self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_buffers_mut(visitor);
         self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
     }
@@ -170,7 +171,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let rotated = self.rotate(inputs)?;
         self.inner.forward_into(&self.inner_inputs(inputs, &rotated)?, out)
     }
@@ -180,7 +181,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let rotated = self.rotate(inputs)?;
         let inner = self.inner.forward_train_into(&self.inner_inputs(inputs, &rotated)?, out)?;
         Ok(Saved::new(NAME, State { rotated, inner }))
@@ -191,16 +192,17 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { rotated, inner } = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let sides = self.sides(inputs)?;
         check_shape("saved query", inputs.query().shape(), rotated[0].shape())?;
         check_shape("saved key", inputs.key().shape(), rotated[1].shape())?;
         let inner_inputs = self.inner_inputs(inputs, rotated)?;
-        let (own_params, inner_params) = grads.params.split_at_mut(self.rotation.num_params());
+        let [grad_query, grad_key] = [grads.query.take(), grads.key.take()];
+        let (own_params, inner_grads) = grads.split_params(self.rotation.num_params());
 
         // o = inner(q', k', v)
         let is_learned = !own_params.is_empty();
@@ -209,26 +211,18 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
             is_wanted.then(|| try_zeros(what, x.nrows(), x.ncols())).transpose()
         };
         let mut grad_rotated = [
-            of_rotated("rotated query", inputs.query(), grads.query.is_some())?,
-            of_rotated("rotated key", inputs.key(), grads.key.is_some())?,
+            of_rotated("rotated query", inputs.query(), grad_query.is_some())?,
+            of_rotated("rotated key", inputs.key(), grad_key.is_some())?,
         ];
         let [query, key] =
             grad_rotated.each_mut().map(|grad| grad.as_mut().map(|grad| grad.view_mut()));
-        let inner_grads = GradientsMut {
-            query,
-            key,
-            value: grads.value,
-            bias: grads.bias,
-            edge_features: grads.edge_features,
-            distances: grads.distances,
-            params: inner_params,
-        };
+        let inner_grads = GradientsMut { query, key, ..inner_grads };
         self.inner.backward_into(&inner_inputs, inner, grad_out, inner_grads)?;
 
         // x' = R x for query and key
         let (rotary, level) = (self.rotation.rotary(), level());
         let mut grad_frequencies = Array2::zeros(rotary.frequencies.raw_dim());
-        let of_sides = sides.iter().zip(&grad_rotated).zip([grads.query, grads.key]);
+        let of_sides = sides.iter().zip(&grad_rotated).zip([grad_query, grad_key]);
         for ((Side { x, positions }, grad_rotated), grad_x) in of_sides {
             if let Some(grad_rotated) = grad_rotated {
                 let grad_frequencies = is_learned.then_some(&mut grad_frequencies);
@@ -239,8 +233,8 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let rotated = self.rotate(inputs)?;
-        self.inner.weights(&self.inner_inputs(inputs, &rotated)?)
+        self.inner.attention_weights(&self.inner_inputs(inputs, &rotated)?)
     }
 }

@@ -57,13 +57,13 @@ impl<F: Float> Gate<F> {
         self.inner[0].output_dim(inputs)
     }
 
-    fn heads(&self) -> usize {
+    fn num_heads(&self) -> usize {
         self.bias.len()
     }
 
     fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        let heads = self.heads();
-        check_shape("heads of the inputs, as of the gate", &[heads], &[inputs.heads()])?;
+        let heads = self.num_heads();
+        check_shape("heads of the inputs, as of the gate", &[heads], &[inputs.num_heads()])?;
         check_shape("query", &[inputs.num_queries(), self.weight.len()], inputs.query().shape())?;
         let [local, global] = self.inner.each_ref().map(|inner| inner.output_dim(inputs));
         if local != global {
@@ -82,8 +82,8 @@ impl<F: Float> Gate<F> {
 
     /// How each head of each query mixes the two answers.
     fn mixes(&self, inputs: &Inputs<'_, F>) -> Result<Array2<Mix<F>>> {
-        let layers = inputs.layers(NAME)?;
-        let (rows, heads) = (inputs.num_queries(), self.heads());
+        let layers = inputs.edge_layers(NAME)?;
+        let (rows, heads) = (inputs.num_queries(), self.num_heads());
         let mixes = try_vec("mixes", &[rows, heads], Mix::Nothing)?;
         let mut mixes = Array2::from_shape_vec((rows, heads), mixes)
             .map_err(|_| Error::TooLarge { what: "mixes", shape: vec![rows, heads] })?;
@@ -138,7 +138,7 @@ impl<F: Float> Gate<F> {
         let sides = [run(0)?, run(1)?];
         let mixes = self.mixes(inputs)?;
         out.fill(F::zero());
-        let dim = out.ncols() / self.heads();
+        let dim = out.ncols() / self.num_heads();
         for ((query, head), mix) in mixes.indexed_iter() {
             let mut out = out.slice_mut(s![query, head_columns(head, dim)]);
             for (side, (answer, _)) in sides.iter().enumerate() {
@@ -170,7 +170,7 @@ impl<F: Float> Gate<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         self.check(inputs)?;
-        let heads = self.heads();
+        let heads = self.num_heads();
         check_shape("saved mixes", &[inputs.num_queries(), heads], mixes.shape())?;
         for (answer, _) in sides {
             check_shape("saved answers", grad_out.shape(), answer.shape())?;
@@ -221,25 +221,25 @@ impl<F: Float> Gate<F> {
         Ok(())
     }
 
-    pub(super) fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    pub(super) fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         self.check(inputs)?;
         let (mixes, parts) = (self.mixes(inputs)?, by_layer(inputs)?);
         let mut total: Option<Array2<F>> = None;
         for (side, part) in parts.iter().enumerate() {
             let inner = &*self.inner[side];
             let weights = inner
-                .weights(&part.inputs())
+                .attention_weights(&part.inputs())
                 .map_err(|error| error.in_part(SIDES[side], inner.name(), None))?;
             let columns = weights.ncols();
-            if !columns.is_multiple_of(self.heads()) {
-                return Err(Error::Heads { what: "weights", heads: self.heads(), columns });
+            if !columns.is_multiple_of(self.num_heads()) {
+                return Err(Error::Heads { what: "weights", heads: self.num_heads(), columns });
             }
             let total = match &mut total {
                 Some(total) => total,
                 None => total.insert(try_zeros("weights", inputs.num_pairs(), columns)?),
             };
             check_shape("weights of global, as of local", &[total.ncols()], &[columns])?;
-            let of_head = columns / self.heads();
+            let of_head = columns / self.num_heads();
             part.add_weights(&weights, total, |query, column| {
                 mixes[[query, column / of_head]].share(side).unwrap_or_default()
             });

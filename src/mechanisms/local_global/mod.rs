@@ -1,10 +1,12 @@
+//! Sliding windows with global positions, and local and global edges: [`LocalGlobal`].
+
 mod gate;
 mod window;
 
 pub use window::Window;
 use window::{Block, Kind};
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
@@ -23,8 +25,8 @@ use std::borrow::Cow;
 const NAME: &str = "local_global";
 
 /// Attention to near keys and to a few far ones, in two readings: by the order of the nodes
-/// ([`by_order`](Self::by_order): a sliding window and global positions) and by the layers of the pairs
-/// ([`by_layer_union`](Self::by_layer_union) and [`by_layer_gate`](Self::by_layer_gate): local is
+/// ([`sliding_window`](Self::sliding_window): a sliding window and global positions) and by the layers of the pairs
+/// ([`joint`](Self::joint) and [`gated`](Self::gated): local is
 /// layer 0, as in an HNSW index, and global what is above).
 ///
 /// # By order
@@ -50,16 +52,16 @@ const NAME: &str = "local_global";
 /// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). Of
 ///   globals their own rows are copied; with a dilation queries, keys, values, and what the caller gives
 ///   of mask and bias, class by class of positions with the same rest.
-/// * **Errors** as [`Flash`], and [`Error::InvalidConfig`] if there is no node at a global position.
+/// * **Errors** as [`Flash`], and [`Error::InvalidArgument`] if there is no node at a global position.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
-/// use graph_attention::{Attention, Flash, Inputs, LocalGlobal, Window};
+/// use graph_attention::{Attention, Flash, Inputs, LocalGlobal, local_global::Window};
 ///
 /// let x = Array2::from_shape_fn((500, 8), |(i, j)| ((i * 7 + j * 3) % 11) as f64 / 11.0);
 /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
 /// let window = Window::new(3).globals(&[0, 250]);
-/// let sparse = LocalGlobal::by_order(window, Flash::new())?.forward(&inputs)?;
+/// let sparse = LocalGlobal::sliding_window(window, Flash::new())?.forward(&inputs)?;
 ///
 /// let mask = Array2::from_shape_fn((500, 500), |(i, j): (usize, usize)| {
 ///     i.abs_diff(j) <= 3 || [0, 250].contains(&i) || [0, 250].contains(&j)
@@ -79,7 +81,7 @@ const NAME: &str = "local_global";
 /// A query (and head) that sees pairs of one kind alone takes that answer whole, and one that sees none
 /// gets zeros.
 ///
-/// * **Reads** layers ([`Inputs::with_layers`]) and what the mechanisms inside read, each for the pairs of
+/// * **Reads** layers ([`Inputs::with_edge_layers`]) and what the mechanisms inside read, each for the pairs of
 ///   its own kind; the gate reads queries.
 /// * **Output** of the mechanisms inside; of the gate, in as many blocks as there are heads.
 /// * **Parameters** of the gate: `gate.weight` (heads × columns of a head of queries), `gate.bias` (heads),
@@ -96,14 +98,14 @@ const NAME: &str = "local_global";
 ///
 /// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 0), (2, 0)])?;
 /// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-/// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_layers(&[0, 1, 0, 2])?;
+/// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&[0, 1, 0, 2])?;
 ///
 /// // One softmax over both kinds is attention to all neighbours, unless the two differ.
-/// let union = LocalGlobal::by_layer_union(Flash::new(), Flash::new()).forward(&inputs)?;
+/// let union = LocalGlobal::joint(Flash::new(), Flash::new()).forward(&inputs)?;
 /// let all = Flash::new().forward(&inputs)?;
 /// assert!((union - all).iter().all(|difference: &f64| difference.abs() < 1e-14));
 /// let sharper = Flash::new().with_scale(3.0)?;
-/// let union = LocalGlobal::by_layer_union(sharper, Flash::new()).forward(&inputs)?;
+/// let union = LocalGlobal::joint(sharper, Flash::new()).forward(&inputs)?;
 /// assert_eq!(union.row(1), x.row(0));
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
@@ -158,15 +160,15 @@ impl<F: Float> LocalGlobal<F> {
     /// Layers are not read: what is near follows from the order alone.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if the dilation is 0.
-    pub fn by_order(window: Window, flash: Flash) -> Result<Self> {
+    /// [`Error::InvalidArgument`] if the dilation is 0.
+    pub fn sliding_window(window: Window, flash: Flash) -> Result<Self> {
         window.validate()?;
         Ok(Self { reading: Reading::Order { window, flash } })
     }
 
     /// One softmax over local and global pairs, each with the scale of its own [`Flash`].
     #[must_use]
-    pub fn by_layer_union(local: Flash, global: Flash) -> Self {
+    pub fn joint(local: Flash, global: Flash) -> Self {
         Self { reading: Reading::Union([local, global]) }
     }
 
@@ -181,11 +183,11 @@ impl<F: Float> LocalGlobal<F> {
     ///
     /// let graph = Graph::from_edges(2, 2, [(0, 1), (0, 0), (1, 0)])?;
     /// let x = array![[1.0, 0.0], [0.0, 1.0]];
-    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_layers(&[0, 1, 1])?;
+    /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&[0, 1, 1])?;
     ///
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     /// let [local, global] = [Flash::new(), Flash::new()].map(Box::new);
-    /// let mut attention = LocalGlobal::by_layer_gate(2, 1, local, global, &mut rng)?;
+    /// let mut attention = LocalGlobal::gated(2, 1, local, global, &mut rng)?;
     /// params::load_state(
     ///     &mut attention,
     ///     [("gate.weight", array![[0.0, 0.0]].into_dyn()), ("gate.bias", array![3f64.ln()].into_dyn())],
@@ -197,8 +199,8 @@ impl<F: Float> LocalGlobal<F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if `head_dim` or `heads` is 0; [`Error::TooLarge`].
-    pub fn by_layer_gate(
+    /// [`Error::InvalidArgument`] if `head_dim` or `heads` is 0; [`Error::TooLarge`].
+    pub fn gated(
         head_dim: usize,
         heads: usize,
         local: Box<dyn Attention<F>>,
@@ -261,7 +263,7 @@ impl<F: Float> LocalGlobal<F> {
 
     /// Overwrites `out`, returns the normalizer over all parts.
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
-        let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.heads())?;
+        let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.num_heads())?;
         out.fill(F::zero());
         self.for_each_part(inputs, |part| {
             if part.role != Role::More {
@@ -299,7 +301,7 @@ impl<F: Float> LocalGlobal<F> {
 
 /// The inputs with the pairs of layer 0, and with those above.
 fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
-    let layers = inputs.layers(NAME)?;
+    let layers = inputs.edge_layers(NAME)?;
     Ok([
         inputs.select_pairs(|pair| layers[pair.index] == 0)?,
         inputs.select_pairs(|pair| layers[pair.index] > 0)?,
@@ -307,7 +309,7 @@ fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, 
 }
 
 impl<F: Float> Params<F> for LocalGlobal<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let Reading::Gate(gate) = &self.reading else { return };
         visitor("gate.weight", gate.weight.view().into_dyn());
         visitor("gate.bias", gate.bias.view().into_dyn());
@@ -316,7 +318,7 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
         }
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let Reading::Gate(gate) = &mut self.reading else { return };
         visitor("gate.weight", gate.weight.view_mut().into_dyn());
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
@@ -325,14 +327,14 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
         }
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let Reading::Gate(gate) = &self.reading else { return };
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
             inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let Reading::Gate(gate) = &mut self.reading else { return };
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
             inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
@@ -353,7 +355,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         match &self.reading {
             Reading::Gate(gate) => gate.forward(inputs, out),
             _ => self.run(inputs, out).map(drop),
@@ -365,7 +367,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         match &self.reading {
             Reading::Gate(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
             _ => {
@@ -382,7 +384,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         if let Reading::Gate(gate) = &self.reading {
             return gate.backward(inputs, saved.state(NAME)?, grad_out, grads);
@@ -417,24 +419,24 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         })
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         match &self.reading {
-            Reading::Gate(gate) => gate.weights(inputs),
+            Reading::Gate(gate) => gate.attention_weights(inputs),
             Reading::Order { window, flash } => {
                 window.check_globals(inputs)?;
                 let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
-                let weights = flash.weights(&selected.inputs())?;
-                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
+                let weights = flash.attention_weights(&selected.inputs())?;
+                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
                 selected.add_weights(&weights, &mut total, |_, _| F::one());
                 Ok(total)
             }
             Reading::Union(sides) => {
                 let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
                 let normalizer = self.run(inputs, out.view_mut())?;
-                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
+                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
                 for (flash, part) in sides.iter().zip(by_layer(inputs)?) {
                     let partial = flash.forward_partial(&part.inputs())?;
-                    let of_part = flash.weights(&part.inputs())?;
+                    let of_part = flash.attention_weights(&part.inputs())?;
                     part.add_weights(&of_part, &mut total, |query, head| {
                         let at = [query, head];
                         let (shift, sum) = (partial.shift()[at], partial.sum()[at]);

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::float::{Float, try_vec};
 use crate::inputs::{Inputs, Pair};
 
-/// Which pairs a [`LocalGlobal::by_order`](super::LocalGlobal::by_order) keeps: a window around each
+/// Which pairs a [`LocalGlobal::sliding_window`](super::LocalGlobal::sliding_window) keeps: a window around each
 /// query, and global positions.
 ///
 /// ```text

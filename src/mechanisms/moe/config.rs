@@ -10,6 +10,7 @@ use ndarray::{Array1, ArrayD};
 use rand::Rng;
 
 /// What makes a gate g_ie of the logit z_ie of an expert.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Gating {
@@ -23,6 +24,7 @@ pub enum Gating {
 /// Who is served first where an expert has a capacity.
 ///
 /// In all of them an expert drops as many queries as choose it beyond its capacity.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Priority {
@@ -136,7 +138,7 @@ impl MoeConfig {
     /// PyTorch's `nn.Linear`, bias zero; the weight of the noise zero, as in Shazeer et al.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if there are no experts, `k` is not between 1 and their number,
+    /// [`Error::InvalidArgument`] if there are no experts, `k` is not between 1 and their number,
     /// `query_dim` is 0, the capacity factor not a positive number or the capacity 0;
     /// [`Error::TooLarge`].
     pub fn init<F: Float>(

@@ -26,7 +26,7 @@ impl<F: Float> Routing<F> {
     pub fn switch_load_balance(&self) -> Result<(F, Array2<F>)> {
         let (num_queries, num_experts) = self.logits.dim();
         let factor = num_experts as f64 / num_queries.max(1) as f64;
-        let shares = Array1::from(self.shares()).mapv(|share| F::of(factor * share));
+        let shares = Array1::from(self.shares()).mapv(|share| F::from_f64(factor * share));
         let mut grad_logits = try_zeros("grad_logits", num_queries, num_experts)?;
         let mut value = 0.0;
         for (p, mut grad) in self.probabilities.rows().into_iter().zip(grad_logits.rows_mut()) {
@@ -36,7 +36,7 @@ impl<F: Float> Routing<F> {
             softmax_vjp(p, grad);
         }
         self.log_gates_vjp(&mut grad_logits);
-        Ok((F::of(value), grad_logits))
+        Ok((F::from_f64(value), grad_logits))
     }
 
     /// The importance loss of Shazeer et al. 2017 (1701.06538), and its gradient with respect to the
@@ -66,8 +66,8 @@ impl<F: Float> Routing<F> {
         let variance = importance.iter().map(|i| (i - mean).powi(2)).sum::<f64>() / count;
         // L = V/μ², dV/dI_e = 2 (I_e − μ)/N, dμ/dI_e = 1/N
         let grad = |i: f64| 2.0 / (count * mean * mean) * (i - mean - variance / mean);
-        let grad_weights = self.experts.mapv(|expert| F::of(grad(importance[expert])));
-        Ok((F::of(variance / (mean * mean)), self.weights_vjp(grad_weights.view())?))
+        let grad_weights = self.experts.mapv(|expert| F::from_f64(grad(importance[expert])));
+        Ok((F::from_f64(variance / (mean * mean)), self.weights_vjp(grad_weights.view())?))
     }
 
     /// The z-loss of ST-MoE (Zoph et al. 2022, 2202.08906), which keeps the logits small, and its
@@ -92,9 +92,9 @@ impl<F: Float> Routing<F> {
             value += factor * log_sum * log_sum;
             let slope = 2.0 * factor * log_sum;
             Zip::from(&mut grad).and(&z).for_each(|grad, &z| {
-                *grad = F::of(slope * (z.as_f64() - log_sum).exp());
+                *grad = F::from_f64(slope * (z.as_f64() - log_sum).exp());
             });
         }
-        Ok((F::of(value), grad_logits))
+        Ok((F::from_f64(value), grad_logits))
     }
 }

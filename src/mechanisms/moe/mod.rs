@@ -1,3 +1,5 @@
+//! A mixture of attention experts with a router: [`Moe`].
+
 mod config;
 mod losses;
 mod routing;
@@ -5,7 +7,7 @@ mod routing;
 pub use config::{Gating, MoeConfig, Priority};
 pub use routing::Routing;
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::dropout::mix;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
@@ -125,7 +127,7 @@ impl<F: Float> Moe<F> {
     /// seed always gives the same answer, forward and backward.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if there is a seed but no parameter of the noise
+    /// [`Error::InvalidArgument`] if there is a seed but no parameter of the noise
     /// ([`MoeConfig::noise`]).
     pub fn set_noise(&mut self, seed: Option<u64>) -> Result<()> {
         if seed.is_some() && self.noise_weight.is_none() {
@@ -144,7 +146,7 @@ impl<F: Float> Moe<F> {
     /// Sets the expert bias.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is not one number for each expert, [`Error::InvalidConfig`] if one
+    /// [`Error::Shape`] if there is not one number for each expert, [`Error::InvalidArgument`] if one
     /// is not finite.
     pub fn set_expert_bias(&mut self, bias: Array1<F>) -> Result<()> {
         check_expert_bias(self.experts.len(), bias.view())?;
@@ -156,7 +158,7 @@ impl<F: Float> Moe<F> {
     /// queries chose than the mean, and lowers that of the others, by `step`. (0.001 there.)
     ///
     /// # Errors
-    /// [`Error::Shape`] if the routing is over another number of experts, [`Error::InvalidConfig`] if
+    /// [`Error::Shape`] if the routing is over another number of experts, [`Error::InvalidArgument`] if
     /// `step` or the new bias is not finite.
     pub fn update_expert_bias(&mut self, routing: &Routing<F>, step: f64) -> Result<()> {
         let choices = routing.choices();
@@ -169,9 +171,9 @@ impl<F: Float> Moe<F> {
         for (bias, choices) in bias.iter_mut().zip(choices) {
             // The load against the mean load, in whole numbers.
             *bias += match (choices * count).cmp(&total) {
-                std::cmp::Ordering::Less => F::of(step),
+                std::cmp::Ordering::Less => F::from_f64(step),
                 std::cmp::Ordering::Equal => F::zero(),
-                std::cmp::Ordering::Greater => -F::of(step),
+                std::cmp::Ordering::Greater => -F::from_f64(step),
             };
         }
         self.set_expert_bias(bias)
@@ -196,8 +198,8 @@ impl<F: Float> Moe<F> {
                 Zip::from(&mut z).and(&mut u).for_each(|z, u| {
                     let noise: f64 = StandardNormal.sample(&mut rng);
                     // z += ε softplus(u), dz/du = ε σ(u)
-                    *z += F::of(noise) * softplus(*u);
-                    *u = F::of(noise) * sigmoid(*u);
+                    *z += F::from_f64(noise) * softplus(*u);
+                    *u = F::from_f64(noise) * sigmoid(*u);
                 });
             }
             slopes = Some(raw);
@@ -314,7 +316,7 @@ impl<F: Float> Moe<F> {
             &mut dyn FnMut(ArrayView2<'_, F>),
         ) -> Result<()>,
     ) -> Result<Routing<F>> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         self.check_experts(inputs)?;
         let routing = self.route(inputs)?;
         out.fill(F::zero());
@@ -335,7 +337,7 @@ impl<F: Float> Moe<F> {
 }
 
 impl<F: Float> Params<F> for Moe<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("router.weight", self.weight.view().into_dyn());
         visitor("router.bias", self.bias.view().into_dyn());
         if let Some(weight) = &self.noise_weight {
@@ -348,7 +350,7 @@ impl<F: Float> Params<F> for Moe<F> {
         }
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         visitor("router.weight", self.weight.view_mut().into_dyn());
         visitor("router.bias", self.bias.view_mut().into_dyn());
         if let Some(weight) = &mut self.noise_weight {
@@ -361,7 +363,7 @@ impl<F: Float> Params<F> for Moe<F> {
         }
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("router.expert_bias", self.expert_bias.view().into_dyn());
         for (number, expert) in self.experts.iter().enumerate() {
             expert.visit_buffers(&mut |name, buffer| {
@@ -370,7 +372,7 @@ impl<F: Float> Params<F> for Moe<F> {
         }
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         visitor("router.expert_bias", self.expert_bias.view_mut().into_dyn());
         for (number, expert) in self.experts.iter_mut().enumerate() {
             expert.visit_buffers_mut(&mut |name, buffer| {
@@ -429,7 +431,7 @@ impl<F: Float> Attention<F> for Moe<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { routing, experts } = saved.state::<State<F>>(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let shape = [inputs.num_queries(), self.experts.len()];
         check_shape("saved routing", &shape, routing.logits.shape())?;

@@ -67,7 +67,7 @@ impl<F: Float> Routing<F> {
     ///
     /// ```
     /// use graph_attention::ndarray::array;
-    /// use graph_attention::{Gating, MoeConfig, Routing};
+    /// use graph_attention::{moe::Gating, MoeConfig, moe::Routing};
     ///
     /// // Gates as in DeepSeek-V3: the best two of four, σ(z) relative to their sum.
     /// let config = MoeConfig::new(1, 2).gating(Gating::Sigmoid);
@@ -84,7 +84,7 @@ impl<F: Float> Routing<F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`](crate::Error::InvalidConfig) if there are no experts, `k` is not between 1
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if there are no experts, `k` is not between 1
     /// and their number, the capacity is not valid or a bias not finite;
     /// [`Error::Shape`](crate::Error::Shape) if there is not one bias for each expert;
     /// [`Error::TooLarge`](crate::Error::TooLarge).

@@ -8,9 +8,9 @@ use crate::inputs::{Inputs, head_columns};
 use crate::kernels::level::level;
 use ndarray::{Array2, ArrayView1};
 
-/// How good the estimate of a [`Performer`] is on some inputs: [`Performer::accuracy`].
+/// How good the estimate of a [`Performer`] is on some inputs: [`Performer::estimate_error`].
 #[derive(Clone, Debug, PartialEq)]
-pub struct Accuracy<F> {
+pub struct ErrorEstimate<F> {
     /// The standard error of each head's output, num_queries × heads: the root of the summed
     /// variances of its columns.
     pub standard_error: Array2<F>,
@@ -37,7 +37,7 @@ impl<F: Float> Performer<F> {
     /// `query` and `key` are one head, of length head_dim.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another length; [`Error::InvalidConfig`] for features that do not
+    /// [`Error::Shape`] for another length; [`Error::InvalidArgument`] for features that do not
     /// estimate a softmax.
     pub fn relative_variance(
         &self,
@@ -52,7 +52,7 @@ impl<F: Float> Performer<F> {
     /// infinite. NaN for vectors with NaN.
     ///
     /// # Errors
-    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidConfig`] for an error
+    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidArgument`] for an error
     /// that is not positive and finite.
     pub fn num_features_for(
         &self,
@@ -96,9 +96,9 @@ impl<F: Float> Performer<F> {
     /// the time of the forward pass. Blocks of orthogonal projections err less than this says.
     ///
     /// # Errors
-    /// As the forward pass; [`Error::InvalidConfig`] for features that do not estimate a softmax,
+    /// As the forward pass; [`Error::InvalidArgument`] for features that do not estimate a softmax,
     /// and for inputs whose queries do not all see the same keys, or with dropout.
-    pub fn accuracy(&self, inputs: &Inputs<'_, F>) -> Result<Accuracy<F>> {
+    pub fn estimate_error(&self, inputs: &Inputs<'_, F>) -> Result<ErrorEstimate<F>> {
         self.check_estimate()?;
         self.map.check(inputs)?;
         let keys = match self.path(inputs) {
@@ -110,8 +110,8 @@ impl<F: Float> Performer<F> {
                 return Err(Error::config("inputs", expected, "others"));
             }
         };
-        let zeros = || try_zeros("accuracy", inputs.num_queries(), inputs.heads());
-        let mut accuracy = Accuracy { standard_error: zeros()?, effective_features: zeros()? };
+        let zeros = || try_zeros("accuracy", inputs.num_queries(), inputs.num_heads());
+        let mut accuracy = ErrorEstimate { standard_error: zeros()?, effective_features: zeros()? };
         if keys.is_empty() {
             return Ok(accuracy);
         }
@@ -119,7 +119,7 @@ impl<F: Float> Performer<F> {
         let sums = F::sum_keys(&problem, level());
         let features = self.config.num_features;
         let projections = features / self.config.features.per_projection();
-        for head in 0..inputs.heads() {
+        for head in 0..inputs.num_heads() {
             let sums = &sums[problem.kv_head(head)];
             let columns = head_columns(head, self.config.head_dim);
             let x = inputs.query();

@@ -9,6 +9,7 @@ use ndarray::ArrayD;
 use rand::Rng;
 
 /// What stands for e^{q·k} in a [`Performer`]: φ(q)·φ(k), with rows w of the projection.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -50,6 +51,7 @@ impl Features {
 }
 
 /// How the rows of a projection are drawn, each like a normal vector.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Projection {
@@ -125,7 +127,7 @@ impl PerformerConfig {
     /// A `Performer` with a projection drawn from `rng`.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if a size is 0, features that come in pairs are an odd number,
+    /// [`Error::InvalidArgument`] if a size is 0, features that come in pairs are an odd number,
     /// those of [`Features::Elu`] not `head_dim`, the scale is not from 10⁻³⁰ to 10³⁰ or ε not from
     /// 10⁻¹⁵; [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {

@@ -46,14 +46,14 @@ impl<F: Float> FeatureMap<F> {
     }
 
     /// Shows the projection by its name, where there is one.
-    pub(super) fn visit(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    pub(super) fn visit<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if let Some(projection) = &self.projection {
             visitor("projection_matrix", projection.view().into_dyn());
         }
     }
 
     /// Lends it for writing.
-    pub(super) fn visit_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    pub(super) fn visit_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if let Some(projection) = &mut self.projection {
             visitor("projection_matrix", projection.view_mut().into_dyn());
         }
@@ -72,7 +72,7 @@ impl<F: Float> FeatureMap<F> {
             Features::Positive => Map::Exponential,
             Features::Hyperbolic => Map::Both,
             Features::Trigonometric => Map::Circular,
-            Features::Relu { epsilon } => Map::Relu(F::of(epsilon)),
+            Features::Relu { epsilon } => Map::Relu(F::from_f64(epsilon)),
             Features::Elu => Map::Elu,
         }
     }
@@ -92,7 +92,7 @@ impl<F: Float> FeatureMap<F> {
             Some(projection) => {
                 let factor = self.weight_factor();
                 let mut weight = try_zeros("projection", projection.nrows(), projection.ncols())?;
-                weight.zip_mut_with(projection, |out, &w| *out = F::of(w.as_f64() * factor));
+                weight.zip_mut_with(projection, |out, &w| *out = F::from_f64(w.as_f64() * factor));
                 Ok(weight)
             }
             None => try_zeros("projection", self.head_dim, self.head_dim),
@@ -101,15 +101,19 @@ impl<F: Float> FeatureMap<F> {
 
     /// What |x|² is multiplied by in h.
     pub(super) fn square_scale(&self) -> F {
-        F::of(if self.features.is_estimate() { self.scale / 2.0 * LOG2_E } else { 0.0 })
+        F::from_f64(if self.features.is_estimate() { self.scale / 2.0 * LOG2_E } else { 0.0 })
     }
 
     /// Checks the sizes of heads.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let columns = |heads: usize| heads.saturating_mul(self.head_dim);
-        let expected = [inputs.num_queries(), columns(inputs.heads())];
+        let expected = [inputs.num_queries(), columns(inputs.num_heads())];
         check_shape("query", &expected, inputs.query().shape())?;
-        check_shape("key", &[inputs.num_keys(), columns(inputs.kv_heads())], inputs.key().shape())
+        check_shape(
+            "key",
+            &[inputs.num_keys(), columns(inputs.num_kv_heads())],
+            inputs.key().shape(),
+        )
     }
 
     /// What the kernels work on; `keys` are those that the queries see.
@@ -123,10 +127,10 @@ impl<F: Float> FeatureMap<F> {
             query: Rows::new("query", inputs.query())?,
             key: Rows::new("key", inputs.key())?,
             value: Rows::new("value", inputs.value())?,
-            heads: inputs.heads(),
-            kv_heads: inputs.kv_heads(),
+            heads: inputs.num_heads(),
+            kv_heads: inputs.num_kv_heads(),
             dim: self.head_dim,
-            value_dim: inputs.value().ncols() / inputs.kv_heads(),
+            value_dim: inputs.value().ncols() / inputs.num_kv_heads(),
             map: self.map(),
             projection: self.weight()?.reversed_axes(),
             square_scale: self.square_scale(),
@@ -171,7 +175,8 @@ impl<F: Float> FeatureMap<F> {
                 }
                 Map::Elu => {
                     let is_positive = product > F::zero();
-                    out[c] = if is_positive { product.ln_1p() } else { product } * F::of(LOG2_E);
+                    out[c] =
+                        if is_positive { product.ln_1p() } else { product } * F::from_f64(LOG2_E);
                 }
             }
         }
@@ -187,7 +192,7 @@ impl<F: Float> FeatureMap<F> {
             Features::Trigonometric => (2.0 / self.num_features as f64).sqrt(),
             _ => (1.0 / self.num_features as f64).sqrt(),
         };
-        let norm = F::of(norm);
+        let norm = F::from_f64(norm);
         for ((x, products), mut out) in
             x.rows().into_iter().zip(products.rows()).zip(out.rows_mut())
         {
@@ -207,7 +212,7 @@ impl<F: Float> FeatureMap<F> {
 fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl Rng) {
     let mut normal = || -> f64 { StandardNormal.sample(rng) };
     if projection == Projection::Iid {
-        matrix.mapv_inplace(|_| F::of(normal()));
+        matrix.mapv_inplace(|_| F::from_f64(normal()));
         return;
     }
     let dim = matrix.ncols();
@@ -236,7 +241,7 @@ fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl
             }
         };
         let norm = (0..dim).map(|_| normal().powi(2)).sum::<f64>().sqrt();
-        row.iter_mut().zip(&direction).for_each(|(out, entry)| *out = F::of(norm * entry));
+        row.iter_mut().zip(&direction).for_each(|(out, entry)| *out = F::from_f64(norm * entry));
         block.push(direction);
     }
 }

@@ -1,14 +1,16 @@
+//! Linear attention by random features: [`Performer`].
+
 mod accuracy;
 mod config;
 mod map;
 mod pairs;
 mod state;
 
-pub use accuracy::Accuracy;
+pub use accuracy::ErrorEstimate;
 pub use config::{Features, PerformerConfig, Projection};
 pub use state::PerformerState;
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
@@ -35,7 +37,7 @@ const NAME: &str = "performer";
 ///
 /// The estimate is unbiased in numerator and denominator, and its error falls like m^{−½}; but it
 /// grows like e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) tells before,
-/// and [`accuracy`](Self::accuracy) measures on given inputs, what it is worth; [`PerformerState`]
+/// and [`estimate_error`](Self::estimate_error) measures on given inputs, what it is worth; [`PerformerState`]
 /// is S and z as a value, to which keys are added and from which they are removed.
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
@@ -51,7 +53,7 @@ const NAME: &str = "performer";
 ///   pattern (prefix sums; one task per head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
 ///   both sums.
 /// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ
-///   between queries, biases, dropout, [`weights`](Attention::weights). Exact attention is then the
+///   between queries, biases, dropout, [`weights`](Attention::attention_weights). Exact attention is then the
 ///   faster one.
 /// * **Errors** [`Error::Shape`] if heads are not of `head_dim` columns; [`Error::NoWeights`] from
 ///   `weights` with trigonometric features, which may be negative.
@@ -125,17 +127,17 @@ impl<F: Float> Attended<F> {
             Self::Nothing => return Ok(()),
             Self::Sums { sums, denominators, .. } => {
                 let features = sums.first().map_or(0, |sums| sums.totals.len());
-                let expected = [inputs.kv_heads(), num_features];
+                let expected = [inputs.num_kv_heads(), num_features];
                 check_shape("saved sums", &expected, &[sums.len(), features])?;
                 denominators
             }
             Self::Causal { rows, sums, .. } => {
-                check_shape("saved heads", &[inputs.kv_heads()], &[rows.num_finite.len()])?;
+                check_shape("saved heads", &[inputs.num_kv_heads()], &[rows.num_finite.len()])?;
                 &sums.denominators
             }
             Self::Pairs(sums) => &sums.denominators,
         };
-        let expected = [inputs.num_queries(), inputs.heads()];
+        let expected = [inputs.num_queries(), inputs.num_heads()];
         check_shape("saved denominators", &expected, denominators.shape())
     }
 }
@@ -200,7 +202,7 @@ impl<F: Float> Performer<F> {
     }
 
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Attended<F>> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         self.map.check(inputs)?;
         let level = level();
         match self.path(inputs) {
@@ -212,7 +214,7 @@ impl<F: Float> Performer<F> {
                 let problem = self.map.problem(inputs, keys)?;
                 let sums = F::sum_keys(&problem, level);
                 let mut denominators =
-                    try_zeros("denominators", inputs.num_queries(), inputs.heads())?;
+                    try_zeros("denominators", inputs.num_queries(), inputs.num_heads())?;
                 F::features_forward(&problem, &sums, level, out, &mut denominators);
                 Ok(Attended::Sums { keys: problem.keys, sums, denominators })
             }
@@ -285,25 +287,25 @@ fn repair<F: Float>(
 }
 
 impl<F: Float> Params<F> for Performer<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if self.config.learn_projection {
             self.map.visit(visitor);
         }
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if self.config.learn_projection {
             self.map.visit_mut(visitor);
         }
     }
 
-    fn visit_buffers(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if !self.config.learn_projection {
             self.map.visit(visitor);
         }
     }
 
-    fn visit_buffers_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if !self.config.learn_projection {
             self.map.visit_mut(visitor);
         }
@@ -342,8 +344,8 @@ impl<F: Float> Attention<F> for Performer<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { out, num_keys, attended }: &State<F> = saved.state(NAME)?;
-        self.check_output("grad_out", inputs, grad_out.shape())?;
-        self.check_output("saved output", inputs, out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
+        check_output(self, "saved output", inputs, out.shape())?;
         check_shape("saved keys", &[inputs.num_keys()], &[*num_keys])?;
         attended.check(inputs, self.config.num_features)?;
         self.map.check(inputs)?;
@@ -402,13 +404,13 @@ impl<F: Float> Attention<F> for Performer<F> {
             }
         }
         if let (Some(slot), Some(grad_weight)) = (grads.params.first_mut(), grad_weight) {
-            let factor = F::of(self.map.weight_factor());
+            let factor = F::from_f64(self.map.weight_factor());
             param_slot::<F, Ix2>(slot).scaled_add(factor, &grad_weight);
         }
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         self.map.check(inputs)?;
         if self.config.features == Features::Trigonometric {
             return Err(Error::NoWeights { mechanism: NAME });

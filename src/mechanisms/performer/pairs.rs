@@ -108,7 +108,7 @@ pub(super) struct RowSums<F> {
 
 impl<F: Float> RowSums<F> {
     pub(super) fn new(inputs: &Inputs<'_, F>) -> Result<Self> {
-        let zeros = || try_zeros("denominators", inputs.num_queries(), inputs.heads());
+        let zeros = || try_zeros("denominators", inputs.num_queries(), inputs.num_heads());
         Ok(Self { maxima: zeros()?, denominators: zeros()? })
     }
 }
@@ -125,8 +125,8 @@ impl<'p, F: Float> Pairs<'p, F> {
         Ok(Self {
             map,
             problem: Problem::new(inputs, Some(1.0))?,
-            query: Side::new(map, inputs.query(), inputs.heads())?,
-            key: Side::new(map, inputs.key(), inputs.kv_heads())?,
+            query: Side::new(map, inputs.query(), inputs.num_heads())?,
+            key: Side::new(map, inputs.key(), inputs.num_kv_heads())?,
         })
     }
 
@@ -159,7 +159,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         // Relative to the largest bias: what all have in common cancels, however large it is.
         let max = terms.iter().map(|term| term.logit).fold(F::neg_infinity(), nan_max);
         for term in terms {
-            term.logit = (term.logit - max) + term.kernel.exponent * F::of(LN_2);
+            term.logit = (term.logit - max) + term.kernel.exponent * F::from_f64(LN_2);
         }
     }
 
@@ -171,7 +171,7 @@ impl<'p, F: Float> Pairs<'p, F> {
             return [max, F::zero()];
         }
         let terms = terms.iter().map(|term| term.kernel.kappa * (term.logit - max).exp());
-        [max, F::of(terms.map(F::as_f64).sum())]
+        [max, F::from_f64(terms.map(F::as_f64).sum())]
     }
 
     /// Overwrites some rows of the output, each of a query and head, and what is summed of them.
@@ -196,14 +196,14 @@ impl<'p, F: Float> Pairs<'p, F> {
                 let value = self.problem.value(term.pair.key, head).iter();
                 mean.iter_mut().zip(value).for_each(|(mean, v)| *mean += weight * v.as_f64());
             }
-            out.iter_mut().zip(&mean).for_each(|(out, &mean)| *out = F::of(mean));
+            out.iter_mut().zip(&mean).for_each(|(out, &mean)| *out = F::from_f64(mean));
         }
     }
 
     /// num_pairs × heads.
     pub(super) fn weights(&self) -> Result<Array2<F>> {
         let inputs = &self.problem.inputs;
-        let mut weights = try_zeros("weights", inputs.num_pairs(), inputs.heads())?;
+        let mut weights = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
         let mut terms = Vec::new();
         for (query, head) in all_rows(inputs) {
             self.row(query, head, &mut terms);
@@ -271,7 +271,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                         grad_key.add_features(b, grad_kappa, self.query.features(i.0, i.1));
                     }
                     Some(max) => {
-                        let factor = F::of(LN_2) * (grad_logit / kernel.kappa);
+                        let factor = F::from_f64(LN_2) * (grad_logit / kernel.kappa);
                         let key = self.key.exponents(j.0, j.1);
                         let exponents = self.query.exponents(i.0, i.1).iter().zip(key);
                         for (feature, (&x, &y)) in exponents.enumerate() {
@@ -325,7 +325,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                 }
                 let features = side.features(row, head);
                 let exponent =
-                    |at: usize| of_exponents[at] + F::of(LN_2) * features[at] * grads[at];
+                    |at: usize| of_exponents[at] + F::from_f64(LN_2) * features[at] * grads[at];
                 let exponents = || (0..features.len()).map(exponent);
                 for (c, out) in out.iter_mut().enumerate() {
                     let second = c + num_columns;
@@ -338,15 +338,15 @@ impl<'p, F: Float> Pairs<'p, F> {
                         Map::Relu(_) => F::zero(),
                         // x > 0: log₂(1 + x); else x log₂ e
                         Map::Elu if product > F::zero() => {
-                            exponent(c) * F::of(LOG2_E) / (F::one() + product)
+                            exponent(c) * F::from_f64(LOG2_E) / (F::one() + product)
                         }
-                        Map::Elu => exponent(c) * F::of(LOG2_E),
+                        Map::Elu => exponent(c) * F::from_f64(LOG2_E),
                     };
                 }
                 grad_squares[row] = match map.map() {
                     Map::Exponential | Map::Both => -exponents().sum::<F>(),
                     // Of queries it cancels.
-                    Map::Circular if is_key => F::of(LN_2) * grad.squares[[row, head]],
+                    Map::Circular if is_key => F::from_f64(LN_2) * grad.squares[[row, head]],
                     _ => F::zero(),
                 };
             }
@@ -356,7 +356,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                     grad_x.rows_mut().into_iter().zip(x.rows()).zip(&grad_squares)
                 {
                     if grad != F::zero() {
-                        grad_x.scaled_add(F::of(2.0) * map.square_scale() * grad, &x);
+                        grad_x.scaled_add(F::from_f64(2.0) * map.square_scale() * grad, &x);
                     }
                 }
                 match map.projection {
@@ -416,6 +416,6 @@ impl<F: Float> SideGradient<F> {
 pub(super) fn all_rows<F: Float>(
     inputs: &Inputs<'_, F>,
 ) -> impl Iterator<Item = (usize, usize)> + use<F> {
-    let (queries, heads) = (inputs.num_queries(), inputs.heads());
+    let (queries, heads) = (inputs.num_queries(), inputs.num_heads());
     (0..queries).flat_map(move |query| (0..heads).map(move |head| (query, head)))
 }

@@ -41,11 +41,11 @@ use std::marker::PhantomData;
 /// state.add(keys.view(), values.view())?;
 /// let inputs = Inputs::dense(query.view(), keys.view(), values.view())?;
 /// let all = performer.forward(&inputs)?;
-/// assert!((state.query(query.view())? - all)[[0, 0]].abs() < 1e-12);
+/// assert!((state.attend(query.view())? - all)[[0, 0]].abs() < 1e-12);
 ///
 /// state.remove(keys.slice(s![2.., ..]), values.slice(s![2.., ..]))?;
 /// assert_eq!(state.num_keys(), 2);
-/// assert!(state.query(query.view())?[[0, 0]] < 2.0); // between the values that are left
+/// assert!(state.attend(query.view())?[[0, 0]] < 2.0); // between the values that are left
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -72,7 +72,7 @@ impl<F: Float> Performer<F> {
     /// Sums over no keys yet, for values of so many columns.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if there are none; [`Error::TooLarge`].
+    /// [`Error::InvalidArgument`] if there are none; [`Error::TooLarge`].
     pub fn state(&self, value_dim: usize) -> Result<PerformerState<F>> {
         if value_dim == 0 {
             return Err(Error::config("value_dim", "at least 1", value_dim));
@@ -100,7 +100,7 @@ impl<F: Float> PerformerState<F> {
     /// Adds keys (n × head_dim) and their values (n × value_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidConfig`] for numbers that are not finite, or whose squares
+    /// [`Error::Shape`]; [`Error::InvalidArgument`] for numbers that are not finite, or whose squares
     /// are not: no removal would take them out again.
     pub fn add(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
         self.sums.add(&self.checked_sums(keys, values)?, 1.0);
@@ -111,7 +111,7 @@ impl<F: Float> PerformerState<F> {
     /// Removes keys that have been added, and their values.
     ///
     /// # Errors
-    /// As [`add`](Self::add); [`Error::InvalidConfig`] for more keys than there are.
+    /// As [`add`](Self::add); [`Error::InvalidArgument`] for more keys than there are.
     pub fn remove(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
         if keys.nrows() > self.num_keys {
             let expected = format!("at most the {} rows of the state", self.num_keys);
@@ -130,7 +130,7 @@ impl<F: Float> PerformerState<F> {
     /// Adds the keys of another state of the same mechanism: of another shard or layer, say.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if its projection or features are others, [`Error::Shape`] if its
+    /// [`Error::InvalidArgument`] if its projection or features are others, [`Error::Shape`] if its
     /// values have another size.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         check_shape("other's values", &[self.value_dim], &[other.value_dim])?;
@@ -147,9 +147,9 @@ impl<F: Float> PerformerState<F> {
     /// none.
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidConfig`] where of the keys near a query so many have been
+    /// [`Error::Shape`]; [`Error::InvalidArgument`] where of the keys near a query so many have been
     /// removed that rounding is left of their sums.
-    pub fn query(&self, queries: ArrayView2<'_, F>) -> Result<Array2<F>> {
+    pub fn attend(&self, queries: ArrayView2<'_, F>) -> Result<Array2<F>> {
         check_shape("queries", &[queries.nrows(), self.map.head_dim], queries.shape())?;
         let mut out = try_zeros("out", queries.nrows(), self.value_dim)?;
         if self.num_keys == 0 {
@@ -180,7 +180,7 @@ impl<F: Float> PerformerState<F> {
                 let actual = format!("sums that rounding has reached, for query {row}");
                 return Err(Error::config("state", "keys that have not been removed", actual));
             }
-            out.row_mut(row).zip_mut_with(&values, |out, &value| *out = F::of(value));
+            out.row_mut(row).zip_mut_with(&values, |out, &value| *out = F::from_f64(value));
         }
         Ok(out)
     }

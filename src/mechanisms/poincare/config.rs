@@ -6,6 +6,7 @@ use crate::float::Float;
 use ndarray::Array0;
 
 /// The coordinates of points, in and out.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Coordinates {
@@ -28,6 +29,7 @@ pub enum Coordinates {
 }
 
 /// How the weighted points of a query become one.
+#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Aggregation {
@@ -139,12 +141,12 @@ impl PoincareConfig {
     /// The mechanism.
     ///
     /// # Errors
-    /// [`Error::InvalidConfig`] if c or τ is not between 10⁻³⁰ and 10³⁰.
+    /// [`Error::InvalidArgument`] if c or τ is not between 10⁻³⁰ and 10³⁰.
     pub fn init<F: Float>(&self) -> Result<Poincare<F>> {
         check_range("curvature", self.curvature, None::<F>)?;
         check_range("temperature", self.temperature, None::<F>)?;
         // softplus⁻¹(y) = y + ln(1 − e^{−y})
-        let raw = |value: f64| F::of(value + (-(-value).exp_m1()).ln());
+        let raw = |value: f64| F::from_f64(value + (-(-value).exp_m1()).ln());
         let learned = |learn: bool, value| learn.then(|| Array0::from_elem((), raw(value)));
         Ok(Poincare {
             config: self.clone(),

@@ -144,11 +144,11 @@ impl DeepRow {
                 let columns = head_columns(kv_head, dim);
                 let grad = grads.value[0].slice_mut(s![pair.pair.key, columns]);
                 for ((c, grad), away) in grad.into_iter().enumerate().zip(&away) {
-                    *grad += F::of(pair.kept * (across(c) - 2.0 * spread * away));
+                    *grad += F::from_f64(pair.kept * (across(c) - 2.0 * spread * away));
                 }
                 let cosh = pair.sinh.hypot(1.0);
                 let of_radius = pair.kept * (radial * later.cosh() + cosh * tangential);
-                grads.value[1][[pair.pair.key, kv_head]] += F::of(of_radius);
+                grads.value[1][[pair.pair.key, kv_head]] += F::from_f64(of_radius);
             }
         }
         // As in the kernels, minus the sum of the others.
@@ -175,7 +175,7 @@ impl DeepRow {
                 grads.key[1][[key, kv_head]] += of_key;
             }
             if let (Some(grad), Some(bias)) = (&mut grad_bias, softmax.bias) {
-                grad[bias.slot(pair.pair, head)] += F::of(grad_logit);
+                grad[bias.slot(pair.pair, head)] += F::from_f64(grad_logit);
             }
         }
     }

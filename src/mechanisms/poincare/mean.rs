@@ -67,9 +67,9 @@ impl<F: Float> Sums<F> {
             let row = DeepRow::new(problem, query, head);
             let first = head * (problem.dim + 2);
             for (c, &u) in row.direction.iter().enumerate() {
-                self.sums[[query, first + c]] = F::of(row.norm * u);
+                self.sums[[query, first + c]] = F::from_f64(row.norm * u);
             }
-            self.gaps[[query, head]] = F::of(row.gap);
+            self.gaps[[query, head]] = F::from_f64(row.gap);
             self.deep.push([query, head]);
         }
     }
@@ -96,9 +96,9 @@ impl<F: Float> Sums<F> {
 
     /// `Ok` if they are of such inputs.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        let shape = [inputs.num_queries(), inputs.heads()];
+        let shape = [inputs.num_queries(), inputs.num_heads()];
         self.normalizer.check(shape[0], shape[1])?;
-        let dim = inputs.value().ncols() / inputs.kv_heads();
+        let dim = inputs.value().ncols() / inputs.num_kv_heads();
         let columns = if self.is_linear { dim } else { dim + 2 };
         check_shape("saved sums", &[shape[0], shape[1] * columns], self.sums.shape())
     }
@@ -119,14 +119,14 @@ impl<F: Float> Sums<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) {
-        let dim = inputs.value().ncols() / inputs.kv_heads();
+        let dim = inputs.value().ncols() / inputs.num_kv_heads();
         for query in 0..inputs.num_queries() {
-            for head in 0..inputs.heads() {
+            for head in 0..inputs.num_heads() {
                 let center = self.center(query, head, dim);
                 let factor = center.factor(space);
                 let out = out.slice_mut(s![query, head_columns(head, dim)]);
                 let sum = out.into_iter().zip(center.sum);
-                sum.for_each(|(out, sum)| *out = F::of(factor * sum.as_f64()));
+                sum.for_each(|(out, sum)| *out = F::from_f64(factor * sum.as_f64()));
             }
         }
     }
@@ -144,8 +144,8 @@ impl<F: Float> Sums<F> {
         inputs: &Inputs<'_, F>,
         grad_out: ArrayView2<'_, F>,
     ) -> Result<(Upstream<F>, f64)> {
-        let (num_queries, heads) = (inputs.num_queries(), inputs.heads());
-        let dim = inputs.value().ncols() / inputs.kv_heads();
+        let (num_queries, heads) = (inputs.num_queries(), inputs.num_heads());
+        let dim = inputs.value().ncols() / inputs.num_kv_heads();
         let zeros = || try_zeros("gradients", num_queries, heads * dim);
         let (mut weights, mut directions, mut sums) = (zeros()?, zeros()?, zeros()?);
         let mut terms = Vec::with_capacity(num_queries * heads);
@@ -186,20 +186,20 @@ impl<F: Float> Sums<F> {
                     w += grad_radius * u;
                     delta += w * sum.as_f64();
                 }
-                weight[c] = F::of(w);
-                direction[c] = F::of(u);
-                of_values[c] = F::of(w + 2.0 * spread * u);
+                weight[c] = F::from_f64(w);
+                direction[c] = F::from_f64(u);
+                of_values[c] = F::from_f64(w + 2.0 * spread * u);
             }
             let expm1 = (0.5 * center.radius()).exp_m1();
             let [shift, inverse] = self.normalizer.factors(query, head);
             terms.push(Terms {
-                radial: F::of(if self.is_linear { 0.0 } else { grad_radius }),
-                spread: F::of(spread),
-                expm1: F::of(expm1),
-                half_inverse: F::of(0.5 / (1.0 + expm1)),
+                radial: F::from_f64(if self.is_linear { 0.0 } else { grad_radius }),
+                spread: F::from_f64(spread),
+                expm1: F::from_f64(expm1),
+                half_inverse: F::from_f64(0.5 / (1.0 + expm1)),
                 shift,
                 inverse,
-                delta: F::of(delta),
+                delta: F::from_f64(delta),
             });
         }
         zero_nan(&mut sums);
@@ -290,7 +290,7 @@ fn gaps<F: Float>(
             let row = row.as_slice().expect("a matrix of our own");
             let (sinh, inverse) = (row[dim].as_f64(), row[dim + 1].as_f64());
             let gap = inverse + (sinh - norm_of(&row[..dim]));
-            gaps[[query, head]] = F::of(gap);
+            gaps[[query, head]] = F::from_f64(gap);
             if gap < FAR * sinh {
                 gaps[[query, head]] = row[dim + 1];
                 is_far.push([query, head]);
@@ -307,7 +307,7 @@ fn gaps<F: Float>(
         let norm = norm_of(sum);
         let direction = directions.slice_mut(s![query, head_columns(head, dim)]);
         let direction = direction.into_iter().zip(sum);
-        direction.for_each(|(direction, sum)| *direction = F::of(sum.as_f64() / norm));
+        direction.for_each(|(direction, sum)| *direction = F::from_f64(sum.as_f64() / norm));
     }
     let mut spreads = try_zeros("spreads", num_queries, heads)?;
     let (directions, level) = (Rows::from(directions), level());

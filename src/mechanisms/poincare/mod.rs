@@ -1,3 +1,5 @@
+//! Attention in the Poincaré ball: [`Poincare`].
+
 mod config;
 mod deep;
 mod hessian;
@@ -8,7 +10,7 @@ mod wide;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
 
-use crate::attention::{Attention, Saved};
+use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -52,12 +54,12 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 ///   dropout has all dropped, gets the center, zeros.
 /// * **Parameters** `raw_curvature` and `raw_temperature`, where they are learned: c = log(1 + e^raw).
 /// * **Cost** O(pairs · (d + d_v)) time per head, O(n · (d + d_v) · heads) memory; the weights are never
-///   held, but by the means that are formed pair by pair and by [`weights`](Attention::weights).
+///   held, but by the means that are formed pair by pair and by [`weights`](Attention::attention_weights).
 /// * **Errors** [`Error::Domain`] for a point on the boundary or outside, with its row;
 ///   [`Error::Shape`] if queries and keys have heads of different size. NaN and infinities are no errors
 ///   but make NaN.
 ///
-/// # Accuracy
+/// # ErrorEstimate
 ///
 /// Inside, a point is a direction u and a radius R = √c d(0, x), and distances come from sinh²(√c
 /// d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, in which nothing cancels: |uᵢ − uⱼ|² is
@@ -83,7 +85,7 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// let leaves = array![[0.9, 0.1], [0.9, -0.1], [-0.9, 0.1]];
 /// let inputs = Inputs::dense(leaves.view(), leaves.view(), leaves.view())?;
 /// let attention = PoincareConfig::new().temperature(0.5).init::<f64>()?;
-/// let weights = attention.weights(&inputs)?; // pairs × heads
+/// let weights = attention.attention_weights(&inputs)?; // pairs × heads
 /// assert!(weights[[1, 0]] > 100.0 * weights[[2, 0]]);
 ///
 /// let (out, saved) = attention.forward_train(&inputs)?;
@@ -157,7 +159,7 @@ impl<F: Float> Poincare<F> {
 
     fn embed(&self, inputs: &Inputs<'_, F>) -> Result<Embedded<F>> {
         let space = self.space()?;
-        let (heads, kv_heads) = (inputs.heads(), inputs.kv_heads());
+        let (heads, kv_heads) = (inputs.num_heads(), inputs.num_kv_heads());
         let key_dim = inputs.query().ncols() / heads;
         check_shape("key", &[inputs.num_keys(), kv_heads * key_dim], inputs.key().shape())?;
         if self.config.aggregation == Aggregation::TangentAtQuery {
@@ -193,7 +195,7 @@ impl<F: Float> Poincare<F> {
         ];
         for (param, (value, grad)) in params.iter_mut().zip(learned.into_iter().flatten()) {
             // The derivative of softplus is 1 − e^{−softplus}.
-            *param += F::of(grad * -(-value).exp_m1());
+            *param += F::from_f64(grad * -(-value).exp_m1());
         }
     }
 
@@ -202,7 +204,7 @@ impl<F: Float> Poincare<F> {
     }
 
     fn run(&self, inputs: &Inputs<'_, F>, embedded: &Embedded<F>) -> Result<Sums<F>> {
-        let (num_queries, heads) = (inputs.num_queries(), inputs.heads());
+        let (num_queries, heads) = (inputs.num_queries(), inputs.num_heads());
         let polar = embedded.inputs(inputs)?;
         let problem = embedded.problem(&polar, self.is_linear())?;
         let columns = problem.softmax.value_dim;
@@ -243,7 +245,7 @@ impl<F: Float> Embedded<F> {
     fn inputs<'e>(&'e self, inputs: &Inputs<'e, F>) -> Result<Inputs<'e, F>> {
         let arrays = [&self.query.directions, &self.key.directions, &self.sums];
         let [query, key, value] = arrays.map(|array| array.view());
-        inputs.with_arrays(query, key, value)?.with_kv_heads(inputs.heads(), inputs.kv_heads())
+        inputs.with_arrays(query, key, value)
     }
 
     fn problem<'e>(
@@ -260,7 +262,7 @@ impl<F: Float> Embedded<F> {
             // Then the sums are those of the directions themselves.
             let (zero, one) = (F::zero(), F::one());
             let mass = Mass { expm1: zero, half_inverse: zero, sinh: one, cosh: zero };
-            vec![mass; polar.num_keys() * polar.kv_heads()]
+            vec![mass; polar.num_keys() * polar.num_kv_heads()]
         } else {
             self.value.for_sums()
         };
@@ -268,8 +270,8 @@ impl<F: Float> Embedded<F> {
             softmax: Problem::new(polar, None)?,
             query: self.query.for_logits(),
             key: self.key.for_logits(),
-            kappa: F::of(self.kappa),
-            dim: self.value.directions.ncols() / polar.kv_heads(),
+            kappa: F::from_f64(self.kappa),
+            dim: self.value.directions.ncols() / polar.num_kv_heads(),
             directions,
             masses,
         })
@@ -277,7 +279,7 @@ impl<F: Float> Embedded<F> {
 }
 
 impl<F: Float> Params<F> for Poincare<F> {
-    fn visit_params(&self, visitor: &mut dyn FnMut(&str, ArrayViewD<'_, F>)) {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if let Some(raw) = &self.raw_curvature {
             visitor("raw_curvature", raw.view().into_dyn());
         }
@@ -286,7 +288,7 @@ impl<F: Float> Params<F> for Poincare<F> {
         }
     }
 
-    fn visit_params_mut(&mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'_, F>)) {
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if let Some(raw) = &mut self.raw_curvature {
             visitor("raw_curvature", raw.view_mut().into_dyn());
         }
@@ -314,7 +316,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        self.check_output("out", inputs, out.shape())?;
+        check_output(self, "out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
         let attended = if !embedded.is_within_range(self.config.aggregation) {
             Attended::Wide(Wide::new(self, inputs)?.forward(inputs, out)?)
@@ -342,7 +344,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
             let [expected, actual] = [&self.config, config].map(|config| format!("{config:?}"));
             return Err(Error::config("saved config", expected, actual));
         }
-        self.check_output("grad_out", inputs, grad_out.shape())?;
+        check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let sums = match attended {
             Attended::Sums(sums) => sums,
@@ -350,7 +352,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
                 return Wide::new(self, inputs)?.backward(inputs, saved, grad_out, grads);
             }
             Attended::Pairs(softmax) => {
-                let shape = [inputs.num_pairs(), inputs.heads()];
+                let shape = [inputs.num_pairs(), inputs.num_heads()];
                 check_shape("saved weights", &shape, softmax.weights.shape())?;
                 let plain = Plain::new(self, inputs, softmax)?;
                 let [grad_c, grad_temperature] = plain.backward(grad_out, &mut grads)?;
@@ -401,10 +403,10 @@ impl<F: Float> Attention<F> for Poincare<F> {
         Ok(())
     }
 
-    fn weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let embedded = self.embed(inputs)?;
         if !embedded.is_within_range(self.config.aggregation) {
-            return Wide::new(self, inputs)?.weights(inputs);
+            return Wide::new(self, inputs)?.attention_weights(inputs);
         }
         Ok(self.softmax(inputs, &embedded)?.weights)
     }

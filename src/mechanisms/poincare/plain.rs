@@ -85,9 +85,10 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             }
             Ok(points)
         };
-        let query = points(inputs.query(), inputs.heads())?;
+        let query = points(inputs.query(), inputs.num_heads())?;
         let [key, value] = [inputs.key(), inputs.value()];
-        let [key, value] = [points(key, inputs.kv_heads())?, points(value, inputs.kv_heads())?];
+        let [key, value] =
+            [points(key, inputs.num_kv_heads())?, points(value, inputs.num_kv_heads())?];
         let (temperature, aggregation) = (poincare.temperature(), poincare.config.aggregation);
         Ok(Self {
             inputs,
@@ -104,23 +105,23 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     }
 
     fn kv_head(&self, head: usize) -> usize {
-        head * self.inputs.kv_heads() / self.inputs.heads()
+        head * self.inputs.num_kv_heads() / self.inputs.num_heads()
     }
 
     fn query_columns(&self, head: usize) -> Range<usize> {
-        head_columns(head, self.query.ncols() / self.inputs.heads())
+        head_columns(head, self.query.ncols() / self.inputs.num_heads())
     }
 
     fn key_columns(&self, head: usize) -> Range<usize> {
-        head_columns(self.kv_head(head), self.key.ncols() / self.inputs.kv_heads())
+        head_columns(self.kv_head(head), self.key.ncols() / self.inputs.num_kv_heads())
     }
 
     fn value_columns(&self, head: usize) -> Range<usize> {
-        head_columns(self.kv_head(head), self.value.ncols() / self.inputs.kv_heads())
+        head_columns(self.kv_head(head), self.value.ncols() / self.inputs.num_kv_heads())
     }
 
     fn out_columns(&self, head: usize) -> Range<usize> {
-        head_columns(head, self.value.ncols() / self.inputs.kv_heads())
+        head_columns(head, self.value.ncols() / self.inputs.num_kv_heads())
     }
 
     fn value(&self, key: usize, head: usize) -> &[f64] {
@@ -291,14 +292,14 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     pub(super) fn forward(&self, mut out: ArrayViewMut2<'_, F>) -> Result<()> {
         out.fill(F::zero());
         for query in 0..self.inputs.num_queries() {
-            for head in 0..self.inputs.heads() {
+            for head in 0..self.inputs.num_heads() {
                 let Some(row) = self.row(query, head)? else { continue };
                 let mut mean = row.mean;
                 if self.coordinates == Coordinates::Tangent {
                     log_map_origin(&mean.clone(), self.c, &mut mean)?;
                 }
                 let out = out.slice_mut(s![query, self.out_columns(head)]);
-                out.into_iter().zip(mean).for_each(|(out, mean)| *out = F::of(mean));
+                out.into_iter().zip(mean).for_each(|(out, mean)| *out = F::from_f64(mean));
             }
         }
         Ok(())
@@ -315,7 +316,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             (zeros(&self.query)?, zeros(&self.key)?, zeros(&self.value)?);
         let mut of_params = [0.0; 2];
         for at in 0..self.inputs.num_queries() {
-            for head in 0..self.inputs.heads() {
+            for head in 0..self.inputs.num_heads() {
                 let Some(row) = self.row(at, head)? else { continue };
                 let grad_out = grad_out.slice(s![at, self.out_columns(head)]);
                 let grad_out: Vec<f64> = grad_out.iter().map(|grad| grad.as_f64()).collect();
@@ -325,7 +326,8 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                 of_params[1] += grad_temperature;
             }
         }
-        let (inputs, heads, kv_heads) = (self.inputs, self.inputs.heads(), self.inputs.kv_heads());
+        let (inputs, heads, kv_heads) =
+            (self.inputs, self.inputs.num_heads(), self.inputs.num_kv_heads());
         for (grad, input, heads, sink) in [
             (query, inputs.query(), heads, &mut grads.query),
             (key, inputs.key(), kv_heads, &mut grads.key),
@@ -398,7 +400,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let mut grad_temperature = 0.0;
         for (pair, grad_logit) in row.pairs.iter().zip(grad_logits) {
             if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
-                grad[bias.slot(*pair, head)] += F::of(grad_logit);
+                grad[bias.slot(*pair, head)] += F::from_f64(grad_logit);
             }
             let a = &of_row(&self.query, row.query)[self.query_columns(head)];
             let b = &of_row(&self.key, pair.key)[self.key_columns(head)];
@@ -476,7 +478,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             })?;
         }
         if let Some(sink) = sink {
-            sink.zip_mut_with(&grad, |sink, &grad| *sink += F::of(grad));
+            sink.zip_mut_with(&grad, |sink, &grad| *sink += F::from_f64(grad));
         }
         Ok(grad_c)
     }

@@ -46,21 +46,21 @@ impl Node {
     fn for_logits<F: Float>(self) -> Radius<F> {
         let [half_sinh, half_cosh] = self.half_sinh_and_cosh();
         Radius {
-            expm1: F::of(self.expm1),
-            half_inverse: F::of(0.5 / (1.0 + self.expm1)),
-            half_sinh: F::of(half_sinh),
-            root: F::of(half_sinh.sqrt()),
-            half_cosh: F::of(half_cosh),
+            expm1: F::from_f64(self.expm1),
+            half_inverse: F::from_f64(0.5 / (1.0 + self.expm1)),
+            half_sinh: F::from_f64(half_sinh),
+            root: F::from_f64(half_sinh.sqrt()),
+            half_cosh: F::from_f64(half_cosh),
         }
     }
 
     fn for_sums<F: Float>(self) -> Mass<F> {
         let [half_sinh, half_cosh] = self.half_sinh_and_cosh();
         Mass {
-            expm1: F::of(self.expm1),
-            half_inverse: F::of(0.5 / (1.0 + self.expm1)),
-            sinh: F::of(2.0 * half_sinh),
-            cosh: F::of(2.0 * half_cosh),
+            expm1: F::from_f64(self.expm1),
+            half_inverse: F::from_f64(0.5 / (1.0 + self.expm1)),
+            sinh: F::from_f64(2.0 * half_sinh),
+            cosh: F::from_f64(2.0 * half_cosh),
         }
     }
 }
@@ -96,7 +96,8 @@ impl Space {
             let mut inverse = norm.recip();
             if norm.is_infinite() && all_finite(x) {
                 // Of vectors that are longer than any number.
-                let quarter = norm_of(&x.iter().map(|&x| x * F::of(0.25)).collect::<Vec<_>>());
+                let quarter =
+                    norm_of(&x.iter().map(|&x| x * F::from_f64(0.25)).collect::<Vec<_>>());
                 (norm, inverse) = (f64::MAX, 0.25 / quarter);
             }
             if !norm.is_finite() {
@@ -107,8 +108,8 @@ impl Space {
             for (direction, x) in direction.iter_mut().zip(x) {
                 *direction = match norm {
                     0.0 => F::zero(),
-                    _ if inverse.is_finite() => F::of(x.as_f64() * inverse),
-                    _ => F::of(x.as_f64() / norm),
+                    _ if inverse.is_finite() => F::from_f64(x.as_f64() * inverse),
+                    _ => F::from_f64(x.as_f64() / norm),
                 };
             }
         }
@@ -205,7 +206,7 @@ impl Space {
             let mut add = |c: usize, value: f64| {
                 if let Some(sink) = &mut sink {
                     let sink: &mut ArrayViewMut1<'_, F> = sink;
-                    sink[head * dim + c] += F::of(value);
+                    sink[head * dim + c] += F::from_f64(value);
                 }
             };
             if node.norm.is_nan() {
@@ -279,7 +280,7 @@ impl<F: Float> Polar<F> {
         for ((scaled, direction), node) in rows.zip(directions).zip(&self.nodes) {
             let factor = factor(node);
             for (scaled, u) in scaled.iter_mut().zip(direction) {
-                *scaled = F::of(factor * u.as_f64());
+                *scaled = F::from_f64(factor * u.as_f64());
             }
         }
         Ok(scaled)
@@ -301,12 +302,12 @@ impl<F: Float> Polar<F> {
         let directions = self.directions.as_slice().expect("a matrix of our own");
         for (at, (sums, node)) in all.zip(&self.nodes).enumerate() {
             let [half_sinh, _] = node.half_sinh_and_cosh();
-            let sinh = F::of(2.0 * half_sinh);
+            let sinh = F::from_f64(2.0 * half_sinh);
             for (sum, &u) in sums.iter_mut().zip(&directions[head_columns(at, dim)]) {
                 *sum = sinh * u;
             }
             sums[dim] = sinh;
-            sums[dim + 1] = F::of((1.0 + node.expm1).powi(-2));
+            sums[dim + 1] = F::from_f64((1.0 + node.expm1).powi(-2));
         }
         Ok(sums)
     }

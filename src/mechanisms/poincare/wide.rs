@@ -51,12 +51,12 @@ impl Wide {
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         let (wide, saved) = self.poincare.forward_train(&self.inputs(inputs)?)?;
-        out.zip_mut_with(&wide, |out, &wide| *out = F::of(wide));
+        out.zip_mut_with(&wide, |out, &wide| *out = F::from_f64(wide));
         Ok(saved)
     }
 
-    pub(super) fn weights<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        Ok(self.poincare.weights(&self.inputs(inputs)?)?.mapv(F::of))
+    pub(super) fn attention_weights<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        Ok(self.poincare.attention_weights(&self.inputs(inputs)?)?.mapv(F::from_f64))
     }
 
     pub(super) fn backward<F: Float>(
@@ -83,6 +83,6 @@ impl Wide {
 
 fn add<F: Float, D: Dimension>(grad: Option<ArrayViewMut<'_, F, D>>, wide: &Array<f64, D>) {
     if let Some(mut grad) = grad {
-        grad.zip_mut_with(wide, |grad, &wide| *grad += F::of(wide));
+        grad.zip_mut_with(wide, |grad, &wide| *grad += F::from_f64(wide));
     }
 }
