@@ -1,6 +1,6 @@
 //! A sliding window beside dense attention as inputs grow: `cargo bench -p benches --bench local_global`.
 //!
-//! `LocalGlobal` by order with 128 keys to either side, without and with 4 global positions and with
+//! `LocalGlobal::sliding_window` with 128 keys to either side, without and with 4 global positions and with
 //! gaps, and `Flash`, over n nodes of 64 columns. Throughput is in (query, key) pairs that take part.
 
 mod workload;

@@ -6,16 +6,14 @@
 //! cargo run --release -p examples --example attention_maps               # target/attention_maps.svg
 //! cargo run --release -p examples --example attention_maps -- maps.svg
 //! ```
-//!
-//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array1, Array2};
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, EdgeGatConfig, Flash, Graph, GraphRopeConfig, Inputs, LocalGlobal, MultiHeadConfig,
     PerformerConfig, PoincareConfig, Result, ScaledDotProduct, edge_gat::Score, graph_rope::Layout,
     local_global::Window, params, poincare::Coordinates,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::f64::consts::PI;
 
 const N: usize = 34;

@@ -7,12 +7,12 @@
 //!
 //! Every node attends to its neighbours and itself, with random features; its position is the number
 //! of hops from node 0. Beyond 100 lines, since it has all mechanisms and a data set. Dev-dependencies:
-//! `peak_alloc`, `rand`, `rand_distr`.
+//! `peak_alloc`, `rand_distr`.
 
+use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{dual_space::*, edge_gat::*, graph_rope::*, local_global::*, poincare::*};
 use graph_attention::{ndarray::Array2, neighbors::Metric, *};
 use peak_alloc::PeakAlloc;
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
 use std::time::{Duration, Instant};
 

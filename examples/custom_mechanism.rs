@@ -5,13 +5,13 @@
 //! cargo run --release -p examples --example custom_mechanism
 //! ```
 //!
-//! Half of its lines are the trait's signatures. Dev-dependency: `rand`.
+//! Half of its lines are the trait's signatures.
 
 use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{Attention, Channel, GradientsMut, Inputs, MultiHeadConfig};
 use graph_attention::{Params, Result, Saved, check_output};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 /// oᵢ = Σⱼ vⱼ / |N(i)|
 #[derive(Debug)]

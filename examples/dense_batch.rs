@@ -5,11 +5,11 @@
 //! cargo run --release -p examples --example dense_batch
 //! ```
 //!
-//! Dev-dependencies: `rand`, `rand_distr`.
+//! Dev-dependency: `rand_distr`.
 
 use graph_attention::ndarray::{Array2, s};
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, Flash, Inputs, Result};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 
 fn main() -> Result<()> {

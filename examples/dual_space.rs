@@ -4,16 +4,14 @@
 //! ```sh
 //! cargo run --release -p examples --example dual_space
 //! ```
-//!
-//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array2, Axis};
 use graph_attention::neighbors::Metric;
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, DualSpaceConfig, Flash, Graph, Inputs, dual_space::Fusion, dual_space::LatentSearch,
 };
 use graph_attention::{MultiHeadConfig, Result, params};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 fn main() -> Result<()> {
     let n = 34;
@@ -55,7 +53,7 @@ fn main() -> Result<()> {
     println!("friends alone: loss {:.3}, {} of {n} right", loss(&alone), right(&alone));
     println!("friends and those alike: loss {:.3}, {} right", loss(&both), right(&both));
     let shares = dual.gates(&inputs)?.sum_axis(Axis(0)) / n as f64;
-    println!("shares of friends, those alike, and the latter asked by the former: {shares:.2}");
+    println!("shares of the graph, latent and cross branches: {shares:.2}");
     assert!(loss(&both) < 0.9 * loss(&alone) && right(&both) > right(&alone));
     assert!(shares.iter().all(|&share| share > 0.1), "all are used");
     Ok(())

@@ -4,12 +4,10 @@
 //! ```sh
 //! cargo run --release -p examples --example graph_layer
 //! ```
-//!
-//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::{Array2, Axis};
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig, Result, params};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 fn main() -> Result<()> {
     // Twelve nodes in a ring; each attends to the two beside it.

@@ -7,12 +7,12 @@
 //! An index for nearest neighbours is already a graph to attend over: layer 0 links near vectors,
 //! the layers above are its long links. Each of 2,000 vectors starts with the number of its cluster
 //! as a value and attends round by round; what a value has become tells which clusters a vector has
-//! heard of. Dev-dependencies: `rand`, `rand_distr`.
+//! heard of. Dev-dependency: `rand_distr`.
 
 use graph_attention::ndarray::Array2;
 use graph_attention::neighbors::{HnswConfig, Metric};
+use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, Flash, Graph, Inputs, LocalGlobal, Result};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;
 
 const VECTORS: usize = 2_000;

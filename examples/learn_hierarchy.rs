@@ -2,18 +2,18 @@
 //! as in Nickel & Kiela 2017, arXiv:1705.08039, by the gradients of hyperbolic attention.
 //!
 //! ```sh
-//! cargo run --release -p examples --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
-//! cargo run --release -p examples --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
+//! cargo run --release -p examples --features csv --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
+//! cargo run --release -p examples --features csv --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
 //! ```
 //!
 //! A folder holds `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.
 //! mAP is the mean average precision of ancestors among all nodes in the order of attention.
-//! Dev-dependencies: `csv`, `rand`.
+//! Dev-dependency: `csv`.
 
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, project};
 use graph_attention::ndarray::{Array1, Array2, Axis};
+use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use graph_attention::{Attention, Graph, Inputs, PoincareConfig, poincare::Aggregation};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use std::{collections::BTreeMap, env, error::Error, iter};
 
 const KEYS: usize = 1 + 50; // of each descendant: an ancestor, then nodes that are none

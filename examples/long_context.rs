@@ -7,12 +7,12 @@
 //!
 //! Every vector attends to all others, exactly and through more and more random features. The error is
 //! measured against the exact answer, and predicted from the features alone; the bars are a logarithmic
-//! plot of it. Dev-dependencies: `peak_alloc`, `rand`, `rand_distr`.
+//! plot of it. Dev-dependencies: `peak_alloc`, `rand_distr`.
 
 use graph_attention::ndarray::{Array2, s};
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, Flash, Inputs, PerformerConfig, Result};
 use peak_alloc::PeakAlloc;
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 use std::time::Instant;
 

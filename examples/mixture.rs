@@ -8,15 +8,15 @@
 //! way of looking at the others gives: those beside it (`LocalGlobal`), hyperbolic distances
 //! (`Poincare`), all by softmax (`Performer`, which is near it), or the strengths of the links
 //! (`EdgeGat`, which has to learn it). Nobody tells the router what is meant for what: it learns from
-//! the error, and from a small loss that keeps all experts busy. Dev-dependencies: `rand`, `rand_distr`.
+//! the error, and from a small loss that keeps all experts busy. Dev-dependency: `rand_distr`.
 
 use graph_attention::ndarray::Array2;
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, EdgeGatConfig, Flash, Inputs, LocalGlobal, MoeConfig, PerformerConfig,
     PoincareConfig, Result, ScaledDotProduct, edge_gat::Score, local_global::Window, moe::Routing,
     params, poincare::Coordinates,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 
 const NODES: usize = 64;

@@ -3,19 +3,19 @@
 //! takes them.
 //!
 //! ```sh
-//! cargo run --release -p examples --example train_gat                         # the karate club in examples/data
-//! cargo run --release -p examples --example train_gat -- <folder> --seeds 10  # Cora: 0.831; the paper has 0.830
+//! cargo run --release -p examples --features csv --example train_gat                         # the karate club in examples/data
+//! cargo run --release -p examples --features csv --example train_gat -- <folder> --seeds 10  # Cora: 0.831; the paper has 0.830
 //! ```
 //!
 //! A folder holds `nodes.csv` with columns `label` and `split` (`train`, `val`, `test`, others), `edges.csv`
 //! with `u` and `v`, and `features.txt`, whose line i lists the columns that are 1 for node i. Cora is at
-//! github.com/kimiyoung/planetoid. Dev-dependencies: `csv`, `rand`.
+//! github.com/kimiyoung/planetoid. Dev-dependency: `csv`.
 
 use graph_attention::ndarray::{Array1, Array2, ArrayD};
+use graph_attention::rand::{Rng, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, Dropout, EdgeGat, EdgeGatConfig, Graph, Inputs, edge_gat::Score, params,
 };
-use rand::{Rng, SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::{collections::HashMap, env, error::Error, fs};
 
 fn main() -> Result<(), Box<dyn Error>> {

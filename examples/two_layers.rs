@@ -5,12 +5,10 @@
 //! ```sh
 //! cargo run --release -p examples --example two_layers
 //! ```
-//!
-//! Dev-dependency: `rand`.
 
 use graph_attention::ndarray::Array2;
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Result, edge_gat::Score, params};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 fn main() -> Result<()> {
     let n = SIDES.len();

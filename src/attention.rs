@@ -163,7 +163,7 @@ pub fn check_output<F: Float>(
     check_shape(what, &[inputs.num_queries(), attention.output_dim(inputs)], shape)
 }
 
-/// What a forward pass keeps for its backward pass: opaque, owned, made by
+/// The state that a forward pass keeps for its backward pass: opaque, owned, made by
 /// [`Attention::forward_train_into`].
 pub struct Saved {
     mechanism: &'static str,

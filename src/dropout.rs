@@ -45,7 +45,7 @@ impl Dropout {
         }
     }
 
-    /// What the weight of this (pair, head) is multiplied by: 0 or `1 / (1 − probability)`.
+    /// The factor of the weight of this (pair, head): 0 or `1 / (1 − probability)`.
     ///
     /// `pair` is the caller's pair number: `i · num_keys + j` in dense inputs, the edge number in a
     /// graph.

@@ -1,7 +1,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-/// What this crate returns when a call is wrong.
+/// The error of a call with wrong arguments.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why a call was refused.
@@ -72,7 +72,7 @@ pub enum Error {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
         /// expert in a mixture, `cross (flash)` of a branch.
         mechanism: Cow<'static, str>,
-        /// What sets it, e.g. `EdgeGatConfig::edge_dim`.
+        /// The setting, e.g. `EdgeGatConfig::edge_dim`.
         setting: &'static str,
         /// The channel that would not be read.
         channel: Channel,
@@ -96,7 +96,7 @@ pub enum Error {
         row: usize,
         /// The norm of the point.
         norm: f64,
-        /// What the norm must be less than.
+        /// The bound of the norm.
         limit: f64,
     },
     /// The parts of a graph contradict each other.
@@ -104,9 +104,9 @@ pub enum Error {
     Graph {
         /// The part, e.g. `edges[3].key`.
         what: Cow<'static, str>,
-        /// What it must be.
+        /// The required value or form.
         expected: String,
-        /// What came.
+        /// The value that came.
         actual: String,
     },
     /// An array of this shape does not fit in memory.
@@ -164,9 +164,9 @@ pub enum Error {
     File {
         /// The file, or a part of it.
         what: String,
-        /// What it must be.
+        /// The required value or form.
         expected: &'static str,
-        /// What came.
+        /// The value that came.
         actual: String,
     },
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 type View1<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix1, A>;
 type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 
-/// What an [`Attention`](crate::Attention) is computed on: queries, keys, values, the pairs that
+/// The inputs of an [`Attention`](crate::Attention): queries, keys, values, the pairs that
 /// attend, and optional data for each pair. Views only, cheap to copy, validated on construction.
 ///
 /// **Pairs.** Every query attends to some keys; each such (query, key) is a *pair*, and pairs are
@@ -440,7 +440,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// A layer number for each pair, such as the layer of a link in an HNSW index, the hops of
     /// [`Graph::k_hop`] or the pattern of [`Graph::union`]. Read by
-    /// [`LocalGlobal`](crate::LocalGlobal) by layer: 0 is local, anything above is global.
+    /// [`LocalGlobal::joint`](crate::LocalGlobal::joint) and `gated`: 0 is local, anything above is global.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one per pair.
@@ -604,7 +604,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.dropout
     }
 
-    /// What dropout multiplies the weight of a pair by; 1 without dropout. It is
+    /// The factor by which dropout multiplies the weight of a pair; 1 without dropout. It is
     /// [`Dropout::multiplier`] of the pair's number, which for [selected
     /// queries](Self::select_queries) is the number in the whole inputs.
     ///

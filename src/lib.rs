@@ -37,15 +37,15 @@
 //!
 //! # Data of pairs, and heads
 //!
-//! Whatever belongs to a pair (features of an edge, a distance, a bias) is an array with one row per
+//! Data of pairs (features of edges, distances, a bias) are arrays with one row per
 //! pair, in the order of your edge list; attention weights come back in the same order. Mechanisms with
-//! parameters are made by a configuration, and drawn from an `rng` that you bring. [`EdgeGat`] and
+//! parameters are made by a configuration, and drawn from an `rng` that you pass. [`EdgeGat`] and
 //! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
 //!
 //! ```
 //! use graph_attention::ndarray::array;
 //! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, edge_gat::Score};
-//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
@@ -73,7 +73,7 @@
 //! ```
 //! use graph_attention::ndarray::array;
 //! use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, edge_gat::Score, params};
-//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
@@ -112,9 +112,9 @@
 //! | [`ScaledDotProduct`] | softmax attention, written to be read | O(pairs · heads) |
 //! | [`Flash`] | the same function in tiles: the fast one | O(n) |
 //! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
-//! | [`Moe`] | a mixture of experts of any kind, of which a router picks a few for each query | O(n) and the experts' |
-//! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global layers, in one softmax or by a learned gate | O(n); by layer O(pairs) |
-//! | [`DualSpace`] | attention over the neighbours in a graph, over the nodes most alike, and of the former over the latter | O(n) and the inner ones' |
+//! | [`Moe`] | a mixture of attention experts; a router picks a few for each query | O(n) and the experts' |
+//! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global edges, in one softmax or with a learned gate | O(n); with edge layers O(pairs) |
+//! | [`DualSpace`] | attention over graph neighbours, over latent neighbours, and cross-attention between the two | O(n) and the inner ones' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
 //! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
@@ -134,7 +134,8 @@
 //! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
 //! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
 //! and for any number of threads; another instruction set rounds differently. There is no C and no OS
-//! entropy: randomness comes in through an `rng` argument, any generator of `rand` 0.10, or an explicit seed.
+//! entropy: randomness comes in through an `rng` argument, any generator of [`rand`] 0.10 (re-exported too), or an
+//! explicit seed.
 //!
 //! # Features
 //!

@@ -1,4 +1,4 @@
-//! Parameters and buffers seen from outside: by optimisers, and by whoever saves and loads them.
+//! Access to parameters and buffers: for optimisers, and for saving and loading.
 //!
 //! **Saving.** What a trained mechanism is, beside its type, is a configuration and a [`state`]. With the
 //! feature `serde` both are written and read by any format of [serde](https://serde.rs); what is read is
@@ -9,7 +9,7 @@
 //! # #[cfg(feature = "serde")] {
 //! use graph_attention::ndarray::ArrayD;
 //! use graph_attention::{EdgeGat, EdgeGatConfig, edge_gat::Score, params};
-//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let config = EdgeGatConfig::new(Score::GatV2, 4, 3, 2);
 //! let trained: EdgeGat<f32> = config.init(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
@@ -71,7 +71,7 @@ pub trait Params<F: Float> {
 ///
 /// ```
 /// use graph_attention::{EdgeGat, EdgeGatConfig, edge_gat::Score, params};
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 /// let gat: EdgeGat<f32> = EdgeGatConfig::new(Score::GatV2, 3, 4, 2).init(&mut rng)?;
@@ -91,7 +91,7 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 ///
 /// ```
 /// use graph_attention::{Flash, GraphRopeConfig, graph_rope::Layout, MultiHeadConfig, params};
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let config = MultiHeadConfig::new(8, 2);
 /// # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
@@ -203,7 +203,7 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
 /// ```
 /// use graph_attention::{params, Attention, Inputs, MultiHeadConfig, ScaledDotProduct};
 /// use graph_attention::ndarray::Array2;
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 /// let mut attention = MultiHeadConfig::new(4, 2).init(ScaledDotProduct::new(), &mut rng)?;

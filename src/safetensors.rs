@@ -3,7 +3,7 @@
 //!
 //! ```
 //! use graph_attention::{Flash, MultiHead, MultiHeadConfig, params, safetensors};
-//! use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+//! use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 //!
 //! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //! let config = MultiHeadConfig::new(4, 2);
@@ -46,7 +46,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What the format itself keeps under a tensor's name.
+/// The name that the format reserves for its metadata.
 const RESERVED: &str = "__metadata__";
 
 /// Other readers take no longer header either.

@@ -20,7 +20,7 @@ fn rng(seed: u64) -> Rng {
     Rng::seed_from_u64(seed)
 }
 
-/// A pattern by order, pair by pair.
+/// The pattern of a sliding window, pair by pair.
 #[derive(Clone, Debug)]
 struct Pattern {
     radius: i64,

@@ -6,7 +6,7 @@
 //! cargo run --release -p examples --example report -- report.html --full   # larger inputs, some minutes
 //! ```
 //!
-//! The page needs nothing but itself. Dev-dependencies: `peak_alloc`, `rand`, `rand_distr`.
+//! The page needs nothing but itself. Dev-dependencies: `peak_alloc`, `rand_distr`.
 
 mod measure;
 mod mechanisms;

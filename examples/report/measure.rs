@@ -3,11 +3,11 @@
 use crate::PEAK;
 use crate::mechanisms::{Mechanism, mechanisms};
 use graph_attention::ndarray::{Array1, Array2, s};
+use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, Flash, Float, Gradients, Graph, Inputs, LocalGlobal, PerformerConfig, Result,
     local_global::Window, params,
 };
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
 use std::time::{Duration, Instant};
 

@@ -2,13 +2,13 @@
 
 use crate::measure::{COLUMNS, DEGREE};
 use graph_attention::neighbors::Metric;
+use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
     MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
     dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score, graph_rope::Layout,
     local_global::Window, poincare::Coordinates,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 pub(crate) const RADIUS: usize = 64;
 pub(crate) const FEATURES: usize = 256;

@@ -67,7 +67,7 @@ pub struct Graph {
     transposed: OnceLock<Box<Graph>>,
 }
 
-/// What the features of new self-loops are: [`Graph::with_self_loops_and_features`].
+/// The features of new self-loops: see [`Graph::with_self_loops_and_features`].
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum LoopFill<F> {

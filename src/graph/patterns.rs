@@ -80,7 +80,7 @@ impl Graph {
     ///
     /// ```
     /// use graph_attention::Graph;
-    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     ///
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     /// let expander = Graph::expander(100, 4, &mut rng)?;
@@ -132,7 +132,7 @@ impl Graph {
     /// ```
     /// use graph_attention::{Graph, Inputs};
     /// use graph_attention::ndarray::Array2;
-    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     ///
     /// // The sparse pattern of Exphormer and BigBird: near, global, and far at random.
     /// let near = Graph::window(50, 1)?;

@@ -344,7 +344,7 @@ impl<'r, F: Copy> Gather<'r, F> {
     }
 }
 
-/// What [`Columns::add_weighted`] multiplies by.
+/// The factors of [`Columns::add_weighted`].
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'w, F> {
     /// Of the sum of each head before.

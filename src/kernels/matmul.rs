@@ -141,7 +141,7 @@ impl<'l, F> Left<'l, F> {
     }
 }
 
-/// What becomes of what was in the place of a product.
+/// How a product is combined with the numbers in its place.
 #[derive(Clone, Copy, Debug)]
 pub enum Target<'t, F> {
     Add,

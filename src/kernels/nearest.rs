@@ -28,7 +28,7 @@ pub struct Keys<'a, F: Float> {
     metric: Metric,
     /// NaN or infinite for the keys that are similar to none.
     norms: Vec<f64>,
-    /// What makes a sum of a tile a similarity; NaN for keys whose sums are not to be trusted.
+    /// The factors that make the sums of a tile similarities; NaN for keys whose sums are not to be trusted.
     factors: Vec<F>,
     /// The largest finite norm.
     largest: f64,

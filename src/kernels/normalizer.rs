@@ -1,4 +1,4 @@
-//! What the exponentials of a softmax are divided by.
+//! The divisor of the exponentials of a softmax.
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};

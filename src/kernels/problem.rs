@@ -115,7 +115,7 @@ impl<'a, F: Float> Problem<'a, F> {
         self.inputs.num_pairs_in_window().saturating_mul(columns)
     }
 
-    /// What dropout multiplies the weight of a pair by.
+    /// The factor by which dropout multiplies the weight of a pair.
     #[inline]
     pub(crate) fn multiplier(&self, pair: Pair, head: usize) -> F {
         self.inputs.dropout_multiplier(pair, head)
@@ -126,7 +126,7 @@ impl<'a, F: Float> Problem<'a, F> {
     }
 }
 
-/// What a backward pass starts from.
+/// The inputs of a backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Upstream<'u, F> {
     /// The outputs of the forward pass, and its normalizer.

@@ -59,7 +59,7 @@ pub struct Flash {
     tiles: TileSizes,
 }
 
-/// What the backward pass of one softmax starts from.
+/// The inputs of the backward pass of one softmax.
 pub(crate) struct State<F> {
     pub(crate) out: Array2<F>,
     pub(crate) normalizer: Normalizer<F>,

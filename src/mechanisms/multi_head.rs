@@ -229,7 +229,7 @@ impl MultiHeadConfig {
 /// ```
 /// use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig};
 /// use graph_attention::ndarray::Array2;
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
 /// let layer = MultiHeadConfig::new(8, 2).init(Flash::new(), &mut rng)?;
@@ -283,7 +283,7 @@ impl<M> InProjection<M> {
     }
 }
 
-/// What the projections of a forward pass gave.
+/// The results of the projections of a forward pass.
 struct State<F> {
     /// q', k' and v'.
     projected: [Array2<F>; 3],

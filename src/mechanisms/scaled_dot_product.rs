@@ -11,7 +11,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
 const NAME: &str = "scaled_dot_product";
 
-/// Scaled dot-product attention (Vaswani et al. 2017, 1706.03762), in the form to read: it holds
+/// Scaled dot-product attention (Vaswani et al. 2017, 1706.03762), written to be read: it holds
 /// the weights of all pairs at once.
 ///
 /// ```text

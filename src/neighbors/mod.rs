@@ -25,7 +25,7 @@
 //!
 //! # Search, then attend
 //!
-//! What was found needs no gathering: attention over the graph of the answer reads the rows of the hits
+//! The hits need no gathering: attention over the graph of the answer reads the rows of the hits
 //! where they are. The weights come in its pair order, that of the similarities, the nearest hit first.
 //! Vectors that come from elsewhere, from a database say, go into
 //! [`Inputs::single`](crate::Inputs::single) instead.
@@ -120,7 +120,7 @@ pub struct Neighbor<F> {
     pub similarity: F,
 }
 
-/// What [`NeighborIndex::search`] finds.
+/// The result of [`NeighborIndex::search`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Neighbors<F> {
     /// From each query to its neighbours, the nearest first.
@@ -236,7 +236,7 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
     }
 }
 
-/// What to look for: the k nearest keys of each query, if they are near enough and not excluded.
+/// A search: the k nearest keys of each query, if they are near enough and not excluded.
 ///
 /// ```
 /// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};

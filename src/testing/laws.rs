@@ -19,7 +19,7 @@ use rand::seq::SliceRandom;
 /// gradients are added to what is there; parameters and buffers have names of their own and an order;
 /// wrong shapes and another's saved state are errors.
 ///
-/// What the answer *is* these laws do not say: compare it with a reference, and call
+/// The laws do not say what the answer *is*: compare it with a reference, and call
 /// [`check_gradients`](super::check_gradients).
 ///
 /// # Errors

@@ -74,7 +74,7 @@ pub fn compile_here() {
     of::<f64>();
 }
 
-/// What a check went through. Look at [`refused`](Self::refused): what is listed there has not been
+/// The cases of a check. Look at [`refused`](Self::refused): the cases listed there have not been
 /// checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -94,7 +94,7 @@ pub struct Violation {
     pub case: &'static str,
     /// The law.
     pub law: &'static str,
-    /// What happened.
+    /// The numbers that break the law.
     pub detail: String,
 }
 

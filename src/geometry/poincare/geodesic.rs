@@ -119,7 +119,7 @@ struct Course {
     unit: f64,
 }
 
-/// What the derivative with respect to c takes of the weights, as functions of δ.
+/// The factors of the weights in the derivative with respect to c, as functions of δ.
 struct Derivatives {
     /// (a' b − a b')/c times tanh(δ/2).
     between: f64,

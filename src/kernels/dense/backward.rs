@@ -14,7 +14,7 @@ use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
 use std::ops::Range;
 
-/// What the backward pass starts from, and what it multiplies weights and logit gradients with.
+/// The inputs of the backward pass, and the factors of weights and logit gradients.
 struct Operands<'r, F: Clone> {
     upstream: Upstream<'r, F>,
     query: FiniteRows<'r, F>,
@@ -52,7 +52,7 @@ struct KeyGradients<F> {
     value: Buffer<F>,
 }
 
-/// What one task of a backward pass writes to.
+/// The outputs of one task of a backward pass.
 struct BackwardPart<'g, F> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,

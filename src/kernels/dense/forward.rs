@@ -28,7 +28,7 @@ struct ForwardScratch<F> {
     scores: Buffer<F>,
     /// Σ e^{s − m} v and, in the last row, l = Σ e^{s − m}: (value_dim + 1) × width.
     sums: Buffer<F>,
-    /// What the exponentials are relative to: m.
+    /// m, which the exponentials are relative to.
     maxima: Buffer<F>,
     /// Of a panel: the largest scores and m before, and what rescales the sums.
     largest: Buffer<F>,
@@ -43,7 +43,7 @@ struct Totals<F> {
     /// As the sums, and what they lack of rounding; empty while there are none.
     totals: Vec<F>,
     lacks: Vec<F>,
-    /// What rescales them: one for each lane.
+    /// The factors that rescale them, one for each lane.
     alphas: Vec<F>,
 }
 

@@ -81,7 +81,7 @@ pub(super) struct EdgeScorer<'p, F: Float> {
     /// The columns of the heads of values, which are those of W and of `attention` too.
     columns: Columns<F>,
     features: FeatureTile<F>,
-    /// What a head multiplies the features by in a logit.
+    /// The factors of a head's features in a logit.
     coefficients: Coefficients<F>,
     activated: Activated<F>,
     pairs: Pairs<'p>,

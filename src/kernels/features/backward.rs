@@ -125,7 +125,7 @@ impl<F: Float> InputsVjp<F> {
     }
 }
 
-/// What one task adds up over its queries: the gradients of the sums of each head of keys, and of
+/// The sums of one task over its queries: the gradients of the sums of each head of keys, and of
 /// the projection.
 struct Sums<F> {
     keys: Vec<KeySums<F>>,

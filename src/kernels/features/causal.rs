@@ -73,7 +73,7 @@ impl Step {
     }
 }
 
-/// What the two parts of the rows of a step are multiplied by.
+/// The factors of the two parts of the rows of a step.
 #[derive(Default)]
 struct Factors<F> {
     /// 2^{m − Z} of the sums, where m is what the query's features are relative to; 0 without sums.

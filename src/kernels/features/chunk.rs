@@ -36,7 +36,7 @@ pub(super) struct Chunk<F> {
     squares: Vec<F>,
     /// Rows × stride, zeros past the features.
     pub(super) features: Vec<F>,
-    /// What the features of each row are relative to, of queries and in
+    /// The exponents that the features of each row are relative to, of queries and in
     /// [`own_features`](Self::own_features).
     pub(super) shifts: Vec<F>,
     /// The gradients of E, rows × padded, and of h.
@@ -339,7 +339,7 @@ fn exponents<F: Float>(map: Map<F>, products: &[F], square: F, row: &mut [F]) {
     rest.fill(F::neg_infinity());
 }
 
-/// What a power of two is multiplied by to be the feature of [`Map::Elu`].
+/// The factor that makes a power of two the feature of [`Map::Elu`].
 #[inline(always)]
 fn mantissa<F: Float>(x: F) -> F {
     if x > F::zero() { x + F::one() } else { F::one() }

@@ -76,7 +76,7 @@ pub struct FeatureProblem<'p, F: Float> {
     pub(crate) map: Map<F>,
     /// W, transposed: dim × columns of E.
     pub(crate) projection: Array2<F>,
-    /// What |x|² is multiplied by.
+    /// The factor of |x|².
     pub(crate) square_scale: F,
     /// The keys that no mask hides, ascending.
     pub(crate) keys: Vec<usize>,
@@ -135,7 +135,7 @@ pub struct KeySums<F> {
     pub(crate) sums: Vec<F>,
     /// Length of a row of them.
     pub(crate) stride: usize,
-    /// What rounding has taken from the totals, and from the sums.
+    /// The rounding errors of the totals, and of the sums.
     lacks: [Vec<F>; 2],
 }
 
@@ -242,7 +242,7 @@ impl<F: Float> KeySums<F> {
     }
 }
 
-/// What a forward pass has left, and the gradient of its output.
+/// The results of a forward pass, and the gradient of its output.
 #[derive(Debug)]
 pub struct FeatureUpstream<'u, F: Float> {
     pub(crate) out: ArrayView2<'u, F>,
@@ -258,7 +258,7 @@ mod tests {
     use fearless_simd::Level;
     use ndarray::Array1;
 
-    /// What a problem gives, forward and backward, dense and causal, as one list of numbers.
+    /// The results of a problem, forward and backward, dense and causal, as one list of numbers.
     fn all(problem: &FeatureProblem<'_, f64>, grad_out: &Array2<f64>, level: Level) -> Array1<f64> {
         let num_queries = problem.inputs.num_queries();
         let mut numbers = Vec::new();

@@ -25,13 +25,13 @@ pub struct Points<F: Float> {
     pub(crate) key: Rows<'static, F>,
 }
 
-/// What the backward pass starts from: the gradients of the sums.
+/// The inputs of the backward pass: the gradients of the sums.
 #[derive(Debug)]
 pub struct Upstream<F: Float> {
     /// w and û, num_queries × heads · dim.
     pub(crate) weights: Rows<'static, F>,
     pub(crate) directions: Rows<'static, F>,
-    /// What a value's direction gets times its weight, without NaN and infinities.
+    /// The gradient of a value's direction but for the weight, without NaN and infinities.
     pub(crate) sums: Rows<'static, F>,
     /// num_queries × heads.
     pub(crate) terms: Vec<Terms<F>>,
@@ -167,7 +167,7 @@ struct Scratch<F> {
     squared: Vec<F>,
     products: Vec<F>,
     spreads: Vec<F>,
-    /// What a pair's direction is multiplied by.
+    /// The factor of a pair's direction.
     directions: Vec<F>,
     grad_logits: Vec<F>,
     /// For each head, the sum of the gradients of the logits of a query so far, and the pair with nearly

@@ -22,7 +22,7 @@ use std::f64::consts::LN_2;
 use std::iter;
 use std::ops::Range;
 
-/// What one task writes to.
+/// The outputs of one task.
 struct Part<'g, F> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,
@@ -46,7 +46,7 @@ struct Scratch<F> {
     queries: Buffer<F>,
     weights: Buffer<F>,
     directions: Buffer<F>,
-    /// What products are formed with, width × padded columns.
+    /// The right factors of products, width × padded columns.
     query_rows: Buffer<F>,
     sum_rows: Buffer<F>,
     radii: Lanes<F, RADIUS>,

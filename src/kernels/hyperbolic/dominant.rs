@@ -13,7 +13,7 @@ use crate::inputs::{Pair, head_columns};
 /// have it, however weights are rounded; and of a pair with less the difference is right to some ulps.
 pub(crate) const DOMINANT: f64 = 0.75;
 
-/// What follows from the gradient of one logit.
+/// The gradients that follow from that of one logit.
 pub(crate) struct OfLogit<F> {
     /// Times (sinh R/2) u of the key it is added to the gradient of the query's direction, times that of
     /// the query to the key's.

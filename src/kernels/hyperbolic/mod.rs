@@ -39,7 +39,7 @@ use pairs::{RADIUS, logit};
 use std::f64::consts::LN_2;
 use std::ops::Range;
 
-/// What a logit takes of the radius R of a point.
+/// The terms of the radius R of a point in a logit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Radius<T> {
     /// e^{R/2} − 1.
@@ -53,7 +53,7 @@ pub(crate) struct Radius<T> {
     pub(crate) half_cosh: T,
 }
 
-/// What a sum takes of the radius R of a value.
+/// The terms of the radius R of a value in a sum.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mass<T> {
     /// e^{R/2} − 1 and e^{−R/2} / 2.
@@ -95,7 +95,7 @@ impl<F: Float> HyperbolicProblem<'_, F> {
         key * self.softmax.inputs.num_kv_heads() + self.softmax.kv_head(head)
     }
 
-    /// What the logit is times d/2 in units of ln 2.
+    /// The logit is this times d/2, in units of ln 2.
     #[inline(always)]
     fn factor(&self) -> F {
         F::from_f64(-self.kappa.as_f64() * LN_2)

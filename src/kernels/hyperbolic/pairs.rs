@@ -1,4 +1,4 @@
-//! What is done with each pair, in vectors: the logit, and everything that depends on it in the
+//! The computations for each pair, in vectors: the logit, and everything that depends on it in the
 //! backward pass.
 
 use super::dominant::DOMINANT;
@@ -84,7 +84,7 @@ pub(super) fn logit<S: Simd, F: Float>(
 /// Numbers of a [`Terms`].
 pub(super) const TERMS: usize = 7;
 
-/// What the backward pass takes of a query and head beside its point.
+/// The terms of a query and head in the backward pass, beside its point.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms<T> {
     /// The gradient of a weight is radial · sinh(Rⱼ − R) + sinh Rⱼ (w·uⱼ − spread |uⱼ − û|²), R the
@@ -124,7 +124,7 @@ impl<T: Copy> Terms<T> {
     }
 }
 
-/// What is known of a vector of pairs.
+/// The terms of a vector of pairs.
 pub(super) struct Pairs<V> {
     pub(super) query: Radius<V>,
     pub(super) key: Radius<V>,
@@ -137,14 +137,14 @@ pub(super) struct Pairs<V> {
     pub(super) spread: V,
     /// Additive logits; −∞ hides a pair.
     pub(super) bias: V,
-    /// What dropout multiplies the weights by.
+    /// The factors by which dropout multiplies the weights.
     pub(super) multiplier: V,
     /// The gradient of the logit of a pair that [dominates](PairGradients::dominates); 0 where it is
     /// not known yet.
     pub(super) dominant_logit: V,
 }
 
-/// What a vector of pairs adds to the gradients.
+/// The contributions of a vector of pairs to the gradients.
 pub(super) struct PairGradients<V> {
     /// The weight after dropout.
     pub(super) weight: V,

@@ -217,7 +217,7 @@ struct Scores<F> {
     /// keys × width.
     scores: Buffer<F>,
     spreads: Buffer<F>,
-    /// What nobody asks for here.
+    /// Not needed here.
     maxima: Buffer<F>,
     /// For what is added to scores, and multiplies weights.
     rows: Vec<F>,

@@ -49,7 +49,7 @@ pub(in super::super) struct RotaryScorer<'p, F: Float> {
     logits: Vec<F>,
     /// 0, 1, 2, …
     all: Vec<usize>,
-    /// What the rotated rows are multiplied by in the derivative of a logit by its distance.
+    /// The factors of the rotated rows in the derivative of a logit with respect to its distance.
     slope: Vec<F>,
     /// For each head and pair of a tile.
     scratch: Vec<F>,

@@ -250,7 +250,7 @@ mod tests {
     use crate::kernels::problem::Rows;
     use ndarray::array;
 
-    /// What a row of columns 1, 2, 3, … becomes, two heads of it, with a column that stays.
+    /// The rotation of a row of columns 1, 2, 3, …, in two heads, with a column that stays.
     fn rotated<F: Float>(layout: Layout, frequencies: &Array2<f64>, position: &[f64]) -> Vec<F> {
         let (pairs, head_dim) = (frequencies.ncols(), 2 * frequencies.ncols() + 1);
         let x = |column: usize| (column + 1) as f64;

@@ -168,7 +168,7 @@ impl<'r, F: Float> Side<'r, F> {
     }
 }
 
-/// What the pass by query writes beside the gradients of its rows.
+/// The outputs of the pass by query beside the gradients of its rows.
 struct OfQuery<'a, F> {
     /// Of the logits and of the data of each pair.
     by_slot: [ArrayViewMut2<'a, F>; 2],
@@ -302,7 +302,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         }
     }
 
-    /// What is not finite in the other side's rows: [`add_bad`] for both sums.
+    /// Adds the entries of the other side's rows that are not finite: [`add_bad`] for both sums.
     #[inline]
     fn add_bad(
         &self,

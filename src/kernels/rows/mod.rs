@@ -55,7 +55,7 @@ pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     level
 }
 
-/// What the rows of pairs belong to.
+/// The side, queries or keys, that the rows of pairs belong to.
 #[derive(Clone, Copy)]
 pub(super) enum Pairs<'g> {
     /// Queries that see all keys.
@@ -291,7 +291,7 @@ pub(super) fn add_up<F: Float, const N: usize>(
     }
 }
 
-/// What is left of a row of pairs.
+/// The pairs of a row that are still to be done.
 pub(super) struct Row<'g> {
     pub(super) pairs: Pairs<'g>,
     /// The query or key.
@@ -557,7 +557,7 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
         tile: &Tile<F>,
     ) -> Self;
 
-    /// What the own row has been multiplied by: the rows of the other side, `others` where NaN and
+    /// The factor of the own row: the rows of the other side, `others` where NaN and
     /// infinities are left out, or what was made of them.
     fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
         tile.gather(others)

@@ -31,8 +31,9 @@ const GRAPH: usize = 0;
 const LATENT: usize = 1;
 const CROSS: usize = 2;
 
-/// Attention in two spaces: a node asks its neighbours in the graph, the nodes most like it, and the
-/// latter once more with what the former said. Three inner mechanisms of any kind, fused.
+/// Attention in two spaces: each node attends to its neighbours in the graph and to the nodes most like
+/// it, its latent neighbours; then the output of the graph branch attends to the latent neighbours
+/// (cross-attention). Three inner mechanisms of any kind, fused.
 ///
 /// ```text
 /// graph_i  = A_graph(q_i; N_G(i))
@@ -73,7 +74,7 @@ const CROSS: usize = 2;
 /// use graph_attention::ndarray::array;
 /// use graph_attention::neighbors::Metric;
 /// use graph_attention::{Attention, DualSpaceConfig, Flash, dual_space::Fusion, Graph, Inputs, dual_space::LatentSearch};
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// // A path 0 – 1 – 2 – 3 whose ends are alike.
 /// let nodes = array![[1.0, 0.2], [0.0, 1.0], [-1.0, 0.0], [0.9, 0.1]];
@@ -105,7 +106,7 @@ pub struct DualSpace<F: Float> {
 }
 
 struct State<F> {
-    /// What the search found, if it was asked.
+    /// The neighbours that the search found, if there was one.
     found: Option<Graph>,
     /// x, num_queries × 3 branch_dim.
     x: Array2<F>,

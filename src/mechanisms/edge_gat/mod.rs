@@ -71,7 +71,7 @@ const TILE: usize = 64;
 /// ```
 /// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, LoopFill, edge_gat::Score};
 /// use graph_attention::ndarray::array;
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let nodes = array![[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]];
 /// let graph = Graph::from_edges(3, 3, [(0, 1), (1, 0), (1, 2)])?;
@@ -119,7 +119,7 @@ struct State<F> {
     softmax: Softmax<F>,
 }
 
-/// What becomes of the heads: o before the residual, the residual, and β.
+/// The outputs of the heads: o before the residual, the residual, and β.
 struct Gated<F> {
     attention: Array2<F>,
     residual: Array2<F>,

@@ -175,7 +175,7 @@ fn split(axes: usize, pairs: usize, base: f64) -> Result<Array2<f64>> {
     Ok(frequencies)
 }
 
-/// What a configuration makes: the rotation and its parameter or buffer.
+/// The rotation that a configuration describes, with its parameter or buffer.
 #[derive(Clone, Debug)]
 pub(super) struct Rotation<F> {
     layout: Layout,
@@ -186,8 +186,8 @@ pub(super) struct Rotation<F> {
 /// axes × pairs.
 #[derive(Clone, Debug)]
 enum Frequencies<F> {
-    /// As configured, and as they are lent: whichever of the latter has not been changed keeps the digits
-    /// that F does not have.
+    /// As configured, and as they are lent. A frequency that nobody has changed keeps the digits of the
+    /// configured one that F does not have.
     Fixed {
         configured: Array2<f64>,
         lent: Array2<F>,

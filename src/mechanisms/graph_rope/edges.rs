@@ -61,7 +61,7 @@ pub struct EdgeRope<F> {
     pub(super) rotation: Rotation<F>,
 }
 
-/// What is left of a forward pass.
+/// The state saved by a forward pass.
 struct State<F> {
     out: Array2<F>,
     normalizer: Normalizer<F>,

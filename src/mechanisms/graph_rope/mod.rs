@@ -77,7 +77,7 @@ pub struct GraphRope<F, A> {
     inner: A,
 }
 
-/// What is left of a forward pass.
+/// The state saved by a forward pass.
 struct State<F> {
     /// Queries and keys.
     rotated: [Array2<F>; 2],
@@ -133,7 +133,7 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
     }
 }
 
-/// What is rotated, and by what.
+/// One side of the rotation: queries or keys, and their positions.
 struct Side<'a, F: Float> {
     x: Rows<'a, F>,
     positions: Rows<'a, F>,

@@ -1,6 +1,6 @@
 //! Two mechanisms, and a gate that weighs their answers.
 
-use super::{NAME, by_layer};
+use super::{NAME, by_edge_layer};
 use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
@@ -23,7 +23,7 @@ pub(super) struct Gate<F: Float> {
     pub(super) inner: [Box<dyn Attention<F>>; 2],
 }
 
-/// What a head of a query makes of the two answers.
+/// How a head of a query mixes the two answers.
 #[derive(Clone, Copy, Debug)]
 enum Mix<F> {
     /// It sees no pair.
@@ -129,7 +129,7 @@ impl<F: Float> Gate<F> {
         forward: impl Fn(&dyn Attention<F>, &Inputs<'_, F>) -> Result<(Array2<F>, T)>,
     ) -> Result<State<F, T>> {
         self.check(inputs)?;
-        let parts = by_layer(inputs)?;
+        let parts = by_edge_layer(inputs)?;
         let run = |side: usize| {
             let inner = &*self.inner[side];
             forward(inner, &parts[side].inputs())
@@ -176,7 +176,7 @@ impl<F: Float> Gate<F> {
             check_shape("saved answers", grad_out.shape(), answer.shape())?;
         }
         let dim = grad_out.ncols() / heads;
-        let parts = by_layer(inputs)?;
+        let parts = by_edge_layer(inputs)?;
         let mut first = 2;
         for (side, (_, saved)) in sides.iter().enumerate() {
             // y += share · answer
@@ -223,7 +223,7 @@ impl<F: Float> Gate<F> {
 
     pub(super) fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         self.check(inputs)?;
-        let (mixes, parts) = (self.mixes(inputs)?, by_layer(inputs)?);
+        let (mixes, parts) = (self.mixes(inputs)?, by_edge_layer(inputs)?);
         let mut total: Option<Array2<F>> = None;
         for (side, part) in parts.iter().enumerate() {
             let inner = &*self.inner[side];

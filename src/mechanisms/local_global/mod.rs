@@ -24,12 +24,12 @@ use std::borrow::Cow;
 
 const NAME: &str = "local_global";
 
-/// Attention to near keys and to a few far ones, in two readings: by the order of the nodes
-/// ([`sliding_window`](Self::sliding_window): a sliding window and global positions) and by the layers of the pairs
-/// ([`joint`](Self::joint) and [`gated`](Self::gated): local is
-/// layer 0, as in an HNSW index, and global what is above).
+/// Attention to near keys and to a few far ones. There are two kinds:
+/// [`sliding_window`](Self::sliding_window) attends along the order of the nodes, within a window and to
+/// global positions; [`joint`](Self::joint) and [`gated`](Self::gated) tell local from global edges by
+/// their layer: layer 0 is local, as in an HNSW index, and layers above are global.
 ///
-/// # By order
+/// # A sliding window
 ///
 /// Longformer's pattern (Beltagy et al. 2020, 2004.05150; Zaheer et al. 2020, 2007.14062): one softmax
 /// of scaled dot products over the pairs
@@ -71,26 +71,26 @@ const NAME: &str = "local_global";
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 ///
-/// # By layer
+/// # Local and global edges
 ///
 /// ```text
-/// union:  one softmax over both kinds, put together by `Partial`:  o = (e^{L₀} o_local + e^{L₁} o_global) / (e^{L₀} + e^{L₁})
-/// gate:   o = a o_local + (1 − a) o_global,             a = σ(w · q_i + b) for each head
+/// joint:  one softmax over both kinds, merged as `Partial`s:  o = (e^{L₀} o_local + e^{L₁} o_global) / (e^{L₀} + e^{L₁})
+/// gated:  o = a o_local + (1 − a) o_global,             a = σ(w · q_i + b) for each head
 /// ```
 ///
-/// A query (and head) that sees pairs of one kind alone takes that answer whole, and one that sees none
-/// gets zeros.
+/// A query (and head) that sees edges of one kind only takes the output of that kind, and one that sees
+/// none gets zeros.
 ///
-/// * **Reads** layers ([`Inputs::with_edge_layers`]) and what the mechanisms inside read, each for the pairs of
-///   its own kind; the gate reads queries.
-/// * **Output** of the mechanisms inside; of the gate, in as many blocks as there are heads.
-/// * **Parameters** of the gate: `gate.weight` (heads × columns of a head of queries), `gate.bias` (heads),
-///   and those of the mechanisms inside behind `local.` and `global.`. The union has none.
-/// * **Cost** of the mechanisms inside, and O(pairs) for the two graphs and copies of the pairs' data; on
+/// * **Reads** edge layers ([`Inputs::with_edge_layers`]) and what the inner mechanisms read, each for the
+///   edges of its own kind; the gate reads queries.
+/// * **Output** of the inner mechanisms; with a gate, in as many blocks as there are heads.
+/// * **Parameters** of `gated`: `gate.weight` (heads × columns of a head of queries), `gate.bias` (heads),
+///   and those of the inner mechanisms behind `local.` and `global.`. `joint` has none.
+/// * **Cost** of the inner mechanisms, and O(pairs) for the two graphs and copies of the pairs' data; on
 ///   dense inputs two masks.
-/// * **Errors** [`Error::MissingInput`] without layers; of the gate [`Error::Shape`] if the inputs have not
-///   as many heads, or queries not as many columns, and if the two would give different numbers of
-///   columns. Errors of the mechanisms inside say which: `local (flash)`.
+/// * **Errors** [`Error::MissingInput`] without edge layers; with a gate [`Error::Shape`] if the number of
+///   heads or of columns of the queries is not the configured one, or if the inner mechanisms would return
+///   different numbers of columns. Errors of the inner mechanisms say which: `local (flash)`.
 ///
 /// ```
 /// use graph_attention::ndarray::array;
@@ -101,28 +101,28 @@ const NAME: &str = "local_global";
 /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&[0, 1, 0, 2])?;
 ///
 /// // One softmax over both kinds is attention to all neighbours, unless the two differ.
-/// let union = LocalGlobal::joint(Flash::new(), Flash::new()).forward(&inputs)?;
+/// let joint = LocalGlobal::joint(Flash::new(), Flash::new()).forward(&inputs)?;
 /// let all = Flash::new().forward(&inputs)?;
-/// assert!((union - all).iter().all(|difference: &f64| difference.abs() < 1e-14));
+/// assert!((joint - all).iter().all(|difference: &f64| difference.abs() < 1e-14));
 /// let sharper = Flash::new().with_scale(3.0)?;
-/// let union = LocalGlobal::joint(sharper, Flash::new()).forward(&inputs)?;
-/// assert_eq!(union.row(1), x.row(0));
+/// let joint = LocalGlobal::joint(sharper, Flash::new()).forward(&inputs)?;
+/// assert_eq!(joint.row(1), x.row(0));
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct LocalGlobal<F: Float> {
-    reading: Reading<F>,
+    kind: Kind<F>,
 }
 
 #[derive(Debug)]
-enum Reading<F: Float> {
-    Order {
+enum Kind<F: Float> {
+    SlidingWindow {
         window: Window,
         flash: Flash,
     },
     /// One softmax over local pairs and global ones.
-    Union([Flash; 2]),
-    Gate(Gate<F>),
+    Joint([Flash; 2]),
+    Gated(Gate<F>),
 }
 
 /// A part of the pairs of one softmax.
@@ -134,7 +134,7 @@ struct Part<'p, 'a, F: Float> {
     role: Role,
 }
 
-/// What a part is to the answer of its queries.
+/// The role of a part in the answer of its queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// The first of their pairs.
@@ -163,13 +163,13 @@ impl<F: Float> LocalGlobal<F> {
     /// [`Error::InvalidArgument`] if the dilation is 0.
     pub fn sliding_window(window: Window, flash: Flash) -> Result<Self> {
         window.validate()?;
-        Ok(Self { reading: Reading::Order { window, flash } })
+        Ok(Self { kind: Kind::SlidingWindow { window, flash } })
     }
 
     /// One softmax over local and global pairs, each with the scale of its own [`Flash`].
     #[must_use]
     pub fn joint(local: Flash, global: Flash) -> Self {
-        Self { reading: Reading::Union([local, global]) }
+        Self { kind: Kind::Joint([local, global]) }
     }
 
     /// Two mechanisms of any kind and a learned gate for each of `heads` heads, whose queries have
@@ -179,7 +179,7 @@ impl<F: Float> LocalGlobal<F> {
     /// ```
     /// use graph_attention::ndarray::array;
     /// use graph_attention::{Attention, Flash, Graph, Inputs, LocalGlobal, params};
-    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     ///
     /// let graph = Graph::from_edges(2, 2, [(0, 1), (0, 0), (1, 0)])?;
     /// let x = array![[1.0, 0.0], [0.0, 1.0]];
@@ -215,7 +215,7 @@ impl<F: Float> LocalGlobal<F> {
         let mut weight = try_zeros("gate.weight", heads, head_dim)?;
         fill_uniform(weight.view_mut(), 1.0 / (head_dim as f64).sqrt(), rng);
         let bias = Array1::from(try_vec("gate.bias", &[heads], F::zero())?);
-        Ok(Self { reading: Reading::Gate(Gate { weight, bias, inner: [local, global] }) })
+        Ok(Self { kind: Kind::Gated(Gate { weight, bias, inner: [local, global] }) })
     }
 
     /// The pairs of the one softmax of the readings without a gate, part after part; of no two are
@@ -225,8 +225,8 @@ impl<F: Float> LocalGlobal<F> {
         inputs: &Inputs<'a, F>,
         mut visit: impl FnMut(&Part<'_, 'a, F>) -> Result<()>,
     ) -> Result<()> {
-        match &self.reading {
-            Reading::Order { window, flash } => {
+        match &self.kind {
+            Kind::SlidingWindow { window, flash } => {
                 window.check_globals(inputs)?;
                 if let Pattern::Graph(_) = inputs.pattern() {
                     let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
@@ -242,21 +242,21 @@ impl<F: Float> LocalGlobal<F> {
                     visit(&Part { flash, selected, reach, role })
                 })
             }
-            Reading::Union(sides) => {
-                let parts = sides.iter().zip(by_layer(inputs)?).zip([Role::First, Role::More]);
+            Kind::Joint(sides) => {
+                let parts = sides.iter().zip(by_edge_layer(inputs)?).zip([Role::First, Role::More]);
                 for ((flash, selected), role) in parts {
                     visit(&Part { flash, selected, reach: None, role })?;
                 }
                 Ok(())
             }
-            Reading::Gate(_) => Ok(()),
+            Kind::Gated(_) => Ok(()),
         }
     }
 
     /// The queries of which one part has all pairs.
     fn whole_queries(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
-        match (&self.reading, inputs.pattern()) {
-            (Reading::Order { window, .. }, Pattern::Dense) => window.global_queries(inputs),
+        match (&self.kind, inputs.pattern()) {
+            (Kind::SlidingWindow { window, .. }, Pattern::Dense) => window.global_queries(inputs),
             _ => Vec::new(),
         }
     }
@@ -310,7 +310,7 @@ fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, 
 
 impl<F: Float> Params<F> for LocalGlobal<F> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Reading::Gate(gate) = &self.reading else { return };
+        let Kind::Gated(gate) = &self.kind else { return };
         visitor("gate.weight", gate.weight.view().into_dyn());
         visitor("gate.bias", gate.bias.view().into_dyn());
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
@@ -319,7 +319,7 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Reading::Gate(gate) = &mut self.reading else { return };
+        let Kind::Gated(gate) = &mut self.kind else { return };
         visitor("gate.weight", gate.weight.view_mut().into_dyn());
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
@@ -328,14 +328,14 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Reading::Gate(gate) = &self.reading else { return };
+        let Kind::Gated(gate) = &self.kind else { return };
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
             inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Reading::Gate(gate) = &mut self.reading else { return };
+        let Kind::Gated(gate) = &mut self.kind else { return };
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
             inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
@@ -348,16 +348,16 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 
     fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
-        match &self.reading {
-            Reading::Gate(gate) => gate.output_dim(inputs),
+        match &self.kind {
+            Kind::Gated(gate) => gate.output_dim(inputs),
             _ => output_dim(inputs),
         }
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         check_output(self, "out", inputs, out.shape())?;
-        match &self.reading {
-            Reading::Gate(gate) => gate.forward(inputs, out),
+        match &self.kind {
+            Kind::Gated(gate) => gate.forward(inputs, out),
             _ => self.run(inputs, out).map(drop),
         }
     }
@@ -368,8 +368,8 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         check_output(self, "out", inputs, out.shape())?;
-        match &self.reading {
-            Reading::Gate(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
+        match &self.kind {
+            Kind::Gated(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
             _ => {
                 let normalizer = self.run(inputs, out.view_mut())?;
                 Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
@@ -386,7 +386,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     ) -> Result<()> {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
-        if let Reading::Gate(gate) = &self.reading {
+        if let Kind::Gated(gate) = &self.kind {
             return gate.backward(inputs, saved.state(NAME)?, grad_out, grads);
         }
         let state = saved.state::<State<F>>(NAME)?;
@@ -420,9 +420,9 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        match &self.reading {
-            Reading::Gate(gate) => gate.attention_weights(inputs),
-            Reading::Order { window, flash } => {
+        match &self.kind {
+            Kind::Gated(gate) => gate.attention_weights(inputs),
+            Kind::SlidingWindow { window, flash } => {
                 window.check_globals(inputs)?;
                 let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
                 let weights = flash.attention_weights(&selected.inputs())?;
@@ -430,11 +430,11 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
                 selected.add_weights(&weights, &mut total, |_, _| F::one());
                 Ok(total)
             }
-            Reading::Union(sides) => {
+            Kind::Joint(sides) => {
                 let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
                 let normalizer = self.run(inputs, out.view_mut())?;
                 let mut total = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
-                for (flash, part) in sides.iter().zip(by_layer(inputs)?) {
+                for (flash, part) in sides.iter().zip(by_edge_layer(inputs)?) {
                     let partial = flash.forward_partial(&part.inputs())?;
                     let of_part = flash.attention_weights(&part.inputs())?;
                     part.add_weights(&of_part, &mut total, |query, head| {

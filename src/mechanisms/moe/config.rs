@@ -9,7 +9,7 @@ use crate::params;
 use ndarray::{Array1, ArrayD};
 use rand::Rng;
 
-/// What makes a gate g_ie of the logit z_ie of an expert.
+/// The function that turns the logit z_ie of an expert into its gate g_ie.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -80,17 +80,17 @@ impl MoeConfig {
         }
     }
 
-    /// What makes gates of logits. Default: [`Gating::Softmax`].
+    /// The function that turns logits into gates. Default: [`Gating::Softmax`].
     #[must_use]
     pub fn gating(mut self, gating: Gating) -> Self {
         self.gating = gating;
         self
     }
 
-    /// Whether the weights of the chosen experts are made to sum to 1, as in Mixtral (Jiang et al.
+    /// Whether the weights of the chosen experts are scaled to sum to 1, as in Mixtral (Jiang et al.
     /// 2024) and DeepSeek-V3, or are the gates themselves, as in the Switch Transformer (Fedus et al.
-    /// 2021). With k = 1 a renormalised weight is always 1, so only the latter teaches the router anything
-    /// through the outputs. Default: `true`.
+    /// 2021). With k = 1 a renormalised weight is always 1, so the router gets a gradient from the outputs
+    /// only without it. Default: `true`.
     #[must_use]
     pub fn renormalize(mut self, renormalize: bool) -> Self {
         self.renormalize = renormalize;

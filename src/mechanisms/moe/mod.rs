@@ -71,7 +71,7 @@ const NAME: &str = "moe";
 /// ```
 /// use graph_attention::ndarray::Array2;
 /// use graph_attention::{Attention, Flash, Inputs, MoeConfig, MultiHeadConfig, ScaledDotProduct};
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
 /// let experts: Vec<Box<dyn Attention<f32>>> = vec![
@@ -137,7 +137,7 @@ impl<F: Float> Moe<F> {
         Ok(())
     }
 
-    /// What is added to the gate of each expert in the choice; zeros at first.
+    /// Added to the gate of each expert when experts are chosen; zeros at first.
     #[must_use]
     pub fn expert_bias(&self) -> ArrayView1<'_, F> {
         self.expert_bias.view()
@@ -221,7 +221,7 @@ impl<F: Float> Moe<F> {
     /// ```
     /// use graph_attention::ndarray::Array2;
     /// use graph_attention::{Attention, Flash, Inputs, MoeConfig, MultiHeadConfig, params};
-    /// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     ///
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
     /// let mut expert = || MultiHeadConfig::new(4, 2).init(Flash::new(), &mut rng);

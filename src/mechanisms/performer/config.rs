@@ -8,7 +8,8 @@ use crate::params;
 use ndarray::ArrayD;
 use rand::Rng;
 
-/// What stands for e^{q·k} in a [`Performer`]: φ(q)·φ(k), with rows w of the projection.
+/// The feature map φ of a [`Performer`], whose products φ(q)·φ(k) stand for e^{q·k}; w are the rows of the
+/// projection.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(

@@ -77,7 +77,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// What the kernels multiply the projection by: E = weight x is an exponent in units of ln 2,
+    /// The factor of the projection in the kernels: E = weight x is an exponent in units of ln 2,
     /// an angle, or a plain product.
     pub(super) fn weight_factor(&self) -> f64 {
         match self.features {
@@ -99,7 +99,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// What |x|² is multiplied by in h.
+    /// The factor of |x|² in h.
     pub(super) fn square_scale(&self) -> F {
         F::from_f64(if self.features.is_estimate() { self.scale / 2.0 * LOG2_E } else { 0.0 })
     }
@@ -116,7 +116,7 @@ impl<F: Float> FeatureMap<F> {
         )
     }
 
-    /// What the kernels work on; `keys` are those that the queries see.
+    /// The problem for the kernels; `keys` are those that the queries see.
     pub(super) fn problem<'p>(
         &self,
         inputs: &Inputs<'p, F>,

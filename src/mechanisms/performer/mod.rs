@@ -74,7 +74,7 @@ const NAME: &str = "performer";
 /// ```
 /// use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
 /// use graph_attention::ndarray::Array2;
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
 /// let performer = PerformerConfig::new(4, 512).init::<f64>(&mut rng)?;
@@ -112,7 +112,7 @@ struct State<F> {
     attended: Attended<F>,
 }
 
-/// What is left of a forward pass.
+/// The state saved by a forward pass.
 enum Attended<F> {
     Nothing,
     Sums { keys: Vec<usize>, sums: Vec<KeySums<F>>, denominators: Array2<F> },

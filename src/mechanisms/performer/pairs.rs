@@ -85,7 +85,7 @@ fn data<F>(matrix: &Array2<F>) -> &[F] {
 struct Kernel<F> {
     kappa: F,
     exponent: F,
-    /// What κ is relative to, where the features have underflowed and it is a sum of 2^{aᵣ + bᵣ −
+    /// The exponent that κ is relative to, where the features have underflowed and it is a sum of 2^{aᵣ + bᵣ −
     /// max}.
     underflow: Option<F>,
 }
@@ -98,7 +98,7 @@ pub(super) struct Pairs<'p, F: Float> {
     key: Side<F>,
 }
 
-/// What makes weights of kernels, num_queries × heads: p = κ e^{logit − max} / D.
+/// The terms that turn kernels into weights, num_queries × heads: p = κ e^{logit − max} / D.
 #[derive(Debug)]
 pub(super) struct RowSums<F> {
     /// −∞ where no key was seen.

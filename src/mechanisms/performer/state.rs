@@ -22,7 +22,7 @@ use std::marker::PhantomData;
 /// in `f64` and relative to the largest exponent that each feature has met, so that nothing
 /// overflows.
 ///
-/// What is removed must have been added, with the same numbers: this cannot be checked. Each removal
+/// Remove only keys that were added, with the same numbers: this cannot be checked. Each removal
 /// leaves the rounding of the sums that it found, of keys and of values, some 10⁻¹⁶ of them. This is
 /// added up, and a query whose answer it would reach is an error.
 /// A state without keys starts afresh.
@@ -30,7 +30,7 @@ use std::marker::PhantomData;
 /// ```
 /// use graph_attention::{Attention, Inputs, PerformerConfig};
 /// use graph_attention::ndarray::{array, s};
-/// use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+/// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let performer = PerformerConfig::new(2, 16).init::<f64>(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
 /// let keys = array![[0.1, 0.9], [0.8, -0.2], [-0.5, 0.3]];
@@ -232,7 +232,7 @@ impl<F: Float> PerformerState<F> {
         }
     }
 
-    /// What rounding may have left of the sums of a query whose features are 1, of keys and of
+    /// The rounding error that may be left in the sums of a query whose features are 1, of keys and of
     /// magnitudes.
     fn largest_rounding(&self) -> [f64; 2] {
         let rows = || self.sums.sums.chunks_exact(self.sums.stride);

@@ -170,7 +170,7 @@ pub(super) fn check_range<F: Float>(field: &'static str, value: f64, raw: Option
 }
 
 /// √c d(0, x) up to which points are exact in `f64`: squares of its hyperbolic sine must not overflow.
-/// What lies farther out in tangent coordinates is moved here.
+/// Vectors that lie farther out in tangent coordinates are moved here.
 pub(super) fn largest_radius(aggregation: Aggregation) -> f64 {
     // In the coordinates of the ball, points of `f64` round to the boundary farther out.
     if aggregation.is_plain() { 36.0 } else { 350.0 }

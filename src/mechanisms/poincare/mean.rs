@@ -22,7 +22,7 @@ const FAR: f64 = 1.0 / 32.0;
 /// [`radii_within`](super::config::radii_within).
 const DEEP: f64 = 1500.0;
 
-/// What a forward pass sums for each query and head.
+/// The sums of a forward pass for each query and head.
 pub(super) struct Sums<F> {
     /// Whether S is R û itself, of the mean in the tangent space at the origin; else it is sinh R û.
     is_linear: bool,
@@ -214,7 +214,7 @@ impl<F: Float> Sums<F> {
     }
 }
 
-/// What the sums of a query and head stand for: a point at the distance R in the direction of S.
+/// The mean that the sums of a query and head stand for: a point at the distance R in the direction of S.
 #[derive(Clone, Copy)]
 struct Center<'s, F> {
     /// S.
@@ -243,7 +243,7 @@ impl<F: Float> Center<'_, F> {
         }
     }
 
-    /// What S is multiplied by to give the output.
+    /// The factor of S in the output.
     fn factor(&self, space: Space) -> f64 {
         if self.norm == 0.0 {
             return 0.0;

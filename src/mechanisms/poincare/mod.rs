@@ -109,7 +109,7 @@ struct Embedded<F> {
     query: Polar<F>,
     key: Polar<F>,
     value: Polar<F>,
-    /// What is summed of the values.
+    /// The terms of the values that are summed.
     sums: Array2<F>,
 }
 
@@ -119,12 +119,12 @@ struct State<F> {
     attended: Attended<F>,
 }
 
-/// What is left of a forward pass.
+/// The state saved by a forward pass.
 enum Attended<F> {
     /// The weights of all pairs, of means that are formed pair by pair.
     Pairs(Softmax<F>),
     Sums(Sums<F>),
-    /// What the same mechanism saved that computed in `f64`.
+    /// The state of the same mechanism computed in `f64`.
     Wide(Saved),
 }
 

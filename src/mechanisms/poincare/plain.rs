@@ -35,7 +35,7 @@ pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<So
     })
 }
 
-/// What the means are formed of, points in the coordinates of the ball.
+/// The arguments of the means, as points in the coordinates of the ball.
 pub(super) struct Plain<'i, 'a, F: Float> {
     inputs: &'i Inputs<'a, F>,
     space: Space,

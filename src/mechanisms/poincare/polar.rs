@@ -237,7 +237,7 @@ impl Space {
     }
 }
 
-/// What the gradients of directions are still to be multiplied by: sinh R / 2, sinh R, or R, with R's
+/// The factors that are still missing from the gradients of directions: sinh R / 2, sinh R, or R, with R's
 /// own gradient in them.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum DirectionFactor {
@@ -265,7 +265,7 @@ impl<F: Float> Polar<F> {
         self.nodes.iter().map(mass).collect()
     }
 
-    /// What is summed for the tangent space at the origin: R u.
+    /// The vectors that are summed in the tangent space at the origin: R u.
     pub(super) fn tangents(&self) -> Result<Array2<F>> {
         self.scaled(|node| node.radius())
     }
