@@ -5,7 +5,7 @@ use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
-use crate::kernels::prefetch::prefetch;
+use crate::kernels::primitives::prefetch::prefetch;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice, s};
 use std::ops::Range;
 

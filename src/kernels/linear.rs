@@ -4,8 +4,8 @@
 //! among threads.
 
 use super::level::level;
-use super::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use super::parallel::{self, parts, row_chunks};
+use super::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};

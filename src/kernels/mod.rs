@@ -3,11 +3,11 @@
 //! ```text
 //! mechanism ── Problem (heads, slices of rows, bias, dropout) ── Kernels for f32, f64
 //!                 │
-//!     driver: dense in tiles of queries × keys, rows pair by pair, features through sums over keys
+//!     driver: `dense` in tiles of queries × keys, `rows` pair by pair, `performer` through sums over keys
 //!                 │  parts of the problem, shared among threads by `parallel`
-//!     scorer: how a mechanism makes logits of a tile (dot products, distances, rotations, edges)
+//!     scorer: how a mechanism makes logits of a tile (dot products, `poincare`, `rotary`, `edge_gat`)
 //!                 │
-//!     step over one tile: a product (matmul, heads), exponentials (exp), a transpose
+//!     step over one tile: a product (`primitives::matmul`, `gathered`), exponentials, a transpose
 //!                 │  here the instruction set is chosen, by `dispatch!`
 //!     vectors of fearless_simd
 //! ```
@@ -60,43 +60,36 @@ macro_rules! without_sse2 {
     };
 }
 
-pub(crate) mod asinh;
-mod buffer;
-mod compensated;
 pub(crate) mod dense;
-pub(crate) mod edges;
-pub(crate) mod exp;
-pub(crate) mod features;
-pub(crate) mod heads;
-pub(crate) mod hyperbolic;
+pub(crate) mod edge_gat;
+pub(crate) mod gathered;
 pub(crate) mod level;
 pub(crate) mod linear;
-pub(crate) mod matmul;
 pub(crate) mod nearest;
 pub(crate) mod normalizer;
 pub(crate) mod parallel;
-pub(crate) mod prefetch;
+pub(crate) mod performer;
+pub(crate) mod poincare;
+pub(crate) mod primitives;
 pub(crate) mod problem;
 pub(crate) mod rotary;
 pub(crate) mod rows;
-pub(crate) mod sincos;
 #[cfg(test)]
 mod softmax_tests;
-pub(crate) mod transpose;
 
 use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
-use edges::{EdgeGradients, EdgeProblem};
+use edge_gat::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
-use features::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
-use hyperbolic::HyperbolicProblem;
-use matmul::Target;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 use nearest::{Keys, Lists};
 use normalizer::Normalizer;
+use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
+use poincare::HyperbolicProblem;
+use primitives::matmul::Target;
 use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
@@ -107,7 +100,7 @@ macro_rules! kernels {
     fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $kernel:expr;)*) => {
         /// The kernels as methods of their element: so they are compiled in this crate, once for each type
         /// and instruction set, and not again in every crate that calls a mechanism.
-        pub trait Kernels: exp::HasExp + asinh::HasAsinh + sincos::HasSinCos {
+        pub trait Kernels: primitives::exp::HasExp + primitives::asinh::HasAsinh + primitives::sincos::HasSinCos {
             $($(#[$attribute])*
             fn $name($($argument: $type),*) $(-> $result)?
             where
@@ -131,8 +124,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// [`matmul::panel_len`].
-    fn panel_len(level: Level) -> usize = matmul::panel_len::<Self>;
+    /// [`primitives::matmul::panel_len`].
+    fn panel_len(level: Level) -> usize = primitives::matmul::panel_len::<Self>;
 
     /// [`linear::product_rows`].
     fn product_rows(
@@ -203,51 +196,51 @@ kernels! {
         grads: &mut GradientsMut<'_, Self>,
     ) = rows::dot_backward;
 
-    /// [`rows::forward`] with the logits of [`edges`].
+    /// [`rows::forward`] with the logits of [`edge_gat`].
     fn edges_forward(
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) = rows::forward::<_, edges::EdgeScorer<'_, _>>;
+    ) = rows::forward::<_, edge_gat::EdgeScorer<'_, _>>;
 
-    /// [`edges::backward`].
+    /// [`edge_gat::backward`].
     fn edges_backward(
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
         level: Level,
         upstream: Upstream<'_, Self>,
         grad_features: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<EdgeGradients<Self>> = edges::backward;
+    ) -> Result<EdgeGradients<Self>> = edge_gat::backward;
 
-    /// [`rows::weights`] with the logits of [`edges`].
+    /// [`rows::weights`] with the logits of [`edge_gat`].
     fn edges_weights(
         problem: &EdgeProblem<'_, Self>,
         tile_len: usize,
         level: Level,
         normalizer: &Normalizer<Self>,
-    ) -> Result<Array2<Self>> = rows::weights::<_, edges::EdgeScorer<'_, _>>;
+    ) -> Result<Array2<Self>> = rows::weights::<_, edge_gat::EdgeScorer<'_, _>>;
 
-    /// [`dense::forward`] with the logits of [`hyperbolic`].
+    /// [`dense::forward`] with the logits of [`poincare`].
     fn hyperbolic_dense_forward(
         problem: &HyperbolicProblem<'_, Self>,
         sizes: TileSizes,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) = dense::forward::<_, hyperbolic::DistanceTiles<'_, _>>;
+    ) = dense::forward::<_, poincare::DistanceTiles<'_, _>>;
 
-    /// [`rows::forward`] with the logits of [`hyperbolic`].
+    /// [`rows::forward`] with the logits of [`poincare`].
     fn hyperbolic_rows_forward(
         problem: &HyperbolicProblem<'_, Self>,
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) = rows::forward::<_, hyperbolic::DistanceScorer<'_, _>>;
+    ) = rows::forward::<_, poincare::DistanceScorer<'_, _>>;
 
-    /// [`hyperbolic::spread`].
+    /// [`poincare::spread`].
     fn hyperbolic_spread(
         problem: &HyperbolicProblem<'_, Self>,
         directions: Slices<'_, Self>,
@@ -255,69 +248,69 @@ kernels! {
         sizes: TileSizes,
         level: Level,
         sums: ArrayViewMut2<'_, Self>,
-    ) = hyperbolic::spread;
+    ) = poincare::spread;
 
-    /// [`hyperbolic::backward`].
+    /// [`poincare::backward`].
     fn hyperbolic_rows_backward(
         problem: &HyperbolicProblem<'_, Self>,
-        points: &hyperbolic::Points<Self>,
-        upstream: &hyperbolic::Upstream<Self>,
+        points: &poincare::Points<Self>,
+        upstream: &poincare::Upstream<Self>,
         tile_len: usize,
         level: Level,
         wanted: [bool; 2],
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<hyperbolic::PointGradients<Self>> = hyperbolic::backward;
+    ) -> Result<poincare::PointGradients<Self>> = poincare::backward;
 
-    /// [`hyperbolic::dense_backward`].
+    /// [`poincare::dense_backward`].
     fn hyperbolic_dense_backward(
         problem: &HyperbolicProblem<'_, Self>,
-        points: &hyperbolic::Points<Self>,
-        upstream: &hyperbolic::Upstream<Self>,
+        points: &poincare::Points<Self>,
+        upstream: &poincare::Upstream<Self>,
         sizes: TileSizes,
         level: Level,
         grad_bias: Option<ArrayViewMut2<'_, Self>>,
-    ) -> Result<hyperbolic::PointGradients<Self>> = hyperbolic::dense_backward;
+    ) -> Result<poincare::PointGradients<Self>> = poincare::dense_backward;
 
-    /// [`features::sum_keys`].
+    /// [`performer::sum_keys`].
     fn sum_keys(
         problem: &FeatureProblem<'_, Self>,
         level: Level,
-    ) -> Vec<KeySums<Self>> = features::sum_keys;
+    ) -> Vec<KeySums<Self>> = performer::sum_keys;
 
-    /// [`features::forward`].
+    /// [`performer::forward`].
     fn features_forward(
         problem: &FeatureProblem<'_, Self>,
         sums: &[KeySums<Self>],
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         denominators: &mut Array2<Self>,
-    ) = features::forward;
+    ) = performer::forward;
 
-    /// [`features::backward`].
+    /// [`performer::backward`].
     fn features_backward(
         problem: &FeatureProblem<'_, Self>,
         sums: &[KeySums<Self>],
         upstream: &FeatureUpstream<'_, Self>,
         level: Level,
-    ) -> Result<FeatureGradients<Self>> = features::backward;
+    ) -> Result<FeatureGradients<Self>> = performer::backward;
 
-    /// [`features::causal_forward`].
+    /// [`performer::causal_forward`].
     fn causal_features_forward(
         problem: &FeatureProblem<'_, Self>,
         num_queries: &[usize],
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         denominators: &mut Array2<Self>,
-    ) = features::causal_forward;
+    ) = performer::causal_forward;
 
-    /// [`features::causal_backward`].
+    /// [`performer::causal_backward`].
     fn causal_features_backward(
         problem: &FeatureProblem<'_, Self>,
         num_queries: &[usize],
         upstream: &FeatureUpstream<'_, Self>,
         is_summed: &(dyn Fn(usize, usize) -> bool + Sync),
         level: Level,
-    ) -> Result<FeatureGradients<Self>> = features::causal_backward;
+    ) -> Result<FeatureGradients<Self>> = performer::causal_backward;
 
     /// [`rotary::rotate`].
     fn rotate(

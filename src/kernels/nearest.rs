@@ -6,8 +6,8 @@
 //! formed again in `f64` and in an order of its own, and only this one counts: so neither the
 //! precision nor the instruction set of the tiles can be seen in the answer.
 
-use super::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::parallel::ranges;
+use super::primitives::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::problem::Rows;
 use crate::error::{Error, Result};
 use crate::float::{Float, all_finite, try_vec};

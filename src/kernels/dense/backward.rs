@@ -2,13 +2,13 @@ use super::{BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, block, clip};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
-use crate::kernels::buffer::Buffer;
-use crate::kernels::exp::exp;
-use crate::kernels::matmul::{
+use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
+use crate::kernels::primitives::buffer::Buffer;
+use crate::kernels::primitives::exp::exp;
+use crate::kernels::primitives::matmul::{
     Left, Matrix, Out, Target, columns_times, load, panel_len, panel_width, rows_times, splat,
     store,
 };
-use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};

@@ -1,16 +1,16 @@
 use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::kernels::buffer::Buffer;
-use crate::kernels::compensated;
-use crate::kernels::exp::exp;
-use crate::kernels::matmul::{
-    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_len, splat, store,
-};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::primitives::buffer::Buffer;
+use crate::kernels::primitives::compensated;
+use crate::kernels::primitives::exp::exp;
+use crate::kernels::primitives::matmul::{
+    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_len, splat, store,
+};
+use crate::kernels::primitives::transpose::{store_part, transposed};
 use crate::kernels::problem::FiniteRows;
-use crate::kernels::transpose::{store_part, transposed};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;

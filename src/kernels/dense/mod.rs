@@ -11,11 +11,13 @@ mod forward;
 pub(super) use backward::{add_head_rows, backward, pack_rows};
 pub(super) use forward::{SLACK, forward};
 
-use super::buffer::Buffer;
-use super::matmul::{Left, Matrix, Out, Vector, panel_len, rows_times_with_max, vector_len};
 use super::parallel::ranges;
+use super::primitives::buffer::Buffer;
+use super::primitives::matmul::{
+    Left, Matrix, Out, Vector, panel_len, rows_times_with_max, vector_len,
+};
+use super::primitives::transpose::{load_padded, store_part, transposed};
 use super::problem::{Problem, Slices};
-use super::transpose::{load_padded, store_part, transposed};
 use crate::float::Float;
 use crate::inputs::Pair;
 use fearless_simd::{Level, Select, Simd, SimdBase};

@@ -4,7 +4,7 @@
 //! A logit is (scale q)·(R k), for the forward pass and either backward pass: large ones must not be
 //! rounded in two ways. The pass by key also rotates the queries by the opposite, for the gradients.
 
-use super::super::heads::{Columns, Gather, Weights};
+use super::super::gathered::{Columns, Gather, Weights};
 use super::super::problem::{Problem, Rows, Slices, Upstream};
 use super::super::rows::{self, Pairs, Scorer, Tile, TwoSided, key_columns};
 use super::{Rotary, Turn, is_zero};

@@ -12,8 +12,8 @@ pub(crate) use edges::RotaryProblem;
 pub(super) use edges::{RotaryScorer, backward};
 pub(super) use nodes::{rotate, rotate_vjp};
 
-use super::matmul::{Vector, vector_len};
-use super::sincos::sin_cos;
+use super::primitives::matmul::{Vector, vector_len};
+use super::primitives::sincos::sin_cos;
 use crate::float::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use ndarray::Array2;

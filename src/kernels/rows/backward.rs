@@ -1,8 +1,8 @@
 //! The backward pass.
 
-use super::super::exp::exp;
-use super::super::heads::{Columns, Gather, Weights};
-use super::super::matmul::{Vector, vector_len};
+use super::super::gathered::{Columns, Gather, Weights};
+use super::super::primitives::exp::exp;
+use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
 use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part,

@@ -1,11 +1,11 @@
 //! The forward pass.
 
-use super::super::compensated;
 use super::super::dense::SLACK;
-use super::super::exp::exp;
-use super::super::heads::Columns;
-use super::super::matmul::Vector;
+use super::super::gathered::Columns;
 use super::super::normalizer::{self, Normalizer};
+use super::super::primitives::compensated;
+use super::super::primitives::exp::exp;
+use super::super::primitives::matmul::Vector;
 use super::super::problem::FiniteRows;
 use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;

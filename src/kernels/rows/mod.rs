@@ -17,10 +17,10 @@ pub(super) use backward::{
 pub(super) use forward::forward;
 pub(super) use weights::weights;
 
-use super::heads::{Columns, Gather, Weights};
-use super::matmul::vector_len;
+use super::gathered::{Columns, Gather, Weights};
 use super::parallel::{self, Rest};
-use super::prefetch::prefetch;
+use super::primitives::matmul::vector_len;
+use super::primitives::prefetch::prefetch;
 use super::problem::{FiniteRows, Problem, Slices};
 use crate::error::{Channel, Result};
 use crate::float::{Float, try_vec, try_zeros};

@@ -9,7 +9,7 @@ use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
-use crate::kernels::edges::{EdgeProblem, Logit};
+use crate::kernels::edge_gat::{EdgeProblem, Logit};
 use crate::kernels::level::level;
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;

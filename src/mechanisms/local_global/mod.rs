@@ -111,11 +111,11 @@ const NAME: &str = "local_global";
 /// ```
 #[derive(Debug)]
 pub struct LocalGlobal<F: Float> {
-    kind: Kind<F>,
+    form: Form<F>,
 }
 
 #[derive(Debug)]
-enum Kind<F: Float> {
+enum Form<F: Float> {
     SlidingWindow {
         window: Window,
         flash: Flash,
@@ -163,13 +163,13 @@ impl<F: Float> LocalGlobal<F> {
     /// [`Error::InvalidArgument`] if the dilation is 0.
     pub fn sliding_window(window: Window, flash: Flash) -> Result<Self> {
         window.validate()?;
-        Ok(Self { kind: Kind::SlidingWindow { window, flash } })
+        Ok(Self { form: Form::SlidingWindow { window, flash } })
     }
 
     /// One softmax over local and global pairs, each with the scale of its own [`Flash`].
     #[must_use]
     pub fn joint(local: Flash, global: Flash) -> Self {
-        Self { kind: Kind::Joint([local, global]) }
+        Self { form: Form::Joint([local, global]) }
     }
 
     /// Two mechanisms of any kind and a learned gate for each of `heads` heads, whose queries have
@@ -215,7 +215,7 @@ impl<F: Float> LocalGlobal<F> {
         let mut weight = try_zeros("gate.weight", heads, head_dim)?;
         fill_uniform(weight.view_mut(), 1.0 / (head_dim as f64).sqrt(), rng);
         let bias = Array1::from(try_vec("gate.bias", &[heads], F::zero())?);
-        Ok(Self { kind: Kind::Gated(Gate { weight, bias, inner: [local, global] }) })
+        Ok(Self { form: Form::Gated(Gate { weight, bias, inner: [local, global] }) })
     }
 
     /// The pairs of the one softmax of the readings without a gate, part after part; of no two are
@@ -225,8 +225,8 @@ impl<F: Float> LocalGlobal<F> {
         inputs: &Inputs<'a, F>,
         mut visit: impl FnMut(&Part<'_, 'a, F>) -> Result<()>,
     ) -> Result<()> {
-        match &self.kind {
-            Kind::SlidingWindow { window, flash } => {
+        match &self.form {
+            Form::SlidingWindow { window, flash } => {
                 window.check_globals(inputs)?;
                 if let Pattern::Graph(_) = inputs.pattern() {
                     let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
@@ -242,21 +242,21 @@ impl<F: Float> LocalGlobal<F> {
                     visit(&Part { flash, selected, reach, role })
                 })
             }
-            Kind::Joint(sides) => {
+            Form::Joint(sides) => {
                 let parts = sides.iter().zip(by_edge_layer(inputs)?).zip([Role::First, Role::More]);
                 for ((flash, selected), role) in parts {
                     visit(&Part { flash, selected, reach: None, role })?;
                 }
                 Ok(())
             }
-            Kind::Gated(_) => Ok(()),
+            Form::Gated(_) => Ok(()),
         }
     }
 
     /// The queries of which one part has all pairs.
     fn whole_queries(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
-        match (&self.kind, inputs.pattern()) {
-            (Kind::SlidingWindow { window, .. }, Pattern::Dense) => window.global_queries(inputs),
+        match (&self.form, inputs.pattern()) {
+            (Form::SlidingWindow { window, .. }, Pattern::Dense) => window.global_queries(inputs),
             _ => Vec::new(),
         }
     }
@@ -300,7 +300,7 @@ impl<F: Float> LocalGlobal<F> {
 }
 
 /// The inputs with the pairs of layer 0, and with those above.
-fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
+fn by_edge_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
     let layers = inputs.edge_layers(NAME)?;
     Ok([
         inputs.select_pairs(|pair| layers[pair.index] == 0)?,
@@ -310,7 +310,7 @@ fn by_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, 
 
 impl<F: Float> Params<F> for LocalGlobal<F> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Kind::Gated(gate) = &self.kind else { return };
+        let Form::Gated(gate) = &self.form else { return };
         visitor("gate.weight", gate.weight.view().into_dyn());
         visitor("gate.bias", gate.bias.view().into_dyn());
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
@@ -319,7 +319,7 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Kind::Gated(gate) = &mut self.kind else { return };
+        let Form::Gated(gate) = &mut self.form else { return };
         visitor("gate.weight", gate.weight.view_mut().into_dyn());
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
@@ -328,14 +328,14 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Kind::Gated(gate) = &self.kind else { return };
+        let Form::Gated(gate) = &self.form else { return };
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
             inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Kind::Gated(gate) = &mut self.kind else { return };
+        let Form::Gated(gate) = &mut self.form else { return };
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
             inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
         }
@@ -348,16 +348,16 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 
     fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize {
-        match &self.kind {
-            Kind::Gated(gate) => gate.output_dim(inputs),
+        match &self.form {
+            Form::Gated(gate) => gate.output_dim(inputs),
             _ => output_dim(inputs),
         }
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         check_output(self, "out", inputs, out.shape())?;
-        match &self.kind {
-            Kind::Gated(gate) => gate.forward(inputs, out),
+        match &self.form {
+            Form::Gated(gate) => gate.forward(inputs, out),
             _ => self.run(inputs, out).map(drop),
         }
     }
@@ -368,8 +368,8 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         check_output(self, "out", inputs, out.shape())?;
-        match &self.kind {
-            Kind::Gated(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
+        match &self.form {
+            Form::Gated(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
             _ => {
                 let normalizer = self.run(inputs, out.view_mut())?;
                 Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
@@ -386,7 +386,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     ) -> Result<()> {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
-        if let Kind::Gated(gate) = &self.kind {
+        if let Form::Gated(gate) = &self.form {
             return gate.backward(inputs, saved.state(NAME)?, grad_out, grads);
         }
         let state = saved.state::<State<F>>(NAME)?;
@@ -420,9 +420,9 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        match &self.kind {
-            Kind::Gated(gate) => gate.attention_weights(inputs),
-            Kind::SlidingWindow { window, flash } => {
+        match &self.form {
+            Form::Gated(gate) => gate.attention_weights(inputs),
+            Form::SlidingWindow { window, flash } => {
                 window.check_globals(inputs)?;
                 let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
                 let weights = flash.attention_weights(&selected.inputs())?;
@@ -430,7 +430,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
                 selected.add_weights(&weights, &mut total, |_, _| F::one());
                 Ok(total)
             }
-            Kind::Joint(sides) => {
+            Form::Joint(sides) => {
                 let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
                 let normalizer = self.run(inputs, out.view_mut())?;
                 let mut total = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;

@@ -3,7 +3,7 @@
 use super::config::{Gating, MoeConfig, Priority};
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};
-use crate::kernels::prefetch::prefetch;
+use crate::kernels::primitives::prefetch::prefetch;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
 
 /// Where a [`Moe`](super::Moe) sends the queries: from [`Moe::route`](super::Moe::route), or

@@ -6,8 +6,8 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::Inputs;
 use crate::kernels::Kernels;
-use crate::kernels::features::{KeySums, Map};
 use crate::kernels::level::level;
+use crate::kernels::performer::{KeySums, Map};
 use ndarray::{Array2, ArrayView2, Axis};
 use std::marker::PhantomData;
 

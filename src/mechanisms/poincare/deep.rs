@@ -14,7 +14,7 @@
 
 use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
-use crate::kernels::hyperbolic::{
+use crate::kernels::poincare::{
     DOMINANT, HyperbolicProblem, OfLogit, PairDistance, PointGradients, Points, add_point,
 };
 use ndarray::{ArrayViewMut2, s};

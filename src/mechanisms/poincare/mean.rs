@@ -7,9 +7,9 @@ use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
-use crate::kernels::hyperbolic::{HyperbolicProblem, PointGradients, Points, Terms, Upstream};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
+use crate::kernels::poincare::{HyperbolicProblem, PointGradients, Points, Terms, Upstream};
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 

@@ -13,7 +13,7 @@ use crate::geometry::poincare::{
 };
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
-use crate::kernels::hyperbolic::HyperbolicProblem;
+use crate::kernels::poincare::HyperbolicProblem;
 use crate::mechanisms::scaled_dot_product::{Softmax, softmax};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;

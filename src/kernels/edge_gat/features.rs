@@ -1,7 +1,7 @@
 //! The features of a tile of pairs, stored feature by feature: the lanes of a vector are pairs. So a
 //! few numbers for each pair need no sums across lanes, however few they are.
 
-use super::super::matmul::{Vector, vector_len};
+use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::Slices;
 use crate::float::Float;
 use crate::inputs::Pair;
@@ -78,7 +78,7 @@ impl<F: Float> FeatureTile<F> {
         Self { level, dim, stride, data: vec![F::zero(); dim * stride] }
     }
 
-    /// The weights of a feature in [`Columns::add_weighted`](super::super::heads::Columns).
+    /// The weights of a feature in [`Columns::add_weighted`](super::super::gathered::Columns).
     #[inline(always)]
     pub(super) fn of_feature(&self, feature: usize) -> &[F] {
         &self.data[feature * self.stride..][..self.stride]

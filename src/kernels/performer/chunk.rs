@@ -3,10 +3,10 @@
 use super::products::product;
 use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
-use crate::kernels::exp::exp2;
-use crate::kernels::heads::unrolled_dot;
-use crate::kernels::matmul::{Left, Target, Vector, panel_len};
-use crate::kernels::sincos::sin_cos;
+use crate::kernels::gathered::unrolled_dot;
+use crate::kernels::primitives::exp::exp2;
+use crate::kernels::primitives::matmul::{Left, Target, Vector, panel_len};
+use crate::kernels::primitives::sincos::sin_cos;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use std::f64::consts::{LN_2, LOG2_E};
 

@@ -3,17 +3,17 @@
 use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
 use crate::float::Float;
 use crate::inputs::head_columns;
-use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
     Block, FEW_QUERIES, HeadRows, PARTS, TileScorer, TileSizes, block, clip,
 };
-use crate::kernels::exp::exp;
-use crate::kernels::heads::{Columns, Gather};
-use crate::kernels::matmul::{
-    Matrix, Out, Vector, load, panel_len, splat, squared_distances, store,
-};
+use crate::kernels::gathered::{Columns, Gather};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, row_chunks};
+use crate::kernels::primitives::buffer::Buffer;
+use crate::kernels::primitives::exp::exp;
+use crate::kernels::primitives::matmul::{
+    Matrix, Out, Vector, load, panel_len, splat, squared_distances, store,
+};
 use crate::kernels::problem::Slices;
 use crate::kernels::rows::{
     Outputs, Pairs, Part, Scorer, Tile, add_up, for_each_part, level_for, parts,

@@ -27,10 +27,10 @@ pub(crate) use dominant::{DOMINANT, OfLogit, PairDistance, add_point};
 pub(crate) use pairs::Terms;
 pub(super) use spread::spread;
 
-use super::buffer::Buffer;
 use super::dense::{Block, TileScorer};
-use super::heads::{Columns, Gather};
-use super::matmul::{Matrix, Out, Vector, load, panel_len, squared_distances, store};
+use super::gathered::{Columns, Gather};
+use super::primitives::buffer::Buffer;
+use super::primitives::matmul::{Matrix, Out, Vector, load, panel_len, squared_distances, store};
 use super::problem::{Problem, Rows};
 use super::rows::{Scorer, Tile};
 use crate::float::Float;

@@ -6,8 +6,8 @@ use super::products::{add_outer, add_scaled, product, transposed, transposed_pro
 use super::{FeatureProblem, FeatureUpstream, KeySums, Map, SumsOfChunk};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
+use crate::kernels::primitives::matmul::{Left, Target, panel_len};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, s};
 use std::iter;

@@ -7,15 +7,15 @@ use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
-use crate::kernels::buffer::Buffer;
 use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
 };
-use crate::kernels::matmul::{
+use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
+use crate::kernels::primitives::buffer::Buffer;
+use crate::kernels::primitives::matmul::{
     Left, Matrix, Out, Target, Vector, columns_times, panel_len, panel_width, rows_times,
     squared_distances,
 };
-use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayViewMut2, s};
 use std::f64::consts::LN_2;

@@ -10,8 +10,8 @@ mod features;
 pub(crate) use backward::EdgeGradients;
 pub(super) use backward::backward;
 
-use super::heads::{Columns, Gather, Weights};
-use super::matmul::Vector;
+use super::gathered::{Columns, Gather, Weights};
+use super::primitives::matmul::Vector;
 use super::problem::{Problem, Rows, Slices};
 use super::rows::{DotScorer, Pairs, Scorer, Tile};
 use crate::float::Float;

@@ -1,6 +1,6 @@
 //! e^x and 2^x for x ≤ 0: the exponentials of softmax and of random features.
 
-use crate::kernels::matmul::Vector;
+use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The constants of [`exp`] and [`exp2`] for one type.

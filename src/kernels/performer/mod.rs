@@ -21,9 +21,9 @@ pub(super) use backward::backward;
 pub(super) use causal::{backward as causal_backward, forward as causal_forward};
 pub(super) use forward::{forward, sum_keys};
 
-use super::compensated;
-use super::matmul::{ROWS_OF_SUM, Target};
 use super::parallel::ranges;
+use super::primitives::compensated;
+use super::primitives::matmul::{ROWS_OF_SUM, Target};
 use super::problem::Rows;
 use crate::float::Float;
 use crate::inputs::{Inputs, head_columns};

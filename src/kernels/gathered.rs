@@ -7,7 +7,7 @@
 //! head may lie elsewhere in the others than in the own, since heads of queries may share those of
 //! keys.
 
-use super::matmul::{ROWS_OF_SUM, Vector, vector_len};
+use super::primitives::matmul::{ROWS_OF_SUM, Vector, vector_len};
 use super::problem::Slices;
 use crate::float::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};

@@ -4,7 +4,7 @@ use crate::float::Float;
 
 /// sum ← factor · sum + term. `lack` is what rounding has taken from the sum.
 #[inline(always)]
-pub(super) fn add<F: Float>(sum: &mut F, lack: &mut F, factor: F, term: F) {
+pub(crate) fn add<F: Float>(sum: &mut F, lack: &mut F, factor: F, term: F) {
     let (before, added) = (*sum * factor, term + *lack * factor);
     *sum = before + added;
     let new_lack = added - (*sum - before);

@@ -1,6 +1,6 @@
 //! sin x and cos x together.
 
-use crate::kernels::matmul::Vector;
+use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdFloatElement, SimdMask};
 
 /// The constants of [`sin_cos`] for one type.

@@ -1,6 +1,6 @@
 //! asinh in units of ln 2: distances, whose exponentials are weights.
 
-use crate::kernels::matmul::Vector;
+use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The constants of [`asinh`] for one type.

@@ -6,8 +6,8 @@ use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::inputs::{Pair, head_columns};
-use crate::kernels::heads::{Columns, Gather, Weights};
-use crate::kernels::matmul::Vector;
+use crate::kernels::gathered::{Columns, Gather, Weights};
+use crate::kernels::primitives::matmul::Vector;
 use crate::kernels::problem::{Rows, Slices};
 use crate::kernels::rows::{
     Outputs, Pairs, Part, Tile, add_to_row, add_up, for_each_part, level_for, parts,

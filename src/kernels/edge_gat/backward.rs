@@ -1,8 +1,8 @@
 //! The backward pass. It visits the pairs by query, where it computes their weights anew and keeps
 //! two numbers for each pair and head, and then by key, where it only sums with those.
 
-use super::super::heads::{Columns, Weights, unrolled_dot};
-use super::super::matmul::Vector;
+use super::super::gathered::{Columns, Weights, unrolled_dot};
+use super::super::primitives::matmul::Vector;
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
     Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_part, level_for, parts,

@@ -11,7 +11,7 @@
 //! twelve multiply-adds would carry six of them.
 
 use crate::float::Float;
-use crate::kernels::transpose::MOST as MOST_LANES;
+use crate::kernels::primitives::transpose::MOST as MOST_LANES;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, SimdFloatElement};
 
 /// The widest vector of the CPU.

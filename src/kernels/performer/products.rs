@@ -1,7 +1,7 @@
 //! The products of chunks, whose right factors and results have rows of whole panels.
 
 use crate::float::Float;
-use crate::kernels::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
+use crate::kernels::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use fearless_simd::Level;
 
 /// left · right for some rows of `left`; `right` and `out` have rows of `stride`, whole panels.

@@ -4,9 +4,9 @@
 use super::dominant::DOMINANT;
 use super::{Mass, Radius};
 use crate::float::Float;
-use crate::kernels::asinh::asinh;
-use crate::kernels::exp::exp;
-use crate::kernels::matmul::Vector;
+use crate::kernels::primitives::asinh::asinh;
+use crate::kernels::primitives::exp::exp;
+use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
 
 /// Numbers of a [`Radius`] and of a [`Mass`].

@@ -18,8 +18,8 @@ use super::products::{add_outer, product, scale_rows, transposed, transposed_pro
 use super::{FeatureProblem, FeatureUpstream, KeySums, SumsOfChunk};
 use crate::error::Result;
 use crate::float::Float;
-use crate::kernels::matmul::{Left, Target, panel_len};
 use crate::kernels::parallel::{self, ranges};
+use crate::kernels::primitives::matmul::{Left, Target, panel_len};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
 use std::ops::Range;
