@@ -99,6 +99,9 @@ pub enum Causal {
     /// Query i sees the keys j ≤ i + num_keys − num_queries: the last query sees every key, as when
     /// decoding with a cache; flash-attention's convention.
     BottomRight,
+    /// Query i sees the keys j ≤ i + offset: before the first query there are so many cached keys, and
+    /// after the last one there may be others, not yet to be seen. ONNX's past sequence length.
+    Offset(usize),
 }
 
 /// One (query, key) that attends, as [`Inputs::row`] lists them.
@@ -342,7 +345,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`]. When decoding with a cache, with fewer
-    /// queries than keys, use [`Causal::BottomRight`].
+    /// queries than keys, use [`Causal::BottomRight`], or [`Causal::Offset`] with the number of cached keys.
     #[must_use]
     pub fn with_causal(self) -> Self {
         self.with_causal_alignment(Causal::TopLeft)
@@ -782,7 +785,8 @@ impl<'a, F: Float> Inputs<'a, F> {
                 let [num_queries, num_keys] = self.whole_sizes();
                 end.saturating_add(num_keys).saturating_sub(num_queries)
             }
-            _ => end,
+            Some(Causal::Offset(offset)) => end.saturating_add(offset),
+            Some(Causal::TopLeft) | None => end,
         }
     }
 
@@ -793,7 +797,8 @@ impl<'a, F: Float> Inputs<'a, F> {
                 let [num_queries, num_keys] = self.whole_sizes();
                 key.saturating_add(num_queries).saturating_sub(num_keys)
             }
-            _ => key,
+            Some(Causal::Offset(offset)) => key.saturating_sub(offset),
+            Some(Causal::TopLeft) | None => key,
         }
     }
 
@@ -807,6 +812,13 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.origin.map_or([self.num_queries(), self.num_keys()], |origin| {
             [origin.num_queries, origin.num_keys]
         })
+    }
+
+    /// The positions at which queries or keys stand, in the whole inputs, are below this.
+    pub(crate) fn num_positions(&self) -> usize {
+        let [num_queries, num_keys] = self.whole_sizes();
+        let cached = if let Some(Causal::Offset(offset)) = self.causal { offset } else { 0 };
+        num_keys.max(num_queries.saturating_add(cached))
     }
 
     /// How many of the keys have a smaller number than this in the whole inputs.
@@ -1024,6 +1036,11 @@ mod tests {
         assert_eq!(keys_of(&other, 0), [(0, 0)]);
         let bottom_right = dense.with_causal_alignment(Causal::BottomRight);
         assert_eq!(keys_of(&bottom_right, 0), [(0, 0), (1, 1)]);
+        let offset = dense.with_causal_alignment(Causal::Offset(1));
+        assert_eq!(keys_of(&offset, 0), [(0, 0), (1, 1)]);
+        assert_eq!(keys_of(&offset, 1).len(), 3);
+        let beyond = dense.with_causal_alignment(Causal::Offset(usize::MAX));
+        assert_eq!(keys_of(&beyond, 0).len(), 3);
 
         let mask = array![[true, false, true], [false, true, true]];
         assert_eq!(keys_of(&dense.with_mask(mask.view())?.with_causal(), 1), [(1, 4)]);

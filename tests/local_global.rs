@@ -111,15 +111,19 @@ fn sliding_window_is_attention_under_the_mask_whatever_the_globals() -> Result<(
         let [q, k, v] = [(num_queries, 6), (num_keys, 6), (num_keys, 4)]
             .map(|(rows, columns)| normal(rows, columns, &mut rng));
         let inputs = Inputs::dense(q.view(), k.view(), v.view())?.with_heads(2)?;
-        let (inputs, offset) = match rng.random_range(0..3) {
+        let (inputs, offset) = match rng.random_range(0..4) {
             0 => (inputs, 0),
             1 => (inputs.with_causal(), 0),
+            2 => {
+                let offset = rng.random_range(0..40);
+                (inputs.with_causal_alignment(Causal::Offset(offset)), offset as i64)
+            }
             _ => {
                 let offset = num_keys as i64 - num_queries as i64;
                 (inputs.with_causal_alignment(Causal::BottomRight), offset)
             }
         };
-        let len = num_queries.max(num_keys);
+        let len = (num_queries as i64 + offset.max(0)).max(num_keys as i64) as usize;
         let globals = (0..rng.random_range(0..9)).map(|_| rng.random_range(0..len)).collect();
         let (radius, dilation) = (rng.random_range(0..9), rng.random_range(1..5));
         let pattern = Pattern { radius, dilation, globals };

@@ -64,7 +64,10 @@ fn random_case(seed: u64) -> Case {
         (0..num_edges).map(|_| edge(rng)).collect()
     };
     let graph = Graph::from_edges(num_queries, num_keys, pairs.iter().copied()).unwrap();
-    let causal = pick(&[None, None, Some(Causal::TopLeft), Some(Causal::BottomRight)], rng);
+    let causal = pick(
+        &[None, None, Some(Causal::TopLeft), Some(Causal::BottomRight), Some(Causal::Offset(3))],
+        rng,
+    );
     let mask = rng.random::<bool>().then(|| {
         Array2::from_shape_simple_fn((num_queries, num_keys), || rng.random_range(0..4) > 0)
     });
@@ -73,6 +76,7 @@ fn random_case(seed: u64) -> Case {
             None => true,
             Some(Causal::TopLeft) => key <= query,
             Some(Causal::BottomRight) => key + num_queries <= query + num_keys,
+            Some(Causal::Offset(offset)) => key <= query + offset,
             Some(other) => unreachable!("{other:?}"),
         };
         below_diagonal && mask.as_ref().is_none_or(|mask| mask[[query, key]])

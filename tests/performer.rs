@@ -150,6 +150,8 @@ fn dense_causal_and_pairs_are_the_oracle() {
                 &bottom,
                 &expected(&|i, j| (j + queries <= i + keys).then_some(0.0)),
             );
+            let offset = inputs.with_causal_alignment(Causal::Offset(2));
+            check("offset", &offset, &expected(&|i, j| (j <= i + 2).then_some(0.0)));
             // Every third key is padding.
             let flags = Array1::from_shape_fn(keys, |j| j % 3 != 1);
             let padding = flags.broadcast((queries, keys)).unwrap();
@@ -229,9 +231,9 @@ fn gradients_of_sums_are_those_of_pairs() {
             let no_bias = Array2::zeros((n_q, n_k));
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
             let inputs = inputs.with_grouped_heads(heads, kv_heads).unwrap();
-            let cases =
-                [inputs, inputs.with_causal(), inputs.with_causal_alignment(Causal::BottomRight)];
-            for (case, inputs) in cases.into_iter().enumerate() {
+            let causal = [Causal::TopLeft, Causal::BottomRight, Causal::Offset(3)];
+            let causal = causal.map(|alignment| inputs.with_causal_alignment(alignment));
+            for (case, inputs) in [inputs].into_iter().chain(causal).enumerate() {
                 let run = |inputs: &Inputs<'_, f64>| {
                     let (out, saved) = performer.forward_train(inputs).unwrap();
                     (out, performer.backward(inputs, &saved, grad_out.view()).unwrap())

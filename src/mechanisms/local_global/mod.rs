@@ -43,8 +43,8 @@ const NAME: &str = "local_global";
 /// dense blocks (the window, for each run of queries the global keys beyond it, and global queries with
 /// all keys), which go through the tiles of [`Flash`] and are merged as [`Partial`](crate::Partial)s are.
 ///
-/// * **Positions.** Query i stands at key i, or with [`Causal::BottomRight`](crate::Causal) at key
-///   i + num_keys − num_queries; so windows and globals are also defined where there are not as many
+/// * **Positions.** Query i stands at key i, with [`Causal::BottomRight`](crate::Causal) at key
+///   i + num_keys − num_queries, and with [`Causal::Offset`](crate::Causal) at key i + offset; so windows and globals are also defined where there are not as many
 ///   queries as keys. [Selected](Inputs::select_queries) queries keep the positions that they had.
 /// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask as
 ///   among all pairs), grouped heads. On a graph, edges that the window and the globals leave out are

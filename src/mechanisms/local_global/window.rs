@@ -71,8 +71,7 @@ impl Window {
 
     /// Refuses global positions where neither a query nor a key stands.
     pub(super) fn check_globals<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        let [num_queries, num_keys] = inputs.whole_sizes();
-        let len = num_queries.max(num_keys);
+        let len = inputs.num_positions();
         match self.globals.last() {
             Some(&last) if last >= len => {
                 Err(Error::config("globals", format!("positions below {len}"), last))
@@ -150,8 +149,7 @@ impl Window {
         }
 
         // By class: the queries with their positions, and the keys.
-        let largest = inputs.whole_sizes().into_iter().max().unwrap_or(0);
-        let num_classes = self.dilation.min(largest.max(1));
+        let num_classes = self.dilation.min(inputs.num_positions().max(1));
         let mut queries_of = try_vec("dilation", &[num_classes], Vec::new())?;
         for query in 0..inputs.num_queries() {
             if let Some(position) = position(inputs, query) {
