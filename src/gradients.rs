@@ -29,9 +29,10 @@ pub struct Gradients<F> {
 /// Where [`Attention::backward_into`](crate::Attention::backward_into) adds the gradients: views,
 /// so that they may be parts of larger arrays. A `None` is not computed, which saves its time.
 ///
-/// [`Gradients::view_mut`] makes one of everything, [`of_params`](Self::of_params) one of the parameters; [`guide::training`](crate::guide::training) adds up
-/// the gradients of a batch, and [`guide::performance`](crate::guide::performance) leaves some out. New
-/// fields may be added: a mechanism around others changes the fields that it knows, and hands on the rest.
+/// [`Gradients::view_mut`] makes one of everything, [`of_params`](Self::of_params) one of the parameters
+/// alone. [`guide::training`](crate::guide::training) adds up the gradients of a batch, and
+/// [`guide::performance`](crate::guide::performance) leaves some out. New fields may be added: a mechanism
+/// around others changes the fields that it knows, and hands on the rest.
 #[non_exhaustive]
 #[derive(Debug)]
 pub struct GradientsMut<'a, F> {
@@ -172,11 +173,13 @@ impl<'a, F> GradientsMut<'a, F> {
     /// The first parameters, and everything else with the rest of the parameters: for a mechanism whose own
     /// parameters come before those of the mechanism inside.
     ///
-    /// # Panics
-    /// If there are fewer parameters; not after [`check`](Self::check).
-    pub fn split_params(self, count: usize) -> (&'a mut [ArrayD<F>], Self) {
-        let (first, params) = self.params.split_at_mut(count);
-        (first, Self { params, ..self })
+    /// # Errors
+    /// [`Error::Shape`] if there are fewer parameters.
+    pub fn split_params(self, count: usize) -> Result<(&'a mut [ArrayD<F>], Self)> {
+        let len = self.params.len();
+        let (first, params) = (self.params.split_at_mut_checked(count))
+            .ok_or_else(|| Error::shape("number of grads.params", &[count], &[len]))?;
+        Ok((first, Self { params, ..self }))
     }
 }
 
@@ -305,13 +308,16 @@ mod tests {
     }
 
     #[test]
-    fn everything_but_the_first_parameters_is_handed_on() {
+    fn everything_but_the_first_parameters_is_handed_on() -> Result<()> {
         let mut all = gradients(2);
         all.params = vec![ArrayD::zeros(vec![1]), ArrayD::zeros(vec![2])];
-        let (own, rest) = all.view_mut().split_params(1);
+        let (own, rest) = all.view_mut().split_params(1)?;
         assert_eq!((own[0].len(), rest.params[0].len()), (1, 2));
         assert!(rest.query.is_some() && rest.key.is_some() && rest.value.is_some());
         let params = GradientsMut::<f64>::of_params(&mut []);
         assert!(params.query.is_none() && params.key.is_none() && params.value.is_none());
+        let error = all.view_mut().split_params(3).unwrap_err();
+        assert_eq!(error, Error::shape("number of grads.params", &[3], &[2]));
+        Ok(())
     }
 }

@@ -37,8 +37,8 @@
 //!
 //! # Data of pairs, and heads
 //!
-//! Data of pairs (features of edges, distances, a bias) are arrays with one row per
-//! pair, in the order of your edge list; attention weights come back in the same order. Mechanisms with
+//! Data of pairs (features of edges, distances, a bias) are arrays with one row per pair, in the order of
+//! your edge list; attention weights come back in the same order. Mechanisms with
 //! parameters are made by a configuration, and drawn from an `rng` that you pass. [`EdgeGat`] and
 //! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
 //!

@@ -450,7 +450,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let num_in_biases = usize::from(self.in_proj_bias.is_some());
         let num_out_biases = usize::from(self.out_proj_bias.is_some());
         let num_own = num_in_weights + num_in_biases + 1 + num_out_biases;
-        let (params, inner_grads) = grads.split_params(num_own);
+        let (params, inner_grads) = grads.split_params(num_own)?;
         let (in_weights, params) = params.split_at_mut(num_in_weights);
         let (in_bias, params) = params.split_at_mut(num_in_biases);
         let (out_weight, out_bias) = params.split_at_mut(1);

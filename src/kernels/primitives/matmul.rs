@@ -210,11 +210,11 @@ impl<'o, F: Float> Out<'o, F> {
         for (entries, sums) in entries.iter_mut().zip(sums) {
             store::<S, F>(sums, entries);
         }
-        let factors = match target {
+        let target = match target {
             Target::Rescale(factors) => Target::Rescale(&factors[column..]),
             target => target,
         };
-        put_part(&entries[..count], panel.min(columns), factors, rows, self.stride);
+        put_part(&entries[..count], panel.min(columns), target, rows, self.stride);
     }
 }
 

@@ -394,12 +394,9 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         let [mut grad_graph, grad_latent, grad_cross] = split(grad_x.view_mut(), dim);
 
         // cross = A_cross(graph; N_L)
-        let cross_grads = GradientsMut {
-            query: Some(grad_graph.view_mut()),
-            key: grads.key.as_mut().map(|grad| grad.view_mut()),
-            value: grads.value.as_mut().map(|grad| grad.view_mut()),
-            ..GradientsMut::of_params(of_cross)
-        };
+        let GradientsMut { key, value, .. } = grads.reborrow();
+        let query = Some(grad_graph.view_mut());
+        let cross_grads = GradientsMut { query, key, value, ..GradientsMut::of_params(of_cross) };
         let graph = state.x.slice(s![.., self.columns(GRAPH)]);
         let inputs_of_cross = cross_inputs(&latent_inputs, graph);
         backward(CROSS, inputs_of_cross, grad_cross.view(), cross_grads)?;

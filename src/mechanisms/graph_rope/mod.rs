@@ -202,7 +202,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         check_shape("saved key", inputs.key().shape(), rotated[1].shape())?;
         let inner_inputs = self.inner_inputs(inputs, rotated)?;
         let [grad_query, grad_key] = [grads.query.take(), grads.key.take()];
-        let (own_params, inner_grads) = grads.split_params(self.rotation.num_params());
+        let (own_params, inner_grads) = grads.split_params(self.rotation.num_params())?;
 
         // o = inner(q', k', v)
         let is_learned = !own_params.is_empty();

@@ -1,13 +1,13 @@
 //! Linear attention by random features: [`Performer`].
 
-mod accuracy;
 mod config;
+mod error_estimate;
 mod map;
 mod pairs;
 mod state;
 
-pub use accuracy::ErrorEstimate;
 pub use config::{Features, PerformerConfig, Projection};
+pub use error_estimate::ErrorEstimate;
 pub use state::PerformerState;
 
 use crate::attention::{Attention, Saved, check_output};

@@ -9,34 +9,48 @@
 
 use crate::geometry::poincare::ball::dot;
 
-/// H(v) x.
-pub(super) fn hessian(v: &[f64], kappa: f64, x: &[f64]) -> Vec<f64> {
-    let r2 = kappa * kappa * dot(v, v);
-    let psi = psi(r2);
-    let along = kappa * kappa * psi * dot(v, x);
-    v.iter().zip(x).map(|(v, x)| (1.0 + r2 * psi) * x - along * v).collect()
+/// H(v) by its two numbers.
+pub(super) struct Hessian {
+    /// φ
+    across: f64,
+    /// ψ κ²
+    along: f64,
 }
 
-/// (H(a) − H(b)) x with e = a − b, which the caller may know better than from a and b: every term has
-/// a factor e.
-pub(super) fn hessian_difference(
-    a: &[f64],
-    b: &[f64],
-    e: &[f64],
+impl Hessian {
+    pub(super) fn new(v: &[f64], kappa: f64) -> Self {
+        let r2 = kappa * kappa * dot(v, v);
+        let psi = psi(r2);
+        Self { across: 1.0 + r2 * psi, along: kappa * kappa * psi }
+    }
+
+    /// y += factor H(v) x, for the v that it was made of.
+    pub(super) fn add_product(&self, factor: f64, v: &[f64], x: &[f64], y: &mut [f64]) {
+        let (across, along) = (factor * self.across, factor * self.along * dot(v, x));
+        y.iter_mut().zip(v).zip(x).for_each(|((y, v), x)| *y += across * x - along * v);
+    }
+}
+
+/// y += factor (H(a) − H(b)) x with e = a − b, which the caller may know better than from a and b: every
+/// term has a factor e.
+pub(super) fn add_difference(
+    factor: f64,
+    [a, b, e]: [&[f64]; 3],
     kappa: f64,
     x: &[f64],
-) -> Vec<f64> {
+    y: &mut [f64],
+) {
     let kappa2 = kappa * kappa;
     let (a2, b2) = (kappa2 * dot(a, a), kappa2 * dot(b, b));
     // |a|² − |b|²
     let difference = kappa2 * (dot(e, a) + dot(e, b));
     let (psi_a, psi_difference) = (psi(a2), psi_difference(a2, b2, difference));
-    let phi_difference = psi_a * difference + b2 * psi_difference;
+    let of_x = factor * (psi_a * difference + b2 * psi_difference);
     // a aᵀ − b bᵀ = e aᵀ + b eᵀ
-    let of_e = kappa2 * psi_a * dot(a, x);
-    let of_b = kappa2 * (psi_a * dot(e, x) + psi_difference * dot(b, x));
+    let of_e = factor * kappa2 * psi_a * dot(a, x);
+    let of_b = factor * kappa2 * (psi_a * dot(e, x) + psi_difference * dot(b, x));
     let vectors = e.iter().zip(b).zip(x);
-    vectors.map(|((e, b), x)| phi_difference * x - of_e * e - of_b * b).collect()
+    y.iter_mut().zip(vectors).for_each(|(y, ((e, b), x))| *y += of_x * x - of_e * e - of_b * b);
 }
 
 /// Up to this r² the continued fraction r coth r = 1 + r²/(3 + r²/(5 + …)) is taken.
@@ -79,4 +93,32 @@ fn psi_difference(a2: f64, b2: f64, difference: f64) -> f64 {
         (of_a, of_b) = (odd(term) + a2 / of_a, odd(term) + b2 / of_b);
     }
     -f_difference / (of_a * of_b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::f64::consts::PI;
+
+    /// By r coth r = 1 + 2 Σₖ r²/(r² + k²π²), the rest of the sum as an integral.
+    #[test]
+    fn differences_are_those_of_the_partial_fractions() {
+        const TERMS: u32 = 20_000;
+        let points = [0.0, 1e-9, 1e-3, 0.7, 3.0, 8.999, 9.0, 9.001, 40.0, 700.0, 5000.0];
+        for b2 in points {
+            let near = [1e-12, 1e-3].map(|relative| b2 + relative * (b2 + 1e-3));
+            for a2 in near.into_iter().chain(points).filter(|&a2| a2 > b2) {
+                let pole = |k: u32| (f64::from(k) * PI).powi(2);
+                let terms = (1..=TERMS).rev().map(|k| ((a2 + pole(k)) * (b2 + pole(k))).recip());
+                let rest = ((f64::from(TERMS) + 0.5).powi(3) * 3.0 * PI.powi(4)).recip();
+                let expected = -2.0 * (a2 - b2) * (rest + terms.sum::<f64>());
+                let actual = psi_difference(a2, b2, a2 - b2);
+                assert!((actual / expected - 1.0).abs() < 1e-14, "{a2} {b2}: {actual} {expected}");
+                assert_eq!(psi_difference(b2, a2, b2 - a2), -actual);
+            }
+            let r = b2.sqrt();
+            let direct = if b2 < 0.1 { 1.0 / 3.0 - b2 / 45.0 } else { (r / r.tanh() - 1.0) / b2 };
+            assert!((psi(b2) / direct - 1.0).abs() < 1e-8, "{b2}");
+        }
+    }
 }

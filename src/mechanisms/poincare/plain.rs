@@ -1,7 +1,7 @@
 //! The weights of all pairs, and the two means that are formed pair by pair: in the tangent space at the
 //! query, and Fréchet's. In the coordinates of the ball, in `f64`, on one thread.
 
-use super::hessian::{hessian, hessian_difference};
+use super::hessian::{Hessian, add_difference};
 use super::polar::Space;
 use super::{Aggregation, Coordinates, Poincare};
 use crate::error::Result;
@@ -261,10 +261,12 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     /// conjugate gradients: the eigenvalues lie between Σ p and Σ p d coth d.
     fn solve(&self, row: &Row, b: &[f64]) -> Result<Vec<f64>> {
         let kappa = self.kappa(row)?;
+        let logs = || row.logarithms.rows().into_iter();
+        let hessians: Vec<_> = logs().map(|log| Hessian::new(as_slice(&log), kappa)).collect();
         let apply = |x: &[f64]| -> Vec<f64> {
             let mut y = vec![0.0; x.len()];
-            for (log, &p) in row.logarithms.rows().into_iter().zip(&row.kept) {
-                add_times(&mut y, p, &hessian(as_slice(&log), kappa, x));
+            for ((log, hessian), &p) in logs().zip(&hessians).zip(&row.kept) {
+                hessian.add_product(p, as_slice(&log), x, &mut y);
             }
             y
         };
@@ -372,7 +374,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             let mut grad_sum = vec![0.0; grad_out.len()];
             grad_c +=
                 exp_map_vjp(&row.base, &row.sum, self.c, &grad_out, &mut unused, &mut grad_sum)?;
-            add_times(grad_query, 1.0, &self.base_vjp(row, &grad_sum)?);
+            self.add_base_vjp(row, &grad_sum, grad_query)?;
             grad_sum
         } else {
             self.solve(row, &grad_out)?
@@ -413,13 +415,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         Ok([grad_c, grad_temperature])
     }
 
-    /// From the gradient g of u = Σ p log_q(y) that of q in exp_q(u), at fixed p.
+    /// Adds the gradient of q in exp_q(u), u = Σ p log_q(y), at fixed p, from the gradient g of u.
     ///
     /// When q moves by w, logarithms move by −H(log) w; and exp_q(u), if u moved by −H(u) w, would stay
     /// where it is. So exp_q(u) moves as if only u did, by H(u) w − Σ p H(log) w, and the gradient is
     /// (H(u) − Σ p H(log)) g. Where one key has nearly all weight the difference is small, and so formed
     /// from the differences between its logarithm and the others.
-    fn base_vjp(&self, row: &Row, g: &[f64]) -> Result<Vec<f64>> {
+    fn add_base_vjp(&self, row: &Row, g: &[f64], grad: &mut [f64]) -> Result<()> {
         let kappa = self.kappa(row)?;
         let pairs = || row.logarithms.rows().into_iter().zip(&row.kept).enumerate();
         let (first, _) = pairs().max_by(|(_, (_, p)), (_, (_, q))| p.total_cmp(q)).expect("a pair");
@@ -428,19 +430,17 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let is_dropped = self.inputs.dropout().is_some();
         let rest = if is_dropped { 1.0 - row.kept.iter().sum::<f64>() } else { 0.0 };
         let mut sum_less_first: Vec<f64> = first_log.iter().map(|log| -rest * log).collect();
-        let mut grad: Vec<f64> = vec![0.0; g.len()];
-        add_times(&mut grad, rest, &hessian(&first_log, kappa, g));
+        Hessian::new(&first_log, kappa).add_product(rest, &first_log, g, grad);
         for (at, (log, &p)) in pairs() {
             if at != first {
                 let log = as_slice(&log);
                 let less: Vec<f64> = first_log.iter().zip(log).map(|(a, b)| a - b).collect();
-                add_times(&mut sum_less_first, -p, &less);
-                add_times(&mut grad, p, &hessian_difference(&first_log, log, &less, kappa, g));
+                sum_less_first.iter_mut().zip(&less).for_each(|(sum, less)| *sum -= p * less);
+                add_difference(p, [&first_log, log, &less], kappa, g, grad);
             }
         }
-        let of_sum = hessian_difference(&row.sum, &first_log, &sum_less_first, kappa, g);
-        add_times(&mut grad, 1.0, &of_sum);
-        Ok(grad)
+        add_difference(1.0, [&row.sum, &first_log, &sum_less_first], kappa, g, grad);
+        Ok(())
     }
 
     /// Adds the gradient of an input to `sink`, from that of its points; returns that of c.
@@ -503,11 +503,6 @@ fn of_row(array: &Array2<f64>, row: usize) -> &[f64] {
 
 fn as_slice<'a>(row: &'a ArrayView1<'_, f64>) -> &'a [f64] {
     row.as_slice().expect("a row of our own")
-}
-
-/// y += factor x
-fn add_times(y: &mut [f64], factor: f64, x: &[f64]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += factor * x);
 }
 
 fn of_row_mut(array: &mut Array2<f64>, row: usize) -> &mut [f64] {
