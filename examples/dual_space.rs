@@ -9,7 +9,8 @@ use graph_attention::ndarray::{Array2, Axis};
 use graph_attention::neighbors::Metric;
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
-    Attention, DualSpaceConfig, Flash, Graph, Inputs, dual_space::Fusion, dual_space::LatentSearch,
+    Attention, DualSpaceConfig, Flash, Graph, Inputs,
+    dual_space::{Fusion, LatentSearch},
 };
 use graph_attention::{MultiHeadConfig, Result, params};
 

@@ -90,7 +90,7 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 /// A copy of all buffers with their names: what a state that holds parameters alone lacks.
 ///
 /// ```
-/// use graph_attention::{Flash, GraphRopeConfig, graph_rope::Layout, MultiHeadConfig, params};
+/// use graph_attention::{Flash, GraphRopeConfig, MultiHeadConfig, graph_rope::Layout, params};
 /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// let config = MultiHeadConfig::new(8, 2);

@@ -7,8 +7,13 @@ use graph_attention::testing::{Report, Shapes, check_attention, check_gradients}
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig,
     LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
-    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window, moe::Gating,
-    performer::Features, performer::Projection, poincare::Aggregation, poincare::Coordinates,
+    dual_space::Fusion,
+    edge_gat::Score,
+    graph_rope::Layout,
+    local_global::Window,
+    moe::Gating,
+    performer::{Features, Projection},
+    poincare::{Aggregation, Coordinates},
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::sync::Arc;

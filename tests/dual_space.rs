@@ -9,7 +9,9 @@ use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
     Attention, Channel, Dropout, DualSpace, DualSpaceConfig, EdgeGatConfig, Error, Flash,
     Gradients, Graph, Inputs, MoeConfig, MultiHeadConfig, PoincareConfig, Result, ScaledDotProduct,
-    dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score, params,
+    dual_space::{Fusion, LatentSearch},
+    edge_gat::Score,
+    params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};

@@ -6,8 +6,11 @@ use graph_attention::neighbors::Metric;
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeRope, Flash, Gradients, Graph, GraphRope,
     GraphRopeConfig, Inputs, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer,
-    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct, dual_space::Fusion,
-    dual_space::LatentSearch, graph_rope::Layout, local_global::Window, poincare::Coordinates,
+    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
+    dual_space::{Fusion, LatentSearch},
+    graph_rope::Layout,
+    local_global::Window,
+    poincare::Coordinates,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 

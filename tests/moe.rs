@@ -8,7 +8,10 @@ use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
     Attention, Causal, Dropout, EdgeGatConfig, Error, Flash, Float, Gradients, GradientsMut, Graph,
     Inputs, Moe, MoeConfig, MultiHeadConfig, Pair, Params, PerformerConfig, PoincareConfig, Result,
-    Saved, ScaledDotProduct, edge_gat::Score, moe::Gating, moe::Priority, moe::Routing, params,
+    Saved, ScaledDotProduct,
+    edge_gat::Score,
+    moe::{Gating, Priority, Routing},
+    params,
     poincare::Coordinates,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};

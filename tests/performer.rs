@@ -3,8 +3,8 @@
 use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
     Attention, Causal, Dropout, Error, Flash, Float, Gradients, Graph, Inputs, MultiHead,
-    MultiHeadConfig, Performer, PerformerConfig, Saved, params, performer::Features,
-    performer::Projection,
+    MultiHeadConfig, Performer, PerformerConfig, Saved, params,
+    performer::{Features, Projection},
 };
 use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::StandardNormal;

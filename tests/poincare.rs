@@ -4,7 +4,7 @@ use graph_attention::geometry::poincare::{conformal_factor, distance, midpoint, 
 use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, array};
 use graph_attention::{
     Attention, Dropout, Error, Float, Graph, Inputs, Params, PoincareConfig, params,
-    poincare::Aggregation, poincare::Coordinates,
+    poincare::{Aggregation, Coordinates},
 };
 use serde_json::{Value, json};
 

@@ -10,9 +10,14 @@ use graph_attention::neighbors::Metric;
 use graph_attention::{
     Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
     LocalGlobal, MoeConfig, MultiHeadConfig, Params, PerformerConfig, PoincareConfig, Result,
-    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window, moe::Gating,
-    moe::Priority, params, performer::Features, performer::Projection, poincare::Aggregation,
-    poincare::Coordinates,
+    dual_space::Fusion,
+    edge_gat::Score,
+    graph_rope::Layout,
+    local_global::Window,
+    moe::{Gating, Priority},
+    params,
+    performer::{Features, Projection},
+    poincare::{Aggregation, Coordinates},
 };
 use parameters::mechanisms;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};

@@ -6,8 +6,10 @@ use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSear
 use graph_attention::{
     Attention, Causal, DualSpaceConfig, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
     LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
-    dual_space::Fusion, dual_space::LatentSearch, graph_rope::Layout, local_global::Window,
-    poincare::Aggregation, poincare::Coordinates,
+    dual_space::{Fusion, LatentSearch},
+    graph_rope::Layout,
+    local_global::Window,
+    poincare::{Aggregation, Coordinates},
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};

@@ -10,8 +10,12 @@ use graph_attention::neighbors::Metric;
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, Gradients, Graph, GraphRopeConfig,
     Inputs, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result,
-    ScaledDotProduct, dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score,
-    graph_rope::Layout, local_global::Window, poincare::Coordinates,
+    ScaledDotProduct,
+    dual_space::{Fusion, LatentSearch},
+    edge_gat::Score,
+    graph_rope::Layout,
+    local_global::Window,
+    poincare::Coordinates,
 };
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};

@@ -6,8 +6,11 @@ use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
     MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
-    dual_space::Fusion, dual_space::LatentSearch, edge_gat::Score, graph_rope::Layout,
-    local_global::Window, poincare::Coordinates,
+    dual_space::{Fusion, LatentSearch},
+    edge_gat::Score,
+    graph_rope::Layout,
+    local_global::Window,
+    poincare::Coordinates,
 };
 
 pub(crate) const RADIUS: usize = 64;

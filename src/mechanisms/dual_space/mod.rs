@@ -73,7 +73,7 @@ const CROSS: usize = 2;
 /// ```
 /// use graph_attention::ndarray::array;
 /// use graph_attention::neighbors::Metric;
-/// use graph_attention::{Attention, DualSpaceConfig, Flash, dual_space::Fusion, Graph, Inputs, dual_space::LatentSearch};
+/// use graph_attention::{Attention, DualSpaceConfig, Flash, Graph, Inputs, dual_space::{Fusion, LatentSearch}};
 /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
 /// // A path 0 – 1 – 2 – 3 whose ends are alike.

@@ -67,7 +67,7 @@ impl<F: Float> Routing<F> {
     ///
     /// ```
     /// use graph_attention::ndarray::array;
-    /// use graph_attention::{moe::Gating, MoeConfig, moe::Routing};
+    /// use graph_attention::{MoeConfig, moe::{Gating, Routing}};
     ///
     /// // Gates as in DeepSeek-V3: the best two of four, σ(z) relative to their sum.
     /// let config = MoeConfig::new(1, 2).gating(Gating::Sigmoid);
