@@ -1,5 +1,5 @@
 use crate::error::{Error, Result};
-use ndarray::{Array2, NdFloat};
+use ndarray::{Array, Array2, Dimension, Ix2, NdFloat};
 
 mod sealed {
     /// Sealed, so that nobody else sees the kernels behind it.
@@ -73,7 +73,16 @@ pub(crate) fn try_zeros<F: Float>(
     rows: usize,
     columns: usize,
 ) -> Result<Array2<F>> {
-    let data = try_vec(what, &[rows, columns], F::zero())?;
-    Array2::from_shape_vec((rows, columns), data)
-        .map_err(|_| Error::TooLarge { what, shape: vec![rows, columns] })
+    try_array(what, Ix2(rows, columns), F::zero())
+}
+
+/// An array of copies of `value`, or an error where the allocation is refused.
+pub(crate) fn try_array<T: Clone, D: Dimension>(
+    what: &'static str,
+    shape: D,
+    value: T,
+) -> Result<Array<T, D>> {
+    let data = try_vec(what, shape.slice(), value)?;
+    let too_large = Error::TooLarge { what, shape: shape.slice().to_vec() };
+    Array::from_shape_vec(shape, data).map_err(|_| too_large)
 }

@@ -1,8 +1,11 @@
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
+use crate::float::{Float, try_array, try_vec, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::{self, Params};
-use ndarray::{Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, Dimension, s};
+use ndarray::{
+    Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis,
+    Dimension, IxDyn, s,
+};
 
 /// The gradients of a loss with respect to the inputs and parameters of a mechanism, as
 /// [`Attention::backward`](crate::Attention::backward) returns them. Each array has the shape of
@@ -16,12 +19,16 @@ pub struct Gradients<F> {
     pub key: Array2<F>,
     /// With respect to the values.
     pub value: Array2<F>,
-    /// With respect to the additive logits, where the inputs have them.
-    pub bias: Option<Array2<F>>,
+    /// With respect to the additive logits, where the inputs have them: two axes or three, as theirs.
+    pub bias: Option<ArrayD<F>>,
     /// With respect to the edge features, where the inputs have them.
     pub edge_features: Option<Array2<F>>,
     /// With respect to the distances, where the inputs have them.
     pub distances: Option<Array1<F>>,
+    /// With respect to the positions of the queries, where the inputs have positions.
+    pub query_positions: Option<Array2<F>>,
+    /// With respect to the positions of the keys, where the inputs have positions.
+    pub key_positions: Option<Array2<F>>,
     /// With respect to the parameters, in the order in which [`Params`] visits them; buffers have none.
     pub params: Vec<ArrayD<F>>,
 }
@@ -42,12 +49,17 @@ pub struct GradientsMut<'a, F> {
     pub key: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the values.
     pub value: Option<ArrayViewMut2<'a, F>>,
-    /// With respect to the additive logits.
-    pub bias: Option<ArrayViewMut2<'a, F>>,
+    /// With respect to the additive logits, with an axis of length 1 in front where their array has two axes:
+    /// [`Bias::slot`](crate::Bias::slot) says where the gradient of a pair goes.
+    pub bias: Option<ArrayViewMut3<'a, F>>,
     /// With respect to the edge features.
     pub edge_features: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the distances.
     pub distances: Option<ArrayViewMut1<'a, F>>,
+    /// With respect to the positions of the queries.
+    pub query_positions: Option<ArrayViewMut2<'a, F>>,
+    /// With respect to the positions of the keys.
+    pub key_positions: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the parameters, in the order in which [`Params`] visits them. A mechanism
     /// around others lends each its own part: `split_at_mut`.
     pub params: &'a mut [ArrayD<F>],
@@ -63,13 +75,16 @@ impl<F: Float> Gradients<F> {
         let zeros = |what, [rows, columns]: [usize; 2]| try_zeros(what, rows, columns);
         let optional = |what, shape: Option<_>| shape.map(|shape| zeros(what, shape)).transpose();
         let vector = |[len]: [usize; 1]| try_vec("grads.distances", &[len], F::zero());
+        let of_bias = |shape: Vec<usize>| try_array("grads.bias", IxDyn(&shape), F::zero());
         Ok(Self {
             query: zeros("grads.query", shapes.query)?,
             key: zeros("grads.key", shapes.key)?,
             value: zeros("grads.value", shapes.value)?,
-            bias: optional("grads.bias", shapes.bias)?,
+            bias: shapes.bias.map(of_bias).transpose()?,
             edge_features: optional("grads.edge_features", shapes.edge_features)?,
             distances: shapes.distances.map(vector).transpose()?.map(Array1::from),
+            query_positions: optional("grads.query_positions", shapes.query_positions)?,
+            key_positions: optional("grads.key_positions", shapes.key_positions)?,
             params: params::zeros(params),
         })
     }
@@ -80,9 +95,11 @@ impl<F: Float> Gradients<F> {
             query: Some(self.query.view_mut()),
             key: Some(self.key.view_mut()),
             value: Some(self.value.view_mut()),
-            bias: self.bias.as_mut().map(|grad| grad.view_mut()),
+            bias: self.bias.as_mut().map(with_three_axes),
             edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
             distances: self.distances.as_mut().map(|grad| grad.view_mut()),
+            query_positions: self.query_positions.as_mut().map(|grad| grad.view_mut()),
+            key_positions: self.key_positions.as_mut().map(|grad| grad.view_mut()),
             params: &mut self.params,
         }
     }
@@ -166,6 +183,8 @@ impl<'a, F> GradientsMut<'a, F> {
             bias: None,
             edge_features: None,
             distances: None,
+            query_positions: None,
+            key_positions: None,
             params,
         }
     }
@@ -194,6 +213,8 @@ impl<F: Float> GradientsMut<'_, F> {
             bias: self.bias.as_mut().map(|grad| grad.view_mut()),
             edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
             distances: self.distances.as_mut().map(|grad| grad.view_mut()),
+            query_positions: self.query_positions.as_mut().map(|grad| grad.view_mut()),
+            key_positions: self.key_positions.as_mut().map(|grad| grad.view_mut()),
             params: self.params,
         }
     }
@@ -251,11 +272,18 @@ impl<F: Float> GradientsMut<'_, F> {
             (None, Some(_)) => Err(Error::MissingInput { mechanism: mechanism.into(), channel }),
             (Some(expected), Some(actual)) => check_shape(what, expected, actual),
         };
+        // Without the axis in front, which the caller's array may not have.
+        let num_axes = shapes.bias.as_ref().map_or(3, Vec::len);
+        let first_axis = if self.bias.as_ref().is_some_and(|grad| grad.shape()[0] == 1) {
+            3 - num_axes
+        } else {
+            0
+        };
         channel(
             "grads.bias",
             Channel::Bias,
-            shapes.bias.as_ref().map(<[usize; 2]>::as_slice),
-            self.bias.as_ref().map(|grad| grad.shape()),
+            shapes.bias.as_deref(),
+            self.bias.as_ref().map(|grad| &grad.shape()[first_axis..]),
         )?;
         channel(
             "grads.edge_features",
@@ -268,8 +296,29 @@ impl<F: Float> GradientsMut<'_, F> {
             Channel::Distances,
             shapes.distances.as_ref().map(<[usize; 1]>::as_slice),
             self.distances.as_ref().map(|grad| grad.shape()),
+        )?;
+        channel(
+            "grads.query_positions",
+            Channel::Positions,
+            shapes.query_positions.as_ref().map(<[usize; 2]>::as_slice),
+            self.query_positions.as_ref().map(|grad| grad.shape()),
+        )?;
+        channel(
+            "grads.key_positions",
+            Channel::Positions,
+            shapes.key_positions.as_ref().map(<[usize; 2]>::as_slice),
+            self.key_positions.as_ref().map(|grad| grad.shape()),
         )
     }
+}
+
+/// The gradient of additive logits as [`GradientsMut::bias`] has it.
+fn with_three_axes<F>(bias: &mut ArrayD<F>) -> ArrayViewMut3<'_, F> {
+    let mut bias = bias.view_mut();
+    if bias.ndim() == 2 {
+        bias.insert_axis_inplace(Axis(0));
+    }
+    bias.into_dimensionality().expect("additive logits have two axes or three")
 }
 
 /// A slot of [`GradientsMut::params`] with the rank of its parameter. Only for slots that
@@ -293,6 +342,8 @@ mod tests {
             bias: None,
             edge_features: None,
             distances: None,
+            query_positions: None,
+            key_positions: None,
             params: vec![],
         }
     }

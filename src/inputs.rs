@@ -1,13 +1,17 @@
+mod bias;
 mod selected;
 
+pub use bias::Bias;
 pub use selected::SelectedInputs;
 
 use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
+use bias::{Logits, grid, hide_row, slot_of};
 use ndarray::{
-    ArrayBase, ArrayView1, ArrayView2, Axis, Ix1, Ix2, SliceInfo, SliceInfoElem, ViewRepr, s,
+    ArrayBase, ArrayView, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix1, Ix2, Ix3,
+    ViewRepr, s,
 };
 use std::ops::Range;
 
@@ -16,6 +20,7 @@ use std::ops::Range;
 // the same types with the element spelled out, and covariant.
 type View1<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix1, A>;
 type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
+type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 
 /// The inputs of an [`Attention`](crate::Attention): queries, keys, values, the pairs that
 /// attend, and optional data for each pair. Views only, cheap to copy, validated on construction.
@@ -66,16 +71,18 @@ pub struct Inputs<'a, F: Float> {
     causal: Option<Causal>,
     heads: usize,
     kv_heads: usize,
-    mask: Option<View2<'a, bool>>,
-    bias: Option<Bias<'a, F>>,
+    /// Heads × queries × keys, each of full length or 1.
+    mask: Option<View3<'a, bool>>,
+    pair_mask: Option<View1<'a, bool>>,
+    bias: Option<Logits<'a, F>>,
     edge_features: Option<View2<'a, F>>,
     distances: Option<View1<'a, F>>,
     layers: Option<&'a [u8]>,
     positions: Option<Positions<'a, F>>,
     latent: Option<&'a Graph>,
     dropout: Option<Dropout>,
-    /// Each query sees at most so many keys to either side of its own.
-    window: Option<usize>,
+    /// Each query sees at most this many keys before its own, and after it.
+    window: Option<[usize; 2]>,
     /// Where queries, keys and pairs come from, if these are some of those of other inputs.
     origin: Option<Origin<'a>>,
 }
@@ -113,15 +120,6 @@ pub struct Pair {
     pub key: usize,
     /// The row in per-pair arrays.
     pub index: usize,
-}
-
-/// The additive logits of some inputs, as [`Inputs::bias`] returns them: read one with
-/// [`at`](Self::at). To set them, see [`Inputs::with_bias`].
-#[derive(Clone, Copy, Debug)]
-pub struct Bias<'a, F> {
-    logits: View2<'a, F>,
-    /// The array is `num_queries × num_keys` instead of one row per pair.
-    is_matrix: bool,
 }
 
 /// Queries, keys and pairs by their numbers in the inputs that they have been selected from; `None`
@@ -235,6 +233,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             heads: 1,
             kv_heads: 1,
             mask: None,
+            pair_mask: None,
             bias: None,
             edge_features: None,
             distances: None,
@@ -275,30 +274,31 @@ impl<'a, F: Float> Inputs<'a, F> {
         query: ArrayView2<'b, G>,
         key: ArrayView2<'b, G>,
         value: ArrayView2<'b, G>,
-        bias: Option<ArrayView2<'b, G>>,
+        bias: Option<ArrayView3<'b, G>>,
     ) -> Result<Inputs<'b, G>>
     where
         'a: 'b,
     {
-        let Self { pattern, causal, heads, kv_heads, mask, dropout, window, origin, .. } = *self;
-        let is_matrix = self.bias.is_some_and(|bias| bias.is_matrix);
-        let bias = bias.map(|logits| Bias { logits, is_matrix });
+        let Self {
+            pattern, causal, heads, kv_heads, mask, pair_mask, dropout, window, origin, ..
+        } = *self;
+        let bias = self.bias.zip(bias).map(|(form, logits)| form.with_grid(logits));
         let inputs =
             Inputs::new(query, key, value, pattern)?.with_grouped_heads(heads, kv_heads)?;
-        Ok(Inputs { causal, mask, bias, dropout, window, origin, ..inputs })
+        Ok(Inputs { causal, mask, pair_mask, bias, dropout, window, origin, ..inputs })
     }
 
     /// The same queries, keys and values over the latent pairs instead, which have no data of their
-    /// own: bias, edge features, distances and layers are left out. Mask, causal pattern and dropout
-    /// stay.
+    /// own: mask of pairs, bias, edge features, distances and layers are left out. Mask, causal pattern
+    /// and dropout stay.
     ///
     /// # Errors
     /// As [`latent`](Self::latent).
     pub(crate) fn over_latent(&self, mechanism: &'static str) -> Result<Self> {
         let pattern = Pattern::Graph(self.latent(mechanism)?);
         let origin = self.origin.map(|origin| Origin { pairs: origin.latent_pairs, ..origin });
-        let (bias, edge_features, distances, layers) = (None, None, None, None);
-        Ok(Self { pattern, origin, bias, edge_features, distances, layers, ..*self })
+        let (pair_mask, bias, edge_features, distances, layers) = (None, None, None, None, None);
+        Ok(Self { pattern, origin, pair_mask, bias, edge_features, distances, layers, ..*self })
     }
 
     /// Splits the columns of query, key and value into `heads` equal blocks, that of head 0 first. For
@@ -359,44 +359,76 @@ impl<'a, F: Float> Inputs<'a, F> {
         self
     }
 
-    /// Hides pairs: `mask` is num_queries × num_keys, and `true` takes part, as in PyTorch's
-    /// `scaled_dot_product_attention`. (`nn.MultiheadAttention` means the opposite.)
+    /// Hides pairs: `mask` is num_queries × num_keys, or heads × num_queries × num_keys, and `true`
+    /// takes part, as in PyTorch's `scaled_dot_product_attention`. (`nn.MultiheadAttention` means the
+    /// opposite.) An axis may have length 1: all heads, queries or keys then share its entry.
     ///
     /// A hidden pair is skipped, not multiplied by zero: NaN in its key, value or features changes
-    /// nothing. On a graph, an edge is hidden where the mask is `false` at its query and key.
+    /// nothing. On a graph, an edge is hidden where the mask is `false` at its query and key;
+    /// [`with_pair_mask`](Self::with_pair_mask) hides edges by their numbers.
     ///
-    /// Padding, one flag for each key, is a mask whose rows are all the same:
-    /// `flags.broadcast((num_queries, num_keys))`, without a copy. Padded queries still get outputs.
+    /// Padding, one flag for each key, is a mask of one row: `flags.view().insert_axis(Axis(0))`.
+    /// Padded queries still get outputs.
+    ///
+    /// A mask with several heads is for mechanisms that take a bias, and appears there as logits of −∞
+    /// ([`Bias::at`]).
+    ///
+    /// ```
+    /// use graph_attention::ndarray::{Axis, array};
+    /// use graph_attention::{Attention, Flash, Inputs};
+    ///
+    /// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    /// let is_key = array![true, false, false]; // the other keys are padding
+    /// let inputs = inputs.with_mask(is_key.view().insert_axis(Axis(0)))?;
+    /// assert_eq!(Flash::new().forward(&inputs)?.row(2), x.row(0));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::Shape`] if the mask has another shape.
-    pub fn with_mask(mut self, mask: ArrayView2<'a, bool>) -> Result<Self> {
-        check_shape("mask", &[self.num_queries(), self.num_keys()], mask.shape())?;
-        self.mask = Some(mask);
+    pub fn with_mask<D: Dimension>(mut self, mask: ArrayView<'a, bool, D>) -> Result<Self> {
+        self.mask = Some(grid("mask", &self, mask)?);
         Ok(self)
     }
 
-    /// Additive logits: num_queries × num_keys (dense inputs; shared by the heads), or one row per
-    /// pair with one column (shared by the heads) or one for each head. Negative infinity hides a
-    /// pair, as a mask does.
+    /// Hides pairs by their numbers: one flag for each pair (on a graph, for each edge), where `true` takes
+    /// part. With a [`with_mask`](Self::with_mask) too, a pair takes part where both let it.
     ///
-    /// A contiguous `heads × num_queries × num_keys` array, as PyTorch has it, is brought into the
-    /// second form without a copy by reshaping it to `heads × pairs` and transposing.
+    /// ```
+    /// use graph_attention::ndarray::array;
+    /// use graph_attention::{Attention, Flash, Graph, Inputs};
     ///
-    /// The number of columns is checked by the mechanism, which may define heads itself.
+    /// let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
+    /// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+    /// let keep = array![true, false, true]; // not the edge (0, 2)
+    /// let inputs = Inputs::self_attention(nodes.view(), &graph)?.with_pair_mask(keep.view())?;
+    /// assert_eq!(Flash::new().forward(&inputs)?.row(0), nodes.row(1));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one flag per pair.
+    pub fn with_pair_mask(mut self, mask: ArrayView1<'a, bool>) -> Result<Self> {
+        check_shape("pair mask", &[self.num_pairs()], mask.shape())?;
+        self.pair_mask = Some(mask);
+        Ok(self)
+    }
+
+    /// Adds logits, in one of two forms. Negative infinity hides a pair, as a mask does.
+    ///
+    /// * **By query and key:** heads × num_queries × num_keys, as PyTorch has it; for dense inputs also
+    ///   num_queries × num_keys, shared by the heads. An axis may have length 1: all heads, queries or
+    ///   keys then share its entry, and its gradient is the sum of theirs.
+    /// * **By pair:** num_pairs × heads, or num_pairs × 1, shared by the heads.
+    ///
+    /// The gradient has the shape of the array. The number of heads is checked by the mechanism, which
+    /// may define heads itself.
     ///
     /// # Errors
     /// [`Error::Shape`] if the bias has neither form.
-    pub fn with_bias(mut self, bias: ArrayView2<'a, F>) -> Result<Self> {
-        let matrix = [self.num_queries(), self.num_keys()];
-        let is_dense = matches!(self.pattern, Pattern::Dense);
-        let is_matrix = is_dense && bias.shape() == matrix;
-        if !is_matrix && (bias.nrows() != self.num_pairs() || bias.ncols() == 0) {
-            let per_pair = [self.num_pairs(), self.heads];
-            let expected = if is_dense { matrix } else { per_pair };
-            return Err(Error::shape("bias", &expected, bias.shape()));
-        }
-        self.bias = Some(Bias { logits: bias, is_matrix });
+    pub fn with_bias<D: Dimension>(mut self, bias: ArrayView<'a, F, D>) -> Result<Self> {
+        self.bias = Some(Logits::new(&self, bias)?);
         Ok(self)
     }
 
@@ -515,12 +547,12 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Query i sees only keys at most `reach` from the one where it stands: key i, or of
-    /// [`Causal::BottomRight`] key i + num_keys − num_queries. By the numbers in the whole inputs, where
-    /// these are selected. For the kernels of softmax attention alone: other mechanisms do not know of it.
+    /// Each query sees only keys at most `left` before and `right` after its own: key i, or with
+    /// [`Causal::BottomRight`] key i + num_keys − num_queries. Counts by the numbers in the whole inputs,
+    /// where these are selected. Only the kernels of softmax attention read it.
     #[must_use]
-    pub(crate) fn with_window(mut self, reach: usize) -> Self {
-        self.window = Some(reach);
+    pub(crate) fn with_window(mut self, [left, right]: [usize; 2]) -> Self {
+        self.window = Some([left, right]);
         self
     }
 
@@ -575,6 +607,11 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.kv_heads
     }
 
+    /// Whether every query meets every key.
+    pub(crate) fn is_dense(&self) -> bool {
+        matches!(self.pattern, Pattern::Dense)
+    }
+
     /// Which pairs exist.
     #[must_use]
     pub fn pattern(&self) -> Pattern<'a> {
@@ -589,16 +626,55 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.causal
     }
 
-    /// The mask, if there is one; `true` takes part.
-    #[must_use]
-    pub fn mask(&self) -> Option<ArrayView2<'a, bool>> {
-        self.mask
-    }
-
-    /// The additive logits, if there are any.
+    /// The additive logits, if there are any, or a mask that tells heads apart.
     #[must_use]
     pub fn bias(&self) -> Option<Bias<'a, F>> {
-        self.bias
+        Bias::new(self.bias, self.mask.filter(|mask| mask.shape()[0] > 1))
+    }
+
+    /// The logits alone, as three axes: [`GradientsMut::bias`](crate::GradientsMut::bias).
+    pub(crate) fn logits(&self) -> Option<ArrayView3<'a, F>> {
+        self.bias.map(|bias| bias.as_grid())
+    }
+
+    /// The mask that all heads share, 1 × queries × keys, each of full length or 1.
+    fn shared_mask(&self) -> Option<View3<'a, bool>> {
+        self.mask.filter(|mask| mask.shape()[0] == 1)
+    }
+
+    /// Whether a mask of any kind may hide pairs.
+    pub(crate) fn has_mask(&self) -> bool {
+        self.mask.is_some() || self.pair_mask.is_some()
+    }
+
+    /// The keys that the mask lets take part, if it lets the same ones for every query and head.
+    pub(crate) fn keys_in_mask(&self) -> Option<Vec<usize>> {
+        let mut keys: Vec<usize> = (0..self.num_keys()).collect();
+        if let Some(mask) = self.mask {
+            let mut rows = mask.axis_iter(Axis(1));
+            let first = rows.next();
+            let is_shared = mask.strides()[1] == 0 || rows.all(|row| Some(row) == first);
+            if mask.shape()[0] != 1 || !is_shared {
+                return None;
+            }
+            let sees = |key| mask[slot_of(&mask, Pair { query: 0, key, index: 0 }, 0)];
+            keys.retain(|&key| first.is_some() && sees(key));
+        }
+        self.pair_mask.is_none().then_some(keys)
+    }
+
+    /// Overwrites the logits of consecutive keys of dense inputs, from this pair on, with −∞ where a mask
+    /// that all heads share hides them.
+    #[inline]
+    pub(crate) fn hide_masked(&self, first: Pair, row: &mut [F]) {
+        if let Some(mask) = &self.shared_mask() {
+            hide_row(mask, first, 0, row);
+        }
+        if let Some(mask) = &self.pair_mask {
+            let mask = mask.slice(s![first.index..first.index + row.len()]);
+            let hidden = row.iter_mut().zip(mask).filter(|(_, is_visible)| !**is_visible);
+            hidden.for_each(|(logit, _)| *logit = F::neg_infinity());
+        }
     }
 
     /// Dropout, if there is any.
@@ -686,8 +762,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     #[must_use]
     pub fn has(&self, channel: Channel) -> bool {
         match channel {
-            Channel::Mask => self.mask.is_some() || self.causal.is_some(),
-            Channel::Bias => self.bias.is_some(),
+            Channel::Mask => self.has_mask() || self.causal.is_some(),
+            Channel::Bias => self.bias().is_some(),
             Channel::Dropout => self.dropout.is_some(),
             Channel::Heads => self.heads > 1,
             Channel::EdgeFeatures => self.edge_features.is_some(),
@@ -715,7 +791,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     ///
     /// (A bias of −∞ hides a pair too, but for one head at a time: [`Bias::at`].)
     pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
-        let Self { pattern, mask, .. } = *self;
+        let Self { pattern, pair_mask, .. } = *self;
+        let mask = self.shared_mask();
         let visible = self.visible_keys(query);
         let (slots, first_pair) = match pattern {
             _ if query >= self.num_queries() => (0..0, 0),
@@ -727,15 +804,26 @@ impl<'a, F: Float> Inputs<'a, F> {
                 Pattern::Dense => (slot, first_pair + slot),
                 Pattern::Graph(graph) => (graph.key(slot), graph.edge_id(slot)),
             };
-            let visible = visible.contains(&key) && mask.is_none_or(|mask| mask[[query, key]]);
-            visible.then_some(Pair { query, key, index })
+            let pair = Pair { query, key, index };
+            let visible = visible.contains(&key)
+                && mask.is_none_or(|mask| mask[slot_of(&mask, pair, 0)])
+                && pair_mask.is_none_or(|mask| mask[index]);
+            visible.then_some(pair)
         })
     }
 
     /// Whether neither mask nor causal pattern nor window hides a pair.
     #[inline]
-    pub(crate) fn sees(&self, Pair { query, key, .. }: Pair) -> bool {
-        self.visible_keys(query).contains(&key) && self.mask.is_none_or(|mask| mask[[query, key]])
+    pub(crate) fn sees(&self, pair: Pair) -> bool {
+        self.sees_key(pair.query, pair.key) && self.pair_mask.is_none_or(|mask| mask[pair.index])
+    }
+
+    /// Whether neither a mask of queries and keys nor causal pattern nor window hides a key, whether
+    /// there is such a pair or not.
+    #[inline]
+    pub(crate) fn sees_key(&self, query: usize, key: usize) -> bool {
+        let sees = |mask: View3<'a, bool>| mask[slot_of(&mask, Pair { query, key, index: 0 }, 0)];
+        self.visible_keys(query).contains(&key) && self.shared_mask().is_none_or(sees)
     }
 
     /// The keys that neither causal pattern nor window hides from a query; both ends ascend with it.
@@ -747,7 +835,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// The window hides the keys before this one.
     #[inline]
     pub(crate) fn first_visible_key(&self, query: usize) -> usize {
-        let reach = self.window.map(|reach| reach.saturating_add(1));
+        let reach = self.window.map(|[left, _]| left.saturating_add(1));
         reach.map_or(0, |reach| self.num_keys_before(self.diagonal(query).saturating_sub(reach)))
     }
 
@@ -756,7 +844,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         match (self.causal, self.window) {
             (None, None) => self.num_keys(),
             (Some(_), _) => self.num_keys_before(self.diagonal(query)),
-            (None, Some(reach)) => self.num_keys_before(self.diagonal(query).saturating_add(reach)),
+            (None, Some([_, right])) => {
+                self.num_keys_before(self.diagonal(query).saturating_add(right))
+            }
         }
     }
 
@@ -765,15 +855,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         let key = self.key_number(key);
         self.num_queries_before(match (self.causal, self.window) {
             (None, None) => 0,
-            (None, Some(reach)) => key.saturating_sub(reach),
+            (None, Some([_, right])) => key.saturating_sub(right),
             (Some(_), _) => self.before_diagonal(key),
         })
     }
 
     /// The window hides a key from the queries from this one on.
     pub(crate) fn num_queries_seeing(&self, key: usize) -> usize {
-        let Some(reach) = self.window else { return self.num_queries() };
-        let end = self.key_number(key).saturating_add(reach).saturating_add(1);
+        let Some([left, _]) = self.window else { return self.num_queries() };
+        let end = self.key_number(key).saturating_add(left).saturating_add(1);
         self.num_queries_before(self.before_diagonal(end))
     }
 
@@ -865,7 +955,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// The number of pairs that a window leaves of those of dense inputs, at most.
     pub(crate) fn num_pairs_in_window(&self) -> usize {
-        let keys = self.window.map(|reach| reach.saturating_mul(2).saturating_add(1));
+        let keys = self.window.map(|[left, right]| left.saturating_add(right).saturating_add(1));
         let pairs = keys.map_or(usize::MAX, |keys| self.num_queries().saturating_mul(keys));
         self.num_pairs().min(pairs)
     }
@@ -882,9 +972,11 @@ impl<'a, F: Float> Inputs<'a, F> {
             query: shape(self.query),
             key: shape(self.key),
             value: shape(self.value),
-            bias: self.bias.map(|bias| shape(bias.logits)),
+            bias: self.bias.map(|bias| bias.shape()),
             edge_features: self.edge_features.map(shape),
             distances: self.distances.map(|view| [view.len()]),
+            query_positions: self.positions.map(|positions| shape(positions.query)),
+            key_positions: self.positions.map(|positions| shape(positions.key)),
         }
     }
 }
@@ -911,83 +1003,12 @@ pub(crate) struct GradientShapes {
     pub(crate) query: [usize; 2],
     pub(crate) key: [usize; 2],
     pub(crate) value: [usize; 2],
-    pub(crate) bias: Option<[usize; 2]>,
+    /// Two axes or three.
+    pub(crate) bias: Option<Vec<usize>>,
     pub(crate) edge_features: Option<[usize; 2]>,
     pub(crate) distances: Option<[usize; 1]>,
-}
-
-impl<F: Float> Bias<'_, F> {
-    /// The logit of a pair for a head. Negative infinity hides the pair from that head: skip it,
-    /// so that NaN in its key or value cannot leak.
-    ///
-    /// # Panics
-    /// If there is no such pair or head: take pairs from [`Inputs::row`].
-    #[inline]
-    #[must_use]
-    pub fn at(&self, pair: Pair, head: usize) -> F {
-        self.logits[self.slot(pair, head)]
-    }
-
-    /// Where the logit of a pair and head stands in the array, and so where its gradient goes.
-    /// Pairs and heads that share a logit share the slot.
-    #[inline]
-    #[must_use]
-    pub fn slot(&self, pair: Pair, head: usize) -> [usize; 2] {
-        if self.is_matrix {
-            [pair.query, pair.key]
-        } else {
-            [pair.index, if self.num_heads() == 1 { 0 } else { head }]
-        }
-    }
-
-    /// Where the logits of a head stand for consecutive keys of dense inputs, from this pair on.
-    #[inline]
-    pub(crate) fn slots(
-        &self,
-        first: Pair,
-        num_keys: usize,
-        head: usize,
-    ) -> SliceInfo<[SliceInfoElem; 2], Ix2, Ix1> {
-        let [row, column] = self.slot(first, head);
-        if self.is_matrix {
-            s![row, column..column + num_keys]
-        } else {
-            s![row..row + num_keys, column]
-        }
-    }
-
-    /// The logits at [`slots`](Self::slots).
-    #[inline]
-    pub(crate) fn row(&self, first: Pair, num_keys: usize, head: usize) -> ArrayView1<'_, F> {
-        self.logits.slice(self.slots(first, num_keys, head))
-    }
-
-    /// The whole array.
-    pub(crate) fn logits(&self) -> ArrayView2<'_, F> {
-        self.logits
-    }
-
-    /// Whether the array is num_queries × num_keys instead of one row per pair.
-    pub(crate) fn is_matrix(&self) -> bool {
-        self.is_matrix
-    }
-
-    /// The number of heads that it tells apart: 1 where it is shared by all.
-    #[must_use]
-    pub fn num_heads(&self) -> usize {
-        if self.is_matrix { 1 } else { self.logits.ncols() }
-    }
-
-    /// Refuses a bias that is neither shared by the heads nor one column for each of them.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] naming the expected number of columns.
-    pub fn check_heads(&self, heads: usize) -> Result<()> {
-        if self.num_heads() == 1 {
-            return Ok(());
-        }
-        check_shape("bias", &[self.logits.nrows(), heads], self.logits.shape())
-    }
+    pub(crate) query_positions: Option<[usize; 2]>,
+    pub(crate) key_positions: Option<[usize; 2]>,
 }
 
 /// The columns of one head's block.
@@ -1088,6 +1109,43 @@ mod tests {
         let per_head = inputs.with_bias(per_head.view())?.bias().unwrap();
         assert_eq!((per_head.at(pair, 0), per_head.at(pair, 1)), (30.0, 31.0));
         assert!(per_head.check_heads(2).is_ok() && per_head.check_heads(3).is_err());
+
+        // Axes of length 1 are shared.
+        let of_keys = array![[1.0, 2.0, 3.0]];
+        let of_keys = inputs.with_bias(of_keys.view())?.bias().unwrap();
+        assert_eq!((of_keys.at(pair, 0), of_keys.slot(pair, 1)), (1.0, [0, 0, 0]));
+        let grid = array![[[1.0], [2.0]], [[3.0], [4.0]]];
+        let grid = inputs.with_bias(grid.view())?.bias().unwrap();
+        assert_eq!((grid.at(pair, 0), grid.at(pair, 1)), (2.0, 4.0));
+        assert_eq!(grid.slot(pair, 1), [1, 1, 0]);
+        let error = inputs.with_bias(Array2::zeros((4, 3)).view()).unwrap_err();
+        assert_eq!(error, Error::shape("bias", &[2, 3], &[4, 3]));
+        Ok(())
+    }
+
+    #[test]
+    fn masks_of_pairs_and_of_heads_hide_them() -> Result<()> {
+        let (q, k) = (Array2::zeros((2, 2)), Array2::zeros((3, 2)));
+        let inputs = Inputs::<f32>::dense(q.view(), k.view(), k.view())?.with_heads(2)?;
+        let pairs = array![true, false, true, true, true, false];
+        let masked = inputs.with_pair_mask(pairs.view())?;
+        assert_eq!(keys_of(&masked, 0), [(0, 0), (2, 2)]);
+        assert_eq!(keys_of(&masked, 1), [(0, 3), (1, 4)]);
+        assert!(masked.bias().is_none() && masked.has(Channel::Mask));
+        // Both hide.
+        let keys = array![[false, true, true]];
+        assert_eq!(keys_of(&masked.with_mask(keys.view())?, 0), [(2, 2)]);
+
+        let heads = array![[[true, false, true]], [[true, true, true]]];
+        let masked = inputs.with_mask(heads.view())?;
+        assert_eq!(keys_of(&masked, 1).len(), 3);
+        let bias = masked.bias().unwrap();
+        let pair = Pair { query: 1, key: 1, index: 4 };
+        assert_eq!((bias.at(pair, 0), bias.at(pair, 1)), (f32::NEG_INFINITY, 0.0));
+        let error = bias.check_heads(3).unwrap_err();
+        assert_eq!(error, Error::shape("mask", &[3, 1, 3], &[2, 1, 3]));
+        let error = inputs.with_mask(array![[[true, true]]].view()).unwrap_err();
+        assert_eq!(error, Error::shape("mask", &[1, 2, 3], &[1, 1, 2]));
         Ok(())
     }
 }

@@ -543,7 +543,10 @@ fn gradients_and_states_that_do_not_fit() {
         refused(backward(&|it| it.value = bad()), "Shape | grads.value | [3, 5] | [7, 9]");
         let features = backward(&|it| it.edge_features = Some(bad()));
         refused(features, "Shape | grads.edge_features | [6, 3] | [7, 9]");
-        refused(backward(&|it| it.bias = Some(bad())), "MissingInput | an additive bias");
+        refused(
+            backward(&|it| it.bias = Some(bad().into_dyn())),
+            "MissingInput | an additive bias",
+        );
         for (at, (name, value)) in params::state(&gat).iter().enumerate() {
             let grad = backward(&|it| it.params[at] = bad().into_dyn());
             refused(grad, &format!("Shape | grads.params: {name} | {:?} | [7, 9]", value.shape()));

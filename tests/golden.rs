@@ -139,7 +139,7 @@ fn scaled_dot_product_attention_of_pytorch() {
                     &what("grad_bias"),
                     tolerance,
                     grad.view(),
-                    bias(&case["grad_bias"]).view(),
+                    bias(&case["grad_bias"]).into_dyn().view(),
                 );
             }
         }

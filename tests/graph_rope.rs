@@ -3,10 +3,12 @@
 use graph_attention::ndarray::{
     Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, array, s,
 };
+use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
-    Attention, Channel, EdgeRope, Error, Flash, Float, Gradients, GradientsMut, Graph, GraphRope,
-    GraphRopeConfig, Inputs, MultiHeadConfig, Params, PerformerConfig, Result, Saved,
-    ScaledDotProduct, graph_rope::Layout, params,
+    Attention, Channel, DualSpaceConfig, EdgeRope, Error, Flash, Float, Gradients, GradientsMut,
+    Graph, GraphRope, GraphRopeConfig, Inputs, LocalGlobal, MoeConfig, MultiHeadConfig, Params,
+    PerformerConfig, Result, Saved, ScaledDotProduct, dual_space::Fusion, graph_rope::Layout,
+    params,
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -659,4 +661,27 @@ fn performer_inside_estimates_the_rotated_softmax() {
     let estimate = rope.init(performer).unwrap().forward(&inputs).unwrap();
     let distance = |a: &Array2<f64>| (a - &exact).mapv(|x| x * x).sum().sqrt();
     assert!(distance(&estimate) < 0.1 * distance(&unrotated), "{}", distance(&estimate));
+}
+
+#[test]
+fn positions_are_trained_inside_other_mechanisms() -> Result<()> {
+    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(31);
+    let config = GraphRopeConfig::new(4, Layout::Half).axes(2);
+    let rope = || config.init::<f64, _>(Flash::new());
+    let experts = (0..2).map(|_| Ok(Box::new(rope()?) as Box<dyn Attention<f64>>));
+    let experts = experts.collect::<Result<Vec<_>>>()?;
+    let twice = config.clone().learnable(true).init(rope()?)?;
+    let dual = DualSpaceConfig::new(Fusion::Gated, 4);
+    let mechanisms: [(bool, Box<dyn Attention<f64>>); 4] = [
+        (false, Box::new(MultiHeadConfig::new(4, 1).init(twice, rng)?)),
+        (false, Box::new(MoeConfig::new(4, 1).init(experts, rng)?)),
+        (false, Box::new(LocalGlobal::gated(4, 1, rope()?, rope()?, rng)?)),
+        (true, Box::new(dual.init(rope()?, rope()?, rope()?, rng)?)),
+    ];
+    for (reads_latent, mut mechanism) in mechanisms {
+        let shapes = Shapes::new(4, 4, 4);
+        let shapes = if reads_latent { shapes.reads_latent() } else { shapes };
+        check_gradients(&mut mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
+    }
+    Ok(())
 }

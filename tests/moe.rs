@@ -45,13 +45,17 @@ fn close_gradients(actual: &Gradients<f64>, expected: &Gradients<f64>) {
     close(&actual.key, &expected.key);
     close(&actual.value, &expected.value);
     for (actual, expected) in [
-        (&actual.bias, &expected.bias),
+        (&of_bias(&actual.bias), &of_bias(&expected.bias)),
         (&actual.edge_features, &expected.edge_features),
         (&column(&actual.distances), &column(&expected.distances)),
     ] {
         assert_eq!(actual.is_some(), expected.is_some());
         actual.iter().zip(expected).for_each(|(actual, expected)| close(actual, expected));
     }
+}
+
+fn of_bias(bias: &Option<ArrayD<f64>>) -> Option<Array2<f64>> {
+    bias.as_ref().map(|bias| bias.clone().into_dimensionality().unwrap())
 }
 
 fn column(vector: &Option<Array1<f64>>) -> Option<Array2<f64>> {
@@ -161,6 +165,13 @@ impl Attention<f64> for ReadsAll {
             let grad_score = multiplier * grad.dot(&inputs.value().row(pair.key));
             if let Some(grads) = &mut grads.distances {
                 grads[pair.index] += slope * grad_score;
+            }
+            let (query, key) = inputs.positions("all").expect("they have been read");
+            if let Some(grads) = &mut grads.query_positions {
+                grads.row_mut(pair.query).scaled_add(grad_score, &key.row(pair.key));
+            }
+            if let Some(grads) = &mut grads.key_positions {
+                grads.row_mut(pair.key).scaled_add(grad_score, &query.row(pair.query));
             }
             if let Some(grads) = &mut grads.edge_features {
                 grads.row_mut(pair.index).map_inplace(|grad| *grad += grad_score);

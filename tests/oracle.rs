@@ -211,7 +211,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
             log_sum_exp: flat(partial.log_sum_exp().view()),
             weights: flat(attention.attention_weights(&inputs).unwrap().view()),
         },
-        grad_bias: gradients.bias.map(|bias| flat(bias.view())),
+        grad_bias: gradients.bias.map(|bias| flat(bias.view().into_dimensionality().unwrap())),
         grad_inputs: [gradients.query, gradients.key, gradients.value]
             .map(|grad| flat(grad.view())),
     }

@@ -148,7 +148,8 @@ fn names_are_those_of_the_documentation() {
 
 #[test]
 fn globals_are_put_in_order() {
-    let window: Window = from_json(&json!({"radius": 1, "dilation": 1, "globals": [9, 2, 9, 0]}));
+    let window: Window =
+        from_json(&json!({"left": 1, "right": 1, "dilation": 1, "globals": [9, 2, 9, 0]}));
     assert_eq!(window, Window::new(1).globals(&[0, 2, 9]));
 }
 

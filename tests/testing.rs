@@ -1,7 +1,8 @@
 //! The checks of `testing` have teeth: for every law a mechanism with the fault it is there for.
 
 use graph_attention::ndarray::{
-    Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut1, ArrayViewMut2, ArrayViewMutD, Axis,
+    Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2,
+    ArrayViewMutD, Axis, Dimension,
 };
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
@@ -265,7 +266,7 @@ fn read_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
     }
 }
 
-fn add(grad: &mut Option<ArrayViewMut2<'_, f64>>, value: f64) {
+fn add<D: Dimension>(grad: &mut Option<ArrayViewMut<'_, f64, D>>, value: f64) {
     grad.iter_mut().for_each(|grad| *grad += value);
 }
 
@@ -363,6 +364,8 @@ const FAULTS: &[(Fault, &str)] = &[
     (Hides("grads.key:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.value:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.bias:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.query_positions:"), "gradients of the wrong shape are Error::Shape"),
+    (Hides("grads.key_positions:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.edge_features:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.distances:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("flash: expected the state"), "another mechanism's saved state"),
@@ -445,6 +448,8 @@ fn every_gradient_is_compared() {
         (Adds(|_, _, grads| add(&mut grads.value, f64::INFINITY)), "value,"),
         (Adds(|_, _, grads| add(&mut grads.key, f64::NAN)), "key,"),
         (Adds(|_, _, grads| grads.bias.iter_mut().for_each(|grad| *grad += 1e-5)), "bias,"),
+        (Adds(|_, _, grads| add(&mut grads.query_positions, 1e-5)), "query_positions,"),
+        (Adds(|_, _, grads| add(&mut grads.key_positions, 1e-5)), "key_positions,"),
         (Computes(|x, _, out| *out += distances(x)), "distances,"),
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),
         (Adds(|_, _, grads| grads.params[0] += 1e-5), "in_proj_weight,"),
@@ -475,8 +480,15 @@ fn a_state_that_does_not_come_back_is_a_violation() {
 #[test]
 fn channels_may_be_refused() {
     for (channels, cases) in [
-        (&[Channel::Mask], "causal, causal bottom right, mask, graph mask, graph causal"),
-        (&[Channel::Bias], "bias, bias per head, bias that hides, graph bias"),
+        (
+            &[Channel::Mask],
+            "causal, causal bottom right, mask, mask per head, mask of pairs, graph mask, \
+             graph mask per head, graph mask of pairs, graph causal",
+        ),
+        (
+            &[Channel::Bias],
+            "bias, bias per head, bias that hides, bias of keys, graph bias, graph bias of keys",
+        ),
         (&[Channel::Dropout], "dropout, graph dropout"),
     ] {
         let choosy = Wrong(Refuses(channels), Flash::new());

@@ -1,12 +1,16 @@
 //! Some of the queries, keys or pairs of inputs, as inputs of their own.
 
-use super::{Bias, Inputs, Origin, Pair, Pattern, Positions, View2};
+use super::bias::{Logits, slot_of};
+use super::{Inputs, Origin, Pair, Pattern, Positions, View2, View3};
 use crate::error::{Channel, Error, Result};
-use crate::float::{Float, try_vec, try_zeros};
+use crate::float::{Float, try_array};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::kernels::primitives::prefetch::prefetch;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, Slice, s};
+use ndarray::{
+    Array, Array1, Array2, Array3, ArrayBase, ArrayView2, ArrayViewMut, ArrayViewMut2,
+    ArrayViewMut3, Axis, Dim, Dimension, Ix2, Ix3, Slice, ViewRepr, s,
+};
 use std::ops::Range;
 
 /// Inputs of some queries: what [`Inputs::select_queries`] gathers. Owns what it had to copy and
@@ -23,8 +27,10 @@ pub struct SelectedInputs<'a, F: Float> {
     key: Option<Gathered<'a, F>>,
     value: Option<Gathered<'a, F>>,
     graph: Option<Graph>,
-    mask: Option<Gathered<'a, bool>>,
-    bias: Option<Gathered<'a, F>>,
+    mask: Option<Gathered<'a, bool, Ix3>>,
+    pair_mask: Option<Array1<bool>>,
+    /// As three axes.
+    bias: Option<Gathered<'a, F, Ix3>>,
     edge_features: Option<Gathered<'a, F>>,
     /// One column.
     distances: Option<Gathered<'a, F>>,
@@ -33,16 +39,16 @@ pub struct SelectedInputs<'a, F: Float> {
     latent: Option<Graph>,
 }
 
-/// Some rows of a matrix.
+/// Some rows of a matrix, or some of heads × queries × keys.
 #[derive(Debug)]
-pub(crate) enum Gathered<'a, T> {
+pub(crate) enum Gathered<'a, T, D: Dimension = Ix2> {
     /// Where they are.
-    View(View2<'a, T>),
-    Copy(Array2<T>),
+    View(ArrayBase<ViewRepr<&'a T>, D, T>),
+    Copy(Array<T, D>),
 }
 
-impl<T> Gathered<'_, T> {
-    pub(crate) fn view(&self) -> View2<'_, T> {
+impl<T, D: Dimension> Gathered<'_, T, D> {
+    pub(crate) fn view(&self) -> ArrayBase<ViewRepr<&T>, D, T> {
         match self {
             Self::View(rows) => rows.view(),
             Self::Copy(rows) => rows.view(),
@@ -80,10 +86,18 @@ impl Rows {
     /// These rows of a matrix, where they are; `None` for runs.
     pub(crate) fn of_mut<'m, T>(
         &self,
-        mut matrix: ArrayViewMut2<'m, T>,
+        matrix: ArrayViewMut2<'m, T>,
     ) -> Option<ArrayViewMut2<'m, T>> {
-        matrix.slice_axis_inplace(Axis(0), self.slice()?);
-        Some(matrix)
+        self.along_mut(Axis(0), matrix)
+    }
+
+    fn along_mut<'m, T, D: Dimension>(
+        &self,
+        axis: Axis,
+        mut array: ArrayViewMut<'m, T, D>,
+    ) -> Option<ArrayViewMut<'m, T, D>> {
+        array.slice_axis_inplace(axis, self.slice()?);
+        Some(array)
     }
 }
 
@@ -174,10 +188,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         let mut numbers = Numbers::default();
         match self.pattern {
             Pattern::Dense => {
-                let shape = (self.num_queries(), self.num_keys());
-                let mut mask = matrix_of("mask", shape, false)?;
-                for pair in (0..shape.0).flat_map(|query| self.row(query)) {
-                    mask[[pair.query, pair.key]] = keep(pair);
+                let heads = self.mask.map_or(1, |mask| mask.shape()[0]);
+                let shape = [heads, self.num_queries(), self.num_keys()];
+                let mut mask = try_array("mask", Dim(shape), false)?;
+                for pair in (0..shape[1]).flat_map(|query| self.row(query)) {
+                    let is_kept = keep(pair);
+                    for head in 0..heads {
+                        let sees = |mask: View3<'_, bool>| mask[slot_of(&mask, pair, head)];
+                        mask[[head, pair.query, pair.key]] = is_kept && self.mask.is_none_or(sees);
+                    }
                 }
                 let mask = Some(Gathered::Copy(mask));
                 Ok(SelectedInputs { mask, ..self.gather(numbers, None)? })
@@ -213,12 +232,19 @@ impl<'a, F: Float> Inputs<'a, F> {
             None => Ok(None),
         };
         let bias = match self.bias {
-            Some(bias) if bias.is_matrix => gather_block("bias", bias.logits, &numbers)?,
-            bias => of_pairs("bias", bias.map(|bias| bias.logits))?,
+            Some(Logits::Grid { grid, .. }) => gather_grid("bias", grid, &numbers)?,
+            Some(Logits::Pairs(logits)) => of_pairs("bias", Some(logits))?.map(|rows| match rows {
+                Gathered::View(rows) => Gathered::View(rows.insert_axis(Axis(0))),
+                Gathered::Copy(rows) => Gathered::Copy(rows.insert_axis(Axis(0))),
+            }),
+            None => None,
         };
         let distances = self.distances.map(|distances| distances.insert_axis(Axis(1)));
         let layers = self.layers.zip(pairs.as_ref()).map(|(layers, pairs)| {
             pairs.iter().flat_map(|pairs| &layers[pairs.clone()]).copied().collect()
+        });
+        let pair_mask = self.pair_mask.zip(pairs.as_ref()).map(|(mask, pairs)| {
+            pairs.iter().flat_map(|pairs| pairs.clone().map(|pair| mask[pair])).collect()
         });
         Ok(SelectedInputs {
             outermost,
@@ -226,7 +252,8 @@ impl<'a, F: Float> Inputs<'a, F> {
             key: of_keys("key", self.key)?,
             value: of_keys("value", self.value)?,
             graph,
-            mask: self.mask.map_or(Ok(None), |mask| gather_block("mask", mask, &numbers))?,
+            mask: self.mask.map_or(Ok(None), |mask| gather_grid("mask", mask, &numbers))?,
+            pair_mask,
             bias,
             edge_features: of_pairs("edge_features", self.edge_features)?,
             distances: of_pairs("distances", distances)?,
@@ -244,7 +271,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     fn rows_of_pairs(&self, numbers: &Numbers) -> Option<Vec<Range<usize>>> {
         let channels =
             [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::EdgeLayers];
-        if !channels.into_iter().any(|channel| self.has(channel)) {
+        let is_there = channels.into_iter().any(|channel| self.has(channel));
+        if !is_there && self.pair_mask.is_none() {
             return None;
         }
         if let Some(pairs) = &numbers.pairs {
@@ -273,7 +301,9 @@ impl<F: Float> SelectedInputs<'_, F> {
     pub fn inputs(&self) -> Inputs<'_, F> {
         let numbers = self.outermost.as_ref().unwrap_or(&self.numbers);
         let [num_queries, num_keys] = self.whole.whole_sizes();
-        fn view<'s, T>(array: &'s Option<Gathered<'_, T>>) -> Option<View2<'s, T>> {
+        fn view<'s, T, D: Dimension>(
+            array: &'s Option<Gathered<'_, T, D>>,
+        ) -> Option<ArrayBase<ViewRepr<&'s T>, D, T>> {
             array.as_ref().map(Gathered::view)
         }
         let whole = &self.whole;
@@ -283,9 +313,11 @@ impl<F: Float> SelectedInputs<'_, F> {
             value: view(&self.value).unwrap_or(whole.value),
             pattern: self.graph.as_ref().map_or(Pattern::Dense, Pattern::Graph),
             mask: view(&self.mask).or(whole.mask),
-            bias: whole
-                .bias
-                .map(|bias| Bias { logits: view(&self.bias).unwrap_or(bias.logits), ..bias }),
+            pair_mask: self.pair_mask.as_ref().map(|mask| mask.view()).or(whole.pair_mask),
+            bias: whole.bias.map(|bias| match view(&self.bias) {
+                Some(logits) => bias.with_grid(logits),
+                None => bias,
+            }),
             edge_features: view(&self.edge_features).or(whole.edge_features),
             distances: view(&self.distances)
                 .map(|distances| distances.index_axis_move(Axis(1), 0))
@@ -377,26 +409,45 @@ impl<F: Float> SelectedInputs<'_, F> {
                 &self.edge_features,
             )?,
             distances: zeros_like("grads.distances", &grads.distances, &self.distances)?,
+            query_positions: zeros_like(
+                "grads.query_positions",
+                &grads.query_positions,
+                &self.query_positions,
+            )?,
         };
-        let has_matrix = self.whole.bias.is_some_and(|bias| bias.is_matrix);
-        let bias_rows = rows.as_ref().filter(|_| has_matrix);
+        // A bias that all queries share keeps its one row.
+        let has_rows =
+            matches!(self.whole.bias, Some(Logits::Grid { grid, .. }) if grid.shape()[1] > 1);
+        let bias_rows = rows.as_ref().filter(|_| has_rows);
         let lent = copies.lend(grads.reborrow(), rows.as_ref(), columns.as_ref(), bias_rows);
         backward(&self.inputs(), lent)?;
 
-        let GatheredGradients { query, key, value, bias, edge_features, distances } = copies;
+        let GatheredGradients {
+            query,
+            key,
+            value,
+            bias,
+            edge_features,
+            distances,
+            query_positions,
+        } = copies;
         let pairs = self.whole.rows_of_pairs(&self.numbers).map(Rows::Runs);
         let distances_of_whole = grads.distances.map(|grad| grad.insert_axis(Axis(1)));
-        let (whole_bias, bias) = match (grads.bias, bias) {
-            (Some(whole), Some(bias)) if has_matrix => {
-                scatter_block(&bias, &self.numbers, whole);
+        let (whole_bias, bias) = match (grads.bias, bias, self.whole.bias) {
+            (Some(whole), Some(bias), Some(Logits::Grid { .. })) => {
+                scatter_grid(&bias, &self.numbers, whole);
                 (None, None)
             }
-            others => others,
+            (whole, bias, _) => (
+                whole.map(|whole| whole.index_axis_move(Axis(0), 0)),
+                bias.map(|bias| bias.index_axis_move(Axis(0), 0)),
+            ),
         };
         for (whole, selected, rows) in [
             (grads.query, query, &rows),
             (grads.key, key, &columns),
             (grads.value, value, &columns),
+            (grads.query_positions, query_positions, &rows),
             (whole_bias, bias, &pairs),
             (grads.edge_features, edge_features, &pairs),
             (distances_of_whole, distances, &pairs),
@@ -414,9 +465,10 @@ struct GatheredGradients<F> {
     query: Option<Array2<F>>,
     key: Option<Array2<F>>,
     value: Option<Array2<F>>,
-    bias: Option<Array2<F>>,
+    bias: Option<Array3<F>>,
     edge_features: Option<Array2<F>>,
     distances: Option<Array2<F>>,
+    query_positions: Option<Array2<F>>,
 }
 
 impl<F: Float> GatheredGradients<F> {
@@ -428,40 +480,43 @@ impl<F: Float> GatheredGradients<F> {
         columns: Option<&Rows>,
         bias_rows: Option<&Rows>,
     ) -> GradientsMut<'g, F> {
-        fn lend<'g, F>(
-            copy: &'g mut Option<Array2<F>>,
-            whole: Option<ArrayViewMut2<'g, F>>,
+        fn lend<'g, F, D: Dimension>(
+            copy: &'g mut Option<Array<F, D>>,
+            whole: Option<ArrayViewMut<'g, F, D>>,
             rows: Option<&Rows>,
-        ) -> Option<ArrayViewMut2<'g, F>> {
+            axis: usize,
+        ) -> Option<ArrayViewMut<'g, F, D>> {
             match (copy, rows) {
                 (Some(copy), _) => Some(copy.view_mut()),
-                (None, Some(rows)) => whole.and_then(|whole| rows.of_mut(whole)),
+                (None, Some(rows)) => whole.and_then(|whole| rows.along_mut(Axis(axis), whole)),
                 (None, None) => whole,
             }
         }
         let distances =
             self.distances.as_mut().map(|copy| copy.view_mut().index_axis_move(Axis(1), 0));
         GradientsMut {
-            query: lend(&mut self.query, whole.query, rows),
-            key: lend(&mut self.key, whole.key, columns),
-            value: lend(&mut self.value, whole.value, columns),
-            bias: lend(&mut self.bias, whole.bias, bias_rows),
-            edge_features: lend(&mut self.edge_features, whole.edge_features, None),
+            query: lend(&mut self.query, whole.query, rows, 0),
+            key: lend(&mut self.key, whole.key, columns, 0),
+            value: lend(&mut self.value, whole.value, columns, 0),
+            bias: lend(&mut self.bias, whole.bias, bias_rows, 1),
+            edge_features: lend(&mut self.edge_features, whole.edge_features, None, 0),
             distances: distances.or(whole.distances),
+            query_positions: lend(&mut self.query_positions, whole.query_positions, rows, 0),
+            key_positions: whole.key_positions,
             params: whole.params,
         }
     }
 }
 
 /// Zeros for the gradient of a copy, where it is wanted.
-fn zeros_like<F: Float, G>(
+fn zeros_like<F: Float, D: Dimension, G>(
     what: &'static str,
     wanted: &Option<G>,
-    copy: &Option<Gathered<'_, F>>,
-) -> Result<Option<Array2<F>>> {
+    copy: &Option<Gathered<'_, F, D>>,
+) -> Result<Option<Array<F, D>>> {
     match (wanted, copy) {
         (Some(_), Some(Gathered::Copy(copy))) => {
-            try_zeros(what, copy.nrows(), copy.ncols()).map(Some)
+            try_array(what, copy.raw_dim(), F::zero()).map(Some)
         }
         _ => Ok(None),
     }
@@ -481,12 +536,6 @@ fn renumber(numbers: Option<&[usize]>, origin: Option<&[usize]>) -> Option<Vec<u
 fn runs(numbers: &[usize]) -> Vec<Range<usize>> {
     let runs = numbers.chunk_by(|&number, &next| number + 1 == next);
     runs.map(|run| run[0]..run[0] + run.len()).collect()
-}
-
-fn matrix_of<T: Copy>(what: &'static str, shape: (usize, usize), value: T) -> Result<Array2<T>> {
-    let data = try_vec(what, &[shape.0, shape.1], value)?;
-    Array2::from_shape_vec(shape, data)
-        .map_err(|_| Error::TooLarge { what, shape: vec![shape.0, shape.1] })
 }
 
 /// Runs are asked for so many runs before their turn: where they lie apart the CPU does not guess
@@ -562,37 +611,56 @@ fn scatter_rows<F: Float>(
     }
 }
 
-/// Of a matrix of queries × keys what is selected.
-fn gather_block<'a, T: Copy + Default>(
+/// The selected queries and keys of heads × queries × keys; an axis of length 1 is shared and stays.
+/// Queries that are evenly spaced, with all keys, stay where they are.
+fn gather_grid<'a, T: Copy>(
     what: &'static str,
-    matrix: View2<'a, T>,
+    mut grid: View3<'a, T>,
     numbers: &Numbers,
-) -> Result<Option<Gathered<'a, T>>> {
-    let Some(keys) = &numbers.keys else {
-        let rows = numbers.queries.as_deref().map(Rows::new);
-        return gather_rows(what, matrix, rows.as_ref());
-    };
-    let len = numbers.queries.as_ref().map_or(matrix.nrows(), Vec::len);
-    let mut gathered = matrix_of(what, (len, keys.len()), T::default())?;
-    for (row, mut gathered) in gathered.rows_mut().into_iter().enumerate() {
-        let row = matrix.row(numbers.queries.as_ref().map_or(row, |queries| queries[row]));
-        gathered.iter_mut().zip(keys).for_each(|(gathered, &key)| *gathered = row[key]);
+) -> Result<Option<Gathered<'a, T, Ix3>>> {
+    let [queries, keys] = of_grid(grid.shape(), numbers);
+    if let (Some(queries), None) = (queries, keys)
+        && let Some(slice) = Rows::new(queries).slice()
+    {
+        grid.slice_axis_inplace(Axis(1), slice);
+        return Ok(Some(Gathered::View(grid)));
     }
+    let selected = |axis, numbers: Option<&[usize]>| numbers.map_or(grid.shape()[axis], <[_]>::len);
+    let shape = [grid.shape()[0], selected(1, queries), selected(2, keys)];
+    let too_large = || Error::TooLarge { what, shape: shape.to_vec() };
+    if queries.is_none() && keys.is_none() {
+        return Ok(None);
+    }
+    let len = shape.iter().try_fold(1, |len: usize, &axis| len.checked_mul(axis));
+    let mut gathered = Vec::new();
+    gathered.try_reserve_exact(len.ok_or_else(too_large)?).map_err(|_| too_large())?;
+    for head in 0..shape[0] {
+        for row in 0..shape[1] {
+            let row = grid.slice(s![head, queries.map_or(row, |queries| queries[row]), ..]);
+            match keys {
+                Some(keys) => gathered.extend(keys.iter().map(|&key| row[key])),
+                None => gathered.extend(row),
+            }
+        }
+    }
+    let gathered = Array3::from_shape_vec(shape, gathered).map_err(|_| too_large())?;
     Ok(Some(Gathered::Copy(gathered)))
 }
 
-/// Adds a gathered block to where it came from.
-fn scatter_block<F: Float>(
-    gathered: &Array2<F>,
-    numbers: &Numbers,
-    mut matrix: ArrayViewMut2<'_, F>,
-) {
-    for (row, gathered) in gathered.rows().into_iter().enumerate() {
-        let row = numbers.queries.as_ref().map_or(row, |queries| queries[row]);
-        let mut row = matrix.row_mut(row);
-        match &numbers.keys {
-            Some(keys) => keys.iter().zip(gathered).for_each(|(&key, &grad)| row[key] += grad),
-            None => row += &gathered,
-        }
+/// The selected numbers of queries and keys along the axes of heads × queries × keys that are not shared.
+fn of_grid<'n>(shape: &[usize], numbers: &'n Numbers) -> [Option<&'n [usize]>; 2] {
+    let along = |axis: usize, numbers: &'n Option<Vec<usize>>| {
+        numbers.as_deref().filter(|_| shape[axis] != 1)
+    };
+    [along(1, &numbers.queries), along(2, &numbers.keys)]
+}
+
+/// Adds gathered numbers to where they came from.
+fn scatter_grid<F: Float>(gathered: &Array3<F>, numbers: &Numbers, mut grid: ArrayViewMut3<'_, F>) {
+    let [queries, keys] = of_grid(grid.shape(), numbers);
+    for ((head, row, column), &grad) in gathered.indexed_iter() {
+        let query = queries.map_or(row, |queries| queries[row]);
+        let key = keys.map_or(column, |keys| keys[column]);
+        grid[[head, query, key]] += grad;
     }
 }

@@ -84,7 +84,7 @@ use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
 use edge_gat::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
-use ndarray::{Array1, Array2, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayViewMut2, ArrayViewMut3};
 use nearest::{Keys, Lists};
 use normalizer::Normalizer;
 use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
@@ -258,7 +258,7 @@ kernels! {
         tile_len: usize,
         level: Level,
         wanted: [bool; 2],
-        grad_bias: Option<ArrayViewMut2<'_, Self>>,
+        grad_bias: Option<ArrayViewMut3<'_, Self>>,
     ) -> Result<poincare::PointGradients<Self>> = poincare::backward;
 
     /// [`poincare::dense_backward`].
@@ -268,7 +268,7 @@ kernels! {
         upstream: &poincare::Upstream<Self>,
         sizes: TileSizes,
         level: Level,
-        grad_bias: Option<ArrayViewMut2<'_, Self>>,
+        grad_bias: Option<ArrayViewMut3<'_, Self>>,
     ) -> Result<poincare::PointGradients<Self>> = poincare::dense_backward;
 
     /// [`performer::sum_keys`].
@@ -328,8 +328,7 @@ kernels! {
         positions: &Rows<'_, Self>,
         x: &Rows<'_, Self>,
         grad_out: &Array2<Self>,
-        grad_x: Option<ArrayViewMut2<'_, Self>>,
-        grad_frequencies: Option<&mut Array2<f64>>,
+        grads: rotary::RotationGradients<'_, Self>,
     ) = rotary::rotate_vjp;
 
     /// [`rows::forward`] with the logits of [`rotary`].

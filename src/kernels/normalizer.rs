@@ -1,8 +1,8 @@
 //! The divisor of the exponentials of a softmax.
 
-use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, nan_max, try_vec, try_zeros};
-use ndarray::{Array2, ArrayView1, ArrayViewMut1};
+use crate::error::{Result, check_shape};
+use crate::float::{Float, nan_max, try_array};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1, Ix2};
 
 /// The normalizer of the softmax of each query and head, in two parts:
 ///
@@ -23,11 +23,8 @@ pub struct Normalizer<F> {
 impl<F: Float> Normalizer<F> {
     /// Of queries that have seen no key.
     pub(crate) fn empty(num_queries: usize, heads: usize) -> Result<Self> {
-        let shape = [num_queries, heads];
-        let shift = try_vec("log_sum_exp", &shape, F::neg_infinity())?;
-        let shift = Array2::from_shape_vec(shape, shift)
-            .map_err(|_| Error::TooLarge { what: "log_sum_exp", shape: shape.to_vec() })?;
-        Ok(Self { shift, sum: try_zeros("log_sum_exp", num_queries, heads)? })
+        let filled = |value| try_array("log_sum_exp", Ix2(num_queries, heads), value);
+        Ok(Self { shift: filled(F::neg_infinity())?, sum: filled(F::zero())? })
     }
 
     /// `Ok` if it is of so many queries and heads.

@@ -76,7 +76,7 @@ impl<'a, F: Float> Problem<'a, F> {
     /// Whether mask, causal pattern, window or bias may hide pairs of dense inputs.
     pub(crate) fn may_hide(&self) -> bool {
         let inputs = &self.inputs;
-        inputs.mask().is_some()
+        inputs.has_mask()
             || inputs.causal_alignment().is_some()
             || inputs.has_window()
             || self.bias.is_some()

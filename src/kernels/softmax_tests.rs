@@ -8,7 +8,7 @@ use super::problem::{Problem, Rows, Upstream};
 use crate::float::Float;
 use crate::inputs::Pattern;
 use crate::{Attention, Causal, Dropout, Gradients, Graph, Inputs, Result, ScaledDotProduct};
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array1, Array2, ArrayView2, s};
 
 const TILE: usize = 12;
 
@@ -73,6 +73,10 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
             assert_close(what, case, actual.view(), expected.view());
         }
         if let (Some(actual), Some(expected)) = (&grads.bias, &expected_grads.bias) {
+            let [actual, expected] = [actual, expected].map(|bias| {
+                let rows = bias.shape()[bias.ndim() - 1].max(1);
+                bias.to_shape((bias.len() / rows, rows)).unwrap().into_owned()
+            });
             assert_close("bias", case, actual.view(), expected.view());
         }
     }
@@ -98,12 +102,29 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     check(&masked, &format!("{case}, mask of columns, dropout"))?;
     let of_heads = inputs.with_bias(of_heads.view())?;
     check(&of_heads.with_causal(), &format!("{case}, causal, bias of heads"))?;
+    let heads = inputs.num_heads();
+    for shape in [(heads, num_queries, num_keys), (heads, 1, num_keys), (1, num_queries, 1)] {
+        let bias = matrix::<F>(shape.0, shape.1 * shape.2, 8);
+        let bias = bias.into_shape_with_order(shape).unwrap();
+        let grid = inputs.with_bias(bias.view())?.with_dropout(dropout)?;
+        check(&grid, &format!("{case}, bias {shape:?}"))?;
+        let mask = bias.mapv(|x| x > F::from_f64(-0.3));
+        let grid = inputs.with_mask(mask.view())?.with_causal();
+        check(&grid, &format!("{case}, mask {shape:?}"))?;
+    }
+    let pair_mask = Array1::from_shape_fn(inputs.num_pairs(), |pair| pair % 3 != 1);
+    let pairs = inputs.with_pair_mask(pair_mask.view())?.with_mask(mask.view())?;
+    check(&pairs, &format!("{case}, mask of pairs"))?;
     if matches!(inputs.pattern(), Pattern::Dense) {
         check(&inputs.with_bias(bias.view())?.with_causal(), &format!("{case}, causal, bias"))?;
         let strided = inputs.with_bias(scattered_bias.slice(s![..;-2, ..;-2]))?;
         check(&strided.with_dropout(dropout)?, &format!("{case}, strided bias, dropout"))?;
-        check(&inputs.with_window(2), &format!("{case}, window"))?;
-        check(&inputs.with_window(3).with_mask(mask.view())?, &format!("{case}, masked window"))?;
+        check(&inputs.with_window([2, 2]), &format!("{case}, window"))?;
+        check(&inputs.with_window([1, 4]), &format!("{case}, window to the right"))?;
+        check(
+            &inputs.with_window([3, 3]).with_mask(mask.view())?,
+            &format!("{case}, masked window"),
+        )?;
     }
     Ok(())
 }

@@ -69,7 +69,7 @@ pub use hnsw::{HnswConfig, HnswIndex};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_vec};
 use crate::graph::Graph;
-use crate::inputs::{Inputs, Pair};
+use crate::inputs::Inputs;
 use crate::kernels::nearest::Lists;
 use crate::kernels::parallel::{self, parts};
 use ndarray::{Array1, ArrayView1, ArrayView2};
@@ -365,8 +365,9 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
 
     /// Whether mask and causal pattern let a query see a key.
     fn sees(&self, query: usize, key: usize) -> bool {
-        let pair = Pair { query, key, index: 0 };
-        self.visible_in.is_none_or(|inputs| query < inputs.num_queries() && inputs.sees(pair))
+        let is_visible =
+            |inputs: &Inputs<'_, F>| query < inputs.num_queries() && inputs.sees_key(query, key);
+        self.visible_in.as_ref().is_none_or(is_visible)
     }
 
     /// Whether a query may have this neighbour: it is not excluded, and its similarity is a number

@@ -17,8 +17,8 @@ const FLOOR: f64 = 1e-2;
 const STEP: f64 = 1e-4;
 
 /// Checks the backward pass of a mechanism against central differences in `f64`, on small random
-/// inputs of every kind: every entry of query, key, value, bias, edge features, distances and of
-/// every parameter, to 1e-7 of the largest derivative of its array. And that a state comes back: the
+/// inputs of every kind: every entry of query, key, value, bias, edge features, distances and positions and
+/// of every parameter, to 1e-7 of the largest derivative of its array. And that a state comes back: the
 /// arrays that are lent for writing, parameters and buffers, are those that are shown, and
 /// [`params::load_state`](crate::params::load_state) sets them all.
 ///
@@ -120,7 +120,12 @@ fn set(sample: &mut Sample<f64>, name: &str, entry: usize, new: impl Fn(f64) -> 
         "key" => &mut sample.key,
         "value" => &mut sample.value,
         "edge_features" => &mut sample.edge_features,
-        "bias" => sample.bias.as_mut().unwrap_or(&mut sample.query),
+        "query_positions" => &mut sample.query_positions,
+        "key_positions" => &mut sample.key_positions,
+        "bias" => {
+            let bias = sample.bias.as_mut().expect("it has a gradient");
+            return replace(bias.iter_mut(), entry, new);
+        }
         "distances" => return replace(sample.distances.iter_mut(), entry, new),
         _ => &mut sample.query,
     };

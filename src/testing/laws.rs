@@ -1,7 +1,7 @@
 use super::sample::{Layout, normal};
 use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
 use crate::{Attention, Error, Float, Gradients, GradientsMut, Graph, Inputs, Pair, Saved, params};
-use ndarray::{Array, Array1, Array2, ArrayView2, Axis, Dimension, Slice};
+use ndarray::{Array, Array1, Array2, ArrayD, ArrayView2, Axis, Dimension, Slice};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
@@ -124,10 +124,14 @@ impl<'a, F: Float> Check<'a, F> {
             let mut grads = self.gradients.clone();
             for array in [&mut grads.query, &mut grads.key, &mut grads.value]
                 .into_iter()
-                .chain(&mut grads.bias)
                 .chain(&mut grads.edge_features)
+                .chain(&mut grads.query_positions)
+                .chain(&mut grads.key_positions)
             {
                 *array = layout.of(&array.mapv(|_| F::zero()));
+            }
+            if let Some(bias) = &mut grads.bias {
+                *bias = layout.of(&bias.mapv(|_| F::zero()));
             }
             grads.params.iter_mut().for_each(|param| param.fill(F::zero()));
             grads.distances.iter_mut().for_each(|grad| grad.fill(F::zero()));
@@ -321,8 +325,9 @@ impl<'a, F: Float> Check<'a, F> {
     /// rounded, they still have weights that sum to 1. If outputs are sums of values times weights, the
     /// gradients of the values tell the weights that the backward pass uses: Σ v·dv = Σ g·o.
     fn large_logits_have_weights_too(&self) -> Result<(), Broken> {
-        let Sample { causal, mask, bias, dropout, .. } = self.sample;
-        if causal.is_some() || mask.is_some() || bias.is_some() || dropout.is_some() {
+        let Sample { causal, mask, pair_mask, bias, dropout, .. } = self.sample;
+        let is_masked = causal.is_some() || mask.is_some() || pair_mask.is_some();
+        if is_masked || bias.is_some() || dropout.is_some() {
             return Ok(()); // the plain cases say it all
         }
         let mut samples = vec![];
@@ -335,7 +340,7 @@ impl<'a, F: Float> Check<'a, F> {
             Some(graph) => (graph.num_edges(), 1),
             None => (self.sample.query.nrows(), self.sample.key.nrows()),
         };
-        let bias = Some(Array2::from_elem(pairs, F::from_f64(-1e9)));
+        let bias = Some(Array2::from_elem(pairs, F::from_f64(-1e9)).into_dyn());
         samples.push(Sample { bias, ..self.sample.clone() });
 
         for sample in samples {
@@ -414,8 +419,8 @@ impl<'a, F: Float> Check<'a, F> {
 
         let law = "gradients that are not asked for may be left out";
         let mut some = succeed(law, Gradients::zeros(&inputs, self.mechanism))?;
-        let grads =
-            GradientsMut { bias: None, edge_features: None, distances: None, ..some.view_mut() };
+        let GradientsMut { query, key, value, params, .. } = some.view_mut();
+        let grads = GradientsMut { query, key, value, ..GradientsMut::of_params(params) };
         succeed(law, self.mechanism.backward_into(&inputs, &saved, grad_out, grads))?;
         close(law, &some.query, &self.gradients.query)?;
         close(law, &some.key, &self.gradients.key)?;
@@ -500,16 +505,32 @@ impl<'a, F: Float> Check<'a, F> {
 impl<F: Float> Gradients<F> {
     /// Gives one of [`arrays`] another shape.
     fn widen(&mut self, array: usize) {
-        let Self { query, key, value, bias, edge_features, distances, params } = self;
-        let wider = |matrix: &Array2<F>| Array2::zeros((matrix.nrows() + 1, matrix.ncols()));
-        let matrices = [query, key, value].into_iter().chain(bias).chain(edge_features);
+        fn widen<F: Float, D: Dimension>(gradient: &mut Array<F, D>) {
+            let mut shape = gradient.raw_dim();
+            shape[0] += 1;
+            *gradient = Array::zeros(shape);
+        }
+        let Self {
+            query,
+            key,
+            value,
+            bias,
+            edge_features,
+            distances,
+            query_positions,
+            key_positions,
+            params,
+        } = self;
         let mut number = 0..;
-        matrices
-            .filter(|_| number.next() == Some(array))
-            .for_each(|matrix| *matrix = wider(matrix));
-        let vectors = distances.iter_mut().filter(|_| number.next() == Some(array));
-        vectors.for_each(|vector| *vector = Array1::zeros(vector.len() + 1));
-        let params = params.iter_mut().filter(|_| number.next() == Some(array));
+        let mut is_next = || number.next() == Some(array);
+        let matrices = [query, key, value].into_iter();
+        matrices.filter(|_| is_next()).for_each(widen);
+        bias.iter_mut().filter(|_| is_next()).for_each(widen);
+        edge_features.iter_mut().filter(|_| is_next()).for_each(widen);
+        distances.iter_mut().filter(|_| is_next()).for_each(widen);
+        let positions = query_positions.iter_mut().chain(key_positions);
+        positions.filter(|_| is_next()).for_each(widen);
+        let params = params.iter_mut().filter(|_| is_next());
         params.for_each(|param| *param = param.clone().insert_axis(Axis(0)));
     }
 }
@@ -523,8 +544,7 @@ impl<F: Float> Sample<F> {
         sample.key = self.key.select(Axis(0), keys);
         sample.value = self.value.select(Axis(0), keys);
         sample.key_positions = self.key_positions.select(Axis(0), keys);
-        sample.mask =
-            (self.mask.as_ref()).map(|mask| mask.select(Axis(0), queries).select(Axis(1), keys));
+        sample.mask = self.mask.as_ref().map(|mask| permuted(mask, queries, keys));
         let relabelled = |graph: &Graph| {
             let new = |order: &[usize], old| order.iter().position(|&node| node == old);
             let edges = edges(graph).into_iter().map(|(query, key)| {
@@ -537,6 +557,9 @@ impl<F: Float> Sample<F> {
         sample.latent = relabelled(&self.latent);
         if let Some(graph) = &self.graph {
             // The edges keep their order, so their data keep theirs.
+            let by_keys = self.bias.as_ref().filter(|bias| bias.ndim() == 3);
+            let bias = by_keys.map(|bias| permuted(bias, queries, keys));
+            sample.bias = bias.or(sample.bias);
             sample.graph = Some(relabelled(graph));
             return sample;
         }
@@ -545,11 +568,8 @@ impl<F: Float> Sample<F> {
             .collect();
         sample.select_pairs(&pairs);
         sample.bias = self.bias.as_ref().map(|bias| {
-            if bias.dim() == (queries.len(), keys.len()) {
-                bias.select(Axis(0), queries).select(Axis(1), keys)
-            } else {
-                bias.select(Axis(0), &pairs)
-            }
+            let is_by_pair = bias.ndim() == 2 && *bias.shape() != [queries.len(), keys.len()];
+            if is_by_pair { bias.select(Axis(0), &pairs) } else { permuted(bias, queries, keys) }
         });
         sample
     }
@@ -577,13 +597,25 @@ impl<F: Float> Sample<F> {
         sample.latent = Graph::from_edges(inputs.num_queries(), inputs.num_keys(), latent)?;
         sample.causal = None;
         sample.mask = None;
+        sample.pair_mask = None;
         sample.select_pairs(&pairs.iter().map(|pair| pair.index).collect::<Vec<_>>());
         sample.bias = inputs.bias().map(|bias| {
             let logit = |(pair, head): (usize, usize)| bias.at(pairs[pair], head);
-            Array2::from_shape_fn((pairs.len(), bias.num_heads()), logit)
+            Array2::from_shape_fn((pairs.len(), bias.num_heads()), logit).into_dyn()
         });
         Ok(sample)
     }
+}
+
+/// Of an array whose last two axes are queries and keys, or 1 where they share an entry.
+fn permuted<T: Copy>(array: &ArrayD<T>, queries: &[usize], keys: &[usize]) -> ArrayD<T> {
+    let mut permuted = array.clone();
+    for (axis, order) in (array.ndim() - 2..).zip([queries, keys]) {
+        if permuted.shape()[axis] != 1 {
+            permuted = permuted.select(Axis(axis), order);
+        }
+    }
+    permuted
 }
 
 /// The pairs that some head sees.
@@ -604,7 +636,7 @@ fn bias_heads<F: Float>(inputs: &Inputs<'_, F>) -> usize {
 
 /// The edges of a graph that mask and causal pattern do not hide.
 fn visible_edges<F: Float>(graph: &Graph, inputs: &Inputs<'_, F>) -> Vec<(usize, usize)> {
-    let sees = |&(query, key): &_| inputs.sees(Pair { query, key, index: 0 });
+    let sees = |&(query, key): &_| inputs.sees_key(query, key);
     edges(graph).into_iter().filter(sees).collect()
 }
 

@@ -143,15 +143,27 @@ fn succeed<T>(law: &'static str, result: crate::Result<T>) -> Result<T, Broken> 
 
 /// All gradients with their names: the inputs' that are there, then the parameters'.
 fn arrays<F: Float>(gradients: &Gradients<F>) -> Vec<(&'static str, ArrayViewD<'_, F>)> {
-    let Gradients { query, key, value, bias, edge_features, distances, params } = gradients;
+    let Gradients {
+        query,
+        key,
+        value,
+        bias,
+        edge_features,
+        distances,
+        query_positions,
+        key_positions,
+        params,
+    } = gradients;
     let mut arrays = vec![
         ("query", query.view().into_dyn()),
         ("key", key.view().into_dyn()),
         ("value", value.view().into_dyn()),
     ];
-    arrays.extend(bias.as_ref().map(|grad| ("bias", grad.view().into_dyn())));
+    arrays.extend(bias.as_ref().map(|grad| ("bias", grad.view())));
     arrays.extend(edge_features.as_ref().map(|grad| ("edge_features", grad.view().into_dyn())));
     arrays.extend(distances.as_ref().map(|grad| ("distances", grad.view().into_dyn())));
+    arrays.extend(query_positions.as_ref().map(|grad| ("query_positions", grad.view().into_dyn())));
+    arrays.extend(key_positions.as_ref().map(|grad| ("key_positions", grad.view().into_dyn())));
     arrays.extend(params.iter().map(|grad| ("params", grad.view())));
     arrays
 }

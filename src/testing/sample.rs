@@ -1,5 +1,5 @@
 use crate::{Causal, Dropout, Float, Graph, Inputs};
-use ndarray::{Array1, Array2, Axis, Slice};
+use ndarray::{Array, Array1, Array2, Array3, ArrayD, Axis, Dimension, ShapeBuilder, Slice};
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -122,10 +122,12 @@ pub(super) struct Sample<F> {
     pub(super) heads: usize,
     /// Heads of keys and values.
     pub(super) kv_heads: usize,
-    /// The mask.
-    pub(super) mask: Option<Array2<bool>>,
-    /// The additive logits.
-    pub(super) bias: Option<Array2<F>>,
+    /// The mask, of two axes or three.
+    pub(super) mask: Option<ArrayD<bool>>,
+    /// The mask of pairs.
+    pub(super) pair_mask: Option<Array1<bool>>,
+    /// The additive logits, of two axes or three.
+    pub(super) bias: Option<ArrayD<F>>,
     /// Dropout.
     pub(super) dropout: Option<Dropout>,
     /// Pairs × columns.
@@ -169,6 +171,7 @@ impl<F: Float> Sample<F> {
             heads: shapes.heads,
             kv_heads: shapes.kv_heads,
             mask: None,
+            pair_mask: None,
             bias: None,
             dropout: None,
             edge_features: Array2::zeros((0, shapes.edge_dim)),
@@ -218,6 +221,9 @@ impl<F: Float> Sample<F> {
         if let Some(mask) = &self.mask {
             inputs = inputs.with_mask(mask.view())?;
         }
+        if let Some(mask) = &self.pair_mask {
+            inputs = inputs.with_pair_mask(mask.view())?;
+        }
         if let Some(bias) = &self.bias {
             inputs = inputs.with_bias(bias.view())?;
         }
@@ -237,12 +243,10 @@ impl<F: Float> Sample<F> {
             &mut sample.edge_features,
             &mut sample.query_positions,
             &mut sample.key_positions,
-        ]
-        .into_iter()
-        .chain(&mut sample.bias)
-        {
+        ] {
             *array = layout.of(array);
         }
+        sample.bias = sample.bias.as_ref().map(|bias| layout.of(bias));
         sample.mask = sample.mask.as_ref().map(|mask| layout.of(mask));
         let column = layout.of(&sample.distances.clone().insert_axis(Axis(1)));
         sample.distances = column.index_axis_move(Axis(1), 0);
@@ -254,6 +258,7 @@ impl<F: Float> Sample<F> {
         self.edge_features = self.edge_features.select(Axis(0), pairs);
         self.distances = self.distances.select(Axis(0), pairs);
         self.layers = pairs.iter().map(|&pair| self.layers[pair]).collect();
+        self.pair_mask = self.pair_mask.as_ref().map(|mask| mask.select(Axis(0), pairs));
     }
 }
 
@@ -267,35 +272,32 @@ pub(super) enum Layout {
 
 impl Layout {
     /// An equal array, laid out so.
-    pub(super) fn of<T: Copy + Default>(self, array: &Array2<T>) -> Array2<T> {
-        let (rows, columns) = array.dim();
-        match self {
-            Self::ColumnMajor => {
-                let transposed: Vec<T> = array.t().iter().copied().collect();
-                let transposed = Array2::from_shape_vec((columns, rows), transposed);
-                transposed.expect("the same number of elements").reversed_axes()
-            }
+    pub(super) fn of<T: Copy + Default, D: Dimension>(self, array: &Array<T, D>) -> Array<T, D> {
+        let (shape, num_axes) = (array.raw_dim(), array.ndim());
+        let mut other = match self {
+            Self::ColumnMajor => Array::from_elem(shape.f(), T::default()),
             Self::EveryOther => {
-                let mut wide = Array2::from_elem((2 * rows, 3 * columns + 1), T::default());
-                wide.slice_axis_inplace(Axis(0), Slice::new(0, None, 2));
-                wide.slice_axis_inplace(Axis(1), Slice::new(1, None, 3));
-                wide.assign(array);
+                let mut wide = shape;
+                wide.slice_mut().iter_mut().for_each(|len| *len = 3 * *len + 1);
+                let mut wide = Array::from_elem(wide, T::default());
+                wide.slice_each_axis_inplace(|_| Slice::new(1, None, 3));
                 wide
             }
             Self::Reversed => {
-                let mut reversed = Array2::from_elem((rows, columns), T::default());
-                reversed.invert_axis(Axis(0));
-                reversed.invert_axis(Axis(1));
-                reversed.assign(array);
+                let mut reversed = Array::from_elem(shape, T::default());
+                (0..num_axes).for_each(|axis| reversed.invert_axis(Axis(axis)));
                 reversed
             }
-        }
+        };
+        other.assign(array);
+        other
     }
 }
 
 /// Inputs of every kind that the contract speaks of, small enough to differentiate numerically.
 pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(2017);
+    let mut other_rng = Xoshiro256PlusPlus::seed_from_u64(2018);
     let (num_queries, num_keys) = (5, 7);
     let dropout = Some(Dropout { probability: 0.4, seed: 11 });
     let mut cases = Vec::new();
@@ -308,18 +310,30 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let mask = Array2::from_shape_fn((num_queries, num_keys), |(query, key)| {
         query != 2 && key != 4 && rng.random_range(0..3) > 0
     });
-    cases.push(("mask", Sample { mask: Some(mask.clone()), ..dense.clone() }));
+    cases.push(("mask", Sample { mask: Some(mask.clone().into_dyn()), ..dense.clone() }));
     let bias = normal([num_queries, num_keys], 1.0, &mut rng);
-    cases.push(("bias", Sample { bias: Some(bias), ..dense.clone() }));
+    cases.push(("bias", Sample { bias: Some(bias.into_dyn()), ..dense.clone() }));
     let pairs = num_queries * num_keys;
     let mut bias = normal([pairs, shapes.bias_heads], 1.0, &mut rng);
-    cases.push(("bias per head", Sample { bias: Some(bias.clone()), ..dense.clone() }));
+    cases.push(("bias per head", Sample { bias: Some(bias.clone().into_dyn()), ..dense.clone() }));
     hide_some(&mut bias, &mut rng);
     // Query 0 sees nothing, and nobody sees key 4.
     bias.slice_axis_mut(Axis(0), Slice::from(..num_keys)).fill(F::neg_infinity());
     let key_4 = Slice::new(4, None, num_keys as isize);
     bias.slice_axis_mut(Axis(0), key_4).fill(F::neg_infinity());
-    cases.push(("bias that hides", Sample { bias: Some(bias), ..dense.clone() }));
+    cases.push(("bias that hides", Sample { bias: Some(bias.into_dyn()), ..dense.clone() }));
+    let bias_of_keys = normal([shapes.bias_heads, num_keys], 1.0, &mut other_rng);
+    let bias_of_keys = Some(bias_of_keys.insert_axis(Axis(1)).into_dyn());
+    cases.push(("bias of keys", Sample { bias: bias_of_keys.clone(), ..dense.clone() }));
+    // Head 0 sees nothing at query 3.
+    let heads = (shapes.bias_heads, num_queries, num_keys);
+    let of_heads = Array3::from_shape_fn(heads, |(head, query, _)| {
+        (head, query) != (0, 3) && other_rng.random_range(0..3) > 0
+    });
+    let of_heads = Some(of_heads.into_dyn());
+    cases.push(("mask per head", Sample { mask: of_heads.clone(), ..dense.clone() }));
+    let some = |pairs: usize| Array1::from_shape_fn(pairs, |pair| pair % 4 != 1);
+    cases.push(("mask of pairs", Sample { pair_mask: Some(some(pairs)), ..dense.clone() }));
     cases.push(("dropout", Sample { dropout, ..dense.clone() }));
     cases.push(("dense", dense));
     for (case, num_queries, num_keys) in [
@@ -338,14 +352,18 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let num_edges = edges.len();
     let graph = Graph::from_edges(num_queries, num_keys, edges).expect("edges in range");
     let graph = Sample::graph(shapes, graph, &mut rng);
-    cases.push(("graph mask", Sample { mask: Some(mask), ..graph.clone() }));
+    cases.push(("graph mask", Sample { mask: Some(mask.into_dyn()), ..graph.clone() }));
+    cases.push(("graph mask per head", Sample { mask: of_heads, ..graph.clone() }));
+    let pair_mask = Some(some(num_edges));
+    cases.push(("graph mask of pairs", Sample { pair_mask, ..graph.clone() }));
     cases.push(("graph causal", Sample { causal: Some(Causal::TopLeft), ..graph.clone() }));
     let mut bias = normal([num_edges, shapes.bias_heads], 1.0, &mut rng);
     hide_some(&mut bias, &mut rng);
     // Nobody sees key 1.
     let edges_to_1 = graph.graph.iter().flat_map(|graph| graph.transpose().row(1));
     edges_to_1.for_each(|(_, edge)| bias.row_mut(edge).fill(F::neg_infinity()));
-    cases.push(("graph bias", Sample { bias: Some(bias), ..graph.clone() }));
+    cases.push(("graph bias", Sample { bias: Some(bias.into_dyn()), ..graph.clone() }));
+    cases.push(("graph bias of keys", Sample { bias: bias_of_keys, ..graph.clone() }));
     cases.push(("graph dropout", Sample { dropout, ..graph.clone() }));
     cases.push(("graph", graph));
     let empty = Graph::from_edges(num_queries, num_keys, []).expect("no edges");

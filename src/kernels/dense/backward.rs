@@ -1,4 +1,4 @@
-use super::{BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, block, clip};
+use super::{BLOCKS_OF_PART, BiasRows, Block, HeadRows, PARTS, TileSizes, block, clip};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
@@ -56,7 +56,7 @@ struct KeyGradients<F> {
 struct BackwardPart<'g, F> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,
-    grad_bias: Option<ArrayViewMut2<'g, F>>,
+    grad_bias: Option<BiasRows<'g, F>>,
     keys: KeyGradients<F>,
 }
 
@@ -69,7 +69,6 @@ pub(in super::super) fn backward<F: Float>(
     grads: &mut GradientsMut<'_, F>,
 ) {
     let sizes = clip(problem, sizes);
-    let num_keys = problem.inputs.num_keys();
     // A query without a visible key hides all pairs of its own.
     let may_hide = problem.may_hide() || upstream.normalizer.has_empty_rows();
     let operands = Operands {
@@ -95,19 +94,16 @@ pub(in super::super) fn backward<F: Float>(
         }
     };
     let grad_queries = row_chunks(grad_query, parts.iter().map(Range::len));
-    // Rows of the bias are queries, or their pairs.
-    let per_query = if problem.bias.is_some_and(|bias| bias.is_matrix()) { 1 } else { num_keys };
-    let bias_lens = parts.iter().map(|part| part.len() * per_query);
-    let mut grad_biases = grads.bias.as_mut().map(|bias| row_chunks(bias.view_mut(), bias_lens));
-    let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries))
-        .map(|(queries, grad_query)| {
+    let grad_biases = BiasRows::split(problem, grads.bias.as_mut(), &parts);
+    let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries).zip(grad_biases))
+        .map(|((queries, grad_query), grad_bias)| {
             let start = problem.inputs.first_visible_key(queries.start);
             let keys = start..problem.inputs.num_visible_keys(queries.end - 1).max(start);
             let rows = problem.inputs.num_kv_heads() * keys.len();
             BackwardPart {
                 queries,
                 grad_query,
-                grad_bias: grad_biases.as_mut().and_then(Iterator::next),
+                grad_bias,
                 keys: KeyGradients {
                     keys,
                     key: Buffer::zeros(rows * padded[0]),
@@ -129,6 +125,10 @@ pub(in super::super) fn backward<F: Float>(
         if let Some(grad) = &mut grads.value {
             add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.slice_mut(rows));
         }
+    }
+    let shared: Vec<_> = parts.into_iter().filter_map(|part| part.grad_bias?.shared()).collect();
+    if let Some(grad) = &mut grads.bias {
+        shared.iter().for_each(|rows| *grad += rows);
     }
 }
 
@@ -282,6 +282,7 @@ fn backward_block<F: Float>(
             // P̃ = m P
             block.drop_out(lanes.clone(), &seen, weights, &mut scratch.rows);
             if let Some(grad) = grad_bias {
+                let grad = &mut grad.view_mut();
                 block.add_bias_gradients(lanes, &seen, grad_scores, first_query, grad);
             }
             // dQ += dS K

@@ -21,7 +21,7 @@ use super::problem::{Problem, Slices};
 use crate::float::Float;
 use crate::inputs::Pair;
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{ArrayView1, ArrayViewMut2, s};
+use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
 
 /// Queries of a block and keys of a tile.
@@ -232,20 +232,12 @@ impl<F: Float> Block<'_, '_, F> {
     /// Overwrites `row` with the additive logits of a query, −∞ where anything hides a key.
     fn fill_bias(&self, query: usize, keys: &Range<usize>, row: &mut [F]) {
         let Problem { inputs, bias, .. } = self.problem;
+        let first = self.problem.dense_pair(query, keys.start);
         match bias {
-            Some(bias) => {
-                let bias =
-                    bias.row(self.problem.dense_pair(query, keys.start), keys.len(), self.head);
-                row.iter_mut().zip(bias).for_each(|(logit, &bias)| *logit = bias);
-            }
+            Some(bias) => bias.write_row(first, self.head, row),
             None => row.fill(F::zero()),
         }
-        if let Some(mask) = inputs.mask() {
-            let mask = mask.slice_move(s![query, keys.clone()]);
-            zip_with(row, mask, |logit, is_visible| {
-                *logit = if is_visible { *logit } else { F::neg_infinity() };
-            });
-        }
+        inputs.hide_masked(first, row);
         let visible = inputs.visible_keys(query);
         let [start, end] =
             [visible.start, visible.end].map(|key| key.clamp(keys.start, keys.end) - keys.start);
@@ -364,7 +356,7 @@ impl<F: Float> Block<'_, '_, F> {
         keys: &Range<usize>,
         grads: &[F],
         first: usize,
-        grad_bias: &mut ArrayViewMut2<'_, F>,
+        grad_bias: &mut ArrayViewMut3<'_, F>,
     ) {
         dispatch!(self.level, simd => {
             self.transpose_bias_gradients(simd, &lanes, keys, grads, first, grad_bias);
@@ -379,7 +371,7 @@ impl<F: Float> Block<'_, '_, F> {
         keys: &Range<usize>,
         grads: &[F],
         first: usize,
-        grad_bias: &mut ArrayViewMut2<'_, F>,
+        grad_bias: &mut ArrayViewMut3<'_, F>,
     ) {
         let Some(bias) = self.problem.bias else { return };
         let first_pair = first * self.problem.inputs.num_keys();
@@ -397,10 +389,8 @@ impl<F: Float> Block<'_, '_, F> {
                 let pair = self.pair(lanes.start + lane, keys.start + key);
                 let (query, index) = (pair.query - first, pair.index - first_pair);
                 let len = Vector::<S, F>::LEN.min(keys.len() - key);
-                let row = bias.slots(Pair { query, index, ..pair }, len, self.head);
-                let mut sum = grad_bias.slice_mut(row);
                 let entries = &entries.as_slice()[..len];
-                sum.iter_mut().zip(entries).for_each(|(sum, &grad)| *sum += grad);
+                bias.add_row(Pair { query, index, ..pair }, self.head, entries, grad_bias);
             },
         );
     }
@@ -461,12 +451,52 @@ impl<F: Float> Block<'_, '_, F> {
     }
 }
 
-/// In vectors where the array lies one entry after the other, as a loop over it would not be.
-#[inline(always)]
-fn zip_with<F, T: Copy>(row: &mut [F], array: ArrayView1<'_, T>, f: impl Fn(&mut F, T)) {
-    match array.as_slice() {
-        Some(array) => row.iter_mut().zip(array).for_each(|(entry, &x)| f(entry, x)),
-        None => row.iter_mut().zip(array).for_each(|(entry, &x)| f(entry, x)),
+/// Where a part of the queries adds the gradient of the bias.
+pub(super) enum BiasRows<'g, F> {
+    /// The rows of these queries.
+    Own(ArrayViewMut3<'g, F>),
+    /// A copy of the rows that all queries share, which are added up at the end.
+    Shared(Array3<F>),
+}
+
+impl<'g, F: Float> BiasRows<'g, F> {
+    /// One for each part of the queries, `None` where no gradient is wanted.
+    pub(super) fn split(
+        problem: &Problem<'_, F>,
+        grad: Option<&'g mut ArrayViewMut3<'_, F>>,
+        parts: &[Range<usize>],
+    ) -> Vec<Option<Self>> {
+        let (Some(grad), Some(bias)) = (grad, problem.bias) else {
+            return parts.iter().map(|_| None).collect();
+        };
+        let shape = grad.raw_dim();
+        let mut rest = Some(grad.view_mut());
+        let rows = |queries: &Range<usize>| {
+            Some(match bias.num_rows(queries.len(), problem.inputs.num_keys()) {
+                Some(len) => {
+                    let (rows, others) = rest.take()?.split_at(Axis(1), len);
+                    rest = Some(others);
+                    Self::Own(rows)
+                }
+                None => Self::Shared(Array3::zeros(shape)),
+            })
+        };
+        parts.iter().map(rows).collect()
+    }
+
+    pub(super) fn view_mut(&mut self) -> ArrayViewMut3<'_, F> {
+        match self {
+            Self::Own(rows) => rows.view_mut(),
+            Self::Shared(rows) => rows.view_mut(),
+        }
+    }
+
+    /// The copies of shared rows.
+    pub(super) fn shared(self) -> Option<Array3<F>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Shared(rows) => Some(rows),
+        }
     }
 }
 
@@ -484,7 +514,7 @@ pub(super) fn block<'p, 'a, F: Float>(
         head,
         queries: queries.start + rows.start..queries.start + rows.end,
         width: rows.len().next_multiple_of(panel_len::<F>(level)),
-        may_hide_anywhere: problem.inputs.mask().is_some() || problem.bias.is_some(),
+        may_hide_anywhere: problem.inputs.has_mask() || problem.bias.is_some(),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::kernels::rows::{
     Outputs, Pairs, Part, Tile, add_to_row, add_up, for_each_part, level_for, parts,
 };
 use fearless_simd::{Level, Simd, SimdBase};
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::{Array2, ArrayViewMut3};
 use std::mem;
 
 /// Rows that gradients are sums of: directions times sinh R / 2, without NaN and infinities.
@@ -81,7 +81,7 @@ pub(in super::super) fn backward<F: Float>(
     tile_len: usize,
     level: Level,
     [by_query, by_key]: [bool; 2],
-    grad_bias: Option<ArrayViewMut2<'_, F>>,
+    grad_bias: Option<ArrayViewMut3<'_, F>>,
 ) -> Result<PointGradients<F>> {
     let softmax = &problem.softmax;
     let inputs = &softmax.inputs;

@@ -8,7 +8,8 @@ use crate::error::Result;
 use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
 use crate::kernels::dense::{
-    BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
+    BLOCKS_OF_PART, BiasRows, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip,
+    pack_rows,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
@@ -17,7 +18,7 @@ use crate::kernels::primitives::matmul::{
     squared_distances,
 };
 use fearless_simd::{Level, Simd, SimdBase};
-use ndarray::{ArrayViewMut2, s};
+use ndarray::{ArrayViewMut2, ArrayViewMut3, s};
 use std::f64::consts::LN_2;
 use std::iter;
 use std::ops::Range;
@@ -28,7 +29,7 @@ struct Part<'g, F> {
     grad_query: ArrayViewMut2<'g, F>,
     grad_radius: ArrayViewMut2<'g, F>,
     grad_kappa: ArrayViewMut2<'g, F>,
-    grad_bias: Option<ArrayViewMut2<'g, F>>,
+    grad_bias: Option<BiasRows<'g, F>>,
     keys: KeySums<F>,
 }
 
@@ -77,7 +78,7 @@ pub(in super::super) fn dense_backward<F: Float>(
     upstream: &Upstream<F>,
     sizes: TileSizes,
     level: Level,
-    mut grad_bias: Option<ArrayViewMut2<'_, F>>,
+    mut grad_bias: Option<ArrayViewMut3<'_, F>>,
 ) -> Result<PointGradients<F>> {
     let softmax = &problem.softmax;
     let inputs = &softmax.inputs;
@@ -97,13 +98,9 @@ pub(in super::super) fn dense_backward<F: Float>(
     let mut grad_query = row_chunks(grad_query.view_mut(), lens());
     let mut grad_radius = row_chunks(grad_radius.view_mut(), lens());
     let mut grad_kappa = row_chunks(grads.kappa.view_mut(), lens());
-    // Rows of the bias are queries, or their pairs.
-    let per_query = if softmax.bias.is_some_and(|bias| bias.is_matrix()) { 1 } else { num_keys };
-    let mut grad_bias = grad_bias
-        .as_mut()
-        .map(|bias| row_chunks(bias.view_mut(), lens().map(move |len| len * per_query)));
+    let grad_biases = BiasRows::split(softmax, grad_bias.as_mut(), &ranges);
     let mut parts = Vec::with_capacity(ranges.len());
-    for queries in ranges.iter().cloned() {
+    for (queries, grad_bias) in ranges.iter().cloned().zip(grad_biases) {
         let zeros = |columns: usize| vec![F::zero(); rows * columns];
         let chunk = "a chunk for each part";
         parts.push(Part {
@@ -111,7 +108,7 @@ pub(in super::super) fn dense_backward<F: Float>(
             grad_query: grad_query.next().expect(chunk),
             grad_radius: grad_radius.next().expect(chunk),
             grad_kappa: grad_kappa.next().expect(chunk),
-            grad_bias: grad_bias.as_mut().and_then(Iterator::next),
+            grad_bias,
             keys: KeySums {
                 key: zeros(padded[0]),
                 value: zeros(padded[1]),
@@ -120,11 +117,16 @@ pub(in super::super) fn dense_backward<F: Float>(
             },
         });
     }
-    drop((grad_query, grad_radius, grad_kappa, grad_bias));
+    drop((grad_query, grad_radius, grad_kappa));
     parallel::for_each(parts.iter_mut().collect(), softmax.work(), |part: &mut Part<'_, F>| {
         backward_part(level, problem, points, upstream, sizes, part);
     });
-    let sums: Vec<KeySums<F>> = parts.into_iter().map(|part| part.keys).collect();
+    let rests =
+        parts.into_iter().map(|part| (part.keys, part.grad_bias.and_then(BiasRows::shared)));
+    let (sums, shared): (Vec<KeySums<F>>, Vec<_>) = rests.unzip();
+    if let Some(grad) = &mut grad_bias {
+        shared.iter().flatten().for_each(|rows| *grad += rows);
+    }
     for KeySums { key, value, key_radii, value_radii } in sums {
         add_head_rows(&key, padded[0], softmax.key_dim, grads.key[0].view_mut());
         add_head_rows(&key_radii, 1, 1, grads.key[1].view_mut());
@@ -184,6 +186,7 @@ fn backward_part<F: Float>(
                 );
                 if let Some(grad) = &mut part.grad_bias {
                     let (lanes, first) = (0..block.queries.len(), part.queries.start);
+                    let grad = &mut grad.view_mut();
                     block.add_bias_gradients(lanes, &tile, &scratch.spreads, first, grad);
                 }
             }
@@ -231,9 +234,10 @@ impl<F: Float> Part<'_, F> {
         let grad = &mut self.keys.key[at * padded..][..key_dim];
         add_point(grad, of_logit.direction, &points.query.slices().row(query)[columns]);
         if let (Some(grad), Some(bias)) = (&mut self.grad_bias, softmax.bias) {
-            let [slot, column] = bias.slot(pair, head);
-            let per_query = if bias.is_matrix() { 1 } else { num_keys };
-            grad[[slot - self.queries.start * per_query, column]] += grad_logit;
+            let first = self.queries.start;
+            let (query, index) = (query - first, pair.index - first * num_keys);
+            let slot = bias.slot(Pair { query, index, ..pair }, head);
+            grad.view_mut()[slot] += grad_logit;
         }
     }
 }

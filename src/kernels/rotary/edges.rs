@@ -291,10 +291,8 @@ mod tests {
                 query: Some(grad_query),
                 key: Some(grad_key),
                 value: Some(grad_value),
-                bias: None,
-                edge_features: None,
                 distances: Some(grad_distances.index_axis_move(Axis(1), 0)),
-                params: &mut [],
+                ..GradientsMut::of_params(&mut [])
             },
         );
         let arrays = std::iter::once(out).chain(grads).map(Array2::into_dyn);

@@ -10,6 +10,7 @@ mod nodes;
 
 pub(crate) use edges::RotaryProblem;
 pub(super) use edges::{RotaryScorer, backward};
+pub(crate) use nodes::RotationGradients;
 pub(super) use nodes::{rotate, rotate_vjp};
 
 use super::primitives::matmul::{Vector, vector_len};

@@ -53,34 +53,47 @@ pub(in super::super) fn rotate<F: Float>(
     });
 }
 
-/// Given the gradient of what [`rotate`] wrote: adds that of `x`, and that of the frequencies.
+/// Given the gradient of what [`rotate`] wrote: adds those of `x`, of the positions and of the
+/// frequencies.
 pub(in super::super) fn rotate_vjp<F: Float>(
     rotary: &Rotary,
     level: Level,
     positions: &Rows<'_, F>,
     x: &Rows<'_, F>,
     grad_out: &Array2<F>,
-    grad_x: Option<ArrayViewMut2<'_, F>>,
-    grad_frequencies: Option<&mut Array2<f64>>,
+    grads: RotationGradients<'_, F>,
 ) {
+    let RotationGradients { x: grad_x, positions: grad_positions, frequencies } = grads;
     let (rows, columns) = grad_out.dim();
     let parts = parallel::parts(rows, BLOCK, PARTS);
-    let mut unwanted = Array2::zeros((rows, 0));
-    let mut rest = Rest::new(grad_x.unwrap_or(unwanted.view_mut()));
+    let mut unwanted = [(); 2].map(|()| Array2::zeros((rows, 0)));
+    let [no_x, no_positions] = unwanted.each_mut().map(|none| none.view_mut());
+    let mut rest = Rest::new(grad_x.unwrap_or(no_x));
+    let mut rest_of_positions = Rest::new(grad_positions.unwrap_or(no_positions));
     let (axes, pairs) = rotary.frequencies.dim();
-    let count = if grad_frequencies.is_some() { parts.len() } else { 0 };
+    let count = if frequencies.is_some() { parts.len() } else { 0 };
     let mut sums = Array3::zeros((count, axes, pairs));
     let mut sums_of_parts = sums.axis_chunks_iter_mut(Axis(0), 1);
-    let tasks =
-        parts.iter().map(|part| (part.clone(), rest.take(part.len()), sums_of_parts.next()));
-    let tasks: Vec<_> = tasks.collect();
-    parallel::for_each(tasks, work(rotary, rows, columns), |(rows, grad_x, sums)| {
-        let pass = Backward { rotary, positions, x, grad_out, rows };
-        pass.run(level, grad_x, sums);
+    let tasks = parts.iter().map(|part| {
+        let len = part.len();
+        (part.clone(), [rest.take(len), rest_of_positions.take(len)], sums_of_parts.next())
     });
-    if let Some(grad) = grad_frequencies {
+    let tasks: Vec<_> = tasks.collect();
+    parallel::for_each(tasks, work(rotary, rows, columns), |(rows, grads, sums)| {
+        let pass = Backward { rotary, positions, x, grad_out, rows };
+        pass.run(level, grads, sums);
+    });
+    if let Some(grad) = frequencies {
         sums.outer_iter().for_each(|sums| *grad += &sums);
     }
+}
+
+/// Where [`rotate_vjp`] adds; `None` is not computed.
+#[derive(Debug)]
+pub struct RotationGradients<'g, F> {
+    pub(crate) x: Option<ArrayViewMut2<'g, F>>,
+    pub(crate) positions: Option<ArrayViewMut2<'g, F>>,
+    pub(crate) frequencies: Option<&'g mut Array2<f64>>,
 }
 
 /// Some rows of a backward pass.
@@ -96,7 +109,7 @@ impl<F: Float> Backward<'_, F> {
     fn run(
         &self,
         level: Level,
-        mut grad_x: ArrayViewMut2<'_, F>,
+        [mut grad_x, mut grad_positions]: [ArrayViewMut2<'_, F>; 2],
         mut sums: Option<ArrayViewMut3<'_, f64>>,
     ) {
         let Self { rotary, positions, x, grad_out, .. } = *self;
@@ -104,6 +117,8 @@ impl<F: Float> Backward<'_, F> {
         let mut turn = Turn::new(level, rotary);
         let mut back = vec![F::zero(); head_dim];
         let mut grad_angles = vec![F::zero(); rotary.pairs()];
+        let wants_positions = grad_positions.ncols() > 0;
+        let wants_angles = wants_positions || sums.is_some();
         for (r, row) in self.rows.clone().enumerate() {
             let grad_out = grad_out.row(row).to_slice().expect("an array of our own");
             // Of a row or head that nobody reads: its position may be NaN.
@@ -116,12 +131,21 @@ impl<F: Float> Backward<'_, F> {
             for (head, (grad_out, x)) in heads.enumerate().filter(|(_, (grad, _))| !is_zero(grad)) {
                 // x' = R x, so the gradient of x is R⁻¹ times that of x'.
                 turn.apply(grad_out, &mut back);
-                if sums.is_some() {
+                if wants_angles {
                     turn.add_cross_products(x, &back, &mut grad_angles);
                 }
                 if grad_x.ncols() > 0 {
                     let grad_x = grad_x.slice_mut(s![r, head_columns(head, head_dim)]);
                     add_to_row(grad_x, F::one(), &back);
+                }
+            }
+            // α = Σ θ x
+            if wants_positions {
+                let sums = grad_positions.row_mut(r).into_iter().zip(rotary.frequencies.rows());
+                for (sum, frequencies) in sums {
+                    let terms = frequencies.into_iter().zip(&grad_angles);
+                    let total: f64 = terms.map(|(theta, grad)| theta * grad.as_f64()).sum();
+                    *sum += F::from_f64(total);
                 }
             }
             if let Some(sums) = &mut sums {

@@ -394,22 +394,27 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         let [mut grad_graph, grad_latent, grad_cross] = split(grad_x.view_mut(), dim);
 
         // cross = A_cross(graph; N_L)
-        let GradientsMut { key, value, .. } = grads.reborrow();
+        // Bias, edge features and distances belong to the pairs of the graph.
         let query = Some(grad_graph.view_mut());
-        let cross_grads = GradientsMut { query, key, value, ..GradientsMut::of_params(of_cross) };
+        let cross_grads =
+            GradientsMut { query, params: of_cross, ..without_pairs(grads.reborrow()) };
         let graph = state.x.slice(s![.., self.columns(GRAPH)]);
         let inputs_of_cross = cross_inputs(&latent_inputs, graph);
         backward(CROSS, inputs_of_cross, grad_cross.view(), cross_grads)?;
 
         // latent = A_latent(q; N_L)
-        let GradientsMut { query, key, value, .. } = grads.reborrow();
-        let latent_grads = GradientsMut { query, key, value, ..GradientsMut::of_params(of_latent) };
+        let latent_grads = GradientsMut { params: of_latent, ..without_pairs(grads.reborrow()) };
         backward(LATENT, Ok(latent_inputs), grad_latent.view(), latent_grads)?;
 
         // graph = A_graph(q; N_G)
         let graph_grads = GradientsMut { params: of_graph, ..grads };
         backward(GRAPH, Ok(*inputs), grad_graph.view(), graph_grads)
     }
+}
+
+/// Without the gradients of the data of pairs.
+fn without_pairs<F>(grads: GradientsMut<'_, F>) -> GradientsMut<'_, F> {
+    GradientsMut { bias: None, edge_features: None, distances: None, ..grads }
 }
 
 /// The inputs of the latent branch: over what was found, or else the latent neighbours that the

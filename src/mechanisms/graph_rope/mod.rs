@@ -14,6 +14,7 @@ use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
 use crate::kernels::level::level;
 use crate::kernels::problem::Rows;
+use crate::kernels::rotary::RotationGradients;
 use crate::params::Params;
 use config::Rotation;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
@@ -35,8 +36,8 @@ const NAME: &str = "graph_rope";
 ///
 /// * **Reads** query (n_q × heads·d) and key (n_k × kv_heads·d), d = `head_dim`;
 ///   [`Inputs::with_positions`], with as many columns as the configuration has axes. Values and every
-///   channel are handed to the inner mechanism, the positions too: they stay data, and a second
-///   `GraphRope` inside rotates by them once more.
+///   channel are handed to the inner mechanism, the positions too: a second `GraphRope` inside rotates
+///   by them once more.
 /// * **Output** that of the inner mechanism.
 /// * **Parameters** `frequencies` (axes × pairs), where they are learnable; otherwise they are a buffer
 ///   of that name. Then the inner mechanism's behind `inner.`.
@@ -48,7 +49,8 @@ const NAME: &str = "graph_rope";
 ///
 /// Angles are computed in `f64`, products θ x without rounding: the answer does not change by more than
 /// its own rounding if all positions are shifted, however far, as long as the positions themselves are
-/// exact. Positions are data: [`Gradients`](crate::Gradients) has no place for theirs.
+/// exact. Positions are trained too: [`Gradients::query_positions`](crate::Gradients::query_positions) and
+/// [`key_positions`](crate::Gradients::key_positions).
 ///
 /// With the inner [`Flash`](crate::Flash) and inside a [`MultiHead`](crate::MultiHead) this is the
 /// attention of rotary transformers:
@@ -201,32 +203,37 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         check_shape("saved query", inputs.query().shape(), rotated[0].shape())?;
         check_shape("saved key", inputs.key().shape(), rotated[1].shape())?;
         let inner_inputs = self.inner_inputs(inputs, rotated)?;
-        let [grad_query, grad_key] = [grads.query.take(), grads.key.take()];
-        let (own_params, inner_grads) = grads.split_params(self.rotation.num_params())?;
+        let grads_of_x = [grads.query.take(), grads.key.take()];
+        let (own_params, mut grads) = grads.split_params(self.rotation.num_params())?;
 
-        // o = inner(q', k', v)
+        // o = inner(q', k', v); a mechanism inside may read the positions too.
         let is_learned = !own_params.is_empty();
-        let of_rotated = |what, x: ArrayView2<'_, F>, is_wanted: bool| {
-            let is_wanted = is_wanted || is_learned;
-            is_wanted.then(|| try_zeros(what, x.nrows(), x.ncols())).transpose()
-        };
-        let mut grad_rotated = [
-            of_rotated("rotated query", inputs.query(), grad_query.is_some())?,
-            of_rotated("rotated key", inputs.key(), grad_key.is_some())?,
-        ];
+        let of_positions = [grads.query_positions.is_some(), grads.key_positions.is_some()];
+        let mut grad_rotated = [None, None];
+        for (side, x) in [inputs.query(), inputs.key()].into_iter().enumerate() {
+            if is_learned || of_positions[side] || grads_of_x[side].is_some() {
+                grad_rotated[side] = Some(try_zeros("rotated rows", x.nrows(), x.ncols())?);
+            }
+        }
         let [query, key] =
             grad_rotated.each_mut().map(|grad| grad.as_mut().map(|grad| grad.view_mut()));
-        let inner_grads = GradientsMut { query, key, ..inner_grads };
+        let inner_grads = GradientsMut { query, key, ..grads.reborrow() };
         self.inner.backward_into(&inner_inputs, inner, grad_out, inner_grads)?;
 
         // x' = R x for query and key
         let (rotary, level) = (self.rotation.rotary(), level());
         let mut grad_frequencies = Array2::zeros(rotary.frequencies.raw_dim());
-        let of_sides = sides.iter().zip(&grad_rotated).zip([grad_query, grad_key]);
-        for ((Side { x, positions }, grad_rotated), grad_x) in of_sides {
+        let grads_of_positions = [grads.query_positions, grads.key_positions];
+        let of_sides =
+            sides.iter().zip(&grad_rotated).zip(grads_of_x.into_iter().zip(grads_of_positions));
+        for ((Side { x, positions }, grad_rotated), (grad_x, grad_positions)) in of_sides {
             if let Some(grad_rotated) = grad_rotated {
-                let grad_frequencies = is_learned.then_some(&mut grad_frequencies);
-                F::rotate_vjp(&rotary, level, positions, x, grad_rotated, grad_x, grad_frequencies);
+                let grads = RotationGradients {
+                    x: grad_x,
+                    positions: grad_positions,
+                    frequencies: is_learned.then_some(&mut grad_frequencies),
+                };
+                F::rotate_vjp(&rotary, level, positions, x, grad_rotated, grads);
             }
         }
         self.rotation.params_vjp(&grad_frequencies, own_params);

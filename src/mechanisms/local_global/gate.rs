@@ -3,7 +3,7 @@
 use super::{NAME, by_edge_layer};
 use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
+use crate::float::{Float, try_array, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, head_columns};
 use crate::params;
@@ -84,9 +84,7 @@ impl<F: Float> Gate<F> {
     fn mixes(&self, inputs: &Inputs<'_, F>) -> Result<Array2<Mix<F>>> {
         let layers = inputs.edge_layers(NAME)?;
         let (rows, heads) = (inputs.num_queries(), self.num_heads());
-        let mixes = try_vec("mixes", &[rows, heads], Mix::Nothing)?;
-        let mut mixes = Array2::from_shape_vec((rows, heads), mixes)
-            .map_err(|_| Error::TooLarge { what: "mixes", shape: vec![rows, heads] })?;
+        let mut mixes = try_array("mixes", Ix2(rows, heads), Mix::Nothing)?;
         let mut kinds = vec![[false; 2]; heads];
         for (query, mut mixes) in mixes.rows_mut().into_iter().enumerate() {
             kinds.fill([false; 2]);

@@ -130,7 +130,7 @@ struct Part<'p, 'a, F: Float> {
     flash: &'p Flash,
     selected: SelectedInputs<'a, F>,
     /// The window in which these pairs lie, if not all are kept.
-    reach: Option<usize>,
+    reach: Option<[usize; 2]>,
     role: Role,
 }
 
@@ -186,8 +186,7 @@ impl<F: Float> LocalGlobal<F> {
     /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&[0, 1, 1])?;
     ///
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    /// let [local, global] = [Flash::new(), Flash::new()].map(Box::new);
-    /// let mut attention = LocalGlobal::gated(2, 1, local, global, &mut rng)?;
+    /// let mut attention = LocalGlobal::gated(2, 1, Flash::new(), Flash::new(), &mut rng)?;
     /// params::load_state(
     ///     &mut attention,
     ///     [("gate.weight", array![[0.0, 0.0]].into_dyn()), ("gate.bias", array![3f64.ln()].into_dyn())],
@@ -203,8 +202,8 @@ impl<F: Float> LocalGlobal<F> {
     pub fn gated(
         head_dim: usize,
         heads: usize,
-        local: Box<dyn Attention<F>>,
-        global: Box<dyn Attention<F>>,
+        local: impl Attention<F> + 'static,
+        global: impl Attention<F> + 'static,
         rng: &mut impl Rng,
     ) -> Result<Self> {
         for (field, size) in [("head_dim", head_dim), ("heads", heads)] {
@@ -215,7 +214,8 @@ impl<F: Float> LocalGlobal<F> {
         let mut weight = try_zeros("gate.weight", heads, head_dim)?;
         fill_uniform(weight.view_mut(), 1.0 / (head_dim as f64).sqrt(), rng);
         let bias = Array1::from(try_vec("gate.bias", &[heads], F::zero())?);
-        Ok(Self { form: Form::Gated(Gate { weight, bias, inner: [local, global] }) })
+        let inner: [Box<dyn Attention<F>>; 2] = [Box::new(local), Box::new(global)];
+        Ok(Self { form: Form::Gated(Gate { weight, bias, inner }) })
     }
 
     /// The pairs of the one softmax of the readings without a gate, part after part; of no two are
@@ -393,6 +393,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         state.check(inputs)?;
         // No softmax reads them, and blocks do not carry them.
         (grads.edge_features, grads.distances) = (None, None);
+        (grads.query_positions, grads.key_positions) = (None, None);
         // Where nothing is seen all weights are 0.
         let mut of_others = Cow::Borrowed(&state.normalizer);
         for query in self.whole_queries(inputs) {

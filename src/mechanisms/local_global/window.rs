@@ -8,7 +8,7 @@ use crate::inputs::{Inputs, Pair};
 /// query, and global positions.
 ///
 /// ```text
-/// |i − j| ≤ radius · dilation  and  dilation | i − j,    or i global, or j global
+/// −left · dilation ≤ j − i ≤ right · dilation  and  dilation | i − j,    or i global, or j global
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(
@@ -17,7 +17,8 @@ use crate::inputs::{Inputs, Pair};
     serde(deny_unknown_fields)
 )]
 pub struct Window {
-    radius: usize,
+    left: usize,
+    right: usize,
     dilation: usize,
     /// Ascending, each once.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "ascending"))]
@@ -45,7 +46,13 @@ impl Window {
     /// `radius` keys to either side of a query, and its own, without gaps and without globals.
     #[must_use]
     pub fn new(radius: usize) -> Self {
-        Self { radius, dilation: 1, globals: Vec::new() }
+        Self::sides(radius, radius)
+    }
+
+    /// `left` keys before a query, its own, and `right` keys after it: flash-attention's `window_size`.
+    #[must_use]
+    pub fn sides(left: usize, right: usize) -> Self {
+        Self { left, right, dilation: 1, globals: Vec::new() }
     }
 
     /// Takes only every `dilation`-th key, and so reaches as many times farther; 1 unless set.
@@ -80,9 +87,9 @@ impl Window {
         }
     }
 
-    /// The distance of the farthest key in the window.
-    pub(super) fn reach(&self) -> usize {
-        self.radius.saturating_mul(self.dilation)
+    /// The distances of the farthest keys in the window, before a query and after it.
+    pub(super) fn reach(&self) -> [usize; 2] {
+        [self.left, self.right].map(|keys| keys.saturating_mul(self.dilation))
     }
 
     fn is_global(&self, position: usize) -> bool {
@@ -98,7 +105,9 @@ impl Window {
 
     fn is_in_window(&self, query: usize, key: usize) -> bool {
         let distance = query.abs_diff(key);
-        distance <= self.reach() && distance.is_multiple_of(self.dilation)
+        let [left, right] = self.reach();
+        let reach = if key <= query { left } else { right };
+        distance <= reach && distance.is_multiple_of(self.dilation)
     }
 
     /// The queries at global positions.
@@ -171,8 +180,9 @@ impl Window {
         for (class, queries) in queries_of.into_iter().enumerate() {
             let mut ends = vec![0, queries.len()];
             for global in self.globals.iter().filter(|&global| global % self.dilation == class) {
-                let first = global.saturating_sub(self.reach());
-                let last = global.saturating_add(self.reach());
+                let [left, right] = self.reach();
+                let first = global.saturating_sub(right);
+                let last = global.saturating_add(left);
                 ends.push(queries.partition_point(|&(_, position)| position < first));
                 ends.push(queries.partition_point(|&(_, position)| position <= last));
             }

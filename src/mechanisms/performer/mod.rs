@@ -14,7 +14,7 @@ use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
-use crate::inputs::{Inputs, Pattern, head_columns};
+use crate::inputs::{Inputs, head_columns};
 use crate::kernels::level::level;
 use crate::kernels::performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use crate::kernels::problem::output_dim;
@@ -182,19 +182,10 @@ impl<F: Float> Performer<F> {
         if inputs.num_queries() == 0 || inputs.value().ncols() == 0 {
             return Path::Nothing;
         }
-        let mut keys: Vec<usize> = (0..inputs.num_keys()).collect();
-        if let Some(mask) = inputs.mask() {
-            let first = mask.row(0);
-            let is_uniform =
-                mask.strides()[0] == 0 || mask.rows().into_iter().all(|row| row == first);
-            if !is_uniform {
-                return Path::Pairs;
-            }
-            keys.retain(|&key| first[key]);
-        }
-        let is_dense = matches!(inputs.pattern(), Pattern::Dense);
+        let reads_pairs = inputs.bias().is_some() || inputs.dropout().is_some();
+        let keys = inputs.keys_in_mask().filter(|_| inputs.is_dense() && !reads_pairs);
+        let Some(keys) = keys else { return Path::Pairs };
         match inputs.causal_alignment() {
-            _ if !is_dense || inputs.bias().is_some() || inputs.dropout().is_some() => Path::Pairs,
             _ if keys.is_empty() => Path::Nothing,
             None => Path::Sums(keys),
             Some(_) => Path::Causal(keys),

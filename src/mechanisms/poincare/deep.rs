@@ -17,7 +17,7 @@ use crate::inputs::{Pair, head_columns};
 use crate::kernels::poincare::{
     DOMINANT, HyperbolicProblem, OfLogit, PairDistance, PointGradients, Points, add_point,
 };
-use ndarray::{ArrayViewMut2, s};
+use ndarray::{ArrayViewMut3, s};
 
 /// A query and head: its visible pairs and their midpoint.
 pub(super) struct DeepRow {
@@ -116,7 +116,7 @@ impl DeepRow {
         [slope, ratio]: [f64; 2],
         grad_out: &[f64],
         grads: &mut PointGradients<F>,
-        mut grad_bias: Option<&mut ArrayViewMut2<'_, F>>,
+        mut grad_bias: Option<&mut ArrayViewMut3<'_, F>>,
     ) {
         let Self { query, head, .. } = *self;
         let softmax = &problem.softmax;

@@ -11,7 +11,7 @@ use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::poincare::{HyperbolicProblem, PointGradients, Points, Terms, Upstream};
 use crate::kernels::problem::Rows;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, s};
 
 /// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
 /// of sinh R, the difference has lost five bits, and is summed again from differences.
@@ -82,7 +82,7 @@ impl<F: Float> Sums<F> {
         space: Space,
         grad_out: ArrayView2<'_, F>,
         grads: &mut PointGradients<F>,
-        mut grad_bias: Option<ArrayViewMut2<'_, F>>,
+        mut grad_bias: Option<ArrayViewMut3<'_, F>>,
     ) {
         for &[query, head] in &self.deep {
             let row = DeepRow::new(problem, query, head);

@@ -3,10 +3,12 @@
 use super::Poincare;
 use crate::attention::{Attention, Saved};
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, try_array};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
-use ndarray::{Array, Array2, ArrayView2, ArrayViewMut, ArrayViewMut2, Dimension};
+use ndarray::{
+    Array, Array2, Array3, ArrayView, ArrayView2, ArrayViewMut, ArrayViewMut2, Dimension,
+};
 
 /// A mechanism and the arrays of its inputs, in `f64`.
 pub(super) struct Wide {
@@ -14,17 +16,11 @@ pub(super) struct Wide {
     query: Array2<f64>,
     key: Array2<f64>,
     value: Array2<f64>,
-    bias: Option<Array2<f64>>,
+    bias: Option<Array3<f64>>,
 }
 
 impl Wide {
     pub(super) fn new<F: Float>(poincare: &Poincare<F>, inputs: &Inputs<'_, F>) -> Result<Self> {
-        let wide = |array: ArrayView2<'_, F>| -> Result<Array2<f64>> {
-            let mut wide = try_zeros("inputs", array.nrows(), array.ncols())?;
-            wide.zip_mut_with(&array, |wide, x| *wide = x.as_f64());
-            Ok(wide)
-        };
-        let bias = inputs.bias();
         Ok(Self {
             poincare: Poincare {
                 config: poincare.config.clone(),
@@ -32,10 +28,10 @@ impl Wide {
                 raw_temperature: (poincare.raw_temperature.as_ref())
                     .map(|raw| raw.mapv(Float::as_f64)),
             },
-            query: wide(inputs.query())?,
-            key: wide(inputs.key())?,
-            value: wide(inputs.value())?,
-            bias: bias.map(|bias| wide(bias.logits())).transpose()?,
+            query: wide("query", inputs.query())?,
+            key: wide("key", inputs.key())?,
+            value: wide("value", inputs.value())?,
+            bias: inputs.logits().map(|logits| wide("bias", logits)).transpose()?,
         })
     }
 
@@ -67,18 +63,28 @@ impl Wide {
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let grad_out = grad_out.mapv(Float::as_f64);
-        let wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
+        let mut wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
         add(grads.query, &wide.query);
         add(grads.key, &wide.key);
         add(grads.value, &wide.value);
-        if let Some(bias) = &wide.bias {
-            add(grads.bias, bias);
+        if let Some(bias) = wide.view_mut().bias {
+            add(grads.bias, &bias.to_owned());
         }
         for (grad, wide) in grads.params.iter_mut().zip(&wide.params) {
             add(Some(grad.view_mut()), wide);
         }
         Ok(())
     }
+}
+
+/// The same numbers in `f64`.
+fn wide<F: Float, D: Dimension>(
+    what: &'static str,
+    array: ArrayView<'_, F, D>,
+) -> Result<Array<f64, D>> {
+    let mut wide = try_array(what, array.raw_dim(), 0.0)?;
+    wide.zip_mut_with(&array, |wide, x| *wide = x.as_f64());
+    Ok(wide)
 }
 
 fn add<F: Float, D: Dimension>(grad: Option<ArrayViewMut<'_, F, D>>, wide: &Array<f64, D>) {
