@@ -155,8 +155,7 @@ impl MultiHeadConfig {
             return Err(Error::config("kv_heads", expected, kv_heads));
         }
         if self.head_dim.is_none() && !embed_dim.is_multiple_of(num_heads) {
-            let expected =
-                format!("a multiple of num_heads = {num_heads}, unless head_dim is set");
+            let expected = format!("a multiple of num_heads = {num_heads}, unless head_dim is set");
             return Err(Error::config("embed_dim", expected, embed_dim));
         }
         let head_dim = self.head_dim.unwrap_or(embed_dim / num_heads);

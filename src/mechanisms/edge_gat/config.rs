@@ -245,7 +245,8 @@ impl EdgeGatConfig {
             return Err(Error::config("share_weights", "false for Score::DotProduct", true));
         }
         if self.share_weights && self.key_dim != self.query_dim {
-            let expected = format!("false, since key_dim = {} differs from input_dim", self.key_dim);
+            let expected =
+                format!("false, since key_dim = {} differs from input_dim", self.key_dim);
             return Err(Error::config("share_weights", expected, true));
         }
         let columns = self.num_heads.saturating_mul(self.head_dim);
