@@ -426,7 +426,7 @@ fn inputs_that_do_not_fit_the_configuration() {
             ),
             (
                 bare,
-                "MissingInput | edge_gat needs edge features: call `Inputs::with_edge_features`",
+                "MissingInput | edge_gat needs edge features: set them with `Inputs::with_edge_features`",
             ),
             (full.with_bias(bias.view()).unwrap(), "Unsupported | edge_gat | an additive bias"),
             (dense(&heads).with_heads(2).unwrap(), "Unsupported | edge_gat | several heads"),
