@@ -1,16 +1,16 @@
 use crate::error::{Error, Result};
 use crate::float::Float;
 
-/// Dropout on attention weights: each weight is kept with probability `1 − probability` and then
-/// divided by it (Srivastava et al. 2014; as in Vaswani et al. 2017, 1706.03762).
+/// Dropout on attention weights: each weight is kept with probability `1 − probability` and then divided
+/// by that probability (Srivastava et al. 2014; as in Vaswani et al. 2017, 1706.03762).
 ///
 /// ```text
 /// p̃ = m p / (1 − ρ),   m = 0 with probability ρ, else 1
 /// ```
 ///
-/// Whether the weight of a (pair, head) is kept is a hash of seed, pair and head. Nothing is
-/// stored, the backward pass sees the same mask, and neither threads nor tiles change it. Use
-/// another seed for every training step and every layer.
+/// A hash of seed, pair and head decides whether the weight of a (pair, head) is kept. Nothing is stored,
+/// the backward pass sees the same mask, and neither threads nor tiles change it. Use a different seed
+/// for every training step and layer.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
@@ -32,7 +32,7 @@ use crate::float::Float;
 pub struct Dropout {
     /// The share ρ of weights that are dropped, in `[0, 1)`.
     pub probability: f64,
-    /// Selects the mask.
+    /// The seed, which determines the mask.
     pub seed: u64,
 }
 
@@ -45,7 +45,7 @@ impl Dropout {
         }
     }
 
-    /// The factor of the weight of this (pair, head): 0 or `1 / (1 − probability)`.
+    /// Returns the factor of the weight of this (pair, head): 0 or `1 / (1 − probability)`.
     ///
     /// `pair` is the caller's pair number: `i · num_keys + j` in dense inputs, the edge number in a
     /// graph.
@@ -53,8 +53,8 @@ impl Dropout {
     #[must_use]
     pub fn multiplier<F: Float>(&self, pair: usize, head: usize) -> F {
         let hash = mix(mix(mix(self.seed) ^ pair as u64) ^ head as u64);
-        // The upper 53 bits, as a number in [0, 1), less than the probability: in whole numbers, since
-        // these stay in vectors.
+        // Whether the upper 53 bits, as a number in [0, 1), are less than the probability; compared as
+        // integers, which can be vectorised.
         let dropped = (self.probability * (1u64 << 53) as f64).ceil() as u64;
         if hash >> 11 < dropped { F::zero() } else { F::from_f64(1.0 / (1.0 - self.probability)) }
     }

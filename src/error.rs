@@ -1,12 +1,12 @@
 use std::borrow::Cow;
 use std::fmt;
 
-/// The error of a call with wrong arguments.
+/// A `Result` with the [`Error`] of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused.
+/// The reason why a call was refused.
 ///
-/// Every variant carries the data of its message: which argument, what was expected, what came.
+/// Every variant contains the data of its message: the argument, the expected value and the actual value.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
@@ -16,7 +16,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// let error = Inputs::<f32>::dense(query.view(), key.view(), query.view()).unwrap_err();
 /// assert_eq!(error.to_string(), "value: expected shape [3, 4], got [2, 4]");
 ///
-/// // What only a mechanism can know, it checks when it is called.
+/// // Requirements of a mechanism are checked when it is called.
 /// let inputs = Inputs::<f32>::dense(query.view(), key.view(), value.view())?;
 /// assert!(matches!(Flash::new().forward(&inputs), Err(Error::Shape { .. })));
 /// # Ok::<(), Error>(())
@@ -24,14 +24,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// An array has another shape than its role requires.
+    /// An array has the wrong shape.
     #[error("{what}: expected shape {expected:?}, got {actual:?}")]
     Shape {
         /// The argument, e.g. `mask` or `grads.key`.
         what: Cow<'static, str>,
         /// The required shape.
         expected: Vec<usize>,
-        /// The shape that came.
+        /// The actual shape.
         actual: Vec<usize>,
     },
     /// The columns of an array cannot be split into equal heads.
@@ -41,13 +41,13 @@ pub enum Error {
     Heads {
         /// The argument, e.g. `key`.
         what: &'static str,
-        /// The number of heads asked for.
+        /// The requested number of heads.
         heads: usize,
-        /// The number of columns that came.
+        /// The actual number of columns.
         columns: usize,
     },
-    /// A mechanism needs a channel that the inputs do not carry.
-    #[error("{mechanism} needs {channel}: call `Inputs::{}`", channel.setter())]
+    /// A mechanism needs a channel that is missing from the inputs.
+    #[error("{mechanism} needs {channel}: set them with `Inputs::{}`", channel.setter())]
     MissingInput {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
         /// expert in a mixture, `cross (flash)` of a branch.
@@ -55,7 +55,7 @@ pub enum Error {
         /// The channel it needs.
         channel: Channel,
     },
-    /// The inputs carry a channel that changes the answer and that a mechanism cannot honour.
+    /// The inputs have a channel that changes the output and that a mechanism cannot honour.
     #[error("{mechanism} does not support {channel}: leave it out of the inputs")]
     Unsupported {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
@@ -64,7 +64,7 @@ pub enum Error {
         /// The channel it cannot honour.
         channel: Channel,
     },
-    /// The inputs carry data that the mechanism reads only with a setting, and it is configured without.
+    /// The inputs have data that the mechanism reads only with a setting that is not set.
     #[error(
         "{mechanism} reads {channel} only with `{setting}`: set it, or leave {channel} out of the inputs"
     )]
@@ -74,7 +74,7 @@ pub enum Error {
         mechanism: Cow<'static, str>,
         /// The setting, e.g. `EdgeGatConfig::edge_dim`.
         setting: &'static str,
-        /// The channel that would not be read.
+        /// The channel that would be ignored.
         channel: Channel,
     },
     /// A setting or a scalar argument has a value outside its range.
@@ -82,21 +82,21 @@ pub enum Error {
     InvalidArgument {
         /// The argument or setting, e.g. `dropout.probability`.
         argument: &'static str,
-        /// The range it must lie in.
+        /// The valid range.
         expected: Cow<'static, str>,
-        /// The value that came.
+        /// The actual value.
         actual: String,
     },
-    /// A point lies on the boundary of the space that it must lie in, or outside.
+    /// A point is on or outside the boundary of its space.
     #[error("{what}: expected a norm less than {limit} in row {row}, got {norm}")]
     Domain {
         /// The argument, e.g. `query`.
         what: Cow<'static, str>,
-        /// The row; 0 where a single point was expected.
+        /// The row; 0 for a single point.
         row: usize,
         /// The norm of the point.
         norm: f64,
-        /// The bound of the norm.
+        /// The upper bound of the norm.
         limit: f64,
     },
     /// The parts of a graph contradict each other.
@@ -106,7 +106,7 @@ pub enum Error {
         what: Cow<'static, str>,
         /// The required value or form.
         expected: String,
-        /// The value that came.
+        /// The actual value.
         actual: String,
     },
     /// An array of this shape does not fit in memory.
@@ -118,36 +118,34 @@ pub enum Error {
         shape: Vec<usize>,
     },
     /// The mechanism has no attention weights to return.
-    #[error(
-        "{mechanism}: expected a mechanism with attention weights, got one that never forms them"
-    )]
+    #[error("{mechanism} has no attention weights")]
     NoWeights {
         /// [`Attention::name`](crate::Attention::name) of the mechanism.
         mechanism: &'static str,
     },
-    /// The saved state of a forward pass was handed to a mechanism that did not make it.
+    /// The saved state of a forward pass was passed to a different mechanism.
     #[error(
         "{mechanism}: expected the state saved by its own forward pass, a {expected}, got one saved by {saved_by}, a {actual}"
     )]
     SavedMismatch {
         /// [`Attention::name`](crate::Attention::name) of the mechanism that was called.
         mechanism: &'static str,
-        /// Who made the state.
+        /// The mechanism that made the state.
         saved_by: &'static str,
-        /// The type of its own state; it shows the precision.
+        /// The type of the expected state; it shows the precision.
         expected: &'static str,
-        /// The type of the state that came.
+        /// The type of the actual state.
         actual: &'static str,
     },
     /// A parameter of this name does not exist.
     #[error("parameter {name}: expected one of [{}], got an unknown name", known.join(", "))]
     UnknownParam {
-        /// The name that came.
+        /// The unknown name.
         name: String,
-        /// The names that exist.
+        /// The known names.
         known: Vec<String>,
     },
-    /// A parameter comes twice in a state.
+    /// A parameter appears twice in a state.
     #[error("parameter {name}: expected one value, got two")]
     DuplicateParam {
         /// The name.
@@ -156,17 +154,17 @@ pub enum Error {
     /// A parameter is missing from a state that must be complete.
     #[error("parameter {name}: expected a value, got a state without this name")]
     MissingParam {
-        /// The name that is missing.
+        /// The missing name.
         name: String,
     },
-    /// A file of parameters cannot be read or written, or its contents are not what they must be.
+    /// A file of parameters cannot be read or written, or its contents are invalid.
     #[error("{what}: expected {expected}, got {actual}")]
     File {
         /// The file, or a part of it.
         what: String,
         /// The required value or form.
         expected: &'static str,
-        /// The value that came.
+        /// The actual value.
         actual: String,
     },
 }
@@ -200,9 +198,8 @@ impl Error {
         }
     }
 
-    /// The error of a mechanism inside another, in the words of the one around: says which part of it
-    /// that is, `cross` or `expert 2`, and numbers the rows of queries as the one around does, where it
-    /// has given the part only some.
+    /// Converts the error of an inner mechanism into an error of the outer one: names the part, such as
+    /// `cross` or `expert 2`, and uses the outer query numbers if the part got only some of the queries.
     pub(crate) fn in_part(
         self,
         part: impl fmt::Display,
@@ -235,7 +232,7 @@ impl Error {
     }
 }
 
-/// `Ok` when `actual` is the shape that `what` must have.
+/// Checks that `what` has the expected shape.
 pub(crate) fn check_shape(
     what: impl Into<Cow<'static, str>>,
     expected: &[usize],
@@ -246,9 +243,9 @@ pub(crate) fn check_shape(
 
 /// The optional parts of [`Inputs`](crate::Inputs).
 ///
-/// The first four change which pairs attend, or how much: a mechanism honours them or refuses
-/// them with [`Error::Unsupported`]. The others are data that a mechanism may read or leave; which of
-/// them it may leave is said at [`Inputs`](crate::Inputs).
+/// The first four change which pairs attend, or how much: a mechanism honours them or refuses them with
+/// [`Error::Unsupported`]. The others are data that a mechanism may read or ignore, by the rules
+/// described at [`Inputs`](crate::Inputs).
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Channel {
@@ -273,7 +270,7 @@ pub enum Channel {
 }
 
 impl Channel {
-    /// The method of [`Inputs`](crate::Inputs) that sets it.
+    /// Returns the method of [`Inputs`](crate::Inputs) that sets it.
     fn setter(self) -> &'static str {
         match self {
             Self::Mask => "with_mask",

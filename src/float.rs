@@ -2,7 +2,7 @@ use crate::error::{Error, Result};
 use ndarray::{Array, Array2, Dimension, Ix2, NdFloat};
 
 mod sealed {
-    /// Sealed, so that nobody else sees the kernels behind it.
+    /// Sealed, to hide the kernels.
     pub trait Sealed: crate::kernels::Kernels {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
@@ -10,12 +10,12 @@ mod sealed {
 
 /// The element types of this crate: `f32` and `f64`.
 ///
-/// Sealed: the kernels are written for these two. Generic code gets its arithmetic from
-/// [`NdFloat`], and constants by [`from_f64`](Self::from_f64).
+/// The trait is sealed, because the kernels exist only for these two types. Generic code gets arithmetic
+/// from [`NdFloat`] and constants from [`from_f64`](Self::from_f64).
 pub trait Float: sealed::Sealed + NdFloat + std::iter::Sum + Default {
-    /// The nearest value of this type.
+    /// Converts from `f64`, rounding to the nearest value.
     fn from_f64(value: f64) -> Self;
-    /// The same value as an `f64`; exact.
+    /// Converts to `f64`, exactly.
     fn as_f64(self) -> f64;
 }
 
@@ -41,9 +41,9 @@ impl Float for f64 {
     }
 }
 
-/// The larger of two values, NaN if either is NaN.
+/// Returns the larger of two values, or NaN if either is NaN.
 ///
-/// `Float::max` drops a NaN, and with it the only trace of a bad logit.
+/// `Float::max` would drop a NaN, the only trace of an invalid logit.
 #[inline(always)]
 pub(crate) fn nan_max<F: Float>(a: F, b: F) -> F {
     if b > a || b.is_nan() { b } else { a }
@@ -51,23 +51,23 @@ pub(crate) fn nan_max<F: Float>(a: F, b: F) -> F {
 
 /// Whether all are finite.
 pub(crate) fn all_finite<F: Float>(values: &[F]) -> bool {
-    // Without a way out within a chunk, so that it is done in vectors.
+    // No early exit within a chunk, so that it can be vectorised.
     let chunk = |values: &[F]| values.iter().fold(true, |all, value| all & value.is_finite());
     values.chunks(1024).all(chunk)
 }
 
-/// `len` copies of `value`, or an error where the allocation is refused.
+/// Allocates copies of `value`, or returns an error if the allocation fails.
 pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -> Result<Vec<T>> {
     let too_large = || Error::TooLarge { what, shape: shape.to_vec() };
     let len =
         (shape.iter()).try_fold(1usize, |len, &n| len.checked_mul(n)).ok_or_else(too_large)?;
-    // Asked for first, since `vec!` may not fail; but only `vec!` leaves it to the operating system
-    // to make zeros, page by page as they are used.
+    // Try the allocation first, because `vec!` cannot return an error; but only `vec!` lets the operating
+    // system provide zeros, page by page on use.
     Vec::<T>::new().try_reserve_exact(len).map_err(|_| too_large())?;
     Ok(vec![value; len])
 }
 
-/// A zero matrix, or an error where the allocation is refused.
+/// Allocates a zero matrix, or returns an error if the allocation fails.
 pub(crate) fn try_zeros<F: Float>(
     what: &'static str,
     rows: usize,

@@ -1,17 +1,17 @@
-//! The guide: how to use this crate well. Documentation only; all code in it runs as tests.
+//! The user guide. Documentation only; all of its code is tested.
 //!
-//! | page | for |
+//! | page | topic |
 //! |---|---|
-//! | [`choosing`] | which mechanism for which problem, what each of them reads, how they compose |
-//! | [`from_pytorch`] | names, shapes and conventions of PyTorch and PyG in those of this crate |
+//! | [`choosing`] | which mechanism suits which problem, what each one reads, how they compose |
+//! | [`from_pytorch`] | how the names, shapes and conventions of PyTorch and PyG map to this crate |
 //! | [`training`] | several layers, optimisers, accumulation, checkpointing, saving and loading |
-//! | [`numerics`] | what is exact, what is the same on every run, what NaN and empty rows do |
+//! | [`numerics`] | accuracy, reproducibility, NaN and empty rows |
 //! | [`performance`] | what costs time and memory, and what to do about it |
 //! | [`own_mechanism`] | the contract of [`Attention`], and a mechanism with a parameter |
 //!
-//! The model itself (pairs, inputs, heads, training) is on the [page of the crate](crate).
+//! The [crate page](crate) introduces the concepts (pairs, inputs, heads, training).
 
-// For the links of the pages.
+// For the links in the pages.
 #[cfg(doc)]
 use crate::*;
 

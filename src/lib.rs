@@ -3,9 +3,9 @@
 //!
 //! # Pairs
 //!
-//! One query over its neighbours, a dense batch, and a graph in which every node attends to its
-//! neighbours are one problem: a set of (query, key) *pairs*, grouped by query. [`Inputs`] hold the
-//! arrays and say which pairs there are; an [`Attention`] maps them to outputs, one row per query.
+//! A single query over its neighbours, a dense batch, and a graph whose nodes attend to their neighbours
+//! are all the same problem: a set of (query, key) *pairs*, grouped by query. [`Inputs`] holds the arrays
+//! and the pairs; an [`Attention`] maps it to an output with one row per query.
 //!
 //! ```
 //! use graph_attention::ndarray::array;
@@ -19,28 +19,28 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! A [`Graph`] lists the pairs instead. Nothing else changes: every mechanism takes both.
+//! A [`Graph`] lists the pairs explicitly. Nothing else changes: every mechanism takes both.
 //!
 //! ```
 //! use graph_attention::ndarray::array;
 //! use graph_attention::{Attention, Flash, Graph, Inputs};
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
-//! // Node 0 attends to nodes 1 and 2, node 1 to node 2, node 2 to nobody.
+//! // Node 0 attends to nodes 1 and 2, node 1 to node 2, node 2 to none.
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?;
 //! let out = Flash::new().forward(&inputs)?;
-//! assert_eq!(out.row(1), nodes.row(2)); // all that node 1 sees
+//! assert_eq!(out.row(1), nodes.row(2)); // the only node that node 1 sees
 //! assert_eq!(out.row(2).sum(), 0.0); // zeros for a query without keys
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! # Data of pairs, and heads
+//! # Per-pair data and heads
 //!
-//! Data of pairs (features of edges, distances, a bias) are arrays with one row per pair, in the order of
-//! your edge list; attention weights come back in the same order. Mechanisms with
-//! parameters are made by a configuration, and drawn from an `rng` that you pass. [`EdgeGat`] and
-//! [`MultiHead`] make several heads themselves; for the others [`Inputs::with_heads`] splits the columns.
+//! Per-pair data (edge features, distances, a bias) are arrays with one row per pair, in the order of
+//! your edge list; attention weights are returned in the same order. A mechanism with parameters is built
+//! from a configuration, which initialises them with an `rng` that you pass. [`EdgeGat`] and
+//! [`MultiHead`] split into heads themselves; for the others, use [`Inputs::with_heads`].
 //!
 //! ```
 //! use graph_attention::ndarray::array;
@@ -49,11 +49,11 @@
 //!
 //! let nodes = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 //! let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
-//! let lengths = array![[0.5], [2.0], [1.0]]; // of the edges (0, 1), (0, 2), (1, 2)
+//! let lengths = array![[0.5], [2.0], [1.0]]; // for the edges (0, 1), (0, 2), (1, 2)
 //! let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)?
 //!     .with_edge_features(lengths.view())?;
 //!
-//! // A graph attention layer: nodes of 2 columns, 3 heads of 4, edges of 1.
+//! // A graph attention layer: nodes with 2 columns, 3 heads of 4 columns, edges with 1 feature.
 //! let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 //! let layer = EdgeGatConfig::new(Score::GatV2, 2, 4, 3).edge_dim(1).init::<f64>(&mut rng)?;
 //! assert_eq!(layer.forward(&inputs)?.dim(), (3, 12)); // heads side by side
@@ -64,11 +64,11 @@
 //!
 //! # Training
 //!
-//! There is no tape. [`forward_train`](Attention::forward_train) also returns what the backward pass needs,
-//! and [`backward`](Attention::backward) turns the gradient of your loss with respect to the output into
-//! [`Gradients`] of the inputs, of the pairs' data and of the parameters. [`params::update`] hands each
-//! parameter with its gradient to your optimiser, and leaves alone what is saved but not trained; here the
-//! optimiser is plain gradient descent.
+//! There is no tape. [`forward_train`](Attention::forward_train) also returns the state that the backward
+//! pass needs, and [`backward`](Attention::backward) turns the gradient of your loss with respect to the
+//! output into [`Gradients`] of the inputs, the per-pair data and the parameters. [`params::update`]
+//! passes each parameter and its gradient to your optimiser and skips buffers, which are saved but not
+//! trained. The optimiser here is plain gradient descent.
 //!
 //! ```
 //! use graph_attention::ndarray::array;
@@ -100,54 +100,54 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! Several layers, other optimisers and saving are in [`guide::training`]. The [`guide`] also helps to
-//! [choose a mechanism](guide::choosing), to [come from PyTorch or PyG](guide::from_pytorch), with
-//! [numerics](guide::numerics) and [speed](guide::performance), and to
-//! [write a mechanism of your own](guide::own_mechanism).
+//! [`guide::training`] covers several layers, other optimisers and saving. The [`guide`] also explains
+//! how to [choose a mechanism](guide::choosing), [port from PyTorch or PyG](guide::from_pytorch) and
+//! [write your own mechanism](guide::own_mechanism), and covers [numerics](guide::numerics) and
+//! [performance](guide::performance).
 //!
 //! # Mechanisms
 //!
-//! | mechanism | computes | memory beside the output |
+//! | mechanism | computes | memory besides the output |
 //! |---|---|---|
-//! | [`ScaledDotProduct`] | softmax attention, written to be read | O(pairs · heads) |
-//! | [`Flash`] | the same function in tiles: the fast one | O(n) |
-//! | [`MultiHead`] | learned projections around any mechanism | O(n) and the inner's |
-//! | [`Moe`] | a mixture of attention experts; a router picks a few for each query | O(n) and the experts' |
-//! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global edges, in one softmax or with a learned gate | O(n); with edge layers O(pairs) |
-//! | [`DualSpace`] | attention over graph neighbours, over latent neighbours, and cross-attention between the two | O(n) and the inner ones' |
+//! | [`ScaledDotProduct`] | softmax attention, written for readability | O(pairs · heads) |
+//! | [`Flash`] | the same function, fast, in tiles | O(n) |
+//! | [`MultiHead`] | learned projections around any mechanism | O(n), plus the inner mechanism's |
+//! | [`Moe`] | a mixture of attention experts; a router picks a few for each query | O(n), plus the experts' |
+//! | [`LocalGlobal`] | sliding windows and global positions in O(n) time; local and global edges, in one softmax or with a learned gate | O(n); O(pairs) with edge layers |
+//! | [`DualSpace`] | attention over graph neighbours, over latent neighbours, and cross-attention between the two | O(n), plus the inner mechanisms' |
 //! | [`EdgeGat`] | graph attention networks with edge features: GAT, GATv2, graph transformer | O(n); O(pairs · heads) in training |
 //! | [`Poincare`] | softmax of hyperbolic distances, and midpoints in the Poincaré ball | O(n) |
-//! | [`Performer`] | linear attention by random features, in O(n) time | O(n) |
-//! | [`GraphRope`] | rotary embeddings of node positions, before any mechanism | O(n) and the inner's |
+//! | [`Performer`] | linear attention with random features, in O(n) time | O(n) |
+//! | [`GraphRope`] | rotary embeddings of node positions, applied before any mechanism | O(n), plus the inner mechanism's |
 //! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
 //!
-//! Each page has the equations, what the mechanism reads, shapes, cost, errors and sources; numbers such as
-//! 1706.03762 there are arXiv identifiers.
+//! Each page gives the equations, the inputs that the mechanism reads, shapes, cost, errors and sources.
+//! Numbers such as 1706.03762 are arXiv identifiers.
 //!
-//! Beside them: [`neighbors`] finds the keys nearest to queries, as a [`Graph`] to attend over;
-//! [`Partial`] merges answers over shards of the keys; [`geometry::poincare`] has the functions of the
-//! Poincaré ball; [`testing`] checks a mechanism of your own.
+//! Besides the mechanisms, [`neighbors`] finds the keys nearest to each query and returns them as a
+//! [`Graph`] to attend over; [`Partial`] merges outputs over shards of the keys; [`geometry::poincare`]
+//! has the functions of the Poincaré ball; [`testing`] checks your own mechanism.
 //!
 //! # Arrays, speed, randomness
 //!
-//! Arrays are [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU turns
-//! out to have (AVX-512, AVX2, SSE2, NEON, WebAssembly's), without flags to the compiler and, but for
-//! one prefetch instruction, without unsafe code of our own. Results are the same bits on every run
-//! and for any number of threads; another instruction set rounds differently. There is no C and no OS
-//! entropy: randomness comes in through an `rng` argument, any generator of [`rand`] 0.10 (re-exported too), or an
-//! explicit seed.
+//! Arrays are those of [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU
+//! has (AVX-512, AVX2, SSE2, NEON, WebAssembly SIMD), found at run time without compiler flags and,
+//! except for one prefetch instruction, without unsafe code in this crate. Results are bitwise identical
+//! on every run and for any number of threads; another instruction set rounds differently. There is no C
+//! and no OS entropy: randomness comes from an `rng` argument, which can be any generator of [`rand`] 0.10
+//! (also re-exported), or from an explicit seed.
 //!
 //! # Features
 //!
 //! | feature | default | what it does |
 //! |---|---|---|
-//! | `parallel` | yes | shares work of more than some 50 µs among threads, by rayon; the results are the same bits with and without it, for any number of threads |
-//! | `spectral` | no | `Graph::spectral_coordinates`, by the eigensolver of nalgebra (8 crates) |
-//! | `safetensors` | no | the module `safetensors`: parameters and buffers to and from files, PyTorch's among them |
-//! | `serde` | no | `Serialize` and `Deserialize` of configurations, [`Graph`] and [states](params), in any format |
-//! | `petgraph` | no | `Graph::from_petgraph`: graphs of the crate `petgraph` 0.8 |
-//! | `sprs` | no | `Graph::from_sprs`: sparse matrices of the crate `sprs` 0.11, by rows or by columns |
-//! | `hnsw` | no | `neighbors::HnswIndex`, an approximate index of nearest neighbours, by the crate `hnsw_rs` |
+//! | `parallel` | yes | runs work of more than about 50 µs on several threads with rayon; results are bitwise identical with and without it, for any number of threads |
+//! | `spectral` | no | `Graph::spectral_coordinates`, with the eigensolver of nalgebra (8 crates) |
+//! | `safetensors` | no | the module `safetensors`: saves and loads parameters and buffers, including files from PyTorch |
+//! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`] and [states](params), in any format |
+//! | `petgraph` | no | `Graph::from_petgraph`: converts graphs of the crate `petgraph` 0.8 |
+//! | `sprs` | no | `Graph::from_sprs`: converts sparse matrices of the crate `sprs` 0.11, stored by rows or by columns |
+//! | `hnsw` | no | `neighbors::HnswIndex`, an approximate nearest-neighbour index, from the crate `hnsw_rs` |
 
 mod attention;
 mod dropout;

@@ -1,9 +1,9 @@
-//! Access to parameters and buffers: for optimisers, and for saving and loading.
+//! Access to parameters and buffers, for optimisers and for saving and loading.
 //!
-//! **Saving.** What a trained mechanism is, beside its type, is a configuration and a [`state`]. With the
-//! feature `serde` both are written and read by any format of [serde](https://serde.rs); what is read is
-//! checked by `from_params` or [`load_state`], as ever. (With the feature `safetensors` a state goes to
-//! the files of PyTorch and others.)
+//! **Saving.** A trained mechanism consists of its type, a configuration and a [`state`]. With the
+//! feature `serde`, configuration and state can be saved in any [serde](https://serde.rs) format; when
+//! loaded, the state is checked by `from_params` or [`load_state`], as always. (With the feature
+//! `safetensors`, a state is saved in the file format that PyTorch and others use.)
 //!
 //! ```
 //! # #[cfg(feature = "serde")] {
@@ -22,52 +22,52 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! In JSON a number comes back as the same bits if `serde_json` has its feature `float_roundtrip`, and
-//! NaN and infinity not at all: they are written as `null`, which is refused where a number is read.
+//! In JSON, numbers are restored exactly only with the feature `float_roundtrip` of `serde_json`. NaN and
+//! infinity cannot be restored: they are written as `null`, which is refused on reading.
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
 use std::sync::Arc;
 
-/// The parameters and buffers of a mechanism, named as PyTorch and PyG name them (`out_proj.weight`,
-/// `att_src`); those of a mechanism inside another carry its name and a dot (`inner.att_src`).
+/// The parameters and buffers of a mechanism, named as in PyTorch and PyG (`out_proj.weight`, `att_src`).
+/// For a mechanism inside another, the names have a prefix (`inner.att_src`).
 ///
 /// As in PyTorch, **parameters** are trained and **buffers** are not, and both are saved and loaded:
 ///
 /// | | parameters | buffers |
 /// |---|---|---|
-/// | what they are | weights, and whatever else a loss can improve | the random projection of a [`Performer`](crate::Performer), the expert bias of a [`Moe`](crate::Moe), rotary frequencies that are not learned |
+/// | examples | weights, and everything else that a loss can improve | the random projection of a [`Performer`](crate::Performer), the expert bias of a [`Moe`](crate::Moe), rotary frequencies that are not learned |
 /// | [`update`], [`Gradients::params`](crate::Gradients::params) | yes | no |
 /// | [`state`], [`load_state`], safetensors, serde | yes | yes |
 ///
 /// Each pair of methods visits the same arrays in the same order. Gradients
-/// ([`Gradients::params`](crate::Gradients::params)) come in the order of the parameters. A parameter and
-/// a buffer may not have the same name. A mechanism without parameters has two empty methods; the two
-/// of buffers need not be written where there are none.
+/// ([`Gradients::params`](crate::Gradients::params)) have the order of the parameters. A parameter and a
+/// buffer must not have the same name. A mechanism without parameters has two empty methods; the two
+/// methods for buffers can be left out if there are none.
 ///
-/// **A mechanism around others forwards all four methods.** The compiler does not notice if those of
-/// buffers are left out, and the buffers inside are then not saved.
+/// **A mechanism around others must forward all four methods.** The compiler does not notice if the
+/// methods for buffers are missing, and the inner buffers are then not saved.
 /// [`guide::training`](crate::guide::training) implements the trait for a model of several layers.
 pub trait Params<F: Float> {
-    /// Shows every parameter with its name. The views outlive the call.
+    /// Visits every parameter with its name. The views outlive the call.
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>));
 
-    /// Lends every parameter with its name for writing.
+    /// Visits every parameter with its name, for writing.
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>));
 
-    /// Shows every buffer with its name. Default: there are none.
+    /// Visits every buffer with its name. Default: no buffers.
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let _ = visitor;
     }
 
-    /// Lends every buffer with its name for writing. Default: there are none.
+    /// Visits every buffer with its name, for writing. Default: no buffers.
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let _ = visitor;
     }
 }
 
-/// A copy of all parameters and then of all buffers, with their names: PyTorch's state dict.
+/// Returns copies of all parameters and then of all buffers, with their names: PyTorch's state dict.
 ///
 /// ```
 /// use graph_attention::{EdgeGat, EdgeGatConfig, edge_gat::Score, params};
@@ -87,7 +87,8 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
     state
 }
 
-/// A copy of all buffers with their names: what a state that holds parameters alone lacks.
+/// Returns copies of all buffers with their names, for example to complete a state that has only
+/// parameters.
 ///
 /// ```
 /// use graph_attention::{Flash, GraphRopeConfig, MultiHeadConfig, graph_rope::Layout, params};
@@ -96,7 +97,7 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 /// let config = MultiHeadConfig::new(8, 2);
 /// # let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
 /// # let other = config.init::<f32, _>(Flash::new(), &mut rng)?;
-/// // From elsewhere, where the frequencies are not saved.
+/// // A state from elsewhere, without the frequencies.
 /// let mut state = params::state(&other);
 ///
 /// let rope = || GraphRopeConfig::new(4, Layout::Half).init(Flash::new());
@@ -111,7 +112,7 @@ pub fn buffers<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Arr
     buffers
 }
 
-/// The parameter or buffer of this name, without a copy; `None` if there is none.
+/// Returns the parameter or buffer with this name, without a copy; `None` if there is none.
 ///
 /// ```
 /// use graph_attention::edge_gat::Score;
@@ -139,28 +140,27 @@ pub fn get<'a, F: Float>(
     found
 }
 
-/// The names of the parameters, in their order.
+/// Returns the names of the parameters, in order.
 pub(crate) fn names<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<String> {
     let mut names = Vec::new();
     params.visit_params(&mut |name, _| names.push(name.to_owned()));
     names
 }
 
-/// Zeros in the shapes of the parameters, in their order: gradients to add to.
+/// Returns zeros in the shapes of the parameters, in order, as gradients to add to.
 pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
     let mut zeros = Vec::new();
     params.visit_params(&mut |_, param| zeros.push(ArrayD::zeros(param.raw_dim())));
     zeros
 }
 
-/// Sets all parameters and buffers from a state dict, in any order. Nothing is changed if anything is
-/// wrong.
+/// Sets all parameters and buffers from a state dict, in any order. On an error nothing is changed.
 ///
 /// # Errors
-/// [`Error::UnknownParam`] for a name that does not exist, [`Error::DuplicateParam`] for one that comes
-/// twice, [`Error::MissingParam`] for a parameter or buffer that is not in the state, [`Error::Shape`] for
-/// a value of another shape, and [`Error::InvalidArgument`] if the parameters are shared and so cannot be
-/// written.
+/// [`Error::UnknownParam`] for a name that does not exist, [`Error::DuplicateParam`] for a name that
+/// appears twice, [`Error::MissingParam`] for a parameter or buffer that is not in the state,
+/// [`Error::Shape`] for a value with a wrong shape, and [`Error::InvalidArgument`] if the parameters are
+/// shared and so cannot be written.
 pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
     new: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
@@ -197,8 +197,8 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
     Ok(())
 }
 
-/// One step of an optimiser: calls `step` with each parameter's name, value and gradient. Buffers are
-/// left alone.
+/// Performs one step of an optimiser: calls `step` with each parameter's name, value and gradient.
+/// Buffers are not visited.
 ///
 /// ```
 /// use graph_attention::{params, Attention, Inputs, MultiHeadConfig, ScaledDotProduct};
@@ -222,8 +222,8 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] if the gradients are not those of the parameters, [`Error::InvalidArgument`] if
-/// the parameters are shared and so cannot be written.
+/// [`Error::Shape`] if the gradients do not fit the parameters, [`Error::InvalidArgument`] if the
+/// parameters are shared and so cannot be written.
 pub fn update<F: Float, P: Params<F> + ?Sized>(
     params: &mut P,
     gradients: &[ArrayD<F>],
@@ -240,14 +240,14 @@ pub fn update<F: Float, P: Params<F> + ?Sized>(
     Ok(())
 }
 
-/// How many parameter arrays there are, buffers not counted.
+/// Returns the number of parameter arrays, not counting buffers.
 pub(crate) fn count<F: Float>(params: &(impl Params<F> + ?Sized)) -> usize {
     let mut count = 0;
     params.visit_params(&mut |_, _| count += 1);
     count
 }
 
-/// `Ok` when there is one gradient of the right shape for each parameter.
+/// Checks that there is one gradient of the right shape for each parameter.
 pub(crate) fn check_gradients<F: Float>(
     params: &(impl Params<F> + ?Sized),
     gradients: &[ArrayD<F>],
@@ -307,8 +307,7 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
     }
 }
 
-/// A shared reference shows its parameters and buffers but lends none for writing, so that
-/// [`load_state`] and [`update`] refuse it.
+/// A shared reference gives no access for writing, so [`load_state`] and [`update`] refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
@@ -320,8 +319,8 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
     fn visit_buffers_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
-/// Lends its parameters and buffers for writing while it is the only one that holds them; afterwards
-/// [`load_state`] and [`update`] refuse it.
+/// Gives access for writing only if this is the only reference; otherwise [`load_state`] and [`update`]
+/// refuse it.
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for Arc<P> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);

@@ -4,8 +4,8 @@ use crate::inputs::head_columns;
 use crate::kernels::normalizer::{Normalizer, Part, merge};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-/// The result of softmax attention over a part of the keys: outputs o, and what the exponentials of the
-/// logits s were divided by, with which parts are put together to the exact answer over all keys.
+/// The result of softmax attention over some of the keys: the outputs o and their normalizer (m, l).
+/// Results over disjoint sets of keys can be merged into the exact result over all keys.
 ///
 /// ```text
 /// o = Σ e^{s − m} v / l,                   l = Σ e^{s − m}
@@ -13,16 +13,16 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 /// o = (e^{m₁ − m} l₁ o₁ + e^{m₂ − m} l₂ o₂) / l
 /// ```
 ///
-/// So one query's keys can live in several shards, HNSW layers or machines. The merge is
+/// The keys of a query can therefore be in several shards, HNSW layers or machines. The merge is
 /// associative and commutative up to rounding, and [`empty`](Self::empty) (output 0, m = −∞, l = 0) is
-/// its identity. A part whose only logits are −∞ counts as empty, whatever its values.
+/// its identity. A part with only logits of −∞ counts as empty, whatever its values.
 /// (Milakov & Gimelshein 2018, 1805.02867; Rabe & Staats 2021, 2112.05682.)
 ///
-/// The shift m and the sum l are kept apart. Other libraries keep their log-sum-exp L = m + log l
-/// alone, which is enough for logits of ordinary size; where |L| is large, as under a bias of −1e9, its
-/// rounding error is large too, and parts would be weighted wrongly.
+/// The shift m and the sum l are stored separately. Other libraries store only the log-sum-exp L = m +
+/// log l, which is enough for logits of ordinary size. If |L| is large, for example with a bias of −1e9,
+/// its rounding error is large too, and parts would get wrong weights.
 ///
-/// Made by [`ScaledDotProduct::forward_partial`](crate::ScaledDotProduct::forward_partial) and
+/// Returned by [`ScaledDotProduct::forward_partial`](crate::ScaledDotProduct::forward_partial) and
 /// [`Flash::forward_partial`](crate::Flash::forward_partial):
 ///
 /// ```
@@ -49,8 +49,8 @@ pub struct Partial<F> {
 }
 
 impl<F: Float> Partial<F> {
-    /// From outputs, num_queries × (heads · d_v), and the shift m and sum l, num_queries × heads each.
-    /// Where the sum is 0 no key was seen, and the outputs are set to 0.
+    /// Creates a result from outputs, num_queries × (heads · d_v), and the shift m and sum l, num_queries
+    /// × heads each. A sum of 0 means that no key was seen, and sets the outputs to 0.
     ///
     /// # Errors
     /// [`Error::Shape`] if the numbers of rows or heads differ; [`Error::Heads`] if the outputs cannot be
@@ -71,8 +71,8 @@ impl<F: Float> Partial<F> {
         Ok(Self { out, normalizer: Normalizer { shift, sum } })
     }
 
-    /// From outputs and the log-sum-exp L of another library, num_queries × heads: the shift is L, and
-    /// the sum 1, or 0 where L is −∞. As exact as L is.
+    /// Creates a result from outputs and the log-sum-exp L of another library, num_queries × heads: the
+    /// shift is L and the sum is 1, or 0 if L is −∞. It is only as accurate as L.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -83,7 +83,7 @@ impl<F: Float> Partial<F> {
         Self::new(out, log_sum_exp, sum)
     }
 
-    /// The result over no keys.
+    /// Creates the result over no keys.
     ///
     /// # Errors
     /// [`Error::Heads`] if the columns cannot be split into `heads`; [`Error::TooLarge`] if it does
@@ -93,41 +93,42 @@ impl<F: Float> Partial<F> {
         Self::new(try_zeros("out", num_queries, output_dim)?, shift, sum)
     }
 
-    /// The outputs over the keys seen so far.
+    /// Returns the outputs over the keys seen so far.
     #[must_use]
     pub fn out(&self) -> ArrayView2<'_, F> {
         self.out.view()
     }
 
-    /// m for each query and head: the largest logit or one not far below it; −∞ where there are no keys.
+    /// Returns m for each query and head: the largest logit or a number slightly below it; −∞ without
+    /// keys.
     #[must_use]
     pub fn shift(&self) -> ArrayView2<'_, F> {
         self.normalizer.shift.view()
     }
 
-    /// l = Σ e^{s − m} over the keys seen so far, for each query and head; 0 where there are none.
+    /// Returns l = Σ e^{s − m} over the keys seen so far, for each query and head; 0 without keys.
     #[must_use]
     pub fn sum(&self) -> ArrayView2<'_, F> {
         self.normalizer.sum.view()
     }
 
-    /// L = m + log l = log Σ e^s over the keys seen so far, for each query and head; −∞ where there are
-    /// none.
+    /// Returns L = m + log l = log Σ e^s over the keys seen so far, for each query and head; −∞ without
+    /// keys.
     #[must_use]
     pub fn log_sum_exp(&self) -> Array2<F> {
         self.normalizer.log_sum_exp()
     }
 
-    /// Outputs, shift and sum.
+    /// Returns outputs, shift and sum.
     #[must_use]
     pub fn into_parts(self) -> (Array2<F>, Array2<F>, Array2<F>) {
         (self.out, self.normalizer.shift, self.normalizer.sum)
     }
 
-    /// The result over the keys of both, which must be disjoint sets of pairs.
+    /// Merges two results over disjoint sets of pairs.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two are over different queries, heads or columns.
+    /// [`Error::Shape`] if the numbers of queries, heads or columns differ.
     pub fn merge(mut self, other: &Self) -> Result<Self> {
         check_shape("partial.out", self.out.shape(), other.out.shape())?;
         check_shape("partial.shift", self.shift().shape(), other.shift().shape())?;
@@ -137,7 +138,7 @@ impl<F: Float> Partial<F> {
     }
 }
 
-/// Merges another part into outputs and their normalizer; `rows` says where its rows belong.
+/// Merges another part into outputs and their normalizer; `rows` are the target rows.
 pub(crate) fn merge_rows<F: Float>(
     mut out: ArrayViewMut2<'_, F>,
     normalizer: &mut Normalizer<F>,

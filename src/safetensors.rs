@@ -1,5 +1,5 @@
-//! Parameters and buffers in [safetensors](https://huggingface.co/docs/safetensors) files, which PyTorch and
-//! most others read and write. Behind the feature `safetensors`.
+//! Parameters and buffers in [safetensors](https://huggingface.co/docs/safetensors) files, which PyTorch
+//! and most other libraries read and write. Requires the feature `safetensors`.
 //!
 //! ```
 //! use graph_attention::{Flash, MultiHead, MultiHeadConfig, params, safetensors};
@@ -16,8 +16,8 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! A file of a whole model holds more than one mechanism, each behind a prefix. [`read`] takes one
-//! out, for `from_params` of its configuration or for [`params::load_state`]:
+//! A file of a whole model contains several mechanisms, each with a prefix. [`read`] extracts one of
+//! them, for `from_params` of its configuration or for [`params::load_state`]:
 //!
 //! ```no_run
 //! use graph_attention::{Flash, MultiHead, MultiHeadConfig, safetensors};
@@ -27,15 +27,14 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! To save several mechanisms in one file, implement [`Params`] for the struct that holds them, with
-//! a prefix before the names of each.
+//! To save several mechanisms in one file, implement [`Params`] for the struct that holds them, with a
+//! prefix for the names of each.
 //!
-//! **Element types.** Parameters are written in their own, `f32` or `f64`, and come back as the same
-//! bits (a NaN comes back as some NaN). Tensors of F64, F32, BF16 and F16 are read into either; F64
-//! is rounded to the nearest `f32`.
+//! **Element types.** Parameters are written as `f32` or `f64`, and are restored exactly (a NaN as some
+//! NaN). F64, F32, BF16 and F16 tensors can be read as either; F64 is rounded to the nearest `f32`.
 //!
-//! **Files of others.** A bad file is refused with an error: no panic, and no more memory than in
-//! proportion to its size. All of it is read into memory.
+//! **Untrusted files.** An invalid file is refused with an error, without a panic and with memory at most
+//! proportional to its size. The whole file is read into memory.
 
 use crate::error::{Error, Result};
 use crate::float::Float;
@@ -49,14 +48,14 @@ use std::path::Path;
 /// The name that the format reserves for its metadata.
 const RESERVED: &str = "__metadata__";
 
-/// Other readers take no longer header either.
+/// The largest header, as in other readers.
 const MAX_HEADER: usize = 100_000_000;
 
-/// How errors call bytes that come from no file.
+/// The name in errors for bytes that are not from a file.
 const BYTES: &str = "safetensors bytes";
 
-/// Saves all parameters and buffers under their names. A file at `path` is overwritten, in place: if writing
-/// breaks off, what is left is refused by [`load`].
+/// Saves all parameters and buffers under their names. A file at `path` is overwritten in place; if
+/// writing is interrupted, [`load`] refuses the incomplete file.
 ///
 /// # Errors
 /// [`Error::File`] if the file cannot be written, otherwise as [`to_bytes`].
@@ -65,18 +64,18 @@ pub fn save<F: Float>(params: &(impl Params<F> + ?Sized), path: impl AsRef<Path>
     std::fs::write(path, bytes).map_err(|error| file(path.display(), "a writable file", error))
 }
 
-/// The contents of the file that [`save`] writes; the same bytes for the same parameters.
+/// Returns the contents of the file that [`save`] writes; the same bytes for the same parameters.
 ///
 /// # Errors
-/// [`Error::DuplicateParam`] if two arrays have one name, [`Error::InvalidArgument`] for the name
-/// `__metadata__`, which the format reserves, [`Error::File`] if the names and shapes take more than
-/// the format's 100 MB.
+/// [`Error::DuplicateParam`] if two arrays have the same name, [`Error::InvalidArgument`] for the name
+/// `__metadata__`, which the format reserves, [`Error::File`] if the names and shapes take more than the
+/// format's limit of 100 MB.
 pub fn to_bytes<F: Float>(params: &(impl Params<F> + ?Sized)) -> Result<Vec<u8>> {
     let mut tensors = BTreeMap::new();
     let mut result = Ok(());
     let mut add = |name: &str, param: ArrayViewD<'_, F>| {
         if name == RESERVED {
-            result = Err(Error::config("name of a parameter", "one that is not reserved", name));
+            result = Err(Error::config("name of a parameter", "a name that is not reserved", name));
         } else if tensors.insert(name.to_owned(), Tensor::new(param)).is_some() {
             result = Err(Error::DuplicateParam { name: name.to_owned() });
         }
@@ -88,8 +87,8 @@ pub fn to_bytes<F: Float>(params: &(impl Params<F> + ?Sized)) -> Result<Vec<u8>>
         .map_err(|error| file(BYTES, "parameters that fit the format", error))
 }
 
-/// Sets all parameters and buffers from a file that holds them and nothing else, in any order. Nothing
-/// is changed if anything is wrong.
+/// Sets all parameters and buffers from a file that contains them, in any order, and nothing else. On an
+/// error nothing is changed.
 ///
 /// # Errors
 /// As [`read`] and [`params::load_state`].
@@ -100,7 +99,7 @@ pub fn load<F: Float>(
     params::load_state(params, read(path, "")?)
 }
 
-/// [`load`] from the contents of a file.
+/// Like [`load`], but from the contents of a file.
 ///
 /// # Errors
 /// As [`read_bytes`] and [`params::load_state`].
@@ -108,12 +107,12 @@ pub fn from_bytes<F: Float>(params: &mut (impl Params<F> + ?Sized), bytes: &[u8]
     params::load_state(params, read_bytes(bytes, "")?)
 }
 
-/// The tensors of a file whose names begin with `prefix`, without it, in the order of the file.
-/// Those of other names may have any type; the prefix `""` takes all.
+/// Reads the tensors whose names begin with `prefix`, in the order of the file; the prefix is removed
+/// from the names. Other tensors may have any type; the prefix `""` reads all.
 ///
 /// # Errors
-/// [`Error::File`] if the file cannot be read, is not a whole safetensors file, or holds a tensor
-/// behind `prefix` that is not of F64, F32, BF16 or F16.
+/// [`Error::File`] if the file cannot be read, is not a complete safetensors file, or has a tensor with
+/// this prefix that is not F64, F32, BF16 or F16.
 pub fn read<F: Float>(path: impl AsRef<Path>, prefix: &str) -> Result<Vec<(String, ArrayD<F>)>> {
     let path = path.as_ref();
     let bytes =
@@ -121,7 +120,7 @@ pub fn read<F: Float>(path: impl AsRef<Path>, prefix: &str) -> Result<Vec<(Strin
     tensors(&path.display().to_string(), &bytes, prefix)
 }
 
-/// [`read`] from the contents of a file.
+/// Like [`read`], but from the contents of a file.
 ///
 /// # Errors
 /// As [`read`].
@@ -133,7 +132,7 @@ fn file(what: impl ToString, expected: &'static str, actual: impl ToString) -> E
     Error::File { what: what.to_string(), expected, actual: actual.to_string() }
 }
 
-/// A parameter or buffer as the file holds it.
+/// A parameter or buffer as stored in the file.
 struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -168,22 +167,22 @@ impl View for Tensor {
     }
 }
 
-/// The tensors behind a prefix; errors say that `source` is wrong.
+/// Returns the tensors with a prefix; errors name `source`.
 fn tensors<F: Float>(source: &str, bytes: &[u8], prefix: &str) -> Result<Vec<(String, ArrayD<F>)>> {
-    let (metadata, data) = split(bytes)
-        .map_err(|actual| file(source, "the contents of a whole safetensors file", actual))?;
+    let (metadata, data) =
+        split(bytes).map_err(|actual| file(source, "a complete safetensors file", actual))?;
     let mut tensors = Vec::new();
     for name in metadata.offset_keys() {
         let (Some(key), Some(info)) = (name.strip_prefix(prefix), metadata.info(&name)) else {
             continue;
         };
         let refused = |expected, actual| file(format!("{source}: tensor {name}"), expected, actual);
-        // `Metadata` has checked that the tensors lie one after the other and that each has the bytes
-        // of its shape, and `split` that the last one ends with the data.
+        // `Metadata` has checked that the tensors are contiguous and that each has the bytes of its
+        // shape, and `split` that the last one ends with the data.
         let (start, end) = info.data_offsets;
         let values = decode(info.dtype, &data[start..end])
             .ok_or_else(|| refused("F64, F32, BF16 or F16", info.dtype.to_string()))?;
-        // Without elements, the other lengths of a shape may still be too large for `ndarray`.
+        // The shape of an empty tensor may still be too large for `ndarray`.
         let value = ArrayD::from_shape_vec(info.shape.as_slice(), values)
             .map_err(|_| refused("a shape that fits in memory", format!("{:?}", info.shape)))?;
         tensors.push((key.to_owned(), value));
@@ -191,27 +190,30 @@ fn tensors<F: Float>(source: &str, bytes: &[u8], prefix: &str) -> Result<Vec<(St
     Ok(tensors)
 }
 
-/// The header of a file and its data, or what is wrong with it.
+/// Returns the header of a file and its data, or a description of what is wrong.
 ///
-/// `SafeTensors::deserialize` does the same, but adds up the sizes unchecked and so panics in debug
-/// builds where the header claims nearly 2⁶⁴ bytes.
+/// `SafeTensors::deserialize` does the same, but adds the sizes without checks and so panics in debug
+/// builds if the header claims nearly 2⁶⁴ bytes.
 fn split(bytes: &[u8]) -> std::result::Result<(Metadata, &[u8]), String> {
     let (length, rest) =
         bytes.split_first_chunk().ok_or_else(|| format!("{} bytes", bytes.len()))?;
     let length = u64::from_le_bytes(*length);
     let (header, data) = (usize::try_from(length).ok().filter(|&length| length <= MAX_HEADER))
         .and_then(|length| rest.split_at_checked(length))
-        .ok_or_else(|| format!("a header of {length} bytes in a file of {}", bytes.len()))?;
+        .ok_or_else(|| format!("a header of {length} bytes in a file of {} bytes", bytes.len()))?;
     let metadata: Metadata =
-        serde_json::from_slice(header).map_err(|error| format!("a bad header: {error}"))?;
+        serde_json::from_slice(header).map_err(|error| format!("an invalid header: {error}"))?;
     let claimed = metadata.data_len();
     if claimed != data.len() {
-        return Err(format!("a header for {claimed} bytes of data before {}", data.len()));
+        return Err(format!(
+            "a header for {claimed} bytes of data, followed by {} bytes",
+            data.len()
+        ));
     }
     Ok((metadata, data))
 }
 
-/// The elements of a tensor, unless they are of a type that parameters never are.
+/// Returns the elements of a tensor; `None` for a type that parameters never have.
 fn decode<F: Float>(dtype: Dtype, data: &[u8]) -> Option<Vec<F>> {
     Some(match dtype {
         Dtype::F64 => elements(data, f64::from_le_bytes),
@@ -227,7 +229,7 @@ fn elements<F: Float, const N: usize>(data: &[u8], value: impl Fn([u8; N]) -> f6
     data.as_chunks().0.iter().map(|&bytes| F::from_f64(value(bytes))).collect()
 }
 
-/// The value of an IEEE half: 1 bit of sign, 5 of exponent, 10 of mantissa.
+/// Converts an IEEE half: 1 bit of sign, 5 of exponent, 10 of mantissa.
 fn half(bits: u16) -> f64 {
     let (exponent, mantissa) = (u64::from(bits >> 10 & 31), u64::from(bits & 1023));
     let size = match (exponent, mantissa) {

@@ -182,7 +182,7 @@ fn channels_that_are_missing_or_refused() {
         (inputs.positions("edge_gat").map(drop), "positions"),
         (inputs.latent("edge_gat").map(drop), "latent neighbours"),
     ] {
-        let words = format!("edge_gat needs {channel}: call `Inputs::with_");
+        let words = format!("edge_gat needs {channel}: set them with `Inputs::with_");
         refused(missing, &format!("MissingInput | {words}"));
     }
     let dropout = Dropout { probability: 0.5, seed: 0 };
@@ -466,7 +466,7 @@ fn outputs_and_gradients_of_other_shapes() {
                 result => refused(result, &format!("Shape | grads.{words}")),
             }
             if let Some(channel) = channel {
-                let words = format!("{name} needs {channel}: call `Inputs::with_");
+                let words = format!("{name} needs {channel}: set them with `Inputs::with_");
                 let result = backward(&suited(bare, Some(channel)));
                 refused(result, &format!("MissingInput | {words}"));
             }

@@ -507,7 +507,7 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     assert_eq!(plain(&gated(4)).gates(&inputs), Err(missing.clone()));
     assert_eq!(plain(&gated(4)).latent_neighbors(&inputs), Err(missing));
     let no_gates = plain(&linear(4, 4)).gates(&latent);
-    refused(no_gates, "InvalidArgument", &["fusion: expected a gated one"]);
+    refused(no_gates, "InvalidArgument", &["fusion: expected `Fusion::Gated`"]);
     let init = |config: &DualSpaceConfig| {
         config.init::<f64>(Flash::new(), Flash::new(), Flash::new(), &mut rng(1))
     };

@@ -363,7 +363,7 @@ fn configurations_that_contradict_themselves() {
             (config(score).key_dim(0), "InvalidArgument | key_dim | at least 1 | got 0"),
             (
                 config(score).residual(false).gate(true),
-                "InvalidArgument | gate | a residual to weigh | got none",
+                "InvalidArgument | gate | `residual(true)` | got no residual",
             ),
             (new(score, HUGE, 4, 2), "TooLarge | weight | , 2305843009213693951]"),
             (new(score, 5, HUGE, 9), "TooLarge | expected a size that fits in memory"),
@@ -385,7 +385,7 @@ fn configurations_that_contradict_themselves() {
     for score in [Score::Gat, Score::GatV2] {
         let shared = config(score).key_dim(3).share_weights(true);
         let expected =
-            "InvalidArgument | share_weights | false where key_dim = 3 differs | got true";
+            "InvalidArgument | share_weights | false, since key_dim = 3 differs | got true";
         refused(init(&shared), expected);
         init(&shared.key_dim(5).share_weights(true)).unwrap();
     }
@@ -426,7 +426,7 @@ fn inputs_that_do_not_fit_the_configuration() {
             ),
             (
                 bare,
-                "MissingInput | edge_gat needs edge features: call `Inputs::with_edge_features`",
+                "MissingInput | edge_gat needs edge features: set them with `Inputs::with_edge_features`",
             ),
             (full.with_bias(bias.view()).unwrap(), "Unsupported | edge_gat | an additive bias"),
             (dense(&heads).with_heads(2).unwrap(), "Unsupported | edge_gat | several heads"),

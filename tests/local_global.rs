@@ -547,12 +547,12 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
         assert!(matches!(refused, Err(Error::InvalidArgument { .. })));
     }
     let refused = gate(2, 2, boxed(Flash::new()))?.forward(&inputs).unwrap_err().to_string();
-    assert!(refused.contains("heads of the inputs, as of the gate"), "{refused}");
+    assert!(refused.contains("heads of the inputs, which must match the gate"), "{refused}");
     let refused = gate(3, 1, boxed(Flash::new()))?.forward(&inputs).unwrap_err();
     assert!(matches!(refused, Error::Shape { what, .. } if what == "query"));
     let wider = MultiHeadConfig::new(4, 1).output_dim(5).init(Flash::new(), &mut rng(14))?;
     let refused = gate(4, 1, boxed(wider))?.forward(&inputs).unwrap_err().to_string();
-    assert!(refused.contains("global (multi_head), as of local (flash)"), "{refused}");
+    assert!(refused.contains("global (multi_head), which must match local (flash)"), "{refused}");
     let gat = EdgeGatConfig::new(Score::Gat, 4, 4, 1).edge_dim(2).init(&mut rng(15))?;
     let refused = gate(4, 1, boxed(gat))?.forward(&inputs).unwrap_err().to_string();
     assert!(refused.starts_with("global (edge_gat) needs edge features"), "{refused}");

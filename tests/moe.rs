@@ -1365,7 +1365,7 @@ fn bad_calls_are_refused() {
     let wide = Inputs::dense(data.features.slice(s![..5, ..]), k, v).unwrap();
     refused(moe.route(&wide), "Shape | query | [5, 6] | [5, 3]");
     refused(moe.attention_weights(&bare), "NoWeights | moe");
-    refused(moe.set_noise(Some(1)), "InvalidArgument | noise | one without");
+    refused(moe.set_noise(Some(1)), "InvalidArgument | noise | without noise");
     assert!(moe.set_noise(None).is_ok());
     refused(moe.set_expert_bias(Array1::zeros(3)), "Shape | expert_bias | [4] | [3]");
     let infinite = array![0.0, f64::INFINITY, 0.0, 0.0];

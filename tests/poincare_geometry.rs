@@ -817,7 +817,7 @@ fn bad_input() {
     let off = Error::Domain { what: "point".into(), row: 0, norm: 3.0, limit: 3.0 };
     assert_eq!(from_lorentz(&[2.0, 0.0, 3.0], 1.0, &mut two), Err(off));
 
-    let expected = "a number from 4 ε to 1, without 1";
+    let expected = "a number from 4 ε to below 1";
     for (margin, text) in [(0.0, "0"), (1.0, "1"), (-0.5, "-0.5"), (f64::NAN, "NaN")] {
         let refused = project(&x, 1.0, margin, &mut two);
         assert_eq!(refused, Err(config("margin", expected, text)));

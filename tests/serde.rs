@@ -336,9 +336,9 @@ fn corrupt_graphs_are_refused() {
         ("indices", json!([1, -2, 0]), "invalid value: integer `-2`, expected u32"),
         ("indices", json!([1, 2]), "graph: offsets[2]: expected indices.len() = 2, got 3"),
         ("indices", json!({"0": 1}), "invalid type: map, expected a sequence"),
-        ("edge_ids", json!([1, 0]), "graph: edge_ids: expected one a slot, 3, got 2"),
-        ("edge_ids", json!([1, 0, 2, 3]), "graph: edge_ids: expected one a slot, 3, got 4"),
-        ("edge_ids", json!([]), "graph: edge_ids: expected one a slot, 3, got 0"),
+        ("edge_ids", json!([1, 0]), "graph: edge_ids: expected one per slot, 3, got 2"),
+        ("edge_ids", json!([1, 0, 2, 3]), "graph: edge_ids: expected one per slot, 3, got 4"),
+        ("edge_ids", json!([]), "graph: edge_ids: expected one per slot, 3, got 0"),
         (
             "edge_ids",
             json!([1, 0, 3]),

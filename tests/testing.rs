@@ -318,21 +318,21 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.value().sum()), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * distances(x)), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * features(x)), "the data of hidden pairs"),
-    (Adds(|x, _, grads| add(&mut grads.query, 0.0 * x.key().sum())), "keys that nobody sees"),
-    (Adds(|x, _, grads| add(&mut grads.key, 0.0 * x.key().sum())), "keys that nobody sees"),
-    (Adds(|x, _, grads| add(&mut grads.value, 0.0 * x.key().sum())), "keys that nobody sees"),
-    (Adds(|_, _, grads| add(&mut grads.value, 1e-9)), "keys that nobody sees have zero gradients"),
+    (Adds(|x, _, grads| add(&mut grads.query, 0.0 * x.key().sum())), "unseen keys"),
+    (Adds(|x, _, grads| add(&mut grads.key, 0.0 * x.key().sum())), "unseen keys"),
+    (Adds(|x, _, grads| add(&mut grads.value, 0.0 * x.key().sum())), "unseen keys"),
+    (Adds(|_, _, grads| add(&mut grads.value, 1e-9)), "unseen keys have zero gradients"),
     (
         Adds(|x, _, g| g.distances.iter_mut().for_each(|grad| *grad += 0.0 * distances(x))),
-        "keys that nobody",
+        "unseen keys",
     ),
     (
         Adds(|x, _, g| g.edge_features.iter_mut().for_each(|grad| *grad += 0.0 * features(x))),
-        "keys that nobody",
+        "unseen keys",
     ),
     (
         Adds(|x, _, g| g.bias.iter_mut().for_each(|grad| *grad += 0.0 * x.key().sum())),
-        "keys that nobody",
+        "unseen keys",
     ),
     (Reads(|_, [_, key, value]| [key, value].into_iter().for_each(nan_to_zero)), "NaN in a key"),
     (Computes(|x, _, out| *out += 0.0 * x.key().first().unwrap_or(&0.0)), "NaN in a key and"),
@@ -347,13 +347,13 @@ const FAULTS: &[(Fault, &str)] = &[
     (Weighs(weigh_hidden_pairs), "weights are non-negative, 0 for hidden pairs"),
     (
         Adds(|_, _, g| add(&mut g.bias, f64::from(u8::from(g.query.is_none())))),
-        "gradients that are not asked for",
+        "unwanted gradients may",
     ),
     (
         Adds(|_, _, grads| grads.query.iter_mut().for_each(|grad| grad.fill(0.0))),
         "gradients are added to what is there",
     ),
-    (NeedsEveryGradient, "gradients that are not asked for may be left out"),
+    (NeedsEveryGradient, "unwanted gradients may be None"),
     (Computes(read_values_in_empty_rows), "a query that sees no key reads none"),
     (Computes(|x, _, out| fill_empty_rows(x, out)), "a query that sees no key gets zeros"),
     (Adds(|x, grad_out, grads| add(&mut grads.value, leak(x, grad_out))), "gradients do not flow"),
@@ -369,7 +369,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Hides("grads.edge_features:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("grads.distances:"), "gradients of the wrong shape are Error::Shape"),
     (Hides("flash: expected the state"), "another mechanism's saved state"),
-    (Keeps(changing_name, "kept"), "parameters and buffers are visited in an order that never"),
+    (Keeps(changing_name, "kept"), "parameters and buffers are visited in a fixed order"),
 ];
 
 /// Another name each time.
@@ -379,7 +379,8 @@ fn changing_name() -> &'static str {
 }
 
 /// Faults of a mechanism with parameters.
-const NAME_FAULTS: &[(Fault, &str)] = &[(ShowsTwice, "each parameter and each buffer has a name")];
+const NAME_FAULTS: &[(Fault, &str)] =
+    &[(ShowsTwice, "all parameters and buffers have different names")];
 
 #[test]
 fn every_law_is_broken_by_a_fault() {
@@ -429,7 +430,7 @@ fn latent_neighbours_are_seen_where_they_are_read() {
     };
     assert_eq!(law(Shapes::new(3, 3, 3).reads_latent()), Ok(()));
     let unseen = law(Shapes::new(3, 3, 3)).unwrap_err();
-    assert!(unseen.starts_with("the data of hidden pairs and of keys"), "{unseen}");
+    assert!(unseen.starts_with("the data of hidden pairs and of unseen keys"), "{unseen}");
 }
 
 #[test]
@@ -454,7 +455,7 @@ fn every_gradient_is_compared() {
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),
         (Adds(|_, _, grads| grads.params[0] += 1e-5), "in_proj_weight,"),
         (Adds(|_, _, grads| grads.params[3] += 1e-5), "out_proj.bias,"),
-        (Fails(false), "wrong: expected"),
+        (Fails(false), "wrong has no attention weights"),
     ];
     for &(fault, array) in faults {
         let violation = check_gradients(&mut wrong(fault), &Shapes::new(2, 2, 2)).unwrap_err();
@@ -466,15 +467,15 @@ fn every_gradient_is_compared() {
 fn a_state_that_does_not_come_back_is_a_violation() {
     let shapes = Shapes::new(2, 2, 2);
     for (fault, law) in [
-        (Keeps(|| "kept", "other"), "the arrays that are lent for writing are those"),
-        (Forgets, "the arrays that are lent for writing are those"),
+        (Keeps(|| "kept", "other"), "the arrays visited for writing are those"),
+        (Forgets, "the arrays visited for writing are those"),
     ] {
         let violation = check_gradients(&mut Wrong(fault, Flash::new()), &shapes).unwrap_err();
         assert!(violation.law.starts_with(law), "{violation}");
     }
     let layer = MultiHeadConfig::new(2, 1).init(Flash::new(), &mut rng()).unwrap();
     let violation = check_gradients(&mut Wrong(ShowsTwice, layer), &shapes).unwrap_err();
-    assert_eq!(violation.law, "a state comes back", "{violation}");
+    assert_eq!(violation.law, "a saved state can be restored", "{violation}");
 }
 
 #[test]

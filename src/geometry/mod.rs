@@ -1,3 +1,3 @@
-//! Spaces of constant curvature, as pure functions with their vector–Jacobian products.
+//! Spaces of constant curvature: pure functions and their vector–Jacobian products.
 
 pub mod poincare;

@@ -1,13 +1,13 @@
 //! The Poincaré ball of curvature −c.
 //!
-//! Points are the vectors x with c|x|² < 1, and the metric at x is λ² times the Euclidean one, where
-//! λ = 2/(1 − c|x|²) is the [`conformal_factor`]. At c = 0 the ball is all of space, λ = 2, and every
-//! function here is its Euclidean limit, continuous in value and gradient, the derivative with
-//! respect to c included; only the Lorentz coordinates, which run off to infinity, need c > 0.
+//! Points are the vectors x with c|x|² < 1, and the metric at x is λ² times the Euclidean metric, where
+//! λ = 2/(1 − c|x|²) is the [`conformal_factor`]. At c = 0 the ball is the whole space, λ = 2, and every
+//! function is its Euclidean limit, with continuous value and gradient, including the derivative with
+//! respect to c; only the Lorentz coordinates, which diverge, need c > 0.
 //!
-//! Functions on slices and their vector–Jacobian products, all of one form. Outputs are
-//! overwritten; gradients of the arguments are added to; the derivative with respect to c is
-//! returned.
+//! The module has functions on slices and their vector–Jacobian products, which all work the same way:
+//! outputs are overwritten, gradients of the arguments are added to, and the derivative with respect to c
+//! is returned.
 //!
 //! ```
 //! use graph_attention::geometry::poincare::{distance, distance_vjp, exp_map, log_map};
@@ -26,24 +26,25 @@
 //! # Ok::<(), graph_attention::Error>(())
 //! ```
 //!
-//! # ErrorEstimate
+//! # Accuracy
 //!
-//! Everything is computed in `f64`, for `f32` too, so that `f32` only knows the rounding of its
-//! arguments and results. For `f64`:
+//! Everything is computed in `f64`, also for `f32`, whose only rounding errors are those of arguments and
+//! results. For `f64`:
 //!
-//! * 1 − c|x|², on which all depends near the boundary, is formed from exact products and sums and
-//!   so is right to an ulp for the point as given, up to the last `f64` inside the ball.
-//! * Differences of points are formed first and never as differences of norms: x ⊕ y, for one, is
-//!   written in x + y. So distances are right to some 10⁻¹⁵ of themselves for points 10⁻³⁰⁰ apart.
-//! * What remains is the condition of the problem: an ulp more in a coordinate moves a point by
-//!   ε/(1 − c|x|²), and no formula can know better.
+//! * 1 − c|x|², which matters most near the boundary, is computed from exact products and sums, so it is
+//!   accurate to an ulp for the given point, up to the last `f64` inside the ball.
+//! * Differences of points are computed first, never as differences of norms: x ⊕ y, for example, is
+//!   written in terms of x + y. Distances are accurate to a relative error of about 10⁻¹⁵, even for
+//!   points 10⁻³⁰⁰ apart.
+//! * The remaining error is the condition of the problem: changing a coordinate by an ulp moves a point
+//!   by ε/(1 − c|x|²), which no formula can avoid.
 //!
-//! A result that is a point is rounded to the nearest representable one. Where that lies on the
-//! boundary or past it, the result is a point inside instead, of all the nearest or at most twice as
-//! far. So every point that comes out can go in again, even if the true one lies nearer to the boundary
-//! than any number can say. The gradients are those of the functions themselves, not of their rounding.
-//! [`project`] keeps points away from the boundary by a margin, with a gradient that knows of it. A NaN
-//! among the arguments makes NaN, not an error.
+//! A result that is a point is rounded to the nearest representable point. If that is on or outside the
+//! boundary, the result is a point inside instead, either the nearest one or at most twice as far away.
+//! So every output point is a valid input, even if the exact point is closer to the boundary than any
+//! representable number. Gradients are those of the functions themselves, not of their rounding.
+//! [`project`] keeps points away from the boundary by a margin and has a matching gradient. A NaN in the
+//! arguments gives NaN, not an error.
 //!
 //! # Sources
 //!

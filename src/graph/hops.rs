@@ -4,15 +4,15 @@ use crate::float::{Float, try_vec, try_zeros};
 use ndarray::{Array1, Array2};
 
 impl Graph {
-    /// All pairs of different nodes at a distance of 1 to `k` edges, and that distance for each
-    /// pair (fit for [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)). The nodes of a row are
-    /// in order of distance. A node is at distance 0 from itself, so it is not in its own row.
+    /// Returns all pairs of different nodes at a distance of 1 to `k` edges, and the distance of each
+    /// pair (for [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)). The nodes of a row are
+    /// sorted by distance. A node is at distance 0 from itself, so it is not in its own row.
     ///
-    /// Breadth-first search from every node: O(n + the edges walked).
+    /// Uses a breadth-first search from every node: O(n + visited edges).
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
-    /// more than `u32::MAX` pairs.
+    /// [`Error::Graph`] if the numbers of queries and keys differ, or if there would be more than
+    /// `u32::MAX` pairs.
     pub fn k_hop(&self, k: u8) -> Result<(Self, Vec<u8>)> {
         let mut search = Search::new(self, "k_hop")?;
         let n = self.num_keys;
@@ -31,28 +31,29 @@ impl Graph {
         Ok((graph, hops))
     }
 
-    /// How many edges lead to every node from each set of anchors: n × sets, entry (i, a) for the
-    /// shortest way to node i from the nearest node of `anchors[a]`. Coordinates of the nodes, one
-    /// axis for each set (fit for [`Inputs::with_positions`](crate::Inputs::with_positions)).
+    /// Returns the number of edges from each set of anchors to every node, n × sets: entry (i, a) is the
+    /// length of the shortest path to node i from the nearest node in `anchors[a]`. These are coordinates
+    /// of the nodes, with one axis per set (for
+    /// [`Inputs::with_positions`](crate::Inputs::with_positions)).
     ///
     /// ```text
     /// hops[i, a] = min over s in anchors[a] of the number of edges from s to i
     /// ```
     ///
-    /// Ways follow the edges from query to key. For the ways *to* the anchors search the
-    /// [`transpose`](Self::transpose); in an undirected graph, which has every edge in both
-    /// directions, they are as long. Where there is no way the entry is `unreachable`: coordinates
-    /// must be real numbers, and only you know which one is far enough, so there is no default. Nodes
-    /// without a way are found by passing NaN or −1.
+    /// Paths follow the edges from query to key. For paths *to* the anchors use the
+    /// [`transpose`](Self::transpose); in an undirected graph, which has every edge in both directions,
+    /// they have the same length. If there is no path, the entry is `unreachable`: coordinates must be
+    /// real numbers, and only you know how far is far enough, so there is no default. Pass NaN or −1 to
+    /// find nodes without a path.
     ///
-    /// Breadth-first search from each set: O(sets · (n + edges)). In `f32` a number of hops above
-    /// 2²⁴ is rounded.
+    /// Uses a breadth-first search from each set: O(sets · (n + edges)). In `f32` more than 2²⁴ hops are
+    /// rounded.
     ///
     /// ```
     /// use graph_attention::{Graph, Inputs};
     /// use graph_attention::ndarray::{Array2, array};
     ///
-    /// // 0 – 1 – 2, and a node 3 apart from them.
+    /// // 0 – 1 – 2, and an isolated node 3.
     /// let path = Graph::from_edges(4, 4, [(0, 1), (1, 0), (1, 2), (2, 1)])?;
     /// // Two axes: hops from node 0, and hops from the nearer of nodes 2 and 3.
     /// let positions = path.hops_from(&[vec![0], vec![2, 3]], 9f32)?;
@@ -66,8 +67,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if an anchor is not
-    /// a node; [`Error::TooLarge`] if the result does not fit in memory.
+    /// [`Error::Graph`] if the numbers of queries and keys differ, or if an anchor is not a node;
+    /// [`Error::TooLarge`] if the result does not fit in memory.
     pub fn hops_from<F: Float, A: AsRef<[usize]>>(
         &self,
         anchors: &[A],
@@ -93,22 +94,22 @@ impl Graph {
         Ok(hops)
     }
 
-    /// The distance in this graph of every pair of another one over the same nodes: the number of
-    /// edges on the shortest way from the query to the key, 0 for a pair (i, i). In `pattern`'s
-    /// pair order (fit for [`Inputs::with_distances`](crate::Inputs::with_distances) of inputs on
-    /// `pattern`).
+    /// Returns the distance in this graph for every pair of `pattern`, a graph over the same nodes: the
+    /// number of edges on the shortest path from the query to the key, 0 for a pair (i, i). The distances
+    /// are in the pair order of `pattern` (for [`Inputs::with_distances`](crate::Inputs::with_distances)
+    /// of inputs on `pattern`).
     ///
-    /// Ways follow the edges from query to key. Where there is no way, or none of at most
-    /// `max_hops` edges, the distance is `unreachable`, as in [`hops_from`](Self::hops_from).
+    /// Paths follow the edges from query to key. If there is no path with at most `max_hops` edges, the
+    /// distance is `unreachable`, as in [`hops_from`](Self::hops_from).
     ///
-    /// Breadth-first search from every query that has pairs, until its keys are found: O(n + the
-    /// edges walked + (pairs · hops)).
+    /// Uses a breadth-first search from every query with pairs, until its keys are found:
+    /// O(n + visited edges + pairs · hops).
     ///
     /// ```
     /// use graph_attention::Graph;
     /// use graph_attention::ndarray::array;
     ///
-    /// // A ring of six nodes, in one direction; every node attends to itself and those beside it.
+    /// // A ring of six nodes, in one direction; every node attends to itself and the nodes next to it.
     /// let ring = Graph::from_edges(6, 6, (0..6).map(|i| (i, (i + 1) % 6)))?;
     /// let pattern = Graph::window(6, 1)?;
     /// let distances = ring.hop_distances(&pattern, 4, 10.0)?;
@@ -118,9 +119,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes; [`Error::Shape`] if
-    /// `pattern` is not over the same nodes; [`Error::TooLarge`] if the result does not fit in
-    /// memory.
+    /// [`Error::Graph`] if the numbers of queries and keys differ; [`Error::Shape`] if `pattern` is not
+    /// over the same nodes; [`Error::TooLarge`] if the result does not fit in memory.
     pub fn hop_distances<F: Float>(
         &self,
         pattern: &Graph,
@@ -149,11 +149,11 @@ impl Graph {
         Ok(distances.into())
     }
 
-    /// The level of every node, n × 1: the highest layer that one of its edges, out or in, is in; 0 for
-    /// a node without edges. Coordinates of the nodes of a hierarchy such as an HNSW index (fit for
-    /// [`Inputs::with_positions`](crate::Inputs::with_positions)), from the layers of its links. A node
-    /// that is alone in a layer has no link there, so at the top of an index this may be less than the
-    /// layer that the node was drawn for.
+    /// Returns the level of every node, n × 1: the highest layer of its edges, outgoing or incoming; 0
+    /// for a node without edges. These are coordinates of the nodes of a hierarchy such as an HNSW index
+    /// (for [`Inputs::with_positions`](crate::Inputs::with_positions)), derived from the layers of its
+    /// links. A node that is alone in a layer has no link there, so at the top of an index its level may
+    /// be lower than its layer in the index.
     ///
     /// O(n + edges).
     ///
@@ -161,7 +161,7 @@ impl Graph {
     /// use graph_attention::Graph;
     /// use graph_attention::ndarray::{Array2, array};
     ///
-    /// // Four nodes in a line, of which the first and the last are linked in layer 1 too.
+    /// // Four nodes in a line; the first and the last are also linked, in layer 1.
     /// let line = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3), (0, 3)])?;
     /// let levels: Array2<f32> = line.levels(&[0, 0, 0, 1])?;
     /// assert_eq!(levels, array![[1.0], [0.0], [0.0], [1.0]]);
@@ -169,8 +169,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes; [`Error::Shape`] if there
-    /// is not one layer per edge; [`Error::TooLarge`] if the result does not fit in memory.
+    /// [`Error::Graph`] if the numbers of queries and keys differ; [`Error::Shape`] if there is not one
+    /// layer per edge; [`Error::TooLarge`] if the result does not fit in memory.
     pub fn levels<F: Float>(&self, layers: &[u8]) -> Result<Array2<F>> {
         self.check_square("levels")?;
         check_shape("layers", &[self.num_edges()], &[layers.len()])?;
@@ -187,21 +187,21 @@ impl Graph {
     }
 }
 
-/// A breadth-first search along the edges from query to key, one hop at a time. Starting anew costs
-/// no more than what the last search reached.
+/// A breadth-first search along the edges from query to key, one hop at a time. Restarting takes time
+/// proportional to the nodes that the last search reached.
 struct Search<'a> {
     graph: &'a Graph,
-    /// The hops to every node, `UNSEEN` where it was not reached.
+    /// The number of hops to every node, `UNSEEN` if it was not reached.
     hops: Vec<u32>,
-    /// The nodes reached, in order of distance.
+    /// The reached nodes, in order of distance.
     reached: Vec<u32>,
-    /// Where those of the last hop start.
+    /// The start of the nodes reached by the last hop.
     frontier: usize,
-    /// The hops that were made.
+    /// The number of hops so far.
     distance: u32,
 }
 
-/// More hops than there can be: the shortest way visits no node twice.
+/// More hops than possible: a shortest path visits no node twice.
 const UNSEEN: u32 = u32::MAX;
 
 impl<'a> Search<'a> {
@@ -217,7 +217,7 @@ impl<'a> Search<'a> {
         sources.into_iter().for_each(|node| self.reach(node));
     }
 
-    /// One hop farther; the nodes that it reached.
+    /// Goes one hop farther and returns the nodes reached by it.
     fn step(&mut self) -> &[u32] {
         let last = self.frontier..self.reached.len();
         self.frontier = last.end;

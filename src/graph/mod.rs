@@ -15,37 +15,36 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Which keys each query attends to: a list of (query, key) pairs, grouped by query.
+/// The keys that each query attends to: a list of (query, key) pairs, grouped by query.
 ///
-/// An edge `(i, j)` reads "query i attends to key j". (PyG writes the same edge as a column of
-/// `edge_index` with source j and target i.) Queries and keys may be different node sets. Parallel
-/// edges stay distinct pairs, self-loops are ordinary edges and are never added silently, and a
-/// query without edges is fine.
+/// An edge `(i, j)` means "query i attends to key j". (In PyG the same edge is a column of `edge_index`
+/// with source j and target i.) Queries and keys may be different node sets. Parallel edges stay distinct
+/// pairs, self-loops are ordinary edges and are never added silently, and a query may have no edges.
 ///
-/// **Pair order.** Every per-edge array that goes in or comes out (edge features, distances,
-/// biases, weights, their gradients) has its rows in *the caller's edge order*: the order of the
-/// list given to [`from_edges`](Self::from_edges), or the order of the slots for
-/// [`from_csr`](Self::from_csr) and the pattern builders.
+/// **Pair order.** The rows of every per-edge array, input or output (edge features, distances, biases,
+/// weights, their gradients), are in *the caller's edge order*: the order of the list given to
+/// [`from_edges`](Self::from_edges), or the order of the slots for [`from_csr`](Self::from_csr) and the
+/// pattern builders.
 ///
-/// Stored as compressed sparse rows: `u32` keys, `usize` offsets, and, where the caller's order is
-/// not the order of the rows, one `u32` edge number per slot. A graph has at most `u32::MAX`
-/// queries, keys and edges.
+/// A graph is stored as compressed sparse rows: `u32` keys, `usize` offsets, and one `u32` edge number
+/// per slot if the caller's order differs from the order of the rows. It has at most `u32::MAX` queries,
+/// keys and edges.
 ///
 /// ```
 /// use graph_attention::Graph;
 ///
-/// // Two queries over three keys; the edges in no particular order.
+/// // Two queries over three keys; the edges are in no particular order.
 /// let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0)])?;
 /// // Query 1 attends to key 2 (edge 0) and key 0 (edge 2).
 /// assert_eq!(graph.row(1).collect::<Vec<_>>(), [(2, 0), (0, 2)]);
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 ///
-/// **Saving.** With the feature `serde` a graph is written as the slices that it is stored in, under the
-/// names [`num_keys`](Self::num_keys), [`offsets`](Self::offsets), [`indices`](Self::indices) and
-/// [`edge_ids`](Self::edge_ids), so that what is read is the same graph in the same pair order. What is
-/// read is checked as by [`from_csr`](Self::from_csr), and the edge numbers too, which may be left out:
-/// serde's error has the message of [`Error::Graph`].
+/// **Saving.** With the feature `serde` a graph is serialised as [`num_keys`](Self::num_keys),
+/// [`offsets`](Self::offsets), [`indices`](Self::indices) and [`edge_ids`](Self::edge_ids), so it is
+/// restored with the same pair order. Deserialisation checks everything, like
+/// [`from_csr`](Self::from_csr), including the edge numbers, which may be left out; serde's error has the
+/// message of [`Error::Graph`].
 #[derive(Clone)]
 #[cfg_attr(
     feature = "serde",
@@ -53,14 +52,14 @@ use std::sync::OnceLock;
     serde(try_from = "serde::Parts")
 )]
 pub struct Graph {
-    /// All keys of `indices` are below this.
+    /// All keys in `indices` are below this.
     num_keys: usize,
-    /// Row i is `indices[offsets[i]..offsets[i + 1]]`. Starts at 0, never falls, ends at
-    /// `indices.len()`, has one entry more than there are queries.
+    /// Row i is `indices[offsets[i]..offsets[i + 1]]`. Starts at 0, never decreases, ends at
+    /// `indices.len()`, and has one entry more than there are queries.
     offsets: Vec<usize>,
-    /// The key of every slot.
+    /// The key of each slot.
     indices: Vec<u32>,
-    /// The caller's edge number of every slot, a permutation; `None` is the identity.
+    /// The caller's edge number of each slot, a permutation; `None` is the identity.
     edge_ids: Option<Vec<u32>>,
     /// Computed on first use.
     #[cfg_attr(feature = "serde", serde(skip))]
@@ -73,18 +72,19 @@ pub struct Graph {
 pub enum LoopFill<F> {
     /// This value in every column.
     Value(F),
-    /// The mean over the node's other edges, those in which it is the query; 0 where it has none.
+    /// The mean over the node's other edges as a query; 0 if it has none.
     Mean,
 }
 
 impl Graph {
-    /// A graph from a list of `(query, key)` edges in any order, which becomes the pair order.
+    /// Creates a graph from a list of `(query, key)` edges. They can be in any order, which becomes the
+    /// pair order.
     ///
-    /// A stable counting sort: O(queries + edges) time and memory.
+    /// Uses a stable counting sort: O(queries + edges) time and memory.
     ///
     /// # Errors
-    /// [`Error::Graph`] if an edge names a query or key that does not exist, or if there are more
-    /// than `u32::MAX` queries, keys or edges.
+    /// [`Error::Graph`] if a query or key of an edge does not exist, or if there are more than `u32::MAX`
+    /// queries, keys or edges.
     pub fn from_edges(
         num_queries: usize,
         num_keys: usize,
@@ -116,12 +116,12 @@ impl Graph {
         })
     }
 
-    /// A graph from compressed sparse rows; the pair order is the order of `indices`.
+    /// Creates a graph from compressed sparse rows; the pair order is the order of `indices`.
     ///
     /// Query i attends to the keys `indices[offsets[i]..offsets[i + 1]]`.
     ///
     /// # Errors
-    /// [`Error::Graph`] if `offsets` is empty, does not start at 0, falls, or does not end at
+    /// [`Error::Graph`] if `offsets` is empty, does not start at 0, decreases, or does not end at
     /// `indices.len()`; if an index is not below `num_keys`; or if there are more than `u32::MAX`
     /// queries, keys or edges.
     pub fn from_csr(num_keys: usize, offsets: Vec<usize>, indices: Vec<u32>) -> Result<Self> {
@@ -151,7 +151,8 @@ impl Graph {
         Ok(Self { num_keys, offsets, indices, edge_ids: None, transposed: OnceLock::new() })
     }
 
-    /// The pairs that are `true` in a `num_queries × num_keys` mask, in row-major order.
+    /// Creates a graph from the pairs that are `true` in a `num_queries × num_keys` mask, in row-major
+    /// order.
     ///
     /// # Errors
     /// [`Error::Graph`] if there are more than `u32::MAX` queries, keys or pairs.
@@ -164,9 +165,9 @@ impl Graph {
         })
     }
 
-    /// Several graphs as one, without edges between them: the batching of this crate, which has no
-    /// batch axis. Concatenate the rows of queries, keys and values, and the per-edge arrays, in
-    /// the same order.
+    /// Combines several graphs into one, without edges between them. Use it for batches, because this
+    /// crate has no batch axis. Concatenate the rows of queries, keys and values, and the per-edge
+    /// arrays, in the same order.
     ///
     /// # Errors
     /// [`Error::Graph`] if the sum of queries, keys or edges exceeds `u32::MAX`.
@@ -201,55 +202,56 @@ impl Graph {
         })
     }
 
-    /// The number of queries.
+    /// Returns the number of queries.
     #[must_use]
     pub fn num_queries(&self) -> usize {
         self.offsets.len() - 1
     }
 
-    /// The number of keys.
+    /// Returns the number of keys.
     #[must_use]
     pub fn num_keys(&self) -> usize {
         self.num_keys
     }
 
-    /// The number of edges, that is of (query, key) pairs.
+    /// Returns the number of edges, which are the (query, key) pairs.
     #[must_use]
     pub fn num_edges(&self) -> usize {
         self.indices.len()
     }
 
-    /// The offsets of the rows into [`indices`](Self::indices): one entry more than queries.
+    /// Returns the offsets of the rows in [`indices`](Self::indices): one more entry than there are
+    /// queries.
     #[must_use]
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
 
-    /// The keys of all rows, one after the other.
+    /// Returns the keys of all rows, concatenated.
     #[must_use]
     pub fn indices(&self) -> &[u32] {
         &self.indices
     }
 
-    /// The caller's edge number of each entry of [`indices`](Self::indices); `None` where it is
-    /// the entry's own position.
+    /// Returns the caller's edge number of each entry of [`indices`](Self::indices); `None` if each edge
+    /// number is the position of the entry.
     #[must_use]
     pub fn edge_ids(&self) -> Option<&[u32]> {
         self.edge_ids.as_deref()
     }
 
-    /// The keys that a query attends to; empty for a query that does not exist.
+    /// Returns the keys that a query attends to; empty for a query that does not exist.
     #[must_use]
     pub fn neighbors(&self, query: usize) -> &[u32] {
         &self.indices[self.slots(query)]
     }
 
-    /// The `(key, edge number)` of each edge of a query; empty for a query that does not exist.
+    /// Iterates over the edges of a query as `(key, edge number)`; empty for a query that does not exist.
     pub fn row(&self, query: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
         self.slots(query).map(|slot| (self.indices[slot] as usize, self.edge_id(slot)))
     }
 
-    /// The slots of a query's row.
+    /// Returns the slots of a query's row.
     pub(crate) fn slots(&self, query: usize) -> Range<usize> {
         match self.offsets.get(query..) {
             Some(&[start, end, ..]) => start..end,
@@ -257,22 +259,22 @@ impl Graph {
         }
     }
 
-    /// The key of a slot.
+    /// Returns the key of a slot.
     #[inline]
     pub(crate) fn key(&self, slot: usize) -> usize {
         self.indices[slot] as usize
     }
 
-    /// The caller's edge number of a slot.
+    /// Returns the caller's edge number of a slot.
     #[inline]
     pub(crate) fn edge_id(&self, slot: usize) -> usize {
         self.edge_ids.as_ref().map_or(slot, |ids| ids[slot] as usize)
     }
 
-    /// The same edges with queries and keys exchanged: row j lists the queries that attend to key
-    /// j, in ascending order. Edge numbers are kept, so per-edge arrays serve both directions.
+    /// Returns the same edges with queries and keys exchanged: row j lists the queries that attend to key
+    /// j, in ascending order. Edge numbers stay the same, so per-edge arrays fit both directions.
     ///
-    /// Computed once, on first use, in O(queries + keys + edges) time and memory, and kept.
+    /// Computed on first use, in O(queries + keys + edges) time and memory, and cached.
     #[must_use]
     pub fn transpose(&self) -> &Graph {
         self.transposed.get_or_init(|| {
@@ -293,26 +295,26 @@ impl Graph {
         })
     }
 
-    /// Every node with exactly one self-loop: existing loops are removed, then n new ones are
-    /// appended after the remaining edges (which keep their order), node by node. This is what PyG's
-    /// graph convolutions do inside; here it is done once, and seen.
+    /// Returns the graph with exactly one self-loop per node: existing loops are removed, then n new ones
+    /// are appended after the remaining edges (which keep their order), node by node. PyG's graph
+    /// convolutions do this inside; here it is done once and explicitly.
     ///
-    /// Where sources and targets are two sets of nodes there are no self-loops, and this is an
-    /// error. (PyG takes nodes of equal number for one node there, adds a loop for as many as both
-    /// sides have, and with the fill rule of the mean fails on edges to the other targets.)
+    /// If sources and targets are different node sets there are no self-loops, and this is an error. (PyG
+    /// then treats nodes with equal numbers as the same node, adds loops up to the smaller number of
+    /// nodes, and, with the mean as fill value, fails on edges to the other targets.)
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes, or if there would be
-    /// more than `u32::MAX` edges.
+    /// [`Error::Graph`] if the numbers of queries and keys differ, or if there would be more than
+    /// `u32::MAX` edges.
     pub fn with_self_loops(&self) -> Result<Self> {
         Ok(self.replace_self_loops()?.0)
     }
 
-    /// [`with_self_loops`](Self::with_self_loops) for a graph with edge features: also returns the
-    /// features of the new edges, in the new pair order.
+    /// Like [`with_self_loops`](Self::with_self_loops), but for a graph with edge features: also returns
+    /// the features of the new edges, in the new pair order.
     ///
     /// # Errors
-    /// As [`with_self_loops`](Self::with_self_loops); [`Error::Shape`] if `features` has not one
+    /// As [`with_self_loops`](Self::with_self_loops); [`Error::Shape`] if `features` does not have one
     /// row per edge.
     pub fn with_self_loops_and_features<F: Float>(
         &self,
@@ -341,7 +343,7 @@ impl Graph {
         Ok((graph, filled))
     }
 
-    /// The graph with new self-loops, and the old edge numbers of the edges that were kept.
+    /// Returns the graph with new self-loops, and the old edge numbers of the remaining edges.
     fn replace_self_loops(&self) -> Result<(Self, Vec<usize>)> {
         self.check_square("with_self_loops")?;
         let n = self.num_keys;
@@ -357,8 +359,8 @@ impl Graph {
         Ok((Self::from_edges(n, n, edges)?, kept))
     }
 
-    /// The rows of some queries, in the given order, and for each edge of the result its number in
-    /// `self`, with which per-edge arrays are gathered. A query may be named more than once.
+    /// Returns the rows of some queries, in the given order, and the number in `self` of each edge of the
+    /// result, to gather per-edge arrays with. A query may appear more than once.
     ///
     /// # Errors
     /// [`Error::Graph`] if a query does not exist, or if there would be more than `u32::MAX`
@@ -383,8 +385,7 @@ impl Graph {
         Ok((graph, edges))
     }
 
-    /// The edges that `keep` is true of, given query, key and edge number, and the numbers that they
-    /// have in `self`.
+    /// Returns the edges for which `keep(query, key, edge number)` is true, and their numbers in `self`.
     pub(crate) fn select_edges(
         &self,
         keep: impl Fn(usize, usize, usize) -> bool,
@@ -399,8 +400,8 @@ impl Graph {
         Ok((graph, edges))
     }
 
-    /// A graph row by row: `fill` appends the keys of a query to the list of all keys, `num_edges`
-    /// in the end where that is known, else 0.
+    /// Builds a graph row by row: `fill` appends the keys of a query to the list of all keys. `num_edges`
+    /// is their final number if known, else 0.
     fn from_rows(
         num_queries: usize,
         num_keys: usize,
@@ -423,12 +424,12 @@ impl Graph {
         if self.num_queries() == self.num_keys {
             return Ok(());
         }
-        let expected = format!("one node set, as many queries as {} keys", self.num_keys);
+        let expected = format!("one node set, with as many queries as {} keys", self.num_keys);
         Err(Error::graph(what, expected, format!("{} queries", self.num_queries())))
     }
 }
 
-/// The edges and their order; whether the transpose is already there makes no difference.
+/// Compares the edges and their order, but not whether the transpose is cached.
 impl PartialEq for Graph {
     fn eq(&self, other: &Self) -> bool {
         self.num_keys == other.num_keys
@@ -438,7 +439,7 @@ impl PartialEq for Graph {
     }
 }
 
-/// The sizes and whether edges are permuted, not the edges: graphs are large.
+/// Shows the sizes and whether edges are permuted, but not the edges, because graphs are large.
 impl fmt::Debug for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Graph")
@@ -458,7 +459,7 @@ fn check_sizes(num_queries: usize, num_keys: usize) -> Result<()> {
     Ok(())
 }
 
-/// An empty list with room for so many entries.
+/// Returns an empty list with capacity for `len` entries.
 fn reserved<T>(len: usize) -> Result<Vec<T>> {
     let mut list = Vec::new();
     list.try_reserve_exact(len).map_err(|_| too_large(len))?;
@@ -476,8 +477,8 @@ fn check_num_edges(num_edges: usize) -> Result<()> {
     Ok(())
 }
 
-/// Stable counting sort of items by row. `offsets`, zeros of length `rows + 1`, comes back as the
-/// rows' offsets, with the items' numbers in row order.
+/// Sorts items by row with a stable counting sort. `offsets`, zeros of length `rows + 1`, becomes the
+/// offsets of the rows; returns the items' numbers in row order.
 fn counting_sort(
     mut offsets: Vec<usize>,
     row_of_item: impl ExactSizeIterator<Item = u32> + Clone,

@@ -5,8 +5,8 @@ use rand::seq::SliceRandom;
 use rand::{Rng, RngExt};
 
 impl Graph {
-    /// The sliding window of Longformer (Beltagy et al. 2020, 2004.05150) over n nodes in a line:
-    /// node i attends to all j with |i − j| ≤ `radius`, itself included.
+    /// Creates the sliding window of Longformer (Beltagy et al. 2020, 2004.05150) over n nodes in a line:
+    /// node i attends to all j with |i − j| ≤ `radius`, including itself.
     ///
     /// # Errors
     /// [`Error::Graph`] if there are more than `u32::MAX` nodes or pairs.
@@ -14,10 +14,11 @@ impl Graph {
         Self::local_global(n, radius, &[])
     }
 
-    /// A window and global nodes (Longformer, 2004.05150; BigBird, 2007.14062): the pairs (i, j)
-    /// with |i − j| ≤ `radius`, or i global, or j global. Each pair once, keys ascending.
+    /// Creates a window with global nodes (Longformer, 2004.05150; BigBird, 2007.14062): the pairs (i, j)
+    /// with
+    /// |i − j| ≤ `radius`, or i global, or j global. Each pair appears once, keys are ascending.
     ///
-    /// Repeated entries in `globals` count once. O(n + pairs).
+    /// Duplicates in `globals` count once. O(n + pairs).
     ///
     /// # Errors
     /// [`Error::Graph`] if a global node is not below n, or if there are more than `u32::MAX` nodes
@@ -58,25 +59,24 @@ impl Graph {
         })
     }
 
-    /// A random regular graph: every node has `degree` neighbours, drawn without regard to any
-    /// structure, so that a few steps lead from every node to every other. The long-range edges of
-    /// Exphormer (Shirzad et al. 2023, 2303.06147). [`spectral_gap`](Self::spectral_gap) measures
-    /// how good an expander it is: for `degree` ≥ 3 nearly always nearly the best there is, a gap of
-    /// 1 − 2√(degree − 1) / degree (Friedman 2008, cs/0405020). Degrees of 0, 1 and 2 are allowed,
-    /// but those graphs fall into pieces or are rings.
+    /// Creates a random regular graph: every node has `degree` random neighbours, so a few steps lead
+    /// from every node to every other. These are the long-range edges of Exphormer (Shirzad et al. 2023, 2303.06147).
+    /// [`spectral_gap`](Self::spectral_gap) measures how good an expander it is: for `degree` ≥ 3 the gap
+    /// is nearly always close to the optimum 1 − 2√(degree − 1) / degree (Friedman 2008, cs/0405020).
+    /// Degrees of 0, 1 and 2 are allowed, but give disconnected graphs or rings.
     ///
-    /// The graph is undirected and simple: (i, j) and (j, i) are both there, each once, and no node
-    /// is its own neighbour. Row after row, keys ascending.
+    /// The graph is undirected and simple: it has both (i, j) and (j, i), each once, and no self-loops.
+    /// Pairs are ordered row by row, keys ascending.
     ///
-    /// **Distribution.** Half-edges are paired at random; every loop and double edge is undone by a
-    /// switch with another edge, u–v and x–y becoming u–x and v–y; at last every half-edge tries a
-    /// switch with one at random. (Pairing and switches as in McKay & Wormald 1990, Journal
-    /// of Algorithms 11, but without their rejection.) These last switches leave the uniform
-    /// distribution over all simple regular graphs as it is and bring every other one nearer to it,
-    /// so the graph is close to uniform, but not exactly. For a degree of n / 2 or more it is the
-    /// complement that is drawn so. The same numbers from `rng` give the same graph.
+    /// **Distribution.** Half-edges are paired at random. Every loop and double edge is then removed by a
+    /// switch with another edge, which replaces u–v and x–y by u–x and v–y. Finally every half-edge tries
+    /// a switch with a random one. (Pairing and switches are as in McKay & Wormald 1990, Journal of
+    /// Algorithms 11, but without rejection.) The final switches preserve the uniform distribution over
+    /// all simple regular graphs and move every other distribution closer to it, so the graph is close to
+    /// uniform, but not exactly uniform. For degrees of n / 2 or more the complement is drawn instead.
+    /// The same numbers from `rng` give the same graph.
     ///
-    /// O(n · degree²), and O(n²) more for degrees above (n − 1) / 2.
+    /// O(n · degree²), plus O(n²) for degrees above (n − 1) / 2.
     ///
     /// ```
     /// use graph_attention::Graph;
@@ -85,13 +85,14 @@ impl Graph {
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     /// let expander = Graph::expander(100, 4, &mut rng)?;
     /// assert!((0..100).all(|node| expander.neighbors(node).len() == 4));
-    /// assert!(expander.spectral_gap()? > 0.1); // the best there is: about 0.134
+    /// assert!(expander.spectral_gap()? > 0.1); // the optimum is about 0.134
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there is no such graph, because there are not `degree` other nodes
-    /// or n · `degree` is odd; [`Error::Graph`] if there would be more than `u32::MAX` nodes or pairs.
+    /// [`Error::InvalidArgument`] if no such graph exists, because there are fewer than `degree` other
+    /// nodes or n · `degree` is odd; [`Error::Graph`] if there would be more than `u32::MAX` nodes or
+    /// pairs.
     pub fn expander(n: usize, degree: usize, rng: &mut (impl Rng + ?Sized)) -> Result<Self> {
         check_sizes(n, n)?;
         let others = n.saturating_sub(1);
@@ -123,9 +124,10 @@ impl Graph {
         })
     }
 
-    /// Several patterns as one: every pair that some graph has, once, and for each pair the number
-    /// of the first graph that has it (fit for [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)).
-    /// **Pair order:** row after row, keys ascending, whatever the order in the graphs.
+    /// Combines several patterns: returns every pair of any of the graphs once, and for each pair the
+    /// number of the first graph that has it (for
+    /// [`Inputs::with_edge_layers`](crate::Inputs::with_edge_layers)). **Pair order:** row by row, keys
+    /// ascending, whatever the order in the graphs.
     ///
     /// O(edges · log edges of a row).
     ///
@@ -134,13 +136,13 @@ impl Graph {
     /// use graph_attention::ndarray::Array2;
     /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     ///
-    /// // The sparse pattern of Exphormer and BigBird: near, global, and far at random.
+    /// // The sparse pattern of Exphormer and BigBird: nearby, global, and random distant nodes.
     /// let near = Graph::window(50, 1)?;
     /// let global = Graph::local_global(50, 0, &[0])?;
     /// let far = Graph::expander(50, 4, &mut Xoshiro256PlusPlus::seed_from_u64(1))?;
     /// let (graph, layers) = Graph::union(&[&near, &global, &far])?;
     /// assert_eq!(graph.neighbors(0).len(), 50);
-    /// assert_eq!(layers[..4], [0, 0, 1, 1]); // of the pairs (0, 0), (0, 1), (0, 2), (0, 3)
+    /// assert_eq!(layers[..4], [0, 0, 1, 1]); // for the pairs (0, 0), (0, 1), (0, 2), (0, 3)
     ///
     /// let x = Array2::<f32>::zeros((50, 8));
     /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&layers)?;
@@ -149,9 +151,9 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there are no graphs or more than 256; [`Error::Shape`] if they are
-    /// not all over as many queries and keys as the first; [`Error::Graph`] if there would be more
-    /// than `u32::MAX` pairs.
+    /// [`Error::InvalidArgument`] if there are no graphs or more than 256; [`Error::Shape`] if they do
+    /// not all have as many queries and keys as the first; [`Error::Graph`] if there would be more than
+    /// `u32::MAX` pairs.
     pub fn union(graphs: &[&Graph]) -> Result<(Self, Vec<u8>)> {
         let first = match graphs {
             [first, ..] if graphs.len() <= 256 => first,
@@ -168,7 +170,7 @@ impl Graph {
             for (layer, graph) in (0..=u8::MAX).zip(graphs) {
                 pairs.extend(graph.neighbors(query).iter().map(|&key| (key, layer)));
             }
-            // Of the pairs with one key the one of the first graph comes first, and stays.
+            // Among pairs with the same key, the pair of the first graph comes first and is kept.
             pairs.sort_unstable();
             pairs.dedup_by_key(|pair| pair.0);
             row.extend(pairs.iter().map(|pair| pair.0));
@@ -178,11 +180,11 @@ impl Graph {
     }
 }
 
-/// An undirected regular graph as a pairing of half-edges, of which node i has those from
-/// i · degree to (i + 1) · degree − 1.
+/// An undirected regular graph as a pairing of half-edges. Node i has the half-edges from i · degree to
+/// (i + 1) · degree − 1.
 struct HalfEdges {
     degree: u32,
-    /// The other half of each; an involution.
+    /// The other half of each half-edge; an involution.
     other: Vec<u32>,
 }
 
@@ -200,11 +202,11 @@ impl HalfEdges {
         }
         let mut halves = Self { degree: degree as u32, other };
 
-        // There always is a switch that undoes a loop or double edge at u–v: of the n · degree ways
-        // to name an edge x–y with an x to start from, the neighbours of u and u itself, which are
-        // no more than `degree` nodes since one of them counts twice, rule out degree² as the x,
-        // and those of v as many as the y. And every switch leaves fewer loops and surplus copies,
-        // so this ends, whatever the numbers from `rng`.
+        // There is always a switch that removes a loop or double edge at u–v. There are n · degree ways
+        // to choose an edge x–y with its start x. The neighbours of u and u itself, which are at most
+        // `degree` nodes because one of them counts twice, exclude degree² of them as x, and those of v
+        // as many as y. Every switch reduces the number of loops and surplus copies, so this ends for any
+        // numbers from `rng`.
         for half in 0..len as u32 {
             while halves.is_bad(half) {
                 let mut with = rng.random_range(0..len as u32);
@@ -213,7 +215,7 @@ impl HalfEdges {
                 }
             }
         }
-        // From both halves of each edge, or the way back would be less likely than the way there.
+        // From both halves of each edge, otherwise switching back would be less likely than switching.
         for half in 0..len as u32 {
             halves.switch(half, rng.random_range(0..len as u32));
         }
@@ -236,8 +238,8 @@ impl HalfEdges {
         u == v || self.neighbors(u).filter(|&neighbor| neighbor == v).count() > 1
     }
 
-    /// Makes u–v and x–y, given as the halves at u and x, into u–x and v–y, if neither is a loop or
-    /// is there already. Returns whether it did.
+    /// Replaces u–v and x–y, given as the halves at u and x, by u–x and v–y, if neither is a loop or
+    /// exists already. Returns whether it did.
     fn switch(&mut self, u: u32, x: u32) -> bool {
         let (v, y) = (self.other[u as usize], self.other[x as usize]);
         let fits = |a: u32, b: u32| {

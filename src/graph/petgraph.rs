@@ -3,22 +3,22 @@ use crate::error::Result;
 use ::petgraph::visit::{EdgeIndexable, EdgeRef, GraphProp, IntoEdgeReferences, NodeIndexable};
 
 impl Graph {
-    /// The edges of a graph of the crate `petgraph`, and for each pair the edge that it comes from,
-    /// with which per-edge arrays are gathered. Behind the feature `petgraph`.
+    /// Creates a graph from a graph of the crate `petgraph`. Also returns the original edge of each pair,
+    /// to gather per-edge arrays with. Requires the feature `petgraph`.
     ///
-    /// **Direction.** What nodes know flows along the edges, as in PyG: the edge `a → b` lets node b
-    /// attend to node a, so its target is the query. For nodes that attend to those that their edges
-    /// point to, pass [`Reversed(&graph)`](::petgraph::visit::Reversed). In an undirected graph an edge
-    /// is two neighbouring pairs, one for each direction, and a self-loop one.
+    /// **Direction.** Information flows along the edges, as in PyG: the edge `a → b` lets node b attend
+    /// to node a, so its target is the query. If nodes should attend to the targets of their edges, pass
+    /// [`Reversed(&graph)`](::petgraph::visit::Reversed). An edge of an undirected graph becomes two
+    /// consecutive pairs, one for each direction, and a self-loop becomes one pair.
     ///
-    /// **Numbers.** Rows of queries and keys are the indices of the nodes, and pairs are in the order of
-    /// [`edge_references`](IntoEdgeReferences::edge_references); so in a directed `petgraph::Graph` pair
-    /// p is edge p. The number of a node that has been removed from a `StableGraph` stays, in no pair, if
-    /// nodes with greater numbers are left: as a query it gets zeros. Nodes of a `GraphMap` are numbered
-    /// as its `nodes` lists them.
+    /// **Numbers.** Rows of queries and keys are the node indices, and pairs are in the order of
+    /// [`edge_references`](IntoEdgeReferences::edge_references), so in a directed `petgraph::Graph` pair
+    /// p is edge p. A node removed from a `StableGraph` keeps its number, without pairs, if there are
+    /// nodes with larger numbers: as a query it gets zeros. Nodes of a `GraphMap` are numbered in the
+    /// order of `nodes`.
     ///
-    /// It takes `&Graph`, `&StableGraph` and `&GraphMap`, and the views of them in `petgraph::visit`.
-    /// O(nodes + edges).
+    /// Accepts `&Graph`, `&StableGraph` and `&GraphMap`, and their views in `petgraph::visit`. O(nodes +
+    /// edges).
     ///
     /// ```
     /// use graph_attention::{Attention, EdgeRope, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};

@@ -2,7 +2,7 @@ use super::Graph;
 use crate::error::{Error, Result};
 use ::serde::Deserialize;
 
-/// A [`Graph`] as it is written, of which nothing has been checked.
+/// The serialised form of a [`Graph`], not yet validated.
 #[derive(Deserialize)]
 #[serde(rename = "Graph", expecting = "a graph", deny_unknown_fields)]
 pub(super) struct Parts {
@@ -20,7 +20,7 @@ impl TryFrom<Parts> for Graph {
         let Some(edge_ids) = parts.edge_ids else { return Ok(graph) };
         let num_edges = graph.num_edges();
         if edge_ids.len() != num_edges {
-            let expected = format!("one a slot, {num_edges}");
+            let expected = format!("one per slot, {num_edges}");
             return Err(Error::graph("edge_ids", expected, edge_ids.len()));
         }
         let mut seen = vec![false; num_edges];

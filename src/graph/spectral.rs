@@ -12,25 +12,24 @@ use nalgebra::{DMatrix, SymmetricEigen};
 use ndarray::{Array2, ArrayView1};
 
 impl Graph {
-    /// How good an expander an undirected graph is: how much of every difference between its nodes
-    /// a step of the random walk wipes out, at the least.
+    /// Computes the spectral gap of an undirected graph, which measures how good an expander it is: every
+    /// step of the random walk removes at least this fraction of any difference between its nodes.
     ///
     /// ```text
     /// 1 − max(|μ₂|, |μ_n|),   1 = μ₁ ≥ μ₂ ≥ … ≥ μ_n ≥ −1 the eigenvalues of D^(−1/2) A D^(−1/2)
     /// ```
     ///
-    /// A counts the edges between nodes (a self-loop once) and D the edges of a node. In a regular
-    /// graph of degree d the eigenvalues are those of A divided by d, and the gap is the 1 − ε of an
-    /// ε-expander, which Exphormer asks for (Shirzad et al. 2023, 2303.06147): max(|λ₂|, |λ_n|) ≤ ε d.
-    /// No large one has much more than 1 − 2√(d − 1) / d (Alon & Boppana; Nilli 1991,
-    /// 10.1016/0012-365X(91)90112-F). It is 0 for a graph in pieces and for a bipartite one, in which
-    /// the walk never settles, and 1 for the complete graph with self-loops.
+    /// A counts the edges between nodes (a self-loop once) and D the edges of a node. For a regular graph
+    /// of degree d the μ are the eigenvalues λ of A divided by d, and the gap is the 1 − ε of the
+    /// ε-expanders in Exphormer (Shirzad et al. 2023, 2303.06147): max(|λ₂|, |λ_n|) ≤ ε d. The gap of a
+    /// large regular graph is not much more than 1 − 2√(d − 1) / d (Alon & Boppana; Nilli 1991, 10.1016/0012-365X(91)90112-F).
+    /// It is 0 for a disconnected graph and for a bipartite graph, on which the walk never converges, and
+    /// 1 for the complete graph with self-loops.
     ///
-    /// By Lanczos' method, to about nine digits after the point. O(n + edges) a step and O(n) memory;
-    /// some hundreds of steps for an expander of 100,000 nodes, about as many as nodes for graphs
-    /// without a gap, such as rings. It starts from a fixed vector without structure, so the result
-    /// is the same on every run; an eigenvector that this vector happens to be orthogonal to would
-    /// not be seen.
+    /// Uses the Lanczos method, accurate to about nine decimal places. Takes O(n + edges) per step and
+    /// O(n) memory; some hundreds of steps for an expander with 100,000 nodes, about n steps for graphs
+    /// without a gap, such as rings. It starts from a fixed vector without structure, so the result is
+    /// the same on every run; it would miss an eigenvector that happens to be orthogonal to this vector.
     ///
     /// ```
     /// use graph_attention::Graph;
@@ -42,8 +41,8 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes, if there are no nodes
-    /// or some without edges, or if an edge is not there in both directions.
+    /// [`Error::Graph`] if the numbers of queries and keys differ, if there are no nodes or nodes without
+    /// edges, or if an edge exists in one direction only.
     pub fn spectral_gap(&self) -> Result<f64> {
         self.check_square("spectral_gap")?;
         self.check_symmetric("spectral_gap")?;
@@ -57,7 +56,7 @@ impl Graph {
             return Ok(1.0);
         }
 
-        // The eigenvector of μ₁ = 1, which is kept out of all the others.
+        // The eigenvector of μ₁ = 1, to which all others are kept orthogonal.
         let total = self.num_edges() as f64;
         let root_degrees: Vec<f64> = (0..n).map(|node| degree(node).sqrt()).collect();
         let without_first = |x: &mut [f64]| {
@@ -71,9 +70,9 @@ impl Graph {
             }
         };
 
-        // Only three vectors are kept, so their orthogonality fades. What that does is to repeat
-        // eigenvalues that are found already (Paige 1980, 10.1016/0024-3795(80)90167-6), which does
-        // not move the outermost ones.
+        // Only three vectors are kept, so orthogonality is gradually lost. This only repeats eigenvalues
+        // that are already found (Paige 1980, 10.1016/0024-3795(80)90167-6), and does not move the
+        // outermost ones.
         let golden = (5f64.sqrt() - 1.0) / 2.0;
         let mut x: Vec<f64> =
             (0..n).map(|i| (i as f64 * i as f64 * golden).fract() - 0.5).collect();
@@ -94,10 +93,10 @@ impl Graph {
             let norm = dot(&next, &next).sqrt();
             diagonals.push(diagonal);
             off_diagonals.push(norm);
-            // What is found of the spectrum only grows, and not out of [−1, 1], so this ends: when
-            // another quarter of the steps adds nothing, or when there is nothing left to find.
-            // (What is yet to come is no more than twice what came last even where the spectrum is
-            // dense at its end, and the error falls with the square of the steps only.)
+            // The found part of the spectrum only grows, within [−1, 1], so this ends: when another
+            // quarter of the steps adds nothing, or when there is nothing left to find. (The rest is at
+            // most twice the last increase, even if the spectrum is dense at its end and the error only
+            // falls with the square of the steps.)
             if diagonals.len() == next_check || norm < 1e-12 {
                 let ends = [1.0, -1.0].map(|sign| largest(&diagonals, &off_diagonals, sign));
                 let grown = ends.iter().zip(checked).map(|(now, before)| now - before);
@@ -111,10 +110,10 @@ impl Graph {
         }
     }
 
-    /// Coordinates of the nodes of a connected undirected graph in which distance is effective
-    /// resistance (Klein & Randić 1993, 10.1007/BF01164627): n × `num_axes`, the rows r_i. Fit for
-    /// [`Inputs::with_positions`](crate::Inputs::with_positions); Reid et al. (2025, 2509.22259) rotate
-    /// queries and keys by them.
+    /// Computes coordinates r_i of the nodes of a connected undirected graph, n × `num_axes`, in which
+    /// squared distances are effective resistances (Klein & Randić 1993, 10.1007/BF01164627). Use them
+    /// with [`Inputs::with_positions`](crate::Inputs::with_positions); Reid et al. (2025, 2509.22259)
+    /// rotate queries and keys by them.
     ///
     /// ```text
     /// L = Σ over undirected edges i–j of w_ij (e_i − e_j)(e_i − e_j)ᵀ = Σ_k λ_k u_k u_kᵀ,
@@ -123,18 +122,18 @@ impl Graph {
     /// |r_i − r_j|² = the resistance from i to j, if num_axes = n − 1
     /// ```
     ///
-    /// L is the Laplacian, in which an undirected edge, stored in both directions, counts once with
-    /// its weight (its conductance; 1 without `weights`), parallel edges add up and self-loops do
-    /// not matter. Fewer axes keep the slowest modes, and less than the whole resistance.
+    /// L is the Laplacian. An undirected edge, stored in both directions, counts once with its weight
+    /// (its conductance; 1 without `weights`), parallel edges add up and self-loops have no effect. With
+    /// fewer axes, the slowest modes are kept, and distances are less than the whole resistance.
     ///
-    /// **Signs and turns.** u_k and −u_k are both eigenvectors: the entry largest in size is
-    /// positive here, the first of them if there are several. Where eigenvalues coincide, as in
-    /// symmetric graphs, any rotation of their eigenvectors is as good: the axes are then those that
-    /// the solver finds, the same on every run but not under another order of nodes, and
-    /// distances mean something only if all axes of an eigenvalue are taken or none.
+    /// **Signs and rotations.** u_k and −u_k are both eigenvectors; the one returned has a positive entry
+    /// of largest magnitude, the first if there are several. If eigenvalues coincide, as in symmetric
+    /// graphs, any rotation of their eigenvectors is equally valid. The axes then depend on the solver:
+    /// they are the same on every run, but not for a different node order, and distances are meaningful
+    /// only with all or none of the axes of such an eigenvalue.
     ///
-    /// A dense eigensolver in `f64`, also for `f32`: O(n³) time, O(n²) memory. Eigenvalues are
-    /// accurate to some 1e-15 of the largest, so weights of very different sizes cost digits.
+    /// Uses a dense eigensolver in `f64`, also for `f32`: O(n³) time, O(n²) memory. Eigenvalues are
+    /// accurate to about 1e-15 of the largest, so weights of very different sizes lose digits.
     ///
     /// ```
     /// use graph_attention::Graph;
@@ -149,12 +148,12 @@ impl Graph {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Graph`] if queries and keys are not the same number of nodes; if an edge, or its
-    /// weight, is not the same in both directions; if a weight is not positive and finite, or all of
-    /// a node's together are not finite; if the graph is in pieces, between which the resistance is
-    /// infinite; or if its weights differ so much that rounding hides the smallest eigenvalue.
-    /// [`Error::InvalidArgument`] if `num_axes` is above n − 1; [`Error::Shape`] if there is not
-    /// one weight per edge; [`Error::TooLarge`] if the Laplacian does not fit in memory.
+    /// [`Error::Graph`] if the numbers of queries and keys differ; if an edge exists in one direction
+    /// only, or has different weights in the two directions; if a weight is not positive and finite, or
+    /// the sum of a node's weights is not finite; if the graph is disconnected, so that resistances are
+    /// infinite; or if weights differ so much that rounding hides the smallest eigenvalue.
+    /// [`Error::InvalidArgument`] if `num_axes` is above n − 1; [`Error::Shape`] if there is not one
+    /// weight per edge; [`Error::TooLarge`] if the Laplacian does not fit in memory.
     #[cfg(feature = "spectral")]
     pub fn spectral_coordinates<F: Float>(
         &self,
@@ -178,7 +177,7 @@ impl Graph {
             return Err(Error::graph(what, "a connected graph", actual));
         }
 
-        // Not more than a few iterations for each eigenvalue, but an end in any case.
+        // A few iterations per eigenvalue suffice; the limit guarantees that it ends.
         let eigen = SymmetricEigen::try_new(laplacian, f64::EPSILON, 1000 * n);
         let failed =
             |actual: &str| Error::graph(what, "eigenvalues that f64 can tell apart", actual);
@@ -192,7 +191,7 @@ impl Graph {
             if value <= n as f64 * f64::EPSILON * largest {
                 return Err(failed(&format!("{value:e} beside {largest:e}")));
             }
-            // Entries of one size, as symmetry makes them, are not quite so after rounding.
+            // Entries that are equal by symmetry are not exactly equal after rounding.
             let size = vector.amax() * (1.0 - 1e-6);
             let sign = vector.iter().find(|x| x.abs() >= size).map_or(1.0, |x| x.signum());
             let scale = sign / value.sqrt();
@@ -201,7 +200,7 @@ impl Graph {
         Ok(coordinates)
     }
 
-    /// The dense Laplacian.
+    /// Returns the dense Laplacian.
     #[cfg(feature = "spectral")]
     fn laplacian<F: Float>(&self, weights: Option<ArrayView1<'_, F>>) -> Result<DMatrix<f64>> {
         let n = self.num_keys;
@@ -251,7 +250,7 @@ impl Graph {
             row.extend(self.neighbors(node));
             row.sort_unstable();
             if row != transposed.neighbors(node) {
-                let actual = format!("one without, at node {node}");
+                let actual = format!("an edge in one direction only, at node {node}");
                 return Err(Error::graph(what, "every edge in both directions", actual));
             }
         }
@@ -263,9 +262,9 @@ fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
-/// The largest eigenvalue in [−2, 2] of `sign` times a tridiagonal matrix, by bisection: θ is above
-/// all of them if and only if every pivot of the elimination of the matrix − θ is negative.
-/// `off_diagonals[i]` stands before `diagonals[i]`.
+/// Finds the largest eigenvalue in [−2, 2] of `sign` times a tridiagonal matrix by bisection: θ is above
+/// all eigenvalues if and only if all pivots in the elimination of the matrix − θ are negative.
+/// `off_diagonals[i]` precedes `diagonals[i]`.
 fn largest(diagonals: &[f64], off_diagonals: &[f64], sign: f64) -> f64 {
     let is_above_all = |theta: f64| {
         let mut pivot = f64::NEG_INFINITY;
@@ -381,9 +380,12 @@ mod tests {
     fn a_gap_needs_edges_both_ways_at_every_node() -> Result<()> {
         let message = |graph: Graph| graph.spectral_gap().unwrap_err().to_string();
         let one_way = Graph::from_edges(3, 3, [(0, 1), (1, 0), (1, 2), (2, 1), (1, 2)])?;
-        assert!(message(one_way).contains("both directions, got one without, at node 1"));
+        assert!(
+            message(one_way)
+                .contains("both directions, got an edge in one direction only, at node 1")
+        );
         let one_way_ring = Graph::from_edges(3, 3, [(0, 1), (1, 2), (2, 0)])?;
-        assert!(message(one_way_ring).contains("got one without, at node 0"));
+        assert!(message(one_way_ring).contains("got an edge in one direction only, at node 0"));
         assert!(message(undirected(3, [(0, 2)])).contains("none at node 1"));
         assert!(message(Graph::window(0, 0)?).contains("no nodes"));
         assert!(message(Graph::from_edges(2, 3, [])?).contains("2 queries"));

@@ -3,23 +3,24 @@ use crate::error::Result;
 use ::sprs::{CompressedStorage, CsMatViewI, SpIndex};
 
 impl Graph {
-    /// The stored entries of a sparse matrix of the crate `sprs`, by rows (CSR) or by columns (CSC).
-    /// Behind the feature `sprs`.
+    /// Creates a graph from the stored entries of a sparse matrix of the crate `sprs`, stored by rows
+    /// (CSR) or by columns (CSC). Requires the feature `sprs`.
     ///
-    /// **Direction.** Rows are queries and columns are keys, so that attention is the matrix of weights
-    /// times the matrix of values: entry (i, j) lets query i attend to key j. (An adjacency matrix with
-    /// the sources of edges in its rows is the `transpose_view` of that, as PyG's `adj_t` is.) A matrix
-    /// that is not square is a graph between two sets of nodes. Every stored entry is a pair, zeros too.
+    /// **Direction.** Rows are queries and columns are keys, so attention is the matrix of weights times
+    /// the matrix of values: entry (i, j) lets query i attend to key j. (If the rows of an adjacency
+    /// matrix are the sources of edges, pass its `transpose_view`, which corresponds to PyG's `adj_t`.) A
+    /// non-square matrix is a graph between two sets of nodes. Every stored entry is a pair, even if it
+    /// is zero.
     ///
-    /// **Pair order** is that of [`data`](CsMatViewI::data) in either storage: pair p has the value
-    /// `matrix.data()[p]`. O(rows + columns + entries).
+    /// **Pair order.** Pairs are in the order of [`data`](CsMatViewI::data) with either storage: pair p
+    /// has the value `matrix.data()[p]`. O(rows + columns + entries).
     ///
     /// ```
     /// use graph_attention::ndarray::{ArrayView2, array};
     /// use graph_attention::{Attention, Flash, Graph, Inputs};
     /// use sprs::CsMat;
     ///
-    /// // By columns: key 0 of queries 0 and 1, key 2 of query 0.
+    /// // By columns: queries 0 and 1 attend to key 0, query 0 attends to key 2.
     /// let matrix = CsMat::new_csc((2, 3), vec![0, 2, 2, 3], vec![0, 1, 0], vec![0.5, 9.0, 0.5]);
     /// let graph = Graph::from_sprs(matrix.view())?;
     /// assert_eq!(graph.row(0).collect::<Vec<_>>(), [(0, 0), (2, 2)]); // key and pair

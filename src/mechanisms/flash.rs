@@ -15,8 +15,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 const NAME: &str = "flash";
 
 /// Exact scaled dot-product attention in tiles (Dao et al. 2022, 2205.14135; Dao 2023, 2307.08691;
-/// Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867): the function of
-/// [`ScaledDotProduct`], without ever holding the weights.
+/// Rabe & Staats 2021, 2112.05682; Milakov & Gimelshein 2018, 1805.02867): computes the same function as
+/// [`ScaledDotProduct`] without storing the weights.
 ///
 /// ```text
 /// for each tile of keys:   S = scale · Q Kᵀ + B      m' = max(m, rowmax S)      α = e^{m − m'}
@@ -24,21 +24,21 @@ const NAME: &str = "flash";
 /// at the end:              O ← O / l
 /// ```
 ///
-/// The maximum is raised only where it is exceeded by more than 4, which spares most rescaling; sums over
-/// many tiles are compensated (Kahan 1965), so that their error does not grow with the number of keys. The
-/// backward pass recomputes e^{S − m} / l tile by tile from the saved O, m and l. Others save m + log l:
-/// where logits are large, its rounding is an error of the weights.
+/// The maximum is only updated when a score exceeds it by more than 4, which avoids most rescaling. Sums
+/// over many tiles are compensated (Kahan 1965), so their error does not grow with the number of keys.
+/// The backward pass recomputes e^{S − m} / l tile by tile from the saved O, m and l. Other
+/// implementations save m + log l, whose rounding causes an error in the weights when logits are large.
 ///
-/// Dense inputs go through tiles of queries × keys, graphs and fewer than 8 queries through tiles of
-/// one query's neighbours; both use the CPU's SIMD units, and threads if the feature `parallel` is on.
-/// On a graph the backward pass runs once by query and once by key
-/// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and kept).
+/// Dense inputs are processed in tiles of queries × keys; graphs, and inputs with fewer than 8 queries,
+/// in tiles of one query's neighbours. Both use the CPU's SIMD units, and threads if the feature
+/// `parallel` is on. On a graph the backward pass runs once by query and once by key
+/// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and cached).
 ///
 /// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
 ///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
 /// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
-///   outputs and gradients, and O(tile) beside it. [`weights`](Attention::attention_weights) is the one call
-///   that takes O(pairs · heads), since that is what it returns.
+///   outputs and gradients, plus O(tile). Only [`attention_weights`](Attention::attention_weights) takes
+///   O(pairs · heads), the size of its result.
 /// * **Errors** as [`ScaledDotProduct`].
 ///
 /// ```
@@ -74,34 +74,34 @@ impl<F: Float> State<F> {
 }
 
 impl Default for Flash {
-    /// Tiles whose scores stay in the first-level cache.
+    /// Tiles with scores that stay in the first-level cache.
     fn default() -> Self {
         Self { scale: None, tiles: TileSizes { queries: 96, keys: 96 } }
     }
 }
 
 impl Flash {
-    /// With the scale 1/√d.
+    /// Creates the mechanism with the scale 1/√d.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
+    /// Sets the scale of the dot products, 1/√d by default. A larger scale makes the weights sharper.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it is not finite.
+    /// [`Error::InvalidArgument`] if `scale` is not finite.
     pub fn with_scale(mut self, scale: f64) -> Result<Self> {
         check_scale(scale)?;
         self.scale = Some(scale);
         Ok(self)
     }
 
-    /// With tiles of `queries` × `keys` instead of 96 × 96. The answer is the same up to rounding;
-    /// tiles larger than the problem, or than 1024, are cut. On a graph only `keys` counts.
+    /// Sets the size of the tiles, 96 × 96 by default. The result is the same up to rounding. Sizes
+    /// larger than the problem, or than 1024, are reduced. On a graph only `keys` is used.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if one of them is 0.
+    /// [`Error::InvalidArgument`] if a size is 0.
     pub fn with_tiles(mut self, queries: usize, keys: usize) -> Result<Self> {
         for (field, size) in [("tiles.queries", queries), ("tiles.keys", keys)] {
             if size == 0 {
@@ -112,8 +112,8 @@ impl Flash {
         Ok(self)
     }
 
-    /// The outputs and their normalizer, which make the answers over several sets of keys one:
-    /// [`Partial::merge`].
+    /// Returns the outputs and their normalizer, so that outputs over several sets of keys can be merged
+    /// with [`Partial::merge`].
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
@@ -123,14 +123,14 @@ impl Flash {
         Partial::new(out, shift, sum)
     }
 
-    /// Whether inputs are worked on in tiles, forward and backward: the same rounding of logits.
+    /// Whether inputs are processed in tiles, in both passes, so that logits are rounded the same way.
     fn uses_tiles<F: Float>(inputs: &Inputs<'_, F>) -> bool {
-        // Only tiles leave out what is not in a window.
+        // Only tiles can skip keys outside a window.
         matches!(inputs.pattern(), Pattern::Dense)
             && (inputs.num_queries() >= FEW_QUERIES || inputs.has_window())
     }
 
-    /// Overwrites `out`, returns the normalizer.
+    /// Overwrites `out` and returns the normalizer.
     pub(crate) fn run<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
@@ -147,8 +147,8 @@ impl Flash {
         Ok(normalizer)
     }
 
-    /// Adds the gradients, given outputs and normalizer. Those may be over more keys than `inputs`
-    /// hold: then the gradients are what these keys contribute.
+    /// Adds the gradients, given the outputs and the normalizer. These may be over more keys than
+    /// `inputs` holds; the gradients are then the contribution of the keys in `inputs`.
     pub(crate) fn add_gradients<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,

@@ -1,4 +1,4 @@
-//! The mechanisms, each in a module of its own.
+//! The mechanisms, one per module.
 
 pub mod dual_space;
 pub mod edge_gat;
@@ -16,7 +16,7 @@ use ndarray::{ArrayViewMut, Dimension};
 use rand::Rng;
 use rand_distr::{Distribution, Uniform};
 
-/// Fresh parameters: uniform in ±`bound`.
+/// Draws initial parameters uniformly in ±`bound`.
 fn fill_uniform<F: Float, D: Dimension>(
     mut param: ArrayViewMut<'_, F, D>,
     bound: f64,

@@ -17,8 +17,8 @@ use std::ops::Range;
 
 const NAME: &str = "multi_head";
 
-/// The sizes and options of a [`MultiHead`], from which [`init`](Self::init) makes one with fresh
-/// parameters and [`from_params`](Self::from_params) one with given ones.
+/// The sizes and options of a [`MultiHead`]. Build one with initial parameters with [`init`](Self::init),
+/// or with given parameters with [`from_params`](Self::from_params).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -38,8 +38,9 @@ pub struct MultiHeadConfig {
 }
 
 impl MultiHeadConfig {
-    /// PyTorch's `nn.MultiheadAttention(embed_dim, num_heads)`: queries, keys, values and outputs
-    /// of `embed_dim` columns, heads of `embed_dim / num_heads`, with biases.
+    /// Creates the configuration of PyTorch's `nn.MultiheadAttention(embed_dim, num_heads)`: queries,
+    /// keys, values and outputs with `embed_dim` columns, heads with `embed_dim / num_heads` columns, and
+    /// biases.
     #[must_use]
     pub fn new(embed_dim: usize, num_heads: usize) -> Self {
         Self {
@@ -55,62 +56,63 @@ impl MultiHeadConfig {
         }
     }
 
-    /// Keys of another number of columns than queries: PyTorch's `kdim`. Default: `embed_dim`.
+    /// Sets the number of columns of the keys: PyTorch's `kdim`. Default: `embed_dim`.
     #[must_use]
     pub fn key_dim(mut self, dim: usize) -> Self {
         self.key_dim = dim;
         self
     }
 
-    /// Values of another number of columns than queries: PyTorch's `vdim`. Default: `embed_dim`.
+    /// Sets the number of columns of the values: PyTorch's `vdim`. Default: `embed_dim`.
     #[must_use]
     pub fn value_dim(mut self, dim: usize) -> Self {
         self.value_dim = dim;
         self
     }
 
-    /// Outputs of another number of columns than queries. Default: `embed_dim`.
+    /// Sets the number of columns of the outputs. Default: `embed_dim`.
     #[must_use]
     pub fn output_dim(mut self, dim: usize) -> Self {
         self.output_dim = dim;
         self
     }
 
-    /// Columns of a head of the projected queries and keys. Default: `embed_dim / num_heads`.
+    /// Sets the number of columns per head of the projected queries and keys. Default:
+    /// `embed_dim / num_heads`.
     #[must_use]
     pub fn head_dim(mut self, dim: usize) -> Self {
         self.head_dim = Some(dim);
         self
     }
 
-    /// Columns of a head of the projected values. Default: as many as a head of keys has.
+    /// Sets the number of columns per head of the projected values. Default: the same as for keys.
     #[must_use]
     pub fn value_head_dim(mut self, dim: usize) -> Self {
         self.value_head_dim = Some(dim);
         self
     }
 
-    /// Fewer heads of keys and values than of queries, in groups as in [`Inputs::with_grouped_heads`].
-    /// Default: `num_heads`.
+    /// Sets the number of heads of keys and values, shared by groups of query heads as in
+    /// [`Inputs::with_grouped_heads`]. Default: `num_heads`.
     #[must_use]
     pub fn kv_heads(mut self, heads: usize) -> Self {
         self.kv_heads = heads;
         self
     }
 
-    /// Whether the projections add biases. Default: `true`.
+    /// Sets whether the projections add biases. Default: `true`.
     #[must_use]
     pub fn bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self
     }
 
-    /// A `MultiHead` around `inner` with fresh parameters, drawn as PyTorch draws them: Glorot
-    /// uniform input projections, output weights uniform in ±1/√inputs, biases zero.
+    /// Builds a `MultiHead` around `inner` with parameters initialised as in PyTorch: Glorot uniform
+    /// input projections, output weights uniform in ±1/√inputs, biases zero.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if `num_heads` is 0 or does not divide `embed_dim` (and no head
-    /// size is set), if `kv_heads` does not divide `num_heads`, or if a size is 0 or huge.
+    /// [`Error::InvalidArgument`] if `num_heads` is 0, or does not divide `embed_dim` and no head size is
+    /// set, if `kv_heads` does not divide `num_heads`, or if a size is 0 or huge.
     pub fn init<F: Float, A: Attention<F>>(
         &self,
         inner: A,
@@ -127,8 +129,8 @@ impl MultiHeadConfig {
         Ok(multi_head)
     }
 
-    /// A `MultiHead` around `inner` with given parameters, named as in PyTorch's state dict (see
-    /// [`MultiHead`]); those of the inner mechanism, if it has any, are taken too, as `inner.…`.
+    /// Builds a `MultiHead` around `inner` with given parameters, named as in PyTorch's state dict (see
+    /// [`MultiHead`]). Parameters of the inner mechanism, if it has any, are named `inner.…`.
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].
@@ -142,7 +144,7 @@ impl MultiHeadConfig {
         Ok(multi_head)
     }
 
-    /// Validates, and allocates all parameters as zeros.
+    /// Validates the configuration and allocates all parameters as zeros.
     fn zeros<F: Float, A: Attention<F>>(&self, inner: A) -> Result<MultiHead<F, A>> {
         let Self { embed_dim, num_heads, kv_heads, .. } = *self;
         if num_heads == 0 {
@@ -153,8 +155,7 @@ impl MultiHeadConfig {
             return Err(Error::config("kv_heads", expected, kv_heads));
         }
         if self.head_dim.is_none() && !embed_dim.is_multiple_of(num_heads) {
-            let expected =
-                format!("a multiple of num_heads = {num_heads} where head_dim is not set");
+            let expected = format!("a multiple of num_heads = {num_heads}, unless head_dim is set");
             return Err(Error::config("embed_dim", expected, embed_dim));
         }
         let head_dim = self.head_dim.unwrap_or(embed_dim / num_heads);
@@ -210,21 +211,21 @@ impl MultiHeadConfig {
 /// o  = inner(q', k', v' in heads) W_oᵀ + b_o
 /// ```
 ///
-/// * **Reads** query, key and value of independent numbers of columns; every channel is handed to
-///   the inner mechanism (a per-head bias has one column for each of the heads of the
-///   configuration). Inputs laid out in several heads are refused: the heads are made here.
+/// * **Reads** query, key and value, which may have different numbers of columns. All channels are passed
+///   to the inner mechanism (a per-head bias needs one column for each head of the configuration). Inputs
+///   with several heads are refused, because the heads are made here.
 /// * **Output** num_queries × `output_dim`. The row of a query without visible keys is b_o.
-/// * **Parameters** spelled as in the state dict of PyTorch's `nn.MultiheadAttention`, which loads
-///   by name ([`MultiHeadConfig::from_params`]): where queries, keys and values have one number of
-///   columns, `in_proj_weight` (the rows of W_q, W_k and W_v one after the other), otherwise
-///   `q_proj_weight`, `k_proj_weight`, `v_proj_weight`; then `in_proj_bias`, `out_proj.weight`,
-///   `out_proj.bias`, and the inner mechanism's behind `inner.`.
-/// * **Cost** four matrix products, O(n · inputs · outputs) each, beside the inner mechanism.
-/// * **Errors** [`Error::Shape`] if inputs have other numbers of columns than the projections, or
-///   the inner mechanism's output does not fit `out_proj.weight`.
+/// * **Parameters** named as in the state dict of PyTorch's `nn.MultiheadAttention`, which can be loaded
+///   directly ([`MultiHeadConfig::from_params`]): `in_proj_weight` (the rows of W_q, W_k and W_v stacked)
+///   if queries, keys and values have the same number of columns, otherwise `q_proj_weight`,
+///   `k_proj_weight`, `v_proj_weight`; then `in_proj_bias`, `out_proj.weight`, `out_proj.bias`, and the
+///   parameters of the inner mechanism with the prefix `inner.`.
+/// * **Cost** four matrix products, O(n · inputs · outputs) each, plus the inner mechanism.
+/// * **Errors** [`Error::Shape`] if the columns of the inputs do not fit the projections, or the inner
+///   mechanism's output does not fit `out_proj.weight`.
 ///
-/// Unlike PyTorch's, boolean masks say who takes part ([`Inputs::with_mask`]), weights come per
-/// head, and a query without visible keys gives b_o instead of NaN.
+/// Unlike in PyTorch, `true` in a mask means that a pair takes part ([`Inputs::with_mask`]), weights are
+/// returned per head, and a query without visible keys gives b_o instead of NaN.
 ///
 /// ```
 /// use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig};
@@ -253,7 +254,7 @@ pub struct MultiHead<F, A> {
     inner: A,
 }
 
-/// One matrix for query, key and value, or one for each.
+/// One matrix for query, key and value together, or one for each.
 #[derive(Clone, Debug)]
 enum InProjection<M> {
     Packed(M),
@@ -293,12 +294,12 @@ struct State<F> {
 }
 
 impl<F: Float, A: Attention<F>> MultiHead<F, A> {
-    /// The mechanism inside.
+    /// Returns the inner mechanism.
     pub fn inner(&self) -> &A {
         &self.inner
     }
 
-    /// W_q, W_k or W_v.
+    /// Returns W_q, W_k or W_v.
     fn in_weight(&self, which: usize) -> ArrayView2<'_, F> {
         match &self.in_proj_weights {
             InProjection::Packed(weight) => weight.slice(s![self.rows[which].clone(), ..]),
@@ -306,7 +307,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         }
     }
 
-    /// b_q, b_k or b_v.
+    /// Returns b_q, b_k or b_v.
     fn in_bias(&self, which: usize) -> Option<ArrayView1<'_, F>> {
         let bias = self.in_proj_bias.as_ref()?;
         Some(bias.slice(s![self.rows[which].clone()]))
@@ -316,7 +317,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         self.out_proj_bias.as_ref().map(|bias| bias.view())
     }
 
-    /// Query, key and value, if they fit the projections.
+    /// Returns query, key and value if they fit the projections.
     fn arrays<'a>(&self, inputs: &Inputs<'a, F>) -> Result<[ArrayView2<'a, F>; 3]> {
         inputs.check_absent(NAME, &[Channel::Heads])?;
         let arrays = [inputs.query(), inputs.key(), inputs.value()];
@@ -327,7 +328,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         Ok(arrays)
     }
 
-    /// q', k' and v'.
+    /// Computes q', k' and v'.
     fn project(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 3]> {
         let [query, key, value] = self.arrays(inputs)?;
         Ok([
@@ -337,7 +338,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         ])
     }
 
-    /// The inputs of the inner mechanism.
+    /// Returns the inputs of the inner mechanism.
     fn inner_inputs<'b>(
         &self,
         inputs: &Inputs<'b, F>,
@@ -348,7 +349,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         inner.with_grouped_heads(self.num_heads, self.kv_heads)
     }
 
-    /// An output for the inner mechanism, which must fit the output projection.
+    /// Allocates the output of the inner mechanism, which must fit the output projection.
     fn context(&self, inner_inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let columns = self.inner.output_dim(inner_inputs);
         check_shape("inner output columns", &[self.out_proj_weight.ncols()], &[columns])?;

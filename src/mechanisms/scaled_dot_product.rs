@@ -11,7 +11,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
 const NAME: &str = "scaled_dot_product";
 
-/// Scaled dot-product attention (Vaswani et al. 2017, 1706.03762), written to be read: it holds
+/// Scaled dot-product attention (Vaswani et al. 2017, 1706.03762), written for readability: it stores
 /// the weights of all pairs at once.
 ///
 /// ```text
@@ -26,11 +26,11 @@ const NAME: &str = "scaled_dot_product";
 ///   zeros; a logit of +∞ or NaN makes its row NaN, as in PyTorch.
 /// * **Cost** O(pairs · (d + d_v)) time per head, O(pairs · heads) memory. [`Flash`](crate::Flash)
 ///   is the same function in O(n) memory.
-/// * **Errors** [`Error::Shape`](crate::Error::Shape) if queries and keys have heads of different
-///   size, or the bias as many columns as no number of heads.
+/// * **Errors** [`Error::Shape`](crate::Error::Shape) if the heads of queries and keys have different
+///   sizes, or if the number of columns of the bias does not fit the heads.
 ///
-/// PyTorch's `scaled_dot_product_attention` gives the same numbers, except that its result for a
-/// row without visible keys has changed between versions (NaN, later 0).
+/// PyTorch's `scaled_dot_product_attention` gives the same numbers, except for rows without visible keys,
+/// for which its result depends on the version (NaN, later 0).
 ///
 /// ```
 /// use graph_attention::{Attention, Graph, Inputs, ScaledDotProduct};
@@ -58,24 +58,24 @@ pub(crate) struct Softmax<F> {
 }
 
 impl ScaledDotProduct {
-    /// With the scale 1/√d.
+    /// Creates the mechanism with the scale 1/√d.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With another scale of the dot products than 1/√d: the larger, the sharper the choice among keys.
+    /// Sets the scale of the dot products, 1/√d by default. A larger scale makes the weights sharper.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if it is not finite.
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if `scale` is not finite.
     pub fn with_scale(mut self, scale: f64) -> Result<Self> {
         check_scale(scale)?;
         self.scale = Some(scale);
         Ok(self)
     }
 
-    /// The outputs and their normalizer, which make the answers over several sets of keys one:
-    /// [`Partial::merge`].
+    /// Returns the outputs and their normalizer, so that outputs over several sets of keys can be merged
+    /// with [`Partial::merge`].
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
@@ -93,7 +93,7 @@ impl ScaledDotProduct {
         check_output(self, "out", inputs, out.shape())?;
         let problem = Problem::new(inputs, self.scale)?;
         let state = dot_softmax(&problem)?;
-        // In f64, as the sums of the weights are.
+        // In f64, like the sums of the weights.
         let mut sums = try_zeros::<f64>("out", out.nrows(), out.ncols())?;
         for_each_pair(&problem, &state, |pair, head, weight| {
             let weight = (weight * problem.multiplier(pair, head)).as_f64();
@@ -108,14 +108,14 @@ impl ScaledDotProduct {
 
 fn dot_softmax<F: Float>(problem: &Problem<'_, F>) -> Result<Softmax<F>> {
     softmax(problem, |pair, head| {
-        // The scale first: the product of large queries and keys may overflow before it.
+        // Scale first: the product of large queries and keys may overflow.
         let query = problem.query(pair.query, head).iter();
         let terms = query.zip(problem.key(pair.key, head));
         terms.map(|(&query, &key)| problem.scale * query * key).sum()
     })
 }
 
-/// The weights of all pairs, one row of pairs at a time; the bias is added to their logits.
+/// Computes the weights of all pairs, row by row; the bias is added to the logits.
 pub(crate) fn softmax<F: Float>(
     problem: &Problem<'_, F>,
     logit: impl Fn(Pair, usize) -> F,
@@ -135,7 +135,7 @@ pub(crate) fn softmax<F: Float>(
             weights[[pair.index, head]] = logit;
             max = nan_max(max, logit);
         }
-        // In f64: of millions of terms in f32 the last ones would be lost.
+        // In f64: in an f32 sum of millions of terms the last ones would be lost.
         let mut sum = 0.0;
         for (pair, _) in visible() {
             let weight = &mut weights[[pair.index, head]];
@@ -152,7 +152,7 @@ pub(crate) fn softmax<F: Float>(
     Ok(Softmax { weights, normalizer })
 }
 
-/// Visits every pair and head that takes part, with its weight.
+/// Calls a function for every pair and head that takes part, with its weight.
 pub(crate) fn for_each_pair<F: Float>(
     problem: &Problem<'_, F>,
     state: &Softmax<F>,

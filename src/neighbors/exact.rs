@@ -6,18 +6,17 @@ use crate::kernels::nearest::Keys;
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
-/// The nearest keys of all: every query is compared with every key.
+/// An exact index, which compares every query with every key.
 ///
-/// Similarities are those of the given rows in `f64`, also for `f32`, and of equal ones the lower
-/// number is nearer; so the answer is the same on every CPU and for any number of threads. This costs
-/// little: products of whole tiles in the element's own precision first sort out the keys that
-/// cannot be among the nearest, by more than their rounding error. For [`Metric::Euclidean`] these
-/// are sums of squared differences, so that points near each other and far from the origin are told
-/// apart.
+/// Similarities of the given rows are computed in `f64`, also for `f32`, and ties go to the lower number,
+/// so the result is the same on every CPU and for any number of threads. This costs little: products of
+/// whole tiles in the element's own precision first exclude the keys that cannot be among the nearest,
+/// with a margin above their rounding error. For [`Metric::Euclidean`] these are sums of squared
+/// differences, so close points far from the origin are distinguished.
 ///
-/// Time O(queries · keys · dim), memory O(keys) beside the keys and O(queries · k). Where many
-/// similarities are within the rounding error of the k-th (thousands of copies of one key), or rise
-/// with the keys' numbers, more keys are looked at twice.
+/// Takes O(queries · keys · dim) time, and O(keys) memory besides the keys and O(queries · k). If many
+/// similarities are within the rounding error of the k-th (thousands of copies of one key), or increase
+/// with the keys' numbers, more keys are processed twice.
 ///
 /// ```
 /// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
@@ -42,8 +41,8 @@ pub struct ExactIndex<'a, F: Float> {
 }
 
 impl<'a, F: Float> ExactIndex<'a, F> {
-    /// An index over `keys`, num_keys × dim, which are borrowed (and copied only if their rows do not lie
-    /// one after the other). O(num_keys · dim).
+    /// Creates an index over `keys`, num_keys × dim, which are borrowed (and copied only if their rows
+    /// are not contiguous). O(num_keys · dim).
     ///
     /// # Errors
     /// [`Error::Graph`](crate::Error::Graph) if there are more than `u32::MAX` keys,
@@ -52,7 +51,7 @@ impl<'a, F: Float> ExactIndex<'a, F> {
         Ok(Self { keys: Keys::new(Rows::new("keys", keys)?, keys.nrows(), metric)? })
     }
 
-    /// An index that owns its keys, and so outlives the caller's arrays.
+    /// Creates an index that owns its keys, and so can outlive the caller's arrays.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -61,7 +60,7 @@ impl<'a, F: Float> ExactIndex<'a, F> {
         Ok(Self { keys: Keys::new(Rows::owned("keys", keys)?, num_keys, metric)? })
     }
 
-    /// How similarity is measured.
+    /// Returns the measure of similarity.
     #[must_use]
     pub fn metric(&self) -> Metric {
         self.keys.metric()

@@ -11,10 +11,10 @@ use hnsw_rs::hnsw::Hnsw;
 use ndarray::{Array2, ArrayView1};
 use std::fmt;
 
-/// The crate draws no more layers than this.
+/// The largest number of layers in the crate.
 const MAX_LAYERS: usize = 16;
 
-/// How an [`HnswIndex`] is built and searched.
+/// The options for building and searching an [`HnswIndex`].
 ///
 /// ```
 /// use graph_attention::neighbors::{HnswConfig, Metric, NeighborIndex};
@@ -39,37 +39,40 @@ pub struct HnswConfig {
 }
 
 impl HnswConfig {
-    /// An index with 16 connections, 200 candidates in construction and 100 in search.
+    /// Creates a configuration with 16 connections, 200 candidates in construction and 100 in search.
     #[must_use]
     pub fn new(metric: Metric) -> Self {
         Self { metric, connections: 16, ef_construction: 200, ef_search: 100 }
     }
 
-    /// M: a key is linked to at most so many others in each layer, and to twice as many in the
-    /// lowest. From 2 to 256; more for many columns. Default: 16.
+    /// Sets M, the largest number of links of a key in each layer (twice as many in the lowest layer),
+    /// from 2 to
+    /// 256. Use more for many columns. Default: 16.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections;
         self
     }
 
-    /// How many candidates a new key chooses its links among (`ef_construction` in the paper's code); at
-    /// least 1. More make a better index, and a slower build. Default: 200.
+    /// Sets the number of candidates for the links of a new key (`ef_construction` in the paper's code),
+    /// at least
+    /// 1. More candidates give a better index but a slower build. Default: 200.
     #[must_use]
     pub fn ef_construction(mut self, candidates: usize) -> Self {
         self.ef_construction = candidates;
         self
     }
 
-    /// How many candidates a search collects, or k if that is more, before it returns the best k; at
-    /// least 1. More find more of the nearest, in more time. Default: 100.
+    /// Sets the number of candidates that a search collects (or k, if larger) before it returns the best
+    /// k, at least 1. More candidates find more of the nearest keys but take more time. Default: 100.
     #[must_use]
     pub fn ef_search(mut self, candidates: usize) -> Self {
         self.ef_search = candidates;
         self
     }
 
-    /// Inserts keys, num_keys × dim, one by one: some O(num_keys log num_keys · dim).
+    /// Builds an index of `keys`, num_keys × dim, one key at a time, in about O(num_keys log num_keys ·
+    /// dim).
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if a setting is outside its range, [`Error::Graph`] if there are more
@@ -84,11 +87,11 @@ impl HnswConfig {
         }
         let num_keys = keys.nrows();
         let keys = Keys::new(Rows::owned("keys", keys)?, num_keys, self.metric)?;
-        // No more candidates than keys: the crate reserves memory for them.
+        // No more candidates than keys, because the crate reserves memory for them.
         let ef_construction = self.ef_construction.min(num_keys.max(1));
         let distance = Euclidean(level());
         let layers = Hnsw::new(self.connections, num_keys, MAX_LAYERS, ef_construction, distance);
-        // By several threads it would be another index each time.
+        // With several threads, the index would differ every time.
         for key in 0..num_keys {
             if let Some(point) = keys.key_point(key) {
                 layers.insert_slice((&point, key));
@@ -98,32 +101,31 @@ impl HnswConfig {
     }
 }
 
-/// Hierarchical navigable small worlds (Malkov & Yashunin 2016, 1603.09320): links between near
-/// keys, in layers of which each has fewer keys than the one below, and a search that follows them.
-/// Behind the feature `hnsw`, by the crate `hnsw_rs`.
+/// A hierarchical navigable small world index (Malkov & Yashunin 2016, 1603.09320): links between nearby
+/// keys, in layers that each have fewer keys than the one below, and a search that follows these links.
+/// Requires the feature `hnsw`; uses the crate `hnsw_rs`.
 ///
-/// Approximate: a search compares a query with some thousand keys, not all, and misses some of the
-/// nearest. Of those that it does find, similarities and order are those of
-/// [`ExactIndex`](super::ExactIndex). Excluded keys are found too and then dropped, in
-/// [`search`](NeighborIndex::search); where few of the candidates remain, a query has fewer than k
-/// neighbours. Of 20,000 × 64 normal variates, 24 connections and 200 candidates in search find 0.996
-/// of the ten nearest by cosine.
+/// The index is approximate: a search compares a query with some thousand keys, not all, and misses some
+/// of the nearest. The keys that it finds have the same similarities and order as with
+/// [`ExactIndex`](super::ExactIndex). [`search`](NeighborIndex::search) drops excluded keys after they
+/// are found, so if few candidates remain, a query has fewer than k neighbours. On 20,000 × 64 normal
+/// variates, 24 connections and 200 candidates in search find 0.996 of the ten nearest by cosine.
 ///
-/// All metrics become the Euclidean distance of points, for [`Metric::Cosine`] of unit vectors, for
-/// [`Metric::Dot`] with one more coordinate that gives all keys the same norm (Bachrach et al. 2014).
-/// The latter leaves little room between keys much shorter than the longest: where norms differ by
-/// factors of ten, many of the nearest are missed.
+/// All metrics are converted to the Euclidean distance of points: [`Metric::Cosine`] of unit vectors,
+/// [`Metric::Dot`] of vectors with one more coordinate that gives all keys the same norm (Bachrach et al. 2014).
+/// With `Dot`, keys much shorter than the longest end up close together: if norms differ by factors of
+/// ten, many of the nearest are missed.
 ///
-/// The index keeps the keys twice, once in the crate's points. Keys are inserted in order and by one
-/// thread, and their layers drawn from a fixed seed, so the same keys give the same index; another
-/// instruction set does too. Links between many copies of one key crowd out all others, and make
-/// neighbours hard to find.
+/// The index stores the keys twice, once in the crate's points. Keys are inserted in order on one thread,
+/// and their layers are drawn from a fixed seed, so the same keys give the same index, also with another
+/// instruction set. Links between many copies of one key replace all other links and make neighbours hard
+/// to find.
 ///
 /// ```
 /// use graph_attention::neighbors::{HnswConfig, Metric, NeighborIndex, NeighborSearch};
 /// use graph_attention::ndarray::Array2;
 ///
-/// // Points on a circle, of which the two neighbours are the nearest.
+/// // Points on a circle; the nearest are the two neighbours.
 /// let angle = |i: usize| i as f64 / 100.0 * std::f64::consts::TAU;
 /// let nodes = Array2::from_shape_fn((100, 2), |(i, axis)| [angle(i).cos(), angle(i).sin()][axis]);
 /// let index = HnswConfig::new(Metric::Cosine).build(nodes.clone())?;
@@ -132,7 +134,7 @@ impl HnswConfig {
 /// nearest.sort();
 /// assert_eq!(nearest, [6, 8]);
 ///
-/// // Its links, fit for `Inputs::graph` and `Inputs::with_edge_layers`.
+/// // Its links, for `Inputs::graph` and `Inputs::with_edge_layers`.
 /// let (links, layers) = index.links()?;
 /// assert_eq!(links.num_edges(), layers.len());
 /// # Ok::<(), graph_attention::Error>(())
@@ -144,15 +146,16 @@ pub struct HnswIndex<F: Float> {
 }
 
 impl<F: Float> HnswIndex<F> {
-    /// How similarity is measured.
+    /// Returns the measure of similarity.
     #[must_use]
     pub fn metric(&self) -> Metric {
         self.keys.metric()
     }
 
-    /// The links between keys in all layers, and the layer of each: 0 is the lowest, in which every
-    /// key is. A pair that is linked in several layers comes once for each; the links of a key are
-    /// in the order of the layers, and in a layer the nearest first. Links need not go both ways.
+    /// Returns the links between keys in all layers, and the layer of each link: 0 is the lowest, which
+    /// contains every key. A pair that is linked in several layers appears once for each. The links of a
+    /// key are sorted by layer, and within a layer nearest first. Links need not exist in both
+    /// directions.
     ///
     /// # Errors
     /// [`Error::Graph`] if there are more than `u32::MAX` links.
@@ -160,7 +163,7 @@ impl<F: Float> HnswIndex<F> {
         let points = self.layers.get_point_indexation();
         let mut of_key = vec![Vec::new(); self.num_keys()];
         for layer in 0..=usize::from(points.get_max_level_observed()) {
-            // The points whose highest layer this is; they know their links in all.
+            // The points with this as their highest layer; they have their links in all layers.
             for point in points.get_layer_iterator(layer) {
                 of_key[point.get_origin_id()] = point.get_neighborhood_id();
             }
@@ -209,7 +212,7 @@ impl<F: Float> NeighborIndex<F> for HnswIndex<F> {
     }
 }
 
-/// The sizes, not the links.
+/// Shows the sizes, not the links.
 impl<F: Float> fmt::Debug for HnswIndex<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HnswIndex")
@@ -221,8 +224,8 @@ impl<F: Float> fmt::Debug for HnswIndex<F> {
     }
 }
 
-/// The distance by which the crate looks for neighbours. Never NaN or negative, which it would not
-/// survive, since its points are finite.
+/// The distance that the crate uses. It is never NaN or negative, which the crate could not handle,
+/// because all points are finite.
 struct Euclidean(Level);
 
 impl<F: Float> Distance<F> for Euclidean {

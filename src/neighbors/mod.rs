@@ -1,13 +1,12 @@
-//! The nearest keys of a query: which pairs attend by what they mean, not by where they stand in a
-//! graph.
+//! Nearest-neighbour search: finds the pairs that attend by similarity instead of by a given graph.
 //!
-//! A [`NeighborIndex`] holds keys and finds those most similar to queries. What is asked for is a
-//! [`NeighborSearch`]; the answer is a [`Graph`] from queries to keys, fit for
-//! [`Inputs::graph`](crate::Inputs::graph) and
-//! [`Inputs::with_latent`](crate::Inputs::with_latent), with the similarity of each of its pairs.
+//! A [`NeighborIndex`] holds keys and finds those most similar to queries. A [`NeighborSearch`] describes
+//! the search; the result is a [`Graph`] from queries to keys, for
+//! [`Inputs::graph`](crate::Inputs::graph) and [`Inputs::with_latent`](crate::Inputs::with_latent), with
+//! the similarity of each pair.
 //!
-//! [`ExactIndex`] compares every query with every key. `HnswIndex`, behind the feature `hnsw`, looks
-//! at a few of them and may miss some neighbours.
+//! [`ExactIndex`] compares every query with every key. `HnswIndex` (feature `hnsw`) compares only a few
+//! keys and may miss some neighbours.
 //!
 //! ```
 //! use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
@@ -25,10 +24,9 @@
 //!
 //! # Search, then attend
 //!
-//! The hits need no gathering: attention over the graph of the answer reads the rows of the hits
-//! where they are. The weights come in its pair order, that of the similarities, the nearest hit first.
-//! Vectors that come from elsewhere, from a database say, go into
-//! [`Inputs::single`](crate::Inputs::single) instead.
+//! You need not gather the hits: attention over the resulting graph reads their rows in place. The
+//! weights have the same pair order as the similarities, nearest hit first. For vectors from elsewhere,
+//! such as a database, use [`Inputs::single`](crate::Inputs::single) instead.
 //!
 //! ```
 //! use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
@@ -36,21 +34,21 @@
 //! use graph_attention::{Attention, Flash, Inputs};
 //!
 //! let documents = array![[1.0, 0.0], [4.0, 3.0], [0.0, 1.0], [-1.0, 0.2]];
-//! let query = array![[1.0f64, 0.1]]; // one row; of a vector, `query.view().insert_axis(Axis(0))`
+//! let query = array![[1.0f64, 0.1]]; // one row; for a vector use `query.view().insert_axis(Axis(0))`
 //!
 //! // Candidates by cosine.
 //! let index = ExactIndex::new(documents.view(), Metric::Cosine)?;
 //! let found = index.search(query.view(), &NeighborSearch::new(2))?;
 //! assert_eq!(found.graph.neighbors(0), [0, 1]);
 //!
-//! // Ranked anew by attention: here by the dot product, in which long vectors count more.
+//! // Rank them again by attention, here by the dot product, in which long vectors count more.
 //! let flash = Flash::new().with_scale(1.0)?;
 //! let inputs = Inputs::graph(query.view(), documents.view(), documents.view(), &found.graph)?;
 //! let weights = flash.attention_weights(&inputs)?; // hits × 1 head
 //! assert!(weights[[1, 0]] > weights[[0, 0]]);
 //! let blended = flash.forward(&inputs)?; // Σ weight · document, 1 × 2
 //!
-//! // The same with vectors of one's own.
+//! // The same with your own vectors.
 //! let hits: Vec<usize> = found.row(0).map(|hit| hit.key).collect();
 //! let vectors = documents.select(Axis(0), &hits);
 //! let inputs = Inputs::single(query.row(0), vectors.view(), vectors.view())?;
@@ -76,10 +74,10 @@ use ndarray::{Array1, ArrayView1, ArrayView2};
 use std::fmt;
 use std::ops::Range;
 
-/// How similar two vectors are; more is nearer.
+/// The measure of similarity of two vectors; larger is nearer.
 ///
-/// A vector that holds NaN or an infinity, or whose norm is not finite, is similar to none: as a key
-/// it is never chosen, as a query it has no neighbours.
+/// A vector with NaN or an infinity, or with a norm that is not finite, is similar to none: as a key it
+/// is never found, as a query it has no neighbours.
 ///
 /// ```
 /// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
@@ -111,38 +109,38 @@ pub enum Metric {
     Euclidean,
 }
 
-/// A key that was found, and how similar it is to the query.
+/// A key that was found, and its similarity to the query.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Neighbor<F> {
     /// The number of the key.
     pub key: usize,
-    /// More is nearer.
+    /// The similarity; larger is nearer.
     pub similarity: F,
 }
 
 /// The result of [`NeighborIndex::search`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Neighbors<F> {
-    /// From each query to its neighbours, the nearest first.
+    /// The edges from each query to its neighbours, nearest first.
     pub graph: Graph,
-    /// Of each pair of the graph, in its pair order; so they fit
-    /// [`Inputs::with_distances`](crate::Inputs::with_distances) and, as one column,
+    /// The similarity of each pair of the graph, in its pair order, as needed for
+    /// [`Inputs::with_distances`](crate::Inputs::with_distances) and, as one column, for
     /// [`Inputs::with_bias`](crate::Inputs::with_bias).
     pub similarities: Array1<F>,
 }
 
 impl<F: Float> Neighbors<F> {
-    /// The neighbours of a query, the nearest first; none for a query that does not exist.
+    /// Iterates over the neighbours of a query, nearest first; empty for a query that does not exist.
     pub fn row(&self, query: usize) -> impl Iterator<Item = Neighbor<F>> + '_ {
         let row = self.graph.row(query);
         row.map(|(key, pair)| Neighbor { key, similarity: self.similarities[pair] })
     }
 }
 
-/// Keys among which the nearest to a query can be found.
+/// An index of keys that finds the keys nearest to a query.
 ///
-/// Object-safe, so that a mechanism can hold a `Box<dyn NeighborIndex<F>>`. To bring an index of your
-/// own, say how many keys it has and how to find the nearest of one query:
+/// The trait is object-safe, so a mechanism can hold a `Box<dyn NeighborIndex<F>>`. To use your own
+/// index, implement the number of keys and the search for one query:
 ///
 /// ```
 /// use graph_attention::neighbors::{Neighbor, NeighborIndex, NeighborSearch};
@@ -182,19 +180,18 @@ impl<F: Float> Neighbors<F> {
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
-    /// The number of keys.
+    /// Returns the number of keys.
     fn num_keys(&self) -> usize;
 
-    /// The number of columns of keys and queries.
+    /// Returns the number of columns of keys and queries.
     fn dim(&self) -> usize;
 
-    /// Overwrites `nearest` with the `k` keys most similar to a query, the nearest first: fewer
-    /// where there are not so many, or where an approximate index does not find them. No key comes
-    /// twice.
+    /// Overwrites `nearest` with the `k` keys most similar to a query, nearest first. There are fewer if
+    /// the index has fewer keys, or if an approximate index does not find them. No key appears twice.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the query has not [`dim`](Self::dim) columns; any other that an index of
-    /// your own needs.
+    /// [`Error::Shape`] if the query does not have [`dim`](Self::dim) columns; your own index may return
+    /// other errors.
     fn nearest_into(
         &self,
         query: ArrayView1<'_, F>,
@@ -202,18 +199,18 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
         nearest: &mut Vec<Neighbor<F>>,
     ) -> Result<()>;
 
-    /// The neighbours of many queries, num_queries × [`dim`](Self::dim); of a single vector,
+    /// Finds the neighbours of many queries, num_queries × [`dim`](Self::dim). For a single vector, pass
     /// `query.view().insert_axis(Axis(0))`.
     ///
-    /// As provided, it asks [`nearest_into`](Self::nearest_into) for so many more than k as are
-    /// excluded from a query, drops those that the search does not [accept](NeighborSearch::accepts),
-    /// and cuts the rest at k. An approximate index may so be left with fewer than k, though there
-    /// are more.
+    /// The default implementation requests as many more than k keys from
+    /// [`nearest_into`](Self::nearest_into) as may be excluded for the query, drops those that the search
+    /// does not [accept](NeighborSearch::accepts), and keeps the first k. An approximate index may
+    /// therefore return fewer than k, even if there are more.
     ///
     /// # Errors
-    /// Those of [`NeighborSearch::check`] and of [`nearest_into`](Self::nearest_into);
-    /// [`Error::TooLarge`] if num_queries × k pairs do not fit in memory, [`Error::Graph`] if there
-    /// may be more than `u32::MAX` of them.
+    /// As [`NeighborSearch::check`] and [`nearest_into`](Self::nearest_into); [`Error::TooLarge`] if
+    /// num_queries × k pairs do not fit in memory, [`Error::Graph`] if there may be more than `u32::MAX`
+    /// pairs.
     fn search(
         &self,
         queries: ArrayView2<'_, F>,
@@ -221,7 +218,7 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
     ) -> Result<Neighbors<F>> {
         let num_keys = self.num_keys();
         search.check(queries.dim(), num_keys, self.dim())?;
-        // An index looks at some thousand keys to find the nearest.
+        // An index examines some thousand keys to find the nearest.
         let work = queries.len().saturating_mul(num_keys.min(1000));
         collect(queries.nrows(), num_keys, search.k, work, |rows, mut lists| {
             let mut nearest = Vec::new();
@@ -236,13 +233,13 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
     }
 }
 
-/// A search: the k nearest keys of each query, if they are near enough and not excluded.
+/// A search for the k nearest keys of each query that are near enough and not excluded.
 ///
 /// ```
 /// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 /// use graph_attention::{Graph, ndarray::array};
 ///
-/// // Four points on a line, of which each knows the next; the latent neighbours are to be others.
+/// // Four points on a line, each linked to the next; find latent neighbours other than these.
 /// let nodes = array![[0.0], [1.0], [2.0], [7.0]];
 /// let known = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3)])?;
 /// let search = NeighborSearch::new(1).threshold(-9.0).exclude_self(true).exclude(&known);
@@ -262,20 +259,21 @@ pub struct NeighborSearch<'a, F: Float> {
 }
 
 impl<'a, F: Float> NeighborSearch<'a, F> {
-    /// A search for the k nearest keys of each query, without threshold or exclusions.
+    /// Creates a search for the k nearest keys of each query, without threshold or exclusions.
     #[must_use]
     pub fn new(k: usize) -> Self {
         Self { k, threshold: None, exclude_self: false, exclude: None, visible_in: None }
     }
 
-    /// Only keys of at least this similarity, in the units of the index' [`Metric`]. Default: all.
+    /// Sets the smallest similarity of keys, in the units of the index's [`Metric`]. Default: no
+    /// threshold.
     #[must_use]
     pub fn threshold(mut self, similarity: F) -> Self {
         self.threshold = Some(similarity);
         self
     }
 
-    /// Whether query i never finds key i: for queries and keys that are the same nodes. Default:
+    /// Sets whether query i never finds key i, for queries and keys that are the same nodes. Default:
     /// `false`.
     #[must_use]
     pub fn exclude_self(mut self, exclude: bool) -> Self {
@@ -283,17 +281,16 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self
     }
 
-    /// Queries do not find the keys that they are already linked to in `graph`. Default: none are
-    /// excluded.
+    /// Excludes the keys that a query is already linked to in `graph`. Default: none are excluded.
     #[must_use]
     pub fn exclude(mut self, graph: &'a Graph) -> Self {
         self.exclude = Some(graph);
         self
     }
 
-    /// Queries find only keys that the mask and the causal pattern of these inputs let them see,
-    /// whatever its pairs are. Where its queries are [selected](Inputs::select_queries), it is their
-    /// number among all that is [excluded](Self::exclude_self). Default: all keys are seen.
+    /// Restricts the search to keys that the mask and the causal pattern of `inputs` let a query see,
+    /// whatever the pairs are. If the queries were [selected](Inputs::select_queries) from others, their
+    /// original numbers are used for [excluding self](Self::exclude_self). Default: all keys are visible.
     ///
     /// ```
     /// use graph_attention::Inputs;
@@ -304,7 +301,7 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();
     /// let search = NeighborSearch::new(1).exclude_self(true).visible_in(&inputs);
     /// let found = ExactIndex::new(x.view(), Metric::Euclidean)?.search(x.view(), &search)?;
-    /// assert_eq!(found.graph.indices(), [0, 1]); // of nodes 1 and 2; node 0 sees no other
+    /// assert_eq!(found.graph.indices(), [0, 1]); // for nodes 1 and 2; node 0 sees no other
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     #[must_use]
@@ -313,13 +310,13 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self
     }
 
-    /// Refuses a search that makes no sense for queries of this shape in an index of `num_keys` ×
-    /// `dim`: the first line of [`NeighborIndex::search`].
+    /// Checks that the search is valid for queries of this shape in an index of `num_keys` × `dim`. Call
+    /// it in the first line of [`NeighborIndex::search`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if the queries have another number of columns, or other rows than the keys
-    /// where a node is not to find itself, or if the excluded graph or the inputs that hide keys are
-    /// over other numbers of queries or keys; [`Error::InvalidArgument`] if the threshold is NaN.
+    /// [`Error::Shape`] if the queries have a different number of columns, if self is excluded and the
+    /// numbers of queries and keys differ, or if the excluded graph or the inputs that hide keys have
+    /// different numbers of queries or keys; [`Error::InvalidArgument`] if the threshold is NaN.
     pub fn check(
         &self,
         (num_queries, columns): (usize, usize),
@@ -345,14 +342,14 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         }
     }
 
-    /// The number of keys wanted for each query.
+    /// Returns the number of keys to find for each query.
     #[must_use]
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// How many keys may be excluded for a query, at most: so many more than [`k`](Self::k) an index has
-    /// to find.
+    /// Returns the largest number of keys that may be excluded for a query. An index must find this many
+    /// more than [`k`](Self::k).
     #[must_use]
     pub fn num_excluded(&self, query: usize) -> usize {
         let known = self.exclude.map_or(0, |graph| graph.neighbors(query).len());
@@ -370,8 +367,8 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
         self.visible_in.as_ref().is_none_or(is_visible)
     }
 
-    /// Whether a query may have this neighbour: it is not excluded, and its similarity is a number
-    /// and not below the threshold.
+    /// Whether a query may have this neighbour: it is not excluded, and its similarity is neither NaN nor
+    /// below the threshold.
     #[must_use]
     pub fn accepts(&self, query: usize, Neighbor { key, similarity }: Neighbor<F>) -> bool {
         let is_known = |graph: &Graph| graph.neighbors(query).iter().any(|&k| k as usize == key);
@@ -383,11 +380,11 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     }
 }
 
-/// Queries are handed to threads in at most this many parts, in whole blocks.
+/// The largest number of parts, in whole blocks, in which queries are distributed to threads.
 const PARTS: usize = 64;
 const BLOCK: usize = 64;
 
-/// Runs `fill` for parts of the queries, each of which pushes one list for each of its queries.
+/// Runs `fill` for parts of the queries; it pushes one list for each query.
 pub(crate) fn collect<F: Float>(
     num_queries: usize,
     num_keys: usize,
@@ -399,7 +396,7 @@ pub(crate) fn collect<F: Float>(
     let mut offsets = try_vec("neighbors", &[num_queries], 0)?;
     let mut keys = try_vec("neighbors", &[num_queries, k], 0)?;
     let mut similarities = try_vec("neighbors", &[num_queries, k], F::zero())?;
-    // There is nothing to look for without k.
+    // Nothing to find if k is 0.
     let parts = if k == 0 { Vec::new() } else { parts(num_queries, BLOCK, PARTS) };
     let mut results = vec![Ok(()); parts.len()];
     let mut rest = (&mut offsets[..], &mut keys[..], &mut similarities[..]);
@@ -416,7 +413,7 @@ pub(crate) fn collect<F: Float>(
     parallel::for_each(tasks, work, |(rows, lists, result)| *result = fill(rows, lists));
     results.into_iter().collect::<Result<()>>()?;
 
-    // The lists moved together, in place.
+    // Move the lists together, in place.
     let mut end = 0;
     for (query, len) in offsets.iter_mut().enumerate() {
         keys.copy_within(query * k..query * k + *len, end);

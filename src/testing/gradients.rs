@@ -5,28 +5,28 @@ use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 
-/// Allowed error of a derivative, relative to the largest of its array.
+/// The allowed error of a derivative, relative to the largest derivative of its array.
 const TOLERANCE: f64 = 1e-7;
 
-/// Arrays whose derivatives are all below this are compared as if the largest were this: a
-/// difference quotient of a loss of order 10 is itself only good to about 1e-11.
+/// The lower bound of the largest derivative of an array in the comparison: a difference quotient of a
+/// loss of order 10 is only accurate to about 1e-11.
 const FLOOR: f64 = 1e-2;
 
-/// Step of the difference quotient. The five-point formula is off by h⁴ f⁽⁵⁾ / 30 ≈ 1e-17 f⁽⁵⁾ and
-/// by rounding of 1e-16 f / h ≈ 1e-12 f, and a step this small rarely crosses a kink.
+/// The step of the difference quotient. The five-point formula has an error of h⁴ f⁽⁵⁾ / 30 ≈ 1e-17 f⁽⁵⁾
+/// and a rounding error of 1e-16 f / h ≈ 1e-12 f, and such a small step rarely crosses a kink.
 const STEP: f64 = 1e-4;
 
-/// Checks the backward pass of a mechanism against central differences in `f64`, on small random
-/// inputs of every kind: every entry of query, key, value, bias, edge features, distances and positions and
-/// of every parameter, to 1e-7 of the largest derivative of its array. And that a state comes back: the
-/// arrays that are lent for writing, parameters and buffers, are those that are shown, and
+/// Checks the backward pass of a mechanism against central differences in `f64`, on small random inputs
+/// of every kind: every entry of query, key, value, bias, edge features, distances, positions and
+/// of every parameter, to 1e-7 of the largest derivative of its array. Also checks that a saved state can be
+/// restored: the same parameters and buffers are visited for writing and for reading, and
 /// [`params::load_state`](crate::params::load_state) sets them all.
 ///
-/// The parameters and buffers are moved during the check and put back.
+/// The parameters and buffers are changed during the check and then restored.
 ///
 /// # Errors
-/// The first derivative that differs, with the case, the array and both values; or the array that does
-/// not come back.
+/// The first derivative that differs, with the case, the array and both values; or the array that cannot
+/// be restored.
 pub fn check_gradients(
     mechanism: &mut dyn Attention<f64>,
     shapes: &Shapes,
@@ -66,35 +66,35 @@ pub fn check_gradients(
 }
 
 fn state_comes_back(mechanism: &mut dyn Attention<f64>) -> Result<(), Broken> {
-    let law = "the arrays that are lent for writing are those that are shown";
+    let law = "the arrays visited for writing are those visited for reading";
     let old = params::state(mechanism);
     let (num_params, mut lent) = (params::count(mechanism), Vec::new());
     let mut lend = |name: &str, mut array: ArrayViewMutD<'_, f64>| {
         lent.push((name.to_owned(), array.shape().to_vec()));
-        // Another finite number for each.
+        // A different finite number for each.
         array.mapv_inplace(|x| if x == 0.5 { 0.25 } else { 0.5 });
     };
     mechanism.visit_params_mut(&mut lend);
     mechanism.visit_buffers_mut(&mut lend);
     if lent.is_empty() {
-        // None, or shared.
+        // There are none, or they are shared.
         return Ok(());
     }
     let shown: Vec<_> = old.iter().map(|(name, x)| (name.clone(), x.shape().to_vec())).collect();
     let mut lent_params = 0;
     mechanism.visit_params_mut(&mut |_, _| lent_params += 1);
     require(law, lent == shown && lent_params == num_params, || {
-        format!("{shown:?} are shown, {lent:?} lent")
+        format!("{shown:?} are visited for reading, {lent:?} for writing")
     })?;
     let changed = params::state(mechanism);
     for ((name, old), (_, new)) in old.iter().zip(&changed) {
         let all_changed = old.iter().zip(new).all(|(old, new)| old != new);
-        require(law, all_changed, || format!("{name} is shown otherwise than it was written"))?;
+        require(law, all_changed, || format!("{name} reads a value other than was written"))?;
     }
-    let law = "a state comes back";
+    let law = "a saved state can be restored";
     succeed(law, params::load_state(mechanism, old.iter().rev().cloned()))?;
     require(law, params::state(mechanism) == old, || {
-        format!("{old:?} is loaded, and then there is {:?}", params::state(mechanism))
+        format!("{old:?} was loaded, but the state is {:?}", params::state(mechanism))
     })
 }
 
@@ -114,7 +114,7 @@ fn numeric_derivative(mut f: impl FnMut(f64) -> Result<f64, Broken>) -> Result<f
     Ok(difference / (12.0 * STEP))
 }
 
-/// Changes one entry of an input and returns what it was.
+/// Changes one entry of an input and returns the old value.
 fn set(sample: &mut Sample<f64>, name: &str, entry: usize, new: impl Fn(f64) -> f64) -> f64 {
     let array = match name {
         "key" => &mut sample.key,
@@ -132,7 +132,7 @@ fn set(sample: &mut Sample<f64>, name: &str, entry: usize, new: impl Fn(f64) -> 
     replace(array.iter_mut(), entry, new)
 }
 
-/// Changes one entry of a parameter and returns what it was.
+/// Changes one entry of a parameter and returns the old value.
 fn set_param(
     mechanism: &mut dyn Attention<f64>,
     param: usize,

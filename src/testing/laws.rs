@@ -8,22 +8,26 @@ use rand::seq::SliceRandom;
 
 /// Checks the contract of [`Attention`] on small random inputs, without a reference.
 ///
-/// The laws: outputs are overwritten; the training pass gives the same numbers, and every run the
-/// same bits; memory layouts do not matter; permuting keys changes nothing and permuting queries
-/// permutes the output; dense, masked, causal and graph inputs with the same visible pairs agree; a
-/// query without visible keys reads no key, and hidden pairs leak nothing, forward or backward;
-/// NaN spreads to the rows it touches and no others, forward and backward; bias and dropout change the
-/// answer or are refused; a head reads its own columns, and grouped
-/// heads the right ones; weights are non-negative and sum to 1, those of the backward pass too, and
-/// however large the logits are;
-/// gradients are added to what is there; parameters and buffers have names of their own and an order;
-/// wrong shapes and another's saved state are errors.
+/// The laws:
 ///
-/// The laws do not say what the answer *is*: compare it with a reference, and call
+/// * Outputs are overwritten, and gradients are added to.
+/// * The training pass gives the same numbers as inference, and every run is bitwise identical.
+/// * Memory layouts do not matter.
+/// * Permuting keys changes nothing, and permuting queries permutes the output.
+/// * Dense, masked, causal and graph inputs with the same visible pairs agree.
+/// * A query without visible keys reads no key, and hidden pairs leak nothing, forward or backward.
+/// * NaN spreads to the rows it touches and no others, forward and backward.
+/// * Bias and dropout change the output or are refused.
+/// * A head reads its own columns, and grouped heads read the right ones.
+/// * Weights are non-negative and sum to 1, also in the backward pass and for large logits.
+/// * Parameters and buffers have different names and a fixed order.
+/// * Wrong shapes and the saved state of another mechanism are errors.
+///
+/// The laws do not determine the correct output: compare it with a reference, and call
 /// [`check_gradients`](super::check_gradients).
 ///
 /// # Errors
-/// The first law that does not hold, with the case in which it does not.
+/// The first law that is violated, with the case.
 pub fn check_attention<F: Float>(
     mechanism: &dyn Attention<F>,
     shapes: &Shapes,
@@ -50,24 +54,24 @@ pub fn check_attention<F: Float>(
 fn names_are_unique<F: Float>(mechanism: &dyn Attention<F>) -> Result<(), Broken> {
     let names =
         || -> Vec<String> { params::state(mechanism).into_iter().map(|(name, _)| name).collect() };
-    let law = "each parameter and each buffer has a name that no other has";
+    let law = "all parameters and buffers have different names";
     let names_once = names();
     for (number, name) in names_once.iter().enumerate() {
         require(law, !names_once[..number].contains(name), || format!("two are called {name}"))?;
     }
-    let law = "parameters and buffers are visited in an order that never changes";
+    let law = "parameters and buffers are visited in a fixed order";
     let names_again = names();
     require(law, names_once == names_again, || format!("{names_once:?}, then {names_again:?}"))
 }
 
-/// A mechanism, inputs, and what it makes of them.
+/// A mechanism, inputs, and its results for them.
 struct Check<'a, F: Float> {
     mechanism: &'a dyn Attention<F>,
     sample: &'a Sample<F>,
     out: Array2<F>,
     grad_out: Array2<F>,
     gradients: Gradients<F>,
-    /// num_queries × num_keys: whether some head sees the key.
+    /// num_queries × num_keys: whether any head sees the key.
     sees: Array2<bool>,
 }
 
@@ -148,7 +152,7 @@ impl<'a, F: Float> Check<'a, F> {
     }
 
     fn permutations_agree(&self) -> Result<(), Broken> {
-        // A causal pattern is about the order; dropout in dense inputs hashes pair numbers.
+        // A causal pattern depends on the order; dropout in dense inputs hashes pair numbers.
         let is_dense = self.sample.graph.is_none();
         if self.sample.causal.is_some() || (is_dense && self.sample.dropout.is_some()) {
             return Ok(());
@@ -193,7 +197,7 @@ impl<'a, F: Float> Check<'a, F> {
     }
 
     fn hidden_pairs_do_not_leak(&self) -> Result<(), Broken> {
-        let law = "the data of hidden pairs and of keys that nobody sees changes nothing";
+        let law = "the data of hidden pairs and of unseen keys changes nothing";
         let mut poisoned = self.sample.clone();
         let inputs = succeed(law, self.sample.inputs())?;
         let mut visible = vec![false; inputs.num_pairs()];
@@ -212,7 +216,7 @@ impl<'a, F: Float> Check<'a, F> {
         }
         same_bits(law, &self.forward(law, &poisoned)?, &self.out)?;
 
-        let law = "keys that nobody sees have zero gradients and change no others";
+        let law = "unseen keys have zero gradients and change no others";
         let grads = gradients(self.mechanism, &poisoned, self.grad_out.view())?;
         close_gradients(law, &grads, &self.gradients)?;
         for &key in &unseen {
@@ -252,7 +256,7 @@ impl<'a, F: Float> Check<'a, F> {
             }
             let seen = self.sees.row(poisoned_query);
             for key in (0..self.sample.key.nrows()).filter(|&key| !seen[key]) {
-                // Not the same bits: who has NaN may be summed in another place.
+                // Not bitwise: rows with NaN may be summed elsewhere.
                 for (grad, expected) in
                     [(&grads.key, &self.gradients.key), (&grads.value, &self.gradients.value)]
                 {
@@ -263,7 +267,7 @@ impl<'a, F: Float> Check<'a, F> {
         Ok(())
     }
 
-    /// Rows that are touched hold a NaN, the others their bits. An empty row may go either way.
+    /// Touched rows contain NaN, the others are unchanged. An empty row may be either.
     fn nan_exactly_in(
         &self,
         law: &'static str,
@@ -321,14 +325,14 @@ impl<'a, F: Float> Check<'a, F> {
         self.has_a_distribution(self.sample)
     }
 
-    /// Logits of 1e6 and more, from keys or from a bias like the −1e9 that stands for a mask elsewhere:
-    /// rounded, they still have weights that sum to 1. If outputs are sums of values times weights, the
-    /// gradients of the values tell the weights that the backward pass uses: Σ v·dv = Σ g·o.
+    /// Checks logits of 1e6 and more, from keys or from a bias such as the −1e9 that other libraries use
+    /// as a mask: even if rounded, their weights sum to 1. If outputs are sums of values times weights,
+    /// the gradients of the values reveal the weights in the backward pass: Σ v·dv = Σ g·o.
     fn large_logits_have_weights_too(&self) -> Result<(), Broken> {
         let Sample { causal, mask, pair_mask, bias, dropout, .. } = self.sample;
         let is_masked = causal.is_some() || mask.is_some() || pair_mask.is_some();
         if is_masked || bias.is_some() || dropout.is_some() {
-            return Ok(()); // the plain cases say it all
+            return Ok(()); // the plain cases cover it
         }
         let mut samples = vec![];
         for exponent in [20, 28] {
@@ -344,7 +348,7 @@ impl<'a, F: Float> Check<'a, F> {
         samples.push(Sample { bias, ..self.sample.clone() });
 
         for sample in samples {
-            // A mechanism may refuse a bias, and keys outside its domain.
+            // A mechanism may refuse a bias and keys outside its domain.
             let Ok(out) = sample.inputs().and_then(|inputs| self.mechanism.forward(&inputs)) else {
                 continue;
             };
@@ -390,7 +394,7 @@ impl<'a, F: Float> Check<'a, F> {
                 sums += &weights.row(pair.index);
                 rest.row_mut(pair.index).fill(F::zero());
             }
-            // Heads to which a bias hides the whole row.
+            // Heads for which a bias hides the whole row.
             let empty = |head| {
                 let hidden = |pair| is_hidden_from(&inputs, pair, head);
                 inputs.row(query).all(hidden)
@@ -417,7 +421,7 @@ impl<'a, F: Float> Check<'a, F> {
             close(law, &twice.to_owned(), &(&once + &once))?;
         }
 
-        let law = "gradients that are not asked for may be left out";
+        let law = "unwanted gradients may be None";
         let mut some = succeed(law, Gradients::zeros(&inputs, self.mechanism))?;
         let GradientsMut { query, key, value, params, .. } = some.view_mut();
         let grads = GradientsMut { query, key, value, ..GradientsMut::of_params(params) };
@@ -442,7 +446,7 @@ impl<'a, F: Float> Check<'a, F> {
         let empty: Vec<usize> =
             (0..self.out.nrows()).filter(|&query| self.is_empty_row(query)).collect();
         let mut other = self.sample.clone();
-        // Other keys of the same norms, for mechanisms that take only some.
+        // Other keys with the same norms, for mechanisms that accept only some norms.
         other.key.mapv_inplace(|value| -value);
         other.value.mapv_inplace(|value| -value);
         let out = self.forward(law, &other)?;
@@ -503,7 +507,7 @@ impl<'a, F: Float> Check<'a, F> {
 }
 
 impl<F: Float> Gradients<F> {
-    /// Gives one of [`arrays`] another shape.
+    /// Changes the shape of one of [`arrays`].
     fn widen(&mut self, array: usize) {
         fn widen<F: Float, D: Dimension>(gradient: &mut Array<F, D>) {
             let mut shape = gradient.raw_dim();
@@ -536,7 +540,7 @@ impl<F: Float> Gradients<F> {
 }
 
 impl<F: Float> Sample<F> {
-    /// Query i of the result is query `queries[i]` of this sample, and so for keys.
+    /// Returns a sample whose query i is query `queries[i]` of this sample, and the same for keys.
     fn permuted(&self, queries: &[usize], keys: &[usize]) -> Self {
         let mut sample = self.clone();
         sample.query = self.query.select(Axis(0), queries);
@@ -556,7 +560,7 @@ impl<F: Float> Sample<F> {
         };
         sample.latent = relabelled(&self.latent);
         if let Some(graph) = &self.graph {
-            // The edges keep their order, so their data keep theirs.
+            // The edges keep their order, and so do their data.
             let by_keys = self.bias.as_ref().filter(|bias| bias.ndim() == 3);
             let bias = by_keys.map(|bias| permuted(bias, queries, keys));
             sample.bias = bias.or(sample.bias);
@@ -574,7 +578,8 @@ impl<F: Float> Sample<F> {
         sample
     }
 
-    /// As many heads of keys and values as of queries: each query head has its own copy.
+    /// Returns a sample with as many heads of keys and values as of queries: each query head has its own
+    /// copy.
     fn ungrouped(&self) -> Self {
         let repeated = |array: &Array2<F>| {
             let dim = array.ncols() / self.kv_heads;
@@ -588,7 +593,7 @@ impl<F: Float> Sample<F> {
         Self { key, value, kv_heads: self.heads, ..self.clone() }
     }
 
-    /// The given pairs of these inputs as a graph.
+    /// Returns the given pairs of these inputs as a graph.
     fn as_graph(&self, inputs: &Inputs<'_, F>, pairs: &[Pair]) -> crate::Result<Self> {
         let mut sample = self.clone();
         let edges = pairs.iter().map(|pair| (pair.query, pair.key));
@@ -607,7 +612,7 @@ impl<F: Float> Sample<F> {
     }
 }
 
-/// Of an array whose last two axes are queries and keys, or 1 where they share an entry.
+/// Permutes an array whose last two axes are queries and keys, or 1 where they share an entry.
 fn permuted<T: Copy>(array: &ArrayD<T>, queries: &[usize], keys: &[usize]) -> ArrayD<T> {
     let mut permuted = array.clone();
     for (axis, order) in (array.ndim() - 2..).zip([queries, keys]) {
@@ -618,7 +623,7 @@ fn permuted<T: Copy>(array: &ArrayD<T>, queries: &[usize], keys: &[usize]) -> Ar
     permuted
 }
 
-/// The pairs that some head sees.
+/// Iterates over the pairs that any head sees.
 fn visible_pairs<F: Float>(inputs: &Inputs<'_, F>) -> impl Iterator<Item = Pair> {
     let rows = (0..inputs.num_queries()).flat_map(|query| inputs.row(query));
     rows.filter(|&pair| (0..bias_heads(inputs)).any(|head| !is_hidden_from(inputs, pair, head)))
@@ -629,18 +634,18 @@ fn is_hidden_from<F: Float>(inputs: &Inputs<'_, F>, pair: Pair, head: usize) -> 
     inputs.bias().is_some_and(|bias| bias.at(pair, head) == F::neg_infinity())
 }
 
-/// The number of heads between which a bias may differ.
+/// Returns the number of heads with separate biases.
 fn bias_heads<F: Float>(inputs: &Inputs<'_, F>) -> usize {
     inputs.bias().map_or(1, |bias| bias.num_heads())
 }
 
-/// The edges of a graph that mask and causal pattern do not hide.
+/// Returns the edges of a graph that mask and causal pattern do not hide.
 fn visible_edges<F: Float>(graph: &Graph, inputs: &Inputs<'_, F>) -> Vec<(usize, usize)> {
     let sees = |&(query, key): &_| inputs.sees_key(query, key);
     edges(graph).into_iter().filter(sees).collect()
 }
 
-/// Query and key of every edge, in the caller's order.
+/// Returns query and key of every edge, in the caller's order.
 fn edges(graph: &Graph) -> Vec<(usize, usize)> {
     let mut edges = vec![(0, 0); graph.num_edges()];
     for query in 0..graph.num_queries() {
@@ -668,7 +673,7 @@ fn gradients<F: Float>(
     succeed(law, mechanism.backward(&inputs, &saved, grad_out))
 }
 
-/// How far two sums of the same numbers of order 1 in another order may lie apart: some hundred
+/// The allowed difference of two sums of the same numbers of order 1 in a different order: some hundred
 /// terms, each with a few roundings.
 fn rounding<F: Float>() -> F {
     F::from_f64(1e3) * F::epsilon()
@@ -682,7 +687,7 @@ fn same_bits<F: Float>(
     require(law, actual == expected, || format!("{actual}\ninstead of\n{expected}"))
 }
 
-/// Equal up to rounding, relative to the largest entry; NaN and infinities are close to nothing.
+/// Requires equality up to rounding, relative to the largest entry; NaN and infinities are never close.
 fn close<F: Float, D: Dimension>(
     law: &'static str,
     actual: &Array<F, D>,

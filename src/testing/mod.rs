@@ -1,11 +1,10 @@
 //! Checks of the contract of [`Attention`], for the mechanisms of this crate and for your own.
 //!
-//! [`check_attention`] tries a mechanism on a list of small random inputs (dense, causal, masked,
-//! biased, graphs with isolated nodes, parallel edges and self-loops, nothing at all) and holds the
-//! answers against laws that need no reference: permutations, other representations of the same
-//! pairs, other memory layouts, NaN that must stay where it is. [`check_gradients`] holds the
-//! backward pass against central differences. [`guide::own_mechanism`](crate::guide::own_mechanism)
-//! writes a mechanism and checks it.
+//! [`check_attention`] runs a mechanism on small random inputs (dense, causal, masked, biased, graphs
+//! with isolated nodes, parallel edges and self-loops, empty inputs) and checks laws that need no
+//! reference: permutations, other representations of the same pairs, other memory layouts, NaN that must
+//! not spread. [`check_gradients`] compares the backward pass with central differences.
+//! [`guide::own_mechanism`](crate::guide::own_mechanism) implements and checks a mechanism.
 //!
 //! ```
 //! use graph_attention::testing::{Shapes, check_attention, check_gradients};
@@ -31,19 +30,21 @@ pub use sample::Shapes;
 use crate::{Attention, Error, Float, Gradients};
 use ndarray::ArrayViewD;
 
-/// Holds the instruction set of the kernels down to that of the environment variable
+/// Limits the instruction set of the kernels to the one in the environment variable
 /// `GRAPH_ATTENTION_SIMD` (`avx512`, `avx2`, `sse2`; `scalar` with the feature of that name), and returns
-/// its name. Called before anything else; for the tests, benches and examples of this crate.
+/// its name. Call it before anything else; for the tests, benches and examples of this crate.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the CPU has no such instruction set, or another one is in use already.
+/// [`Error::InvalidArgument`] if the CPU does not have this instruction set, or another one is already in
+/// use.
 #[doc(hidden)]
 pub fn hold_simd() -> crate::Result<String> {
     crate::kernels::level::hold_down()
 }
 
-/// Compiles the mechanisms with this crate: builds that optimise little, as of tests, share what a crate that
-/// they depend on has compiled, so that it is not compiled again for each test. Release builds do not share.
+/// Compiles the mechanisms with this crate. Builds with little optimisation, such as tests, share the
+/// code compiled in a dependency, so it is not compiled again for each test. Release builds do not share
+/// it.
 #[cfg(all(debug_assertions, not(test)))]
 #[doc(hidden)]
 pub fn compile_here() {
@@ -54,7 +55,7 @@ pub fn compile_here() {
     use std::ptr::null;
 
     fn of<F: Float>() {
-        // The table of a type's methods names them all.
+        // The vtable of a type contains all of its methods.
         let mechanisms: [*const dyn Attention<F>; 11] = [
             null::<ScaledDotProduct>(),
             null::<Flash>(),
@@ -74,32 +75,31 @@ pub fn compile_here() {
     of::<f64>();
 }
 
-/// The cases of a check. Look at [`refused`](Self::refused): the cases listed there have not been
-/// checked.
+/// The cases of a check. Look at [`refused`](Self::refused): the cases listed there were not checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// The cases that were checked.
     pub checked: Vec<&'static str>,
-    /// The cases that the mechanism refused with [`Error::Unsupported`], which it may.
+    /// The cases that the mechanism refused with [`Error::Unsupported`], as it is allowed to.
     pub refused: Vec<&'static str>,
 }
 
-/// A law that a mechanism broke.
+/// A law that a mechanism violated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{mechanism}, case `{case}`: {law}: {detail}")]
 pub struct Violation {
     /// The mechanism's name.
     pub mechanism: &'static str,
-    /// The inputs on which it broke the law.
+    /// The inputs on which it violated the law.
     pub case: &'static str,
     /// The law.
     pub law: &'static str,
-    /// The numbers that break the law.
+    /// The numbers that violate the law.
     pub detail: String,
 }
 
-/// Runs `check` on all cases, but for those that the mechanism refuses. It must accept plain dense
-/// inputs or a plain graph.
+/// Runs `check` on all cases, except those that the mechanism refuses. It must accept plain dense inputs
+/// or a plain graph.
 fn for_each_case<F: Float>(
     mechanism: &mut dyn Attention<F>,
     shapes: &Shapes,
@@ -124,24 +124,25 @@ fn for_each_case<F: Float>(
     Ok(report)
 }
 
-/// A law that does not hold, before it is known for whom and where.
+/// A violated law, without the mechanism and the case.
 #[derive(Debug)]
 struct Broken {
     law: &'static str,
     detail: String,
 }
 
-/// `Ok` when `holds`.
+/// Returns an error unless `holds`.
 fn require(law: &'static str, holds: bool, detail: impl FnOnce() -> String) -> Result<(), Broken> {
     if holds { Ok(()) } else { Err(Broken { law, detail: detail() }) }
 }
 
-/// The value of a call that must succeed.
+/// Returns the value of a call that must succeed.
 fn succeed<T>(law: &'static str, result: crate::Result<T>) -> Result<T, Broken> {
     result.map_err(|error| Broken { law, detail: error.to_string() })
 }
 
-/// All gradients with their names: the inputs' that are there, then the parameters'.
+/// Returns all gradients with their names: first those of the existing inputs, then those of the
+/// parameters.
 fn arrays<F: Float>(gradients: &Gradients<F>) -> Vec<(&'static str, ArrayViewD<'_, F>)> {
     let Gradients {
         query,

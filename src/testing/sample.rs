@@ -4,8 +4,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
 
-/// The numbers of columns that a mechanism under test takes, and what else the checks must know about
-/// it.
+/// The numbers of columns that a mechanism under test takes, and other properties that the checks need.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shapes {
     query_dim: usize,
@@ -22,7 +21,8 @@ pub struct Shapes {
 }
 
 impl Shapes {
-    /// Columns of queries, keys and values, all heads together; one head.
+    /// Creates shapes with the numbers of columns of queries, keys and values for all heads together, and
+    /// one head.
     #[must_use]
     pub fn new(query_dim: usize, key_dim: usize, value_dim: usize) -> Self {
         Self {
@@ -40,60 +40,60 @@ impl Shapes {
         }
     }
 
-    /// The head layout of the inputs. A mechanism that honours heads is checked a second time with
-    /// several, and one that does not refuses them ([`Channel::Heads`](crate::Channel::Heads)).
+    /// Sets the number of heads in the inputs. Check a mechanism that honours heads a second time with
+    /// several heads; one that does not must refuse them ([`Channel::Heads`](crate::Channel::Heads)).
     #[must_use]
     pub fn heads(self, heads: usize) -> Self {
         self.kv_heads(heads, heads)
     }
 
-    /// The head layout of the inputs, grouped: [`Inputs::with_grouped_heads`].
+    /// Sets the numbers of grouped heads in the inputs: [`Inputs::with_grouped_heads`].
     #[must_use]
     pub fn kv_heads(mut self, heads: usize, kv_heads: usize) -> Self {
         (self.heads, self.kv_heads, self.bias_heads) = (heads, kv_heads, heads);
         self
     }
 
-    /// Columns of a per-head bias, for a mechanism that defines its heads itself; otherwise as many
-    /// as heads.
+    /// Sets the number of columns of a per-head bias, for a mechanism that makes its own heads. Default:
+    /// the number of heads.
     #[must_use]
     pub fn bias_heads(mut self, heads: usize) -> Self {
         self.bias_heads = heads;
         self
     }
 
-    /// Columns of the edge features; 3 unless set. 0 for a mechanism that is configured without
-    /// ([`Error::MissingSetting`](crate::Error::MissingSetting)).
+    /// Sets the number of columns of the edge features. Default: 3. Use 0 for a mechanism that is
+    /// configured without edge features ([`Error::MissingSetting`](crate::Error::MissingSetting)).
     #[must_use]
     pub fn edge_dim(mut self, columns: usize) -> Self {
         self.edge_dim = columns;
         self
     }
 
-    /// Columns of the positions; 2 unless set.
+    /// Sets the number of columns of the positions. Default: 2.
     #[must_use]
     pub fn axes(mut self, axes: usize) -> Self {
         self.axes = axes;
         self
     }
 
-    /// For a mechanism in which every head depends on the whole row of the query, as where a router
-    /// chooses: only of keys and values are heads then expected to read their own columns alone.
+    /// Allows every head to depend on the whole row of the query, as with a router. Heads are then
+    /// expected to read only their own columns of keys and values.
     #[must_use]
     pub fn whole_queries(mut self) -> Self {
         self.whole_queries = true;
         self
     }
 
-    /// For a mechanism that attends to latent neighbours too ([`Inputs::with_latent`]): their keys are
-    /// then expected to be seen, where mask and causal pattern let them.
+    /// Declares that the mechanism also attends to latent neighbours ([`Inputs::with_latent`]): queries
+    /// are then expected to see their keys, unless mask or causal pattern hide them.
     #[must_use]
     pub fn reads_latent(mut self) -> Self {
         self.reads_latent = true;
         self
     }
 
-    /// The standard deviation of queries, keys and values, which are normal; 1 unless set.
+    /// Sets the standard deviation of queries, keys and values, which are normally distributed. Default: 1.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = scale;
@@ -101,7 +101,7 @@ impl Shapes {
     }
 }
 
-/// Owned [`Inputs`] with every data channel, to be changed and looked at again.
+/// Owned [`Inputs`] with every data channel, which can be changed.
 #[derive(Clone, Debug)]
 pub(super) struct Sample<F> {
     /// num_queries × query columns.
@@ -110,7 +110,7 @@ pub(super) struct Sample<F> {
     pub(super) key: Array2<F>,
     /// num_keys × value columns.
     pub(super) value: Array2<F>,
-    /// The pairs; all of them without a graph.
+    /// The pairs; all pairs if `None`.
     pub(super) graph: Option<Graph>,
     /// Whether all heads read whole rows of queries.
     pub(super) whole_queries: bool,
@@ -145,8 +145,8 @@ pub(super) struct Sample<F> {
 }
 
 impl<F: Float> Sample<F> {
-    /// Random inputs over all pairs of `num_queries` and `num_keys`. The same `rng` state gives the
-    /// same values, rounded, for `f32` and `f64`.
+    /// Draws random inputs over all pairs of `num_queries` and `num_keys`. The same `rng` state gives the
+    /// same values for `f32` and `f64`, up to rounding.
     pub(super) fn dense(
         shapes: &Shapes,
         num_queries: usize,
@@ -185,7 +185,7 @@ impl<F: Float> Sample<F> {
         sample
     }
 
-    /// Random inputs over the edges of a graph.
+    /// Draws random inputs over the edges of a graph.
     pub(super) fn graph(shapes: &Shapes, graph: Graph, rng: &mut impl rand::Rng) -> Self {
         let mut sample = Self::dense(shapes, graph.num_queries(), graph.num_keys(), rng);
         sample.draw_pair_data(graph.num_edges(), rng);
@@ -200,7 +200,7 @@ impl<F: Float> Sample<F> {
         self.layers = (0..pairs).map(|_| rng.random_range(0..3)).collect();
     }
 
-    /// The inputs that this sample owns.
+    /// Returns the inputs of this sample.
     pub(super) fn inputs(&self) -> crate::Result<Inputs<'_, F>> {
         let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
         let mut inputs = match &self.graph {
@@ -233,7 +233,7 @@ impl<F: Float> Sample<F> {
         Ok(inputs)
     }
 
-    /// Every real array replaced by an equal one of another memory layout.
+    /// Replaces every real array by an equal array with another memory layout.
     pub(super) fn relayout(&self, layout: Layout) -> Self {
         let mut sample = self.clone();
         for array in [
@@ -262,7 +262,7 @@ impl<F: Float> Sample<F> {
     }
 }
 
-/// Ways in which an array lies in memory.
+/// A memory layout of an array.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Layout {
     ColumnMajor,
@@ -271,7 +271,7 @@ pub(super) enum Layout {
 }
 
 impl Layout {
-    /// An equal array, laid out so.
+    /// Returns an equal array with this layout.
     pub(super) fn of<T: Copy + Default, D: Dimension>(self, array: &Array<T, D>) -> Array<T, D> {
         let (shape, num_axes) = (array.raw_dim(), array.ndim());
         let mut other = match self {
@@ -294,7 +294,7 @@ impl Layout {
     }
 }
 
-/// Inputs of every kind that the contract speaks of, small enough to differentiate numerically.
+/// Returns inputs of every kind in the contract, small enough to differentiate numerically.
 pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(2017);
     let mut other_rng = Xoshiro256PlusPlus::seed_from_u64(2018);
@@ -306,7 +306,7 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     cases.push(("causal", Sample { causal: Some(Causal::TopLeft), ..dense.clone() }));
     let tall = Sample::dense(shapes, num_keys, num_queries, &mut rng);
     cases.push(("causal bottom right", Sample { causal: Some(Causal::BottomRight), ..tall }));
-    // Query 2 sees nothing, and nobody sees key 4.
+    // Query 2 sees nothing, and no query sees key 4.
     let mask = Array2::from_shape_fn((num_queries, num_keys), |(query, key)| {
         query != 2 && key != 4 && rng.random_range(0..3) > 0
     });
@@ -317,7 +317,7 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let mut bias = normal([pairs, shapes.bias_heads], 1.0, &mut rng);
     cases.push(("bias per head", Sample { bias: Some(bias.clone().into_dyn()), ..dense.clone() }));
     hide_some(&mut bias, &mut rng);
-    // Query 0 sees nothing, and nobody sees key 4.
+    // Query 0 sees nothing, and no query sees key 4.
     bias.slice_axis_mut(Axis(0), Slice::from(..num_keys)).fill(F::neg_infinity());
     let key_4 = Slice::new(4, None, num_keys as isize);
     bias.slice_axis_mut(Axis(0), key_4).fill(F::neg_infinity());
@@ -345,7 +345,7 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
         cases.push((case, Sample::dense(shapes, num_queries, num_keys, &mut rng)));
     }
 
-    // Query 3 has no edge and key 6 is in none; some edges are parallel, some loops.
+    // Query 3 and key 6 have no edges; some edges are parallel, some are loops.
     let mut edges: Vec<(usize, usize)> =
         (0..13).map(|_| ([0, 1, 2, 4][rng.random_range(0..4)], rng.random_range(0..6))).collect();
     edges.extend([(1, 1), (4, 4), edges[0], edges[5], (1, 1)]);
@@ -359,7 +359,7 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     cases.push(("graph causal", Sample { causal: Some(Causal::TopLeft), ..graph.clone() }));
     let mut bias = normal([num_edges, shapes.bias_heads], 1.0, &mut rng);
     hide_some(&mut bias, &mut rng);
-    // Nobody sees key 1.
+    // No query sees key 1.
     let edges_to_1 = graph.graph.iter().flat_map(|graph| graph.transpose().row(1));
     edges_to_1.for_each(|(_, edge)| bias.row_mut(edge).fill(F::neg_infinity()));
     cases.push(("graph bias", Sample { bias: Some(bias.into_dyn()), ..graph.clone() }));
@@ -379,7 +379,7 @@ fn hide_some<F: Float>(bias: &mut Array2<F>, rng: &mut impl rand::Rng) {
     }
 }
 
-/// Normal numbers of the given standard deviation.
+/// Draws normal numbers with the given standard deviation.
 pub(super) fn normal<F: Float>(
     shape: [usize; 2],
     deviation: f64,

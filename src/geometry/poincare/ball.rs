@@ -1,9 +1,9 @@
-//! The ball itself: its curvature, the points in it, and sums over coordinates.
+//! The ball: its curvature, its points, and sums over coordinates.
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 
-/// The curvature, checked: c and its root.
+/// The checked curvature: c and its square root.
 #[derive(Clone, Copy)]
 pub(super) struct Ball {
     pub(super) c: f64,
@@ -16,17 +16,17 @@ impl Ball {
         if !(value.is_finite() && value >= 0.0) {
             return Err(Error::config("c", "a finite number, at least 0", c));
         }
-        // No −0, whose root has a reciprocal of the wrong sign.
+        // Not −0, whose square root has a reciprocal with the wrong sign.
         let c = value.abs();
         Ok(Self { c, root: c.sqrt() })
     }
 
-    /// A ball with a boundary.
+    /// Creates a ball with a boundary.
     pub(super) fn curved<F: Float>(c: F) -> Result<Self> {
         let ball = Self::new(c)?;
         if ball.c > 0.0 { Ok(ball) } else { Err(Error::config("c", "a finite number above 0", c)) }
     }
-    /// α = 1 − c|x|² of a point in the ball, right to an ulp or two.
+    /// Computes α = 1 − c|x|² of a point in the ball, accurate to an ulp or two.
     pub(super) fn alpha<F: Float>(self, what: &'static str, x: &[F]) -> Result<f64> {
         self.alpha_of_row(what, 0, x.len(), |i| x[i].as_f64())
     }
@@ -39,7 +39,7 @@ impl Ball {
         x: impl Fn(usize) -> f64,
     ) -> Result<f64> {
         let alpha = one_minus_c_norm2(self.c, n, &x);
-        // NaN is let through.
+        // NaN is allowed.
         if alpha <= 0.0 {
             return Err(Error::Domain {
                 what: what.into(),
@@ -51,15 +51,15 @@ impl Ball {
         Ok(alpha)
     }
 
-    /// Overwrites an output with a point of the ball: rounded to the nearest, or, where that is on the
-    /// boundary or past it, inside.
+    /// Overwrites an output with a point of the ball: rounded to the nearest point, or moved inside if
+    /// that is on or outside the boundary.
     pub(super) fn assign_point<F: Float>(self, out: &mut [F], value: impl Fn(usize) -> f64) {
         assign(out, &value);
         let n = out.len();
         if one_minus_c_norm2(self.c, n, |i| out[i].as_f64()) <= 0.0 {
             let reach = self.root * norm(n, &value);
             if reach.is_finite() {
-                // The rounding of the value itself is not what is mended here.
+                // This does not correct the rounding of the value itself.
                 let scale = if reach > 1.0 + 1e-14 { reach.recip() } else { 1.0 };
                 assign(out, |i| scale * value(i));
                 self.move_inside(out, |i| scale * value(i));
@@ -67,10 +67,10 @@ impl Ball {
         }
     }
 
-    /// Moves a rounded value inside by steps of one coordinate towards 0, one place each: as long as
-    /// one step is not enough those that go inwards most for what they add to the squared distance
-    /// from the value, and at last the one that adds least. Then steps that are not needed any more are
-    /// taken back.
+    /// Moves a rounded value inside by steps of one ulp towards 0 in one coordinate. While one step is
+    /// not enough, takes the step with the largest inward movement relative to the added squared distance
+    /// from the value; finally takes the step that adds the least. Then undoes steps that are no longer
+    /// needed.
     fn move_inside<F: Float>(self, out: &mut [F], value: impl Fn(usize) -> f64) {
         // Rounds to the neighbour on the side of 0.
         let inwards = |x: F| x * (F::one() - F::epsilon() / F::from_f64(2.0));
@@ -78,8 +78,8 @@ impl Ball {
         let mut slack = alpha(out);
         while slack <= 0.0 {
             let excess = -slack;
-            // The best single step, as (added per reduction, added, reduction, coordinate), and the
-            // least that is added by so many steps of one coordinate that no more are needed.
+            // The best single step, as (added per reduction, added, reduction, coordinate), and the least
+            // distance added by enough steps in one coordinate.
             let mut step = (f64::INFINITY, 0.0, 0.0, 0);
             let mut last = (f64::INFINITY, 0.0, 0);
             for (i, &x) in out.iter().enumerate() {
@@ -125,23 +125,23 @@ impl Ball {
         }
     }
 
-    /// c|z|² of a vector of this norm: without overflow in |z|² and exactly zero at c = 0.
+    /// Computes c|z|² for a vector with this norm, without overflow in |z|² and exactly zero at c = 0.
     pub(super) fn c_norm2(self, norm: f64) -> f64 {
         let scaled = self.root * norm;
         scaled * scaled
     }
 }
 
-/// 1 − c|x|², negative or zero outside the ball; −∞ where a coordinate is infinite.
+/// Computes 1 − c|x|², which is negative or zero outside the ball and −∞ if a coordinate is infinite.
 pub(crate) fn one_minus_c_norm2(c: f64, n: usize, x: impl Fn(usize) -> f64) -> f64 {
     if c == 0.0 {
-        // The ball has no boundary but infinity; NaN stays NaN.
+        // The ball has no finite boundary; NaN stays NaN.
         let largest = (0..n).fold(0.0, |sum: f64, i| sum + 0.0 * x(i));
         let infinite = (0..n).any(|i| x(i).is_infinite());
         return if infinite { f64::NEG_INFINITY } else { 1.0 + largest };
     }
-    // c = c' 4^k with c' in [1, 4), and x' = 2^k x: exact, and no square over- or underflows that
-    // counts. A subnormal c is made normal first.
+    // c = c' 4^k with c' in [1, 4), and x' = 2^k x: exact, and no relevant square over- or underflows. A
+    // subnormal c is made normal first.
     let (c, scale) = if c < f64::MIN_POSITIVE { (c * TWO_108, TWO_54.recip()) } else { (c, 1.0) };
     let exponent = (c.to_bits() >> 52) as i64 - 1023;
     let k = exponent.div_euclid(2);
@@ -151,7 +151,7 @@ pub(crate) fn one_minus_c_norm2(c: f64, n: usize, x: impl Fn(usize) -> f64) -> f
     if plain >= 1.0 / 16.0 || plain.is_nan() || plain < -1.0 {
         return plain;
     }
-    // Near the boundary: Σ x² = high + low, each product and sum with its rounding error.
+    // Near the boundary: Σ x² = high + low, with the rounding error of each product and sum.
     let (mut high, mut low) = (0.0, 0.0);
     for i in 0..n {
         let (square, square_error) = two_product(x(i), x(i));
@@ -172,15 +172,15 @@ fn power_of_two(k: i64) -> f64 {
     f64::from_bits(((1023 + k) as u64) << 52)
 }
 
-/// a + b and the rounding error of it (Knuth, *TAOCP* 2, 4.2.2).
+/// Returns a + b and its rounding error (Knuth, *TAOCP* 2, 4.2.2).
 fn two_sum(a: f64, b: f64) -> (f64, f64) {
     let sum = a + b;
     let b_part = sum - a;
     (sum, (a - (sum - b_part)) + (b - b_part))
 }
 
-/// a · b and the rounding error of it, by splitting both into halves (Dekker 1971). Not by
-/// `mul_add`, which is a slow call where the compiler may not assume the instruction.
+/// Returns a · b and its rounding error, by splitting both into halves (Dekker 1971). `mul_add` would be
+/// a slow call if the compiler cannot assume the instruction.
 fn two_product(a: f64, b: f64) -> (f64, f64) {
     let split = |a: f64| {
         let big = a * ((1_u64 << 27) + 1) as f64;
@@ -193,12 +193,12 @@ fn two_product(a: f64, b: f64) -> (f64, f64) {
     (product, error)
 }
 
-/// The sum of n terms.
+/// Computes the sum of n terms.
 pub(super) fn sum(n: usize, term: impl Fn(usize) -> f64) -> f64 {
     (0..n).fold(0.0, |sum, i| sum + term(i))
 }
 
-/// The Euclidean norm; squares that would over- or underflow are scaled by a power of two.
+/// Computes the Euclidean norm; squares that would over- or underflow are scaled by a power of two.
 pub(super) fn norm(n: usize, x: impl Fn(usize) -> f64) -> f64 {
     let squares = sum(n, |i| x(i) * x(i));
     if (1e-280..1e280).contains(&squares) || squares.is_nan() {
@@ -213,17 +213,17 @@ pub(super) fn norm(n: usize, x: impl Fn(usize) -> f64) -> f64 {
     scale * sum(n, |i| scaled(i) * scaled(i)).sqrt()
 }
 
-/// The largest power of two that is not above a positive number, but for subnormal ones.
+/// Returns the largest power of two not above a positive number, except for subnormal numbers.
 pub(super) fn power_of_two_below(x: f64) -> f64 {
     f64::from_bits(x.to_bits() & (0x7ff << 52)).max(f64::MIN_POSITIVE)
 }
 
-/// The norm of a slice.
+/// Computes the norm of a slice.
 pub(crate) fn norm_of<F: Float>(x: &[F]) -> f64 {
     norm(x.len(), |i| x[i].as_f64())
 }
 
-/// The dot product of two slices.
+/// Computes the dot product of two slices.
 pub(crate) fn dot<F: Float>(x: &[F], y: &[F]) -> f64 {
     sum(x.len(), |i| x[i].as_f64() * y[i].as_f64())
 }
@@ -242,14 +242,14 @@ pub(super) fn assign<F: Float>(out: &mut [F], value: impl Fn(usize) -> f64) {
     }
 }
 
-/// `Ok` when every slice has n coordinates.
+/// Checks that every slice has n coordinates.
 pub(super) fn check_lengths(n: usize, slices: &[(&'static str, usize)]) -> Result<()> {
     slices.iter().try_for_each(|&(what, len)| check_shape(what, &[n], &[len]))
 }
 
-/// The part of `g` along `v`, multiplied by `along`, and the rest, multiplied by `across`.
+/// Returns the component of `g` along `v` times `along`, plus the rest times `across`.
 ///
-/// By the unit vector, so that a `g` along `v` has no rest to multiply, but for rounding.
+/// Uses the unit vector, so that for a `g` along `v` the rest is zero except for rounding.
 pub(super) fn stretch(
     n: usize,
     v: impl Fn(usize) -> f64,

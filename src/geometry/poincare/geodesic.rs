@@ -1,4 +1,4 @@
-//! Points of geodesics.
+//! Points on geodesics.
 
 use super::ball::{Ball, add, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::radial::{asinh_ratio, log_ratio, tanh_ratio};
@@ -6,7 +6,7 @@ use super::transport::Gyration;
 use crate::error::{Error, Result};
 use crate::float::Float;
 
-/// The point at time t of the geodesic that is at x at time 0 and at y at time 1.
+/// Computes the point at time t on the geodesic that is at x at time 0 and at y at time 1.
 ///
 /// ```text
 /// γ(t) = x ⊕ (t ⊗ (−x ⊕ y)) = exp_x(t log_x(y))        x + t (y − x) at c = 0
@@ -14,11 +14,11 @@ use crate::float::Float;
 /// a = sinh((1 − t) δ)/sinh δ,  b = sinh(t δ)/sinh δ,  μ = 1 − a − b,  δ = √c d(x, y),  λ = 2/(1 − c|·|²)
 /// ```
 ///
-/// The second form is the one computed, or the same from y where t > ½: the combination of both points
-/// on the hyperboloid. For t from 0 to 1 nothing in it cancels but y − x, so that γ(t) is right to some
-/// ulps of its coordinates wherever x and y are; exp_x(t log_x(y)) loses the digits by which x is near
-/// the boundary, since its direction is rounded on the way. Other t go beyond x and y; what the
-/// directions lack then grows with the distance. γ(0) is x and γ(1) is y. (Ungar 2009.)
+/// The second form is used, or the same form from y if t > ½: it combines both points on the hyperboloid.
+/// For t from 0 to 1 nothing in it cancels except y − x, so γ(t) is accurate to a few ulps of its
+/// coordinates wherever x and y are. In contrast, exp_x(t log_x(y)) loses digits if x is close to the
+/// boundary, because its direction is rounded. Other t go beyond x and y, and the error of the directions
+/// then grows with the distance. γ(0) is x and γ(1) is y. (Ungar 2009.)
 ///
 /// # Errors
 /// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is negative
@@ -31,18 +31,20 @@ pub fn geodesic<F: Float>(x: &[F], y: &[F], t: F, c: F, out: &mut [F]) -> Result
     Ok(())
 }
 
-/// γ(t) = exp_x(t log_x(y)). The vector–Jacobian product of [`geodesic`]: adds to the gradients of the
-/// points, returns the derivatives with respect to t and c.
+/// Computes the vector–Jacobian product of [`geodesic`]: adds to the gradients of the points and returns
+/// the derivatives with respect to t and c.
+///
+/// Differentiates γ(t) = exp_x(t log_x(y)).
 ///
 /// ```text
 /// ∂γ/∂x = P ((1 − t) ∥ + a ⊥),  ∂γ/∂y = P' (t ∥ + b ⊥),  ∂γ/∂t = P log_x(y)
 /// ```
 ///
-/// with P and P' the parallel transports from x and from y to γ(t), and ∥ and ⊥ the parts of a vector
-/// along the geodesic and at right angles to it (Jacobi's fields).
+/// where P and P' are the parallel transports from x and from y to γ(t), and ∥ and ⊥ are the components
+/// of a vector along the geodesic and orthogonal to it (Jacobi fields).
 ///
 /// # Errors
-/// Those of [`geodesic`].
+/// As [`geodesic`].
 pub fn geodesic_vjp<F: Float>(
     x: &[F],
     y: &[F],
@@ -61,7 +63,7 @@ pub fn geodesic_vjp<F: Float>(
     let z = |i: usize| y[i].as_f64() - x[i].as_f64();
     let minus_point = |i: usize| -course.point(x[i], y[i]);
 
-    // The gradient, carried back from γ(t) to either end.
+    // The gradient, transported from γ(t) to either end.
     let alpha = (2.0 * unit / den).max(1e-289);
     let carried = |end: &[F], of_end: f64, from_point: &dyn Fn(usize) -> f64| -> Vec<f64> {
         let end = |i: usize| end[i].as_f64();
@@ -79,7 +81,7 @@ pub fn geodesic_vjp<F: Float>(
     let log = log_ratio(cz2 / (ax * ay)) / ay;
     let grad_t = unit * log * sum(n, |i| from_x[i] * at_x(i));
 
-    // By way of the weights and of λ, with what would cancel for x near y put together.
+    // Through the weights and λ, with terms combined that would cancel for x close to y.
     let [g_x, g_y] = [dot(grad_out, x), dot(grad_out, y)];
     let g_z = sum(n, |i| g(i) * z(i));
     let g_point = -sum(n, |i| g(i) * minus_point(i));
@@ -98,8 +100,8 @@ pub fn geodesic_vjp<F: Float>(
     Ok((F::from_f64(grad_t), F::from_f64(grad_c)))
 }
 
-/// A geodesic and a time. Beyond x and y the weights may overflow; a, b, μ, `unit` and `den` all are
-/// multiplied by one number that keeps them in bounds.
+/// A geodesic and a time. Beyond x and y the weights may overflow, so a, b, μ, `unit` and `den` are all
+/// multiplied by a common factor.
 struct Course {
     t: f64,
     /// 1 − c|·|² of x and y.
@@ -115,7 +117,7 @@ struct Course {
     mu_by_c: f64,
     /// a λx + b λy + μ, the λ of γ(t).
     den: f64,
-    /// 1, multiplied as the others.
+    /// 1 times the common factor.
     unit: f64,
 }
 
@@ -123,7 +125,7 @@ struct Course {
 struct Derivatives {
     /// (a' b − a b')/c times tanh(δ/2).
     between: f64,
-    /// [a', b'] times tanh(δ/2), which meet μ/c.
+    /// [a', b'] times tanh(δ/2), which are multiplied by μ/c.
     weights: [f64; 2],
     /// μ'/c times tanh(δ/2).
     of_mu: f64,
@@ -139,7 +141,7 @@ impl Course {
         let p = z_norm / (ax * ay).sqrt();
         let sinh2 = ball.c_norm2(p);
         let delta = 2.0 * sinh2.sqrt().asinh();
-        // Weights in parts of the largest exponential.
+        // Weights relative to the largest exponential.
         let shrinks = [-delta * t.clamp(0.0, 1.0), -delta * (1.0 - t).clamp(0.0, 1.0)];
         let [a, b] = [sinh_ratio(1.0 - t, delta, shrinks[0]), sinh_ratio(t, delta, shrinks[1])];
         let halves = sinh_ratio(1.0 - t, 0.5 * delta, 0.5 * shrinks[0])
@@ -149,14 +151,14 @@ impl Course {
         let beyond = (t.abs().max((1.0 - t).abs()) - 1.0).max(0.0);
         let unit = (-beyond * delta).exp();
         let (of_x, of_y) = (2.0 * a / ax, 2.0 * b / ay);
-        // No less than rounding may have taken away.
+        // At least the possible rounding error.
         let least = 0.25 * f64::EPSILON * (of_x.abs() + of_y.abs());
         let den = of_x + of_y + mu;
         let den = if den < least.max(2.0 * unit) { least.max(2.0 * unit) } else { den };
         Ok(Self { t, ax, ay, z_norm, p, delta, a, b, mu, mu_by_c, den, unit })
     }
 
-    /// A coordinate of γ(t).
+    /// Computes a coordinate of γ(t).
     fn point<F: Float>(&self, x: F, y: F) -> f64 {
         if self.t <= 0.5 {
             x.as_f64() - self.x_from_point(x, y)
@@ -188,7 +190,7 @@ impl Course {
         };
         let [cosh_a, cosh_b] = [cosh(1.0 - t, shrinks[0]), cosh(t, shrinks[1])];
         // a' = ((2 − t) b/sinh δ − t (a coth δ + cosh((1 − t) δ)/sinh δ))/2, and tanh(δ/2)/sinh δ is
-        // 1/(2 cosh²(δ/2)); b' the same from the other end.
+        // 1/(2 cosh²(δ/2)); the same for b' from the other end.
         let weight = |t: f64, a: f64, b: f64, cosh: f64| {
             ((2.0 - t) * b - t * (a * (cosh2 + sinh2) + cosh)) / (4.0 * cosh2)
         };
@@ -232,7 +234,7 @@ impl Course {
     }
 }
 
-/// sinh(k δ)/sinh δ for δ ≥ 0, with e^{shrink} in place of e^{(|k| − 1) δ}.
+/// Computes sinh(k δ)/sinh δ for δ ≥ 0, with e^{shrink} instead of e^{(|k| − 1) δ}.
 fn sinh_ratio(k: f64, delta: f64, shrink: f64) -> f64 {
     if delta * k.abs().max(1.0) < 1e-8 {
         return k;

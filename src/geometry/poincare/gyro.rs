@@ -4,8 +4,8 @@ use super::ball::{Ball, add, check_lengths, norm, norm_of, sum};
 use crate::error::Result;
 use crate::float::Float;
 
-/// x ⊕ y for any source of coordinates, with the norms and the α = 1 − c|·|² of both; those of y may
-/// be known better than from its coordinates.
+/// x ⊕ y for any source of coordinates, with the norms and the α = 1 − c|·|² of both; for y they may be
+/// more accurate than its coordinates.
 pub(super) struct Addition<X, Y> {
     ball: Ball,
     x: X,
@@ -17,7 +17,7 @@ pub(super) struct Addition<X, Y> {
     /// |z|² and c|z|², z = x + y.
     pub(super) z2: f64,
     cz2: f64,
-    /// αx αy + c|z|²: a sum of positives, also where 1 + 2c x·y + c²|x|²|y|² cancels.
+    /// αx αy + c|z|²: a sum of positive terms, even if 1 + 2c x·y + c²|x|²|y|² would cancel.
     pub(super) den: f64,
 }
 
@@ -51,16 +51,16 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
         (self.ax * self.z(i) + self.cz2 * self.x(i)) / self.den
     }
 
-    /// The coefficients of the gradients.
+    /// Computes the coefficients of the gradients.
     ///
     /// With e = y + c|y|² x = z − αy x, of length |y| √den, the differences that occur are
-    /// w − x = αx e/den and z − αy w = c|z|² e/den, and so are formed without cancelling.
+    /// w − x = αx e/den and z − αy w = c|z|² e/den, so they are computed without cancellation.
     pub(super) fn vjp(self, n: usize, g: impl Fn(usize) -> f64 + Copy) -> AdditionVjp<X, Y> {
         let c = self.ball.c;
         let y2 = self.ball.c_norm2(self.y_norm);
         let g_w = sum(n, |i| g(i) * self.value(i));
         let z_norm = self.z2.sqrt();
-        // Whichever of the two forms of e has the smaller terms.
+        // The form of e with the smaller terms.
         let by_z = z_norm + self.ay * self.x_norm < self.y_norm + y2 * self.x_norm;
         let g_e = if by_z {
             sum(n, |i| g(i) * (self.z(i) - self.ay * self.x(i)))
@@ -77,8 +77,8 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> Addition<X, Y> {
         AdditionVjp { of_z, of_y, scale, shift, g_w, grad_c, sum: self }
     }
 
-    /// The derivative with respect to c for |x| ≪ |y|, where |y|² αx g·w and |z|² g·e cancel up to |x|:
-    /// their difference, multiplied out.
+    /// Computes the derivative with respect to c for |x| ≪ |y|, where |y|² αx g·w and |z|² g·e cancel up
+    /// to |x|, from their expanded difference.
     ///
     /// ```text
     /// (|y|² g·x (1 − c|x|² (2 + 2c x·y + c|y|²)) − g·y (|x|² + 2x·y + c|x|²|y|² (2 − c|x|²))) / den²
@@ -120,15 +120,15 @@ impl<X: Fn(usize) -> f64, Y: Fn(usize) -> f64> AdditionVjp<X, Y> {
     }
 }
 
-/// The Möbius sum x ⊕ y: the translation along the geodesic from 0 to x, applied to y.
+/// Computes the Möbius sum x ⊕ y: the translation along the geodesic from 0 to x, applied to y.
 ///
 /// ```text
 /// x ⊕ y = ((1 + 2c x·y + c|y|²) x + (1 − c|x|²) y) / (1 + 2c x·y + c²|x|²|y|²)
 ///       = (αx z + c|z|² x) / (αx αy + c|z|²)        z = x + y, α = 1 − c|·|²
 /// ```
 ///
-/// The second form is the one computed: nothing in it cancels but x + y. The sum is neither
-/// commutative nor associative. (Ungar 2009; Ganea et al. 2018, arXiv:1805.09112.)
+/// The second form is used: nothing in it cancels except x + y. The sum is neither commutative nor
+/// associative. (Ungar 2009; Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -142,11 +142,13 @@ pub fn mobius_add<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()>
     Ok(())
 }
 
-/// x ⊕ y = (αx z + c|z|² x) / (αx αy + c|z|²). The vector–Jacobian product of [`mobius_add`]: adds to
-/// the gradients of the points, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`mobius_add`]: adds to the gradients of the points and
+/// returns the derivative with respect to c.
+///
+/// Differentiates x ⊕ y = (αx z + c|z|² x) / (αx αy + c|z|²).
 ///
 /// # Errors
-/// Those of [`mobius_add`].
+/// As [`mobius_add`].
 pub fn mobius_add_vjp<F: Float>(
     x: &[F],
     y: &[F],

@@ -1,4 +1,4 @@
-//! The exponential and the logarithmic map.
+//! The exponential and logarithmic maps.
 
 use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::gyro::Addition;
@@ -9,15 +9,15 @@ use super::radial::{
 use crate::error::Result;
 use crate::float::Float;
 
-/// Where the geodesic that leaves x with velocity v is at time 1.
+/// Computes the point at time 1 on the geodesic that starts at x with velocity v.
 ///
 /// ```text
 /// exp_x(v) = x ⊕ tanh(t) v/(√c|v|),  t = √c λ|v|/2        x + v at c = 0, where λ = 2
 /// ```
 ///
-/// v is any vector. 1 − tanh²(t), which is what counts next to the boundary, is formed as it is and
-/// not from tanh(t). From λ|v|√c of some 37 (17 for `f32`) on, the end is the last point inside.
-/// (Ganea et al. 2018, arXiv:1805.09112.)
+/// v is any vector. 1 − tanh²(t), which matters close to the boundary, is computed directly, not from
+/// tanh(t). From λ|v|√c of about 37 (17 for `f32`) on, the result is the last point inside. (Ganea et al.
+/// 2018, arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -33,11 +33,13 @@ pub fn exp_map<F: Float>(x: &[F], v: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// exp_x(v) = x ⊕ w, w = tanh(t) v/(√c|v|), t = √c|v|/αx. The vector–Jacobian product of
-/// [`exp_map`]: adds to `grad_x` and `grad_v`, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`exp_map`]: adds to `grad_x` and `grad_v` and returns the
+/// derivative with respect to c.
+///
+/// Differentiates exp_x(v) = x ⊕ w, w = tanh(t) v/(√c|v|), t = √c|v|/αx.
 ///
 /// # Errors
-/// Those of [`exp_map`].
+/// As [`exp_map`].
 pub fn exp_map_vjp<F: Float>(
     x: &[F],
     v: &[F],
@@ -55,7 +57,7 @@ pub fn exp_map_vjp<F: Float>(
     let g = |i: usize| grad_out[i].as_f64();
     let vjp = step.addition(ball, x, v, ax).vjp(n, g);
 
-    // Along v, w grows by sech²(t)/αx; across, with its own length.
+    // Along v, w grows by sech²(t)/αx; across v, by its own length.
     let grad_w = |i| vjp.grad_y(g(i), i);
     add(grad_v, stretch(n, |i| v[i].as_f64(), v_norm, grad_w, step.sech2 / ax, step.scale));
     let grad_w_v = sum(n, |i| grad_w(i) * v[i].as_f64());
@@ -66,9 +68,9 @@ pub fn exp_map_vjp<F: Float>(
         return Ok(F::from_f64(vjp.grad_c + of_step - x_norm * x_norm * of_alpha));
     }
 
-    // For a short step the first and the last term cancel, up to the square of its length: in
-    // −|z|² g·e/den² + (|x|² sech²(t)/(ratio den)) (g·w − 2c z·w g·e/den + 2c|w|² g·(x ⊕ w)), of the
-    // first and the last, the factor of g·w is put together from parts that all are small.
+    // For a short step the first and the last term cancel, up to the square of its length: in their sum
+    // −|z|² g·e/den² + (|x|² sech²(t)/(ratio den)) (g·w − 2c z·w g·e/den + 2c|w|² g·(x ⊕ w)), the factor
+    // of g·w is computed from parts that are all small.
     let (c, to) = (ball.c, &vjp.sum);
     let (den, ratio) = (to.den, step.scale * ax);
     let [g_x, g_w] = [dot(grad_out, x), step.scale * dot(grad_out, v)];
@@ -98,7 +100,7 @@ pub(super) struct Step {
 impl Step {
     pub(super) fn new(ball: Ball, v_norm: f64, alpha: f64) -> Self {
         let t = ball.root * v_norm / alpha;
-        // The second form also where t overflows.
+        // The second form is also used if t overflows.
         let scale = if t < 1.0 { tanh_ratio(t) / alpha } else { t.tanh() / (ball.root * v_norm) };
         Self { v_norm, alpha, t, scale, sech2: sech2(t) }
     }
@@ -128,7 +130,7 @@ impl Step {
     }
 }
 
-/// The velocity at x of the geodesic that is at y at time 1: the inverse of [`exp_map`].
+/// Computes the velocity at x of the geodesic that is at y at time 1: the inverse of [`exp_map`].
 ///
 /// ```text
 /// log_x(y) = (2/(√c λ)) artanh(√c|−x ⊕ y|) (−x ⊕ y)/|−x ⊕ y|        λ = 2/αx, α = 1 − c|·|²
@@ -136,8 +138,8 @@ impl Step {
 /// q = c|z|²/(αx αy),  h(q) = asinh(√q)/√(q(1 + q))
 /// ```
 ///
-/// The second form is the one computed: nothing in it cancels but y − x, and λ|log_x(y)| is the
-/// distance to some ulps. (Ganea et al. 2018, arXiv:1805.09112.)
+/// The second form is used: nothing in it cancels except y − x, and λ|log_x(y)| equals the distance up to
+/// a few ulps. (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -154,12 +156,13 @@ pub fn log_map<F: Float>(x: &[F], y: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// log_x(y) = (h(q)/αy) N, N = αx z − c|z|² x, q = c|z|²/(αx αy), z = y − x. The vector–Jacobian
-/// product of [`log_map`]: adds to the gradients of the points, returns the derivative with respect
-/// to c.
+/// Computes the vector–Jacobian product of [`log_map`]: adds to the gradients of the points and returns
+/// the derivative with respect to c.
+///
+/// Differentiates log_x(y) = (h(q)/αy) N, N = αx z − c|z|² x, q = c|z|²/(αx αy), z = y − x.
 ///
 /// # Errors
-/// Those of [`log_map`].
+/// As [`log_map`].
 pub fn log_map_vjp<F: Float>(
     x: &[F],
     y: &[F],
@@ -182,8 +185,8 @@ pub fn log_map_vjp<F: Float>(
 
     let (g_x, g_z) = (dot(grad_out, x), sum(n, |i| g(i) * z(i)));
     let g_n = sum(n, |i| g(i) * (ax * z(i) - cz2 * x[i].as_f64()));
-    // The derivatives with respect to c|z|², αx and αy; in each the parts that would cancel for
-    // large q are put together by (q h)' = h + q h'.
+    // The derivatives with respect to c|z|², αx and αy; in each the parts that would cancel for large q
+    // are combined by (q h)' = h + q h'.
     let of_cz2 = slope * g_z / ay / ay - of_product * g_x / ay;
     let of_ax = (2.0 * h - of_product) * g_z / ay + q * q * slope * g_x;
     let of_ay = -of_product * g_n / ay / ay;
@@ -196,13 +199,13 @@ pub fn log_map_vjp<F: Float>(
     Ok(F::from_f64(of_c))
 }
 
-/// Where the geodesic that leaves the origin with velocity v is at time 1.
+/// Computes the point at time 1 on the geodesic that starts at the origin with velocity v.
 ///
 /// ```text
 /// exp₀(v) = tanh(√c|v|) v/(√c|v|)        v at c = 0
 /// ```
 ///
-/// Right to a few ulps; from √c|v| of some 19 (9 for `f32`) on it is the last point inside.
+/// Accurate to a few ulps; from √c|v| of about 19 (9 for `f32`) on, the result is the last point inside.
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
@@ -216,11 +219,13 @@ pub fn exp_map_origin<F: Float>(v: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// exp₀(v) = tanh(t) v/t, t = √c|v|. The vector–Jacobian product of [`exp_map_origin`]: adds to
-/// `grad_v`, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`exp_map_origin`]: adds to `grad_v` and returns the
+/// derivative with respect to c.
+///
+/// Differentiates exp₀(v) = tanh(t) v/t, t = √c|v|.
 ///
 /// # Errors
-/// Those of [`exp_map_origin`].
+/// As [`exp_map_origin`].
 pub fn exp_map_origin_vjp<F: Float>(v: &[F], c: F, grad_out: &[F], grad_v: &mut [F]) -> Result<F> {
     let (ball, n) = (Ball::new(c)?, v.len());
     check_lengths(n, &[("grad_out", grad_out.len()), ("grad_v", grad_v.len())])?;
@@ -231,14 +236,14 @@ pub fn exp_map_origin_vjp<F: Float>(v: &[F], c: F, grad_out: &[F], grad_v: &mut 
     Ok(F::from_f64(step.scale_by_c(ball) * dot(grad_out, v)))
 }
 
-/// The velocity at the origin of the geodesic that is at y at time 1: the inverse of
+/// Computes the velocity at the origin of the geodesic that is at y at time 1: the inverse of
 /// [`exp_map_origin`].
 ///
 /// ```text
 /// log₀(y) = artanh(√c|y|) y/(√c|y|)        y at c = 0
 /// ```
 ///
-/// Right to a few ulps, next to the boundary too, where artanh is formed from 1 − c|y|².
+/// Accurate to a few ulps, also close to the boundary, where artanh is computed from 1 − c|y|².
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
@@ -254,11 +259,13 @@ pub fn log_map_origin<F: Float>(y: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// log₀(y) = artanh(r) y/r, r = √c|y|. The vector–Jacobian product of [`log_map_origin`]: adds to
-/// `grad_y`, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`log_map_origin`]: adds to `grad_y` and returns the
+/// derivative with respect to c.
+///
+/// Differentiates log₀(y) = artanh(r) y/r, r = √c|y|.
 ///
 /// # Errors
-/// Those of [`log_map_origin`].
+/// As [`log_map_origin`].
 pub fn log_map_origin_vjp<F: Float>(y: &[F], c: F, grad_out: &[F], grad_y: &mut [F]) -> Result<F> {
     let (ball, n) = (Ball::new(c)?, y.len());
     check_lengths(n, &[("grad_out", grad_out.len()), ("grad_y", grad_y.len())])?;

@@ -5,14 +5,14 @@ use super::radial::{asinh_ratio, asinh_ratio_derivative};
 use crate::error::Result;
 use crate::float::Float;
 
-/// The conformal factor λ: the length of a vector at x is λ times its Euclidean norm.
+/// Computes the conformal factor λ: the length of a vector at x is λ times its Euclidean norm.
 ///
 /// ```text
 /// λ = 2 / (1 − c|x|²)
 /// ```
 ///
-/// Right to a few ulps wherever x lies; largest, some 1/ε, next to the boundary.
-/// (Ganea et al. 2018, arXiv:1805.09112.)
+/// Accurate to a few ulps wherever x is; largest, about 1/ε, close to the boundary. (Ganea et al. 2018,
+/// arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a c that is negative or not finite,
@@ -21,11 +21,13 @@ pub fn conformal_factor<F: Float>(x: &[F], c: F) -> Result<F> {
     Ok(F::from_f64(2.0 / Ball::new(c)?.alpha("x", x)?))
 }
 
-/// λ = 2/α, α = 1 − c|x|². The vector–Jacobian product of [`conformal_factor`]: adds to `grad_x`,
-/// returns the derivative with respect to c. Grows as λ².
+/// Computes the vector–Jacobian product of [`conformal_factor`]: adds to `grad_x` and returns the
+/// derivative with respect to c. Grows as λ².
+///
+/// Differentiates λ = 2/α, α = 1 − c|x|².
 ///
 /// # Errors
-/// Those of [`conformal_factor`], and [`Error::Shape`](crate::Error::Shape).
+/// As [`conformal_factor`], and [`Error::Shape`](crate::Error::Shape).
 pub fn conformal_factor_vjp<F: Float>(x: &[F], c: F, grad_out: F, grad_x: &mut [F]) -> Result<F> {
     let ball = Ball::new(c)?;
     check_lengths(x.len(), &[("grad_x", grad_x.len())])?;
@@ -35,14 +37,14 @@ pub fn conformal_factor_vjp<F: Float>(x: &[F], c: F, grad_out: F, grad_x: &mut [
     Ok(F::from_f64(norm_of(x).powi(2) * g))
 }
 
-/// The length of the geodesic from x to y.
+/// Computes the distance d(x, y), the length of the geodesic from x to y.
 ///
 /// ```text
 /// d = (2/√c) asinh( √c |x − y| / √((1 − c|x|²)(1 − c|y|²)) )        2|x − y| at c = 0
 /// ```
 ///
-/// The relative error is some ulps however near the points are to each other (10⁻³⁰⁰) or to the
-/// boundary. (Ungar 2009; the form with asinh instead of arcosh does not cancel.)
+/// The relative error is a few ulps however close the points are to each other (10⁻³⁰⁰) or to the
+/// boundary. (Ungar 2009; the form with asinh instead of arcosh has no cancellation.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -56,17 +58,19 @@ pub fn distance<F: Float>(x: &[F], y: &[F], c: F) -> Result<F> {
     Ok(F::from_f64(2.0 * p * asinh_ratio(ball.c_norm2(p))))
 }
 
-/// d = 2p asinh(√c p)/(√c p), p = |z|/√(αx αy), z = y − x. The vector–Jacobian product of
-/// [`distance`]: adds to the gradients of the points, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`distance`]: adds to the gradients of the points and returns
+/// the derivative with respect to c.
+///
+/// Differentiates d = 2p asinh(√c p)/(√c p), p = |z|/√(αx αy), z = y − x.
 ///
 /// ```text
 /// ∂d/∂x = (2/√(αx αy + c|z|²)) (−z/|z| + c|z| x/αx)        of length λ; y likewise
 /// ```
 ///
-/// At x = y the distance has a cusp, as |x| has at 0; the gradient is 0 there by convention.
+/// At x = y the distance has a cusp, like |x| at 0; the gradient is 0 there by convention.
 ///
 /// # Errors
-/// Those of [`distance`].
+/// As [`distance`].
 pub fn distance_vjp<F: Float>(
     x: &[F],
     y: &[F],

@@ -5,23 +5,24 @@ use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-/// The weighted gyromidpoint: the weighted mean of the points on the hyperboloid, pulled back to it.
+/// Computes the weighted gyromidpoint: the weighted mean of the points on the hyperboloid, projected back
+/// onto it.
 ///
 /// ```text
 /// m = ½ ⊗ (Σ wⱼ λⱼ xⱼ / Σ wⱼ (λⱼ − 1)) = S/(T + N)        Σ wⱼ xⱼ / Σ wⱼ at c = 0
 /// S = Σ wⱼ λⱼ xⱼ,  T = Σ wⱼ (λⱼ − 1),  N² = T² − c|S|²,  λ = 2/(1 − c|·|²)
 /// ```
 ///
-/// One row of `points` per weight. In Klein's coordinates it is Einstein's midpoint, on the
-/// hyperboloid the Lorentz centroid. Isometries of the ball move it with the points.
+/// `points` has one row per weight. In Klein coordinates the result is the Einstein midpoint, on the
+/// hyperboloid the Lorentz centroid. Isometries of the ball move it together with the points.
 ///
-/// T and √c|S| agree in nearly all digits where the points are far from the origin and near each
-/// other; their difference is formed as Σ wⱼ |√c xⱼ − S/|S||² / (1 − c|xⱼ|²) then.
-/// (Ungar 2009; Shimizu, Mukuta and Harada 2021, arXiv:2006.08210.)
+/// If the points are far from the origin and close to each other, T and √c|S| agree in nearly all digits;
+/// their difference is then computed as Σ wⱼ |√c xⱼ − S/|S||² / (1 − c|xⱼ|²). (Ungar 2009; Shimizu,
+/// Mukuta and Harada 2021, arXiv:2006.08210.)
 ///
 /// # Errors
 /// [`Error::Shape`] if rows and weights or the lengths of rows and `out` differ,
-/// [`Error::InvalidArgument`] for a c that is negative or not finite, for weights that are negative or
+/// [`Error::InvalidArgument`] for a c that is negative or not finite, and for weights that are negative,
 /// infinite or all zero, [`Error::Domain`] for a point outside the ball.
 pub fn midpoint<F: Float>(
     points: ArrayView2<'_, F>,
@@ -36,18 +37,20 @@ pub fn midpoint<F: Float>(
     Ok(())
 }
 
-/// m = S/(T + N), the root of Σ wⱼ φⱼ = 0, φⱼ = (αm z − c|z|² m)/αⱼ, z = xⱼ − m, α = 1 − c|·|². The
-/// vector–Jacobian product of [`midpoint`]: adds to the gradients of points and weights, returns the
-/// derivative with respect to c.
+/// Computes the vector–Jacobian product of [`midpoint`]: adds to the gradients of points and weights and
+/// returns the derivative with respect to c.
+///
+/// Differentiates m = S/(T + N), the root of Σ wⱼ φⱼ = 0, φⱼ = (αm z − c|z|² m)/αⱼ, z = xⱼ − m, α = 1 −
+/// c|·|².
 ///
 /// ```text
 /// ∂m/∂wⱼ = φⱼ/N,  ∂m/∂xⱼ = wⱼ ∂φⱼ/∂xⱼ/N,  ∂m/∂c = Σ wⱼ ∂φⱼ/∂c/N        m held in φⱼ
 /// ```
 ///
-/// since the derivative of Σ wⱼ φⱼ with respect to m is −N at the root.
+/// because the derivative of Σ wⱼ φⱼ with respect to m is −N at the root.
 ///
 /// # Errors
-/// Those of [`midpoint`].
+/// As [`midpoint`].
 pub fn midpoint_vjp<F: Float>(
     points: ArrayView2<'_, F>,
     weights: &[F],
@@ -86,15 +89,15 @@ pub fn midpoint_vjp<F: Float>(
     Ok(F::from_f64(grad_c))
 }
 
-/// The midpoint, and what its gradient needs.
+/// The midpoint, with the data for its gradient.
 struct Mean {
     m: Vec<f64>,
     /// 1 − c|m|²
     alpha: f64,
     /// 1 − c|xⱼ|²
     alphas: Vec<f64>,
-    /// N, for weights divided by `scale`, the power of two below the largest: so none of the sums
-    /// over- or underflows.
+    /// N, for weights divided by `scale`, the power of two below the largest, so that no sum over- or
+    /// underflows.
     normaliser: f64,
     scale: f64,
 }
@@ -107,7 +110,7 @@ impl Mean {
             if *weight < F::zero() || weight.is_infinite() {
                 return Err(Error::config("weights", expected, weight));
             }
-            // Not `max`, which drops a NaN.
+            // Not `max`, which would drop a NaN.
             let weight = weight.as_f64();
             largest = if weight > largest || weight.is_nan() { weight } else { largest };
         }

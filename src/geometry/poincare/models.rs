@@ -1,17 +1,18 @@
-//! Coordinates of the two other models: Klein's ball and the hyperboloid.
+//! Coordinates of two other models: the Klein ball and the hyperboloid.
 
 use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, stretch, sum};
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 
-/// The same point in Klein's ball, where geodesics are straight.
+/// Converts a point to the Klein ball, in which geodesics are straight lines.
 ///
 /// ```text
 /// k = 2x/(1 + c|x|²)        1 − c|k|² = ((1 − c|x|²)/(1 + c|x|²))²;  2x at c = 0
 /// ```
 ///
-/// Right to a few ulps; but near the boundary Klein's coordinates have only half the digits of
-/// Poincaré's, and from 1 − c|x|² of 10⁻⁸ (10⁻⁴ for `f32`) on k is the last point inside. (Ungar 2009.)
+/// Accurate to a few ulps. However, Klein coordinates close to the boundary have only half the digits of
+/// Poincaré coordinates, and from 1 − c|x|² of 10⁻⁸ (10⁻⁴ for `f32`) on, k is the last point inside.
+/// (Ungar 2009.)
 ///
 /// # Errors
 /// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
@@ -24,11 +25,13 @@ pub fn to_klein<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// k = 2x/(1 + c|x|²). The vector–Jacobian product of [`to_klein`]: adds to `grad_x`, returns the
-/// derivative with respect to c.
+/// Computes the vector–Jacobian product of [`to_klein`]: adds to `grad_x` and returns the derivative with
+/// respect to c.
+///
+/// Differentiates k = 2x/(1 + c|x|²).
 ///
 /// # Errors
-/// Those of [`to_klein`].
+/// As [`to_klein`].
 pub fn to_klein_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F]) -> Result<F> {
     let (ball, n) = (Ball::new(c)?, x.len());
     check_lengths(n, &[("grad_out", grad_out.len()), ("grad_x", grad_x.len())])?;
@@ -40,13 +43,13 @@ pub fn to_klein_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F]) -
     Ok(F::from_f64(-2.0 * dot(grad_out, x) * (x_norm / den) * (x_norm / den)))
 }
 
-/// The point of the Poincaré ball from its Klein coordinates: the inverse of [`to_klein`].
+/// Converts Klein coordinates to a point of the Poincaré ball: the inverse of [`to_klein`].
 ///
 /// ```text
 /// x = k/(1 + √(1 − c|k|²))        k/2 at c = 0
 /// ```
 ///
-/// Right to a few ulps. (Ungar 2009.)
+/// Accurate to a few ulps. (Ungar 2009.)
 ///
 /// # Errors
 /// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
@@ -59,11 +62,13 @@ pub fn from_klein<F: Float>(k: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// x = k/(1 + β), β = √(1 − c|k|²). The vector–Jacobian product of [`from_klein`]: adds to `grad_k`,
-/// returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`from_klein`]: adds to `grad_k` and returns the derivative
+/// with respect to c.
+///
+/// Differentiates x = k/(1 + β), β = √(1 − c|k|²).
 ///
 /// # Errors
-/// Those of [`from_klein`].
+/// As [`from_klein`].
 pub fn from_klein_vjp<F: Float>(k: &[F], c: F, grad_out: &[F], grad_k: &mut [F]) -> Result<F> {
     let (ball, n) = (Ball::new(c)?, k.len());
     check_lengths(n, &[("grad_out", grad_out.len()), ("grad_k", grad_k.len())])?;
@@ -74,18 +79,18 @@ pub fn from_klein_vjp<F: Float>(k: &[F], c: F, grad_out: &[F], grad_k: &mut [F])
     Ok(F::from_f64(dot(grad_out, k) * (k_norm / den) * (k_norm / den) / (2.0 * beta)))
 }
 
-/// The same point on the hyperboloid −x₀² + |xₛ|² = −1/c, x₀ > 0.
+/// Converts a point to the hyperboloid −x₀² + |xₛ|² = −1/c, x₀ > 0.
 ///
 /// ```text
 /// [x₀, xₛ] = [(λ − 1)/√c, λ x],  λ = 2/(1 − c|x|²)
 /// ```
 ///
-/// `out` has one coordinate more than x. Every coordinate is right to a few ulps. There is no limit
-/// at c = 0, where x₀ is infinite.
+/// `out` has one more coordinate than x. Every coordinate is accurate to a few ulps. There is no limit at
+/// c = 0, where x₀ is infinite.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `out` has one coordinate more than x, [`Error::InvalidArgument`] for a c
-/// that is not positive and finite, [`Error::Domain`] for a point outside the ball.
+/// [`Error::Shape`] unless `out` has one more coordinate than x, [`Error::InvalidArgument`] for a c that
+/// is not positive and finite, [`Error::Domain`] for a point outside the ball.
 pub fn to_lorentz<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::curved(c)?;
     check_shape("out", &[x.len() + 1], &[out.len()])?;
@@ -95,11 +100,13 @@ pub fn to_lorentz<F: Float>(x: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// [x₀, xₛ] = [(2/α − 1)/√c, 2x/α], α = 1 − c|x|². The vector–Jacobian product of [`to_lorentz`]:
-/// adds to `grad_x`, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`to_lorentz`]: adds to `grad_x` and returns the derivative
+/// with respect to c.
+///
+/// Differentiates [x₀, xₛ] = [(2/α − 1)/√c, 2x/α], α = 1 − c|x|².
 ///
 /// # Errors
-/// Those of [`to_lorentz`].
+/// As [`to_lorentz`].
 pub fn to_lorentz_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F]) -> Result<F> {
     let (ball, n) = (Ball::curved(c)?, x.len());
     check_shape("grad_out", &[n + 1], &[grad_out.len()])?;
@@ -113,18 +120,18 @@ pub fn to_lorentz_vjp<F: Float>(x: &[F], c: F, grad_out: &[F], grad_x: &mut [F])
     Ok(F::from_f64(-norm_of(x).powi(2) * of_alpha - g_time * time / (2.0 * ball.c)))
 }
 
-/// The point of the Poincaré ball from its coordinates on the hyperboloid: the inverse of
+/// Converts coordinates on the hyperboloid to a point of the Poincaré ball: the inverse of
 /// [`to_lorentz`].
 ///
 /// ```text
 /// x = xₛ/(1 + √c x₀)
 /// ```
 ///
-/// Reads all coordinates of `point` and does not ask that −x₀² + |xₛ|² is −1/c. Right to a few ulps.
+/// Reads all coordinates of `point` and does not check that −x₀² + |xₛ|² is −1/c. Accurate to a few ulps.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `point` has one coordinate more than `out`, [`Error::InvalidArgument`] for a
-/// c that is not positive and finite, [`Error::Domain`] where x would not be in the ball: unless
+/// [`Error::Shape`] unless `point` has one more coordinate than `out`, [`Error::InvalidArgument`] for a c
+/// that is not positive and finite, [`Error::Domain`] if x would be outside the ball, that is, unless
 /// |xₛ| < x₀ + 1/√c.
 pub fn from_lorentz<F: Float>(point: &[F], c: F, out: &mut [F]) -> Result<()> {
     let ball = Ball::curved(c)?;
@@ -134,11 +141,13 @@ pub fn from_lorentz<F: Float>(point: &[F], c: F, out: &mut [F]) -> Result<()> {
     Ok(())
 }
 
-/// x = xₛ/(1 + √c x₀). The vector–Jacobian product of [`from_lorentz`]: adds to `grad_point`, returns
-/// the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`from_lorentz`]: adds to `grad_point` and returns the
+/// derivative with respect to c.
+///
+/// Differentiates x = xₛ/(1 + √c x₀).
 ///
 /// # Errors
-/// Those of [`from_lorentz`].
+/// As [`from_lorentz`].
 pub fn from_lorentz_vjp<F: Float>(
     point: &[F],
     c: F,
@@ -155,11 +164,11 @@ pub fn from_lorentz_vjp<F: Float>(
     Ok(F::from_f64(-point[0].as_f64() / (2.0 * ball.root) * g_x / den))
 }
 
-/// 1 + √c x₀ of a point that the ball has.
+/// Computes 1 + √c x₀ of a point in the ball.
 fn lorentz_denominator<F: Float>(ball: Ball, point: &[F]) -> Result<f64> {
     let time = point[0].as_f64();
     let space = norm(point.len() - 1, |i| point[i + 1].as_f64());
-    // In this order nothing is rounded where the two are near each other; NaN is let through.
+    // In this order nothing is rounded if the two are close to each other; NaN is allowed.
     if space - time >= ball.root.recip() {
         let limit = time + ball.root.recip();
         return Err(Error::Domain { what: "point".into(), row: 0, norm: space, limit });

@@ -1,29 +1,29 @@
-//! The explicit remedy for points on the boundary.
+//! Explicit projection of points on or outside the boundary.
 
 use super::ball::{Ball, add, assign, check_lengths, dot, norm_of, stretch};
 use crate::error::{Error, Result};
 use crate::float::Float;
 
-/// The nearest point of the ball at least `margin` of its radius inside the boundary.
+/// Computes the nearest point of the ball that is at least `margin` times the radius inside the boundary.
 ///
 /// ```text
-/// project(x) = x              where √c|x| ≤ 1 − margin
-///              R x/|x|        elsewhere, R = (1 − margin)/√c
+/// project(x) = x              if √c|x| ≤ 1 − margin
+///              R x/|x|        otherwise, R = (1 − margin)/√c
 /// ```
 ///
-/// x is any vector, inside the ball or not; at c = 0 it stays what it is. Meant for points that an
-/// optimiser has moved outside. The price: no point is farther from the origin than
+/// x is any vector, inside the ball or not; at c = 0 it does not change. Use it for points that an
+/// optimiser has moved outside. As a consequence, no point is farther from the origin than
 ///
 /// ```text
 /// 2 artanh(1 − margin)/√c ≈ ln(2/margin)/√c
 /// ```
 ///
-/// and all that lie farther out in one direction become one point (a margin of 10⁻⁵ cuts at
-/// 12.2/√c, and 4ε at 17 for `f32`, 35 for `f64`).
+/// and all points farther out in the same direction become the same point (a margin of 10⁻⁵ limits the
+/// distance to 12.2/√c, and 4 ε to 17/√c for `f32` and 35/√c for `f64`).
 ///
 /// # Errors
-/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is
-/// negative or not finite or a margin that is not from 4 ε to 1 (with less, rounding would undo it),
+/// [`Error::Shape`] for vectors of different lengths, [`Error::InvalidArgument`] for a c that is negative
+/// or not finite or a margin that is not from 4 ε to 1 (rounding would undo a smaller margin),
 /// [`Error::Domain`] for an infinite x.
 pub fn project<F: Float>(x: &[F], c: F, margin: F, out: &mut [F]) -> Result<()> {
     check_lengths(x.len(), &[("out", out.len())])?;
@@ -35,12 +35,13 @@ pub fn project<F: Float>(x: &[F], c: F, margin: F, out: &mut [F]) -> Result<()> 
     Ok(())
 }
 
-/// project(x) = x inside, R x/|x| outside. The vector–Jacobian product of [`project`]: adds to
-/// `grad_x`, returns the derivative with respect to c. Outside, the part of the gradient along x is
-/// lost.
+/// Computes the vector–Jacobian product of [`project`]: adds to `grad_x` and returns the derivative with
+/// respect to c. Outside, the part of the gradient along x is lost.
+///
+/// Differentiates project(x) = x inside, R x/|x| outside.
 ///
 /// # Errors
-/// Those of [`project`].
+/// As [`project`].
 pub fn project_vjp<F: Float>(
     x: &[F],
     c: F,
@@ -60,13 +61,13 @@ pub fn project_vjp<F: Float>(
     Ok(F::from_f64(-dot(grad_out, x) / norm * limit / (2.0 * c.as_f64())))
 }
 
-/// The norm and R where the norm is larger.
+/// Returns the norm and R if the norm is larger.
 fn outside<F: Float>(x: &[F], c: F, margin: F) -> Result<Option<(f64, f64)>> {
     let ball = Ball::new(c)?;
     let least = 4.0 * F::epsilon().as_f64();
     let value = margin.as_f64();
     if !(value >= least && value < 1.0) {
-        return Err(Error::config("margin", "a number from 4 ε to 1, without 1", margin));
+        return Err(Error::config("margin", "a number from 4 ε to below 1", margin));
     }
     let norm = norm_of(x);
     if norm.is_infinite() {

@@ -1,16 +1,16 @@
-//! The functions of one variable by which the ball is curved, each as its ratio to the Euclidean
-//! limit and so smooth at zero, with derivatives.
+//! The functions of one variable that describe the curvature, each as the ratio to its Euclidean limit,
+//! which is smooth at zero, with derivatives.
 //!
-//! Derivatives of the ratios are differences that cancel near zero; there they are power series, of
-//! order [`ORDER`] for arguments below [`SMALL`]: the first term left out is less than 2⁻⁵⁴ of the
+//! Derivatives of the ratios are differences that cancel near zero. For arguments below [`SMALL`] they
+//! are computed from power series of order [`ORDER`]: the first omitted term is less than 2⁻⁵⁴ of the
 //! sum.
 
-/// Below this the series are summed; at it the differences lose some 10 ulps.
+/// The series are summed below this; at this argument the differences lose about 10 ulps.
 const SMALL: f64 = 0.125;
 /// 8⁻¹⁸ = 2⁻⁵⁴.
 const ORDER: usize = 18;
 
-/// The derivative at u of Σ aₙ uⁿ, from a₀ and the ratios aₙ/aₙ₋₁.
+/// Computes the derivative at u of Σ aₙ uⁿ, from a₀ and the ratios aₙ/aₙ₋₁.
 fn series_derivative(u: f64, first: f64, ratio: impl Fn(f64) -> f64) -> f64 {
     let (mut coefficient, mut power, mut sum) = (first, 1.0, 0.0);
     for n in 1..=ORDER {
@@ -24,7 +24,7 @@ fn series_derivative(u: f64, first: f64, ratio: impl Fn(f64) -> f64) -> f64 {
 
 /// asinh(√u)/√u for u ≥ 0.
 pub(super) fn asinh_ratio(u: f64) -> f64 {
-    // Two terms are exact here, and √u has lost nothing above.
+    // Two terms are exact here, and for larger u, √u loses nothing.
     if u < 1e-16 { 1.0 - u / 6.0 } else { u.sqrt().asinh() / u.sqrt() }
 }
 
@@ -40,7 +40,7 @@ pub(super) fn asinh_ratio_derivative(u: f64) -> f64 {
     ((1.0 + u).sqrt().recip() - asinh_ratio(u)) / (2.0 * u)
 }
 
-/// artanh(r)/r where α = 1 − r² is known better than r.
+/// artanh(r)/r, where α = 1 − r² is more accurate than r.
 pub(super) fn artanh_ratio(r: f64, alpha: f64) -> f64 {
     if r < 1e-8 { 1.0 + r * r / 3.0 } else { (r / alpha.sqrt()).asinh() / r }
 }
@@ -60,7 +60,7 @@ pub(super) fn log_ratio(q: f64) -> f64 {
     if q < 1e-16 { 1.0 - 2.0 * q / 3.0 } else { q.sqrt().asinh() / (q.sqrt() * (1.0 + q).sqrt()) }
 }
 
-/// h'(q), and (q h(q))' = (1 + h)/(2(1 + q)), which for large q are no longer told apart by h + q h'.
+/// h'(q), and (q h(q))' = (1 + h)/(2(1 + q)), which h + q h' cannot represent for large q.
 pub(super) fn log_ratio_derivatives(q: f64, h: f64) -> (f64, f64) {
     let of_product = (1.0 + h) / (2.0 * (1.0 + q));
     if q < SMALL {
@@ -75,10 +75,10 @@ pub(super) fn tanh_ratio(t: f64) -> f64 {
     if t < 1e-8 { 1.0 - t * t / 3.0 } else { t.tanh() / t }
 }
 
-/// 1 − tanh²(t) for t ≥ 0, without the difference.
+/// 1 − tanh²(t) for t ≥ 0, computed without the difference.
 ///
-/// From t = 333 on it stays at 10⁻²⁸⁹: what it is added to is zero or much larger, and 0/0 is kept
-/// out.
+/// From t = 333 on it stays at 10⁻²⁸⁹, which avoids 0/0: the terms it is added to are zero or much
+/// larger.
 pub(super) fn sech2(t: f64) -> f64 {
     // Written so that NaN stays NaN.
     let t = if t > 333.0 { 333.0 } else { t };

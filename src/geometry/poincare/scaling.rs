@@ -1,4 +1,4 @@
-//! Numbers and matrices times points: through the tangent space at the origin.
+//! Products of numbers and matrices with points, through the tangent space at the origin.
 
 use super::ball::{Ball, add, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::maps::Step;
@@ -9,14 +9,14 @@ use crate::error::{Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-/// The point r times as far from the origin as x, in the same direction.
+/// Computes r ⊗ x, the point r times as far from the origin as x, in the same direction.
 ///
 /// ```text
 /// r ⊗ x = tanh(r artanh(√c|x|)) x/(√c|x|)        r x at c = 0
 /// ```
 ///
-/// artanh is formed from 1 − c|x|². What the result then lacks is its own rounding and an ulp of
-/// r artanh. (Ungar 2009; Ganea et al. 2018, arXiv:1805.09112.)
+/// artanh is computed from 1 − c|x|², so the only errors are the rounding of the result and an ulp of r
+/// artanh. (Ungar 2009; Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -33,11 +33,13 @@ pub fn mobius_scalar_mul<F: Float>(r: F, x: &[F], c: F, out: &mut [F]) -> Result
     Ok(())
 }
 
-/// r ⊗ x = tanh(t) x/ρ, t = r artanh(ρ), ρ = √c|x|. The vector–Jacobian product of
-/// [`mobius_scalar_mul`]: adds to `grad_x`, returns the derivatives with respect to r and c.
+/// Computes the vector–Jacobian product of [`mobius_scalar_mul`]: adds to `grad_x` and returns the
+/// derivatives with respect to r and c.
+///
+/// Differentiates r ⊗ x = tanh(t) x/ρ, t = r artanh(ρ), ρ = √c|x|.
 ///
 /// # Errors
-/// Those of [`mobius_scalar_mul`].
+/// As [`mobius_scalar_mul`].
 pub fn mobius_scalar_mul_vjp<F: Float>(
     r: F,
     x: &[F],
@@ -64,19 +66,19 @@ pub fn mobius_scalar_mul_vjp<F: Float>(
         let of_artanh = tanh * artanh_ratio_derivative(radius, alpha);
         g_x * r * x_norm * x_norm * (of_tanh + of_artanh)
     } else {
-        // The same as one difference: next to the boundary the two terms above are large.
+        // The same as one difference: close to the boundary the two terms above are large.
         g_x * (along - across) / (2.0 * ball.c)
     };
     Ok((F::from_f64(g_x * sech2 * artanh), F::from_f64(grad_c)))
 }
 
-/// A matrix times a point: the linear map M in the tangent space at the origin.
+/// Computes the product of a matrix and a point: the linear map M in the tangent space at the origin.
 ///
 /// ```text
 /// M ⊗ x = exp₀(M log₀(x)) = tanh(|Mx|/|x| artanh(√c|x|)) Mx/(√c|Mx|)        Mx at c = 0
 /// ```
 ///
-/// 0 where Mx is 0. What the result lacks is its own rounding and what M log₀(x) lacks.
+/// The result is 0 if Mx is 0. Its only errors are its own rounding and the error of M log₀(x).
 /// (Ganea et al. 2018, arXiv:1805.09112.)
 ///
 /// # Errors
@@ -94,11 +96,13 @@ pub fn mobius_mat_vec<F: Float>(m: ArrayView2<'_, F>, x: &[F], c: F, out: &mut [
     Ok(())
 }
 
-/// M ⊗ x = exp₀(M log₀(x)). The vector–Jacobian product of [`mobius_mat_vec`]: adds to `grad_m` and
-/// `grad_x`, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`mobius_mat_vec`]: adds to `grad_m` and `grad_x` and returns
+/// the derivative with respect to c.
+///
+/// Differentiates M ⊗ x = exp₀(M log₀(x)).
 ///
 /// # Errors
-/// Those of [`mobius_mat_vec`].
+/// As [`mobius_mat_vec`].
 pub fn mobius_mat_vec_vjp<F: Float>(
     m: ArrayView2<'_, F>,
     x: &[F],

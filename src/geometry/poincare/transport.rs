@@ -4,7 +4,8 @@ use super::ball::{Ball, add, assign, check_lengths, norm, sum};
 use crate::error::Result;
 use crate::float::Float;
 
-/// gyr[a, b] v for any source of coordinates; z = a + b, which may be known better than from theirs.
+/// gyr[a, b] v for any source of coordinates; z = a + b may be more accurate than the coordinates of a
+/// and b.
 pub(super) struct Gyration<A, B, Z, V> {
     n: usize,
     c: f64,
@@ -32,10 +33,10 @@ pub(super) struct Gyration<A, B, Z, V> {
 
 /// Gradients as combinations of vectors.
 pub(super) struct GyrationVjp {
-    /// That of a: multiples of g, v, a, b and z; that of b likewise.
+    /// The gradient of a: multiples of g, v, a, b and z; the same for b.
     of_a: [f64; 5],
     of_b: [f64; 5],
-    /// That of v is g + multiples of a, b and z.
+    /// The gradient of v is g + multiples of a, b and z.
     of_v: [f64; 3],
     of_c: f64,
 }
@@ -74,7 +75,7 @@ where
     }
 
     fn vjp(&self, g: impl Fn(usize) -> f64) -> GyrationVjp {
-        // Where b is short, p a and q z are nearly the same.
+        // If b is short, p a and q z are nearly the same.
         if self.b2 < self.a2 / 16.0 { self.short_b_vjp(g) } else { self.usual_vjp(g) }
     }
 
@@ -86,7 +87,7 @@ where
         let of_aa = factor * (g_z * self.b_v - turn * ab);
         let of_ab = factor * (g_a * self.z_v - turn * aa);
         let of_cz2 = factor * (g_a * self.b_v - turn);
-        // The part of both gradients that comes by z = a + b.
+        // The part of both gradients that comes from z = a + b.
         let (g_by_z, v_by_z) = (-factor * self.q, factor * (g_a * ab - g_z * ca2));
         let z_by_z = 2.0 * c * of_cz2;
         GyrationVjp {
@@ -103,8 +104,8 @@ where
         }
     }
 
-    /// The same of gyr[a, b] v = v + 2(s a − t b)/den with everything multiplied out, so that all terms
-    /// are as short as b:
+    /// The same for gyr[a, b] v = v + 2(s a − t b)/den with everything expanded, so that all terms are as
+    /// short as b:
     ///
     /// ```text
     /// s = c b·v (1 + 2c a·b) − c² a·v |b|²,  t = c a·v + c² b·v |a|²,  den = 1 + 2c a·b + c²|a|²|b|²
@@ -145,7 +146,7 @@ where
     }
 }
 
-/// The gyration of v by a and b: the rotation by which Möbius addition fails to be associative.
+/// Computes the gyration of v by a and b: the rotation by which Möbius addition fails to be associative.
 ///
 /// ```text
 /// gyr[a, b] v = −(a ⊕ b) ⊕ (a ⊕ (b ⊕ v))        linear in v
@@ -154,8 +155,8 @@ where
 /// p = αb z·v + c|z|² b·v,  q = αa a·v + c|a|² z·v
 /// ```
 ///
-/// a and b are points of the ball, v is any vector. The second form is the one computed: where den
-/// is small so are p and q, and nothing in it cancels but a + b. (Ungar 2009.)
+/// a and b are points of the ball, v is any vector. The second form is used: if den is small, so are p
+/// and q, and nothing in it cancels except a + b. (Ungar 2009.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -172,11 +173,13 @@ pub fn gyration<F: Float>(a: &[F], b: &[F], v: &[F], c: F, out: &mut [F]) -> Res
     Ok(())
 }
 
-/// gyr[a, b] v = v + (2c/den)(p a − q z). The vector–Jacobian product of [`gyration`]: adds to the
-/// gradients of the arrays, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`gyration`]: adds to the gradients of the arrays and returns
+/// the derivative with respect to c.
+///
+/// Differentiates gyr[a, b] v = v + (2c/den)(p a − q z).
 ///
 /// # Errors
-/// Those of [`gyration`].
+/// As [`gyration`].
 #[allow(clippy::too_many_arguments, reason = "three vectors and their gradients")]
 pub fn gyration_vjp<F: Float>(
     a: &[F],
@@ -204,13 +207,14 @@ pub fn gyration_vjp<F: Float>(
     Ok(F::from_f64(vjp.of_c))
 }
 
-/// The vector v at x, carried to y along the geodesic.
+/// Transports the vector v from x to y along the geodesic.
 ///
 /// ```text
 /// P(v) = (λx/λy) gyr[y, −x] v = (αy/αx) gyr[y, −x] v        v at c = 0
 /// ```
 ///
-/// Keeps lengths and angles: λy|P(v)| = λx|v| to some ulps. (Ganea et al. 2018, arXiv:1805.09112.)
+/// Preserves lengths and angles: λy|P(v)| = λx|v| up to a few ulps. (Ganea et al. 2018,
+/// arXiv:1805.09112.)
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) for vectors of different lengths,
@@ -228,11 +232,13 @@ pub fn parallel_transport<F: Float>(x: &[F], y: &[F], v: &[F], c: F, out: &mut [
     Ok(())
 }
 
-/// P(v) = (αy/αx) gyr[y, −x] v. The vector–Jacobian product of [`parallel_transport`]: adds to the
-/// gradients of the arrays, returns the derivative with respect to c.
+/// Computes the vector–Jacobian product of [`parallel_transport`]: adds to the gradients of the arrays
+/// and returns the derivative with respect to c.
+///
+/// Differentiates P(v) = (αy/αx) gyr[y, −x] v.
 ///
 /// # Errors
-/// Those of [`parallel_transport`].
+/// As [`parallel_transport`].
 #[allow(clippy::too_many_arguments, reason = "three vectors and their gradients")]
 pub fn parallel_transport_vjp<F: Float>(
     x: &[F],

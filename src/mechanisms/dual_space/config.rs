@@ -1,4 +1,4 @@
-//! Sizes, options and fresh parameters.
+//! The configuration and the initial parameters.
 
 use super::DualSpace;
 use crate::attention::Attention;
@@ -9,7 +9,7 @@ use crate::params;
 use ndarray::ArrayD;
 use rand::Rng;
 
-/// How a [`DualSpace`] makes one output of its three branches.
+/// How a [`DualSpace`] combines the outputs of its three branches.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
@@ -23,13 +23,13 @@ pub enum Fusion {
         /// The number of columns of the output.
         output_dim: usize,
     },
-    /// Γ_1 graph + Γ_2 latent + Γ_3 cross with the gates Γ = softmax(W (graph ‖ latent ‖ cross) + b),
-    /// in which a branch without visible neighbours has no part.
+    /// Γ_1 graph + Γ_2 latent + Γ_3 cross with the gates Γ = softmax(W (graph ‖ latent ‖ cross) + b). A
+    /// branch without visible neighbours is left out of the softmax.
     Gated,
 }
 
-/// The sizes and options of a [`DualSpace`], from which [`init`](Self::init) makes one with fresh
-/// parameters and [`from_params`](Self::from_params) one with given ones.
+/// The sizes and options of a [`DualSpace`]. Build one with initial parameters with [`init`](Self::init),
+/// or with given parameters with [`from_params`](Self::from_params).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -42,14 +42,15 @@ pub struct DualSpaceConfig {
 }
 
 impl DualSpaceConfig {
-    /// A fusion of three branches, whose outputs have `branch_dim` columns each.
+    /// Creates a configuration with a fusion of three branches whose outputs have `branch_dim` columns
+    /// each.
     #[must_use]
     pub fn new(fusion: Fusion, branch_dim: usize) -> Self {
         Self { fusion, branch_dim }
     }
 
-    /// A `DualSpace` of these three mechanisms with a fresh fusion, uniform in ±1/√(3 `branch_dim`) as
-    /// PyTorch's `nn.Linear`; the bias of a gate is zero.
+    /// Builds a `DualSpace` of these three mechanisms with initial fusion parameters, uniform in
+    /// ±1/√(3 `branch_dim`) as in PyTorch's `nn.Linear`; the bias of a gate is zero.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if a size is 0 or huge, [`Error::TooLarge`].
@@ -69,8 +70,8 @@ impl DualSpaceConfig {
         Ok(dual)
     }
 
-    /// A `DualSpace` of these three mechanisms with given parameters, the fusion's and theirs (see
-    /// [`DualSpace`]).
+    /// Builds a `DualSpace` of these three mechanisms with given parameters for the fusion and the
+    /// mechanisms (see [`DualSpace`]).
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].
@@ -86,7 +87,7 @@ impl DualSpaceConfig {
         Ok(dual)
     }
 
-    /// Validates, and allocates the fusion as zeros.
+    /// Validates the configuration and allocates the fusion as zeros.
     fn zeros<F: Float>(&self, branches: [Box<dyn Attention<F>>; 3]) -> Result<DualSpace<F>> {
         let rows = match self.fusion {
             Fusion::Linear { output_dim } => output_dim,

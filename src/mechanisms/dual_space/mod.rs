@@ -25,15 +25,16 @@ use std::ops::Range;
 
 const NAME: &str = "dual_space";
 
-/// The branches, by the names of their parameters and in errors.
+/// The names of the branches in parameters and errors.
 const BRANCHES: [&str; 3] = ["graph", "latent", "cross"];
 const GRAPH: usize = 0;
 const LATENT: usize = 1;
 const CROSS: usize = 2;
 
-/// Attention in two spaces: each node attends to its neighbours in the graph and to the nodes most like
-/// it, its latent neighbours; then the output of the graph branch attends to the latent neighbours
-/// (cross-attention). Three inner mechanisms of any kind, fused.
+/// Attention in two spaces: each node attends to its neighbours in the graph and to its latent
+/// neighbours, the nodes most similar to it; then the output of the graph branch attends to the latent
+/// neighbours (cross-attention). The outputs of the three inner mechanisms, which can be of any kind, are
+/// fused.
 ///
 /// ```text
 /// graph_i  = A_graph(q_i; N_G(i))
@@ -45,29 +46,30 @@ const CROSS: usize = 2;
 /// Γ_i = softmax(W x_i + b)
 /// ```
 ///
-/// * **Neighbours** N_G are the pairs of the inputs, dense or of a graph. N_L are those of
-///   [`Inputs::with_latent`] or, where the inputs have none, what a [`LatentSearch`] finds
-///   ([`with_search`](Self::with_search)): the k most similar keys, above a threshold if wanted,
-///   without the node itself and, if wanted, without N_G. For the gradient they are constant.
-/// * **Shapes** every branch gives `branch_dim` columns. Those of the graph branch are queries of the
-///   cross branch: where they are not as many as a key has, that mechanism must project them, as
-///   [`MultiHead`](crate::MultiHead) does with `key_dim`. Heads are those of the inputs, for all
-///   three; the fusion reads whole rows.
+/// * **Neighbours** N_G are the pairs of the inputs, dense or of a graph. N_L are the pairs of
+///   [`Inputs::with_latent`] or, if the inputs have none, those found by a [`LatentSearch`]
+///   ([`with_search`](Self::with_search)): the k most similar keys except the node itself, optionally
+///   above a threshold and without N_G. They are constant for the gradient. A query with NaN finds no
+///   neighbours, a key with NaN is never found, and k may exceed the number of keys.
+/// * **Shapes** Every branch returns `branch_dim` columns. The output of the graph branch is the query of
+///   the cross branch. If keys have a different number of columns, the cross mechanism must project them,
+///   as [`MultiHead`](crate::MultiHead) does with `key_dim`. All three branches use the heads of the
+///   inputs; the fusion reads whole rows.
 /// * **Reads** mask and causal pattern for both kinds of neighbours. Bias, edge features, distances and
-///   layers are data of the graph's pairs and reach the graph branch alone: a bias of −∞ hides no latent
-///   pair. Dropout reaches all three, with seeds of their own for latent and cross branch. (Latent pairs
-///   are numbered as in their graph; so those that are found for queries
-///   [selected](Inputs::select_queries) by a mixture drop others than among all queries.)
-/// * **Output** `output_dim` columns of a linear fusion, `branch_dim` of a gated one. A query without
-///   neighbours of a kind gets from that branch what its mechanism gives then, zeros or biases; a gate
-///   leaves the branch out, and a query without any neighbours gets zeros.
+///   layers are data of the graph's pairs and go only to the graph branch: a bias of −∞ hides no latent
+///   pair. Dropout applies to all three branches; the latent and the cross branch have their own seeds.
+///   (Latent pairs are numbered as in their graph, so pairs found for queries
+///   [selected](Inputs::select_queries) by a mixture are dropped differently than among all queries.)
+/// * **Output** `output_dim` columns with a linear fusion, `branch_dim` with a gated one. For a query
+///   without neighbours of a kind, the branch returns zeros or its biases; a gate leaves the branch out,
+///   and a query without any neighbours then gets zeros.
 /// * **Parameters** `fusion.weight` (`output_dim` × 3 `branch_dim`) and `fusion.bias`, or `gate.weight`
-///   (3 × 3 `branch_dim`) and `gate.bias`; then the branches' behind `graph.`, `latent.` and `cross.`.
-/// * **Cost** of the branches, O(n · 3 `branch_dim` · rows of W) for the fusion, and that of the search,
-///   O(n_q · n_k · d) if it is exact. A query with NaN finds no neighbours, a key with NaN is
-///   nobody's, and k may be more than there are keys.
-/// * **Errors** [`Error::MissingInput`] without latent neighbours, [`Error::Shape`] if a branch gives
-///   another number of columns or queries and keys cannot be compared. Branches' errors say which:
+///   (3 × 3 `branch_dim`) and `gate.bias`; then the parameters of the branches with the prefixes
+///   `graph.`, `latent.` and `cross.`.
+/// * **Cost** the branches, O(n · 3 `branch_dim` · rows of W) for the fusion, and the search,
+///   O(n_q · n_k · d) if it is exact.
+/// * **Errors** [`Error::MissingInput`] without latent neighbours, [`Error::Shape`] if a branch returns a
+///   different number of columns or if queries and keys cannot be compared. Errors of a branch name it:
 ///   `cross (flash)`.
 ///
 /// ```
@@ -76,7 +78,7 @@ const CROSS: usize = 2;
 /// use graph_attention::{Attention, DualSpaceConfig, Flash, Graph, Inputs, dual_space::{Fusion, LatentSearch}};
 /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 ///
-/// // A path 0 – 1 – 2 – 3 whose ends are alike.
+/// // A path 0 – 1 – 2 – 3 with similar ends.
 /// let nodes = array![[1.0, 0.2], [0.0, 1.0], [-1.0, 0.0], [0.9, 0.1]];
 /// let path = [(0, 1), (1, 0), (1, 2), (2, 1), (2, 3), (3, 2)];
 /// let graph = Graph::from_edges(4, 4, path)?;
@@ -92,7 +94,7 @@ const CROSS: usize = 2;
 ///
 /// let gates = dual.gates(&inputs)?;
 /// assert!((gates.row(0).sum() - 1.0f64).abs() < 1e-12);
-/// assert_eq!(gates.row(1).to_vec(), [1.0, 0.0, 0.0]); // nobody is like node 1
+/// assert_eq!(gates.row(1).to_vec(), [1.0, 0.0, 0.0]); // no node is similar to node 1
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Debug)]
@@ -116,32 +118,32 @@ struct State<F> {
 }
 
 impl<F: Float> DualSpace<F> {
-    /// The same mechanism with a search for latent neighbours, which is asked where the inputs bring none.
+    /// Adds a search for latent neighbours, used if the inputs have none.
     #[must_use]
     pub fn with_search(mut self, search: LatentSearch<F>) -> Self {
         self.search = Some(search);
         self
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     #[must_use]
     pub fn config(&self) -> &DualSpaceConfig {
         &self.config
     }
 
-    /// The mechanisms of the branches graph, latent and cross.
+    /// Returns the mechanisms of the branches graph, latent and cross.
     #[must_use]
     pub fn branches(&self) -> [&dyn Attention<F>; 3] {
         self.branches.each_ref().map(|branch| &**branch)
     }
 
-    /// N_L: the latent neighbours that the inputs bring, or else those that the search finds.
+    /// Returns N_L: the latent neighbours of the inputs or, if they have none, those found by the search.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] if there is neither. Those of the search: [`Error::Shape`] if queries
-    /// and keys, or the keys of a kept index, do not fit each other, or if a node is not to find itself
-    /// and queries and keys are not the same nodes; [`Error::InvalidArgument`] if the threshold is NaN;
-    /// [`Error::TooLarge`] or [`Error::Graph`] if there are too many.
+    /// [`Error::MissingInput`] without latent neighbours and without a search. From the search:
+    /// [`Error::Shape`] if queries and keys, or the keys of a given index, do not fit each other, or if
+    /// self is excluded and queries and keys are not the same nodes; [`Error::InvalidArgument`] if the
+    /// threshold is NaN; [`Error::TooLarge`] or [`Error::Graph`] if there are too many.
     pub fn latent_neighbors<'a>(&self, inputs: &Inputs<'a, F>) -> Result<Cow<'a, Graph>> {
         match self.search(inputs)? {
             Some(found) => Ok(Cow::Owned(found)),
@@ -149,15 +151,15 @@ impl<F: Float> DualSpace<F> {
         }
     }
 
-    /// Γ: the shares of graph, latent and cross branch in the output of each query, num_queries × 3.
-    /// They sum to 1, or to 0 for a query without neighbours.
+    /// Returns Γ, the shares of the graph, latent and cross branches in the output of each query,
+    /// num_queries × 3. They sum to 1, or to 0 for a query without neighbours.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the fusion is not gated; otherwise as
     /// [`forward`](Attention::forward).
     pub fn gates(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         if self.config.fusion != Fusion::Gated {
-            return Err(Error::config("fusion", "a gated one", "a linear one"));
+            return Err(Error::config("fusion", "`Fusion::Gated`", "`Fusion::Linear`"));
         }
         let found = self.search(inputs)?;
         let latent_inputs = latent_inputs(inputs, found.as_ref())?;
@@ -167,13 +169,13 @@ impl<F: Float> DualSpace<F> {
         self.gate(x.view(), inputs, &latent_inputs)
     }
 
-    /// The latent neighbours, if the inputs bring none and there is a search.
+    /// Searches for latent neighbours, if the inputs have none and there is a search.
     fn search(&self, inputs: &Inputs<'_, F>) -> Result<Option<Graph>> {
         let search = self.search.as_ref().filter(|_| !inputs.has(Channel::Latent));
         search.map(|search| search.find(inputs)).transpose()
     }
 
-    /// x: runs each branch by `forward`, and keeps what that returns.
+    /// Computes x: runs each branch with `forward` and keeps the results.
     fn run<T>(
         &self,
         inputs: &Inputs<'_, F>,
@@ -185,7 +187,7 @@ impl<F: Float> DualSpace<F> {
             let mechanism = &*self.branches[branch];
             let answer = inputs.and_then(|inputs| {
                 let columns = mechanism.output_dim(&inputs);
-                check_shape("output columns, as branch_dim", &[dim], &[columns])?;
+                check_shape("output columns, which must equal branch_dim", &[dim], &[columns])?;
                 forward(mechanism, &inputs, out)
             });
             answer.map_err(|error| error.in_part(BRANCHES[branch], mechanism.name(), None))
@@ -200,7 +202,7 @@ impl<F: Float> DualSpace<F> {
         Ok((x, answers))
     }
 
-    /// Γ.
+    /// Computes Γ.
     fn gate(
         &self,
         x: ArrayView2<'_, F>,
@@ -237,7 +239,7 @@ impl<F: Float> DualSpace<F> {
         Ok(Some(gates))
     }
 
-    /// Adds to the gradients of the fusion's parameters; returns that of x.
+    /// Adds to the gradients of the fusion's parameters; returns the gradient of x.
     fn fuse_vjp(
         &self,
         State { x, gates, .. }: &State<F>,
@@ -272,13 +274,13 @@ impl<F: Float> DualSpace<F> {
         Ok(grad_x)
     }
 
-    /// Where a branch stands in x.
+    /// Returns the columns of a branch in x.
     fn columns(&self, branch: usize) -> Range<usize> {
         let dim = self.config.branch_dim;
         branch * dim..(branch + 1) * dim
     }
 
-    /// The names of the fusion's parameters.
+    /// Returns the names of the fusion's parameters.
     fn names(&self) -> [&'static str; 2] {
         match self.config.fusion {
             Fusion::Linear { .. } => ["fusion.weight", "fusion.bias"],
@@ -417,8 +419,7 @@ fn without_pairs<F>(grads: GradientsMut<'_, F>) -> GradientsMut<'_, F> {
     GradientsMut { bias: None, edge_features: None, distances: None, ..grads }
 }
 
-/// The inputs of the latent branch: over what was found, or else the latent neighbours that the
-/// inputs bring.
+/// Returns the inputs of the latent branch, over the neighbours that were found or those of the inputs.
 fn latent_inputs<'b, F: Float>(
     inputs: &Inputs<'b, F>,
     found: Option<&'b Graph>,
@@ -427,24 +428,25 @@ fn latent_inputs<'b, F: Float>(
     with_next_seed(inputs.over_latent(NAME)?)
 }
 
-/// The inputs of the cross branch: what the graph branch gave asks the latent neighbours.
+/// Returns the inputs of the cross branch: the output of the graph branch attends to the latent
+/// neighbours.
 fn cross_inputs<'b, F: Float>(
     latent_inputs: &Inputs<'b, F>,
     graph: ArrayView2<'b, F>,
 ) -> Result<Inputs<'b, F>> {
     let (heads, columns) = (latent_inputs.num_heads(), graph.ncols());
     let inputs = latent_inputs.with_arrays(graph, latent_inputs.key(), latent_inputs.value());
-    let what = "query of the cross branch, from the graph branch";
+    let what = "query of the cross branch (the output of the graph branch)";
     with_next_seed(inputs.map_err(|_| Error::Heads { what, heads, columns })?)
 }
 
-/// The branches must not drop the same pairs.
+/// Changes the dropout seed, so that the branches do not drop the same pairs.
 fn with_next_seed<F: Float>(inputs: Inputs<'_, F>) -> Result<Inputs<'_, F>> {
     let Some(dropout) = inputs.dropout() else { return Ok(inputs) };
     inputs.with_dropout(Dropout { seed: mix(dropout.seed), ..dropout })
 }
 
-/// The branches in which a query has visible neighbours.
+/// Returns the branches in which a query has visible neighbours.
 fn branches_of<F: Float>(
     inputs: &Inputs<'_, F>,
     latent_inputs: &Inputs<'_, F>,
@@ -459,7 +461,7 @@ fn branches_of<F: Float>(
     }
 }
 
-/// Overwrites logits with their softmax over some of them, and the others with zeros.
+/// Overwrites the logits in `some` with their softmax and the others with zeros.
 fn softmax<F: Float>(mut logits: ArrayViewMut1<'_, F>, some: &[usize]) {
     let max = some.iter().fold(F::neg_infinity(), |max, &at| nan_max(max, logits[at]));
     let weight = |at: &usize| (logits[*at] - max).exp();
@@ -469,7 +471,7 @@ fn softmax<F: Float>(mut logits: ArrayViewMut1<'_, F>, some: &[usize]) {
     logits.iter_mut().zip(weights).for_each(|(logit, weight)| *logit = weight);
 }
 
-/// The columns of the three branches.
+/// Splits x into the columns of the three branches.
 fn split<F: Float>(x: ArrayViewMut2<'_, F>, dim: usize) -> [ArrayViewMut2<'_, F>; 3] {
     let (graph, others) = x.split_at(Axis(1), dim);
     let (latent, cross) = others.split_at(Axis(1), dim);

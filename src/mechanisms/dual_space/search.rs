@@ -1,4 +1,4 @@
-//! Where latent neighbours come from if the inputs bring none.
+//! The search for latent neighbours, if the inputs have none.
 
 use crate::error::{Result, check_shape};
 use crate::float::Float;
@@ -6,21 +6,21 @@ use crate::graph::Graph;
 use crate::inputs::{Inputs, Pattern};
 use crate::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 
-/// How a [`DualSpace`](crate::DualSpace) finds latent neighbours: the k keys most similar to each
-/// query, but not the node itself.
+/// A search for the latent neighbours of a [`DualSpace`](crate::DualSpace): the k keys most similar to
+/// each query, except the node itself.
 ///
-/// Whole rows of queries are compared with whole rows of keys, which need as many columns. Keys that
-/// mask or causal pattern hide from a query are not among its k.
+/// Whole rows of queries are compared with whole rows of keys, so they need the same number of columns.
+/// Keys that mask or causal pattern hide from a query are not among its k neighbours.
 ///
 /// ```
 /// use graph_attention::dual_space::LatentSearch;
 /// use graph_attention::neighbors::{ExactIndex, Metric};
 /// use graph_attention::ndarray::array;
 ///
-/// // Among the keys of the inputs, anew in every forward pass.
+/// // Search the keys of the inputs, in every forward pass.
 /// let search = LatentSearch::new(8, Metric::Cosine).threshold(0.5).exclude_graph(true);
 ///
-/// // Among keys that stay what they are, in an index that is built once.
+/// // Search keys that never change, in an index that is built once.
 /// let keys = array![[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]];
 /// let index = ExactIndex::from_array(keys, Metric::Cosine)?;
 /// let kept = LatentSearch::with_index(8, index).threshold(0.5);
@@ -36,21 +36,21 @@ pub struct LatentSearch<F: Float> {
 
 #[derive(Debug)]
 enum Index<F> {
-    /// An exact one over the keys of the inputs.
+    /// An exact index over the keys of the inputs.
     OfInputs(Metric),
     Kept(Box<dyn NeighborIndex<F>>),
 }
 
 impl<F: Float> LatentSearch<F> {
-    /// Among the keys of the inputs: every query is compared with every key
+    /// Creates a search over the keys of the inputs: every query is compared with every key
     /// ([`ExactIndex`]), in every forward pass.
     #[must_use]
     pub fn new(k: usize, metric: Metric) -> Self {
         Self::of(k, Index::OfInputs(metric))
     }
 
-    /// In an index that is built beforehand, over the keys that all inputs to come will have. It may be
-    /// approximate, or compare other features of the keys than those that attend.
+    /// Creates a search in an existing index, over the keys that all later inputs will have. The index
+    /// may be approximate, or compare features of the keys other than those used for attention.
     #[must_use]
     pub fn with_index(k: usize, index: impl NeighborIndex<F> + 'static) -> Self {
         Self::of(k, Index::Kept(Box::new(index)))
@@ -61,30 +61,30 @@ impl<F: Float> LatentSearch<F> {
         Self { index, search, exclude_graph: false }
     }
 
-    /// Only keys of at least this similarity, in the units of the metric. Default: all.
+    /// Sets the smallest similarity of neighbours, in the units of the metric. Default: no threshold.
     #[must_use]
     pub fn threshold(mut self, similarity: F) -> Self {
         self.search = self.search.threshold(similarity);
         self
     }
 
-    /// Whether query i never finds key i. Default: `true`; `false` is for queries and keys that are
-    /// not the same nodes.
+    /// Sets whether query i never finds key i. Default: `true`; use `false` if queries and keys are not
+    /// the same nodes.
     #[must_use]
     pub fn exclude_self(mut self, exclude: bool) -> Self {
         self.search = self.search.exclude_self(exclude);
         self
     }
 
-    /// Whether queries do not find the keys that they attend to in the graph of the inputs: in dense
-    /// inputs these are all. Default: `false`.
+    /// Sets whether queries do not find the keys that they attend to in the graph of the inputs; in dense
+    /// inputs these are all keys. Default: `false`.
     #[must_use]
     pub fn exclude_graph(mut self, exclude: bool) -> Self {
         self.exclude_graph = exclude;
         self
     }
 
-    /// The neighbours of the queries.
+    /// Finds the neighbours of the queries.
     pub(super) fn find(&self, inputs: &Inputs<'_, F>) -> Result<Graph> {
         let mut search = self.search.visible_in(inputs);
         match inputs.pattern() {

@@ -1,4 +1,4 @@
-//! Sizes, options and the parameters that follow from them.
+//! The configuration, and the parameters that follow from it.
 
 use super::EdgeGat;
 use crate::error::{Error, Result};
@@ -14,7 +14,7 @@ use rand::Rng;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Score {
     /// LeakyReLU(a_dst · W_dst h_i + a_src · W_src h_j + a_edge · W_e x): the graph attention network
-    /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: in a head, all
+    /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: within a head, all
     /// queries rank the same keys in the same order (Brody et al. 2022).
     Gat,
     /// a · LeakyReLU(W_dst h_i + W_src h_j + W_e x), of Brody et al. 2022, PyG's `GATv2Conv`: any
@@ -24,8 +24,8 @@ pub enum Score {
     DotProduct,
 }
 
-/// The sizes and options of an [`EdgeGat`], from which [`init`](Self::init) makes one with fresh
-/// parameters and [`from_params`](Self::from_params) one with given ones.
+/// The sizes and options of an [`EdgeGat`]. Build one with initial parameters with [`init`](Self::init),
+/// or with given parameters with [`from_params`](Self::from_params).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -49,9 +49,10 @@ pub struct EdgeGatConfig {
 }
 
 impl EdgeGatConfig {
-    /// Nodes of `input_dim` columns, `num_heads` heads of `head_dim`, with the defaults of PyG: a
-    /// bias, heads one after the other, a slope of 0.2; [`Score::Gat`] has one weight for both ends
-    /// of an edge, [`Score::DotProduct`] a residual, and the edge features in its values.
+    /// Creates a configuration for nodes with `input_dim` columns and `num_heads` heads of `head_dim`
+    /// columns, with the defaults of PyG: a bias, concatenated heads, a slope of 0.2; [`Score::Gat`] has
+    /// one weight for both ends of an edge, [`Score::DotProduct`] a residual and edge features in its
+    /// values.
     #[must_use]
     pub fn new(score: Score, input_dim: usize, head_dim: usize, num_heads: usize) -> Self {
         Self {
@@ -71,8 +72,8 @@ impl EdgeGatConfig {
         }
     }
 
-    /// Keys and values of another number of columns than queries: PyG's `in_channels = (keys,
-    /// queries)`. The two ends of an edge then have weights of their own.
+    /// Sets the number of columns of keys and values, if it differs from that of queries: PyG's
+    /// `in_channels = (keys, queries)`. The two ends of an edge then have separate weights.
     #[must_use]
     pub fn key_dim(mut self, dim: usize) -> Self {
         self.key_dim = dim;
@@ -80,78 +81,79 @@ impl EdgeGatConfig {
         self
     }
 
-    /// Edge features of so many columns, which the inputs must then carry: PyG's `edge_dim`. Default: 0,
-    /// none; inputs that carry some are then refused with [`Error::MissingSetting`]. (PyG leaves them
-    /// unread.)
+    /// Sets the number of columns of the edge features, which the inputs must then have: PyG's
+    /// `edge_dim`. Default: 0, no edge features; inputs that have some are then refused with
+    /// [`Error::MissingSetting`]. (PyG ignores them.)
     #[must_use]
     pub fn edge_dim(mut self, dim: usize) -> Self {
         self.edge_dim = dim;
         self
     }
 
-    /// The mean of the heads instead of one after the other: PyG's `concat=False`. Default: `false`.
+    /// Sets whether the heads are averaged instead of concatenated: PyG's `concat=False`. Default:
+    /// `false`.
     #[must_use]
     pub fn average_heads(mut self, average: bool) -> Self {
         self.average_heads = average;
         self
     }
 
-    /// The slope of LeakyReLU on the negative side; without effect on [`Score::DotProduct`]. Default:
-    /// 0.2.
+    /// Sets the slope of LeakyReLU on the negative side; has no effect on [`Score::DotProduct`]. Default: 0.2.
     #[must_use]
     pub fn negative_slope(mut self, slope: f64) -> Self {
         self.negative_slope = slope;
         self
     }
 
-    /// With or without biases: that of the output, and those of the linear maps of nodes that have one in
-    /// PyG. Default: `true`.
+    /// Sets whether the output has a bias, and also the linear maps of nodes that have one in PyG.
+    /// Default: `true`.
     #[must_use]
     pub fn bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self
     }
 
-    /// One weight for both ends of an edge: PyG's `share_weights`; not for [`Score::DotProduct`]. Default:
-    /// `true` for [`Score::Gat`] on nodes of one size, as in PyG.
+    /// Sets whether both ends of an edge share one weight: PyG's `share_weights`; not supported by
+    /// [`Score::DotProduct`]. Default: `true` for [`Score::Gat`] if queries and keys have the same number
+    /// of columns, as in PyG.
     #[must_use]
     pub fn share_weights(mut self, share: bool) -> Self {
         self.share_weights = share;
         self
     }
 
-    /// Adds a linear map of the query node to the output: PyG's `residual` or `root_weight`. Default:
-    /// `true` for [`Score::DotProduct`] alone.
+    /// Sets whether a linear map of the query node is added to the output: PyG's `residual` or
+    /// `root_weight`. Default: `true` for [`Score::DotProduct`], `false` otherwise.
     #[must_use]
     pub fn residual(mut self, residual: bool) -> Self {
         self.residual = residual;
         self
     }
 
-    /// Weighs residual r against attention o: β r + (1 − β) o, β = σ(w · \[o, r, o − r\]) for each
-    /// node: PyG's `beta`. Needs the residual. Default: `false`.
+    /// Sets whether a gate mixes the residual r and the attention o of each node: β r + (1 − β) o, β =
+    /// σ(w · \[o, r, o − r\]). This is PyG's `beta`. Needs the residual. Default: `false`.
     #[must_use]
     pub fn gate(mut self, gate: bool) -> Self {
         self.gate = gate;
         self
     }
 
-    /// Whether a value is W h_j + W_e x, or W h_j alone; without effect where there are no edge features.
-    /// Default: `true` for [`Score::DotProduct`] alone, as in PyG.
+    /// Sets whether a value is W h_j + W_e x, or only W h_j; has no effect without edge features.
+    /// Default: `true` for [`Score::DotProduct`], `false` otherwise, as in PyG.
     #[must_use]
     pub fn edge_values(mut self, edge_values: bool) -> Self {
         self.edge_values = edge_values;
         self
     }
 
-    /// Fresh parameters: Glorot's uniform in ±√(6/(rows + columns)) for weights and attention
-    /// vectors (Glorot & Bengio 2010), as Veličković et al. have it, and zeros for biases. (PyG draws the
-    /// linear maps of `TransformerConv` from ±1/√columns.)
+    /// Builds an [`EdgeGat`] with initial parameters: weights and attention vectors are drawn from
+    /// Glorot's uniform in ±√(6/(rows + columns)) (Glorot & Bengio 2010), as in Veličković et al., and
+    /// biases are zero. (PyG draws the linear maps of `TransformerConv` from ±1/√columns.)
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if a size is 0, the slope is negative or not finite, weights are to
-    /// be shared between nodes of different sizes or with [`Score::DotProduct`], or a gate has no
-    /// residual; [`Error::TooLarge`].
+    /// [`Error::InvalidArgument`] if a size is 0, the slope is negative or not finite, weights are shared
+    /// although queries and keys have different numbers of columns or the score is [`Score::DotProduct`],
+    /// or there is a gate without a residual; [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<EdgeGat<F>> {
         let mut gat = self.zeros()?;
         for (name, param) in &mut gat.params {
@@ -166,21 +168,22 @@ impl EdgeGatConfig {
         Ok(gat)
     }
 
-    /// With given parameters, named as in PyG's state dict (see [`EdgeGat`]), in any order.
+    /// Builds an [`EdgeGat`] with given parameters, named as in PyG's state dict (see [`EdgeGat`]), in
+    /// any order.
     ///
-    /// Where both ends of an edge share a weight, it may come under either end's name or under both
-    /// (older versions of PyG write `lin_src.weight` and `lin_dst.weight` for a `GATConv` of one
-    /// node set). The `lin_skip` that a `TransformerConv` keeps without using it is left out.
+    /// If both ends of an edge share a weight, it may be given under the name of either end or of both
+    /// (older versions of PyG write `lin_src.weight` and `lin_dst.weight` for a `GATConv` with one
+    /// node set). The unused `lin_skip` of a `TransformerConv` is ignored.
     ///
     /// # Errors
-    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidArgument`] if a shared
-    /// weight comes in two different versions.
+    /// As [`init`](Self::init) and [`params::load_state`]; [`Error::InvalidArgument`] if a shared weight
+    /// is given under two names with different values.
     pub fn from_params<F: Float>(
         &self,
         state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
     ) -> Result<EdgeGat<F>> {
         let mut gat = self.zeros()?;
-        // With the name that a value came under.
+        // With the name under which a value was given.
         let mut known: Vec<(String, String, ArrayD<F>)> = Vec::new();
         for (name, value) in state {
             let came_as = name.as_ref().to_owned();
@@ -197,7 +200,7 @@ impl EdgeGatConfig {
                 Some((.., twin)) if is_same(twin, &value) => {}
                 Some((_, twin, _)) => {
                     let expected = format!("the same values under {twin} and {came_as}");
-                    return Err(Error::config("share_weights", expected, "different ones"));
+                    return Err(Error::config("share_weights", expected, "different values"));
                 }
                 None => known.push((name, came_as, value)),
             }
@@ -207,7 +210,7 @@ impl EdgeGatConfig {
         Ok(gat)
     }
 
-    /// The name that a shared parameter has here.
+    /// Returns the name of a shared parameter in this crate.
     fn shared_name(&self, name: &str) -> Option<&'static str> {
         let shared = match (self.score, name) {
             (Score::Gat, "lin.weight" | "lin_src.weight" | "lin_dst.weight") => "lin.weight",
@@ -218,7 +221,7 @@ impl EdgeGatConfig {
         self.share_weights.then_some(shared)
     }
 
-    /// Validates, and allocates all parameters as zeros.
+    /// Validates the configuration and allocates all parameters as zeros.
     fn zeros<F: Float>(&self) -> Result<EdgeGat<F>> {
         for (field, size) in [
             ("input_dim", self.query_dim),
@@ -236,13 +239,14 @@ impl EdgeGatConfig {
             return Err(Error::config("negative_slope", expected, self.negative_slope));
         }
         if self.gate && !self.residual {
-            return Err(Error::config("gate", "a residual to weigh", "none"));
+            return Err(Error::config("gate", "`residual(true)` with the gate", "no residual"));
         }
         if self.share_weights && self.score == Score::DotProduct {
             return Err(Error::config("share_weights", "false for Score::DotProduct", true));
         }
         if self.share_weights && self.key_dim != self.query_dim {
-            let expected = format!("false where key_dim = {} differs", self.key_dim);
+            let expected =
+                format!("false, since key_dim = {} differs from input_dim", self.key_dim);
             return Err(Error::config("share_weights", expected, true));
         }
         let columns = self.num_heads.saturating_mul(self.head_dim);
@@ -254,7 +258,7 @@ impl EdgeGatConfig {
             Ok(())
         };
         let has_edges = self.edge_dim > 0;
-        // In the order of PyG's state dicts; those of rank 1 or 3 get it below.
+        // In the order of PyG's state dicts. Parameters of rank 1 or 3 get their shape below.
         for &name in names.attention {
             if has_edges || name != "att_edge" {
                 matrix(name, self.num_heads, self.head_dim)?;
@@ -348,14 +352,14 @@ impl EdgeGatConfig {
     }
 }
 
-/// The names of a linear map's parameters. The bias may be switched off.
+/// The names of the parameters of a linear map. The bias is optional.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Linear {
     pub(super) weight: &'static str,
     pub(super) bias: Option<&'static str>,
 }
 
-/// The linear maps of a score, by what they are applied to.
+/// The linear maps of a score, by the array that each is applied to.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
     pub(super) attention: &'static [&'static str],
@@ -365,7 +369,7 @@ pub(super) struct Names {
     pub(super) residual: Linear,
 }
 
-/// Whether two arrays are the same, NaN included.
+/// Whether two arrays are equal, with NaN equal to NaN.
 fn is_same<F: Float>(a: &ArrayD<F>, b: &ArrayD<F>) -> bool {
     let same = |(a, b): (&F, &F)| a == b || (a.is_nan() && b.is_nan());
     a.shape() == b.shape() && a.iter().zip(b).all(same)

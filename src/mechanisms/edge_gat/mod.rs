@@ -25,48 +25,46 @@ use ndarray::{
 
 const NAME: &str = "edge_gat";
 
-/// Pairs of a row that are worked on at a time: what [`Score::GatV2`] forms for them stays in the
-/// first levels of the cache.
+/// The number of pairs of a row processed at a time, so that the intermediate results of
+/// [`Score::GatV2`] stay in the first levels of the cache.
 const TILE: usize = 64;
 
 /// Graph attention with edge features (Veličković et al. 2018, 1710.10903; Brody et al. 2022,
 /// 2105.14491; Shi et al. 2021, 2009.03509), one mechanism with three [`Score`]s.
 ///
 /// ```text
-/// e_ij  = score(h_i, h_j, x_ij)            query node i, neighbour j, features x of the edge
+/// e_ij  = score(h_i, h_j, x_ij)            query node i, neighbour j, edge features x
 /// p_i   = softmax over the pairs of i of e_ij
-/// o_i   = Σ_j p_ij (W h_j [+ W_e x_ij])    for each head; heads one after the other, or their mean
+/// o_i   = Σ_j p_ij (W h_j [+ W_e x_ij])    for each head; heads concatenated or averaged
 /// out_i = o_i [+ W_res h_i] [+ b]          or β W_res h_i + (1 − β) o_i
 /// ```
 ///
-/// * **Reads** queries (target nodes), keys (their neighbours as the score sees them) and values
-///   (as the sum sees them), usually one array three times; edge features, num_pairs × `edge_dim`,
-///   if the configuration has them; mask, causal pattern and dropout on the weights. Inputs laid
-///   out in several heads are refused, since the heads are made here, and so is an additive bias:
-///   make it a feature of the edges. Self-loops are the graph's business:
+/// * **Reads** queries (the target nodes), keys (the neighbours in the score) and values (the neighbours
+///   in the sum), usually three times the same array; edge features, num_pairs × `edge_dim`, if
+///   configured; mask, causal pattern and dropout on the weights. Inputs with several heads are refused,
+///   because the heads are made here, and so is an additive bias: use an edge feature instead. Self-loops
+///   must be in the graph:
 ///   [`Graph::with_self_loops_and_features`](crate::Graph::with_self_loops_and_features).
 /// * **Output** num_queries × (`num_heads` · `head_dim`), or × `head_dim` for averaged heads. A node
 ///   without neighbours has o_i = 0.
-/// * **Parameters** named as PyG names them, whose state dicts load by name
-///   ([`EdgeGatConfig::from_params`]):
-///   `GATConv`: `att_src`, `att_dst`, `att_edge`, `bias`, `lin.weight` (or `lin_src.weight`,
-///   `lin_dst.weight`), `lin_edge.weight`, `res.weight`;
-///   `GATv2Conv`: `att`, `bias`, `lin_l.weight`, `lin_l.bias`, `lin_r.weight`, `lin_r.bias`,
-///   `lin_edge.weight`, `res.weight`;
-///   `TransformerConv`: `lin_key`, `lin_query`, `lin_value`, `lin_skip` (each `.weight` and
-///   `.bias`), `lin_edge.weight`, `lin_beta.weight`. Weights are outputs × inputs; a weight that both ends
-///   share is one parameter, under the first of its names.
-/// * **Cost** the projection of every node once, O(n · inputs · heads · d); then for each pair
-///   O(heads · (d + edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2`. Memory O(n
-///   · heads · d), and in the backward pass two numbers for each pair and head (and, if the edges were
-///   not given in the order of the queries, its features' gradients once more); a vector of heads · d
-///   for a pair exists only within a tile.
+/// * **Parameters** named as in PyG, whose state dicts can be loaded directly
+///   ([`EdgeGatConfig::from_params`]): `GATConv`: `att_src`, `att_dst`, `att_edge`, `bias`, `lin.weight`
+///   (or `lin_src.weight`, `lin_dst.weight`), `lin_edge.weight`, `res.weight`; `GATv2Conv`: `att`,
+///   `bias`, `lin_l.weight`, `lin_l.bias`, `lin_r.weight`, `lin_r.bias`, `lin_edge.weight`, `res.weight`;
+///   `TransformerConv`: `lin_key`, `lin_query`, `lin_value`, `lin_skip` (each `.weight` and `.bias`),
+///   `lin_edge.weight`, `lin_beta.weight`. Weights are outputs × inputs; a weight shared by both ends is
+///   one parameter, under the first of its names.
+/// * **Cost** one projection of every node, O(n · inputs · heads · d), then per pair O(heads · (d +
+///   edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2`. Memory O(n · heads · d),
+///   and in the backward pass two numbers for each pair and head (and, if the edges were not given in the
+///   order of the queries, a second copy of the gradients of their features). Vectors of heads · d
+///   numbers per pair exist only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
-///   [`Error::MissingInput`] without the edge features it asks for, [`Error::MissingSetting`] with edge
-///   features that it does not ask for.
+///   [`Error::MissingInput`] if configured edge features are missing, [`Error::MissingSetting`] if the
+///   inputs have edge features that are not configured.
 ///
-/// Where a node has no neighbours PyG agrees; it divides by the sum of exponentials plus 1e-16, which makes
-/// no difference in practice. `lin_edge` never has a bias, here as there.
+/// PyG gives the same result for a node without neighbours. It divides by the sum of exponentials plus
+/// 1e-16, which makes no difference in practice. `lin_edge` never has a bias, as in PyG.
 ///
 /// ```
 /// use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, LoopFill, edge_gat::Score};
@@ -95,8 +93,8 @@ pub struct EdgeGat<F> {
     params: Vec<(&'static str, ArrayD<F>)>,
 }
 
-/// Queries, keys and values as they meet: for [`Score::Gat`], one number for each head of query and
-/// key. Without values of their own, they are the keys.
+/// The projected queries, keys and values: for [`Score::Gat`], queries and keys are one number per head.
+/// If `value` is `None`, the keys are the values.
 struct Projected<F> {
     query: Array2<F>,
     key: Array2<F>,
@@ -105,16 +103,16 @@ struct Projected<F> {
 
 /// The softmax of a forward pass.
 enum Softmax<F> {
-    /// Without edges, scaled dot-product attention is all there is.
+    /// Plain scaled dot-product attention, without edge features.
     Plain(Saved),
     Edges(Normalizer<F>),
 }
 
 struct State<F> {
-    /// Whose state it is: the arrays mean another thing for another configuration.
+    /// The configuration that made the state: it decides what the arrays mean.
     config: EdgeGatConfig,
     projected: Projected<F>,
-    /// Σ p v, heads one after the other.
+    /// Σ p v, heads concatenated.
     context: Array2<F>,
     softmax: Softmax<F>,
 }
@@ -127,7 +125,7 @@ struct Gated<F> {
 }
 
 impl<F: Float> EdgeGat<F> {
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &EdgeGatConfig {
         &self.config
     }
@@ -145,7 +143,7 @@ impl<F: Float> EdgeGat<F> {
         self.param(name).expect("the configuration has it")
     }
 
-    /// An attention vector, heads × d.
+    /// Returns an attention vector, heads × d.
     fn attention(&self, name: &str) -> ArrayView2<'_, F> {
         let attention: ndarray::ArrayView3<'_, F> =
             self.param(name).expect("the configuration has it");
@@ -160,7 +158,7 @@ impl<F: Float> EdgeGat<F> {
         linear(x, self.weight(map.weight), self.bias(map))
     }
 
-    /// Checks what the inputs carry.
+    /// Checks the inputs against the configuration.
     fn check_inputs(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         inputs.check_absent(NAME, &[Channel::Heads, Channel::Bias])?;
         let config = &self.config;
@@ -187,7 +185,7 @@ impl<F: Float> EdgeGat<F> {
         let Names { key, query, value, .. } = self.names;
         let is_one = same_view(inputs.key(), inputs.value());
         Ok(match self.config.score {
-            // a · (W h) = (Wᵀ a) · h: no need of W h for the scores.
+            // a · (W h) = (Wᵀ a) · h: the scores do not need W h.
             Score::Gat => {
                 let folded = |attention, map: Linear| {
                     fold(self.attention(attention), self.weight(map.weight))
@@ -214,7 +212,7 @@ impl<F: Float> EdgeGat<F> {
         })
     }
 
-    /// The inputs of the softmax.
+    /// Returns the inputs of the softmax.
     fn inner_inputs<'b>(
         &self,
         inputs: &Inputs<'b, F>,
@@ -227,7 +225,7 @@ impl<F: Float> EdgeGat<F> {
             .with_heads(self.config.num_heads)
     }
 
-    /// Whether scaled dot-product attention is all there is.
+    /// Whether this is plain scaled dot-product attention.
     fn is_plain(&self) -> bool {
         self.config.score == Score::DotProduct && self.config.edge_dim == 0
     }
@@ -267,8 +265,8 @@ impl<F: Float> EdgeGat<F> {
         })
     }
 
-    /// Overwrites `context` with the outputs of all heads one after the other; returns what their
-    /// backward pass needs.
+    /// Overwrites `context` with the concatenated outputs of all heads; returns the state for their
+    /// backward pass.
     fn attend(&self, inner: &Inputs<'_, F>, context: ArrayViewMut2<'_, F>) -> Result<Softmax<F>> {
         if self.is_plain() {
             return Ok(Softmax::Plain(Flash::new().forward_train_into(inner, context)?));
@@ -285,7 +283,7 @@ impl<F: Float> EdgeGat<F> {
         try_zeros("context", inputs.num_queries(), columns)
     }
 
-    /// Joins the heads and gates, if there is a gate.
+    /// Joins the heads and computes the gate, if there is one.
     fn gated(
         &self,
         inputs: &Inputs<'_, F>,
@@ -316,7 +314,7 @@ impl<F: Float> EdgeGat<F> {
         }
     }
 
-    /// Overwrites `out` with what becomes of the heads.
+    /// Overwrites `out` with the result from the heads' outputs.
     fn finish(
         &self,
         inputs: &Inputs<'_, F>,
@@ -353,7 +351,7 @@ impl<F: Float> EdgeGat<F> {
     }
 }
 
-/// Whether two views are of the same entries in the same order.
+/// Whether two views show the same entries in the same order.
 fn same_view<F>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> bool {
     a.as_ptr() == b.as_ptr() && a.shape() == b.shape() && a.strides() == b.strides()
 }
@@ -365,7 +363,7 @@ fn gate_features<F: Float>(attention: &Array2<F>, residual: &Array2<F>) -> Array
         .expect("all have one shape")
 }
 
-/// Row h of the result is a_hᵀ W_h, for W in blocks of rows, one for each head.
+/// Computes a_hᵀ W_h for each head h, where W has one block of rows per head.
 fn fold<F: Float>(attention: ArrayView2<'_, F>, weight: ArrayView2<'_, F>) -> Array2<F> {
     let mut folded = Array2::zeros((attention.nrows(), weight.ncols()));
     for (head, attention) in attention.rows().into_iter().enumerate() {
@@ -418,7 +416,7 @@ impl<F: Float> ParamGradients<'_, '_, F> {
         self.view(name).expect("the configuration has it")
     }
 
-    /// y = x Wᵀ + b: adds the gradients of W and b, and of x if it is asked for.
+    /// Adds the gradients of W and b in y = x Wᵀ + b, and of x if wanted.
     fn linear(
         &mut self,
         map: Linear,
@@ -436,7 +434,7 @@ impl<F: Float> ParamGradients<'_, '_, F> {
         }
     }
 
-    /// y = x foldᵀ: adds the gradients of what was folded, and of x if it is asked for.
+    /// Adds the gradients of the folded arrays in y = x foldᵀ, and of x if wanted.
     fn folded(
         &mut self,
         attention: &str,
@@ -490,7 +488,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         if self.config.average_heads || self.config.gate {
             return self.forward_train_into(inputs, out).map(drop);
         }
-        // The heads are the output, and nobody asks for them afterwards.
+        // The heads' outputs are the output and are not needed afterwards.
         check_output(self, "out", inputs, out.shape())?;
         let projected = self.project(inputs)?;
         self.attend(&self.inner_inputs(inputs, &projected)?, out.view_mut())?;
@@ -629,7 +627,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
 }
 
 impl<F: Float> EdgeGat<F> {
-    /// out = β r + (1 − β) o: the gradients of o and r; adds that of the gate.
+    /// Returns the gradients of o and r in out = β r + (1 − β) o; adds the gradient of the gate.
     fn gate_vjp(
         &self,
         Gated { attention, residual, beta }: &Gated<F>,

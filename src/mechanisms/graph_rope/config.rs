@@ -1,4 +1,4 @@
-//! Options, and what they make: the rotation.
+//! The configuration and the rotation that it describes.
 
 use super::{EdgeRope, GraphRope};
 use crate::attention::Attention;
@@ -11,11 +11,11 @@ use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Ix2, Zip, s};
 
 /// The sizes and options of a [`GraphRope`] or an [`EdgeRope`].
 ///
-/// **Frequencies.** Of d rotated columns, pair p of d/2 turns at θₚ = base^{−2p/d}. Where positions have
-/// several axes, each axis has a block of neighbouring pairs for itself: ⌊d/2 / axes⌋ of them, and one
-/// more in each of the first (d/2 mod axes) blocks. Within a block of m pairs the frequencies start
-/// anew, base^{−p/m} for p = 0 … m − 1. Or they are [given](Self::frequencies), and each pair may turn
-/// with several axes.
+/// **Frequencies.** The d rotated columns form d/2 pairs, and pair p has the frequency θₚ = base^{−2p/d}.
+/// If positions have several axes, each axis gets a block of consecutive pairs: ⌊d/2 / axes⌋ of them, and
+/// one more in each of the first (d/2 mod axes) blocks. Each block of m pairs has the frequencies
+/// base^{−p/m} for p = 0 … m − 1. Alternatively the frequencies are [given](Self::frequencies), and each
+/// pair may depend on several axes.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -35,15 +35,15 @@ pub struct GraphRopeConfig {
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 enum Spectrum {
-    /// Powers of the base, the pairs split among so many axes.
+    /// Powers of the base, with the pairs split among this number of axes.
     Axes(usize),
     /// axes × pairs.
     Frequencies(Array2<f64>),
 }
 
 impl GraphRopeConfig {
-    /// For heads of `head_dim` columns, all of them rotated: base 10000, one axis, fixed frequencies.
-    /// The layout must be said, since it cannot be guessed from weights.
+    /// Creates a configuration for heads of `head_dim` columns, all of them rotated: base 10000, one
+    /// axis, fixed frequencies. The layout has no default, because it cannot be inferred from weights.
     #[must_use]
     pub fn new(head_dim: usize, layout: Layout) -> Self {
         Self {
@@ -56,61 +56,61 @@ impl GraphRopeConfig {
         }
     }
 
-    /// Rotates only the first `dim` columns of each head: GPT-J's `rotary_dim`. The scale of the scores
-    /// does not change.
+    /// Rotates only the first `dim` columns of each head: GPT-J's `rotary_dim`. This does not change the
+    /// scale of the scores.
     #[must_use]
     pub fn rotary_dim(mut self, dim: usize) -> Self {
         self.rotary_dim = Some(dim);
         self
     }
 
-    /// The base of frequencies that are not given. Default: 10000, as in the paper.
+    /// Sets the base of the frequencies, if they are not given. Default: 10000, as in the paper.
     #[must_use]
     pub fn base(mut self, base: f64) -> Self {
         self.base = base;
         self
     }
 
-    /// The number of columns of the positions, which share the pairs as said above. Takes the place of
-    /// frequencies that were given.
+    /// Sets the number of axes, the columns of the positions, which share the pairs as described
+    /// [above](Self). Replaces given frequencies.
     #[must_use]
     pub fn axes(mut self, axes: usize) -> Self {
         self.spectrum = Spectrum::Axes(axes);
         self
     }
 
-    /// All frequencies, axes × pairs: at position x, pair p turns by Σₐ θₐₚ xₐ. Takes the place of base
-    /// and axes.
+    /// Sets all frequencies, axes × pairs: at position x, pair p turns by Σₐ θₐₚ xₐ. Replaces base and
+    /// axes.
     #[must_use]
     pub fn frequencies(mut self, frequencies: Array2<f64>) -> Self {
         self.spectrum = Spectrum::Frequencies(frequencies);
         self
     }
 
-    /// Whether the frequencies, axes × pairs, are a parameter that starts at those configured, or a buffer
-    /// that stays there. Both have the name `frequencies`, so that a state of one loads into the other.
-    /// Default: `false`, a buffer.
+    /// Sets whether the frequencies, axes × pairs, are a parameter that starts at the configured values,
+    /// or a buffer that keeps them. Both have the name `frequencies`, so the state of one loads into the
+    /// other. Default: `false`, a buffer.
     ///
-    /// A buffer is computed with in `f64`. A state holds it rounded to the precision of the mechanism, and
-    /// loading replaces the frequencies that differ from it when rounded so: what a mechanism of the same
-    /// configuration has saved changes nothing.
+    /// A buffer is used in `f64`. A state holds it rounded to the precision of the mechanism, and loading
+    /// replaces only the frequencies whose rounded values differ from the state, so loading a state saved
+    /// by a mechanism with the same configuration changes nothing.
     #[must_use]
     pub fn learnable(mut self, learnable: bool) -> Self {
         self.learnable = learnable;
         self
     }
 
-    /// Rotates by node positions before `inner`.
+    /// Builds a [`GraphRope`], which rotates queries and keys by node positions before `inner`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the number of rotated columns is odd, 0 or more than a head has, if
-    /// the base is not positive and finite, if there are no axes, or more than pairs, or if a given
-    /// frequency is not finite; [`Error::Shape`] if there is not a given frequency for each pair.
+    /// the base is not positive and finite, if there are no axes or more axes than pairs, or if a given
+    /// frequency is not finite; [`Error::Shape`] if there is not one given frequency per pair.
     pub fn init<F: Float, A: Attention<F>>(&self, inner: A) -> Result<GraphRope<F, A>> {
         Ok(GraphRope { rotation: self.rotation()?, inner })
     }
 
-    /// Rotates each key by its distance from the query.
+    /// Builds an [`EdgeRope`], which rotates each key by its distance from the query.
     ///
     /// # Errors
     /// As [`init`](Self::init), and [`Error::InvalidArgument`] if there is more than one axis.
@@ -153,7 +153,7 @@ impl GraphRopeConfig {
     }
 }
 
-/// The frequencies of pairs split among axes: axes × pairs.
+/// Computes the frequencies of pairs split among axes: axes × pairs.
 fn split(axes: usize, pairs: usize, base: f64) -> Result<Array2<f64>> {
     if !(base > 0.0 && base.is_finite()) {
         return Err(Error::config("base", "a positive finite number", base));
@@ -186,8 +186,8 @@ pub(super) struct Rotation<F> {
 /// axes × pairs.
 #[derive(Clone, Debug)]
 enum Frequencies<F> {
-    /// As configured, and as they are lent. A frequency that nobody has changed keeps the digits of the
-    /// configured one that F does not have.
+    /// As configured, and as lent to visitors. An unchanged frequency keeps the digits of the configured
+    /// one beyond the precision of F.
     Fixed {
         configured: Array2<f64>,
         lent: Array2<F>,
@@ -227,7 +227,7 @@ impl<F: Float> Rotation<F> {
         Rotary { layout, head_dim, frequencies: self.frequencies() }
     }
 
-    /// The number of parameters: 0 or 1.
+    /// Returns the number of parameters: 0 or 1.
     pub(super) fn num_params(&self) -> usize {
         usize::from(matches!(self.frequencies, Frequencies::Learned(_)))
     }
@@ -262,14 +262,14 @@ impl<F: Float> Rotation<F> {
         }
     }
 
-    /// Adds the gradient of the frequencies, where they are a parameter.
+    /// Adds the gradient of the frequencies if they are a parameter.
     pub(super) fn params_vjp(&self, grad: &Array2<f64>, params: &mut [ArrayD<F>]) {
         if let Some(slot) = params.first_mut() {
             param_slot::<F, Ix2>(slot).zip_mut_with(grad, |sum, &grad| *sum += F::from_f64(grad));
         }
     }
 
-    /// `Ok` if the heads of queries and keys are those configured.
+    /// Checks that the heads of queries and keys have the configured size.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         for (what, array, heads) in [
             ("query", inputs.query(), inputs.num_heads()),

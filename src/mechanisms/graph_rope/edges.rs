@@ -13,32 +13,33 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis
 
 const NAME: &str = "edge_rope";
 
-/// Pairs of a tile, few enough for their rotated keys to stay in the first-level cache.
+/// The number of pairs in a tile, small enough for their rotated keys to stay in the first-level cache.
 const TILE: usize = 32;
 
 /// Rotary embeddings of distances (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259):
-/// each pair has a rotation of its own, by its distance, which may be anything (hops, a layer, a weight)
-/// and need not be a difference of positions.
+/// the key of each pair is rotated by the distance of the pair, which can be any number (hops, a layer, a
+/// weight) and need not be a difference of positions.
 ///
 /// ```text
 /// sᵢⱼ = qᵢ·R(δᵢⱼ)kⱼ / √d + bᵢⱼ      pᵢⱼ = softmaxⱼ(sᵢⱼ)      oᵢ = Σⱼ pᵢⱼ vⱼ
 /// ```
 ///
-/// with j over the visible pairs of query i, for each head: the query stands at 0, the key at δ. R is
-/// that of [`GraphRope`](crate::GraphRope) on one axis, and where δᵢⱼ = xⱼ − xᵢ this is `GraphRope`
-/// around [`Flash`](crate::Flash) on the positions x.
-/// [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges) makes it.
+/// with j over the visible pairs of query i, for each head: the query is at position 0, the key at δ. R
+/// is the rotation of [`GraphRope`](crate::GraphRope) with one axis. If δᵢⱼ = xⱼ − xᵢ, the result equals
+/// `GraphRope` around [`Flash`](crate::Flash) with the positions x.
+///
+/// Build it with [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges).
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
 ///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `frequencies` (1 × pairs of columns), where they are learnable; otherwise they are a
-///   buffer of that name. The backward pass has the gradient of the distances too.
-/// * **Cost** O(pairs · (d + d_v)) time per head and a sine and cosine for each pair of keys and of
-///   columns; memory O(n · (d + d_v) · heads), never the weights.
+/// * **Parameters** `frequencies` (1 × pairs of columns) if they are learnable; otherwise they are a
+///   buffer of that name. The backward pass also returns the gradient of the distances.
+/// * **Cost** O(pairs · (d + d_v)) time per head, and a sine and cosine for each (query, key) pair and
+///   pair of columns; memory O(n · (d + d_v) · heads), never the weights.
 /// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without distances,
-///   [`Error::Shape`](crate::Error::Shape) if heads have another size. A distance that is NaN or
-///   infinite makes NaN of its query's row.
+///   [`Error::Shape`](crate::Error::Shape) if heads have a different size. A distance that is NaN or
+///   infinite makes its query's row NaN.
 ///
 /// ```
 /// use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
@@ -68,7 +69,7 @@ struct State<F> {
 }
 
 impl<F: Float> EdgeRope<F> {
-    /// The frequencies, 1 × pairs of columns.
+    /// Returns the frequencies, 1 × pairs of columns.
     #[must_use]
     pub fn frequencies(&self) -> Array2<f64> {
         self.rotation.frequencies()
@@ -86,7 +87,7 @@ impl<F: Float> EdgeRope<F> {
         })
     }
 
-    /// Overwrites `out`, returns the normalizer.
+    /// Overwrites `out` and returns the normalizer.
     fn run(
         &self,
         problem: &RotaryProblem<'_, F>,

@@ -21,9 +21,9 @@ use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "graph_rope";
 
-/// Rotary position embeddings of nodes (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025,
-/// 2509.22259), around any inner mechanism: queries and keys are rotated by their positions, which are
-/// real numbers on one axis or several (hops from an anchor, a level, coordinates, eigenvectors).
+/// Rotary position embeddings of nodes (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259)
+/// around any inner mechanism: queries and keys are rotated by their positions, which are real numbers on
+/// one or several axes (hops from an anchor, a level, coordinates, eigenvectors).
 ///
 /// ```text
 /// q'ᵢ = R(xᵢ) qᵢ      k'ⱼ = R(xⱼ) kⱼ      o = inner(q', k', v)
@@ -31,35 +31,35 @@ const NAME: &str = "graph_rope";
 ///       (a, b) ↦ (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
 /// ```
 ///
-/// Norms are kept, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends on differences of positions alone. Which
-/// columns are a pair says the [`Layout`], and θ the [`GraphRopeConfig`].
+/// The rotation preserves norms, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends only on differences of positions.
+/// The [`Layout`] determines which columns form a pair, the [`GraphRopeConfig`] determines θ.
 ///
 /// * **Reads** query (n_q × heads·d) and key (n_k × kv_heads·d), d = `head_dim`;
-///   [`Inputs::with_positions`], with as many columns as the configuration has axes. Values and every
-///   channel are handed to the inner mechanism, the positions too: a second `GraphRope` inside rotates
-///   by them once more.
-/// * **Output** that of the inner mechanism.
-/// * **Parameters** `frequencies` (axes × pairs), where they are learnable; otherwise they are a buffer
-///   of that name. Then the inner mechanism's behind `inner.`.
-/// * **Cost** O(n · d) time per head and one sine and cosine for each row and pair; memory for the
-///   rotated queries and keys, never for a table of angles.
+///   [`Inputs::with_positions`], with one column for each axis of the configuration. Values and all
+///   channels are passed to the inner mechanism, including the positions: a second `GraphRope` inside
+///   rotates by them again.
+/// * **Output** the output of the inner mechanism.
+/// * **Parameters** `frequencies` (axes × pairs) if they are learnable; otherwise they are a buffer of
+///   that name. Then the parameters of the inner mechanism with the prefix `inner.`.
+/// * **Cost** O(n · d) time per head, and a sine and cosine for each row and pair of columns; memory for
+///   the rotated queries and keys, but not for a table of angles.
 /// * **Errors** [`Error::MissingInput`](crate::Error::MissingInput) without positions,
-///   [`Error::Shape`](crate::Error::Shape) if they have another number of axes or if heads have another
-///   size. A position that is NaN or infinite makes NaN of its row.
+///   [`Error::Shape`](crate::Error::Shape) if the number of axes or the size of the heads does not fit
+///   the configuration. A position that is NaN or infinite makes its row NaN.
 ///
-/// Angles are computed in `f64`, products θ x without rounding: the answer does not change by more than
-/// its own rounding if all positions are shifted, however far, as long as the positions themselves are
+/// Angles are computed in `f64`, and products θ x without rounding. Shifting all positions by any amount
+/// therefore changes the result by no more than its own rounding, as long as the positions themselves are
 /// exact. Positions are trained too: [`Gradients::query_positions`](crate::Gradients::query_positions) and
 /// [`key_positions`](crate::Gradients::key_positions).
 ///
-/// With the inner [`Flash`](crate::Flash) and inside a [`MultiHead`](crate::MultiHead) this is the
+/// With [`Flash`](crate::Flash) inside, and inside a [`MultiHead`](crate::MultiHead), this is the
 /// attention of rotary transformers:
 ///
 /// ```
 /// use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 /// use graph_attention::ndarray::{Array2, array};
 ///
-/// // Nodes at their levels in a tree; each attends to itself and its parent.
+/// // The positions are levels in a tree; each node attends to itself and its parent.
 /// let levels = array![[0.0], [1.0], [1.0], [2.0]];
 /// let graph = Graph::from_edges(4, 4, [(1, 0), (2, 0), (3, 1)])?.with_self_loops()?;
 /// let x = Array2::from_shape_fn((4, 8), |(i, j)| ((3 * i + 5 * j) % 7) as f64);
@@ -87,18 +87,18 @@ struct State<F> {
 }
 
 impl<F: Float, A: Attention<F>> GraphRope<F, A> {
-    /// The mechanism inside.
+    /// Returns the inner mechanism.
     pub fn inner(&self) -> &A {
         &self.inner
     }
 
-    /// The frequencies, axes × pairs.
+    /// Returns the frequencies, axes × pairs.
     #[must_use]
     pub fn frequencies(&self) -> Array2<f64> {
         self.rotation.frequencies()
     }
 
-    /// Queries and keys with their positions, if they fit.
+    /// Returns queries and keys with their positions if they fit the configuration.
     fn sides<'a>(&self, inputs: &Inputs<'a, F>) -> Result<[Side<'a, F>; 2]> {
         let (query, key) = inputs.positions(NAME)?;
         self.rotation.check(inputs)?;
@@ -124,7 +124,7 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
         Ok(rotated)
     }
 
-    /// The inputs of the inner mechanism.
+    /// Returns the inputs of the inner mechanism.
     fn inner_inputs<'b>(
         &self,
         inputs: &Inputs<'b, F>,

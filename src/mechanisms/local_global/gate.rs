@@ -1,4 +1,4 @@
-//! Two mechanisms, and a gate that weighs their answers.
+//! Two mechanisms, and a gate that mixes their outputs.
 
 use super::{NAME, by_edge_layer};
 use crate::attention::{Attention, Saved};
@@ -10,7 +10,7 @@ use crate::params;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Ix1, Ix2, s};
 use std::mem::take;
 
-/// Names of the two, for errors and parameters.
+/// The names of the two mechanisms, for errors and parameters.
 pub(super) const SIDES: [&str; 2] = ["local", "global"];
 
 #[derive(Debug)]
@@ -23,26 +23,26 @@ pub(super) struct Gate<F: Float> {
     pub(super) inner: [Box<dyn Attention<F>>; 2],
 }
 
-/// How a head of a query mixes the two answers.
+/// How a head of a query mixes the two outputs.
 #[derive(Clone, Copy, Debug)]
 enum Mix<F> {
-    /// It sees no pair.
+    /// The query sees no pair.
     Nothing,
-    /// It sees pairs of one kind, and takes their answer whole.
+    /// The query sees pairs of one kind only and takes the output of that kind.
     Only(usize),
-    /// The share of the local answer; the rest is the global one's.
+    /// The share of the local output; the rest is the share of the global output.
     Both(F),
 }
 
 pub(super) struct State<F, T = Saved> {
     /// num_queries × heads.
     mixes: Array2<Mix<F>>,
-    /// The answer of each side and what it saved.
+    /// The output and the saved state of each side.
     sides: [(Array2<F>, T); 2],
 }
 
 impl<F: Float> Mix<F> {
-    /// The share of a side; `None` where it is left out, whatever its answer.
+    /// Returns the share of a side; `None` if it is left out, whatever its output.
     fn share(self, side: usize) -> Option<F> {
         match self {
             Self::Nothing => None,
@@ -63,12 +63,13 @@ impl<F: Float> Gate<F> {
 
     fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let heads = self.num_heads();
-        check_shape("heads of the inputs, as of the gate", &[heads], &[inputs.num_heads()])?;
+        let what = "heads of the inputs, which must match the gate";
+        check_shape(what, &[heads], &[inputs.num_heads()])?;
         check_shape("query", &[inputs.num_queries(), self.weight.len()], inputs.query().shape())?;
         let [local, global] = self.inner.each_ref().map(|inner| inner.output_dim(inputs));
         if local != global {
             let what = format!(
-                "output columns of global ({}), as of local ({})",
+                "output columns of global ({}), which must match local ({})",
                 self.inner[1].name(),
                 self.inner[0].name()
             );
@@ -80,7 +81,7 @@ impl<F: Float> Gate<F> {
         Ok(())
     }
 
-    /// How each head of each query mixes the two answers.
+    /// Computes how each head of each query mixes the two outputs.
     fn mixes(&self, inputs: &Inputs<'_, F>) -> Result<Array2<Mix<F>>> {
         let layers = inputs.edge_layers(NAME)?;
         let (rows, heads) = (inputs.num_queries(), self.num_heads());
@@ -92,7 +93,7 @@ impl<F: Float> Gate<F> {
                 let side = usize::from(layers[pair.index] > 0);
                 for (head, kinds) in kinds.iter_mut().enumerate() {
                     kinds[side] |= inputs.bias().is_none_or(|bias| {
-                        // A mechanism inside may tell more heads apart than the gate does.
+                        // An inner mechanism may have more heads than the gate.
                         let columns = bias.num_heads();
                         let of_head = if columns == heads { head..head + 1 } else { 0..columns };
                         of_head.into_iter().any(|head| bias.at(pair, head) != F::neg_infinity())
@@ -119,7 +120,7 @@ impl<F: Float> Gate<F> {
         F::one() / (F::one() + (-logit).exp())
     }
 
-    /// Overwrites `out`. `forward` runs a side.
+    /// Overwrites `out`, running each side with `forward`.
     fn run<T>(
         &self,
         inputs: &Inputs<'_, F>,
@@ -236,7 +237,8 @@ impl<F: Float> Gate<F> {
                 Some(total) => total,
                 None => total.insert(try_zeros("weights", inputs.num_pairs(), columns)?),
             };
-            check_shape("weights of global, as of local", &[total.ncols()], &[columns])?;
+            let what = "weights of global, which must match local";
+            check_shape(what, &[total.ncols()], &[columns])?;
             let of_head = columns / self.num_heads();
             part.add_weights(&weights, total, |query, column| {
                 mixes[[query, column / of_head]].share(side).unwrap_or_default()

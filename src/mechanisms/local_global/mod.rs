@@ -24,10 +24,10 @@ use std::borrow::Cow;
 
 const NAME: &str = "local_global";
 
-/// Attention to near keys and to a few far ones. There are two kinds:
-/// [`sliding_window`](Self::sliding_window) attends along the order of the nodes, within a window and to
-/// global positions; [`joint`](Self::joint) and [`gated`](Self::gated) tell local from global edges by
-/// their layer: layer 0 is local, as in an HNSW index, and layers above are global.
+/// Attention to nearby keys and a few distant ones, in one of two ways:
+/// [`sliding_window`](Self::sliding_window) uses the order of the nodes and attends within a window and
+/// to global positions; [`joint`](Self::joint) and [`gated`](Self::gated) distinguish local and global
+/// edges by their layer: layer 0 is local, as in an HNSW index, and the layers above are global.
 ///
 /// # A sliding window
 ///
@@ -38,20 +38,21 @@ const NAME: &str = "local_global";
 /// |i − j| ≤ radius · dilation  and  dilation | i − j,    or i global, or j global
 /// ```
 ///
-/// each once, less what mask, causal pattern and bias hide. The answer is that of [`Flash`] under the
-/// equivalent mask, but neither the mask nor a list of the pairs is ever made: the pairs are cut into
-/// dense blocks (the window, for each run of queries the global keys beyond it, and global queries with
-/// all keys), which go through the tiles of [`Flash`] and are merged as [`Partial`](crate::Partial)s are.
+/// each counted once, except pairs hidden by mask, causal pattern or bias. The result is that of
+/// [`Flash`] with the equivalent mask, but neither the mask nor a list of the pairs is built: the pairs
+/// are split into dense blocks (the window, for each run of queries the global keys outside it, and
+/// global queries with all keys), which are processed in the tiles of [`Flash`] and merged like
+/// [`Partial`](crate::Partial)s.
 ///
-/// * **Positions.** Query i stands at key i, with [`Causal::BottomRight`](crate::Causal) at key
-///   i + num_keys − num_queries, and with [`Causal::Offset`](crate::Causal) at key i + offset; so windows and globals are also defined where there are not as many
-///   queries as keys. [Selected](Inputs::select_queries) queries keep the positions that they had.
-/// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask as
-///   among all pairs), grouped heads. On a graph, edges that the window and the globals leave out are
-///   hidden.
-/// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). Of
-///   globals their own rows are copied; with a dilation queries, keys, values, and what the caller gives
-///   of mask and bias, class by class of positions with the same rest.
+/// * **Positions** Query i is at the position of key i, with [`Causal::BottomRight`](crate::Causal) of
+///   key i + num_keys − num_queries, and with [`Causal::Offset`](crate::Causal) of key i + offset, so
+///   windows and globals are also defined if the numbers of queries and keys differ.
+///   [Selected](Inputs::select_queries) queries keep their original positions.
+/// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask
+///   as over all pairs), grouped heads. On a graph, edges outside the window and the globals are hidden.
+/// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). The
+///   rows of globals are copied; with a dilation also queries, keys, values, and the given mask and bias,
+///   for one class of positions with the same remainder at a time.
 /// * **Errors** as [`Flash`], and [`Error::InvalidArgument`] if there is no node at a global position.
 ///
 /// ```
@@ -78,19 +79,20 @@ const NAME: &str = "local_global";
 /// gated:  o = a o_local + (1 − a) o_global,             a = σ(w · q_i + b) for each head
 /// ```
 ///
-/// A query (and head) that sees edges of one kind only takes the output of that kind, and one that sees
+/// A query (and head) that sees edges of only one kind takes the output of that kind, and one that sees
 /// none gets zeros.
 ///
 /// * **Reads** edge layers ([`Inputs::with_edge_layers`]) and what the inner mechanisms read, each for the
 ///   edges of its own kind; the gate reads queries.
-/// * **Output** of the inner mechanisms; with a gate, in as many blocks as there are heads.
-/// * **Parameters** of `gated`: `gate.weight` (heads × columns of a head of queries), `gate.bias` (heads),
-///   and those of the inner mechanisms behind `local.` and `global.`. `joint` has none.
-/// * **Cost** of the inner mechanisms, and O(pairs) for the two graphs and copies of the pairs' data; on
-///   dense inputs two masks.
-/// * **Errors** [`Error::MissingInput`] without edge layers; with a gate [`Error::Shape`] if the number of
-///   heads or of columns of the queries is not the configured one, or if the inner mechanisms would return
-///   different numbers of columns. Errors of the inner mechanisms say which: `local (flash)`.
+/// * **Output** as the inner mechanisms; with a gate, in one block per head.
+/// * **Parameters** of `gated`: `gate.weight` (heads × columns of a head of queries), `gate.bias`
+///   (heads), and the parameters of the inner mechanisms with the prefixes `local.` and `global.`.
+///   `joint` has none.
+/// * **Cost** the inner mechanisms, plus O(pairs) for the two graphs and copies of the per-pair data; on dense
+///   inputs, for two masks.
+/// * **Errors** [`Error::MissingInput`] without edge layers; with a gate [`Error::Shape`] if the number
+///   of heads or of query columns is not the configured one, or if the inner mechanisms return different
+///   numbers of columns. Errors of an inner mechanism name it: `local (flash)`.
 ///
 /// ```
 /// use graph_attention::ndarray::array;
@@ -100,7 +102,7 @@ const NAME: &str = "local_global";
 /// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]];
 /// let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_edge_layers(&[0, 1, 0, 2])?;
 ///
-/// // One softmax over both kinds is attention to all neighbours, unless the two differ.
+/// // One softmax over both kinds equals attention to all neighbours, if both use the same scale.
 /// let joint = LocalGlobal::joint(Flash::new(), Flash::new()).forward(&inputs)?;
 /// let all = Flash::new().forward(&inputs)?;
 /// assert!((joint - all).iter().all(|difference: &f64| difference.abs() < 1e-14));
@@ -129,19 +131,19 @@ enum Form<F: Float> {
 struct Part<'p, 'a, F: Float> {
     flash: &'p Flash,
     selected: SelectedInputs<'a, F>,
-    /// The window in which these pairs lie, if not all are kept.
+    /// The window that contains these pairs, if not all are kept.
     reach: Option<[usize; 2]>,
     role: Role,
 }
 
-/// The role of a part in the answer of its queries.
+/// The role of a part in the outputs of its queries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// The first of their pairs.
     First,
     /// More of them.
     More,
-    /// All of them: the other parts do not count.
+    /// All of them: the other parts are ignored.
     Whole,
 }
 
@@ -156,8 +158,9 @@ impl<F: Float> Part<'_, '_, F> {
 }
 
 impl<F: Float> LocalGlobal<F> {
-    /// A window and global positions, by scaled dot products with the scale and the tiles of `flash`.
-    /// Layers are not read: what is near follows from the order alone.
+    /// Creates attention within a window and to global positions, with scaled dot products that use the
+    /// scale and the tiles of `flash`. Edge layers are ignored, because only the order of the nodes
+    /// matters.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the dilation is 0.
@@ -166,15 +169,16 @@ impl<F: Float> LocalGlobal<F> {
         Ok(Self { form: Form::SlidingWindow { window, flash } })
     }
 
-    /// One softmax over local and global pairs, each with the scale of its own [`Flash`].
+    /// Creates attention with one softmax over local and global pairs, each kind with the scale of its
+    /// own [`Flash`].
     #[must_use]
     pub fn joint(local: Flash, global: Flash) -> Self {
         Self { form: Form::Joint([local, global]) }
     }
 
-    /// Two mechanisms of any kind and a learned gate for each of `heads` heads, whose queries have
-    /// `head_dim` columns: the heads of the inputs, so 1 where the mechanisms project their own. At
-    /// first w is uniform in ±1/√`head_dim` and b is 0.
+    /// Creates attention with two mechanisms of any kind and a learned gate for each of `heads` heads,
+    /// whose queries have `head_dim` columns. These are the heads of the inputs, so use 1 if the
+    /// mechanisms make their own heads. Initially w is uniform in ±1/√`head_dim` and b is 0.
     ///
     /// ```
     /// use graph_attention::ndarray::array;
@@ -193,7 +197,7 @@ impl<F: Float> LocalGlobal<F> {
     /// )?;
     /// let out = attention.forward(&inputs)?;
     /// assert!((out[[0, 1]] - 0.75).abs() < 1e-15); // three quarters local
-    /// assert_eq!(out.row(1), x.row(0)); // all it sees is global
+    /// assert_eq!(out.row(1), x.row(0)); // node 1 only sees a global edge
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///
@@ -218,8 +222,8 @@ impl<F: Float> LocalGlobal<F> {
         Ok(Self { form: Form::Gated(Gate { weight, bias, inner }) })
     }
 
-    /// The pairs of the one softmax of the readings without a gate, part after part; of no two are
-    /// there copies at a time.
+    /// Visits the pairs of the single softmax (without a gate), one part at a time, so that only one part
+    /// is copied at a time.
     fn for_each_part<'a>(
         &self,
         inputs: &Inputs<'a, F>,
@@ -253,7 +257,7 @@ impl<F: Float> LocalGlobal<F> {
         }
     }
 
-    /// The queries of which one part has all pairs.
+    /// Returns the queries that have all of their pairs in one part.
     fn whole_queries(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
         match (&self.form, inputs.pattern()) {
             (Form::SlidingWindow { window, .. }, Pattern::Dense) => window.global_queries(inputs),
@@ -261,7 +265,7 @@ impl<F: Float> LocalGlobal<F> {
         }
     }
 
-    /// Overwrites `out`, returns the normalizer over all parts.
+    /// Overwrites `out` and returns the normalizer over all parts.
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
         let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.num_heads())?;
         out.fill(F::zero());
@@ -299,7 +303,7 @@ impl<F: Float> LocalGlobal<F> {
     }
 }
 
-/// The inputs with the pairs of layer 0, and with those above.
+/// Returns the inputs with the pairs of layer 0, and the inputs with the pairs of the layers above.
 fn by_edge_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
     let layers = inputs.edge_layers(NAME)?;
     Ok([
@@ -391,10 +395,10 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         }
         let state = saved.state::<State<F>>(NAME)?;
         state.check(inputs)?;
-        // No softmax reads them, and blocks do not carry them.
+        // The softmax does not read them, and blocks do not contain them.
         (grads.edge_features, grads.distances) = (None, None);
         (grads.query_positions, grads.key_positions) = (None, None);
-        // Where nothing is seen all weights are 0.
+        // For queries that see nothing all weights are 0.
         let mut of_others = Cow::Borrowed(&state.normalizer);
         for query in self.whole_queries(inputs) {
             of_others.to_mut().clear_row(query);

@@ -1,11 +1,11 @@
-//! Local and global by the order of queries and keys.
+//! Local and global pairs by the order of queries and keys.
 
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec};
 use crate::inputs::{Inputs, Pair};
 
-/// Which pairs a [`LocalGlobal::sliding_window`](super::LocalGlobal::sliding_window) keeps: a window around each
-/// query, and global positions.
+/// The pairs that a [`LocalGlobal::sliding_window`](super::LocalGlobal::sliding_window) keeps: a window
+/// around each query, and global positions.
 ///
 /// ```text
 /// −left · dilation ≤ j − i ≤ right · dilation  and  dilation | i − j,    or i global, or j global
@@ -34,16 +34,17 @@ pub(super) struct Block {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Those in the window, the first of their queries.
+    /// Pairs in the window, the first pairs of their queries.
     Window,
-    /// All: global keys beyond the window.
+    /// All pairs: global keys outside the window.
     Far,
-    /// All, of global queries. What other blocks have of these does not count.
+    /// All pairs of global queries, which are ignored in other blocks.
     Global,
 }
 
 impl Window {
-    /// `radius` keys to either side of a query, and its own, without gaps and without globals.
+    /// Creates a window of `radius` keys on either side of a query, and its own key, without gaps and
+    /// without globals.
     #[must_use]
     pub fn new(radius: usize) -> Self {
         Self::sides(radius, radius)
@@ -55,14 +56,16 @@ impl Window {
         Self { left, right, dilation: 1, globals: Vec::new() }
     }
 
-    /// Takes only every `dilation`-th key, and so reaches as many times farther; 1 unless set.
+    /// Sets the dilation: only every `dilation`-th key is kept, so the window reaches `dilation` times as
+    /// far. Default: 1.
     #[must_use]
     pub fn dilation(mut self, dilation: usize) -> Self {
         self.dilation = dilation;
         self
     }
 
-    /// Positions that attend to all and that all attend to. Repeated ones count once.
+    /// Sets the global positions, which attend to all positions and which all positions attend to.
+    /// Duplicates count once.
     #[must_use]
     pub fn globals(mut self, globals: &[usize]) -> Self {
         self.globals = ascending_once(globals.to_vec());
@@ -76,7 +79,7 @@ impl Window {
         Ok(())
     }
 
-    /// Refuses global positions where neither a query nor a key stands.
+    /// Refuses global positions that have neither a query nor a key.
     pub(super) fn check_globals<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let len = inputs.num_positions();
         match self.globals.last() {
@@ -87,7 +90,7 @@ impl Window {
         }
     }
 
-    /// The distances of the farthest keys in the window, before a query and after it.
+    /// Returns the distances of the farthest keys in the window, before a query and after it.
     pub(super) fn reach(&self) -> [usize; 2] {
         [self.left, self.right].map(|keys| keys.saturating_mul(self.dilation))
     }
@@ -110,7 +113,7 @@ impl Window {
         distance <= reach && distance.is_multiple_of(self.dilation)
     }
 
-    /// The queries at global positions.
+    /// Returns the queries at global positions.
     pub(super) fn global_queries<F: Float>(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
         let query = |&global: &usize| {
             let query = inputs.first_query_from(global);
@@ -120,7 +123,7 @@ impl Window {
         self.globals.iter().filter_map(query).collect()
     }
 
-    /// The keys at global positions.
+    /// Returns the keys at global positions.
     fn global_keys<F: Float>(&self, inputs: &Inputs<'_, F>) -> Vec<usize> {
         let key = |&global: &usize| {
             let key = inputs.num_keys_before(global);
@@ -129,13 +132,13 @@ impl Window {
         self.globals.iter().filter_map(key).collect()
     }
 
-    /// The kept pairs of dense inputs in blocks, of which no two have a pair of a query in common that
-    /// is not global.
+    /// Visits the kept pairs of dense inputs in blocks. A pair is in only one block, unless its query is
+    /// global.
     ///
-    /// Where there are gaps a query only meets keys whose distance is a multiple of the dilation: the
-    /// positions fall into classes, each with a window without gaps. Which global keys lie beyond it
-    /// is the same for a run of queries of a class, and changes only at the ends of the windows around
-    /// global positions.
+    /// With a dilation, a query only meets keys at distances that are multiples of the dilation, so the
+    /// positions fall into classes, each with a window without gaps. The set of global keys outside the
+    /// window is the same for a run of queries of a class, and changes only at the ends of the windows
+    /// around global positions.
     pub(super) fn for_each_block<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
@@ -213,8 +216,8 @@ fn ascending<'de, D: serde::Deserializer<'de>>(
     serde::Deserialize::deserialize(globals).map(ascending_once)
 }
 
-/// The number of the key where a query stands; `None` before the first, where a causal pattern that
-/// ends at the last key puts queries that see nothing.
+/// Returns the key at a query's position. It is `None` before the first key, where a causal pattern
+/// aligned with the last key puts queries that see nothing.
 fn position<F: Float>(inputs: &Inputs<'_, F>, query: usize) -> Option<usize> {
     inputs.diagonal(query).checked_sub(1)
 }

@@ -1,4 +1,4 @@
-//! Sizes, options and fresh parameters.
+//! The configuration and the initial parameters.
 
 use super::Moe;
 use crate::attention::Attention;
@@ -14,38 +14,38 @@ use rand::Rng;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Gating {
-    /// g_i = softmax(z_i): the experts compete for a sum of 1.
+    /// g_i = softmax(z_i): the gates of a query sum to 1.
     Softmax,
-    /// g_ie = σ(z_ie) = 1 / (1 + e^{−z_ie}): each expert by itself, as in DeepSeek-V3 (DeepSeek-AI 2024,
-    /// 2412.19437), which renormalises over the chosen ones and balances by the expert bias.
+    /// g_ie = σ(z_ie) = 1 / (1 + e^{−z_ie}): the gates are independent, as in DeepSeek-V3 (DeepSeek-AI
+    /// 2024, 2412.19437), which renormalises over the chosen experts and balances with the expert bias.
     Sigmoid,
 }
 
-/// Who is served first where an expert has a capacity.
+/// The order in which queries are served if an expert has a capacity.
 ///
-/// In all of them an expert drops as many queries as choose it beyond its capacity.
+/// In every order an expert drops the same number of queries: those that exceed its capacity.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Priority {
-    /// All first choices before any second one, all second ones before any third, and so on; of one rank
-    /// the earlier query, as in GShard (Lepikhin et al. 2020, 2006.16668), fairscale and Tutel. How many
-    /// choices of each rank an expert drops does not depend on the order of the queries; which of one
-    /// rank does.
+    /// All first choices before any second choice, all second before any third, and so on; within a rank,
+    /// earlier queries first, as in GShard (Lepikhin et al. 2020, 2006.16668), fairscale and Tutel. The
+    /// number of choices of each rank that an expert drops does not depend on the order of the queries,
+    /// but which queries of a rank are dropped does.
     Rank,
-    /// As [`Rank`](Self::Rank), but of one rank the choice with the larger gate g_ie, and of equal gates
-    /// the earlier query. Nothing depends on the order of queries whose gates differ. Batch prioritised
-    /// routing (Riquelme et al. 2021, 2106.05974) orders first choices so too, and the others by the gate
-    /// of their query's first choice.
+    /// As [`Rank`](Self::Rank), but within a rank the larger gate g_ie first, and among equal gates the
+    /// earlier query. The result does not depend on the order of queries whose gates differ. Batch
+    /// prioritised routing (Riquelme et al. 2021, 2106.05974) also orders first choices like this, but
+    /// the other choices by the gate of their query's first choice.
     Gate,
-    /// Query by query, all choices of one before any of the next: the answer to a query does not depend on
-    /// later ones, as causal models need, but its second choice may displace a later query's first. With
-    /// k = 1 the same as [`Rank`](Self::Rank).
+    /// Query by query, all choices of one query before any of the next. The output of a query does not
+    /// depend on later queries, as causal models need, but its second choice may displace a later query's
+    /// first choice. With k = 1 the same as [`Rank`](Self::Rank).
     Query,
 }
 
-/// The sizes and options of a [`Moe`], from which [`init`](Self::init) makes one with fresh
-/// parameters and [`from_params`](Self::from_params) one with given ones.
+/// The sizes and options of a [`Moe`]. Build one with initial parameters with [`init`](Self::init), or
+/// with given parameters with [`from_params`](Self::from_params).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -64,8 +64,8 @@ pub struct MoeConfig {
 }
 
 impl MoeConfig {
-    /// Queries of `query_dim` columns, all heads together, each to `k` experts, whose weights are
-    /// renormalised; without noise and without a limit to what an expert takes.
+    /// Creates a configuration that sends each query, of `query_dim` columns for all heads together, to
+    /// `k` experts with renormalised weights, without noise and without capacity limits.
     #[must_use]
     pub fn new(query_dim: usize, k: usize) -> Self {
         Self {
@@ -80,66 +80,66 @@ impl MoeConfig {
         }
     }
 
-    /// The function that turns logits into gates. Default: [`Gating::Softmax`].
+    /// Sets the function that turns logits into gates. Default: [`Gating::Softmax`].
     #[must_use]
     pub fn gating(mut self, gating: Gating) -> Self {
         self.gating = gating;
         self
     }
 
-    /// Whether the weights of the chosen experts are scaled to sum to 1, as in Mixtral (Jiang et al.
+    /// Sets whether the weights of the chosen experts are scaled to sum to 1, as in Mixtral (Jiang et al.
     /// 2024) and DeepSeek-V3, or are the gates themselves, as in the Switch Transformer (Fedus et al.
-    /// 2021). With k = 1 a renormalised weight is always 1, so the router gets a gradient from the outputs
-    /// only without it. Default: `true`.
+    /// 2021). With k = 1 a renormalised weight is always 1, and the router gets no gradient from the
+    /// outputs. Default: `true`.
     #[must_use]
     pub fn renormalize(mut self, renormalize: bool) -> Self {
         self.renormalize = renormalize;
         self
     }
 
-    /// Noisy top-k gating (Shazeer et al. 2017): adds the parameter `router.noise_weight`. The noise
-    /// itself is off until [`Moe::set_noise`] gives a seed. Default: `false`.
+    /// Sets whether the router has the parameter `router.noise_weight` of noisy top-k gating (Shazeer et
+    /// al. 2017). The noise itself is off until [`Moe::set_noise`] sets a seed. Default: `false`.
     #[must_use]
     pub fn noise(mut self, noise: bool) -> Self {
         self.noise = noise;
         self
     }
 
-    /// An expert takes no more than ⌈factor · k · n / N⌉ of n queries, N the number of experts
-    /// (Fedus et al. 2021). Who is served first says [`priority`](Self::priority). The others that chose
-    /// it get nothing from it, and what their other experts add keeps its weight, so a query that all
-    /// its experts drop gets zeros: put a residual connection around.
+    /// Limits each expert to ⌈factor · k · n / N⌉ of n queries, where N is the number of experts (Fedus
+    /// et al. 2021). [`priority`](Self::priority) sets which queries are served first. A dropped query
+    /// gets nothing from the full expert, and the weights of its other experts stay the same. A query
+    /// that all of its experts drop gets zeros, so add a residual connection.
     ///
-    /// With a limit the answer to a query depends on the other queries, and with
-    /// [`Priority::Rank`] and [`Priority::Query`] on their order: renumbered nodes get other answers.
-    /// Choices and weights never do. Default: no limit.
+    /// With a limit the output of a query depends on the other queries, and with [`Priority::Rank`] and
+    /// [`Priority::Query`] on their order: renumbering the nodes changes outputs. Choices and weights
+    /// never depend on other queries. Default: no limit.
     #[must_use]
     pub fn capacity_factor(mut self, factor: f64) -> Self {
         self.capacity_factor = Some(factor);
         self
     }
 
-    /// An expert takes no more than so many queries, whatever their number. With a
-    /// [`capacity_factor`](Self::capacity_factor) too, the lower of both limits holds. Default: no limit.
+    /// Limits each expert to a fixed number of queries. If there is also a
+    /// [`capacity_factor`](Self::capacity_factor), the lower limit applies. Default: no limit.
     #[must_use]
     pub fn capacity(mut self, capacity: usize) -> Self {
         self.capacity = Some(capacity);
         self
     }
 
-    /// Who is served first where an expert has a capacity. Default: [`Priority::Rank`].
+    /// Sets which queries are served first if an expert has a capacity. Default: [`Priority::Rank`].
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// A `Moe` of these experts with a fresh router: weights uniform in ±1/√`query_dim` as in
-    /// PyTorch's `nn.Linear`, bias zero; the weight of the noise zero, as in Shazeer et al.
+    /// Builds a `Moe` of these experts with an initial router: weights uniform in ±1/√`query_dim` as in
+    /// PyTorch's `nn.Linear`, bias zero, and noise weight zero as in Shazeer et al.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if there are no experts, `k` is not between 1 and their number,
-    /// `query_dim` is 0, the capacity factor not a positive number or the capacity 0;
+    /// `query_dim` is 0, the capacity factor is not a positive number, or the capacity is 0;
     /// [`Error::TooLarge`].
     pub fn init<F: Float>(
         &self,
@@ -152,8 +152,8 @@ impl MoeConfig {
         Ok(moe)
     }
 
-    /// A `Moe` of these experts with given parameters and buffers, the router's and the experts' (see
-    /// [`Moe`]).
+    /// Builds a `Moe` of these experts with given parameters and buffers for the router and the experts
+    /// (see [`Moe`]).
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].
@@ -167,7 +167,7 @@ impl MoeConfig {
         Ok(moe)
     }
 
-    /// Validates, and allocates the router as zeros.
+    /// Validates the configuration and allocates the router as zeros.
     fn zeros<F: Float>(&self, experts: Vec<Box<dyn Attention<F>>>) -> Result<Moe<F>> {
         let num_experts = experts.len();
         self.check(num_experts)?;
@@ -187,7 +187,7 @@ impl MoeConfig {
         })
     }
 
-    /// Checks what a [`Routing`](super::Routing) among so many experts reads.
+    /// Checks the settings that a [`Routing`](super::Routing) among `num_experts` experts reads.
     pub(super) fn check(&self, num_experts: usize) -> Result<()> {
         if num_experts == 0 {
             return Err(Error::config("experts", "at least 1", num_experts));
@@ -205,7 +205,7 @@ impl MoeConfig {
         Ok(())
     }
 
-    /// How many of so many queries an expert takes.
+    /// Returns how many of `num_queries` queries an expert takes.
     pub(super) fn capacity_of(&self, num_queries: usize, num_experts: usize) -> usize {
         let by_factor = self.capacity_factor.map_or(usize::MAX, |factor| {
             (factor * (self.k * num_queries) as f64 / num_experts as f64).ceil() as usize

@@ -1,4 +1,4 @@
-//! Losses that keep all experts busy and the logits small.
+//! Losses that balance the experts and keep the logits small.
 
 use super::Routing;
 use super::routing::{log_sum_exp, softmax_vjp};
@@ -7,19 +7,19 @@ use crate::float::{Float, try_zeros};
 use ndarray::{Array1, Array2, Axis, Zip};
 
 impl<F: Float> Routing<F> {
-    /// The load-balancing loss of the Switch Transformer (Fedus et al. 2021, 2101.03961), and its
+    /// Returns the load-balancing loss of the Switch Transformer (Fedus et al. 2021, 2101.03961) and its
     /// gradient with respect to the logits.
     ///
     /// ```text
-    /// L = N Σ_e f_e P_e    f_e the share of the choices that falls on expert e (held constant),
-    ///                      P_e the mean over the queries of its probability
+    /// L = N Σ_e f_e P_e    f_e: the share of choices for expert e (held constant),
+    ///                      P_e: the mean over the queries of its probability
     /// ```
     ///
-    /// With sigmoid gates the [`probabilities`](Self::probabilities) are gates relative to their sum, and
-    /// this is the complementary loss of DeepSeek-V3 (2412.19437), over all queries as one sequence.
+    /// With sigmoid gates the [`probabilities`](Self::probabilities) are gates divided by their sum, and
+    /// this is the complementary loss of DeepSeek-V3 (2412.19437), with all queries as one sequence.
     ///
-    /// 1 when the experts are balanced, and up to N when one gets all. For k > 1, f counts all k
-    /// choices of a query, so that this stays so. 0 without queries.
+    /// The loss is 1 if the experts are balanced, and up to N if one gets all queries. This also holds
+    /// for k > 1, because f counts all k choices of a query. It is 0 without queries.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.
@@ -39,16 +39,16 @@ impl<F: Float> Routing<F> {
         Ok((F::from_f64(value), grad_logits))
     }
 
-    /// The importance loss of Shazeer et al. 2017 (1701.06538), and its gradient with respect to the
-    /// logits.
+    /// Returns the importance loss of Shazeer et al. 2017 (1701.06538) and its gradient with respect to
+    /// the logits.
     ///
     /// ```text
     /// L = CV(I)² = variance of I_e over experts / (mean of I_e)²    I_e = Σ_i w_ie
     /// ```
     ///
-    /// Over the weights of the chosen experts, renormalised if they are (and before any are dropped);
-    /// the variance is that of the population. 0 when the experts are balanced, up to N − 1 when one
-    /// gets all; 0 without queries.
+    /// w are the weights of the chosen experts, renormalised if configured (and before any are dropped);
+    /// the variance is the population variance. The loss is 0 if the experts are balanced, and up to N −
+    /// 1 if one gets all queries. It is 0 without queries.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.
@@ -70,14 +70,14 @@ impl<F: Float> Routing<F> {
         Ok((F::from_f64(variance / (mean * mean)), self.weights_vjp(grad_weights.view())?))
     }
 
-    /// The z-loss of ST-MoE (Zoph et al. 2022, 2202.08906), which keeps the logits small, and its
+    /// Returns the z-loss of ST-MoE (Zoph et al. 2022, 2202.08906), which keeps the logits small, and its
     /// gradient with respect to them.
     ///
     /// ```text
     /// L = mean over the queries of (ln Σ_e exp z_ie)²
     /// ```
     ///
-    /// 0 without queries.
+    /// It is 0 without queries.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) if the gradient does not fit in memory.

@@ -26,47 +26,47 @@ use std::mem::take;
 
 const NAME: &str = "moe";
 
-/// A mixture of attention experts of any kind, of which each query asks only a few (Shazeer et al.
-/// 2017, 1701.06538; Fedus et al. 2021, 2101.03961; Jiang et al. 2024, 2401.04088; DeepSeek-AI 2024,
-/// 2412.19437).
+/// A mixture of attention experts of any kind, in which each query is sent to only a few experts (Shazeer
+/// et al. 2017, 1701.06538; Fedus et al. 2021, 2101.03961; Jiang et al. 2024, 2401.04088; DeepSeek-AI
+/// 2024, 2412.19437).
 ///
 /// ```text
 /// z_i = W q_i + b [+ ε_i ⊙ softplus(W_noise q_i)]    ε standard normal
 /// g_i = softmax(z_i)           or σ(z_i)             (MoeConfig::gating)
-/// T_i = the k experts with the largest g_ie + c_e; ties to the larger z_ie, then to the lower number
+/// T_i = the k experts with the largest g_ie + c_e; ties: the larger z_ie, then the lower number
 /// w_ie = g_ie / Σ_{T_i} g_ie   or g_ie itself        (MoeConfig::renormalize)
-/// o_i = Σ_{e ∈ T_i} w_ie Expert_e(i)                 but for queries that a full expert drops
+/// o_i = Σ_{e ∈ T_i} w_ie Expert_e(i)                 except for queries that a full expert drops
 /// ```
 ///
-/// * **Reads** whole rows of queries, all heads together, for the router; keys, values, heads and every
-///   channel are the experts', for the pairs of their own queries
-///   ([`Inputs::select_queries`]). Experts with projections of their own refuse heads, others do not.
-/// * **Output** of the experts' common number of columns. What it is for a query that sees no key, the
-///   experts say: zeros, or their biases.
-/// * **Sparse for real**: queries are grouped, and each expert runs once, on its own queries, one expert
-///   after the other. An expert that nobody chose does not run, nor check its inputs.
-/// * **Choice** by the logits themselves where the biases of two experts are equal, however small or near to
-///   1 their gates are. An expert whose logit is −∞ is chosen after all others, whatever its bias, and has
-///   the weight 0. A query whose logits are NaN, all −∞ or, with softmax, +∞ asks the first k experts,
-///   and its row becomes NaN.
-/// * **Order of the queries.** Choices, weights and outputs are those of each query by itself (noise and
-///   dropout are drawn by its number). Only with a capacity ([`MoeConfig::capacity`],
-///   [`MoeConfig::capacity_factor`]) does an answer depend on the other queries, and on their order as
-///   [`Priority`] says.
-/// * **Parameters** `router.weight` (N × `query_dim`), `router.bias` (N), with
-///   [`MoeConfig::noise`] `router.noise_weight` (N × `query_dim`), and the experts' behind
-///   `experts.0.`, `experts.1.`, …. The gradient is that of the function with the choice held constant,
-///   which jumps where it changes; losses that keep all experts in use are on [`Routing`].
-/// * **Buffers** `router.expert_bias` (N), c, and the experts'. It takes part in the choice alone, and is
-///   moved against the load instead of trained ([`update_expert_bias`](Self::update_expert_bias), Wang et
-///   al. 2024, 2408.15664).
-/// * **Cost** of the experts on k queries in N each, beside O(n · N · (`query_dim` + k)) for the router,
-///   and copies of k · n rows of queries, outputs and pair data. An expert that projects its keys
-///   projects all of them for however few queries. Training keeps the experts' outputs.
-/// * **Errors** [`Error::Shape`] if queries have not `query_dim` columns, or experts would give different
-///   numbers of columns. Experts' errors say which: `expert 2 (edge_gat)`.
+/// * **Reads** whole rows of queries, all heads together, for the router. Each expert gets the keys,
+///   values, heads and all channels for the pairs of its own queries ([`Inputs::select_queries`]).
+///   Experts that make their own heads refuse inputs with heads.
+/// * **Output** as many columns as every expert returns. The output for a query without visible keys
+///   depends on the experts: zeros, or their biases.
+/// * **Sparse execution**: queries are grouped, and each expert runs once on its own queries, one expert
+///   after the other. An expert that no query chose does not run and does not check its inputs.
+/// * **Choice** If the biases of two experts are equal, the logits themselves are compared, however small
+///   or close to 1 their gates are. An expert whose logit is −∞ is chosen after all others, whatever its
+///   bias, with the weight 0. A query whose logits are NaN, all −∞ or, with softmax, +∞ goes to the first
+///   k experts, and its row becomes NaN.
+/// * **Order of the queries** Choices, weights and outputs of a query do not depend on other queries
+///   (noise and dropout are drawn by its number), except with a capacity ([`MoeConfig::capacity`],
+///   [`MoeConfig::capacity_factor`]): outputs then depend on the other queries, and on their order as
+///   described at [`Priority`].
+/// * **Parameters** `router.weight` (N × `query_dim`), `router.bias` (N), with [`MoeConfig::noise`]
+///   `router.noise_weight` (N × `query_dim`), and the experts' parameters with the prefixes `experts.0.`,
+///   `experts.1.`, …. The gradient treats the choice as constant, although the function jumps where the
+///   choice changes; [`Routing`] has losses that keep all experts in use.
+/// * **Buffers** `router.expert_bias` (N), the c above, and the experts' buffers. The bias only affects
+///   the choice. It is not trained but adjusted against the load
+///   ([`update_expert_bias`](Self::update_expert_bias), Wang et al. 2024, 2408.15664).
+/// * **Cost** the experts, each on a share k/N of the queries on average, plus O(n · N · (`query_dim` +
+///   k)) for the router, and copies of k · n rows of queries, outputs and pair data. An expert that
+///   projects its keys projects all of them even for few queries. Training stores the experts' outputs.
+/// * **Errors** [`Error::Shape`] if queries do not have `query_dim` columns, or experts return different
+///   numbers of columns. Errors of an expert name it: `expert 2 (edge_gat)`.
 ///
-/// Dropout is numbered by the pairs of the whole inputs, so experts that are the same drop the same.
+/// Dropout is numbered by the pairs of the whole inputs, so identical experts drop the same pairs.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
@@ -105,39 +105,41 @@ pub struct Moe<F: Float> {
 
 struct State<F> {
     routing: Routing<F>,
-    /// The output and the state of each expert that ran, in their order.
+    /// The output and the state of each expert that ran, in the order of the experts.
     experts: Vec<(Array2<F>, Saved)>,
 }
 
 impl<F: Float> Moe<F> {
-    /// The configuration.
+    /// Returns the configuration.
     #[must_use]
     pub fn config(&self) -> &MoeConfig {
         &self.config
     }
 
-    /// The experts.
+    /// Returns the experts.
     #[must_use]
     pub fn experts(&self) -> &[Box<dyn Attention<F>>] {
         &self.experts
     }
 
-    /// Switches the noise of the router on, with a seed, or off: for training only, with another
-    /// seed for every step. The noise is drawn from a generator for each (seed, query number), so a
-    /// seed always gives the same answer, forward and backward.
+    /// Switches the noise of the router on, with a seed, or off, with `None`. Use it only for training,
+    /// with a new seed in every step. The noise comes from a separate generator for each (seed, query
+    /// number), so a seed always gives the same result, forward and backward.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there is a seed but no parameter of the noise
+    /// [`Error::InvalidArgument`] if there is a seed but the configuration has no noise
     /// ([`MoeConfig::noise`]).
     pub fn set_noise(&mut self, seed: Option<u64>) -> Result<()> {
         if seed.is_some() && self.noise_weight.is_none() {
-            return Err(Error::config("noise", "a configuration with it", "one without"));
+            let actual = "a configuration without noise";
+            return Err(Error::config("noise", "`MoeConfig::noise(true)`", actual));
         }
         self.noise_seed = seed;
         Ok(())
     }
 
-    /// Added to the gate of each expert when experts are chosen; zeros at first.
+    /// Returns the bias that is added to the gate of each expert when experts are chosen, initially
+    /// zeros.
     #[must_use]
     pub fn expert_bias(&self) -> ArrayView1<'_, F> {
         self.expert_bias.view()
@@ -146,19 +148,20 @@ impl<F: Float> Moe<F> {
     /// Sets the expert bias.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is not one number for each expert, [`Error::InvalidArgument`] if one
-    /// is not finite.
+    /// [`Error::Shape`] if there is not one number per expert, [`Error::InvalidArgument`] if a number is
+    /// not finite.
     pub fn set_expert_bias(&mut self, bias: Array1<F>) -> Result<()> {
         check_expert_bias(self.experts.len(), bias.view())?;
         self.expert_bias = bias;
         Ok(())
     }
 
-    /// Balances without a loss (Wang et al. 2024, 2408.15664): raises the bias of experts that fewer
-    /// queries chose than the mean, and lowers that of the others, by `step`. (0.001 there.)
+    /// Balances the experts without a loss (Wang et al. 2024, 2408.15664): raises the bias of experts
+    /// chosen by fewer queries than the mean by `step`, and lowers the bias of the others by `step`. (The
+    /// paper uses 0.001.)
     ///
     /// # Errors
-    /// [`Error::Shape`] if the routing is over another number of experts, [`Error::InvalidArgument`] if
+    /// [`Error::Shape`] if the routing has a different number of experts, [`Error::InvalidArgument`] if
     /// `step` or the new bias is not finite.
     pub fn update_expert_bias(&mut self, routing: &Routing<F>, step: f64) -> Result<()> {
         let choices = routing.choices();
@@ -169,7 +172,7 @@ impl<F: Float> Moe<F> {
         let (total, count) = (routing.experts().len(), choices.len());
         let mut bias = self.expert_bias.clone();
         for (bias, choices) in bias.iter_mut().zip(choices) {
-            // The load against the mean load, in whole numbers.
+            // Compare the load with the mean load in integers.
             *bias += match (choices * count).cmp(&total) {
                 std::cmp::Ordering::Less => F::from_f64(step),
                 std::cmp::Ordering::Equal => F::zero(),
@@ -179,10 +182,10 @@ impl<F: Float> Moe<F> {
         self.set_expert_bias(bias)
     }
 
-    /// Where the queries would go, without running an expert.
+    /// Computes the routing of the queries without running an expert.
     ///
     /// # Errors
-    /// [`Error::Shape`] if queries have not `query_dim` columns, [`Error::TooLarge`].
+    /// [`Error::Shape`] if queries do not have `query_dim` columns, [`Error::TooLarge`].
     pub fn route(&self, inputs: &Inputs<'_, F>) -> Result<Routing<F>> {
         let query = inputs.query();
         check_shape("query", &[query.nrows(), self.config.query_dim], query.shape())?;
@@ -207,16 +210,16 @@ impl<F: Float> Moe<F> {
         Routing::new(&self.config, logits, slopes, self.expert_bias.view())
     }
 
-    /// Where the queries went in a forward pass.
+    /// Returns the routing of a forward pass.
     ///
     /// # Errors
-    /// [`Error::SavedMismatch`] if `saved` is another mechanism's.
+    /// [`Error::SavedMismatch`] if `saved` is from another mechanism.
     pub fn routing<'s>(&self, saved: &'s Saved) -> Result<&'s Routing<F>> {
         Ok(&saved.state::<State<F>>(NAME)?.routing)
     }
 
-    /// Carries a gradient with respect to the router's logits back to the router's parameters and the
-    /// queries, and adds it to `grads`. This is how the losses of [`Routing`] take part in training.
+    /// Propagates a gradient with respect to the router's logits to the router's parameters and the
+    /// queries, and adds it to `grads`. Use it to train with the losses of [`Routing`].
     ///
     /// ```
     /// use graph_attention::ndarray::Array2;
@@ -279,7 +282,7 @@ impl<F: Float> Moe<F> {
         Ok(())
     }
 
-    /// The experts that have queries, with their numbers.
+    /// Iterates over the experts that have queries, with their numbers.
     fn busy<'s>(
         &'s self,
         routing: &'s Routing<F>,
@@ -295,7 +298,9 @@ impl<F: Float> Moe<F> {
         for (number, expert) in self.experts.iter().enumerate() {
             let what = || {
                 let (name, first) = (expert.name(), first.name());
-                format!("output columns of expert {number} ({name}), as of expert 0 ({first})")
+                format!(
+                    "output columns of expert {number} ({name}), which must match expert 0 ({first})"
+                )
             };
             let columns = [first, expert].map(|expert| expert.output_dim(inputs));
             if columns[0] != columns[1] {
@@ -305,7 +310,7 @@ impl<F: Float> Moe<F> {
         Ok(())
     }
 
-    /// Overwrites `out`. `ask` runs an expert, and hands on its answers to be added.
+    /// Overwrites `out`. `ask` runs an expert and passes its outputs to a closure that adds them.
     fn run(
         &self,
         inputs: &Inputs<'_, F>,
@@ -392,7 +397,7 @@ impl<F: Float> Attention<F> for Moe<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        // One expert's answers after the other's.
+        // The outputs of one expert at a time.
         let mut answers = Array2::zeros((0, 0));
         let columns = out.ncols();
         self.run(inputs, out, |expert, inputs, add| {
@@ -478,7 +483,7 @@ fn in_expert<F: Float>(
     error.in_part(format_args!("expert {number}"), expert.name(), Some(&served.queries))
 }
 
-/// `Ok` if there is one finite bias for each expert.
+/// Checks that there is one finite bias per expert.
 fn check_expert_bias<F: Float>(num_experts: usize, bias: ArrayView1<'_, F>) -> Result<()> {
     check_shape("expert_bias", &[num_experts], bias.shape())?;
     match bias.iter().find(|number| !number.is_finite()) {

@@ -1,4 +1,4 @@
-//! Which query goes to which expert, and with what weight.
+//! The assignment of queries to experts, with weights.
 
 use super::config::{Gating, MoeConfig, Priority};
 use crate::error::{Result, check_shape};
@@ -6,15 +6,15 @@ use crate::float::{Float, nan_max, try_vec, try_zeros};
 use crate::kernels::primitives::prefetch::prefetch;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
 
-/// Where a [`Moe`](super::Moe) sends the queries: from [`Moe::route`](super::Moe::route), or
-/// from the [`Moe::routing`](super::Moe::routing) of a forward pass. Holds what was decided, reports
-/// on it, and has the losses that keep the experts busy.
+/// The experts that a [`Moe`](super::Moe) chose for each query, returned by
+/// [`Moe::route`](super::Moe::route) or, for a forward pass, by [`Moe::routing`](super::Moe::routing). It
+/// holds choices, weights and statistics, and computes the losses that balance the experts.
 ///
-/// Losses come with their gradient with respect to the [`logits`](Self::logits), which
-/// [`Moe::router_backward`](super::Moe::router_backward) carries on; see there.
+/// Losses are returned with their gradient with respect to the [`logits`](Self::logits), which you pass
+/// to [`Moe::router_backward`](super::Moe::router_backward).
 ///
-/// A router of your own makes a `Routing` of its logits by [`from_logits`](Self::from_logits), and
-/// gets their gradient from [`weights_vjp`](Self::weights_vjp).
+/// For your own router, make a `Routing` from its logits with [`from_logits`](Self::from_logits), and get
+/// their gradient from [`weights_vjp`](Self::weights_vjp).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Routing<F> {
     pub(super) gating: Gating,
@@ -38,20 +38,20 @@ pub struct Routing<F> {
 pub(super) struct Served {
     /// Ascending.
     pub(super) queries: Vec<usize>,
-    /// The column of n × k arrays in which the expert stands for each of them.
+    /// The column of the expert in the n × k arrays, for each query.
     pub(super) ranks: Vec<usize>,
 }
 
 impl Served {
-    /// Of (query, rank) in any order.
+    /// Creates it from (query, rank) pairs in any order.
     fn from_places(mut places: Vec<(usize, usize)>) -> Self {
         places.sort_unstable();
         let (queries, ranks) = places.into_iter().unzip();
         Self { queries, ranks }
     }
 
-    /// Asks the CPU for the row of a query that will soon be worked on: they lie apart, so that it
-    /// does not guess which comes next.
+    /// Prefetches the row of a query that will soon be processed: the rows are not contiguous, so the CPU
+    /// cannot predict the next one.
     pub(super) fn ask_ahead<F: Float>(&self, at: usize, rows: ArrayView2<'_, F>) {
         const AHEAD: usize = 12;
         if let Some(&query) = self.queries.get(at + AHEAD) {
@@ -61,15 +61,16 @@ impl Served {
 }
 
 impl<F: Float> Routing<F> {
-    /// The routing of these logits (num_queries × num_experts): gates, choice, weights and capacity as
-    /// a [`Moe`](super::Moe) of this configuration has them. `expert_bias` (num_experts) takes part in
-    /// the choice alone; `None` is zeros. The configuration's `query_dim` and noise are not read.
+    /// Computes the routing for the given logits (num_queries × num_experts), with the gates, choice,
+    /// weights and capacity of a [`Moe`](super::Moe) with this configuration. `expert_bias` (num_experts)
+    /// only affects the choice; `None` means zeros. The configuration's `query_dim` and noise are not
+    /// used.
     ///
     /// ```
     /// use graph_attention::ndarray::array;
     /// use graph_attention::{MoeConfig, moe::{Gating, Routing}};
     ///
-    /// // Gates as in DeepSeek-V3: the best two of four, σ(z) relative to their sum.
+    /// // Gates as in DeepSeek-V3: σ(z) of the best two of four experts, divided by their sum.
     /// let config = MoeConfig::new(1, 2).gating(Gating::Sigmoid);
     /// let logits = array![[0.0, 1.0, -2.0, 3.0], [0.0, 0.0, 0.0, -1.0]];
     /// let routing = Routing::from_logits(&config, logits, None)?;
@@ -77,16 +78,16 @@ impl<F: Float> Routing<F> {
     /// assert_eq!(routing.queries(1), [0, 1]);
     /// assert_eq!(routing.weights().row(1), array![0.5, 0.5]);
     ///
-    /// // A loss whose gradient with respect to the weights is known, here their first column.
+    /// // The gradient of a loss with respect to the weights; here the loss is the sum of their first column.
     /// let grad_logits = routing.weights_vjp(array![[1.0, 0.0], [1.0, 0.0]].view())?;
     /// assert_eq!(grad_logits.row(1), array![0.125, -0.125, 0.0, 0.0]);
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if there are no experts, `k` is not between 1
-    /// and their number, the capacity is not valid or a bias not finite;
-    /// [`Error::Shape`](crate::Error::Shape) if there is not one bias for each expert;
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if there are no experts, `k` is not
+    /// between 1 and their number, the capacity is invalid or a bias is not finite;
+    /// [`Error::Shape`](crate::Error::Shape) if there is not one bias per expert;
     /// [`Error::TooLarge`](crate::Error::TooLarge).
     pub fn from_logits(
         config: &MoeConfig,
@@ -101,7 +102,7 @@ impl<F: Float> Routing<F> {
         Self::new(config, logits, None, bias)
     }
 
-    /// [`from_logits`](Self::from_logits) of what has been checked.
+    /// [`from_logits`](Self::from_logits) for checked arguments.
     pub(super) fn new(
         config: &MoeConfig,
         logits: Array2<F>,
@@ -134,8 +135,7 @@ impl<F: Float> Routing<F> {
                 *score =
                     if is_out { F::neg_infinity() } else { gate(expert) + expert_bias[expert] };
             }
-            // Gates that are too small or too near to 1 for their differences leave the word to the
-            // logits.
+            // Gates too small or too close to 1 to differ are compared by their logits.
             let is_larger = |a: usize, b: usize| {
                 let by_logit = logits[a] > logits[b];
                 if expert_bias[a] == expert_bias[b] {
@@ -149,7 +149,7 @@ impl<F: Float> Routing<F> {
                 *weight = if renormalize { gating.log(logits[expert]) } else { gate(expert) };
             });
             if renormalize {
-                // Also right where all of the gates are too small for a number.
+                // Also correct if all of the gates underflow.
                 softmax(weights.view_mut());
             }
         }
@@ -166,56 +166,56 @@ impl<F: Float> Routing<F> {
         })
     }
 
-    /// z, num_queries × num_experts, noise included.
+    /// Returns the logits z, num_queries × num_experts, including noise.
     #[must_use]
     pub fn logits(&self) -> ArrayView2<'_, F> {
         self.logits.view()
     }
 
-    /// The gates relative to the sum of those of all experts, num_queries × num_experts: softmax(z), or
+    /// Returns the gates divided by their sum over all experts, num_queries × num_experts: softmax(z), or
     /// σ(z) / Σ σ(z).
     #[must_use]
     pub fn probabilities(&self) -> ArrayView2<'_, F> {
         self.probabilities.view()
     }
 
-    /// The chosen experts of each query, num_queries × k, the first choice first.
+    /// Returns the chosen experts of each query, num_queries × k, first choice first.
     #[must_use]
     pub fn experts(&self) -> ArrayView2<'_, usize> {
         self.experts.view()
     }
 
-    /// The weights of the [`experts`](Self::experts), num_queries × k, including those of experts that
-    /// were full and dropped the query.
+    /// Returns the weights of the [`experts`](Self::experts), num_queries × k, including those of full
+    /// experts that dropped the query.
     #[must_use]
     pub fn weights(&self) -> ArrayView2<'_, F> {
         self.weights.view()
     }
 
-    /// The queries that an expert works on, ascending: those that chose it, up to its capacity.
+    /// Returns the queries that an expert processes, ascending: those that chose it, up to its capacity.
     /// Empty for an expert that does not exist.
     #[must_use]
     pub fn queries(&self, expert: usize) -> &[usize] {
         self.served.get(expert).map_or(&[], |served| &served.queries)
     }
 
-    /// The share f of the choices that falls on each expert: they sum to 1, and each is 1/N if the
-    /// experts are balanced. Zeros if there are no queries. Choices that are dropped count.
+    /// Returns the share f of the choices for each expert. The shares sum to 1, and each is 1/N if the
+    /// experts are balanced. Zeros if there are no queries. Dropped choices count.
     #[must_use]
     pub fn shares(&self) -> Vec<f64> {
         let total = self.experts.len().max(1) as f64;
         self.choices().into_iter().map(|count| count as f64 / total).collect()
     }
 
-    /// How many queries chose each expert.
+    /// Returns how many queries chose each expert.
     pub(super) fn choices(&self) -> Vec<usize> {
         let mut counts = vec![0; self.served.len()];
         self.experts.iter().for_each(|&expert| counts[expert] += 1);
         counts
     }
 
-    /// The mean over the queries of the entropy of their [`probabilities`](Self::probabilities), in
-    /// nats: 0 where the router is certain, ln N where it does not care. 0 without queries.
+    /// Returns the mean over the queries of the entropy of their [`probabilities`](Self::probabilities),
+    /// in nats: 0 if the router is certain, ln N if it is indifferent. 0 without queries.
     #[must_use]
     pub fn entropy(&self) -> f64 {
         let terms = self.probabilities.iter().map(|p| p.as_f64());
@@ -224,13 +224,13 @@ impl<F: Float> Routing<F> {
         sum / self.logits.nrows().max(1) as f64
     }
 
-    /// How many choices, of k · num_queries, found an expert full.
+    /// Returns how many of the k · num_queries choices were dropped by a full expert.
     #[must_use]
     pub fn num_dropped(&self) -> usize {
         self.experts.len() - self.served.iter().map(|served| served.queries.len()).sum::<usize>()
     }
 
-    /// The queries that an expert works on and the weights of its answers.
+    /// Iterates over the queries that an expert processes and the weights of its outputs.
     pub(super) fn weights_of<'s>(
         &'s self,
         served: &'s Served,
@@ -239,10 +239,10 @@ impl<F: Float> Routing<F> {
         places.map(|(&query, &rank)| (query, self.weights[[query, rank]]))
     }
 
-    /// The vector–Jacobian product of the [`weights`](Self::weights): from their gradient
-    /// (num_queries × k) that of the [`logits`](Self::logits) (num_queries × num_experts), with the
-    /// choice held constant. The gradient of a weight whose query was dropped is 0 if nothing else reads
-    /// it.
+    /// Computes the vector–Jacobian product of the [`weights`](Self::weights): turns their gradient
+    /// (num_queries × k) into the gradient of the [`logits`](Self::logits) (num_queries × num_experts),
+    /// with the choice held constant. For the weight of a dropped query pass the gradient 0, unless
+    /// something else uses that weight.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::TooLarge`](crate::Error::TooLarge).
@@ -268,7 +268,8 @@ impl<F: Float> Routing<F> {
         Ok(grad_logits)
     }
 
-    /// From the gradient of the logarithms of gates, up to a constant for each query, to that of logits.
+    /// Turns the gradient of the logarithms of the gates, up to a constant per query, into the gradient
+    /// of the logits.
     pub(super) fn log_gates_vjp(&self, grad: &mut Array2<F>) {
         if self.gating == Gating::Sigmoid {
             // d ln σ(z) = σ(−z) dz
@@ -278,7 +279,7 @@ impl<F: Float> Routing<F> {
 }
 
 impl Gating {
-    /// The gate of an expert, as what grows with it and never reaches a bound: ln g/(1 − g).
+    /// Returns ln g/(1 − g), which grows with the gate g of an expert and is unbounded.
     fn log_odds<F: Float>(self, logits: ArrayView1<'_, F>, expert: usize) -> f64 {
         let z = logits[expert].as_f64();
         match self {
@@ -290,7 +291,7 @@ impl Gating {
         }
     }
 
-    /// The logarithm of a gate, up to a constant for each query.
+    /// Returns the logarithm of a gate, up to a constant per query.
     fn log<F: Float>(self, z: F) -> F {
         match self {
             Self::Softmax => z,
@@ -314,7 +315,7 @@ pub(super) fn log_sum_exp(z: impl Iterator<Item = f64> + Clone) -> f64 {
     max + z.map(|z| (z - max).exp()).sum::<f64>().ln()
 }
 
-/// softmax(z) in place of z; NaN throughout if one of them is.
+/// Replaces z by softmax(z); all NaN if one entry is NaN.
 fn softmax<F: Float>(mut row: ArrayViewMut1<'_, F>) {
     let max = row.iter().copied().fold(F::neg_infinity(), nan_max);
     row.mapv_inplace(|z| (z - max).exp());
@@ -322,10 +323,10 @@ fn softmax<F: Float>(mut row: ArrayViewMut1<'_, F>) {
     row.mapv_inplace(|p| p / sum);
 }
 
-/// dz = p (dp − Σ p dp) of p = softmax(z), in place of dp.
+/// Replaces dp by dz = p (dp − Σ p dp), where p = softmax(z).
 pub(super) fn softmax_vjp<F: Float>(p: ArrayView1<'_, F>, mut grad: ArrayViewMut1<'_, F>) {
-    // Relative to the gradient of the largest p: where that is nearly 1, its own difference from the
-    // mean would be lost.
+    // Relative to the gradient of the largest p: if p is nearly 1, its difference from the mean would be
+    // lost.
     let larger = |best: usize, next: usize| if p[next] > p[best] { next } else { best };
     let Some(largest) = (0..p.len()).reduce(larger) else { return };
     let reference = grad[largest];
@@ -334,7 +335,7 @@ pub(super) fn softmax_vjp<F: Float>(p: ArrayView1<'_, F>, mut grad: ArrayViewMut
     grad.zip_mut_with(&p, |grad, &p| *grad = p * (*grad - mean));
 }
 
-/// The experts that no other is larger than, the largest first and ties to the lower number.
+/// Chooses the experts with the largest values, largest first; ties go to the lower number.
 fn best(
     num_experts: usize,
     is_larger: impl Fn(usize, usize) -> bool,
@@ -348,7 +349,7 @@ fn best(
     }
 }
 
-/// The queries that each expert takes.
+/// Returns the queries that each expert takes.
 fn serve<F: Float>(
     config: &MoeConfig,
     logits: ArrayView2<'_, F>,
@@ -364,7 +365,7 @@ fn serve<F: Float>(
             places.push((query, rank));
         }
     };
-    // Without a limit no order makes a difference.
+    // Without a limit the order makes no difference.
     let priority = if capacity < num_queries { config.priority } else { Priority::Query };
     match priority {
         Priority::Query => {
@@ -377,7 +378,7 @@ fn serve<F: Float>(
             for rank in 0..k {
                 let gate = |query| {
                     let odds = config.gating.log_odds(logits.row(query), experts[[query, rank]]);
-                    // What is no number comes last.
+                    // NaN comes last.
                     if odds.is_nan() { f64::NEG_INFINITY } else { odds }
                 };
                 let mut queries: Vec<(f64, usize)> =

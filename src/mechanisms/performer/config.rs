@@ -1,4 +1,4 @@
-//! Sizes and options.
+//! The configuration.
 
 use super::Performer;
 use super::map::FeatureMap;
@@ -8,8 +8,8 @@ use crate::params;
 use ndarray::ArrayD;
 use rand::Rng;
 
-/// The feature map φ of a [`Performer`], whose products φ(q)·φ(k) stand for e^{q·k}; w are the rows of the
-/// projection.
+/// The feature map φ of a [`Performer`], whose products φ(q)·φ(k) approximate e^{q·k}; w are the rows of
+/// the projection.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(
@@ -18,26 +18,26 @@ use rand::Rng;
     serde(deny_unknown_fields)
 )]
 pub enum Features {
-    /// φ(x) = m^{−½} e^{w·x − |x|²/2} (FAVOR+): positive, so that the weights are.
+    /// φ(x) = m^{−½} e^{w·x − |x|²/2} (FAVOR+): positive, so weights are positive too.
     Positive,
-    /// Both ±w of m/2 projections: positive, and never worse than [`Positive`](Self::Positive).
+    /// Positive features with both ±w of m/2 projections; never worse than [`Positive`](Self::Positive).
     Hyperbolic,
-    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: the baseline, for
-    /// comparison. It is accurate where q is near k, but weights may be negative and their sum near
-    /// zero, so that outputs may be arbitrarily large.
+    /// φ(x) = (m/2)^{−½} e^{|x|²/2} (cos w·x, sin w·x), of Rahimi & Recht 2007: a baseline for
+    /// comparison. It is accurate if q is close to k, but weights may be negative and their sum close to
+    /// zero, so outputs may be arbitrarily large.
     Trigonometric,
-    /// φ(x) = m^{−½} (max(w·x, 0) + ε): a kernel of its own, not an estimate of the softmax.
+    /// φ(x) = m^{−½} (max(w·x, 0) + ε): a different kernel, not an estimate of the softmax.
     Relu {
-        /// ε > 0, which keeps denominators from zero; 10⁻³ in the authors' code.
+        /// ε > 0, which keeps denominators away from zero; 10⁻³ in the authors' code.
         epsilon: f64,
     },
-    /// φ(x) = elu(x) + 1, by columns and without a projection or a scale (Katharopoulos et al.
-    /// 2020, 2006.16236): a kernel of its own, with as many features as a head has columns.
+    /// φ(x) = elu(x) + 1 for each column, without a projection or a scale (Katharopoulos et al. 2020,
+    /// 2006.16236): a different kernel, with one feature for each column of a head.
     Elu,
 }
 
 impl Features {
-    /// How many features share a projection.
+    /// Returns how many features share a projection.
     pub(super) fn per_projection(self) -> usize {
         match self {
             Self::Hyperbolic | Self::Trigonometric => 2,
@@ -51,20 +51,20 @@ impl Features {
     }
 }
 
-/// How the rows of a projection are drawn, each like a normal vector.
+/// How the rows of a projection, each distributed like a normal vector, are drawn.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Projection {
-    /// In blocks of orthogonal rows, uniformly distributed rotations, with the lengths of normal
-    /// vectors (χ distributed): the estimates stay unbiased, and err less.
+    /// Blocks of orthogonal rows, which are uniformly distributed rotations, scaled to the lengths of
+    /// normal vectors (χ distributed). Estimates are still unbiased and have a smaller error.
     Orthogonal,
-    /// Independently.
+    /// Independent rows.
     Iid,
 }
 
-/// The sizes and options of a [`Performer`], from which [`init`](Self::init) makes one with a fresh
-/// projection and [`from_params`](Self::from_params) one with a given one.
+/// The sizes and options of a [`Performer`]. Build one with a random projection with
+/// [`init`](Self::init), or with a given projection with [`from_params`](Self::from_params).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -81,8 +81,8 @@ pub struct PerformerConfig {
 }
 
 impl PerformerConfig {
-    /// Heads of `head_dim` columns and `num_features` features: positive ones of an orthogonal
-    /// projection, for the scale 1/√head_dim.
+    /// Creates a configuration for heads of `head_dim` columns with `num_features` positive features, an
+    /// orthogonal projection and the scale 1/√head_dim.
     #[must_use]
     pub fn new(head_dim: usize, num_features: usize) -> Self {
         Self {
@@ -95,47 +95,48 @@ impl PerformerConfig {
         }
     }
 
-    /// The kind of features. Default: [`Features::Positive`].
+    /// Sets the kind of features. Default: [`Features::Positive`].
     #[must_use]
     pub fn features(mut self, features: Features) -> Self {
         self.features = features;
         self
     }
 
-    /// How the projection is drawn. Default: [`Projection::Orthogonal`].
+    /// Sets how the projection is drawn. Default: [`Projection::Orthogonal`].
     #[must_use]
     pub fn projection(mut self, projection: Projection) -> Self {
         self.projection = projection;
         self
     }
 
-    /// The scale of the dot products, positive. Default: 1/√head_dim. [`Features::Elu`] has none.
+    /// Sets the scale of the dot products, a positive number. Default: 1/√head_dim. [`Features::Elu`] has
+    /// no scale.
     #[must_use]
     pub fn scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
         self
     }
 
-    /// Whether the projection is a parameter, which is trained, or a buffer, which is only saved and
-    /// loaded. Features estimate the softmax as long as the projection is as it was drawn; training and
-    /// weight decay change that. Default: `false`, a buffer, as in performer-pytorch.
+    /// Sets whether the projection is a parameter, which is trained, or a buffer, which is only saved and
+    /// loaded. Features estimate the softmax only with an unchanged random projection; training and
+    /// weight decay change it. Default: `false`, a buffer, as in performer-pytorch.
     #[must_use]
     pub fn learn_projection(mut self, learn: bool) -> Self {
         self.learn_projection = learn;
         self
     }
 
-    /// A `Performer` with a projection drawn from `rng`.
+    /// Builds a `Performer` with a projection drawn from `rng`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if a size is 0, features that come in pairs are an odd number,
-    /// those of [`Features::Elu`] not `head_dim`, the scale is not from 10⁻³⁰ to 10³⁰ or ε not from
-    /// 10⁻¹⁵; [`Error::TooLarge`].
+    /// [`Error::InvalidArgument`] if a size is 0, if the number of features is odd for features that come
+    /// in pairs, or not `head_dim` for [`Features::Elu`], or if the scale is not between 10⁻³⁰ and 10³⁰
+    /// or ε not between 10⁻¹⁵ and 10³⁰; [`Error::TooLarge`].
     pub fn init<F: Float>(&self, rng: &mut impl Rng) -> Result<Performer<F>> {
         Ok(Performer { config: self.clone(), map: FeatureMap::draw(self, rng)? })
     }
 
-    /// A `Performer` with a given `projection_matrix`, projections × head_dim, from a state dict.
+    /// Builds a `Performer` with a given `projection_matrix`, projections × head_dim, from a state dict.
     ///
     /// # Errors
     /// As [`init`](Self::init) and [`params::load_state`].
@@ -156,18 +157,18 @@ impl PerformerConfig {
             }
         }
         if !num_features.is_multiple_of(features.per_projection()) {
-            let expected = "an even number, for features in pairs";
+            let expected = "an even number, because these features come in pairs";
             return Err(Error::config("num_features", expected, num_features));
         }
         if features == Features::Elu && num_features != head_dim {
-            let expected = format!("head_dim = {head_dim}, for one feature a column");
+            let expected = format!("head_dim = {head_dim}, one feature per column");
             return Err(Error::config("num_features", expected, num_features));
         }
         if let Features::Relu { epsilon } = features {
-            // Its square, the least denominator, is a normal number of `f32`.
+            // Its square, the smallest denominator, is a normal `f32`.
             check_size("features.epsilon", epsilon, 1e-15)?;
         }
-        // And so are roots and products with it.
+        // Roots and products with it are normal too.
         self.scale.map_or(Ok(()), |scale| check_size("scale", scale, 1e-30))
     }
 }

@@ -1,4 +1,4 @@
-//! How wrong the estimate is: before, from the inputs, and afterwards, from the features.
+//! The error of the estimate: predicted from the inputs, and measured from the features.
 
 use super::config::Features;
 use super::{Path, Performer};
@@ -8,21 +8,21 @@ use crate::inputs::{Inputs, head_columns};
 use crate::kernels::level::level;
 use ndarray::{Array2, ArrayView1};
 
-/// How good the estimate of a [`Performer`] is on some inputs: [`Performer::estimate_error`].
+/// The estimated error of a [`Performer`], returned by [`Performer::estimate_error`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ErrorEstimate<F> {
-    /// The standard error of each head's output, num_queries × heads: the root of the summed
+    /// The standard error of each head's output, num_queries × heads: the square root of the sum of the
     /// variances of its columns.
     pub standard_error: Array2<F>,
-    /// How many projections of equal weight would vary as much, num_queries × heads: (Σ dᵣ)²/Σ dᵣ²
-    /// over the terms of the denominator. Where only a few are left, the sum is that of its largest
-    /// terms, and the standard error too small to be trusted.
+    /// The number of projections of equal weight with the same variance, num_queries × heads: (Σ dᵣ)²/Σ
+    /// dᵣ² over the terms of the denominator. If it is small, a few large terms dominate the sum, and the
+    /// standard error is too small to be trusted.
     pub effective_features: Array2<F>,
 }
 
 impl<F: Float> Performer<F> {
-    /// The variance of φ(q)·φ(k) relative to the square of what it estimates, e^{scale·q·k}, for
-    /// independent projections (Lemma 2 of Choromanski et al. 2021, by its closed forms):
+    /// Returns the variance of φ(q)·φ(k) relative to the square of the estimated value e^{scale·q·k}, for
+    /// independent projections (Lemma 2 of Choromanski et al. 2021, in closed form):
     ///
     /// ```text
     /// positive        (e^{s} − 1)/m                 s = scale |q + k|²
@@ -30,14 +30,14 @@ impl<F: Float> Performer<F> {
     /// trigonometric   2 (cosh t − 1)/m              t = scale |q − k|²
     /// ```
     ///
-    /// Its root is the relative error of a weight before normalisation: an estimate is hopeless
-    /// where it is not well below 1. Orthogonal projections do not err more, for positive features
-    /// (Theorem 2).
+    /// The square root is the relative error of a weight before normalisation; the estimate is useless
+    /// unless it is well below 1. For positive features the error with orthogonal projections is not
+    /// larger (Theorem 2).
     ///
     /// `query` and `key` are one head, of length head_dim.
     ///
     /// # Errors
-    /// [`Error::Shape`] for another length; [`Error::InvalidArgument`] for features that do not
+    /// [`Error::Shape`] for a different length; [`Error::InvalidArgument`] for features that do not
     /// estimate a softmax.
     pub fn relative_variance(
         &self,
@@ -47,13 +47,13 @@ impl<F: Float> Performer<F> {
         Ok(self.variance_of_one(query, key)? / self.config.num_features as f64)
     }
 
-    /// The number of features at which the root of [`relative_variance`](Self::relative_variance)
-    /// is at most `relative_error`, an even one of features in pairs: it may be astronomic, or
-    /// infinite. NaN for vectors with NaN.
+    /// Returns the number of features for which the square root of
+    /// [`relative_variance`](Self::relative_variance) is at most `relative_error`, an even number for
+    /// features in pairs. It may be huge or infinite. NaN for vectors with NaN.
     ///
     /// # Errors
-    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidArgument`] for an error
-    /// that is not positive and finite.
+    /// As [`relative_variance`](Self::relative_variance); [`Error::InvalidArgument`] if `relative_error`
+    /// is not positive and finite.
     pub fn num_features_for(
         &self,
         query: ArrayView1<'_, F>,
@@ -66,13 +66,13 @@ impl<F: Float> Performer<F> {
         }
         let per_projection = self.config.features.per_projection() as f64;
         let variance = self.variance_of_one(query, key)? / per_projection;
-        // Not by the square, which may be 0.
+        // Not divided by the square, which may be 0.
         let projections = (variance / relative_error / relative_error).ceil();
         // NaN stays.
         Ok(per_projection * if projections < 1.0 { 1.0 } else { projections })
     }
 
-    /// The relative variance times m.
+    /// Returns the relative variance times m.
     fn variance_of_one(&self, query: ArrayView1<'_, F>, key: ArrayView1<'_, F>) -> Result<f64> {
         self.check_estimate()?;
         check_shape("query", &[self.config.head_dim], query.shape())?;
@@ -90,14 +90,14 @@ impl<F: Float> Performer<F> {
         })
     }
 
-    /// How far the outputs may be from those of exact attention, estimated from the features alone,
-    /// without computing exact attention: each projection gives a term of numerator and denominator, (nᵣ, dᵣ), and the
-    /// output o = Σ nᵣ/Σ dᵣ has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about
-    /// the time of the forward pass. Blocks of orthogonal projections err less than this says.
+    /// Estimates the error of the outputs from the features, without computing exact attention: each
+    /// projection contributes a term (nᵣ, dᵣ) to the numerator and the denominator, and the output
+    /// o = Σ nᵣ/Σ dᵣ has, to first order, the variance Σ |nᵣ − o dᵣ|²/(Σ dᵣ)². Takes about as long as the
+    /// forward pass. Blocks of orthogonal projections have a smaller error than this estimate.
     ///
     /// # Errors
-    /// As the forward pass; [`Error::InvalidArgument`] for features that do not estimate a softmax,
-    /// and for inputs whose queries do not all see the same keys, or with dropout.
+    /// As the forward pass; [`Error::InvalidArgument`] for features that do not estimate a softmax, for
+    /// inputs whose queries do not all see the same keys, and for inputs with bias or dropout.
     pub fn estimate_error(&self, inputs: &Inputs<'_, F>) -> Result<ErrorEstimate<F>> {
         self.check_estimate()?;
         self.map.check(inputs)?;
@@ -106,8 +106,8 @@ impl<F: Float> Performer<F> {
             Path::Sums(keys) => keys,
             Path::Causal(_) | Path::Pairs => {
                 let expected =
-                    "dense ones in which all queries see the same keys, without bias and dropout";
-                return Err(Error::config("inputs", expected, "others"));
+                    "dense inputs in which all queries see the same keys, without bias and dropout";
+                return Err(Error::config("inputs", expected, "other inputs"));
             }
         };
         let zeros = || try_zeros("accuracy", inputs.num_queries(), inputs.num_heads());
@@ -133,7 +133,7 @@ impl<F: Float> Performer<F> {
                     let max = row.iter().copied().fold(F::neg_infinity(), crate::float::nan_max);
                     row.mapv_inplace(|exponent| (exponent - max).exp2());
                 }
-                // The terms of each projection, one row each; the last column is the denominator.
+                // The terms of the projections, one per row; the last column is the denominator.
                 let width = problem.value_dim + 1;
                 let mut terms = vec![F::zero(); projections * width];
                 for (feature, &phi) in row.iter().enumerate() {
@@ -168,7 +168,7 @@ impl<F: Float> Performer<F> {
         if self.config.features.is_estimate() {
             return Ok(());
         }
-        let expected = "some that estimate a softmax";
+        let expected = "features that estimate a softmax";
         Err(Error::config("features", expected, format!("{:?}", self.config.features)))
     }
 }

@@ -1,4 +1,4 @@
-//! φ, and the projection behind it.
+//! The feature map φ and its projection.
 
 use super::config::{Features, PerformerConfig, Projection};
 use crate::error::{Result, check_shape};
@@ -12,7 +12,7 @@ use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 use std::f64::consts::LOG2_E;
 
-/// A map φ of heads of one size.
+/// A feature map φ for heads of one size.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct FeatureMap<F> {
     pub(super) features: Features,
@@ -24,7 +24,7 @@ pub(super) struct FeatureMap<F> {
 }
 
 impl<F: Float> FeatureMap<F> {
-    /// With a projection of zeros.
+    /// Creates a map with a projection of zeros.
     pub(super) fn zeros(config: &PerformerConfig) -> Result<Self> {
         config.validate()?;
         let PerformerConfig { head_dim, num_features, features, scale, .. } = *config;
@@ -45,28 +45,28 @@ impl<F: Float> FeatureMap<F> {
         Ok(map)
     }
 
-    /// Shows the projection by its name, where there is one.
+    /// Visits the projection by its name, if there is one.
     pub(super) fn visit<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if let Some(projection) = &self.projection {
             visitor("projection_matrix", projection.view().into_dyn());
         }
     }
 
-    /// Lends it for writing.
+    /// Visits the projection for writing.
     pub(super) fn visit_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         if let Some(projection) = &mut self.projection {
             visitor("projection_matrix", projection.view_mut().into_dyn());
         }
     }
 
-    /// The same in `f64`.
+    /// Returns the same map in `f64`.
     pub(super) fn as_f64(&self) -> FeatureMap<f64> {
         let projection = self.projection.as_ref().map(|matrix| matrix.mapv(F::as_f64));
         let Self { features, head_dim, num_features, scale, .. } = *self;
         FeatureMap { features, head_dim, num_features, scale, projection }
     }
 
-    /// As the kernels know it.
+    /// Returns the map in the form for the kernels.
     pub(super) fn map(&self) -> Map<F> {
         match self.features {
             Features::Positive => Map::Exponential,
@@ -77,7 +77,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// The factor of the projection in the kernels: E = weight x is an exponent in units of ln 2,
+    /// Returns the factor of the projection in the kernels: E = weight x is an exponent in units of ln 2,
     /// an angle, or a plain product.
     pub(super) fn weight_factor(&self) -> f64 {
         match self.features {
@@ -86,7 +86,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// The projection times that: columns of E × head_dim. Zeros where there is none.
+    /// Returns the projection times this factor: columns of E × head_dim. Zeros without a projection.
     pub(super) fn weight(&self) -> Result<Array2<F>> {
         match &self.projection {
             Some(projection) => {
@@ -99,7 +99,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// The factor of |x|² in h.
+    /// Returns the factor of |x|² in h.
     pub(super) fn square_scale(&self) -> F {
         F::from_f64(if self.features.is_estimate() { self.scale / 2.0 * LOG2_E } else { 0.0 })
     }
@@ -116,7 +116,7 @@ impl<F: Float> FeatureMap<F> {
         )
     }
 
-    /// The problem for the kernels; `keys` are those that the queries see.
+    /// Returns the problem for the kernels; `keys` are the keys that the queries see.
     pub(super) fn problem<'p>(
         &self,
         inputs: &Inputs<'p, F>,
@@ -139,7 +139,7 @@ impl<F: Float> FeatureMap<F> {
         })
     }
 
-    /// E of some rows.
+    /// Computes E for some rows.
     pub(super) fn products(&self, x: ArrayView2<'_, F>) -> Result<Array2<F>> {
         match self.projection {
             Some(_) => linear(x, self.weight()?.view(), None),
@@ -147,8 +147,8 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// log₂ of the features of a row, of those that are positive; the features themselves of the
-    /// others, trigonometric ones without the factor e^{|x|²/2}.
+    /// Computes log₂ of the features of a row if they are positive, otherwise the features themselves,
+    /// trigonometric ones without the factor e^{|x|²/2}.
     pub(super) fn exponents_or_features(
         &self,
         x: ArrayView1<'_, F>,
@@ -182,7 +182,7 @@ impl<F: Float> FeatureMap<F> {
         }
     }
 
-    /// φ of each row, as the papers have it: it may overflow.
+    /// Computes φ of each row as in the papers; it may overflow.
     pub(super) fn apply(&self, x: ArrayView2<'_, F>) -> Result<Array2<F>> {
         check_shape("x", &[x.nrows(), self.head_dim], x.shape())?;
         let products = self.products(x)?;
@@ -208,7 +208,7 @@ impl<F: Float> FeatureMap<F> {
     }
 }
 
-/// Normal rows, independent or in orthogonal blocks.
+/// Draws normal rows, independent or in orthogonal blocks.
 fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl Rng) {
     let mut normal = || -> f64 { StandardNormal.sample(rng) };
     if projection == Projection::Iid {
@@ -223,9 +223,8 @@ fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl
         }
         let direction = loop {
             let mut direction: Vec<f64> = (0..dim).map(|_| normal()).collect();
-            // The part at right angles to the rows before; twice, for what rounding has left. A
-            // normal vector's has a uniform direction there, so that the block is a uniform
-            // rotation.
+            // The component orthogonal to the previous rows; twice, because of rounding. For a normal
+            // vector its direction is uniform, so the block is a uniform rotation.
             for other in block.iter().chain(&block) {
                 let product = dot(&direction, other);
                 direction
@@ -234,7 +233,7 @@ fn draw<F: Float>(projection: Projection, matrix: &mut Array2<F>, rng: &mut impl
                     .for_each(|(entry, other)| *entry -= product * other);
             }
             let norm = dot(&direction, &direction).sqrt();
-            // Nothing but rounding is left of it once in 10¹⁰ times or so.
+            // About once in 10¹⁰ times only rounding errors remain of it.
             if norm > 1e-10 {
                 direction.iter_mut().for_each(|entry| *entry /= norm);
                 break direction;

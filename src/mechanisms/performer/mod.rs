@@ -1,4 +1,4 @@
-//! Linear attention by random features: [`Performer`].
+//! Linear attention with random features: [`Performer`].
 
 mod config;
 mod error_estimate;
@@ -26,50 +26,50 @@ use rand::Rng;
 
 const NAME: &str = "performer";
 
-/// Linear attention by random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al.
-/// 2022, 2205.15317; Katharopoulos et al. 2020, 2006.16236): softmax attention whose exponential is
-/// a dot product of m features, so that the sums over keys are formed once for all queries.
+/// Linear attention with random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al. 2022, 2205.15317;
+/// Katharopoulos et al. 2020, 2006.16236): softmax attention with the exponential replaced by a dot
+/// product of m features, so the sums over keys are computed once for all queries.
 ///
 /// ```text
-/// e^{scale·q·k} ≈ φ(q)·φ(k)      φ(x) = m^{−½} e^{√scale w·x − scale |x|²/2}   for m rows w, and others: Features
+/// e^{scale·q·k} ≈ φ(q)·φ(k)      φ(x) = m^{−½} e^{√scale w·x − scale |x|²/2}   for m rows w; others: see Features
 /// S = Σⱼ φ(kⱼ) vⱼᵀ    z = Σⱼ φ(kⱼ)     oᵢ = φ(qᵢ)ᵀ S / φ(qᵢ)ᵀ z
 /// ```
 ///
-/// The estimate is unbiased in numerator and denominator, and its error falls like m^{−½}; but it
-/// grows like e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) tells before,
-/// and [`estimate_error`](Self::estimate_error) measures on given inputs, what it is worth; [`PerformerState`]
-/// is S and z as a value, to which keys are added and from which they are removed.
+/// The estimates of numerator and denominator are unbiased, and the error decreases like m^{−½}, but
+/// grows like e^{scale |q + k|²/2}. [`relative_variance`](Self::relative_variance) predicts the error,
+/// and [`estimate_error`](Self::estimate_error) measures it on given inputs. [`PerformerState`] holds S
+/// and z, and lets you add and remove keys.
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
 ///   differ from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one
 ///   projection.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Buffers** `projection_matrix`, projections × d: saved and loaded, but not trained, so that features
-///   stay estimates of a softmax. [`redraw`](Self::redraw) it from time to time.
-/// * **Parameters** none, or `projection_matrix` with its exact gradient in place of the buffer:
+/// * **Buffers** `projection_matrix`, projections × d: saved and loaded but not trained, so that features
+///   remain estimates of a softmax. [`redraw`](Self::redraw) it from time to time.
+/// * **Parameters** none, or `projection_matrix` with its exact gradient instead of the buffer:
 ///   [`PerformerConfig::learn_projection`].
-/// * **Cost** O(n m (d + d_v)) time, and beside the output O(m d_v) memory per head and a number for
-///   each key and query, for dense inputs in which all queries see the same keys, or with the causal
-///   pattern (prefix sums; one task per head of keys). A mask with the same row for all queries, as of padding, leaves keys out of
-///   both sums.
-/// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ
-///   between queries, biases, dropout, [`weights`](Attention::attention_weights). Exact attention is then the
-///   faster one.
-/// * **Errors** [`Error::Shape`] if heads are not of `head_dim` columns; [`Error::NoWeights`] from
-///   `weights` with trigonometric features, which may be negative.
+/// * **Cost** O(n m (d + d_v)) time, and besides the output O(m d_v) memory per head and one number per
+///   key and query, for dense inputs in which all queries see the same keys, or with the causal pattern
+///   (prefix sums; one task per head of keys). A mask with the same row for all queries, such as a
+///   padding mask, leaves keys out of both sums.
+/// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ between
+///   queries, biases, dropout, [`attention_weights`](Attention::attention_weights). Exact attention is
+///   faster then.
+/// * **Errors** [`Error::Shape`] if heads do not have `head_dim` columns; [`Error::NoWeights`] from
+///   `attention_weights` with trigonometric features, whose weights may be negative.
 ///
 /// # Numerics
 ///
-/// There is no ε in the denominator. Exponents of keys are taken relative to the largest of each
-/// feature, those of a query relative to its largest sum with these; both cancel, in the gradients
-/// too, and the denominator is at least 1 (at least ε² of [`Features::Relu`]; of
-/// [`Features::Trigonometric`] anything). In the causal pattern the largest exponents are those so
-/// far: a row whose denominator underflows nevertheless, since later keys in its block of 128 are
-/// much larger, is summed pair by pair.
+/// There is no ε in the denominator. Exponents of keys are relative to the largest exponent of each
+/// feature, and exponents of a query are relative to its largest sum with these. Both cancel, also in the
+/// gradients, and the denominator is at least 1 (at least ε² for [`Features::Relu`]; unbounded for
+/// [`Features::Trigonometric`]). With the causal pattern the largest exponents are running maxima. If the
+/// denominator of a row underflows, because later keys in its block of 128 are much larger, the row is
+/// summed pair by pair.
 ///
-/// Differences from the paper and its code: no ε is added to positive features, and the maximum is
-/// taken by feature instead of over all keys. For the same projection the outputs are the same but
-/// for the rounding.
+/// Differences from the paper and its code: no ε is added to positive features, and the maximum is taken
+/// per feature instead of over all keys. For the same projection the outputs are the same except for
+/// rounding.
 ///
 /// ```
 /// use graph_attention::{Attention, Flash, Inputs, PerformerConfig};
@@ -95,13 +95,13 @@ pub struct Performer<F> {
     map: FeatureMap<F>,
 }
 
-/// How some inputs are computed.
+/// How inputs are processed.
 enum Path {
-    /// Nobody sees anything.
+    /// No query sees a key.
     Nothing,
     /// All queries see these keys.
     Sums(Vec<usize>),
-    /// The keys that no mask hides, of which each query sees those up to the diagonal.
+    /// Each query sees these keys, which no mask hides, up to the diagonal.
     Causal(Vec<usize>),
     Pairs,
 }
@@ -121,7 +121,7 @@ enum Attended<F> {
 }
 
 impl<F: Float> Attended<F> {
-    /// Whether inputs of these heads and a map of so many features have left it.
+    /// Checks that the state is from inputs with the same heads and a map with `num_features` features.
     fn check(&self, inputs: &Inputs<'_, F>, num_features: usize) -> Result<()> {
         let denominators = match self {
             Self::Nothing => return Ok(()),
@@ -142,24 +142,24 @@ impl<F: Float> Attended<F> {
     }
 }
 
-/// Which rows of a causal pattern are summed how.
+/// How the rows of a causal pattern are summed.
 struct CausalRows {
-    /// Of each head of keys, the queries before the first that sees a key or value that is not
+    /// For each head of keys, the number of queries before the first that sees a key or value that is not
     /// finite.
     num_finite: Vec<usize>,
-    /// The rows, query and head, that have underflowed.
+    /// The rows (query and head) that underflowed.
     underflown: Vec<(usize, usize)>,
 }
 
 impl<F: Float> Performer<F> {
-    /// The configuration.
+    /// Returns the configuration.
     #[must_use]
     pub fn config(&self) -> &PerformerConfig {
         &self.config
     }
 
-    /// Draws another projection of the same kind, in place: from time to time in training, so that no
-    /// single one is learned by heart.
+    /// Draws a new projection of the same kind, in place. Use it from time to time in training, so that
+    /// the model does not overfit to one projection.
     ///
     /// # Errors
     /// [`Error::TooLarge`].
@@ -168,12 +168,11 @@ impl<F: Float> Performer<F> {
         Ok(())
     }
 
-    /// φ of each row of `x` (n × head_dim), n × num_features, as the papers have it: φ(q)·φ(k)
-    /// estimates e^{scale·q·k}. It overflows where that does; the mechanism itself works with
-    /// exponents.
+    /// Computes φ of each row of `x` (n × head_dim), n × num_features, as in the papers: φ(q)·φ(k)
+    /// estimates e^{scale·q·k}. It overflows if that does; the mechanism itself works with exponents.
     ///
     /// # Errors
-    /// [`Error::Shape`] for other columns; [`Error::TooLarge`].
+    /// [`Error::Shape`] for a different number of columns; [`Error::TooLarge`].
     pub fn feature_map(&self, x: ArrayView2<'_, F>) -> Result<Array2<F>> {
         self.map.apply(x)
     }
@@ -238,7 +237,8 @@ impl<F: Float> Performer<F> {
     }
 }
 
-/// Of each head of keys, the queries before the first that sees a key or value that is not finite.
+/// Returns, for each head of keys, the number of queries before the first that sees a key or value that
+/// is not finite.
 fn num_finite<F: Float>(problem: &FeatureProblem<'_, F>) -> Vec<usize> {
     let num_queries = problem.inputs.num_queries();
     let of_head = |kv_head| {
@@ -251,8 +251,8 @@ fn num_finite<F: Float>(problem: &FeatureProblem<'_, F>) -> Vec<usize> {
     (0..problem.kv_heads).map(of_head).collect()
 }
 
-/// Zeros for the rows that see no key, NaN for those that see one which is not finite; returns
-/// those that have underflowed.
+/// Writes zeros to the rows that see no key and NaN to those that see one that is not finite; returns the
+/// rows that underflowed.
 fn repair<F: Float>(
     problem: &FeatureProblem<'_, F>,
     num_finite: &[usize],
@@ -341,7 +341,7 @@ impl<F: Float> Attention<F> for Performer<F> {
         attended.check(inputs, self.config.num_features)?;
         self.map.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        // Of a projection that is a buffer nobody wants a gradient.
+        // A projection that is a buffer needs no gradient.
         let zeros = |param: &ArrayD<F>| try_zeros("projection", param.shape()[0], param.shape()[1]);
         let mut grad_weight = grads.params.first().map(zeros).transpose()?;
         let level = level();
@@ -410,7 +410,7 @@ impl<F: Float> Attention<F> for Performer<F> {
     }
 }
 
-/// Adds what the kernels have found.
+/// Adds the results of the kernels.
 fn add<F: Float>(
     of_features: &FeatureGradients<F>,
     keys: &[usize],
@@ -434,8 +434,8 @@ fn add<F: Float>(
     }
 }
 
-/// NaN in the gradients of rows of a causal pattern that are NaN, of the keys that these see, and
-/// of the projection.
+/// Writes NaN to the gradients of NaN rows of a causal pattern, of the keys that these see, and of the
+/// projection.
 fn spread_nan<F: Float>(
     problem: &FeatureProblem<'_, F>,
     denominators: &Array2<F>,

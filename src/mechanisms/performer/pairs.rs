@@ -1,5 +1,5 @@
-//! The same attention pair by pair: for graphs, for biases, masks and dropout, which sums over all
-//! keys cannot honour, and for rows whose sums have underflowed.
+//! The same attention computed pair by pair: for graphs, for biases, masks and dropout, which sums over
+//! all keys cannot honour, and for rows with sums that underflowed.
 
 use super::map::FeatureMap;
 use crate::error::Result;
@@ -19,14 +19,14 @@ pub(super) fn least_sum<F: Float>() -> F {
     F::min_positive_value().sqrt()
 }
 
-/// The features of rows, for each head of them.
+/// The features of rows, for each head.
 struct Side<F> {
     heads: usize,
-    /// log₂ of positive features; of others, the features.
+    /// log₂ of positive features; other features themselves.
     exponents: Array2<F>,
-    /// 2^{exponent − shift}; of others, the features.
+    /// 2^{exponent − shift}; other features themselves.
     features: Array2<F>,
-    /// The largest exponents, rows × heads; |x|² in units of ln 2 of trigonometric features.
+    /// The largest exponents, rows × heads; |x|² in units of ln 2 for trigonometric features.
     shifts: Array2<F>,
 }
 
@@ -62,7 +62,7 @@ impl<F: Float> Side<F> {
         Ok(side)
     }
 
-    /// Where the features of a head of a row lie.
+    /// Returns the range of the features of a head of a row.
     fn range(&self, row: usize, head: usize) -> Range<usize> {
         let columns = self.features.ncols();
         head_columns(row * self.heads + head, columns / self.heads)
@@ -81,16 +81,16 @@ fn data<F>(matrix: &Array2<F>) -> &[F] {
     matrix.as_slice().unwrap_or_default()
 }
 
-/// κ 2^{exponent} is the kernel of a pair, but for a factor of its query.
+/// The kernel of a pair, κ 2^{exponent} up to a factor of its query.
 struct Kernel<F> {
     kappa: F,
     exponent: F,
-    /// The exponent that κ is relative to, where the features have underflowed and it is a sum of 2^{aᵣ + bᵣ −
+    /// The exponent that κ is relative to, if the features underflowed and κ is a sum of 2^{aᵣ + bᵣ −
     /// max}.
     underflow: Option<F>,
 }
 
-/// Attention pair by pair.
+/// Attention computed pair by pair.
 pub(super) struct Pairs<'p, F: Float> {
     map: &'p FeatureMap<F>,
     problem: Problem<'p, F>,
@@ -101,7 +101,7 @@ pub(super) struct Pairs<'p, F: Float> {
 /// The terms that turn kernels into weights, num_queries × heads: p = κ e^{logit − max} / D.
 #[derive(Debug)]
 pub(super) struct RowSums<F> {
-    /// −∞ where no key was seen.
+    /// −∞ if no key was seen.
     pub(super) maxima: Array2<F>,
     pub(super) denominators: Array2<F>,
 }
@@ -113,7 +113,7 @@ impl<F: Float> RowSums<F> {
     }
 }
 
-/// A pair of a row, its kernel, and the logarithm of what that is multiplied by.
+/// A pair of a row, its kernel, and the logarithm of the factor of the kernel.
 struct Term<F> {
     pair: Pair,
     kernel: Kernel<F>,
@@ -148,7 +148,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         Kernel { kappa, exponent, underflow: Some(max) }
     }
 
-    /// The visible pairs of a row.
+    /// Lists the visible pairs of a row.
     fn row(&self, query: usize, head: usize, terms: &mut Vec<Term<F>>) {
         terms.clear();
         for pair in self.problem.inputs.row(query) {
@@ -156,15 +156,15 @@ impl<'p, F: Float> Pairs<'p, F> {
                 terms.push(Term { pair, kernel: self.kernel(pair, head), logit: bias });
             }
         }
-        // Relative to the largest bias: what all have in common cancels, however large it is.
+        // Relative to the largest bias: a common part cancels, however large it is.
         let max = terms.iter().map(|term| term.logit).fold(F::neg_infinity(), nan_max);
         for term in terms {
             term.logit = (term.logit - max) + term.kernel.exponent * F::from_f64(LN_2);
         }
     }
 
-    /// The largest logit of a row and the sum of its kernels relative to that, in `f64`: of millions of
-    /// terms in `f32` the last ones would be lost.
+    /// Returns the largest logit of a row and the sum of its kernels relative to that, in `f64`: in an
+    /// `f32` sum of millions of terms the last ones would be lost.
     fn sum(terms: &[Term<F>]) -> [F; 2] {
         let max = terms.iter().map(|term| term.logit).fold(F::neg_infinity(), nan_max);
         if max == F::neg_infinity() {
@@ -174,7 +174,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         [max, F::from_f64(terms.map(F::as_f64).sum())]
     }
 
-    /// Overwrites some rows of the output, each of a query and head, and what is summed of them.
+    /// Overwrites some rows of the output, each for a query and head, and their sums.
     pub(super) fn forward(
         &self,
         rows: impl Iterator<Item = (usize, usize)>,
@@ -200,7 +200,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         }
     }
 
-    /// num_pairs × heads.
+    /// Returns the weights, num_pairs × heads.
     pub(super) fn weights(&self) -> Result<Array2<F>> {
         let inputs = &self.problem.inputs;
         let mut weights = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
@@ -219,8 +219,8 @@ impl<'p, F: Float> Pairs<'p, F> {
         Ok(weights)
     }
 
-    /// Adds the gradients of some rows; of the projection, where it is asked for, to that of the
-    /// kernels' weight.
+    /// Adds the gradients of some rows, and, if wanted, the gradient of the projection to the gradient of
+    /// the kernels' weight.
     pub(super) fn backward(
         &self,
         rows: impl Iterator<Item = (usize, usize)>,
@@ -296,7 +296,7 @@ impl<'p, F: Float> Pairs<'p, F> {
         self.side_vjp(&self.key, grad_key, inputs.key(), &mut grads.key, grad_weight, true)
     }
 
-    /// From the gradients of features to those of rows.
+    /// Turns the gradients of features into the gradients of rows.
     fn side_vjp(
         &self,
         side: &Side<F>,
@@ -319,7 +319,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                 let range = side.range(row, head);
                 let grads = &data(&grad.features)[range.clone()];
                 let of_exponents = &data(&grad.exponents)[range];
-                // A row that nobody has seen may hold anything.
+                // A row that no query has seen may hold anything.
                 if grads.iter().chain(of_exponents).all(|&grad| grad == F::zero()) {
                     continue;
                 }
@@ -336,7 +336,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                         Map::Circular => features[c] * grads[second] - features[second] * grads[c],
                         Map::Relu(_) if product > F::zero() => grads[c],
                         Map::Relu(_) => F::zero(),
-                        // x > 0: log₂(1 + x); else x log₂ e
+                        // log₂(1 + x) if x > 0, else x log₂ e
                         Map::Elu if product > F::zero() => {
                             exponent(c) * F::from_f64(LOG2_E) / (F::one() + product)
                         }
@@ -345,7 +345,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                 }
                 grad_squares[row] = match map.map() {
                     Map::Exponential | Map::Both => -exponents().sum::<F>(),
-                    // Of queries it cancels.
+                    // For queries it cancels.
                     Map::Circular if is_key => F::from_f64(LN_2) * grad.squares[[row, head]],
                     _ => F::zero(),
                 };
@@ -376,7 +376,7 @@ impl<'p, F: Float> Pairs<'p, F> {
 struct SideGradient<F> {
     features: Array2<F>,
     exponents: Array2<F>,
-    /// Of the shifts, in units of e.
+    /// The gradients of the shifts, in units of e.
     squares: Array2<F>,
 }
 
@@ -412,7 +412,7 @@ impl<F: Float> SideGradient<F> {
     }
 }
 
-/// Every query and head.
+/// Iterates over every query and head.
 pub(super) fn all_rows<F: Float>(
     inputs: &Inputs<'_, F>,
 ) -> impl Iterator<Item = (usize, usize)> + use<F> {

@@ -1,4 +1,4 @@
-//! The sums over keys as a value.
+//! Running sums over keys.
 
 use super::Performer;
 use super::map::FeatureMap;
@@ -11,21 +11,19 @@ use crate::kernels::performer::{KeySums, Map};
 use ndarray::{Array2, ArrayView2, Axis};
 use std::marker::PhantomData;
 
-/// The running sums of a [`Performer`] head over keys and values, which come and go: for an index
-/// that changes while it is queried.
+/// The running sums of a [`Performer`] head over keys and values that can be added and removed, for an
+/// index that changes while it is queried.
 ///
 /// ```text
 /// S = Σⱼ φ(kⱼ) vⱼᵀ      z = Σⱼ φ(kⱼ)      query: φ(q)ᵀ S / φ(q)ᵀ z
 /// ```
 ///
-/// Adding, removing or asking takes O(m (d + d_v)) for each row; memory is O(m d_v). Sums are kept
-/// in `f64` and relative to the largest exponent that each feature has met, so that nothing
-/// overflows.
+/// Adding, removing or querying takes O(m (d + d_v)) for each row; memory is O(m d_v). Sums are kept in
+/// `f64` relative to the largest exponent so far of each feature, so nothing overflows.
 ///
-/// Remove only keys that were added, with the same numbers: this cannot be checked. Each removal
-/// leaves the rounding of the sums that it found, of keys and of values, some 10⁻¹⁶ of them. This is
-/// added up, and a query whose answer it would reach is an error.
-/// A state without keys starts afresh.
+/// Only remove keys that were added, with the same numbers: this cannot be checked. Each removal leaves a
+/// rounding error of about 10⁻¹⁶ of the sums over keys and values. These errors are added up, and a query
+/// that they would affect returns an error. A state without keys starts from zero.
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, PerformerConfig};
@@ -45,7 +43,7 @@ use std::marker::PhantomData;
 ///
 /// state.remove(keys.slice(s![2.., ..]), values.slice(s![2.., ..]))?;
 /// assert_eq!(state.num_keys(), 2);
-/// assert!(state.attend(query.view())?[[0, 0]] < 2.0); // between the values that are left
+/// assert!(state.attend(query.view())?[[0, 0]] < 2.0); // between the remaining values
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -53,26 +51,26 @@ pub struct PerformerState<F> {
     map: FeatureMap<f64>,
     value_dim: usize,
     num_keys: usize,
-    /// Of the values, and of the columns after them: [`MAGNITUDE`] and what follows.
+    /// The sums of the values and of the columns after them, from [`MAGNITUDE`] on.
     sums: KeySums<f64>,
     float: PhantomData<F>,
 }
 
-/// Columns after those of the values: the largest of each value's, without signs, and what rounding
-/// may have left of the totals, and of the magnitudes.
+/// The columns after the values: the largest magnitude of each value, and the possible rounding errors of
+/// the totals and of the magnitudes.
 const MAGNITUDE: usize = 0;
 const ROUNDING: usize = 1;
 const ROUNDING_OF_MAGNITUDE: usize = 2;
 const MORE_COLUMNS: usize = 3;
 
-/// Three digits of an answer are right.
+/// Three digits of an output are correct.
 const MOST_ROUNDING: f64 = 1e-3;
 
 impl<F: Float> Performer<F> {
-    /// Sums over no keys yet, for values of so many columns.
+    /// Creates a state without keys, for values of `value_dim` columns.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there are none; [`Error::TooLarge`].
+    /// [`Error::InvalidArgument`] if `value_dim` is 0; [`Error::TooLarge`].
     pub fn state(&self, value_dim: usize) -> Result<PerformerState<F>> {
         if value_dim == 0 {
             return Err(Error::config("value_dim", "at least 1", value_dim));
@@ -91,7 +89,7 @@ impl<F: Float> Performer<F> {
 }
 
 impl<F: Float> PerformerState<F> {
-    /// How many keys there are.
+    /// Returns the number of keys.
     #[must_use]
     pub fn num_keys(&self) -> usize {
         self.num_keys
@@ -100,18 +98,19 @@ impl<F: Float> PerformerState<F> {
     /// Adds keys (n × head_dim) and their values (n × value_dim).
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidArgument`] for numbers that are not finite, or whose squares
-    /// are not: no removal would take them out again.
+    /// [`Error::Shape`]; [`Error::InvalidArgument`] for numbers that are not finite or have squares that
+    /// are not finite, because they could not be removed again.
     pub fn add(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
         self.sums.add(&self.checked_sums(keys, values)?, 1.0);
         self.num_keys += keys.nrows();
         Ok(())
     }
 
-    /// Removes keys that have been added, and their values.
+    /// Removes keys that were added, and their values.
     ///
     /// # Errors
-    /// As [`add`](Self::add); [`Error::InvalidArgument`] for more keys than there are.
+    /// As [`add`](Self::add); [`Error::InvalidArgument`] if there are more keys to remove than in the
+    /// state.
     pub fn remove(&mut self, keys: ArrayView2<'_, F>, values: ArrayView2<'_, F>) -> Result<()> {
         if keys.nrows() > self.num_keys {
             let expected = format!("at most the {} rows of the state", self.num_keys);
@@ -127,28 +126,27 @@ impl<F: Float> PerformerState<F> {
         Ok(())
     }
 
-    /// Adds the keys of another state of the same mechanism: of another shard or layer, say.
+    /// Adds the keys of another state of the same mechanism, for example of another shard or layer.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if its projection or features are others, [`Error::Shape`] if its
-    /// values have another size.
+    /// [`Error::InvalidArgument`] if its projection or features differ, [`Error::Shape`] if its values
+    /// have a different size.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         check_shape("other's values", &[self.value_dim], &[other.value_dim])?;
         if self.map != other.map {
             let expected = "a state of the same mechanism";
-            return Err(Error::config("other", expected, "one with another feature map"));
+            return Err(Error::config("other", expected, "a state with another feature map"));
         }
         self.sums.add(&other.sums, 1.0);
         self.num_keys += other.num_keys;
         Ok(())
     }
 
-    /// The attention of queries (n × head_dim) over the keys, n × value_dim: zeros if there are
-    /// none.
+    /// Computes the attention of queries (n × head_dim) over the keys, n × value_dim; zeros without keys.
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::InvalidArgument`] where of the keys near a query so many have been
-    /// removed that rounding is left of their sums.
+    /// [`Error::Shape`]; [`Error::InvalidArgument`] if so many of the keys close to a query were removed
+    /// that only rounding errors remain of their sums.
     pub fn attend(&self, queries: ArrayView2<'_, F>) -> Result<Array2<F>> {
         check_shape("queries", &[queries.nrows(), self.map.head_dim], queries.shape())?;
         let mut out = try_zeros("out", queries.nrows(), self.value_dim)?;
@@ -170,15 +168,19 @@ impl<F: Float> PerformerState<F> {
         {
             let (values, more) = quotients.split_at(Axis(0), self.value_dim);
             let [of_keys, of_values] = match self.map.map() {
-                // Cosines are at most 1, and would cancel.
+                // Cosines are at most 1 and would cancel.
                 Map::Circular => self.largest_rounding().map(|sum| sum / denominator),
                 _ => [more[ROUNDING], more[ROUNDING_OF_MAGNITUDE]],
             };
-            // Rounding has no sign, but the sums that it has reached may have any.
+            // The rounding bound is positive, but the affected sums may have any sign.
             let of_magnitude = MOST_ROUNDING * more[MAGNITUDE].abs();
             if of_keys.abs() > MOST_ROUNDING || of_values.abs() > of_magnitude {
-                let actual = format!("sums that rounding has reached, for query {row}");
-                return Err(Error::config("state", "keys that have not been removed", actual));
+                let expected = "sums larger than the rounding errors of removed keys";
+                return Err(Error::config(
+                    "state",
+                    expected,
+                    format!("smaller sums for query {row}"),
+                ));
             }
             out.row_mut(row).zip_mut_with(&values, |out, &value| *out = F::from_f64(value));
         }
@@ -209,22 +211,23 @@ impl<F: Float> PerformerState<F> {
         if all_finite(&sums.totals) && all_finite(&sums.sums) {
             return Ok(sums);
         }
-        Err(Error::config("keys", "numbers whose squares and sums are finite", "larger ones"))
+        Err(Error::config("keys", "numbers whose squares and sums are finite", "larger numbers"))
     }
 
-    /// The sums over keys; values have all columns.
+    /// Computes the sums over keys; values have all columns.
     fn sums_of(&self, keys: Array2<f64>, values: Array2<f64>) -> Result<KeySums<f64>> {
         let queries = Array2::zeros((0, self.map.head_dim));
         let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
         let problem = self.map.problem(&inputs, (0..keys.nrows()).collect())?;
         let sums = f64::sum_keys(&problem, level()).into_iter().next();
-        sums.ok_or_else(|| Error::config("heads", "one", "none"))
+        sums.ok_or_else(|| Error::config("heads", "one head", "none"))
     }
 
-    /// Of the sums that a removal finds: what is left of them afterwards may be of its size.
+    /// Records the rounding error of the sums before a removal, which may be as large as the sums after
+    /// it.
     fn note_rounding(&mut self) {
         let KeySums { totals, sums, stride, .. } = &mut self.sums;
-        // Exponents are the same bits as when they were added.
+        // Exponents are bitwise identical to those when the keys were added.
         for (row, total) in sums.chunks_exact_mut(*stride).zip(totals) {
             let row = &mut row[self.value_dim..];
             row[ROUNDING] += f64::EPSILON * total.abs();
@@ -232,8 +235,8 @@ impl<F: Float> PerformerState<F> {
         }
     }
 
-    /// The rounding error that may be left in the sums of a query whose features are 1, of keys and of
-    /// magnitudes.
+    /// Returns the largest possible rounding errors in the sums of a query with features 1, for keys and
+    /// for magnitudes.
     fn largest_rounding(&self) -> [f64; 2] {
         let rows = || self.sums.sums.chunks_exact(self.sums.stride);
         [ROUNDING, ROUNDING_OF_MAGNITUDE].map(|c| rows().map(|row| row[self.value_dim + c]).sum())

@@ -1,34 +1,34 @@
-//! Options.
+//! The configuration.
 
 use super::Poincare;
 use crate::error::{Error, Result};
 use crate::float::Float;
 use ndarray::Array0;
 
-/// The coordinates of points, in and out.
+/// The coordinates of input and output points.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Coordinates {
-    /// Points of the ball, of norm less than 1/√c. Numbers near 1 are coarse: `f32` reaches distances
-    /// of 17/√c from the origin, `f64` of 37/√c.
+    /// Points of the ball, with norm less than 1/√c. Floating-point numbers near 1 are coarse, so points
+    /// can be at most 17/√c from the origin in `f32` and 37/√c in `f64`.
     Ball,
-    /// Tangent vectors v at the origin: the point is exp₀(v), 2|v| from the origin. Every finite vector
-    /// is a point, so that c may grow and no vector is refused.
+    /// Tangent vectors v at the origin: the point is exp₀(v), at distance 2|v| from the origin. Every
+    /// finite vector is a point, so no vector is refused, even if c grows.
     ///
-    /// Distances reach to 350/√c from the origin. Farther out, where their exponentials would overflow, a
-    /// vector stands for the point at 350/√c in its direction: longer vectors of one direction are one
-    /// point. Then its gradient has no part along the vector, and the gradient of c holds its distance
-    /// fixed in units of 1/√c. [`Aggregation::TangentAtQuery`] and [`Aggregation::FrechetMean`] do the same
-    /// from 36/√c on.
+    /// Points can be up to 350/√c from the origin. Beyond that, where exponentials would overflow, a
+    /// vector represents the point at 350/√c in its direction, so all longer vectors in one direction are
+    /// the same point. Its gradient then has no component along the vector, and the gradient of c keeps
+    /// its distance fixed in units of 1/√c. For [`Aggregation::TangentAtQuery`] and
+    /// [`Aggregation::FrechetMean`] the bound is 36/√c.
     ///
-    /// In `f32`, inputs with a query or key farther than 40/√c from the origin, or a value whose midpoints
-    /// are wanted farther than 8/√c, are computed in `f64`, in two to three times the time: so in
-    /// [`Ball`](Self::Ball) too.
+    /// In `f32`, inputs with a query or key farther than 40/√c from the origin, or with a value farther
+    /// than 8/√c if midpoints are computed, are processed in `f64`, which takes two to three times as
+    /// long. This also applies to [`Ball`](Self::Ball).
     Tangent,
 }
 
-/// How the weighted points of a query become one.
+/// The mean that combines the weighted points of a query into one.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -39,24 +39,24 @@ pub enum Aggregation {
     /// The mean in the tangent space at the origin, exp₀(Σ p log₀ v). Not invariant under
     /// translations of the ball.
     TangentAtOrigin,
-    /// The mean in the tangent space at the query, exp_q(Σ p log_q v). Values have the size of
-    /// queries. Pair by pair on one thread, and in the coordinates of the ball in `f64`: distances from
-    /// the origin up to 36/√c. A mean farther out is the last point of the ball in its direction.
+    /// The mean in the tangent space at the query, exp_q(Σ p log_q v). Values must have as many columns
+    /// as queries. Computed pair by pair on one thread, in ball coordinates in `f64`, for distances from
+    /// the origin up to 36/√c. A mean farther out becomes the last point of the ball in its direction.
     TangentAtQuery,
-    /// The Fréchet mean, the point with the least Σ p d². By Newton's method to the last places of
-    /// `f64`, or a hundred steps; its gradient is that of the exact mean. Every step takes the time of
-    /// [`TangentAtQuery`](Self::TangentAtQuery); it has the same bounds.
+    /// The Fréchet mean, the point that minimises Σ p d². Computed by Newton's method to the last digits
+    /// of `f64`, in at most a hundred steps; its gradient is the gradient of the exact mean. Every step
+    /// takes as long as [`TangentAtQuery`](Self::TangentAtQuery), with the same bounds.
     FrechetMean,
 }
 
 impl Aggregation {
-    /// Whether it is formed pair by pair.
+    /// Whether it is computed pair by pair.
     pub(super) fn is_plain(self) -> bool {
         matches!(self, Self::TangentAtQuery | Self::FrechetMean)
     }
 }
 
-/// The options of a [`Poincare`], which [`init`](Self::init) makes.
+/// The options of a [`Poincare`], which [`init`](Self::init) builds.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -79,7 +79,8 @@ impl Default for PoincareConfig {
 }
 
 impl PoincareConfig {
-    /// The ball of radius 1 (c = 1) in its own coordinates, τ = 1, both fixed, and the midpoint.
+    /// Creates a configuration with the ball of radius 1 (c = 1), τ = 1, both fixed, ball coordinates and
+    /// the midpoint.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -92,23 +93,24 @@ impl PoincareConfig {
         }
     }
 
-    /// c > 0, minus the curvature: the ball has the radius 1/√c. As c goes to 0 it becomes flat space, with
-    /// 2|x − y| for a distance. Default: 1.
+    /// Sets c > 0, minus the curvature: the ball has the radius 1/√c. As c goes to 0, the space becomes
+    /// flat, with the distance 2|x − y|. Default: 1.
     #[must_use]
     pub fn curvature(mut self, c: f64) -> Self {
         self.curvature = c;
         self
     }
 
-    /// τ > 0, which the distances are divided by: the smaller, the sharper. Default: 1.
+    /// Sets the temperature τ > 0, which divides the distances: smaller values make the weights sharper.
+    /// Default: 1.
     #[must_use]
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = temperature;
         self
     }
 
-    /// Whether c is learned: the parameter is `raw_curvature`, and c = softplus(`raw_curvature`), so that it
-    /// stays positive. As c grows the ball shrinks, and points may be left outside; so learn it with
+    /// Sets whether c is learned: the parameter is `raw_curvature`, and c = softplus(`raw_curvature`)
+    /// stays positive. As c grows the ball shrinks, and points may end up outside, so use
     /// [`Coordinates::Tangent`], in which every vector is a point. Default: `false`.
     #[must_use]
     pub fn learn_curvature(mut self, learn: bool) -> Self {
@@ -116,29 +118,29 @@ impl PoincareConfig {
         self
     }
 
-    /// Whether τ is learned: the parameter is `raw_temperature`, and τ = softplus(`raw_temperature`).
-    /// Default: `false`.
+    /// Sets whether τ is learned: the parameter is `raw_temperature`, and τ =
+    /// softplus(`raw_temperature`). Default: `false`.
     #[must_use]
     pub fn learn_temperature(mut self, learn: bool) -> Self {
         self.learn_temperature = learn;
         self
     }
 
-    /// The coordinates of queries, keys, values and outputs. Default: those of the ball.
+    /// Sets the coordinates of queries, keys, values and outputs. Default: [`Coordinates::Ball`].
     #[must_use]
     pub fn coordinates(mut self, coordinates: Coordinates) -> Self {
         self.coordinates = coordinates;
         self
     }
 
-    /// How the weighted points become one. Default: the midpoint.
+    /// Sets the mean of the weighted points. Default: [`Aggregation::Midpoint`].
     #[must_use]
     pub fn aggregation(mut self, aggregation: Aggregation) -> Self {
         self.aggregation = aggregation;
         self
     }
 
-    /// The mechanism.
+    /// Builds the mechanism.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if c or τ is not between 10⁻³⁰ and 10³⁰.
@@ -156,8 +158,8 @@ impl PoincareConfig {
     }
 }
 
-/// `Ok` for a usable c or τ: one whose root and inverse neither under- nor overflow. `raw` is what it is
-/// the softplus of, if it is learned.
+/// Checks that c or τ is usable: its root and inverse must neither underflow nor overflow. If it is
+/// learned, it is the softplus of `raw`.
 pub(super) fn check_range<F: Float>(field: &'static str, value: f64, raw: Option<F>) -> Result<()> {
     if value > 1e-30 && value < 1e30 {
         return Ok(());
@@ -169,18 +171,18 @@ pub(super) fn check_range<F: Float>(field: &'static str, value: f64, raw: Option
     Err(Error::config(field, "a number above 1e-30 and below 1e30", actual))
 }
 
-/// √c d(0, x) up to which points are exact in `f64`: squares of its hyperbolic sine must not overflow.
-/// Vectors that lie farther out in tangent coordinates are moved here.
+/// The largest √c d(0, x) for which points are exact in `f64`: squares of its hyperbolic sine must not
+/// overflow. Vectors farther out in tangent coordinates are moved to this radius.
 pub(super) fn largest_radius(aggregation: Aggregation) -> f64 {
-    // In the coordinates of the ball, points of `f64` round to the boundary farther out.
+    // In ball coordinates, `f64` points farther out round to the boundary.
     if aggregation.is_plain() { 36.0 } else { 350.0 }
 }
 
-/// The radii of queries and keys, and of values, up to which a type can compute.
+/// The largest radii of queries and keys, and of values, for which a type can be used.
 pub(super) fn radii_within<F: Float>(aggregation: Aggregation) -> [f64; 2] {
     if F::max_value().as_f64() > 1e300 {
         return [f64::INFINITY; 2];
     }
-    // The gradient of a value is rounded by e^{2R} ε where a midpoint is near to it.
+    // The gradient of a value has a rounding error of e^{2R} ε if a midpoint is close to it.
     [40.0, if aggregation == Aggregation::Midpoint { 8.0 } else { 40.0 }]
 }

@@ -1,9 +1,10 @@
-//! Midpoints far from the origin, pair by pair and in differences from one of their values.
+//! Midpoints far from the origin, computed pair by pair from differences to one of their values.
 //!
-//! A midpoint at the distance R is moved by e^R times the rounding of its direction, and its gradient by
-//! e^{2R} times that, while where one value has most of the mass neither is sensitive at all: the
-//! midpoint is near to that value, whatever its direction is. So the directions of values and midpoint
-//! are told by their differences from the direction r of the value with the largest mass:
+//! Rounding the direction of a midpoint at distance R moves the midpoint by e^R times the rounding error,
+//! and its gradient by e^{2R} times the error. If one value has most of the mass, however, neither is
+//! sensitive: the midpoint is close to that value, whatever its direction is. The directions of values
+//! and midpoint are therefore represented by their differences from the direction r of the value with the
+//! largest mass:
 //!
 //! ```text
 //! a = Σ p̃ sinh R (u − r),  b = Σ p̃ sinh R |u − r|²/2,  M = Σ p̃ sinh R,  S = M r + a
@@ -37,7 +38,7 @@ pub(super) struct DeepRow {
 struct DeepPair {
     pair: Pair,
     distance: PairDistance,
-    /// The weight, and what dropout makes of it.
+    /// The weight, before and after dropout.
     weight: f64,
     kept: f64,
     multiplier: f64,
@@ -94,7 +95,7 @@ impl DeepRow {
             total += mass(pair);
             inverse += pair.kept * (-pair.radius).exp();
         }
-        // In parts of M, whose square may overflow.
+        // Relative to M, because M² may overflow.
         let [a_part, b_part] = [a.iter().map(|a| a * a).sum::<f64>().sqrt(), b].map(|x| x / total);
         let excess = a_part * a_part - 2.0 * b_part;
         // |S|/M, and |S|/M − 1.
@@ -108,7 +109,7 @@ impl DeepRow {
         Self { query, head, pairs, direction, offset, reference, norm: total * ratio, gap }
     }
 
-    /// Adds to the gradients; `slopes` are those of the output by R, and across by sinh R.
+    /// Adds to the gradients. The slopes are the derivative of the output by R, and across by sinh R.
     pub(super) fn vjp<F: Float>(
         &self,
         problem: &HyperbolicProblem<'_, F>,
@@ -151,7 +152,7 @@ impl DeepRow {
                 grads.value[1][[pair.pair.key, kv_head]] += F::from_f64(of_radius);
             }
         }
-        // As in the kernels, minus the sum of the others.
+        // As in the kernels: minus the sum of the others.
         if let Some(dominant) = self.pairs.iter().position(|pair| pair.weight > DOMINANT) {
             grad_logits[dominant] = 0.0;
             grad_logits[dominant] = -grad_logits.iter().sum::<f64>();
@@ -181,7 +182,7 @@ impl DeepRow {
     }
 }
 
-/// The direction of a value.
+/// Returns the direction of a value.
 fn of_value<'p, F: Float>(
     problem: &'p HyperbolicProblem<'_, F>,
     key: usize,

@@ -9,7 +9,7 @@
 
 use crate::geometry::poincare::ball::dot;
 
-/// H(v) by its two numbers.
+/// H(v), represented by two numbers.
 pub(super) struct Hessian {
     /// φ
     across: f64,
@@ -24,15 +24,15 @@ impl Hessian {
         Self { across: 1.0 + r2 * psi, along: kappa * kappa * psi }
     }
 
-    /// y += factor H(v) x, for the v that it was made of.
+    /// y += factor H(v) x, for the v of this Hessian.
     pub(super) fn add_product(&self, factor: f64, v: &[f64], x: &[f64], y: &mut [f64]) {
         let (across, along) = (factor * self.across, factor * self.along * dot(v, x));
         y.iter_mut().zip(v).zip(x).for_each(|((y, v), x)| *y += across * x - along * v);
     }
 }
 
-/// y += factor (H(a) − H(b)) x with e = a − b, which the caller may know better than from a and b: every
-/// term has a factor e.
+/// y += factor (H(a) − H(b)) x with e = a − b. Every term has a factor e, which the caller may know more
+/// accurately than the difference of a and b.
 pub(super) fn add_difference(
     factor: f64,
     [a, b, e]: [&[f64]; 3],
@@ -53,9 +53,9 @@ pub(super) fn add_difference(
     y.iter_mut().zip(vectors).for_each(|(y, ((e, b), x))| *y += of_x * x - of_e * e - of_b * b);
 }
 
-/// Up to this r² the continued fraction r coth r = 1 + r²/(3 + r²/(5 + …)) is taken.
+/// Up to this r² the continued fraction r coth r = 1 + r²/(3 + r²/(5 + …)) is used.
 const SMALL: f64 = 9.0;
-/// Its terms; at `SMALL` the rest is below 1e-20.
+/// The number of its terms; at `SMALL` the rest is below 1e-20.
 const NUM_TERMS: usize = 16;
 
 fn odd(term: usize) -> f64 {
@@ -72,7 +72,7 @@ fn psi(r2: f64) -> f64 {
     (1..NUM_TERMS).rev().fold(odd(NUM_TERMS), denominator).recip()
 }
 
-/// ψ(a²) − ψ(b²), given a² − b² beside them.
+/// ψ(a²) − ψ(b²), with a² − b² also given.
 fn psi_difference(a2: f64, b2: f64, difference: f64) -> f64 {
     if a2 < b2 {
         return -psi_difference(b2, a2, -difference);
@@ -86,7 +86,7 @@ fn psi_difference(a2: f64, b2: f64, difference: f64) -> f64 {
         let phi_difference = step / a.tanh() + coth_difference * b_over;
         return (phi_difference - psi(b2) * difference) / a2;
     }
-    // f_k(s) = 2k + 1 + s/f_{k+1}(s): f_k(a²) − f_k(b²) from that of f_{k+1}.
+    // f_k(s) = 2k + 1 + s/f_{k+1}(s): f_k(a²) − f_k(b²) from the difference for f_{k+1}.
     let (mut of_a, mut of_b, mut f_difference) = (odd(NUM_TERMS), odd(NUM_TERMS), 0.0);
     for term in (1..NUM_TERMS).rev() {
         f_difference = difference / of_a - b2 * f_difference / (of_a * of_b);

@@ -1,4 +1,4 @@
-//! The points that weighted sums stand for, and the gradients of the sums.
+//! The means that weighted sums represent, and the gradients of the sums.
 
 use super::deep::DeepRow;
 use super::polar::{Space, zero_nan};
@@ -13,25 +13,25 @@ use crate::kernels::poincare::{HyperbolicProblem, PointGradients, Points, Terms,
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, s};
 
-/// T − |S| is the sum of e^{−R} and of what sinh R and |S| differ by; where it is less than this part
-/// of sinh R, the difference has lost five bits, and is summed again from differences.
+/// T − |S| is the sum of e^{−R} and of the difference of sinh R and |S|. If it is less than this fraction
+/// of sinh R, the difference has lost five bits and is summed again from differences.
 const FAR: f64 = 1.0 / 32.0;
 
-/// The sinh R of a mean from which on it is formed pair by pair: the gradient of a value to which the
-/// mean is near would be rounded by e^{2R} ε otherwise. Not reached in `f32`, see
+/// The sinh R from which on a mean is computed pair by pair: otherwise the gradient of a value close to
+/// the mean would have a rounding error of e^{2R} ε. Not reached in `f32`, see
 /// [`radii_within`](super::config::radii_within).
 const DEEP: f64 = 1500.0;
 
 /// The sums of a forward pass for each query and head.
 pub(super) struct Sums<F> {
-    /// Whether S is R û itself, of the mean in the tangent space at the origin; else it is sinh R û.
+    /// Whether S is R û, for the mean in the tangent space at the origin; otherwise it is sinh R û.
     is_linear: bool,
     /// S = Σ p sinh R u, Σ p sinh R and Σ p e^{−R}; or Σ p R u.
     sums: Array2<F>,
-    /// T − |S|, T = Σ p cosh R; num_queries × heads. Not where sums are linear.
+    /// T − |S|, T = Σ p cosh R; num_queries × heads. Unused if the sums are linear.
     gaps: Array2<F>,
     normalizer: Normalizer<F>,
-    /// Queries and heads whose mean is so far out that it is formed, and differentiated, pair by pair.
+    /// Queries and heads with a mean so far out that both passes are computed pair by pair.
     deep: Vec<[usize; 2]>,
 }
 
@@ -53,8 +53,8 @@ impl<F: Float> Sums<F> {
         Ok(sums)
     }
 
-    /// Finds the means that are so far out that the rounding of their direction would spoil them, and
-    /// forms them again.
+    /// Finds the means so far out that the rounding of their direction would spoil them, and recomputes
+    /// them.
     fn settle_deep(&mut self, problem: &HyperbolicProblem<'_, F>) {
         let (num_queries, heads) = self.gaps.dim();
         for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
@@ -74,7 +74,7 @@ impl<F: Float> Sums<F> {
         }
     }
 
-    /// The gradients of what is formed pair by pair, in addition to those of all else.
+    /// Adds the gradients of the means that are computed pair by pair.
     pub(super) fn deep_vjp(
         &self,
         problem: &HyperbolicProblem<'_, F>,
@@ -94,7 +94,7 @@ impl<F: Float> Sums<F> {
         }
     }
 
-    /// `Ok` if they are of such inputs.
+    /// Checks that the shapes fit the inputs.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let shape = [inputs.num_queries(), inputs.num_heads()];
         self.normalizer.check(shape[0], shape[1])?;
@@ -131,9 +131,10 @@ impl<F: Float> Sums<F> {
         }
     }
 
-    /// The gradients of the sums, and what of the gradient of c does not go through them.
+    /// Returns the gradients of the sums, and the part of the gradient of c that does not go through
+    /// them.
     ///
-    /// A change of the sums moves the mean by its part at right angles to it, on the hyperboloid:
+    /// A change of the sums moves the mean by its component orthogonal to the mean, on the hyperboloid:
     ///
     /// ```text
     /// dR = Σ p̃ (sinh(Rⱼ − R) − sinh Rⱼ cosh R |uⱼ − û|²/2) / N     dû = Σ p̃ sinh Rⱼ (uⱼ)⊥ / (N sinh R)
@@ -214,24 +215,24 @@ impl<F: Float> Sums<F> {
     }
 }
 
-/// The mean that the sums of a query and head stand for: a point at the distance R in the direction of S.
+/// The mean that the sums of a query and head represent: a point at distance R in the direction of S.
 #[derive(Clone, Copy)]
 struct Center<'s, F> {
     /// S.
     sum: &'s [F],
     /// |S|.
     norm: f64,
-    /// T − |S|; `None` where S is R û itself.
+    /// T − |S|; `None` if S is R û.
     gap: Option<f64>,
 }
 
 impl<F: Float> Center<'_, F> {
-    /// Whether nothing has been summed: no pair was seen, or dropout left none.
+    /// Whether nothing was summed: there was no visible pair, or dropout removed them all.
     fn is_empty(&self) -> bool {
         self.norm == 0.0 && self.gap == Some(0.0)
     }
 
-    /// The Lorentz norm N = √(T² − |S|²).
+    /// Returns the Lorentz norm N = √(T² − |S|²).
     fn lorentz(&self) -> f64 {
         self.gap.map_or(1.0, |gap| (gap * (gap + 2.0 * self.norm)).sqrt())
     }
@@ -243,7 +244,7 @@ impl<F: Float> Center<'_, F> {
         }
     }
 
-    /// The factor of S in the output.
+    /// Returns the factor of S in the output.
     fn factor(&self, space: Space) -> f64 {
         if self.norm == 0.0 {
             return 0.0;
@@ -257,7 +258,7 @@ impl<F: Float> Center<'_, F> {
         }
     }
 
-    /// [dr/dR, r/sinh R, or r/R where S is R û] for the norm r of the output.
+    /// Returns [dr/dR, r/sinh R, or r/R if S is R û] for the norm r of the output.
     fn slopes(&self, space: Space) -> [f64; 2] {
         let (radius, root) = (self.radius(), space.c.sqrt());
         // tanh(R/2)' = (1 + cosh R)⁻¹ = tanh(R/2) / sinh R
@@ -272,8 +273,8 @@ impl<F: Float> Center<'_, F> {
     }
 }
 
-/// T − |S| for each query and head. It is what tells how far a mean is from the origin, and of points
-/// far away and near each other a difference of large numbers: then it is summed as
+/// Computes T − |S| for each query and head. It determines the distance of a mean from the origin. For
+/// points far away and close to each other it is a difference of large numbers and is therefore summed as
 /// Σ p (e^{−R} + sinh R |u − S/|S||²/2), once S is known.
 fn gaps<F: Float>(
     problem: &HyperbolicProblem<'_, F>,

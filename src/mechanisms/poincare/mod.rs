@@ -31,57 +31,58 @@ use wide::Wide;
 
 const NAME: &str = "poincare";
 
-/// Sizes of tiles, those of [`Flash`](crate::Flash).
+/// The sizes of tiles, as in [`Flash`](crate::Flash).
 const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 
 /// Attention by distance in the Poincaré ball (Gulcehre et al. 2019, 1805.09786; Ganea et al. 2018,
-/// 1805.09112; Shimizu et al. 2021, 2006.08210; Ungar 2009), where trees have room.
+/// 1805.09112; Shimizu et al. 2021, 2006.08210; Ungar 2009), which has room to embed trees.
 ///
 /// ```text
 /// d(x, y) = (2/√c) asinh(√c |x − y| / √((1 − c|x|²)(1 − c|y|²)))
 /// pᵢⱼ = softmaxⱼ(−d(qᵢ, kⱼ)/τ + bᵢⱼ)          oᵢ = ½ ⊗ (Σⱼ pᵢⱼ λⱼ vⱼ / Σⱼ pᵢⱼ (λⱼ − 1)),   λⱼ = 2/(1 − c|vⱼ|²)
 /// ```
 ///
-/// with j over the visible pairs of query i, for each head: several heads are a product of balls. The mean is
-/// the weighted gyromidpoint or another one of [`Aggregation`]. The functions behind it are public:
+/// with j over the visible pairs of query i, for each head: several heads are a product of balls. The
+/// mean is the weighted gyromidpoint or another [`Aggregation`]. The underlying functions are public:
 /// [`geometry::poincare`](crate::geometry::poincare).
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ
 ///   from d, but not for [`Aggregation::TangentAtQuery`]); mask, causal, bias, dropout; dense inputs and
-///   graphs. All are points of the ball, of norm less than 1/√c, or tangent vectors at its center:
+///   graphs. All are points of the ball, with norm less than 1/√c, or tangent vectors at its center:
 ///   [`Coordinates`].
-/// * **Output** n_q × heads·d_v, in the same coordinates. A query without visible keys, or whose pairs
-///   dropout has all dropped, gets the center, zeros.
-/// * **Parameters** `raw_curvature` and `raw_temperature`, where they are learned: c = log(1 + e^raw).
-/// * **Cost** O(pairs · (d + d_v)) time per head, O(n · (d + d_v) · heads) memory; the weights are never
-///   held, but by the means that are formed pair by pair and by [`weights`](Attention::attention_weights).
-/// * **Errors** [`Error::Domain`] for a point on the boundary or outside, with its row;
-///   [`Error::Shape`] if queries and keys have heads of different size. NaN and infinities are no errors
-///   but make NaN.
+/// * **Output** n_q × heads·d_v, in the same coordinates. A query without visible keys, or with all pairs
+///   removed by dropout, gets the center, zeros.
+/// * **Parameters** `raw_curvature` and `raw_temperature` if they are learned: c = log(1 + e^raw).
+/// * **Cost** O(pairs · (d + d_v)) time per head, O(n · (d + d_v) · heads) memory. The weights are not
+///   stored, except by means that are computed pair by pair and by
+///   [`attention_weights`](Attention::attention_weights).
+/// * **Errors** [`Error::Domain`] for a point on or outside the boundary, with its row;
+///   [`Error::Shape`] if the heads of queries and keys have different sizes. NaN and infinities are not
+///   errors but give NaN.
 ///
-/// # ErrorEstimate
+/// # Accuracy
 ///
-/// Inside, a point is a direction u and a radius R = √c d(0, x), and distances come from sinh²(√c
-/// d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, in which nothing cancels: |uᵢ − uⱼ|² is
-/// summed from differences, not formed of norms and a product, which would take half the instructions
-/// and be wrong for near points. So distances, means and gradients are right to a few tens of units
-/// of rounding in the inputs, near the boundary and far from the center as well; tangent coordinates
-/// reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther than
-/// about 2/√c from the center takes a second pass over its pairs, since the first has lost digits
-/// then, and one farther than 8/√c is formed pair by pair on one thread. What is known less well:
-/// the gradient of c is a difference of terms as large as ⟨x,
-/// ∂L/∂x⟩/2c, and loses digits as c|x|² goes to 0.
+/// Internally, a point is a direction u and a radius R = √c d(0, x), and distances are computed from
+/// sinh²(√c d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, which has no cancellation: |uᵢ −
+/// uⱼ|² is summed from differences, because computing it from norms and a product, with half the
+/// instructions, would be wrong for close points. Distances, means and gradients are accurate to a few
+/// tens of rounding units in the inputs, even near the boundary and far from the center; tangent
+/// coordinates reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther
+/// than about 2/√c from the center takes a second pass over its pairs, because the first pass loses
+/// digits, and a mean farther than 8/√c is computed pair by pair on one thread. Only the gradient of c is
+/// less accurate: it is a difference of terms as large as ⟨x, ∂L/∂x⟩/2c, and loses digits as c|x|² goes
+/// to 0.
 ///
-/// The distance has no derivative where query and key are one point; there it counts as 0.
+/// The distance has no derivative if query and key are the same point; 0 is used there.
 ///
-/// Differences from the papers: Gulcehre et al. learn β and an offset in exp(−β d − γ), of which a softmax
-/// keeps β = 1/τ alone.
+/// Difference from the papers: Gulcehre et al. learn β and an offset in exp(−β d − γ); in a softmax only
+/// β = 1/τ has an effect.
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, PoincareConfig};
 /// use graph_attention::ndarray::array;
 ///
-/// // Two leaves on one branch of a tree and one on another, of the same depth.
+/// // Two leaves on one branch of a tree and one on another branch, at the same depth.
 /// let leaves = array![[0.9, 0.1], [0.9, -0.1], [-0.9, 0.1]];
 /// let inputs = Inputs::dense(leaves.view(), leaves.view(), leaves.view())?;
 /// let attention = PoincareConfig::new().temperature(0.5).init::<f64>()?;
@@ -89,7 +90,7 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// assert!(weights[[1, 0]] > 100.0 * weights[[2, 0]]);
 ///
 /// let (out, saved) = attention.forward_train(&inputs)?;
-/// assert!(out.row(0).dot(&out.row(0)) < 1.0); // points of the ball again
+/// assert!(out.row(0).dot(&out.row(0)) < 1.0); // outputs are points of the ball
 /// let grads = attention.backward(&inputs, &saved, out.view())?;
 /// assert_eq!(grads.query.dim(), (3, 2));
 /// # Ok::<(), graph_attention::Error>(())
@@ -97,31 +98,31 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 #[derive(Clone, Debug)]
 pub struct Poincare<F> {
     config: PoincareConfig,
-    /// softplus⁻¹ of c and τ, where they are learned.
+    /// softplus⁻¹ of c and τ if they are learned.
     raw_curvature: Option<Array0<F>>,
     raw_temperature: Option<Array0<F>>,
 }
 
-/// The points of some inputs, as a forward and a backward pass need them.
+/// The points of the inputs, in the form that both passes need.
 struct Embedded<F> {
     space: Space,
     kappa: f64,
     query: Polar<F>,
     key: Polar<F>,
     value: Polar<F>,
-    /// The terms of the values that are summed.
+    /// The terms of the sums over values.
     sums: Array2<F>,
 }
 
 struct State<F> {
-    /// Whose state it is: the numbers mean another thing for another configuration.
+    /// The configuration that made the state: it decides what the numbers mean.
     config: PoincareConfig,
     attended: Attended<F>,
 }
 
 /// The state saved by a forward pass.
 enum Attended<F> {
-    /// The weights of all pairs, of means that are formed pair by pair.
+    /// The weights of all pairs, for means that are computed pair by pair.
     Pairs(Softmax<F>),
     Sums(Sums<F>),
     /// The state of the same mechanism computed in `f64`.
@@ -129,19 +130,19 @@ enum Attended<F> {
 }
 
 impl<F: Float> Poincare<F> {
-    /// The configuration; what is learned starts at its values.
+    /// Returns the configuration, which has the initial values of learned parameters.
     #[must_use]
     pub fn config(&self) -> &PoincareConfig {
         &self.config
     }
 
-    /// c, minus the curvature.
+    /// Returns c, minus the curvature.
     #[must_use]
     pub fn curvature(&self) -> f64 {
         value_of(&self.raw_curvature, self.config.curvature)
     }
 
-    /// τ, which the distances are divided by.
+    /// Returns the temperature τ, which divides the distances.
     #[must_use]
     pub fn temperature(&self) -> f64 {
         value_of(&self.raw_temperature, self.config.temperature)
@@ -181,13 +182,13 @@ impl<F: Float> Poincare<F> {
         })
     }
 
-    /// The weights of all pairs.
+    /// Computes the weights of all pairs.
     fn softmax(&self, inputs: &Inputs<'_, F>, embedded: &Embedded<F>) -> Result<Softmax<F>> {
         let polar = embedded.inputs(inputs)?;
         plain::weights(&embedded.problem(&polar, self.is_linear())?)
     }
 
-    /// Adds the gradients of the parameters that there are.
+    /// Adds the gradients of the parameters, if there are any.
     fn params_vjp(&self, grad_c: f64, grad_temperature: f64, params: &mut [ArrayD<F>]) {
         let learned = [
             self.raw_curvature.as_ref().map(|_| (self.curvature(), grad_c)),
@@ -234,14 +235,14 @@ impl<F: Float> Poincare<F> {
 }
 
 impl<F: Float> Embedded<F> {
-    /// Whether all points are so near to the origin that this type can compute with them.
+    /// Whether all points are close enough to the origin to be processed in this type.
     fn is_within_range(&self, aggregation: Aggregation) -> bool {
         let [radius, of_values] = config::radii_within::<F>(aggregation);
         let is_within = [&self.query, &self.key].map(|polar| polar.is_within(radius));
         is_within == [true; 2] && self.value.is_within(of_values)
     }
 
-    /// The pairs of some inputs over directions, and what is summed.
+    /// Returns inputs with the same pairs over the directions and the terms to sum.
     fn inputs<'e>(&'e self, inputs: &Inputs<'e, F>) -> Result<Inputs<'e, F>> {
         let arrays = [&self.query.directions, &self.key.directions, &self.sums];
         let [query, key, value] = arrays.map(|array| array.view());
@@ -259,7 +260,7 @@ impl<F: Float> Embedded<F> {
             self.value.finite_directions()?
         };
         let masses = if is_linear {
-            // Then the sums are those of the directions themselves.
+            // The directions themselves are summed.
             let (zero, one) = (F::zero(), F::one());
             let mass = Mass { expm1: zero, half_inverse: zero, sinh: one, cosh: zero };
             vec![mass; polar.num_keys() * polar.num_kv_heads()]
@@ -383,7 +384,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
                 &problem, &points, &upstream, TILES.keys, level, wanted, of_bias,
             )?,
         };
-        // All of it is there, also what is not wanted.
+        // All gradients are allocated, also unwanted ones.
         sums.deep_vjp(&problem, &points, embedded.space, grad_out, &mut grads, bias);
         let space = embedded.space;
         if wanted[0] {
@@ -412,7 +413,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
     }
 }
 
-/// softplus of a raw parameter, or the fixed value.
+/// Returns the softplus of a raw parameter, or the fixed value.
 fn value_of<F: Float>(raw: &Option<Array0<F>>, fixed: f64) -> f64 {
     match raw {
         Some(raw) => {

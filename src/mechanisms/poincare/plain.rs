@@ -1,5 +1,5 @@
-//! The weights of all pairs, and the two means that are formed pair by pair: in the tangent space at the
-//! query, and Fréchet's. In the coordinates of the ball, in `f64`, on one thread.
+//! The weights of all pairs, and the two means that are computed pair by pair: the mean in the tangent
+//! space at the query and the Fréchet mean. In ball coordinates, in `f64`, on one thread.
 
 use super::hessian::{Hessian, add_difference};
 use super::polar::Space;
@@ -18,10 +18,10 @@ use crate::mechanisms::scaled_dot_product::{Softmax, softmax};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
-/// Steps after which the Fréchet mean is taken as it is.
+/// The largest number of steps for the Fréchet mean.
 const STEPS: usize = 100;
 
-/// The softmax of the distances.
+/// Computes the softmax of the distances.
 pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<Softmax<F>> {
     softmax(&problem.softmax, |pair, head| {
         let (query, key) =
@@ -35,7 +35,7 @@ pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<So
     })
 }
 
-/// The arguments of the means, as points in the coordinates of the ball.
+/// The arguments of the means, as points in ball coordinates.
 pub(super) struct Plain<'i, 'a, F: Float> {
     inputs: &'i Inputs<'a, F>,
     space: Space,
@@ -49,20 +49,20 @@ pub(super) struct Plain<'i, 'a, F: Float> {
     softmax: &'i Softmax<F>,
 }
 
-/// A query and head: its visible pairs, and the mean of their values.
+/// The visible pairs of a query and head, and the mean of their values.
 struct Row {
     query: usize,
     head: usize,
     pairs: Vec<Pair>,
-    /// The weights, and what dropout makes of them.
+    /// The weights, before and after dropout.
     weights: Vec<f64>,
     kept: Vec<f64>,
-    /// Where the logarithms are taken: at the query, or at the mean.
+    /// The base point of the logarithms: the query or the mean.
     base: Vec<f64>,
-    /// log(yⱼ), row after row, and Σ p log(yⱼ).
+    /// log(yⱼ), one per row, and Σ p log(yⱼ).
     logarithms: Array2<f64>,
     sum: Vec<f64>,
-    /// The mean; NaN where anything that it is made of is.
+    /// The mean; NaN if any of its points is NaN.
     mean: Vec<f64>,
 }
 
@@ -128,7 +128,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         &of_row(&self.value, key)[self.value_columns(head)]
     }
 
-    /// `None` for a query that sees no key, or whose pairs dropout has dropped.
+    /// Returns `None` for a query that sees no key, or whose pairs dropout has removed.
     fn row(&self, query: usize, head: usize) -> Result<Option<Row>> {
         let bias = self.inputs.bias();
         let is_hidden =
@@ -136,8 +136,8 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
         let weight = |pair: &Pair| self.softmax.weights[[pair.index, head]].as_f64();
         let mut weights: Vec<f64> = pairs.iter().map(weight).collect();
-        // Rounded weights of `f32` do not sum to 1: that of a pair with nearly all weight lacks what the
-        // others have.
+        // Rounded `f32` weights do not sum to 1: the weight of a dominant pair lacks the weights of the
+        // others.
         let total: f64 = weights.iter().sum();
         if total > 0.0 {
             weights.iter_mut().for_each(|weight| *weight /= total);
@@ -180,7 +180,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         dropout.map_or(1.0, |dropout| dropout.multiplier(self.inputs.pair_number(pair), head))
     }
 
-    /// The logarithms at the base, and their sum.
+    /// Computes the logarithms at the base, and their sum.
     fn take_logarithms(&self, row: &mut Row) -> Result<()> {
         let Row { head, pairs, kept, base, logarithms, sum, .. } = row;
         sum.fill(0.0);
@@ -193,9 +193,9 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         Ok(())
     }
 
-    /// The point where the weighted logarithms sum to zero. From the midpoint on by Newton's method;
-    /// where that does not come nearer, by the midpoint under the weights p d/sinh d, which always
-    /// does: d² is concave in cosh d, whose weighted sum that midpoint minimises.
+    /// Finds the point where the weighted logarithms sum to zero. Starts at the midpoint and uses
+    /// Newton's method; if a step does not come closer, takes the midpoint with the weights p d/sinh d
+    /// instead, which always does: d² is concave in cosh d, whose weighted sum that midpoint minimises.
     fn seek_mean(&self, row: &mut Row) -> Result<()> {
         let (dim, head) = (row.mean.len(), row.head);
         let mut values = Array2::zeros((row.pairs.len(), dim));
@@ -218,7 +218,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             if new >= best {
                 row.base.copy_from_slice(&last);
                 self.take_logarithms(row)?;
-                // At the end both only stir the last places.
+                // At the end both only change the last digits.
                 if best <= 64.0 * dim as f64 * f64::EPSILON {
                     break;
                 }
@@ -236,7 +236,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         Ok(())
     }
 
-    /// |Σ p log| in parts of Σ p (|log| + |m|): what it is known to, since m is rounded.
+    /// Returns |Σ p log| relative to Σ p (|log| + |m|), its accuracy, because m is rounded.
     fn residual(row: &Row) -> f64 {
         let base = norm_of(&row.base);
         let logs = row.logarithms.rows().into_iter().zip(&row.kept);
@@ -245,20 +245,21 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         if scale == 0.0 { 0.0 } else { norm_of(&row.sum) / scale }
     }
 
-    /// √c λ at the base, which turns lengths there into distances in units of the radius of curvature.
+    /// Returns √c λ at the base, which converts lengths there to distances in units of the radius of
+    /// curvature.
     fn kappa(&self, row: &Row) -> Result<f64> {
         Ok(self.c.sqrt() * conformal_factor(&row.base, self.c)?)
     }
 
-    /// The distances from the base, in units of the radius of curvature.
+    /// Returns the distances from the base, in units of the radius of curvature.
     fn distances(&self, row: &Row) -> Result<Vec<f64>> {
         let kappa = self.kappa(row)?;
         let norm = |log: ArrayView1<'_, f64>| norm_of(as_slice(&log));
         Ok(row.logarithms.rows().into_iter().map(|log| kappa * norm(log)).collect())
     }
 
-    /// Σ p H(log), minus the derivative of Σ p log with respect to the base, by which b is divided. By
-    /// conjugate gradients: the eigenvalues lie between Σ p and Σ p d coth d.
+    /// Solves for b with the matrix Σ p H(log), minus the derivative of Σ p log with respect to the base.
+    /// Uses conjugate gradients: the eigenvalues lie between Σ p and Σ p d coth d.
     fn solve(&self, row: &Row, b: &[f64]) -> Result<Vec<f64>> {
         let kappa = self.kappa(row)?;
         let logs = || row.logarithms.rows().into_iter();
@@ -307,7 +308,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         Ok(())
     }
 
-    /// Adds the gradients of the inputs, and returns those of c and τ.
+    /// Adds the gradients of the inputs and returns the gradients of c and τ.
     pub(super) fn backward(
         &self,
         grad_out: ArrayView2<'_, F>,
@@ -351,7 +352,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let mut grad_c = 0.0;
         let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
         if row.mean.iter().any(|mean| mean.is_nan()) {
-            // All that it touches.
+            // Everything that depends on it.
             grad_query.fill(f64::NAN);
             for pair in &row.pairs {
                 of_row_mut(key, pair.key)[self.key_columns(head)].fill(f64::NAN);
@@ -368,7 +369,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             grad_c += log_map_origin_vjp(&row.mean, self.c, &grad_out, &mut grad_mean)?;
             grad_out = grad_mean;
         }
-        // m = exp_q(Σ p log_q(y)), or the m where Σ p log_m(y) = 0; then its own derivative is 0.
+        // m = exp_q(Σ p log_q(y)), or the m where Σ p log_m(y) = 0, which has the derivative 0.
         let mut unused = vec![0.0; row.base.len()];
         let grad_sum = if self.aggregation == Aggregation::TangentAtQuery {
             let mut grad_sum = vec![0.0; grad_out.len()];
@@ -393,8 +394,8 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let grads_and_weights = grad_weights.into_iter().zip(&row.weights);
         let mut grad_logits: Vec<f64> =
             grads_and_weights.map(|(grad, p)| p * (grad - delta)).collect();
-        // They sum to 0. Of a pair with nearly all weight the difference is rounded, and its weight more:
-        // minus the sum of the others it is not.
+        // They sum to 0. For a pair with nearly all weight, dp − δ loses digits; minus the sum of the
+        // others does not.
         if let Some(dominant) = row.weights.iter().position(|&p| p > 0.5) {
             grad_logits[dominant] = 0.0;
             grad_logits[dominant] = -grad_logits.iter().sum::<f64>();
@@ -417,10 +418,10 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
 
     /// Adds the gradient of q in exp_q(u), u = Σ p log_q(y), at fixed p, from the gradient g of u.
     ///
-    /// When q moves by w, logarithms move by −H(log) w; and exp_q(u), if u moved by −H(u) w, would stay
-    /// where it is. So exp_q(u) moves as if only u did, by H(u) w − Σ p H(log) w, and the gradient is
-    /// (H(u) − Σ p H(log)) g. Where one key has nearly all weight the difference is small, and so formed
-    /// from the differences between its logarithm and the others.
+    /// When q moves by w, logarithms move by −H(log) w; and if u moved by −H(u) w, exp_q(u) would not
+    /// move. So exp_q(u) moves as if only u moved, by H(u) w − Σ p H(log) w, and the gradient is (H(u) −
+    /// Σ p H(log)) g. If one key has nearly all weight, the difference is small and is computed from the
+    /// differences between its logarithm and the others.
     fn add_base_vjp(&self, row: &Row, g: &[f64], grad: &mut [f64]) -> Result<()> {
         let kappa = self.kappa(row)?;
         let pairs = || row.logarithms.rows().into_iter().zip(&row.kept).enumerate();
@@ -443,7 +444,8 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         Ok(())
     }
 
-    /// Adds the gradient of an input to `sink`, from that of its points; returns that of c.
+    /// Adds the gradient of an input to `sink`, given the gradient of its points; returns the gradient of
+    /// c.
     fn points_vjp(
         &self,
         mut grad: Array2<f64>,
@@ -457,7 +459,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             let dim = tangents.ncols() / heads;
             for_each_point(&mut grad, heads, |at, grad| {
                 let grad_point = grad.to_vec();
-                // Nobody has seen it, whatever it is.
+                // No query has seen it, whatever it is.
                 if grad_point.iter().all(|&grad| grad == 0.0) {
                     return Ok(());
                 }
@@ -467,7 +469,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                 let factor = self.space.shorten(&mut tangent);
                 grad_c += exp_map_origin_vjp(&tangent, self.c, &grad_point, grad)?;
                 if let Some(factor) = factor {
-                    // As that of a vector of fixed length in units of 1/√c.
+                    // As for a vector of fixed length in units of 1/√c.
                     let (along, square) = (dot(grad, &tangent), dot(&tangent, &tangent));
                     grad_c -= along / (2.0 * self.c);
                     for (grad, tangent) in grad.iter_mut().zip(&tangent) {
@@ -484,7 +486,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     }
 }
 
-/// Visits every point of rows of `heads` points each, with its number.
+/// Visits every point in rows of `heads` points, with its number.
 fn for_each_point(
     points: &mut Array2<f64>,
     heads: usize,

@@ -1,5 +1,5 @@
-//! Points of the ball as a direction and a radius: in this form neither a small distance nor one far
-//! from the origin cancels.
+//! Points of the ball as a direction and a radius. In this form distances do not suffer from
+//! cancellation, neither small ones nor those far from the origin.
 
 use super::Coordinates;
 use crate::error::{Error, Result};
@@ -10,23 +10,23 @@ use crate::kernels::poincare::{Mass, Radius};
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
-/// A ball and the coordinates in it.
+/// A ball and its coordinates.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Space {
     /// Minus the curvature.
     pub(super) c: f64,
     pub(super) coordinates: Coordinates,
-    /// Tangent vectors of a larger radius stand for the point of this one.
+    /// Tangent vectors with a larger radius represent the point at this radius.
     pub(super) largest_radius: f64,
 }
 
-/// The radius R = √c d(0, x) of a point, in the forms in which it is needed; from its norm.
+/// The radius R = √c d(0, x) of a point in the required forms, computed from its norm.
 #[derive(Clone, Copy, Debug)]
 struct Node {
     norm: f64,
     /// e^{R/2} − 1.
     expm1: f64,
-    /// 1 − c|x|² of a point in the coordinates of the ball.
+    /// 1 − c|x|² of a point in ball coordinates.
     gap: f64,
 }
 
@@ -65,16 +65,16 @@ impl Node {
     }
 }
 
-/// All points of an array, and what the mechanism needs of them.
+/// All points of an array, in the form that the mechanism needs.
 pub(super) struct Polar<F> {
     nodes: Vec<Node>,
-    /// rows × heads · dim; 0 for the origin, NaN where a point is not finite.
+    /// rows × heads · dim; 0 for the origin, NaN if a point is not finite.
     pub(super) directions: Array2<F>,
     heads: usize,
 }
 
 impl Space {
-    /// Rows of `heads` points each.
+    /// Converts rows of `heads` points each.
     pub(super) fn polar<F: Float>(
         &self,
         what: &'static str,
@@ -95,7 +95,7 @@ impl Space {
             let mut norm = norm_of(x);
             let mut inverse = norm.recip();
             if norm.is_infinite() && all_finite(x) {
-                // Of vectors that are longer than any number.
+                // For vectors whose norm overflows.
                 let quarter =
                     norm_of(&x.iter().map(|&x| x * F::from_f64(0.25)).collect::<Vec<_>>());
                 (norm, inverse) = (f64::MAX, 0.25 / quarter);
@@ -125,7 +125,7 @@ impl Space {
                     let limit = root.recip();
                     return Err(Error::Domain { what: what.into(), row, norm, limit });
                 }
-                // e^{R/2} = (1 + √c|x|)/√gap, less 1 without cancellation.
+                // e^{R/2} = (1 + √c|x|)/√gap, minus 1 without cancellation.
                 let rho = root * norm;
                 let expm1 = (rho + rho * rho / (1.0 + gap.sqrt())) / gap.sqrt();
                 Ok(Node { norm, expm1, gap })
@@ -137,13 +137,13 @@ impl Space {
         }
     }
 
-    /// Whether a tangent vector of this norm stands for a shorter one.
+    /// Whether a tangent vector of this norm represents a shorter one.
     fn is_past_the_largest(&self, norm: f64) -> bool {
         self.c.sqrt() * norm > 0.5 * self.largest_radius
     }
 
-    /// The tangent vector that a tangent vector stands for, in its place, and the factor between them
-    /// where it is another one.
+    /// Replaces a tangent vector by the one that it represents; returns the factor between them if they
+    /// differ.
     pub(super) fn shorten(&self, tangent: &mut [f64]) -> Option<f64> {
         let norm = norm_of(tangent);
         if !self.is_past_the_largest(norm) || !all_finite(tangent) {
@@ -181,8 +181,8 @@ impl Space {
         }
     }
 
-    /// Adds the gradient of the points, and returns that of c, from those of their directions (but
-    /// for a factor) and radii.
+    /// Adds the gradient of the points and returns the gradient of c, given the gradients of their
+    /// directions (up to a factor) and radii.
     pub(super) fn vjp<F: Float>(
         &self,
         polar: &Polar<F>,
@@ -210,7 +210,7 @@ impl Space {
                 }
             };
             if node.norm.is_nan() {
-                // Nobody saw it, or its gradient is as little a number as the point.
+                // No query saw it, or its gradient is NaN like the point.
                 if grad_radius != 0.0 || h.iter().any(|&h| h != F::zero()) {
                     (0..dim).for_each(|c| add(c, f64::NAN));
                     grad_c = f64::NAN;
@@ -219,7 +219,7 @@ impl Space {
             }
             let [by_norm, by_c, ratio, half_sinh_ratio] = self.derivatives(*node);
             let along: f64 = u.iter().zip(h).map(|(u, h)| u.as_f64() * h.as_f64()).sum();
-            // u is a unit vector but for rounding, and at the origin there is no u at all.
+            // u is a unit vector except for rounding, and at the origin there is no u.
             let square: f64 = u.iter().map(|u| u.as_f64().powi(2)).sum();
             let along = if square == 0.0 { 0.0 } else { along / square };
             let (across, radial) = match factor {
@@ -237,8 +237,8 @@ impl Space {
     }
 }
 
-/// The factors that are still missing from the gradients of directions: sinh R / 2, sinh R, or R, with R's
-/// own gradient in them.
+/// The factors that are missing from the gradients of directions: sinh R / 2, sinh R, or R, including the
+/// gradient of R.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum DirectionFactor {
     HalfSinh,
@@ -247,7 +247,7 @@ pub(super) enum DirectionFactor {
 }
 
 impl<F: Float> Polar<F> {
-    /// Whether no point is farther from the origin than this.
+    /// Whether no point is farther from the origin than `radius`.
     pub(super) fn is_within(&self, radius: f64) -> bool {
         let largest = (0.5 * radius).exp_m1();
         self.nodes.iter().all(|node| node.norm.is_nan() || node.expm1 <= largest)
@@ -257,7 +257,7 @@ impl<F: Float> Polar<F> {
         self.nodes.iter().map(|node| node.for_logits()).collect()
     }
 
-    /// Zeros for points that are not finite.
+    /// Returns the masses for the sums, with zeros for points that are not finite.
     pub(super) fn for_sums(&self) -> Vec<Mass<F>> {
         let zero = F::zero();
         let none = Mass { expm1: zero, half_inverse: zero, sinh: zero, cosh: zero };
@@ -265,12 +265,12 @@ impl<F: Float> Polar<F> {
         self.nodes.iter().map(mass).collect()
     }
 
-    /// The vectors that are summed in the tangent space at the origin: R u.
+    /// Returns the vectors that are summed in the tangent space at the origin: R u.
     pub(super) fn tangents(&self) -> Result<Array2<F>> {
         self.scaled(|node| node.radius())
     }
 
-    /// The directions times a factor of their own.
+    /// Returns the directions, each times its factor.
     fn scaled(&self, factor: impl Fn(&Node) -> f64) -> Result<Array2<F>> {
         let mut scaled = try_zeros("points", self.directions.nrows(), self.directions.ncols())?;
         let dim = self.directions.ncols() / self.heads;
@@ -286,14 +286,14 @@ impl<F: Float> Polar<F> {
         Ok(scaled)
     }
 
-    /// sinh R u / 2, and zeros for points that are not finite.
+    /// Returns sinh R u / 2, with zeros for points that are not finite.
     pub(super) fn half_sinh_directions(&self) -> Result<Rows<'static, F>> {
         let mut rows = self.scaled(|node| node.half_sinh_and_cosh()[0])?;
         zero_nan(&mut rows);
         Ok(Rows::from(rows))
     }
 
-    /// \[sinh R u, sinh R, e^{−R}\] for each head.
+    /// Returns \[sinh R u, sinh R, e^{−R}\] for each head.
     pub(super) fn sums(&self) -> Result<Array2<F>> {
         let (rows, heads) = (self.directions.nrows(), self.heads);
         let dim = self.directions.ncols() / heads;
@@ -312,7 +312,7 @@ impl<F: Float> Polar<F> {
         Ok(sums)
     }
 
-    /// The directions, and zeros for points that are not finite.
+    /// Returns the directions, with zeros for points that are not finite.
     pub(super) fn finite_directions(&self) -> Result<Rows<'_, F>> {
         if self.nodes.iter().all(|node| node.norm.is_finite()) {
             return Rows::new("value", self.directions.view());
@@ -323,7 +323,7 @@ impl<F: Float> Polar<F> {
     }
 }
 
-/// Zeros for NaN.
+/// Replaces NaN by zeros.
 pub(super) fn zero_nan<F: Float>(array: &mut Array2<F>) {
     array.iter_mut().filter(|entry| entry.is_nan()).for_each(|entry| *entry = F::zero());
 }

@@ -1,4 +1,4 @@
-//! Inputs in `f32` with points so far out that only `f64` can compute with them.
+//! `f32` inputs with points so far out that they must be processed in `f64`.
 
 use super::Poincare;
 use crate::attention::{Attention, Saved};
