@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::mechanisms;
+use common::{mechanisms, refused};
 use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Axis};
 use graph_attention::ndarray::{Dimension, Ix1, Ix2, ShapeBuilder, s};
 use graph_attention::{
@@ -20,19 +20,6 @@ const HUGE: usize = usize::MAX / 8;
 /// Two queries, three keys, four edges.
 static GRAPH: LazyLock<Graph> =
     LazyLock::new(|| Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0), (0, 2)]).unwrap());
-
-/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
-/// say, separated by ` | `.
-#[track_caller]
-fn refused<T>(result: Result<T>, expected: &str) {
-    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
-    let (variant, words) = expected.split_once(" | ").unwrap();
-    let (debug, message) = (format!("{error:?}"), error.to_string());
-    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
-    for word in words.split(" | ") {
-        assert!(message.contains(word), "`{message}` does not say `{word}`");
-    }
-}
 
 /// One value in every place: any shape, without memory.
 fn fill<T>(value: &'static T, rows: usize, columns: usize) -> ArrayView2<'static, T> {

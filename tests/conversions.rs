@@ -19,6 +19,7 @@ mod petgraph {
     use ::petgraph::graphmap::{DiGraphMap, UnGraphMap};
     use ::petgraph::stable_graph::{StableDiGraph, StableUnGraph};
     use ::petgraph::visit::{EdgeFiltered, NodeFiltered, Reversed};
+    use approx::assert_abs_diff_eq;
     use graph_attention::ndarray::{Array2, ArrayView2, array};
     use graph_attention::{Attention, Flash, Graph, Inputs, Result};
 
@@ -49,7 +50,7 @@ mod petgraph {
         let logit = |key: usize, bias: f64| (x.row(1).dot(&x.row(key)) / 2f64.sqrt() + bias).exp();
         let [a, b, c] = [logit(3, 0.5), logit(3, 2.0), logit(0, -0.5)];
         let expected = (&x.row(3) * (a + b) + &x.row(0) * c) / (a + b + c);
-        assert!((&out.row(1) - &expected).iter().all(|error| error.abs() < 1e-14));
+        assert_abs_diff_eq!(out.row(1), expected, epsilon = 1e-14);
         assert_eq!(out.row(0), array![0.0, 0.0]);
         Ok(())
     }
@@ -174,6 +175,7 @@ mod petgraph {
 mod sprs {
     use super::pairs;
     use ::sprs::{CsMat, CsMatI, TriMat};
+    use approx::assert_abs_diff_eq;
     use graph_attention::ndarray::{Array2, ArrayView2};
     use graph_attention::{Attention, Error, Flash, Graph, Inputs, Result, ScaledDotProduct};
 
@@ -239,8 +241,7 @@ mod sprs {
         let (indptr, indices) = (matrix.proper_indptr().to_vec(), matrix.indices().to_vec());
         let weights = CsMat::new((3, 5), indptr, indices, weights);
         let out = Flash::new().forward(&inputs)?;
-        let difference = &weights * &value - &out;
-        assert!(difference.iter().all(|error| error.abs() < 1e-15), "{difference}");
+        assert_abs_diff_eq!(&weights * &value, out, epsilon = 1e-15);
         assert!(out.row(0).iter().all(|&x| x != 0.0) && out.row(1).iter().all(|&x| x == 0.0));
         Ok(())
     }

@@ -1,6 +1,11 @@
 //! What only `DualSpace` does: two kinds of neighbours, a branch that asks with the answer of another,
 //! and a fusion. The laws of every mechanism are in `conformance`.
 
+mod common;
+
+use common::close::{assert_close, assert_close_in_size};
+use common::random::{matrix, rng};
+use common::refused;
 use graph_attention::ndarray::{
     Array2, ArrayD, ArrayView1, ArrayView2, Axis, Ix1, Ix2, concatenate, s,
 };
@@ -13,17 +18,7 @@ use graph_attention::{
     edge_gat::Score,
     params,
 };
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
-
-fn rng(seed: u64) -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(seed)
-}
-
-fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
-    let mut rng = rng(seed);
-    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(&mut rng))
-}
+use rand::RngExt;
 
 /// Some two in seven of all pairs; query 3 has none.
 fn random_graph(num_queries: usize, num_keys: usize, seed: u64) -> Graph {
@@ -61,25 +56,10 @@ fn train(
     (out, grads)
 }
 
+/// Two computations in `f64` in another order.
 #[track_caller]
-fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
-    assert_eq!(actual.dim(), expected.dim());
-    let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for (actual, expected) in actual.iter().zip(expected) {
-        assert!((actual - expected).abs() <= 1e-13 * largest, "{actual} instead of {expected}");
-    }
-}
-
-/// The error of a call that is refused: its variant, and words of its message.
-#[track_caller]
-fn refused<T>(result: Result<T>, variant: &str, words: &[&str]) {
-    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {variant}"));
-    let (debug, message) = (format!("{error:?}"), error.to_string());
-    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
-    for word in words {
-        assert!(message.contains(word), "`{message}` does not say `{word}`");
-    }
+fn close(what: &str, actual: &Array2<f64>, expected: &Array2<f64>) {
+    assert_close_in_size(what, 1e-13, 1.0, actual, expected);
 }
 
 /// Softmax attention of each query over a list of keys, for several heads side by side.
@@ -141,7 +121,7 @@ fn outputs_are_those_of_the_equations() {
     };
 
     let dual = plain(&linear(5, heads * dim));
-    close(&dual.forward(&inputs).unwrap(), &fusion(&dual));
+    close("linear", &dual.forward(&inputs).unwrap(), &fusion(&dual));
 
     let dual = plain(&gated(heads * dim));
     let mut gates = fusion(&dual);
@@ -157,10 +137,10 @@ fn outputs_are_those_of_the_equations() {
     assert_eq!(gates.row(5).to_vec(), [1.0, 0.0, 0.0]);
     assert!((0..n).any(|i| near[i].is_empty() && !alike[i].is_empty()));
     assert!((0..n).any(|i| !near[i].is_empty() && !alike[i].is_empty()));
-    close(&dual.gates(&inputs).unwrap(), &gates);
+    close("gates", &dual.gates(&inputs).unwrap(), &gates);
     let gate = |branch| gates.slice(s![.., branch..branch + 1]);
     let expected = &of_graph * &gate(0) + &of_latent * &gate(1) + &cross * &gate(2);
-    close(&dual.forward(&inputs).unwrap(), &expected);
+    close("gated", &dual.forward(&inputs).unwrap(), &expected);
 }
 
 #[test]
@@ -187,15 +167,15 @@ fn a_fusion_that_takes_one_branch_is_that_mechanism_alone() {
         (0..5).for_each(|column| state[0].1[[column, 5 * branch + column]] = 1.0);
         params::load_state(&mut dual, state).unwrap();
         let (out, grads) = train(&dual, &inputs);
-        close(&out, expected);
+        close(&format!("out of branch {branch}"), &out, expected);
         let alone = match branch {
             0 => &grads_near,
             1 => &grads_alike,
             _ => continue,
         };
-        close(&grads.query, &alone.query);
-        close(&grads.key, &alone.key);
-        close(&grads.value, &alone.value);
+        close(&format!("query of branch {branch}"), &grads.query, &alone.query);
+        close(&format!("key of branch {branch}"), &grads.key, &alone.key);
+        close(&format!("value of branch {branch}"), &grads.value, &alone.value);
         let gradient_of = |prefix: &str| -> Vec<ArrayD<f64>> {
             let names = params::state(&dual).into_iter().map(|(name, _)| name);
             let of_branch = names.zip(&grads.params).filter(|(name, _)| name.starts_with(prefix));
@@ -203,7 +183,7 @@ fn a_fusion_that_takes_one_branch_is_that_mechanism_alone() {
         };
         let [own, other] = if branch == 0 { ["graph.", "latent."] } else { ["latent.", "graph."] };
         for (grad, expected) in gradient_of(own).iter().zip(&alone.params) {
-            assert!((grad - expected).iter().all(|difference| difference.abs() < 1e-12));
+            assert_close(own, 1e-12, grad, expected);
         }
         assert_eq!(gradient_of(own).len(), alone.params.len());
         assert!(gradient_of(other).iter().all(|grad| grad.iter().all(|&grad| grad == 0.0)));
@@ -381,10 +361,12 @@ fn selected_queries_get_the_answer_that_they_get_among_all() {
     let queries = [1, 4, 5, 9, 12, 18];
     let selected = inputs.select_queries(&queries).unwrap();
     let all = dual.forward(&inputs).unwrap();
-    close(&dual.forward(&selected.inputs()).unwrap(), &all.select(Axis(0), &queries));
+    let some = dual.forward(&selected.inputs()).unwrap();
+    close("some", &some, &all.select(Axis(0), &queries));
     let again = selected.inputs();
     let again = again.select_queries(&[0, 2, 5]).unwrap();
-    close(&dual.forward(&again.inputs()).unwrap(), &all.select(Axis(0), &[1, 5, 18]));
+    let fewer = dual.forward(&again.inputs()).unwrap();
+    close("some of some", &fewer, &all.select(Axis(0), &[1, 5, 18]));
 
     // Other latent neighbours than those selected, with other numbers.
     let everyone = Graph::from_mask(Array2::from_elem((queries.len(), n), true).view()).unwrap();
@@ -400,7 +382,8 @@ fn selected_queries_get_the_answer_that_they_get_among_all() {
     let moe = MoeConfig::new(4, 1).init(experts, &mut rng(4)).unwrap();
     let inputs = square(&x, &graph).with_causal();
     assert!(moe.route(&inputs).unwrap().shares().iter().all(|&share| share > 0.2));
-    close(&moe.forward(&inputs).unwrap(), &expert().forward(&inputs).unwrap());
+    let alone = expert().forward(&inputs).unwrap();
+    close("in a mixture", &moe.forward(&inputs).unwrap(), &alone);
 }
 
 #[test]
@@ -420,7 +403,7 @@ fn every_branch_drops_pairs_of_its_own() {
         params::load_state(&mut dual, state).unwrap();
         dual.forward(&inputs).unwrap()
     });
-    close(&outs[0], &uniform().forward(&inputs).unwrap());
+    close("graph", &outs[0], &uniform().forward(&inputs).unwrap());
     assert!(outs[0] != outs[1] && outs[1] != outs[2] && outs[0] != outs[2]);
 }
 
@@ -507,13 +490,13 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     assert_eq!(plain(&gated(4)).gates(&inputs), Err(missing.clone()));
     assert_eq!(plain(&gated(4)).latent_neighbors(&inputs), Err(missing));
     let no_gates = plain(&linear(4, 4)).gates(&latent);
-    refused(no_gates, "InvalidArgument", &["fusion: expected `Fusion::Gated`"]);
+    refused(no_gates, "InvalidArgument | fusion: expected `Fusion::Gated`");
     let init = |config: &DualSpaceConfig| {
         config.init::<f64>(Flash::new(), Flash::new(), Flash::new(), &mut rng(1))
     };
-    refused(init(&linear(0, 3)), "InvalidArgument", &["output_dim: expected at least 1, got 0"]);
-    refused(init(&gated(0)), "InvalidArgument", &["branch_dim: expected at least 1, got 0"]);
-    refused(init(&gated(usize::MAX)), "TooLarge", &["fusion weight"]);
+    refused(init(&linear(0, 3)), "InvalidArgument | output_dim: expected at least 1, got 0");
+    refused(init(&gated(0)), "InvalidArgument | branch_dim: expected at least 1, got 0");
+    refused(init(&gated(usize::MAX)), "TooLarge | fusion weight");
 
     // Branches of other sizes, and inner mechanisms that refuse.
     let dims = |dims: [usize; 3]| {
@@ -524,50 +507,50 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
         gated(4).init(graph, latent, cross, &mut rng(2)).unwrap()
     };
     for (wrong, name) in [([3, 4, 4], "graph"), ([4, 3, 4], "latent"), ([4, 4, 3], "cross")] {
-        let words = [&*format!("{name} (multi_head): output columns"), "[4], got [3]"];
-        refused(dims(wrong).forward(&latent), "Shape", &words);
+        let words = format!("Shape | {name} (multi_head): output columns | [4], got [3]");
+        refused(dims(wrong).forward(&latent), &words);
     }
     let with_heads = latent.with_heads(2).unwrap();
-    refused(dims([4; 3]).forward(&with_heads), "Unsupported", &["graph (multi_head)", "heads"]);
+    refused(dims([4; 3]).forward(&with_heads), "Unsupported | graph (multi_head) | heads");
     // The output of the graph branch is no query for keys of another size.
     let wide = matrix(5, 6, 2);
     let other_values = latent.with_arrays(x.view(), x.view(), wide.view()).unwrap();
-    let words = ["cross (flash): ", "[5, 4]", "[5, 6]"];
+    let words = "Shape | cross (flash):  | [5, 4] | [5, 6]";
     let flashes = init(&gated(6)).unwrap();
-    refused(flashes.forward(&other_values), "Shape", &words);
+    refused(flashes.forward(&other_values), words);
     let odd = || plain(&linear(3, 4));
     let odd = linear(2, 3).init(odd(), odd(), Flash::new(), &mut rng(2)).unwrap();
-    refused(odd.forward(&with_heads), "Heads", &["query of the cross branch", "2 heads", "got 3"]);
+    refused(odd.forward(&with_heads), "Heads | query of the cross branch | 2 heads | got 3");
     let far = Array2::from_elem((5, 4), 0.4);
     let ball = PoincareConfig::new().init().unwrap();
     let dual = gated(4).init(Flash::new(), Flash::new(), ball.clone(), &mut rng(4)).unwrap();
     assert!(dual.forward(&square(&far, &graph).with_latent(&graph).unwrap()).is_ok());
     let outside = dual.forward(&square(&(2.0 * &far), &graph).with_latent(&graph).unwrap());
-    refused(outside, "Domain", &["cross (poincare): value", "row 0"]);
+    refused(outside, "Domain | cross (poincare): value | row 0");
 
     // Searches that make no sense.
     let search = |search| plain(&gated(4)).with_search(search);
     let cosine = |k| LatentSearch::new(k, Metric::Cosine);
     let refused_search = search(cosine(2).threshold(f64::NAN)).forward(&inputs);
-    refused(refused_search, "InvalidArgument", &["threshold"]);
+    refused(refused_search, "InvalidArgument | threshold");
     let few = x.slice(s![..3, ..]);
     let other_nodes = Inputs::dense(few, x.view(), x.view()).unwrap();
-    refused(search(cosine(2)).forward(&other_nodes), "Shape", &["queries", "[5, 4]", "[3, 4]"]);
+    refused(search(cosine(2)).forward(&other_nodes), "Shape | queries | [5, 4] | [3, 4]");
     assert!(search(cosine(2).exclude_self(false)).forward(&other_nodes).is_ok());
     let narrow = x.slice(s![.., ..3]);
     let narrow = Inputs::graph(narrow, x.view(), x.view(), &graph).unwrap();
-    refused(search(cosine(2)).latent_neighbors(&narrow), "Shape", &["queries", "[5, 3]"]);
+    refused(search(cosine(2)).latent_neighbors(&narrow), "Shape | queries | [5, 3]");
     let index = ExactIndex::from_array(matrix(6, 4, 1), Metric::Dot).unwrap();
     let kept = search(LatentSearch::with_index(2, index)).forward(&inputs);
-    refused(kept, "Shape", &["keys of the index", "[5]", "[6]"]);
+    refused(kept, "Shape | keys of the index | [5] | [6]");
 
     // Another's saved state.
     let (out, saved) = plain(&linear(4, 4)).forward_train(&latent).unwrap();
     let other = plain(&gated(4)).backward(&latent, &saved, out.view());
-    refused(other, "Shape", &["saved gates"]);
+    refused(other, "Shape | saved gates");
     let small = matrix(3, 4, 1);
     let small_graph = Graph::window(3, 1).unwrap();
     let small = square(&small, &small_graph).with_latent(&small_graph).unwrap();
     let other = plain(&linear(4, 4)).backward(&small, &saved, out.slice(s![..3, ..]));
-    refused(other, "Shape", &["saved branches", "[3, 12]", "[5, 12]"]);
+    refused(other, "Shape | saved branches | [3, 12] | [5, 12]");
 }

@@ -1,7 +1,11 @@
 //! `EdgeGat` beyond the laws of every mechanism: what its scores can express and learn, what it
 //! refuses, its first parameters, precision, threads and memory.
 
-use allocation_counter::{AllocationInfo, measure};
+mod common;
+
+use common::close::{assert_close, assert_close_in_size};
+use common::random::{normal, rng};
+use common::{on_one_thread, refused};
 use graph_attention::ndarray::{
     Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
 };
@@ -12,17 +16,8 @@ use graph_attention::{
 };
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
 
 const SCORES: [Score; 3] = [Score::Gat, Score::GatV2, Score::DotProduct];
-
-fn seeded(seed: u64) -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(seed)
-}
-
-fn normal<F: Float>(rng: &mut Xoshiro256PlusPlus, rows: usize, columns: usize) -> Array2<F> {
-    Array2::from_shape_simple_fn((rows, columns), || F::from_f64(StandardNormal.sample(rng)))
-}
 
 fn permutation(rng: &mut Xoshiro256PlusPlus, len: usize) -> Vec<usize> {
     let mut numbers: Vec<usize> = (0..len).collect();
@@ -54,16 +49,16 @@ fn rankings(gat: &EdgeGat<f64>, inputs: &Inputs<'_, f64>) -> Vec<Vec<Vec<usize>>
 /// All rankings of many draws of parameters and inputs, with and without shared weights and edge
 /// features, dense and on a complete graph.
 fn rankings_of_draws(score: Score) -> Vec<Vec<Vec<usize>>> {
-    let (mut rng, graph) = (seeded(1), complete(7, 6));
+    let (mut rng, graph) = (rng(1), complete(7, 6));
     let mut all = Vec::new();
     for draw in 0..100 {
         let edge_dim = if draw % 2 == 0 { 3 } else { 0 };
         let shared = score != Score::DotProduct && draw % 4 < 2;
         let config = EdgeGatConfig::new(score, 5, 4, 3).share_weights(shared).edge_dim(edge_dim);
         let gat = config.init(&mut rng).unwrap();
-        let (query, key) = (normal(&mut rng, 7, 5), normal(&mut rng, 6, 5));
+        let (query, key) = (normal(7, 5, &mut rng), normal(6, 5, &mut rng));
         // The same for all edges.
-        let feature = normal(&mut rng, 1, edge_dim);
+        let feature = normal(1, edge_dim, &mut rng);
         let features = feature.broadcast((7 * 6, edge_dim)).unwrap();
         for inputs in [
             Inputs::dense(query.view(), key.view(), key.view()).unwrap(),
@@ -147,7 +142,7 @@ fn all_permutations(k: usize) -> Vec<Vec<usize>> {
 
 #[test]
 fn gat_v2_by_hand_looks_up_any_dictionary() {
-    let mut rng = seeded(2);
+    let mut rng = rng(2);
     let some = (0..50).map(|_| permutation(&mut rng, 10)).collect::<Vec<_>>();
     let all = all_permutations(4);
     assert_eq!(all.len(), 24);
@@ -255,7 +250,7 @@ impl Dictionaries {
 impl Model {
     fn new(k: usize, score: Score, head_dim: usize, heads: usize) -> Self {
         let config = EdgeGatConfig::new(score, k, head_dim, heads).key_dim(2 * k);
-        let mut rng = seeded(3);
+        let mut rng = rng(3);
         let gat = config.init(&mut rng).unwrap();
         let bound = (6.0 / (k + head_dim * heads) as f32).sqrt();
         let uniform = || rng.random_range(-bound..bound);
@@ -293,7 +288,7 @@ impl Model {
 
     /// Trains on new dictionaries at every step; the accuracy on a thousand others.
     fn train(&mut self, steps: usize) -> f64 {
-        let (mut rng, mut adam) = (seeded(4), Adam::default());
+        let (mut rng, mut adam) = (rng(4), Adam::default());
         let k = self.bias.len();
         let training = Dictionaries::new(k, 32);
         for step in 0..steps {
@@ -333,21 +328,8 @@ fn a_head_of_gat_v2_learns_to_look_up_and_one_of_gat_cannot() {
 
 // What is refused.
 
-/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
-/// say, separated by ` | `.
-#[track_caller]
-fn refused<T>(result: Result<T>, expected: &str) {
-    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
-    let (variant, words) = expected.split_once(" | ").unwrap();
-    let (debug, message) = (format!("{error:?}"), error.to_string());
-    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
-    for word in words.split(" | ") {
-        assert!(message.contains(word), "`{message}` does not say `{word}`");
-    }
-}
-
 fn init(config: &EdgeGatConfig) -> Result<EdgeGat<f64>> {
-    config.init(&mut seeded(5))
+    config.init(&mut rng(5))
 }
 
 #[test]
@@ -577,7 +559,7 @@ fn gradients_and_states_that_do_not_fit() {
 fn weights_are_drawn_from_the_whole_of_glorots_interval() {
     for score in SCORES {
         let config = EdgeGatConfig::new(score, 60, 50, 4).edge_dim(30).residual(true).gate(true);
-        let of_seed = |seed| params::state(&config.init::<f64>(&mut seeded(seed)).unwrap());
+        let of_seed = |seed| params::state(&config.init::<f64>(&mut rng(seed)).unwrap());
         let (one, two) = (of_seed(1), of_seed(2));
         assert_eq!(one, of_seed(1));
         for ((name, value), (_, other)) in one.iter().zip(&two) {
@@ -627,26 +609,15 @@ fn arrays_of_training<F: Float>(
         .collect()
 }
 
-/// The difference relative to the largest number of an array.
-#[track_caller]
-fn assert_close(what: &str, tolerance: f64, actual: &ArrayD<f64>, expected: &ArrayD<f64>) {
-    assert_eq!(actual.shape(), expected.shape(), "{what}");
-    let largest = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for error in actual - expected {
-        assert!(error.abs() < tolerance * largest, "{what}: {error:e} of {largest:e}");
-    }
-}
-
 #[test]
 fn single_precision_agrees_with_double() {
-    let mut rng = seeded(6);
+    let mut rng = rng(6);
     let n = 200;
     let edges = (0..10 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n)));
     let graph = Graph::from_edges(n, n, edges.collect::<Vec<_>>()).unwrap();
     // Exact in both.
-    let nodes = normal::<f32>(&mut rng, n, 10);
-    let features = normal::<f32>(&mut rng, graph.num_edges(), 3);
+    let nodes = normal::<f32>(n, 10, &mut rng);
+    let features = normal::<f32>(graph.num_edges(), 3, &mut rng);
     let [nodes_f64, features_f64] = [&nodes, &features].map(|array| array.mapv(f64::from));
     let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)
         .and_then(|inputs| inputs.with_edge_features(features.view()))
@@ -666,12 +637,13 @@ fn single_precision_agrees_with_double() {
         {
             // A constant added to all logits changes nothing: that gradient is 0 but for rounding.
             if score == Score::DotProduct && name == "lin_key.bias" {
-                assert!(expected.iter().all(|x| x.abs() < 1e-9));
-                assert!(actual.iter().all(|x| x.abs() < 1e-2));
+                let zeros = ArrayD::<f64>::zeros(expected.raw_dim());
+                assert_close("in f64", 1e-9, expected, &zeros);
+                assert_close("in f32", 1e-2, &actual.mapv(f64::from), &zeros);
                 continue;
             }
-            let what = format!("{score:?}, {name}");
-            assert_close(&what, 1e-5, &actual.mapv(f64::from), expected);
+            let what = format_args!("{score:?}, {name}");
+            assert_close_in_size(what, 1e-5, 0.0, &actual.mapv(f64::from), expected);
         }
     }
 }
@@ -688,7 +660,7 @@ struct Hubs {
 
 impl Hubs {
     fn new() -> Self {
-        let (mut rng, n) = (seeded(7), 40_000);
+        let (mut rng, n) = (rng(7), 40_000);
         let mut edges: Vec<(usize, usize)> =
             (0..n).map(|_| (rng.random_range(0..n), rng.random_range(0..n))).collect();
         edges.extend((0..n).flat_map(|i| [(0, i), (i, 1)]));
@@ -697,8 +669,8 @@ impl Hubs {
         order.sort_by_key(|&edge| edges[edge]);
         let sorted = order.iter().map(|&edge| edges[edge]).collect::<Vec<_>>();
         Self {
-            nodes: normal(&mut rng, n, 6),
-            features: normal(&mut rng, edges.len(), 3),
+            nodes: normal(n, 6, &mut rng),
+            features: normal(edges.len(), 3, &mut rng),
             graph: Graph::from_edges(n, n, edges).unwrap(),
             order,
             sorted: Graph::from_edges(n, n, sorted).unwrap(),
@@ -726,13 +698,14 @@ fn the_order_of_the_edges_does_not_matter() {
         let mixed = arrays_of_training(&gat, &hubs.inputs(&hubs.graph, &hubs.features));
         let sorted = arrays_of_training(&gat, &hubs.inputs(&hubs.sorted, &features));
         for ((name, mixed), (_, sorted)) in mixed.iter().zip(&sorted) {
-            let what = format!("{score:?}, {name}");
+            let what = format_args!("{score:?}, {name}");
             if name == "features" {
-                assert_close(&what, 1e-10, &mixed.select(Axis(0), &hubs.order), sorted);
+                let mixed = mixed.select(Axis(0), &hubs.order);
+                assert_close_in_size(what, 1e-10, 0.0, &mixed, sorted);
             } else if score == Score::DotProduct && name == "lin_key.bias" {
-                assert!((mixed - sorted).iter().all(|x| x.abs() < 1e-8), "{what}");
+                assert_close(what, 1e-8, mixed, sorted);
             } else {
-                assert_close(&what, 1e-10, mixed, sorted);
+                assert_close_in_size(what, 1e-10, 0.0, mixed, sorted);
             }
         }
     }
@@ -756,17 +729,6 @@ fn one_two_and_seven_threads_give_the_same_bits() {
 
 // Memory.
 
-/// The allocator counts thread by thread, so all the work must be on one.
-fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
-    #[cfg(feature = "parallel")]
-    {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        pool.install(|| measure(run))
-    }
-    #[cfg(not(feature = "parallel"))]
-    measure(run)
-}
-
 /// Nodes of the graphs below.
 const N: usize = 1000;
 const HEADS: usize = 2;
@@ -775,7 +737,7 @@ const EDGE_DIM: usize = 3;
 /// Peak bytes beside inputs and outputs, of inference and of training, on a graph of such a degree
 /// whose edges come query by query or in no order.
 fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
-    let mut rng = seeded(8);
+    let mut rng = rng(8);
     let mut edges: Vec<_> =
         (0..N * degree).map(|at| (at / degree, rng.random_range(0..N))).collect();
     if !is_sorted {
@@ -786,7 +748,7 @@ fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
     let _ = graph.transpose();
     let config = EdgeGatConfig::new(score, 8, 16, HEADS).edge_dim(EDGE_DIM);
     let gat = config.init::<f32>(&mut rng).unwrap();
-    let (nodes, features) = (normal(&mut rng, N, 8), normal(&mut rng, N * degree, EDGE_DIM));
+    let (nodes, features) = (normal(N, 8, &mut rng), normal(N * degree, EDGE_DIM, &mut rng));
     let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)
         .and_then(|inputs| inputs.with_edge_features(features.view()))
         .unwrap();

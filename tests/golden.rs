@@ -2,9 +2,9 @@
 
 mod common;
 
-use graph_attention::ndarray::{
-    Array, Array2, ArrayD, ArrayView, Axis, Dimension, Ix2, Ix3, IxDyn,
-};
+use common::close::assert_close_in_size;
+use common::golden::{array, dynamic, size};
+use graph_attention::ndarray::{Array, Array2, Axis, Ix2, Ix3};
 use graph_attention::{
     Attention, Causal, EdgeGatConfig, Flash, Graph, Inputs, LoopFill, MultiHeadConfig,
     ScaledDotProduct, edge_gat::Score, params,
@@ -23,22 +23,6 @@ fn pyg() -> Value {
     serde_json::from_str(include_str!("golden/pyg_conv.json")).unwrap()
 }
 
-fn dynamic(value: &Value) -> ArrayD<f64> {
-    let shape: Vec<usize> =
-        value["shape"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize).collect();
-    let number = |n: &Value| n.as_f64().unwrap_or_else(|| n.as_str().unwrap().parse().unwrap());
-    let data = value["data"].as_array().unwrap().iter().map(number).collect();
-    Array::from_shape_vec(IxDyn(&shape), data).unwrap()
-}
-
-fn array<D: Dimension>(value: &Value) -> Array<f64, D> {
-    dynamic(value).into_dimensionality().unwrap()
-}
-
-fn size(value: &Value) -> usize {
-    value.as_u64().unwrap() as usize
-}
-
 /// heads × queries × keys, as PyTorch has it, becomes pairs × heads.
 fn by_pair(array: Array<f64, Ix3>) -> Array2<f64> {
     let (heads, queries, keys) = array.dim();
@@ -47,8 +31,8 @@ fn by_pair(array: Array<f64, Ix3>) -> Array2<f64> {
 
 /// A bias or its gradient, of either form.
 fn bias(value: &Value) -> Array2<f64> {
-    match dynamic(value).ndim() {
-        2 => array::<Ix2>(value),
+    match dynamic::<f64>(value).ndim() {
+        2 => array::<f64, Ix2>(value),
         _ => by_pair(array(value)),
     }
 }
@@ -60,21 +44,7 @@ fn edges(value: &Value) -> Vec<(usize, usize)> {
 }
 
 fn mask(value: &Value) -> Option<Array2<bool>> {
-    (!value.is_null()).then(|| array::<Ix2>(value).mapv(|n| n == 1.0))
-}
-
-fn assert_close<D: Dimension>(
-    what: &str,
-    tolerance: f64,
-    actual: ArrayView<'_, f64, D>,
-    expected: ArrayView<'_, f64, D>,
-) {
-    assert_eq!(actual.shape(), expected.shape(), "{what}");
-    let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for (a, b) in actual.iter().zip(expected) {
-        assert!((a - b).abs() <= tolerance * largest, "{what}: {a:e} instead of {b:e}");
-    }
+    (!value.is_null()).then(|| array::<f64, Ix2>(value).mapv(|n| n == 1.0))
 }
 
 #[test]
@@ -86,7 +56,7 @@ fn scaled_dot_product_attention_of_pytorch() {
     for case in cases {
         let name = case["name"].as_str().unwrap();
         let [query, key, value, grad_out, out] =
-            ["query", "key", "value", "grad_out", "out"].map(|name| array::<Ix2>(&case[name]));
+            ["query", "key", "value", "grad_out", "out"].map(|name| array::<f64, Ix2>(&case[name]));
         let mask = mask(&case["mask"]);
         let logits = (!case["bias"].is_null()).then(|| bias(&case["bias"]));
         let mut inputs = Inputs::dense(query.view(), key.view(), value.view())
@@ -123,23 +93,24 @@ fn scaled_dot_product_attention_of_pytorch() {
         for attention in [&plain as &dyn Attention<f64>, &flash] {
             let what = |array| format!("{name}, {}, {array}", attention.name());
             let (ours, saved) = attention.forward_train(&inputs).unwrap();
-            assert_close(&what("out"), tolerance, ours.view(), out.view());
+            assert_close_in_size(what("out"), tolerance, 1.0, &ours, &out);
             let grads = attention.backward(&inputs, &saved, grad_out.view()).unwrap();
             for (array_name, grad) in [
                 ("grad_query", &grads.query),
                 ("grad_key", &grads.key),
                 ("grad_value", &grads.value),
             ] {
-                let expected = array::<Ix2>(&case[array_name]);
-                assert_close(&what(array_name), tolerance, grad.view(), expected.view());
+                let expected = array::<f64, Ix2>(&case[array_name]);
+                assert_close_in_size(what(array_name), tolerance, 1.0, grad, &expected);
             }
             assert_eq!(grads.bias.is_some(), logits.is_some());
             if let Some(grad) = &grads.bias {
-                assert_close(
-                    &what("grad_bias"),
+                assert_close_in_size(
+                    what("grad_bias"),
                     tolerance,
-                    grad.view(),
-                    bias(&case["grad_bias"]).into_dyn().view(),
+                    1.0,
+                    grad,
+                    &bias(&case["grad_bias"]).into_dyn(),
                 );
             }
         }
@@ -155,7 +126,7 @@ fn multihead_attention_of_pytorch_loads_by_name() {
     for case in cases {
         let name = case["name"].as_str().unwrap();
         let [query, key, value, grad_out, out] =
-            ["query", "key", "value", "grad_out", "out"].map(|name| array::<Ix2>(&case[name]));
+            ["query", "key", "value", "grad_out", "out"].map(|name| array::<f64, Ix2>(&case[name]));
         let mask = mask(&case["mask"]);
         let logits = (!case["attn_bias"].is_null()).then(|| bias(&case["attn_bias"]));
         let mut inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
@@ -182,10 +153,10 @@ fn multihead_attention_of_pytorch_loads_by_name() {
         ] {
             let what = |array: &str| format!("{name}, {array}");
             let (ours, saved) = attention.forward_train(&inputs).unwrap();
-            assert_close(&what("out"), TOLERANCE, ours.view(), out.view());
+            assert_close_in_size(what("out"), TOLERANCE, 1.0, &ours, &out);
             let weights = attention.attention_weights(&inputs).unwrap();
             let expected = by_pair(array(&case["weights"]));
-            assert_close(&what("weights"), TOLERANCE, weights.view(), expected.view());
+            assert_close_in_size(what("weights"), TOLERANCE, 1.0, &weights, &expected);
 
             let grads = attention.backward(&inputs, &saved, grad_out.view()).unwrap();
             for (array_name, grad) in [
@@ -193,14 +164,14 @@ fn multihead_attention_of_pytorch_loads_by_name() {
                 ("grad_key", &grads.key),
                 ("grad_value", &grads.value),
             ] {
-                let expected = array::<Ix2>(&case[array_name]);
-                assert_close(&what(array_name), TOLERANCE, grad.view(), expected.view());
+                let expected = array::<f64, Ix2>(&case[array_name]);
+                assert_close_in_size(what(array_name), TOLERANCE, 1.0, grad, &expected);
             }
             let names = params::state(&*attention);
             assert_eq!(names.len(), case["grad_params"].as_object().unwrap().len());
             for ((param, _), grad) in names.iter().zip(&grads.params) {
                 let expected = dynamic(&case["grad_params"][param]);
-                assert_close(&what(param), TOLERANCE, grad.view(), expected.view());
+                assert_close_in_size(what(param), TOLERANCE, 1.0, grad, &expected);
             }
         }
     }
@@ -243,7 +214,8 @@ fn graph_convolutions_of_pyg_load_by_name() {
         if let Some(slope) = case["negative_slope"].as_f64() {
             config = config.negative_slope(slope);
         }
-        let edge_attr = (!case["edge_attr"].is_null()).then(|| array::<Ix2>(&case["edge_attr"]));
+        let edge_attr =
+            (!case["edge_attr"].is_null()).then(|| array::<f64, Ix2>(&case["edge_attr"]));
         if let Some(edge_attr) = &edge_attr {
             config = config.edge_dim(edge_attr.ncols());
         }
@@ -261,9 +233,9 @@ fn graph_convolutions_of_pyg_load_by_name() {
         let gat = config.from_params(state.iter().map(|(n, value)| (n, dynamic(value)))).unwrap();
         let what = |array: &str| format!("{name}, {array}");
         let (ours, saved) = gat.forward_train(&inputs).unwrap();
-        assert_close(&what("out"), TOLERANCE, ours.view(), array::<Ix2>(&case["out"]).view());
+        assert_close_in_size(what("out"), TOLERANCE, 1.0, &ours, &array::<f64, Ix2>(&case["out"]));
         let weights = gat.attention_weights(&inputs).unwrap();
-        assert_close(&what("alpha"), TOLERANCE, weights.view(), array(&case["alpha"]).view());
+        assert_close_in_size(what("alpha"), TOLERANCE, 1.0, &weights, &array(&case["alpha"]));
 
         let grad_out: Array2<f64> = array(&case["grad_out"]);
         let grads = gat.backward(&inputs, &saved, grad_out.view()).unwrap();
@@ -271,23 +243,23 @@ fn graph_convolutions_of_pyg_load_by_name() {
         let of_source = &grads.key + &grads.value;
         if expected["x_dst"].is_null() {
             let sum = &of_source + &grads.query;
-            assert_close(&what("x"), TOLERANCE, sum.view(), array(&expected["x_src"]).view());
+            assert_close_in_size(what("x"), TOLERANCE, 1.0, &sum, &array(&expected["x_src"]));
         } else {
             let grad = array(&expected["x_src"]);
-            assert_close(&what("x_src"), TOLERANCE, of_source.view(), grad.view());
+            assert_close_in_size(what("x_src"), TOLERANCE, 1.0, &of_source, &grad);
             let grad = array(&expected["x_dst"]);
-            assert_close(&what("x_dst"), TOLERANCE, grads.query.view(), grad.view());
+            assert_close_in_size(what("x_dst"), TOLERANCE, 1.0, &grads.query, &grad);
         }
         assert_eq!(grads.edge_features.is_some(), edge_attr.is_some());
         if let Some(grad) = &grads.edge_features {
             let expected = array(&expected["edge_attr"]);
-            assert_close(&what("edge_attr"), TOLERANCE, grad.view(), expected.view());
+            assert_close_in_size(what("edge_attr"), TOLERANCE, 1.0, grad, &expected);
         }
         let params = params::state(&gat);
         assert_eq!(params.len(), grads.params.len());
         for ((param, _), grad) in params.iter().zip(&grads.params) {
             let expected = dynamic(&expected["params"][param]);
-            assert_close(&what(param), TOLERANCE, grad.view(), expected.view());
+            assert_close_in_size(what(param), TOLERANCE, 1.0, grad, &expected);
         }
     }
 }
@@ -312,6 +284,6 @@ fn self_loops_are_those_of_pyg() {
         let (looped, features) = graph.with_self_loops_and_features(features.view(), fill).unwrap();
         assert_eq!(looped, expected, "{name}");
         let expected = array(&case["out_edge_attr"]);
-        assert_close(name, TOLERANCE, features.view(), expected.view());
+        assert_close_in_size(name, TOLERANCE, 1.0, &features, &expected);
     }
 }

@@ -1,5 +1,11 @@
 //! Rotary embeddings: the answers of their peers (`tests/golden/graph_rope.py`), and their laws.
 
+mod common;
+
+use approx::{assert_abs_diff_eq, assert_relative_eq};
+use common::close::{assert_close, assert_close_in_size};
+use common::golden::{dynamic, size};
+use common::random::{matrix, rng};
 use graph_attention::ndarray::{
     Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, array, s,
 };
@@ -10,8 +16,7 @@ use graph_attention::{
     PerformerConfig, Result, Saved, ScaledDotProduct, dual_space::Fusion, graph_rope::Layout,
     params,
 };
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use rand::RngExt;
 use serde_json::Value;
 
 const LAYOUTS: [Layout; 2] = [Layout::Interleaved, Layout::Half];
@@ -20,49 +25,25 @@ fn golden() -> Value {
     serde_json::from_str(include_str!("golden/graph_rope.json")).unwrap()
 }
 
-fn size(value: &Value) -> usize {
-    value.as_u64().unwrap() as usize
-}
-
-/// A matrix; a vector is one column.
-fn matrix(value: &Value) -> Array2<f64> {
-    let columns = value["shape"].get(1).map_or(1, size);
-    let data = value["data"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap());
-    Array2::from_shape_vec((size(&value["shape"][0]), columns), data.collect()).unwrap()
-}
-
-fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(&mut rng))
+/// A matrix of the golden answers; a vector is one column.
+fn golden_matrix(value: &Value) -> Array2<f64> {
+    let array = dynamic(value);
+    let array = if array.ndim() == 1 { array.insert_axis(Axis(1)) } else { array };
+    array.into_dimensionality().unwrap()
 }
 
 /// Positions of which every shift is exact: multiples of 1/64.
 fn positions(rows: usize, axes: usize, seed: u64) -> Array2<f64> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let mut rng = rng(seed);
     Array2::from_shape_simple_fn((rows, axes), || f64::from(rng.random_range(-640..640)) / 64.0)
 }
 
 #[track_caller]
-fn assert_close(
-    what: &str,
-    tolerance: f64,
-    actual: ArrayView2<'_, f64>,
-    expected: ArrayView2<'_, f64>,
-) {
-    assert_eq!(actual.dim(), expected.dim(), "{what}");
-    let largest = expected.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for (a, b) in actual.iter().zip(expected) {
-        assert!((a - b).abs() <= tolerance * largest, "{what}: {a:e} instead of {b:e}");
-    }
-}
-
-#[track_caller]
-fn assert_gradients_close(tolerance: f64, a: &Gradients<f64>, b: &Gradients<f64>) {
-    for (what, a, b) in
+fn assert_gradients_close(what: &str, tolerance: f64, a: &Gradients<f64>, b: &Gradients<f64>) {
+    for (array, a, b) in
         [("query", &a.query, &b.query), ("key", &a.key, &b.key), ("value", &a.value, &b.value)]
     {
-        assert_close(what, tolerance, a.view(), b.view());
+        assert_close_in_size(format_args!("{what}, {array}"), tolerance, 1.0, a, b);
     }
 }
 
@@ -145,7 +126,8 @@ fn peers_agree() {
             _ => Layout::Interleaved,
         };
         let [query, key, value, grad_out, frequencies] =
-            ["query", "key", "value", "grad_out", "frequencies"].map(|name| matrix(&case[name]));
+            ["query", "key", "value", "grad_out", "frequencies"]
+                .map(|name| golden_matrix(&case[name]));
         let config = GraphRopeConfig::new(size(&case["head_dim"]), layout)
             .rotary_dim(size(&case["rotary_dim"]))
             .learnable(true);
@@ -163,13 +145,13 @@ fn peers_agree() {
         let ropes: Vec<Box<dyn Attention<f64>>>;
         let (distances, query_at, key_at);
         if case["distances"].is_null() {
-            query_at = matrix(&case["query_positions"]);
-            key_at = matrix(&case["key_positions"]);
+            query_at = golden_matrix(&case["query_positions"]);
+            key_at = golden_matrix(&case["key_positions"]);
             inputs = inputs.with_positions(query_at.view(), key_at.view()).unwrap();
             let plain = config.init(ScaledDotProduct::new()).unwrap();
             ropes = vec![Box::new(config.init(Flash::new()).unwrap()), Box::new(plain)];
         } else {
-            distances = matrix(&case["distances"]);
+            distances = golden_matrix(&case["distances"]);
             inputs = inputs.with_distances(distances.column(0)).unwrap();
             ropes = vec![Box::new(config.init_edges().unwrap())];
             with_distances += 1;
@@ -177,9 +159,9 @@ fn peers_agree() {
         for rope in ropes {
             let what = |array: &str| format!("{}, {}, {array}", case["name"], rope.name());
             let own = params::state(&rope)[0].1.clone().into_dimensionality().unwrap();
-            assert_close(&what("frequencies"), 1e-15, own.view(), frequencies.view());
+            assert_close_in_size(what("frequencies"), 1e-15, 1.0, &own, &frequencies);
             let (out, saved) = rope.forward_train(&inputs).unwrap();
-            assert_close(&what("out"), TOLERANCE, out.view(), matrix(&case["out"]).view());
+            assert_close_in_size(what("out"), TOLERANCE, 1.0, &out, &golden_matrix(&case["out"]));
             let grads = rope.backward(&inputs, &saved, grad_out.view()).unwrap();
             let grad_frequencies = grads.params[0].clone().into_dimensionality().unwrap();
             let grad_distances = grads.distances.map(|grad| grad.insert_axis(Axis(1)));
@@ -192,7 +174,7 @@ fn peers_agree() {
             .into_iter()
             .chain(grad_distances.as_ref().map(|grad| ("grad_distances", grad)))
             {
-                assert_close(&what(name), TOLERANCE, grad.view(), matrix(&case[name]).view());
+                assert_close_in_size(what(name), TOLERANCE, 1.0, grad, &golden_matrix(&case[name]));
             }
         }
     }
@@ -209,10 +191,8 @@ fn angles_are_exact_however_large() {
         for layout in LAYOUTS {
             let config = GraphRopeConfig::new(2, layout).frequencies(array![[frequency]]);
             let out = rotated(&config, &array![[1.0, 0.0]], &array![[position]], 1);
-            for error in [out[[0, 0]] - cos, out[[0, 1]] - sin] {
-                let is_close = error.abs() <= 2.0 * f64::EPSILON;
-                assert!(is_close, "{frequency} · {position}: {error:e}");
-            }
+            let what = format_args!("{frequency} · {position}, {layout:?}");
+            assert_close(what, 2.0 * f64::EPSILON, &out, &array![[cos, sin]]);
         }
     }
 }
@@ -220,8 +200,8 @@ fn angles_are_exact_however_large() {
 #[test]
 fn norms_are_kept_and_other_columns_too() {
     let (n, heads, head_dim, rotary_dim) = (13, 3, 11, 6);
-    let x = normal(n, heads * head_dim, 1);
-    let at = 1e4 * normal(n, 2, 2);
+    let x = matrix(n, heads * head_dim, 1);
+    let at = 1e4 * matrix(n, 2, 2);
     for layout in LAYOUTS {
         let config = GraphRopeConfig::new(head_dim, layout).rotary_dim(rotary_dim).axes(2);
         let out = rotated(&config, &x, &at, heads);
@@ -236,7 +216,7 @@ fn norms_are_kept_and_other_columns_too() {
                 };
                 for [a, b] in (0..rotary_dim / 2).map(pair) {
                     let (before, after) = (x[a].hypot(x[b]), y[a].hypot(y[b]));
-                    assert!((before - after).abs() < 1e-15 * (1.0 + before), "{before} {after}");
+                    assert_abs_diff_eq!(before, after, epsilon = 1e-15 * (1.0 + before));
                     assert!((x[a] - y[a]).abs() > 1e-6, "{} is not rotated", x[a]);
                 }
             }
@@ -250,8 +230,9 @@ fn frequencies_are_powers_of_the_base_split_among_the_axes() {
     let one = of(GraphRopeConfig::new(64, Layout::Half));
     // The exponent is −2p/d, not −4p/d.
     let lowest = 1.333_521_432_163_324e-4;
-    assert!((one[[0, 31]] / lowest - 1.0).abs() < 1e-14 && one[[0, 0]] == 1.0);
-    assert!((one[[0, 16]] / 1e-2 - 1.0).abs() < 1e-14);
+    assert_relative_eq!(one[[0, 31]], lowest, epsilon = 0.0, max_relative = 1e-14);
+    assert_relative_eq!(one[[0, 16]], 1e-2, epsilon = 0.0, max_relative = 1e-14);
+    assert_eq!(one[[0, 0]], 1.0);
     // Seven pairs, three axes: blocks of 3, 2 and 2.
     let three = of(GraphRopeConfig::new(16, Layout::Half).rotary_dim(14).axes(3).base(64.0));
     let expected = array![
@@ -259,16 +240,16 @@ fn frequencies_are_powers_of_the_base_split_among_the_axes() {
         [0.0, 0.0, 0.0, 1.0, 0.125, 0.0, 0.0],
         [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.125],
     ];
-    assert_close("blocks", 1e-15, three.view(), expected.view());
+    assert_close("blocks", 1e-15, &three, &expected);
 }
 
 #[test]
 fn shifting_all_positions_changes_nothing() {
     let (n, heads, head_dim) = (37, 2, 8);
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
-    let x = normal(n, heads * head_dim, 4);
+    let mut rng = rng(3);
+    let x = matrix(n, heads * head_dim, 4);
     let graph = Graph::from_edges(n, n, (0..9 * n).map(|e| (e % n, (e * e + e / n) % n))).unwrap();
-    let mixed = normal(2, head_dim / 2, 5);
+    let mixed = matrix(2, head_dim / 2, 5);
     let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
     for layout in LAYOUTS {
@@ -300,8 +281,9 @@ fn shifting_all_positions_changes_nothing() {
                     let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
                     let (shifted, shifted_grads) = train(&rope, &inputs);
                     // Required are 1e-11; angles that are rounded after multiplication reach 1e-10.
-                    assert_close("out", 1e-13, shifted.view(), out.view());
-                    assert_gradients_close(1e-13, &shifted_grads, &grads);
+                    let what = format!("{}, {axes} axes, {layout:?}, {shift:e}", rope.name());
+                    assert_close_in_size(&what, 1e-13, 1.0, &shifted, &out);
+                    assert_gradients_close(&what, 1e-13, &shifted_grads, &grads);
                 }
             }
         }
@@ -311,20 +293,20 @@ fn shifting_all_positions_changes_nothing() {
 #[test]
 fn shifts_change_nothing_in_f32_either() {
     let (n, head_dim) = (29, 64);
-    let x = normal(n, head_dim, 7).mapv(|x| x as f32);
+    let x = matrix(n, head_dim, 7).mapv(|x| x as f32);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let rope = GraphRopeConfig::new(head_dim, Layout::Half).init(Flash::new()).unwrap();
     let at = positions(n, 1, 8).mapv(|x| x as f32);
     let far = &at + 1e5;
     let [near, far] = [&at, &far]
         .map(|at| rope.forward(&inputs.with_positions(at.view(), at.view()).unwrap()).unwrap());
-    assert!((&near - &far).iter().all(|error| error.abs() < 1e-5), "{near} instead of {far}");
+    assert_abs_diff_eq!(near, far, epsilon = 1e-5);
 }
 
 #[test]
 fn without_distance_it_is_plain_attention() {
     let (n, heads, head_dim) = (23, 3, 6);
-    let [q, k, v] = [9, 10, 11].map(|seed| normal(n, heads * head_dim, seed));
+    let [q, k, v] = [9, 10, 11].map(|seed| matrix(n, heads * head_dim, seed));
     let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(heads).unwrap();
     let (out, grads) = train(&ScaledDotProduct::new(), &inputs);
     let zeros = Array1::zeros(n * n);
@@ -339,8 +321,8 @@ fn without_distance_it_is_plain_attention() {
         ];
         for (rope, inputs) in ropes {
             let (rope_out, rope_grads) = train(&rope, &inputs);
-            assert_close(rope.name(), 1e-14, rope_out.view(), out.view());
-            assert_gradients_close(1e-14, &rope_grads, &grads);
+            assert_close_in_size(rope.name(), 1e-14, 1.0, &rope_out, &out);
+            assert_gradients_close(rope.name(), 1e-14, &rope_grads, &grads);
         }
     }
 }
@@ -348,8 +330,8 @@ fn without_distance_it_is_plain_attention() {
 #[test]
 fn distances_that_are_differences_of_positions_are_positions() {
     let (n_q, n_k, heads, kv_heads, head_dim) = (31, 43, 4, 2, 10);
-    let q = normal(n_q, heads * head_dim, 12);
-    let [k, v] = [13, 14].map(|seed| normal(n_k, kv_heads * head_dim, seed));
+    let q = matrix(n_q, heads * head_dim, 12);
+    let [k, v] = [13, 14].map(|seed| matrix(n_k, kv_heads * head_dim, seed));
     let (query_at, key_at) = (positions(n_q, 1, 15), positions(n_k, 1, 16));
     let graph = Graph::from_edges(n_q, n_k, (0..200).map(|e| (e * 7 % n_q, e * e % n_k))).unwrap();
     let mut edges = vec![(0, 0); graph.num_edges()];
@@ -371,18 +353,14 @@ fn distances_that_are_differences_of_positions_are_positions() {
             let of_edges = config.init_edges().unwrap();
             let (out, grads) = train(&of_nodes, &inputs);
             let (edge_out, edge_grads) = train(&of_edges, &inputs);
-            assert_close("out", 1e-14, edge_out.view(), out.view());
-            assert_gradients_close(1e-13, &edge_grads, &grads);
+            let what = format!("{layout:?}, {} pairs", pairs.len());
+            assert_close_in_size(&what, 1e-14, 1.0, &edge_out, &out);
+            assert_gradients_close(&what, 1e-13, &edge_grads, &grads);
             let [a, b] = [&grads, &edge_grads].map(|grads| grads.params[0].clone());
-            let [a, b] = [a, b].map(|grad| grad.into_dimensionality().unwrap());
-            assert_close("frequencies", 1e-13, b.view(), a.view());
+            assert_close_in_size(format_args!("{what}, frequencies"), 1e-13, 1.0, &b, &a);
             let weights = of_nodes.attention_weights(&inputs).unwrap();
-            assert_close(
-                "weights",
-                1e-14,
-                of_edges.attention_weights(&inputs).unwrap().view(),
-                weights.view(),
-            );
+            let edge_weights = of_edges.attention_weights(&inputs).unwrap();
+            assert_close(format_args!("{what}, weights"), 1e-14, &edge_weights, &weights);
         }
     }
 }
@@ -390,15 +368,15 @@ fn distances_that_are_differences_of_positions_are_positions() {
 #[test]
 fn a_rotation_inside_a_rotation_turns_twice() {
     let (n, head_dim) = (17, 6);
-    let (x, at) = (normal(n, head_dim, 17), positions(n, 2, 18));
-    let theta = normal(2, head_dim / 2, 19);
+    let (x, at) = (matrix(n, head_dim, 17), positions(n, 2, 18));
+    let theta = matrix(2, head_dim / 2, 19);
     let config =
         |factor: f64| GraphRopeConfig::new(head_dim, Layout::Half).frequencies(factor * &theta);
     let nested = GraphRopeConfig::new(head_dim, Layout::Half).frequencies(theta.clone());
     let nested: GraphRope<f64, _> = nested.init(config(1.0).init(Show).unwrap()).unwrap();
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let out = nested.forward(&inputs.with_positions(at.view(), at.view()).unwrap()).unwrap();
-    assert_close("twice", 1e-14, out.view(), rotated(&config(2.0), &x, &at, 1).view());
+    assert_close_in_size("twice", 1e-14, 1.0, &out, &rotated(&config(2.0), &x, &at, 1));
 }
 
 /// The rows that hold a NaN, and whether all others are as they were.
@@ -417,7 +395,7 @@ fn rows_changed(out: &Array2<f64>, expected: &Array2<f64>) -> Vec<usize> {
 #[test]
 fn bad_positions_touch_the_rows_that_read_them() {
     let (n, head_dim) = (5, 4);
-    let [x, at] = [normal(n, head_dim, 20), positions(n, 1, 21)];
+    let [x, at] = [matrix(n, head_dim, 20), positions(n, 1, 21)];
     // Node 4 sees nothing, and nobody sees node 0.
     let graph = Graph::from_edges(n, n, [(0, 1), (0, 2), (1, 2), (2, 3), (3, 1), (3, 4)]).unwrap();
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
@@ -473,8 +451,8 @@ fn bad_positions_touch_the_rows_that_read_them() {
 #[test]
 fn what_nobody_reads_has_no_gradient_whatever_it_holds() {
     let head_dim = 4;
-    let key = normal(3, 2 * head_dim, 27);
-    let mut query = normal(2, 2 * head_dim, 28);
+    let key = matrix(3, 2 * head_dim, 27);
+    let mut query = matrix(2, 2 * head_dim, 28);
     // Query 1 sees nothing; the first head does not see key 0.
     query.row_mut(1).fill(f64::NAN);
     let graph = Graph::from_edges(2, 3, [(0, 0), (0, 1), (0, 2)]).unwrap();
@@ -509,7 +487,7 @@ fn what_nobody_reads_has_no_gradient_whatever_it_holds() {
 fn gradient_descent_finds_the_frequencies() {
     // Rotations to be learned from what they do.
     let (n, head_dim) = (31, 4);
-    let (x, at) = (normal(n, head_dim, 22), positions(n, 1, 23) / 4.0);
+    let (x, at) = (matrix(n, head_dim, 22), positions(n, 1, 23) / 4.0);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
     let config = |theta| GraphRopeConfig::new(head_dim, Layout::Half).frequencies(theta);
@@ -525,7 +503,7 @@ fn gradient_descent_finds_the_frequencies() {
         })
         .unwrap();
     }
-    assert_close("learned", 1e-3, rope.frequencies().view(), array![[0.8, 0.3]].view());
+    assert_abs_diff_eq!(rope.frequencies(), array![[0.8, 0.3]], epsilon = 1e-3);
 }
 
 #[test]
@@ -576,7 +554,7 @@ fn frequencies_that_are_not_learned_are_buffers() {
     let inner: GraphRope<f64, _> = config(1e4).init(Flash::new()).unwrap();
     let outer = config(100.0).learnable(true).init(inner).unwrap();
     let layer = MultiHeadConfig::new(4, 1).bias(false);
-    let layer = layer.init(outer, &mut Xoshiro256PlusPlus::seed_from_u64(5)).unwrap();
+    let layer = layer.init(outer, &mut rng(5)).unwrap();
     let state = params::state(&layer).into_iter().map(|(name, _)| name);
     let expected =
         ["in_proj_weight", "out_proj.weight", "inner.frequencies", "inner.inner.frequencies"];
@@ -619,7 +597,7 @@ fn bad_configurations_are_errors() {
 
 #[test]
 fn inputs_that_do_not_fit_are_errors() {
-    let x = normal(3, 8, 24);
+    let x = matrix(3, 8, 24);
     let at = positions(3, 1, 25);
     let two = positions(3, 2, 26);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
@@ -649,14 +627,14 @@ fn inputs_that_do_not_fit_are_errors() {
 /// Linear attention over rotated rows estimates exact attention over them.
 #[test]
 fn performer_inside_estimates_the_rotated_softmax() {
-    let [query, key, value] = [1, 2, 3].map(|seed| 0.4 * normal(23, 8, seed));
+    let [query, key, value] = [1, 2, 3].map(|seed| 0.4 * matrix(23, 8, seed));
     let at = positions(23, 1, 4);
     let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
     let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
     let rope = GraphRopeConfig::new(8, Layout::Half);
     let exact = rope.init(Flash::new()).unwrap().forward(&inputs).unwrap();
     let unrotated = Flash::new().forward(&inputs).unwrap();
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
+    let mut rng = rng(5);
     let performer = PerformerConfig::new(8, 20_000).init(&mut rng).unwrap();
     let estimate = rope.init(performer).unwrap().forward(&inputs).unwrap();
     let distance = |a: &Array2<f64>| (a - &exact).mapv(|x| x * x).sum().sqrt();
@@ -665,7 +643,7 @@ fn performer_inside_estimates_the_rotated_softmax() {
 
 #[test]
 fn positions_are_trained_inside_other_mechanisms() -> Result<()> {
-    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(31);
+    let rng = &mut rng(31);
     let config = GraphRopeConfig::new(4, Layout::Half).axes(2);
     let rope = || config.init::<f64, _>(Flash::new());
     let experts = (0..2).map(|_| Ok(Box::new(rope()?) as Box<dyn Attention<f64>>));

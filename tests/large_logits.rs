@@ -3,6 +3,9 @@
 
 mod common;
 
+use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
+use common::close::{assert_close, assert_close_in_size};
+use common::random::rng;
 use graph_attention::ndarray::{
     Array1, Array2, ArrayView1, ArrayView2, Axis, array, concatenate, s,
 };
@@ -11,12 +14,6 @@ use graph_attention::{
     MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
     edge_gat::Score, graph_rope::Layout, local_global::Window, params, performer::Features,
 };
-use rand::SeedableRng;
-use rand::rngs::Xoshiro256PlusPlus;
-
-fn rng() -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(1)
-}
 
 /// Entries between −1 and 1.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
@@ -27,7 +24,7 @@ fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
 
 /// The mechanisms whose output is a weighted mean of the values, for heads of 4 columns.
 fn means<F: Float>() -> Vec<Box<dyn Attention<F>>> {
-    let features = PerformerConfig::new(4, 16).init::<F>(&mut rng()).unwrap();
+    let features = PerformerConfig::new(4, 16).init::<F>(&mut rng(1)).unwrap();
     let rope: EdgeRope<F> = GraphRopeConfig::new(4, Layout::Half).init_edges().unwrap();
     let window = LocalGlobal::<F>::sliding_window(Window::new(9), Flash::new()).unwrap();
     vec![
@@ -65,14 +62,16 @@ fn check_one_bias<F: Float>(bias: f64, what: &str) -> Result<()> {
                 // Weights sum to 1 in every row, and so Σⱼ dvⱼ = Σᵢ gᵢ.
                 for column in grads.value.columns() {
                     let sum: f64 = column.iter().map(|grad| grad.as_f64()).sum();
-                    let error = sum / num_queries as f64 - 1.0;
-                    assert!(error.abs() < bound, "{case}: Σ dv off by {error:e}");
+                    let mean = sum / num_queries as f64;
+                    let is_one = abs_diff_eq!(mean, 1.0, epsilon = bound);
+                    assert!(is_one, "{case}: Σ dv is {mean} of Σ g");
                 }
                 let weights = mechanism.attention_weights(&inputs)?;
                 for query in 0..num_queries {
                     let pairs = inputs.row(query);
                     let sum: f64 = pairs.map(|pair| weights[[pair.index, 0]].as_f64()).sum();
-                    assert!((sum - 1.0).abs() < bound, "{case}: weights sum to {sum}");
+                    let is_one = abs_diff_eq!(sum, 1.0, epsilon = bound);
+                    assert!(is_one, "{case}: weights sum to {sum}");
                 }
             }
         }
@@ -121,9 +120,10 @@ fn weights_of_the_backward_pass_sum_to_one_for_any_products() -> Result<()> {
                         let ones = out.mapv(|_| F::one());
                         let grads = mechanism.backward(&inputs, &saved, ones.view())?;
                         let sum: f64 = grads.value.column(0).iter().map(|x| x.as_f64()).sum();
-                        let error = (sum / num_queries as f64 - 1.0).abs();
+                        let mean = sum / num_queries as f64;
                         let bound = 8.0 * F::epsilon().as_f64() * (num_keys as f64).sqrt();
-                        assert!(error < bound, "{}, {size:e}: {error:e}", mechanism.name());
+                        let is_one = abs_diff_eq!(mean, 1.0, epsilon = bound);
+                        assert!(is_one, "{}, {size:e}: {mean} of Σ g", mechanism.name());
                     }
                 }
             }
@@ -182,17 +182,16 @@ fn a_projected_mean_under_a_bias_has_its_gradients() -> Result<()> {
     let bias = Array2::from_elem((30, 30), -1e9f32);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_bias(bias.view())?;
     let config = MultiHeadConfig::new(8, 2);
-    let plain = config.init(ScaledDotProduct::new(), &mut rng())?;
-    let mut flash = config.init(Flash::new(), &mut rng())?;
+    let plain = config.init(ScaledDotProduct::new(), &mut rng(1))?;
+    let mut flash = config.init(Flash::new(), &mut rng(1))?;
     params::load_state(&mut flash, params::state(&plain))?;
     let run = |layer: &dyn Attention<f32>| {
         let (out, saved) = layer.forward_train(&inputs)?;
         Ok(layer.backward(&inputs, &saved, out.mapv(|_| 1.0).view())?.params)
     };
     let (expected, actual): (Vec<_>, Vec<_>) = (run(&plain)?, Result::Ok(run(&flash)?)?);
-    for (actual, expected) in actual.iter().zip(&expected) {
-        let size = expected.iter().fold(1.0, |size: f32, x| size.max(x.abs()));
-        assert!((actual - expected).iter().all(|error| error.abs() < 1e-5 * size));
+    for (param, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
+        assert_close_in_size(format_args!("parameter {param}"), 1e-5, 1.0, actual, expected);
     }
     Ok(())
 }
@@ -214,9 +213,10 @@ fn hyperbolic_weights_under_a_bias_are_equal_weights() -> Result<()> {
         };
         let expected = run(1e20, &inputs)?;
         let actual = run(1.0, &inputs.with_bias(bias.view())?)?;
-        for (actual, expected) in actual.iter().zip(&expected) {
-            let size = expected.iter().fold(0.0, |size: f32, x| size.max(x.abs()));
-            assert!((actual - expected).iter().all(|error| error.abs() < 1e-5 * size));
+        for (what, (actual, expected)) in ["out", "value"].iter().zip(actual.iter().zip(&expected))
+        {
+            let what = format_args!("{what} of {num_queries}");
+            assert_close_in_size(what, 1e-5, 0.0, actual, expected);
         }
     }
     Ok(())
@@ -243,9 +243,7 @@ fn the_lowest_number_everywhere_is_no_mask() -> Result<()> {
                     "performer" => mechanism.forward(&unbiased)?,
                     _ => Array2::from_shape_fn(out.raw_dim(), |(_, c)| mean[c]),
                 };
-                let error =
-                    (&out - &expected).iter().fold(0.0, |max: f64, x| max.max(x.as_f64().abs()));
-                assert!(error < 8.0 * F::epsilon().as_f64(), "{}: {out}", mechanism.name());
+                assert_close(mechanism.name(), 8.0 * F::epsilon().as_f64(), &out, &expected);
             }
             let poincare = PoincareConfig::new().init::<F>()?;
             assert!(poincare.forward(&inputs)?.iter().all(|&x| x != F::zero()));
@@ -293,7 +291,8 @@ fn shards_of_large_logits_merge() -> Result<()> {
     for logit in [0.0, 1e6, -1e9, 1e20, f32::MIN] {
         let merged = over(10, 1.0, logit)?.merge(&over(1000, 0.0, logit)?)?;
         let out = merged.out()[[0, 0]];
-        assert!((out / (10.0 / 1010.0) - 1.0).abs() < 1e-6, "{logit}: {out}");
+        let is_share = relative_eq!(out, 10.0 / 1010.0, epsilon = 0.0, max_relative = 1e-6);
+        assert!(is_share, "{logit}: {out}");
     }
     // Apart and put together again from its arrays, and in another order.
     let (a, b) = (over(10, 1.0, -1e9)?, over(1000, 0.0, -1e9)?);
@@ -308,7 +307,7 @@ fn edge_weights_of_large_logits_sum_to_one() -> Result<()> {
     let edges = [(0, 0), (0, 1), (0, 2)];
     let graph = Graph::from_edges(1, 3, edges)?;
     for score in [Score::Gat, Score::GatV2, Score::DotProduct] {
-        let gat = EdgeGatConfig::new(score, 2, 3, 2).edge_dim(1).init::<f32>(&mut rng())?;
+        let gat = EdgeGatConfig::new(score, 2, 3, 2).edge_dim(1).init::<f32>(&mut rng(1))?;
         for size in [1.0, 1.3e4, 1e6, 1e8] {
             let [query, key] = [(1, 1), (3, 2)]
                 .map(|(rows, seed)| matrix::<f32>(rows, 2, seed).mapv(|entry| entry * size));
@@ -318,9 +317,9 @@ fn edge_weights_of_large_logits_sum_to_one() -> Result<()> {
             let features = Array2::from_elem((3, 1), size);
             let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph)?;
             let weights = gat.attention_weights(&inputs.with_edge_features(features.view())?)?;
-            for sum in weights.sum_axis(Axis(0)) {
-                assert!((sum - 1.0).abs() < 4.0 * f32::EPSILON, "{score:?}, {size}: {sum}");
-            }
+            let (sums, what) = (weights.sum_axis(Axis(0)), format_args!("{score:?}, {size}"));
+            let tolerance = f64::from(4.0 * f32::EPSILON);
+            assert_close(what, tolerance, &sums, &Array1::ones(sums.len()));
         }
     }
     Ok(())
@@ -336,8 +335,9 @@ fn check_long_row(num_queries: usize, num_keys: usize, a: f32) -> Result<()> {
     let first = f64::from(a).exp();
     let expected = 1.0 - first / (first + (num_keys - 1) as f64);
     let check = |name: &str, out: ArrayView2<'_, f32>| {
-        let error = f64::from(out[[0, 0]]) / expected - 1.0;
-        assert!(error.abs() < 1e-6, "{name}, {num_queries} x {num_keys}, {a}: {error:e}");
+        let out = f64::from(out[[0, 0]]);
+        let is_close = relative_eq!(out, expected, epsilon = 0.0, max_relative = 1e-6);
+        assert!(is_close, "{name}, {num_queries} x {num_keys}, {a}: {out} instead of {expected}");
     };
     let flash = Flash::new().with_scale(1.0)?;
     check("flash", flash.forward(&inputs)?.view());
@@ -380,7 +380,7 @@ fn rows_of_millions() -> Result<()> {
     for value in [value, halves] {
         let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
         let out = Flash::new().forward(&inputs)?[[0, 0]];
-        assert!((out - 0.5).abs() < 5e-7, "{out}");
+        assert_abs_diff_eq!(out, 0.5, epsilon = 5e-7);
     }
     Ok(())
 }
@@ -394,8 +394,9 @@ fn long_sums_of_all_kinds_are_exact() -> Result<()> {
     let check = |name: &str, out: ArrayView1<'_, f32>, terms: &Array2<f32>| {
         let mean = terms.mapv(f64::from).mean_axis(Axis(0)).expect("it has rows");
         for (&out, mean) in out.iter().zip(mean) {
-            let error = f64::from(out) / mean - 1.0;
-            assert!(error.abs() < 1e-6, "{name}: {error:e}");
+            let out = f64::from(out);
+            let is_mean = relative_eq!(out, mean, epsilon = 0.0, max_relative = 1e-6);
+            assert!(is_mean, "{name}: {out} instead of {mean}");
         }
     };
     let (query, value) = (positive(4, 1), positive(3, 2));
@@ -405,7 +406,8 @@ fn long_sums_of_all_kinds_are_exact() -> Result<()> {
         [Features::Positive, Features::Hyperbolic, Features::Relu { epsilon: 1e-3 }, Features::Elu];
     for features in features {
         let num_features = if features == Features::Elu { 4 } else { 16 };
-        let performer = PerformerConfig::new(4, num_features).features(features).init(&mut rng())?;
+        let performer =
+            PerformerConfig::new(4, num_features).features(features).init(&mut rng(1))?;
         let dense = Inputs::dense(q.slice(s![..2, ..]), k, v)?;
         check("all keys", performer.forward(&dense)?.row(0), &value);
         let causal = Inputs::dense(q, k, v)?.with_causal();
@@ -424,7 +426,7 @@ fn long_sums_of_all_kinds_are_exact() -> Result<()> {
         .edge_dim(3)
         .bias(false)
         .residual(false)
-        .init::<f32>(&mut rng())?;
+        .init::<f32>(&mut rng(1))?;
     gat.visit_params_mut(&mut |name, mut param| {
         param.fill(0.0);
         if name == "lin_edge.weight" {
@@ -455,8 +457,9 @@ fn rising_logits_lose_nothing() -> Result<()> {
             });
             let sums = terms.fold([0.0; 2], |sum, term| [sum[0] + term[0], sum[1] + term[1]]);
             let out = Flash::new().with_scale(1.0)?.forward(&inputs)?[[0, 0]];
-            let error = f64::from(out) * sums[0] / sums[1] - 1.0;
-            assert!(error.abs() < 1e-6, "{num_queries}, {rise}: {error:e}");
+            let (out, mean) = (f64::from(out), sums[1] / sums[0]);
+            let is_mean = relative_eq!(out, mean, epsilon = 0.0, max_relative = 1e-6);
+            assert!(is_mean, "{num_queries}, {rise}: {out} instead of {mean}");
         }
     }
     Ok(())

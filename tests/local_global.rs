@@ -1,24 +1,21 @@
 //! `LocalGlobal` against plain attention under an explicit mask, and against sums by hand.
 
-use graph_attention::ndarray::{Array1, Array2, ArrayD, ArrayView2, Axis, array, s};
+mod common;
+
+use approx::assert_abs_diff_eq;
+use common::close::{assert_close, close};
+use common::random::{matrix, normal, rng};
+use common::strategies::causal_patterns;
+use graph_attention::ndarray::{Array1, Array2, Axis, array, s};
 use graph_attention::testing::{Shapes, check_attention, check_gradients};
 use graph_attention::{
     Attention, Causal, Channel, Dropout, EdgeGatConfig, Error, Flash, Gradients, Graph, Inputs,
     LocalGlobal, MultiHeadConfig, Params, Result, ScaledDotProduct, edge_gat::Score,
     local_global::Window, params,
 };
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
-
-type Rng = Xoshiro256PlusPlus;
-
-fn normal(rows: usize, columns: usize, rng: &mut Rng) -> Array2<f64> {
-    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(rng))
-}
-
-fn rng(seed: u64) -> Rng {
-    Rng::seed_from_u64(seed)
-}
+use proptest::collection::vec;
+use proptest::prelude::*;
+use rand::{RngExt, rngs::Xoshiro256PlusPlus};
 
 /// The pattern of a sliding window, pair by pair.
 #[derive(Clone, Debug)]
@@ -48,34 +45,36 @@ impl Pattern {
     }
 }
 
-fn largest_difference(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
-    assert_eq!(a.dim(), b.dim());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    // NaN counts as more than anything.
-    differences.fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
-}
-
-/// Outputs and gradients of one mechanism on some inputs are those of another on others.
+/// Asserts that outputs and gradients of one mechanism on some inputs are those of another on others.
+#[track_caller]
 fn assert_same(
     what: &str,
+    ours: (&dyn Attention<f64>, &Inputs<'_, f64>),
+    theirs: (&dyn Attention<f64>, &Inputs<'_, f64>),
+) {
+    if let Err(error) = is_same(ours, theirs) {
+        panic!("{what}: {error}");
+    }
+}
+
+fn is_same(
     (attention, inputs): (&dyn Attention<f64>, &Inputs<'_, f64>),
     (oracle, plain): (&dyn Attention<f64>, &Inputs<'_, f64>),
-) -> Result<()> {
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let (out, saved) = attention.forward_train(inputs)?;
     let (expected, plain_saved) = oracle.forward_train(plain)?;
-    assert!(largest_difference(out.view(), expected.view()) < 1e-12, "{what}");
-    assert_eq!(attention.forward(inputs)?, out, "{what}");
-    let grad_out = normal(out.nrows(), out.ncols(), &mut rng(99));
+    close("out", 1e-12, &out, &expected)?;
+    close("out without training", 0.0, &attention.forward(inputs)?, &out)?;
+    let grad_out = matrix(out.nrows(), out.ncols(), 99);
     let grads = attention.backward(inputs, &saved, grad_out.view())?;
     let expected = oracle.backward(plain, &plain_saved, grad_out.view())?;
-    let close = |a: &Array2<f64>, b: &Array2<f64>| largest_difference(a.view(), b.view()) < 1e-12;
-    assert!(close(&grads.query, &expected.query), "{what}: grads.query");
-    assert!(close(&grads.key, &expected.key), "{what}: grads.key");
-    assert!(close(&grads.value, &expected.value), "{what}: grads.value");
-    assert_eq!(grads.bias.is_some(), expected.bias.is_some(), "{what}: grads.bias");
-    if let (Some(bias), Some(expected)) = (&grads.bias, &expected.bias) {
-        let matrix = |bias: &ArrayD<f64>| bias.clone().into_dimensionality().unwrap();
-        assert!(close(&matrix(bias), &matrix(expected)), "{what}: grads.bias");
+    close("grads.query", 1e-12, &grads.query, &expected.query)?;
+    close("grads.key", 1e-12, &grads.key, &expected.key)?;
+    close("grads.value", 1e-12, &grads.value, &expected.value)?;
+    match (&grads.bias, &expected.bias) {
+        (None, None) => {}
+        (Some(bias), Some(expected)) => close("grads.bias", 1e-12, bias, expected)?,
+        _ => return Err("grads.bias of one alone".into()),
     }
     Ok(())
 }
@@ -96,7 +95,7 @@ fn sliding_window_is_attention_under_the_mask_at_every_size() -> Result<()> {
                         let plain = inputs.with_mask(mask.view())?;
                         let what = format!("{n} {pattern:?} {:?}", inputs.causal_alignment());
                         let oracle = ScaledDotProduct::new();
-                        assert_same(&what, (&attention, &inputs), (&oracle, &plain))?;
+                        assert_same(&what, (&attention, &inputs), (&oracle, &plain));
                     }
                 }
             }
@@ -105,38 +104,35 @@ fn sliding_window_is_attention_under_the_mask_at_every_size() -> Result<()> {
     Ok(())
 }
 
-/// Windows around global positions meet, lie in each other and reach over the ends, in every class.
-#[test]
-fn sliding_window_is_attention_under_the_mask_whatever_the_globals() -> Result<()> {
-    let mut rng = rng(17);
-    for _ in 0..300 {
-        let [num_queries, num_keys] = [(); 2].map(|()| rng.random_range(1..70));
-        let [q, k, v] = [(num_queries, 6), (num_keys, 6), (num_keys, 4)]
-            .map(|(rows, columns)| normal(rows, columns, &mut rng));
-        let inputs = Inputs::dense(q.view(), k.view(), v.view())?.with_heads(2)?;
-        let (inputs, offset) = match rng.random_range(0..4) {
-            0 => (inputs, 0),
-            1 => (inputs.with_causal(), 0),
-            2 => {
-                let offset = rng.random_range(0..40);
-                (inputs.with_causal_alignment(Causal::Offset(offset)), offset as i64)
-            }
-            _ => {
-                let offset = num_keys as i64 - num_queries as i64;
-                (inputs.with_causal_alignment(Causal::BottomRight), offset)
-            }
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Windows around global positions meet, lie in each other and reach over the ends, in every class.
+    #[test]
+    fn sliding_window_is_attention_under_the_mask_whatever_the_globals(
+        (num_queries, num_keys) in (1..70usize, 1..70usize),
+        causal in causal_patterns(),
+        globals in vec(0..110usize, 0..9),
+        (left, right, dilation) in (0..9i64, 0..9i64, 1..5i64),
+    ) {
+        let offset = match causal {
+            Some(Causal::Offset(offset)) => offset as i64,
+            Some(Causal::BottomRight) => num_keys as i64 - num_queries as i64,
+            _ => 0,
         };
         let len = (num_queries as i64 + offset.max(0)).max(num_keys as i64) as usize;
-        let globals = (0..rng.random_range(0..9)).map(|_| rng.random_range(0..len)).collect();
-        let sides = [(); 2].map(|()| rng.random_range(0..9));
-        let pattern = Pattern { sides, dilation: rng.random_range(1..5), globals };
+        let globals = globals.into_iter().map(|global| global % len).collect();
+        let pattern = Pattern { sides: [left, right], dilation, globals };
         let mask = pattern.mask(num_queries, num_keys, offset);
-        let attention = pattern.attention(Flash::new().with_tiles(9, 8)?);
-        let what = format!("{num_queries} {num_keys} {pattern:?} {:?}", inputs.causal_alignment());
-        let plain = inputs.with_mask(mask.view())?;
-        assert_same(&what, (&attention, &inputs), (&ScaledDotProduct::new(), &plain))?;
+        let [q, k, v] = [(num_queries, 6, 17), (num_keys, 6, 18), (num_keys, 4, 19)]
+            .map(|(rows, columns, seed)| matrix(rows, columns, seed));
+        let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap().with_heads(2).unwrap();
+        let inputs = causal.map_or(inputs, |causal| inputs.with_causal_alignment(causal));
+        let plain = inputs.with_mask(mask.view()).unwrap();
+        let attention = pattern.attention(Flash::new().with_tiles(9, 8).unwrap());
+        is_same((&attention, &inputs), (&ScaledDotProduct::new(), &plain))
+            .map_err(|error| TestCaseError::fail(error.to_string()))?;
     }
-    Ok(())
 }
 
 /// Copies of the queries, keys and values would be three times the output, and as much again in the
@@ -144,7 +140,7 @@ fn sliding_window_is_attention_under_the_mask_whatever_the_globals() -> Result<(
 #[test]
 fn globals_copy_little() -> Result<()> {
     let (n, columns) = (4096, 4);
-    let x = normal(n, columns, &mut rng(18));
+    let x = matrix(n, columns, 18);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
     // Few enough multiplications to stay on one thread, where they are counted.
     let peaks = |window: Window| -> Result<[u64; 2]> {
@@ -213,7 +209,8 @@ fn sliding_window_honours_every_channel() -> Result<()> {
                 let with = |inputs: Inputs<'_, f64>, mask, channels: Result<_>| {
                     let what = format!("{num_queries} {num_keys} {pattern:?} {causal:?}");
                     let plain = inputs.with_mask(mask)?;
-                    assert_same(&what, (&attention, &channels?), (&oracle, &plain))
+                    assert_same(&what, (&attention, &channels?), (&oracle, &plain));
+                    Result::Ok(())
                 };
                 with(inputs, mask.view(), Ok(inputs))?;
                 with(inputs, both.view(), inputs.with_mask(hides.view()))?;
@@ -240,7 +237,8 @@ fn a_window_over_everything_is_dense_attention() -> Result<()> {
     }
     let globals: Vec<usize> = (0..131).collect();
     let attention = LocalGlobal::sliding_window(Window::new(0).globals(&globals), Flash::new())?;
-    assert_same("all global", (&attention, &inputs), (&Flash::new(), &inputs))
+    assert_same("all global", (&attention, &inputs), (&Flash::new(), &inputs));
+    Ok(())
 }
 
 #[test]
@@ -271,7 +269,7 @@ fn sliding_window_hides_edges_of_a_graph_and_selected_queries_keep_their_places(
             let sparse = sparse.with_causal_alignment(causal);
             let plain = sparse.with_mask(mask.view())?;
             let oracle = ScaledDotProduct::new();
-            assert_same("graph", (&attention, &sparse), (&oracle, &plain))?;
+            assert_same("graph", (&attention, &sparse), (&oracle, &plain));
             let all =
                 [sparse, dense.with_causal_alignment(causal), dense.with_bias(matrix.view())?];
             for (inputs, queries) in
@@ -283,10 +281,9 @@ fn sliding_window_hides_edges_of_a_graph_and_selected_queries_keep_their_places(
                 let selected = inputs.select_queries(queries)?;
                 let plain = inputs.with_mask(mask.view())?.select_queries(queries)?;
                 let (inputs, plain) = (selected.inputs(), plain.inputs());
-                assert_same("selected", (&attention, &inputs), (&oracle, &plain))?;
-                let difference =
-                    attention.attention_weights(&inputs)? - oracle.attention_weights(&plain)?;
-                assert!(difference.iter().all(|d| d.abs() < 1e-13));
+                assert_same("selected", (&attention, &inputs), (&oracle, &plain));
+                let weights = attention.attention_weights(&inputs)?;
+                assert_close("selected", 1e-13, &weights, &oracle.attention_weights(&plain)?);
             }
         }
     }
@@ -330,7 +327,9 @@ fn nan_reaches_the_queries_that_see_it_and_no_others() -> Result<()> {
                 {
                     let (grad, clean) = (grad[[other, 0]], clean[[other, 0]]);
                     assert_eq!(grad.is_nan(), mask[[node, other]], "{node} {other}");
-                    assert!(grad.is_nan() || (grad - clean).abs() < 1e-12);
+                    if !grad.is_nan() {
+                        assert_abs_diff_eq!(grad, clean, epsilon = 1e-12);
+                    }
                 }
             }
         }
@@ -350,7 +349,7 @@ fn gradients_sliding_window_are_the_derivatives() {
 }
 
 /// A graph with parallel edges, nodes of one kind of edge alone, and one without edges.
-fn layered(rng: &mut Rng) -> Result<(Graph, Vec<u8>)> {
+fn layered(rng: &mut Xoshiro256PlusPlus) -> Result<(Graph, Vec<u8>)> {
     let mut edges: Vec<_> =
         (0..300).map(|_| (rng.random_range(0..28), rng.random_range(0..31))).collect();
     let mut layers: Vec<u8> = (0..300).map(|_| rng.random_range(0..3)).collect();
@@ -382,10 +381,9 @@ fn the_union_is_one_softmax() -> Result<()> {
         dense.with_causal().with_dropout(dropout)?,
     ] {
         let union = LocalGlobal::joint(Flash::new(), Flash::new());
-        assert_same("union", (&union, &inputs), (&ScaledDotProduct::new(), &inputs))?;
-        let difference =
-            union.attention_weights(&inputs)? - Flash::new().attention_weights(&inputs)?;
-        assert!(difference.iter().all(|d| d.abs() < 1e-14));
+        assert_same("union", (&union, &inputs), (&ScaledDotProduct::new(), &inputs));
+        let weights = union.attention_weights(&inputs)?;
+        assert_close("union", 1e-14, &weights, &Flash::new().attention_weights(&inputs)?);
     }
 
     // With scales of their own: logits by hand.
@@ -403,7 +401,7 @@ fn the_union_is_one_softmax() -> Result<()> {
             mean.scaled_add(logit.exp(), &x.row(key));
         }
         let expected = if sum > 0.0 { mean / sum } else { mean };
-        assert!((&out.row(query) - &expected).iter().all(|d| d.abs() < 1e-13), "{query}");
+        assert_close(format_args!("query {query}"), 1e-13, &out.row(query), &expected);
     }
     Ok(())
 }
@@ -462,7 +460,8 @@ fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
             };
             let expected =
                 share * &local_out.slice(columns) + (1.0 - share) * &global_out.slice(columns);
-            assert!((&out.slice(columns) - &expected).iter().all(|d| d.abs() < 1e-14), "{query}");
+            let what = format_args!("query {query}, head {head}");
+            assert_close(what, 1e-14, &out.slice(columns), &expected);
             for (graph, edges, weights, share) in [
                 (&local_graph, &local_edges, &local_weights, share),
                 (&global_graph, &global_edges, &global_weights, 1.0 - share),
@@ -474,7 +473,7 @@ fn the_gate_weighs_two_answers_and_leaves_one_kind_alone() -> Result<()> {
         }
     }
     assert!(seen_kinds.iter().all(|&count| count > 0), "{seen_kinds:?}");
-    assert!((weights - total).iter().all(|d| d.abs() < 1e-15));
+    assert_abs_diff_eq!(weights, total, epsilon = 1e-15);
     Ok(())
 }
 
@@ -497,7 +496,7 @@ fn a_bias_may_leave_a_head_one_kind() -> Result<()> {
     let out = attention.forward(&inputs)?;
     assert_eq!(out.slice(s![0, ..2]), x.slice(s![1, ..2]));
     let mean = (&x.slice(s![1, 2..]) + &x.slice(s![2, 2..])) / 2.0;
-    assert!((&out.slice(s![0, 2..]) - &mean).iter().all(|d| d.abs() < 1e-15));
+    assert_abs_diff_eq!(out.slice(s![0, 2..]), mean, epsilon = 1e-15);
     Ok(())
 }
 
@@ -568,7 +567,7 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
 fn shards_of_a_long_line_agree_with_the_whole() -> Result<()> {
     // Longer than the mask of the other tests could be.
     let n = 20_011;
-    let x = normal(n, 4, &mut rng(16));
+    let x = matrix(n, 4, 16);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();
     let window = Window::new(70).dilation(2).globals(&[10_007]);
     let out = LocalGlobal::sliding_window(window, Flash::new())?.forward(&inputs)?;
@@ -583,7 +582,7 @@ fn shards_of_a_long_line_agree_with_the_whole() -> Result<()> {
         let seen = x.select(Axis(0), &keys);
         let single = Inputs::single(x.row(query), seen.view(), seen.view())?;
         let expected = ScaledDotProduct::new().forward(&single)?;
-        assert!((&expected.row(0) - &out.row(query)).iter().all(|d| d.abs() < 1e-13), "{query}");
+        assert_close(format_args!("query {query}"), 1e-13, &out.row(query), &expected.row(0));
     }
     Ok(())
 }

@@ -1,6 +1,10 @@
 //! Peak memory beside inputs and outputs, by a counting allocator.
 
-use allocation_counter::{AllocationInfo, measure};
+mod common;
+
+use allocation_counter::AllocationInfo;
+use common::on_one_thread;
+use common::random::rng;
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
@@ -12,23 +16,11 @@ use graph_attention::{
     local_global::Window,
     poincare::Coordinates,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
 const COLUMNS: usize = 4;
 
 fn matrix(rows: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, COLUMNS), |(i, j)| ((i * 31 + j * 17) % 97) as f32 / 97.0)
-}
-
-/// The allocator counts thread by thread, so all the work must be on one.
-fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
-    #[cfg(feature = "parallel")]
-    {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        pool.install(|| measure(run))
-    }
-    #[cfg(not(feature = "parallel"))]
-    measure(run)
 }
 
 /// Allocations of a forward and backward pass into arrays of the caller.
@@ -69,24 +61,24 @@ fn poincare() -> Poincare<f32> {
 }
 
 fn performer(head_dim: usize) -> Performer<f32> {
-    PerformerConfig::new(head_dim, 8).init(&mut Xoshiro256PlusPlus::seed_from_u64(1)).unwrap()
+    PerformerConfig::new(head_dim, 8).init(&mut rng(1)).unwrap()
 }
 
 /// Of experts that need no memory for each pair.
 fn moe() -> Moe<f32> {
     let experts = (0..4).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let mut rng = rng(1);
     MoeConfig::new(COLUMNS, 2).init(experts, &mut rng).unwrap()
 }
 
 fn multi_head() -> MultiHead<f32, Flash> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let mut rng = rng(1);
     MultiHeadConfig::new(COLUMNS, 2).init(Flash::new(), &mut rng).unwrap()
 }
 
 /// With a search among all keys.
 fn dual() -> DualSpace<f32> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    let mut rng = rng(1);
     let config = DualSpaceConfig::new(Fusion::Gated, COLUMNS);
     let dual = config.init(Flash::new(), Flash::new(), Flash::new(), &mut rng).unwrap();
     dual.with_search(LatentSearch::new(4, Metric::Cosine))

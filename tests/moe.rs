@@ -1,8 +1,15 @@
 //! What only a mixture of experts does: it selects queries, routes, balances, and leaves the rest to
 //! its experts. The laws of every mechanism are in `conformance`.
 
+mod common;
+
+use approx::{abs_diff_eq, assert_abs_diff_eq};
+use common::close::{assert_close, assert_close_in_size};
+use common::random::{matrix, rng};
+use common::refused;
 use graph_attention::ndarray::{
-    Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis, array, s,
+    Array, Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
+    Dimension, array, s,
 };
 use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
@@ -14,64 +21,37 @@ use graph_attention::{
     params,
     poincare::Coordinates,
 };
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use rand::RngExt;
+use std::fmt::Display;
 use std::sync::{Arc, Mutex};
 
 type Expert = Box<dyn Attention<f64>>;
 
-fn rng(seed: u64) -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(seed)
-}
-
-fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f64> {
-    let mut rng = rng(seed);
-    Array2::from_shape_simple_fn((rows, columns), || StandardNormal.sample(&mut rng))
+/// Two computations in `f64` in another order.
+#[track_caller]
+fn close<D: Dimension>(what: impl Display, actual: &Array<f64, D>, expected: &Array<f64, D>) {
+    assert_close_in_size(what, 1e-12, 1.0, actual, expected);
 }
 
 #[track_caller]
-fn close(actual: &Array2<f64>, expected: &Array2<f64>) {
-    assert_eq!(actual.dim(), expected.dim());
-    let largest = expected.iter().fold(1.0, |max: f64, value| max.max(value.abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for (actual, expected) in actual.iter().zip(expected) {
-        assert!((actual - expected).abs() <= 1e-12 * largest, "{actual} instead of {expected}");
-    }
-}
-
-#[track_caller]
-fn close_gradients(actual: &Gradients<f64>, expected: &Gradients<f64>) {
-    close(&actual.query, &expected.query);
-    close(&actual.key, &expected.key);
-    close(&actual.value, &expected.value);
-    for (actual, expected) in [
-        (&of_bias(&actual.bias), &of_bias(&expected.bias)),
-        (&actual.edge_features, &expected.edge_features),
-        (&column(&actual.distances), &column(&expected.distances)),
+fn close_gradients(what: &str, actual: &Gradients<f64>, expected: &Gradients<f64>) {
+    close(format_args!("{what}, query"), &actual.query, &expected.query);
+    close(format_args!("{what}, key"), &actual.key, &expected.key);
+    close(format_args!("{what}, value"), &actual.value, &expected.value);
+    for (name, actual, expected) in [
+        ("bias", dynamic(&actual.bias), dynamic(&expected.bias)),
+        ("edge features", dynamic(&actual.edge_features), dynamic(&expected.edge_features)),
+        ("distances", dynamic(&actual.distances), dynamic(&expected.distances)),
     ] {
-        assert_eq!(actual.is_some(), expected.is_some());
-        actual.iter().zip(expected).for_each(|(actual, expected)| close(actual, expected));
+        assert_eq!(actual.is_some(), expected.is_some(), "{what}, {name}");
+        if let (Some(actual), Some(expected)) = (actual, expected) {
+            close(format_args!("{what}, {name}"), &actual, &expected);
+        }
     }
 }
 
-fn of_bias(bias: &Option<ArrayD<f64>>) -> Option<Array2<f64>> {
-    bias.as_ref().map(|bias| bias.clone().into_dimensionality().unwrap())
-}
-
-fn column(vector: &Option<Array1<f64>>) -> Option<Array2<f64>> {
-    vector.as_ref().map(|vector| vector.clone().insert_axis(Axis(1)))
-}
-
-/// The error of a call that is refused, after the rules of `bad_input`.
-#[track_caller]
-fn refused<T>(result: Result<T>, expected: &str) {
-    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
-    let (variant, words) = expected.split_once(" | ").unwrap();
-    let (debug, message) = (format!("{error:?}"), error.to_string());
-    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
-    for word in words.split(" | ") {
-        assert!(message.contains(word), "`{message}` does not say `{word}`");
-    }
+fn dynamic<D: Dimension>(array: &Option<Array<f64, D>>) -> Option<ArrayD<f64>> {
+    array.as_ref().map(|array| array.clone().into_dyn())
 }
 
 /// Reads every channel there is:
@@ -301,14 +281,15 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
     // Many, with runs of neighbours; few; one after the other; none.
     let selections: [&[usize]; 4] =
         [&[0, 1, 2, 5, 7, 8, 9, 11, 15, 16, 17, 18, 22], &[3, 21], &[6], &[]];
-    for inputs in data.inputs() {
+    for (case, inputs) in data.inputs().into_iter().enumerate() {
         for attention in readers().iter().filter(|attention| takes(&**attention, &inputs)) {
             let all = attention.forward(&inputs).unwrap();
             for queries in selections {
+                let what = format!("{}, inputs {case}, {queries:?}", attention.name());
                 let selected = inputs.select_queries(queries).unwrap();
                 assert_eq!(selected.queries(), queries);
                 let (out, saved) = attention.forward_train(&selected.inputs()).unwrap();
-                close(&out, &all.select(Axis(0), queries));
+                close(&what, &out, &all.select(Axis(0), queries));
 
                 // Gradients that flow from these queries alone, added to what is there.
                 let grad_out = matrix(queries.len(), COLUMNS, 14);
@@ -325,14 +306,15 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
                 }
                 let (_, saved) = attention.forward_train(&inputs).unwrap();
                 let expected = attention.backward(&inputs, &saved, grad_all.view()).unwrap();
-                close_gradients(&grads, &expected);
+                close_gradients(&what, &grads, &expected);
             }
             // Some of some.
             let some = inputs.select_queries(selections[0]).unwrap();
             let some = some.inputs();
             let fewer = some.select_queries(&[0, 2, 3, 4, 7, 8, 9, 10, 12]).unwrap();
             let out = attention.forward(&fewer.inputs()).unwrap();
-            close(&out, &all.select(Axis(0), &[0, 2, 5, 7, 11, 15, 16, 17, 22]));
+            let what = format!("{}, inputs {case}, some of some", attention.name());
+            close(what, &out, &all.select(Axis(0), &[0, 2, 5, 7, 11, 15, 16, 17, 22]));
         }
     }
 }
@@ -473,7 +455,8 @@ fn a_mixture_is_the_weighted_sum_of_what_its_experts_say() {
                 }
                 ranked.extend_from_slice(order);
             }
-            close(&moe.forward(&inputs).unwrap(), &expected);
+            let what = format_args!("{chosen} chosen, renormalize {renormalize}");
+            close(what, &moe.forward(&inputs).unwrap(), &expected);
             let routing = moe.route(&inputs).unwrap();
             assert_eq!(routing.experts().iter().copied().collect::<Vec<_>>(), ranked);
         }
@@ -483,7 +466,7 @@ fn a_mixture_is_the_weighted_sum_of_what_its_experts_say() {
 #[test]
 fn a_mixture_of_one_or_of_the_same_is_that_expert() {
     let data = Data::new();
-    for inputs in data.inputs() {
+    for (case, inputs) in data.inputs().into_iter().enumerate() {
         for number in 0..readers().len() {
             let expert = || readers().swap_remove(number);
             if !takes(&*expert(), &inputs) {
@@ -496,12 +479,14 @@ fn a_mixture_of_one_or_of_the_same_is_that_expert() {
                 let experts = (0..count).map(|_| expert()).collect();
                 let mixture = moe(MoeConfig::new(COLUMNS, k), experts);
                 let (out, saved) = mixture.forward_train(&inputs).unwrap();
-                close(&out, &expected);
+                let what = format!("{}, inputs {case}, {k} of {count}", expert().name());
+                close(&what, &out, &expected);
                 let grads = mixture.backward(&inputs, &saved, grad_out.view()).unwrap();
                 // Whoever is asked says the same, so that the router learns nothing.
-                close_gradients(&grads, &expected_grads);
-                let router = grads.params[0].iter().chain(&grads.params[1]);
-                router.for_each(|grad| assert!(grad.abs() < 1e-11, "{grad}"));
+                close_gradients(&what, &grads, &expected_grads);
+                for grad in &grads.params[..2] {
+                    assert_close(&what, 1e-11, grad, &ArrayD::zeros(grad.raw_dim()));
+                }
                 if count == 1 {
                     assert_eq!(out, expected);
                     assert_eq!(grads.key, expected_grads.key);
@@ -521,7 +506,7 @@ fn a_permutation_of_the_experts_permutes_nothing_else() {
         .map(|name| (name, param(&one, name).select(Axis(0), &order)));
     let experts = order.map(|expert| scaled(SCALES[expert])).into();
     let other = MoeConfig::new(COLUMNS, 2).from_params(experts, state).unwrap();
-    close(&other.forward(&inputs).unwrap(), &one.forward(&inputs).unwrap());
+    close("out", &other.forward(&inputs).unwrap(), &one.forward(&inputs).unwrap());
     let [one, other] = [&one, &other].map(|moe| moe.route(&inputs).unwrap());
     for (new, &old) in order.iter().enumerate() {
         assert_eq!(other.queries(new), one.queries(old));
@@ -666,7 +651,8 @@ fn query_by_query_a_full_expert_drops_those_who_come_later() {
                 expected.scaled_add(weight, &answers[expert].row(query));
             }
         }
-        close(&out.slice(s![query..=query, ..]).to_owned(), &expected.insert_axis(Axis(0)));
+        let what = format_args!("query {query}");
+        assert_close_in_size(what, 1e-12, 1.0, &out.row(query), &expected);
     }
     // Later queries change nothing, with as many of them.
     let mut changed = data.query.clone();
@@ -814,8 +800,8 @@ fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
         assert_eq!(routing.experts().row(1), array![0, 1]);
         for (weight, expected) in routing.weights().row(1).iter().zip([1.0, (-1f64).exp()]) {
             let expected = expected / (1.0 + (-1f64).exp());
-            let error = (weight.as_f64() - expected).abs();
-            assert!(error <= 2.0 * F::epsilon().as_f64(), "{weight} instead of {expected}");
+            let tolerance = 2.0 * F::epsilon().as_f64();
+            assert_abs_diff_eq!(weight.as_f64(), expected, epsilon = tolerance);
         }
     }
 }
@@ -869,13 +855,11 @@ fn sigmoid_gates_are_those_of_deepseek_v3() {
             assert_eq!(raw.experts().row(query).to_vec(), order[..k]);
             let sum: f64 = order[..k].iter().map(|&e| s[e]).sum();
             for (rank, &expert) in order[..k].iter().enumerate() {
-                assert!((normal.weights()[[query, rank]] - s[expert] / sum).abs() < 1e-15);
+                let weight = normal.weights()[[query, rank]];
+                assert_abs_diff_eq!(weight, s[expert] / sum, epsilon = 1e-15);
                 assert_eq!(raw.weights()[[query, rank]], s[expert]);
             }
-            for expert in 0..5 {
-                let p = s[expert] / s.sum();
-                assert!((raw.probabilities()[[query, expert]] - p).abs() < 1e-15);
-            }
+            assert_abs_diff_eq!(raw.probabilities().row(query), &s / s.sum(), epsilon = 1e-15);
         }
     }
 }
@@ -903,7 +887,8 @@ fn gradients_of_given_logits_are_exact() {
                 let numeric =
                     8.0 * (moved(step) - moved(-step)) - (moved(2.0 * step) - moved(-2.0 * step));
                 let numeric = numeric / (12.0 * step);
-                assert!((grad - numeric).abs() < 1e-11, "{config:?} {at:?}: {grad} {numeric}");
+                let is_close = abs_diff_eq!(grad, numeric, epsilon = 1e-11);
+                assert!(is_close, "{config:?} {at:?}: {grad} {numeric}");
             }
             if renormalize && k == 1 {
                 assert!(grads.iter().all(|&grad| grad == 0.0));
@@ -921,10 +906,9 @@ fn the_gradient_of_a_certain_router_keeps_its_digits() {
         let config = MoeConfig::new(1, 2).renormalize(renormalize);
         let routing = Routing::from_logits(&config, array![[18f32, 0.0]], None).unwrap();
         let grads = routing.weights_vjp(array![[0.7f32, 0.3]].view()).unwrap();
-        for (grad, expected) in grads.iter().zip([expected, -expected]) {
-            let error = (f64::from(*grad) / expected - 1.0).abs();
-            assert!(error < 1e-6, "{grad:e} instead of {expected:e}");
-        }
+        let expected = array![[expected, -expected]];
+        let what = format_args!("renormalize {renormalize}");
+        assert_close_in_size(what, 1e-6, 0.0, &grads.mapv(f64::from), &expected);
     }
 }
 
@@ -1082,12 +1066,12 @@ fn noise_is_seeded_normal_and_differentiable() {
     });
     let deviation = x.dot(&weight.t()).mapv(|u| u.exp().ln_1p());
     let expected = &quiet.logits() + &(other * deviation);
-    close(&noisy.route(&inputs).unwrap().logits().to_owned(), &expected);
+    close("all", &noisy.route(&inputs).unwrap().logits().to_owned(), &expected);
 
     // Selected queries keep their noise.
     let selected = inputs.select_queries(&[2, 3, 11]).unwrap();
     let some = noisy.route(&selected.inputs()).unwrap();
-    close(&some.logits().to_owned(), &expected.select(Axis(0), &[2, 3, 11]));
+    close("some", &some.logits().to_owned(), &expected.select(Axis(0), &[2, 3, 11]));
 
     check_gradients(&mut noisy, &Shapes::new(6, 6, 6)).unwrap();
     noisy.set_noise(None).unwrap();
@@ -1103,20 +1087,21 @@ fn losses_have_their_closed_forms() {
     let config = |k| MoeConfig::new(COLUMNS, k).renormalize(false);
     // The loss does not depend on the scale, so all equal is balanced whoever is chosen.
     let uniform = with_logits(config(1), flashes(), &[0.25; 4]).route(&inputs).unwrap();
-    assert!((uniform.switch_load_balance().unwrap().0 - 1.0).abs() < 1e-14);
-    assert!((uniform.entropy() - 4f64.ln()).abs() < 1e-14);
-    assert!((uniform.z_loss().unwrap().0 - (0.25 + 4f64.ln()).powi(2)).abs() < 1e-14);
+    assert_abs_diff_eq!(uniform.switch_load_balance().unwrap().0, 1.0, epsilon = 1e-14);
+    assert_abs_diff_eq!(uniform.entropy(), 4f64.ln(), epsilon = 1e-14);
+    assert_abs_diff_eq!(uniform.z_loss().unwrap().0, (0.25 + 4f64.ln()).powi(2), epsilon = 1e-14);
     // All to expert 0: I = (2, 0, 0, 0).
     assert_eq!(uniform.shares(), [1.0, 0.0, 0.0, 0.0]);
-    assert!((uniform.importance_cv2().unwrap().0 - 3.0).abs() < 1e-14);
+    assert_abs_diff_eq!(uniform.importance_cv2().unwrap().0, 3.0, epsilon = 1e-14);
     let all = with_logits(config(4), flashes(), &[0.25; 4]).route(&inputs).unwrap();
     assert_eq!(all.shares(), [0.25; 4]);
-    assert!(all.importance_cv2().unwrap().0.abs() < 1e-14);
-    assert!((all.switch_load_balance().unwrap().0 - 1.0).abs() < 1e-14);
+    assert_abs_diff_eq!(all.importance_cv2().unwrap().0, 0.0, epsilon = 1e-14);
+    assert_abs_diff_eq!(all.switch_load_balance().unwrap().0, 1.0, epsilon = 1e-14);
     // One expert gets all, for certain.
     let one = with_logits(config(1), flashes(), &[0.0, 0.0, 99.0, 0.0]).route(&inputs).unwrap();
-    assert!((one.switch_load_balance().unwrap().0 - 4.0).abs() < 1e-14);
-    assert!(one.entropy() < 1e-30 && (one.z_loss().unwrap().0 - 99.0 * 99.0).abs() < 1e-10);
+    assert_abs_diff_eq!(one.switch_load_balance().unwrap().0, 4.0, epsilon = 1e-14);
+    assert!(one.entropy() < 1e-30);
+    assert_abs_diff_eq!(one.z_loss().unwrap().0, 99.0 * 99.0, epsilon = 1e-10);
 
     // By their definitions, where nothing is equal.
     let routing = moe(config(2).capacity_factor(0.5), flashes()).route(&inputs).unwrap();
@@ -1129,15 +1114,19 @@ fn losses_have_their_closed_forms() {
     }
     assert_eq!(routing.shares(), chosen);
     let balance: f64 = (0..4).map(|e| 4.0 * chosen[e] * mean_p[e]).sum();
-    assert!((routing.switch_load_balance().unwrap().0 - balance).abs() < 1e-14);
+    assert_abs_diff_eq!(routing.switch_load_balance().unwrap().0, balance, epsilon = 1e-14);
     let mean = importance.iter().sum::<f64>() / 4.0;
     let variance = importance.iter().map(|i| (i - mean).powi(2)).sum::<f64>() / 4.0;
-    assert!((routing.importance_cv2().unwrap().0 - variance / mean.powi(2)).abs() < 1e-14);
+    assert_abs_diff_eq!(
+        routing.importance_cv2().unwrap().0,
+        variance / mean.powi(2),
+        epsilon = 1e-14
+    );
     let log_sums = routing.logits().mapv(f64::exp).sum_axis(Axis(1)).mapv(f64::ln);
     let z = log_sums.mapv(|z| z * z).mean().unwrap();
-    assert!((routing.z_loss().unwrap().0 - z).abs() < 1e-13);
+    assert_abs_diff_eq!(routing.z_loss().unwrap().0, z, epsilon = 1e-13);
     let entropy = -p.mapv(|p| p * p.ln()).sum() / 8.0;
-    assert!((routing.entropy() - entropy).abs() < 1e-14);
+    assert_abs_diff_eq!(routing.entropy(), entropy, epsilon = 1e-14);
 
     // Of nothing.
     let empty = Inputs::dense(x.slice(s![..0, ..]), x.view(), x.view()).unwrap();
@@ -1198,7 +1187,7 @@ fn losses_reach_the_router_and_the_queries() {
                 value(&moe, &query)
             });
             query[place] = old;
-            assert!((grad - 1.0 - numeric).abs() < 1e-10, "{grad} {numeric}");
+            assert_abs_diff_eq!(grad - 1.0, numeric, epsilon = 1e-10);
         }
         for (param, grads) in grads.params.iter().enumerate() {
             for (entry, &grad) in grads.iter().enumerate() {
@@ -1217,7 +1206,8 @@ fn losses_reach_the_router_and_the_queries() {
                     add(-delta, &mut moe);
                     value
                 });
-                assert!((grad - 1.0 - numeric).abs() < 1e-10, "{param}: {grad} {numeric}");
+                let is_close = abs_diff_eq!(grad - 1.0, numeric, epsilon = 1e-10);
+                assert!(is_close, "{param}: {grad} {numeric}");
             }
         }
     }

@@ -1,10 +1,13 @@
 //! Nearest neighbours against a full sort of similarities in `f64`.
 
+mod common;
+
+use approx::abs_diff_eq;
+use common::random::{self, rng};
 use graph_attention::ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, array, s};
 use graph_attention::neighbors::{ExactIndex, Metric, Neighbor, NeighborIndex, NeighborSearch};
 use graph_attention::{Error, Float, Graph, Inputs, Result};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::{Distribution, StandardNormal};
+use rand::RngExt;
 
 const METRICS: [Metric; 3] = [Metric::Cosine, Metric::Dot, Metric::Euclidean];
 
@@ -67,18 +70,17 @@ fn assert_found<F: Float>(
         let expected_keys: Vec<usize> = expected.iter().map(|&(key, _)| key).collect();
         assert_eq!(keys, expected_keys, "{what}, query {query}");
         for ((_, pair), &(_, similarity)) in found.graph.row(query).zip(expected) {
-            let error = (found.similarities[pair].as_f64() - similarity).abs();
+            let found = found.similarities[pair].as_f64();
             let bound = F::epsilon().as_f64() + 64.0 * f64::EPSILON;
             let bound = bound * similarity.abs().max(1.0);
-            assert!(error <= bound, "{what}, query {query}: off by {error}");
+            let is_right = abs_diff_eq!(found, similarity, epsilon = bound);
+            assert!(is_right, "{what}, query {query}: {found:e} instead of {similarity:e}");
         }
     }
 }
 
 fn normal<F: Float>(rows: usize, dim: usize, seed: u64) -> Array2<F> {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-    let mut draw = || -> f64 { StandardNormal.sample(&mut rng) };
-    Array2::from_shape_simple_fn((rows, dim), || F::from_f64(draw()))
+    random::normal(rows, dim, &mut rng(seed))
 }
 
 fn check_sizes<F: Float>() {
@@ -144,7 +146,7 @@ fn near_points_far_from_the_origin_and_of_all_sizes_are_told_apart() {
 #[test]
 fn ties_go_to_the_lower_key_across_tiles() {
     // Every key comes eight times, in different tiles; small integers, so all sums are exact.
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
+    let mut rng = rng(7);
     let few = Array2::from_shape_simple_fn((47, 3), || rng.random_range(-2..=2) as f32);
     let keys = Array2::from_shape_fn((8 * 47, 3), |(i, axis)| few[[i * 5 % 47, axis]]);
     for metric in [Metric::Dot, Metric::Euclidean] {
@@ -206,7 +208,7 @@ fn zero_vectors_have_cosine_zero() -> Result<()> {
 
 /// A search of nodes among themselves that excludes much, with one hub.
 fn excluding(n: usize) -> Graph {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(10);
+    let mut rng = rng(10);
     let edges = (0..6 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n)));
     let hub = (0..n - 2).map(|key| (3, key));
     Graph::from_edges(n, n, edges.chain(hub).collect::<Vec<_>>()).unwrap()

@@ -1,15 +1,18 @@
-//! Softmax attention against straight-line loops in `f64` (`reference`) that share no code with the
-//! crate. How far each number may lie from theirs is derived in `reference::bounds`; that faults lie
+//! Softmax attention against straight-line loops in `f64` (`common::reference`) that share no code with
+//! the crate. How far each number may lie from theirs is derived in its `bounds`; that faults lie
 //! farther is a test of its own.
 
 mod common;
-mod reference;
 
+use common::close::error_in_bounds;
+use common::reference::{
+    self, Answer, Problem,
+    bounds::{Bounds, bounds},
+};
 use graph_attention::ndarray::{Array2, ArrayView2, s};
 use graph_attention::{Attention, Causal, Dropout, Flash, Float, Graph, Inputs, ScaledDotProduct};
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
-use reference::{Answer, Bounds, Problem};
 
 type Rng = Xoshiro256PlusPlus;
 
@@ -242,7 +245,7 @@ fn expected<F: num_traits::Float>(case: &Case) -> Expected {
     Expected {
         answer: reference::forward::<f64>(p),
         gradients: reference::backward::<f64>(p, &case.grad_out),
-        bounds: reference::bounds(p, &case.grad_out, unit, tiny),
+        bounds: bounds(p, &case.grad_out, unit, tiny),
     }
 }
 
@@ -251,9 +254,7 @@ fn worst(actual: &[f64], exact: &[f64], bounds: &[f64]) -> f64 {
     assert_eq!([actual.len(), bounds.len()], [exact.len(); 2]);
     let ratio = |((&actual, &exact), &bound): ((&f64, &f64), &f64)| {
         assert!(bound.is_finite(), "a bound that allows everything");
-        let is_same = actual == exact || (actual.is_nan() && exact.is_nan());
-        let ratio = if is_same { 0.0 } else { (actual - exact).abs() / bound };
-        if ratio.is_nan() { f64::INFINITY } else { ratio }
+        error_in_bounds(actual, exact, bound)
     };
     actual.iter().zip(exact).zip(bounds).map(ratio).fold(0.0, f64::max)
 }

@@ -1,26 +1,25 @@
 //! `Performer` against the formulas of its papers, another implementation, and its own other paths.
 
-use graph_attention::ndarray::{Array, Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
+mod common;
+
+use approx::{abs_diff_eq, assert_abs_diff_eq, relative_eq};
+use common::close::{assert_close, assert_close_in_size};
+use common::golden;
+use common::random::{self, rng};
+use graph_attention::ndarray::{Array1, Array2, ArrayD, ArrayView1, Axis, IxDyn, array, s};
 use graph_attention::{
     Attention, Causal, Dropout, Error, Flash, Float, Gradients, Graph, Inputs, MultiHead,
     MultiHeadConfig, Performer, PerformerConfig, Saved, params,
     performer::{Features, Projection},
 };
-use rand::{Rng, RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-use rand_distr::StandardNormal;
+use rand::{Rng, RngExt, rngs::Xoshiro256PlusPlus};
 use serde_json::Value;
 use std::collections::HashMap;
 
 const RELU: Features = Features::Relu { epsilon: 1e-3 };
 
-fn rng(seed: u64) -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(seed)
-}
-
 fn normal<F: Float>(rows: usize, columns: usize, scale: f64, rng: &mut impl Rng) -> Array2<F> {
-    Array2::from_shape_fn((rows, columns), |_| {
-        F::from_f64(scale * rng.sample::<f64, _>(StandardNormal))
-    })
+    random::normal::<f64>(rows, columns, rng).mapv(|x| F::from_f64(scale * x))
 }
 
 fn projection_of<F: Float>(performer: &Performer<F>) -> Option<Array2<f64>> {
@@ -103,13 +102,6 @@ fn oracle(
     out
 }
 
-fn largest_difference(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
-    assert_eq!(a.dim(), b.dim());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    // NaN counts as more than anything.
-    differences.fold(0.0, |max, d| if d > max || d.is_nan() { d } else { max })
-}
-
 fn all_kinds() -> [(Features, usize); 5] {
     [
         (Features::Positive, 37),
@@ -137,8 +129,8 @@ fn dense_causal_and_pairs_are_the_oracle() {
                 oracle(kind, projection.as_ref(), 0.7, [&q, &k, &v], sees)
             };
             let check = |what: &str, inputs: &Inputs<'_, f64>, expected: &Array2<f64>| {
-                let error = largest_difference(&performer.forward(inputs).unwrap(), expected);
-                assert!(error < 1e-11, "{kind:?} {queries} x {keys} {what}: {error:e}");
+                let what = format_args!("{kind:?} {queries} x {keys} {what}");
+                assert_close(what, 1e-11, &performer.forward(inputs).unwrap(), expected);
             };
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
             check("dense", &inputs, &expected(&|_, _| Some(0.0)));
@@ -202,10 +194,10 @@ fn large_norms_are_the_oracle_too() {
             ] {
                 let sees = |i: usize, j: usize| (!causal || j <= i).then_some(0.0);
                 let expected = oracle(kind, projection.as_ref(), scale, [&q, &k, &v], &sees);
-                let error = largest_difference(&performer.forward(&inputs).unwrap(), &expected);
                 // Exponents of up to size² are rounded.
                 let tolerance = 1e-13 * (1.0 + size * size);
-                assert!(error < tolerance, "{kind:?} {size} {what}: {error:e}");
+                let what = format_args!("{kind:?} {size} {what}");
+                assert_close(what, tolerance, &performer.forward(&inputs).unwrap(), &expected);
             }
         }
     }
@@ -243,9 +235,7 @@ fn gradients_of_sums_are_those_of_pairs() {
                 let what = format!("{kind:?} {size}, case {case}");
                 let tolerance = 1e-12 * (1.0 + size * size);
                 let close = |what: String, a: &Array2<f64>, b: &Array2<f64>| {
-                    let largest = b.iter().fold(0f64, |max, x| max.max(x.abs())).max(1e-3);
-                    let error = largest_difference(a, b) / largest;
-                    assert!(error < tolerance, "{what}: {error:e}");
+                    assert_close_in_size(what, tolerance, 1e-3, a, b);
                 };
                 close(format!("{what}: out"), &out, &expected);
                 close(format!("{what}: query"), &sums.query, &pairs.query);
@@ -317,17 +307,25 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
             let expected = lemma_2(kind, &x, &y, r);
             let values = estimates(&config.clone().projection(Projection::Iid), &x, &y, 40_000);
             let (average, error) = mean(&values);
-            assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
+            assert!(
+                abs_diff_eq!(average, exact, epsilon = 4.5 * error),
+                "{kind:?}: {average} {exact} {error}"
+            );
             assert!(error < 0.01 * exact, "{error}");
             let squares: Vec<f64> = values.iter().map(|value| (value - exact).powi(2)).collect();
             let (average, error) = mean(&squares);
-            assert!((average - expected).abs() < 4.5 * error, "{kind:?}: {average} {expected}");
+            assert!(
+                abs_diff_eq!(average, expected, epsilon = 4.5 * error),
+                "{kind:?}: {average} {expected}"
+            );
             assert!(error < 0.1 * expected, "{error} {expected}");
             // And so the crate says beforehand.
             let performer = config.init::<f64>(&mut rng(1)).unwrap();
             let (q, k) = (Array1::from(x.to_vec()), Array1::from(y.to_vec()));
             let variance = performer.relative_variance(q.view(), k.view()).unwrap();
-            assert!((variance * exact * exact / expected - 1.0).abs() < 1e-12, "{kind:?}");
+            let absolute = variance * exact * exact;
+            let is_same = relative_eq!(absolute, expected, epsilon = 0.0, max_relative = 1e-12);
+            assert!(is_same, "{kind:?}: {absolute} {expected}");
             let wanted = performer.num_features_for(q.view(), k.view(), 0.01).unwrap();
             // As many as there can be: an even number of features in pairs.
             let pairs = features as f64 / r;
@@ -336,7 +334,10 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
             assert!(enough.init::<f64>(&mut rng(1)).is_ok(), "{kind:?}: {wanted}");
             // Orthogonal ones are unbiased too.
             let (average, error) = mean(&estimates(&config, &x, &y, 40_000));
-            assert!((average - exact).abs() < 4.5 * error, "{kind:?}: {average} {exact} {error}");
+            assert!(
+                abs_diff_eq!(average, exact, epsilon = 4.5 * error),
+                "{kind:?}: {average} {exact} {error}"
+            );
         }
     }
 }
@@ -380,7 +381,7 @@ fn orthogonal_blocks_are_uniform_rotations_with_chi_norms() {
         for block in [s![0..3, ..], s![3..6, ..]] {
             let block = w.slice(block);
             let error = (block.dot(&block.t()) - Array2::<f64>::eye(3)).mapv(f64::abs).sum();
-            assert!(error < 1e-12, "{error}");
+            assert_abs_diff_eq!(error, 0.0, epsilon = 1e-12);
             let trace = block.diag().sum();
             traces.push(trace);
             of_traces.push(trace * trace);
@@ -391,7 +392,10 @@ fn orthogonal_blocks_are_uniform_rotations_with_chi_norms() {
     for (numbers, expected) in [(squares, 3.0), (of_squares, 6.0), (traces, 0.0), (of_traces, 1.0)]
     {
         let (average, error) = mean(&numbers);
-        assert!((average - expected).abs() < 4.5 * error, "{average} {expected} {error}");
+        assert!(
+            abs_diff_eq!(average, expected, epsilon = 4.5 * error),
+            "{average} {expected} {error}"
+        );
     }
 }
 
@@ -461,9 +465,10 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
                     "{kind:?}"
                 );
                 // The mean of ones; cosines may cancel.
-                let error = out.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
-                let is_stable = kind != Features::Trigonometric || size < 0.1;
-                assert!(error < 1e-5 || !is_stable, "{kind:?} {size}: {error}");
+                if kind != Features::Trigonometric || size < 0.1 {
+                    let ones = Array2::ones(out.raw_dim());
+                    assert_close(format_args!("{kind:?} {size}"), 1e-5, &out, &ones);
+                }
             }
         }
     }
@@ -502,8 +507,8 @@ fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
                 && grads.params.iter().flatten().all(|x| x.is_finite());
             assert!(is_finite, "{kind:?}, case {case}");
             if kind != Features::Trigonometric {
-                let error = out.iter().map(|x| (x - 1.0).abs()).fold(0.0, f32::max);
-                assert!(error < 1e-5, "{kind:?}, case {case}: {error}");
+                let ones = Array2::ones(out.raw_dim());
+                assert_close(format_args!("{kind:?}, case {case}"), 1e-5, &out, &ones);
             }
         }
     }
@@ -602,17 +607,18 @@ fn selected_queries_are_the_rows_of_the_whole() {
         let selected = inputs.select_queries(&queries).unwrap();
         let (out, saved) = performer.forward_train(&selected.inputs()).unwrap();
         let whole = performer.forward(&inputs).unwrap().select(Axis(0), &queries);
-        assert!(largest_difference(&out, &whole) < 1e-12);
+        let what = format!("{} queries", queries.len());
+        assert_close(&what, 1e-12, &out, &whole);
         let grads = performer.backward(&selected.inputs(), &saved, out.view()).unwrap();
         // The whole inputs with a gradient of these rows alone.
         let (_, saved) = performer.forward_train(&inputs).unwrap();
         let mut grad_out = Array2::zeros((701, 6));
         queries.iter().zip(out.rows()).for_each(|(&i, row)| grad_out.row_mut(i).assign(&row));
         let expected = performer.backward(&inputs, &saved, grad_out.view()).unwrap();
-        assert!(largest_difference(&grads.key, &expected.key) < 1e-12);
-        assert!(largest_difference(&grads.value, &expected.value) < 1e-12);
+        assert_close(format_args!("{what}, key"), 1e-12, &grads.key, &expected.key);
+        assert_close(format_args!("{what}, value"), 1e-12, &grads.value, &expected.value);
         let rows = expected.query.select(Axis(0), &queries);
-        assert!(largest_difference(&grads.query, &rows) < 1e-12);
+        assert_close(format_args!("{what}, query"), 1e-12, &grads.query, &rows);
     }
 }
 
@@ -645,8 +651,8 @@ fn a_state_is_the_attention_over_its_keys() {
             let (k, v) = (part(&k, from, to), part(&v, from, to));
             let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
             let expected = performer.forward(&inputs).unwrap();
-            let error = largest_difference(&state.attend(q.view()).unwrap(), &expected);
-            assert!(error < 1e-10, "{kind:?} {from}..{to}: {error:e}");
+            let what = format_args!("{kind:?} {from}..{to}");
+            assert_close(what, 1e-10, &state.attend(q.view()).unwrap(), &expected);
             assert_eq!(state.num_keys(), to - from);
         };
         let mut state = performer.state(3).unwrap();
@@ -677,7 +683,7 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     let mut state = performer.state(1).unwrap();
     state.add(near.view(), array![[1.0], [1.0]].view()).unwrap();
     state.add(far.view(), array![[5.0]].view()).unwrap();
-    assert!((state.attend(near.view()).unwrap()[[0, 0]] - 1.0).abs() < 1e-12);
+    assert_abs_diff_eq!(state.attend(near.view()).unwrap()[[0, 0]], 1.0, epsilon = 1e-12);
     state.remove(near.view(), array![[1.0], [1.0]].view()).unwrap();
     let error = state.attend(near.view()).unwrap_err().to_string();
     assert!(error.contains("removed"), "{error}");
@@ -715,8 +721,12 @@ fn removal_never_leaves_a_wrong_answer() {
                 state.remove(key.view(), value.view()).unwrap();
                 match state.attend(near.view()) {
                     Ok(out) => {
-                        let error = largest_difference(&out, &expected);
-                        assert!(error < 1e-2, "{kind:?} {norm} {size:e}: {error:e}");
+                        assert_close(
+                            format_args!("{kind:?} {norm} {size:e}"),
+                            1e-2,
+                            &out,
+                            &expected,
+                        );
                     }
                     Err(error) => {
                         assert!(error.to_string().contains("removed"), "{error}");
@@ -753,8 +763,7 @@ fn removal_one_by_one_never_leaves_a_wrong_answer() {
         match state.attend(q.view()) {
             Ok(out) => {
                 answered += 1;
-                let error = largest_difference(&out, &expected);
-                assert!(error < 1e-2, "{:?}: {error:e}", performer.config());
+                assert_close(format_args!("{:?}", performer.config()), 1e-2, &out, &expected);
             }
             Err(_) => refused += 1,
         }
@@ -814,9 +823,8 @@ fn a_state_does_not_drift() {
     let mut fresh = performer.state(3).unwrap();
     fresh.add(k, v).unwrap();
     assert_eq!(state.num_keys(), 40);
-    let expected = fresh.attend(q.view()).unwrap().mapv(f64::from);
-    let error = largest_difference(&state.attend(q.view()).unwrap().mapv(f64::from), &expected);
-    assert!(error < 1e-6, "{error:e}");
+    let expected = fresh.attend(q.view()).unwrap();
+    assert_abs_diff_eq!(state.attend(q.view()).unwrap(), expected, epsilon = 1e-6);
 }
 
 // ---- How wrong ----
@@ -1041,20 +1049,11 @@ fn weights_are_those_of_the_outputs() {
     let inputs = Inputs::dense(q.view(), k.view(), v.view()).unwrap();
     let weights =
         performer.attention_weights(&inputs).unwrap().into_shape_with_order((7, 11)).unwrap();
-    assert!(largest_difference(&weights.dot(&v), &performer.forward(&inputs).unwrap()) < 1e-13);
+    assert_abs_diff_eq!(weights.dot(&v), performer.forward(&inputs).unwrap(), epsilon = 1e-13);
     assert!(weights.iter().all(|&weight| weight > 0.0));
 }
 
 // ---- performer-pytorch ----
-
-fn dynamic(value: &Value) -> Array2<f64> {
-    let numbers = |value: &Value| -> Vec<f64> {
-        value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
-    };
-    let shape = numbers(&value["shape"]);
-    let shape = (shape[0] as usize, shape[1] as usize);
-    Array::from_shape_vec(shape, numbers(&value["data"])).unwrap()
-}
 
 #[test]
 fn outputs_and_gradients_are_those_of_performer_pytorch() {
@@ -1067,7 +1066,7 @@ fn outputs_and_gradients_are_those_of_performer_pytorch() {
             .unwrap()
             .iter()
             .filter(|(_, value)| value.is_object())
-            .map(|(name, value)| (name.as_str(), dynamic(value)))
+            .map(|(name, value)| (name.as_str(), golden::array(value)))
             .collect();
         let projection = &arrays["projection"];
         let kind = if case["features"] == "relu" { RELU } else { Features::Positive };
@@ -1091,8 +1090,7 @@ fn outputs_and_gradients_are_those_of_performer_pytorch() {
             ("grad_value", &grads.value),
             ("grad_projection", &grad_projection),
         ] {
-            let error = largest_difference(actual, &arrays[name]);
-            assert!(error < 1e-13, "{}: {name}: {error:e}", case["name"]);
+            assert_close(format_args!("{}: {name}", case["name"]), 1e-13, actual, &arrays[name]);
         }
     }
 }

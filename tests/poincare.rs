@@ -1,18 +1,17 @@
 //! Poincaré attention against arbitrary precision (`tests/golden/poincare_attention.py`), and its laws.
 
+mod common;
+
+use approx::{assert_relative_eq, relative_eq};
+use common::close::{assert_close, assert_close_in_size, error_in_bounds};
+use common::golden;
 use graph_attention::geometry::poincare::{conformal_factor, distance, midpoint, mobius_add};
-use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, array};
+use graph_attention::ndarray::{self, Array2, ArrayView2, Ix2, arr0, arr1, array};
 use graph_attention::{
     Attention, Dropout, Error, Float, Graph, Inputs, Params, PoincareConfig, params,
     poincare::{Aggregation, Coordinates},
 };
 use serde_json::{Value, json};
-
-fn array<F: Float>(value: &Value) -> Array2<F> {
-    let size = |n: usize| value["shape"][n].as_u64().unwrap() as usize;
-    let data = value["data"].as_array().unwrap().iter().map(|n| F::from_f64(n.as_f64().unwrap()));
-    Array2::from_shape_vec((size(0), size(1)), data.collect()).unwrap()
-}
 
 struct Case<'v> {
     value: &'v Value,
@@ -43,7 +42,7 @@ impl Case<'_> {
     /// entry would do.
     fn compare<F: Float>(&mut self, name: &str, actual: ArrayView2<'_, F>) {
         let expected = &self.value[name];
-        let values = array::<f64>(expected);
+        let values = golden::array::<f64, Ix2>(expected);
         assert_eq!(actual.dim(), values.dim(), "{name}");
         let unit = F::epsilon().as_f64() / 2.0;
         let mut largest = values.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
@@ -52,22 +51,18 @@ impl Case<'_> {
         } else if name != "out" && !self.is_sharp() {
             // Gradients that are 0 since their terms cancel: as large as the others are.
             for name in ["grad_query", "grad_key", "grad_value"] {
-                let other = array::<f64>(&self.value[name]);
+                let other = golden::array::<f64, Ix2>(&self.value[name]);
                 largest = other.iter().fold(largest, |max: f64, x| max.max(x.abs()));
             }
         }
-        let perturbations = array::<f64>(&json!({
+        let perturbations = golden::array::<f64, Ix2>(&json!({
             "shape": expected["shape"],
             "data": expected["perturbation"],
         }));
         for ((a, b), perturbation) in actual.iter().zip(&values).zip(&perturbations) {
-            let error = (a.as_f64() - b).abs();
-            if error != 0.0 {
-                let ratio = error / (unit * largest + perturbation);
-                assert!(!ratio.is_nan(), "{} {name}: {a} instead of {b:e}", self.value["name"]);
-                if ratio > self.worst.0 {
-                    self.worst = (ratio, format!("{name}: {a} instead of {b:e}"));
-                }
+            let ratio = error_in_bounds(a.as_f64(), *b, unit * largest + perturbation);
+            if ratio > self.worst.0 {
+                self.worst = (ratio, format!("{name}: {a} instead of {b:e}"));
             }
         }
     }
@@ -88,16 +83,17 @@ impl Case<'_> {
             ("out", "grad_out"),
         ];
         let sum = |(x, grad): (&str, &str)| {
-            let [x, grad] = [x, grad].map(|name| array::<f64>(&self.value[name]));
+            let [x, grad] = [x, grad].map(|name| golden::array::<f64, Ix2>(&self.value[name]));
             (x * grad).mapv(f64::abs).sum()
         };
         products.into_iter().map(sum).sum::<f64>() / (2.0 * self.value["c"].as_f64().unwrap())
     }
 
     fn check<F: Float>(&mut self) {
-        let [query, key, value, grad_out] =
-            ["query", "key", "value", "grad_out"].map(|name| array::<F>(&self.value[name]));
-        let bias = (!self.value["bias"].is_null()).then(|| array::<F>(&self.value["bias"]));
+        let [query, key, value, grad_out] = ["query", "key", "value", "grad_out"]
+            .map(|name| golden::array::<F, Ix2>(&self.value[name]));
+        let bias =
+            (!self.value["bias"].is_null()).then(|| golden::array::<F, Ix2>(&self.value["bias"]));
         let edges = self.value["edges"].as_array();
         let graph = edges.map(|edges| {
             let at = |edge: &Value, end: usize| edge[end].as_u64().unwrap() as usize;
@@ -195,16 +191,6 @@ fn points<F: Float>(rows: usize, columns: usize, scale: f64, seed: &mut u64) -> 
     Array2::from_shape_simple_fn((rows, columns), || F::from_f64(scale * noise(seed)))
 }
 
-fn assert_near<F: Float>(what: &str, a: &Array2<F>, b: &Array2<F>, tolerance: f64) {
-    assert_eq!(a.dim(), b.dim(), "{what}");
-    let largest = b.iter().fold(1e-300, |max: f64, x| max.max(x.as_f64().abs()));
-    assert!(largest.is_finite(), "infinite numbers are compared with nothing");
-    for (a, b) in a.iter().zip(b) {
-        let error = (a.as_f64() - b.as_f64()).abs();
-        assert!(error <= tolerance * largest, "{what}: {a} instead of {b}");
-    }
-}
-
 /// Dense inputs go through tiles, graphs through rows: two implementations.
 fn tiles_are_rows<F: Float>(tolerance: f64) {
     let mut seed = 3;
@@ -253,22 +239,18 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
                 let what = format!("{num_queries} x {num_keys} x {dim}, {case}, {aggregation:?}");
                 // Farther out a rounded direction is a longer way off.
                 let tolerance = if case >= 5 { 10.0 * tolerance } else { tolerance };
-                assert_near(&what, &out, &expected, tolerance);
-                assert_near(&what, &grads.query, &expected_grads.query, tolerance);
-                assert_near(&what, &grads.key, &expected_grads.key, tolerance);
-                assert_near(&what, &grads.value, &expected_grads.value, tolerance);
+                assert_close_in_size(&what, tolerance, 1e-300, &out, &expected);
+                assert_close_in_size(&what, tolerance, 1e-300, &grads.query, &expected_grads.query);
+                assert_close_in_size(&what, tolerance, 1e-300, &grads.key, &expected_grads.key);
+                assert_close_in_size(&what, tolerance, 1e-300, &grads.value, &expected_grads.value);
                 assert_eq!(grads.bias.is_some(), expected_grads.bias.is_some(), "{what}");
                 if let (Some(a), Some(b)) = (&grads.bias, &expected_grads.bias) {
-                    let [a, b] = [a, b].map(|bias| bias.clone().into_dimensionality().unwrap());
-                    assert_near(&what, &a, &b, tolerance);
+                    assert_close_in_size(&what, tolerance, 1e-300, a, b);
                 }
                 for (a, b) in grads.params.iter().zip(&expected_grads.params) {
                     let (a, b) = (a.sum().as_f64(), b.sum().as_f64());
-                    let terms = num_queries as f64;
-                    assert!(
-                        (a - b).abs() <= tolerance * terms * b.abs().max(1.0),
-                        "{what}: {a} {b}"
-                    );
+                    let tolerance = tolerance * num_queries as f64;
+                    assert_close_in_size(&what, tolerance, 1.0, &arr0(a), &arr0(b));
                 }
             }
         }
@@ -341,11 +323,11 @@ fn isometries_move_the_means_and_leave_the_weights() {
             let poincare = config.aggregation(aggregation).init::<f64>().unwrap();
             let [weights, moved_weights] =
                 [&inputs, &other].map(|inputs| poincare.attention_weights(inputs).unwrap());
-            assert_near("weights", &moved_weights, &weights, 1e-11);
+            let what = format!("{aggregation:?}, {norms:?}");
+            assert_close_in_size(&what, 1e-11, 0.0, &moved_weights, &weights);
             let [out, moved_out] =
                 [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
-            let what = format!("{aggregation:?}, {norms:?}");
-            assert_near(&what, &moved_out, &moved(&out, by, c), 1e-11);
+            assert_close_in_size(&what, 1e-11, 0.0, &moved_out, &moved(&out, by, c));
         }
         // Which the tangent space at the origin knows nothing of.
         let config = PoincareConfig::new().curvature(c).aggregation(Aggregation::TangentAtOrigin);
@@ -381,7 +363,9 @@ fn a_head_is_the_midpoint_under_its_weights() {
             for (key, &weight) in key.rows().into_iter().zip(&weights) {
                 let query = query.row(at);
                 let d = distance(query.as_slice().unwrap(), key.as_slice().unwrap(), c).unwrap();
-                assert!((weight * d.exp() * 23.0 / logit_sum - 1.0).abs() < 1e-11, "{norms:?}");
+                let share = weight * d.exp() * 23.0;
+                let is_one = relative_eq!(share, logit_sum, epsilon = 0.0, max_relative = 1e-11);
+                assert!(is_one, "{norms:?}: {share} {logit_sum}");
             }
             let mut error = distance(out.as_slice().unwrap(), &expected, c).unwrap();
             error /= norms.end * 2.0 / (1.0 - c * norms.end * norms.end);
@@ -411,14 +395,8 @@ fn a_flat_ball_is_euclidean_space() {
                 };
                 let weights: Vec<f64> = (0..11).map(|key| logit(key).exp()).collect();
                 let total: f64 = weights.iter().sum();
-                for (c, out) in out.iter().enumerate() {
-                    let mean =
-                        (0..11).map(|key| weights[key] * value[[key, c]]).sum::<f64>() / total;
-                    assert!(
-                        (out - mean).abs() < 1e-12,
-                        "{aggregation:?} {coordinates:?}: {out} {mean}"
-                    );
-                }
+                let mean = arr1(&weights).dot(&value) / total;
+                assert_close(format_args!("{aggregation:?} {coordinates:?}"), 1e-12, &out, &mean);
             }
         }
     }
@@ -500,7 +478,7 @@ fn every_finite_tangent_vector_is_a_point<F: Float>() {
                 let weights = poincare.attention_weights(&inputs).unwrap();
                 for query in 0..num_queries {
                     let sum: F = (0..6).map(|key| weights[[query * 6 + key, 0]]).sum();
-                    assert!((sum.as_f64() - 1.0).abs() < 1e-5, "{what}: {sum}");
+                    assert_close(&what, 1e-5, &arr0(sum), &arr0(F::one()));
                 }
                 let ones = Array2::<F>::ones(out.raw_dim());
                 let grads = poincare.backward(&inputs, &saved, ones.view()).unwrap();
@@ -558,7 +536,7 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
             }
             continue;
         }
-        assert_near(&what, &out, &expected, 1e-11);
+        assert_close_in_size(&what, 1e-11, 0.0, &out, &expected);
         for (x, grad, past) in [
             (&query, &grads.query, &past.query),
             (&key, &grads.key, &past.key),
@@ -570,7 +548,7 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
                 let along = unit.dot(&grad.row(row));
                 expected.row_mut(row).assign(&((&grad.row(row) - &(along * &unit)) / 4.0));
             }
-            assert_near(&what, past, &expected, 1e-9);
+            assert_close_in_size(&what, 1e-9, 0.0, past, &expected);
         }
         // The gradient of c holds the distance of such a vector fixed in units of 1/√c.
         let loss = |step: f64| {
@@ -586,7 +564,8 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
         };
         let slope = (loss(1e-5) - loss(-1e-5)) / 2e-5;
         let grad_c = past.params[0].sum();
-        assert!((grad_c - slope).abs() < 1e-6 * (1.0 + slope.abs()), "{what}: {grad_c} {slope}");
+        let tolerance = 1e-6 * (1.0 + slope.abs());
+        assert_close(&what, tolerance, &arr0(grad_c), &arr0(slope));
     }
 }
 
@@ -601,8 +580,8 @@ fn one_value<F: Float>(radii: &[f64], tolerance: f64) {
         let poincare = config.init::<F>().unwrap();
         let (out, saved) = poincare.forward_train(&inputs).unwrap();
         let grads = poincare.backward(&inputs, &saved, grad.view()).unwrap();
-        assert_near("out", &out, &value, tolerance);
-        assert_near("grad", &grads.value, &grad, tolerance);
+        assert_close_in_size(format_args!("{radius}, out"), tolerance, 0.0, &out, &value);
+        assert_close_in_size(format_args!("{radius}, grad"), tolerance, 0.0, &grads.value, &grad);
         assert!(grads.query.iter().chain(&grads.key).all(|&grad| grad == F::zero()));
     }
 }
@@ -699,8 +678,8 @@ fn bad_options_and_states_are_refused() {
 fn learned_values_start_where_they_are_told() {
     let config = PoincareConfig::new().curvature(0.03).temperature(40.0);
     let poincare = config.learn_curvature(true).learn_temperature(true).init::<f64>().unwrap();
-    assert!((poincare.curvature() / 0.03 - 1.0).abs() < 1e-14);
-    assert!((poincare.temperature() / 40.0 - 1.0).abs() < 1e-14);
+    assert_relative_eq!(poincare.curvature(), 0.03, epsilon = 0.0, max_relative = 1e-14);
+    assert_relative_eq!(poincare.temperature(), 40.0, epsilon = 0.0, max_relative = 1e-14);
     let names: Vec<String> = params::state(&poincare).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["raw_curvature", "raw_temperature"]);
 }

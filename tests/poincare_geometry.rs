@@ -1,10 +1,18 @@
 //! The Poincaré ball: its laws, its gradients, and mpmath's answers.
 
+mod common;
+
+use approx::{abs_diff_eq, assert_abs_diff_eq};
+use common::close::{assert_close_in_length, close_in_length};
+use common::random::rng;
+use common::strategies::points;
 use graph_attention::geometry::poincare::*;
 use graph_attention::ndarray::{Array2, ArrayView2};
 use graph_attention::{Error, Float, Result};
-use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
-
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+use rand::{RngExt, rngs::Xoshiro256PlusPlus};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::slice::from_ref;
@@ -271,7 +279,7 @@ fn arguments(rng: &mut Xoshiro256PlusPlus, name: &str, n: usize, c: f64) -> Vect
 
 #[test]
 fn vector_jacobian_products_are_the_slopes() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
+    let mut rng = rng(7);
     for function in functions::<f64>() {
         let name = function.name;
         let mut worst = 0.0_f64;
@@ -300,9 +308,10 @@ fn vector_jacobian_products_are_the_slopes() {
                         loss
                     };
                     let slope = (moved(step) - moved(-step)) / (2.0 * step);
-                    let error = (grad - slope).abs() / (1.0 + grad.abs());
-                    worst = worst.max(error);
-                    assert!(error < 1e-7, "{name} {case} {k} {i}: {grad} instead of {slope}");
+                    let size = 1.0 + grad.abs();
+                    let is_slope = abs_diff_eq!(grad, slope, epsilon = 1e-7 * size);
+                    assert!(is_slope, "{name} {case} {k} {i}: {grad} instead of {slope}");
+                    worst = worst.max((grad - slope).abs() / size);
                 }
             }
         }
@@ -331,7 +340,8 @@ fn results_past_the_last_point_are_inside() {
     let end = call("exp_map", &[vec![0.9, 0.0], vec![1e3, 1.0]], 1.0);
     assert!(conformal_factor(&end, 1.0).is_ok(), "{end:?}");
     let exact = [1.0 - 1.385_040_857_767e-9, 5.263_156_575_303_182e-5];
-    assert!((end[0] - exact[0]).abs() <= 1.2e-16 && (end[1] - exact[1]).abs() < 2e-20, "{end:?}");
+    assert_abs_diff_eq!(end[0], exact[0], epsilon = 1.2e-16);
+    assert_abs_diff_eq!(end[1], exact[1], epsilon = 2e-20);
     let ten = vec![10.0, 0.0, 0.0, 10.0];
     for r in [0.75, 0.9, 0.97, 1.0_f64.next_down()] {
         for x in [vec![r, 0.0], vec![0.6 * r, -0.8 * r]] {
@@ -361,7 +371,7 @@ fn results_past_the_last_point_are_inside() {
 /// By trial of all points around: in the plane hardly any is nearer to the true result.
 #[test]
 fn results_past_the_last_point_are_the_nearest_inside() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(47);
+    let mut rng = rng(47);
     let (mut count, mut not_nearest, mut worst) = (0, 0, 1.0_f64);
     for case in 0..1200 {
         let (n, c) = (2 + case % 2, [1.0_f32, 0.7, 2.3][case / 2 % 3]);
@@ -510,82 +520,92 @@ fn minus(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| -x).collect()
 }
 
-#[track_caller]
-fn assert_close(what: &str, tolerance: f64, actual: &[f64], expected: &[f64]) {
-    let size = norm(expected).max(1.0);
-    let difference: Vec<f64> = actual.iter().zip(expected).map(|(a, b)| a - b).collect();
-    let close = norm(&difference) <= tolerance * size;
-    assert!(close && actual.len() == expected.len(), "{what}: {actual:?} instead of {expected:?}");
-}
-
-/// Some hundred roundings at the points of [`point`], where 1 − c|x|² is at least 0.19.
+/// Some hundred roundings at points at most nine tenths of the way to the boundary, where 1 − c|x|² is at
+/// least 0.19.
 const LAW: f64 = 1e-12;
 
-#[test]
-fn laws() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(11);
-    for case in 0..2000 {
-        let n = [1, 2, 3, 7][case % 4];
-        let c = [1.0, 0.1, 2.5, 1e-6, 0.0][case / 4 % 5];
-        let [x, y, a] = [0; 3].map(|_| point(&mut rng, n, c, 0.9));
-        let v = point(&mut rng, n, 1.0, 2.0);
+/// [`close_in_length`], as a law that a case of `proptest` may break.
+fn close(
+    what: &str,
+    tolerance: f64,
+    actual: &[f64],
+    expected: &[f64],
+) -> std::result::Result<(), TestCaseError> {
+    close_in_length(what, tolerance, actual, expected).map_err(TestCaseError::fail)
+}
+
+/// A number of columns and a curvature.
+fn balls(curvatures: &'static [f64]) -> impl Strategy<Value = (usize, f64)> {
+    (select(&[1, 2, 3, 7][..]), select(curvatures))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn laws(
+        ((n, c), [x, y, a], v) in balls(&[1.0, 0.1, 2.5, 1e-6, 0.0]).prop_flat_map(|(n, c)| {
+            let ball = || points(n, c, 0.9);
+            (Just((n, c)), [ball(), ball(), ball()], points(n, 1.0, 2.0))
+        }),
+        t in 0.0..1.0f64,
+        r in -2.0..2.0f64,
+    ) {
         let of = |name: &str, a: &[&Vec<f64>]| {
             let a: Vectors<f64> = a.iter().map(|&x| x.clone()).collect();
             call(name, &a, c)
         };
 
         let sum = of("mobius_add", &[&x, &y]);
-        assert_close("cancellation", LAW, &of("mobius_add", &[&minus(&x), &sum]), &y);
+        close("cancellation", LAW, &of("mobius_add", &[&minus(&x), &sum]), &y)?;
 
         let length = of("distance", &[&x, &y]);
         let moved = [&x, &y].map(|x| of("mobius_add", &[&a, x]));
         // Both may be far out, where d loses digits to the rounding of the points.
         let far = 1e-10;
-        assert_close("isometry", far, &of("distance", &[&moved[0], &moved[1]]), &length);
+        close("isometry", far, &of("distance", &[&moved[0], &moved[1]]), &length)?;
 
         let log = of("log_map", &[&x, &y]);
         let lambda = of("conformal_factor", &[&x])[0];
-        assert_close("length of log", LAW, &[lambda * norm(&log)], &length);
-        assert_close("exp of log", LAW, &of("exp_map", &[&x, &log]), &y);
-        let t = rng.random_range(0.0..1.0);
+        close("length of log", LAW, &[lambda * norm(&log)], &length)?;
+        close("exp of log", LAW, &of("exp_map", &[&x, &log]), &y)?;
         let between = of("geodesic", &[&x, &y, &vec![t]]);
         let later = log.iter().map(|log| t * log).collect();
-        assert_close("geodesic", LAW, &between, &of("exp_map", &[&x, &later]));
+        close("geodesic", LAW, &between, &of("exp_map", &[&x, &later]))?;
         let way = of("distance", &[&x, &between])[0];
-        assert_close("its speed", LAW, &[way], &[t * length[0]]);
-        assert_eq!(of("geodesic", &[&x, &y, &vec![0.0]]), x);
-        assert_eq!(of("geodesic", &[&x, &y, &vec![1.0]]), y);
+        close("its speed", LAW, &[way], &[t * length[0]])?;
+        prop_assert_eq!(of("geodesic", &[&x, &y, &vec![0.0]]), x.clone());
+        prop_assert_eq!(of("geodesic", &[&x, &y, &vec![1.0]]), y.clone());
         let origin = vec![0.0; n];
         let log = of("log_map", &[&origin, &y]);
-        assert_close("log at the origin", LAW, &of("log_map_origin", &[&y]), &log);
-        assert_close("exp of it", LAW, &of("exp_map_origin", &[&log]), &y);
-        assert_close("exp at the origin", LAW, &of("exp_map", &[&origin, &log]), &y);
+        close("log at the origin", LAW, &of("log_map_origin", &[&y]), &log)?;
+        close("exp of it", LAW, &of("exp_map_origin", &[&log]), &y)?;
+        close("exp at the origin", LAW, &of("exp_map", &[&origin, &log]), &y)?;
 
         let carried = of("parallel_transport", &[&x, &y, &v]);
         let lambda_y = of("conformal_factor", &[&y])[0];
-        assert_close("transport", LAW, &[lambda_y * norm(&carried)], &[lambda * norm(&v)]);
+        close("transport", LAW, &[lambda_y * norm(&carried)], &[lambda * norm(&v)])?;
         let back = of("parallel_transport", &[&y, &x, &carried]);
-        assert_close("there and back", LAW, &back, &v);
+        close("there and back", LAW, &back, &v)?;
         let turned = of("gyration", &[&x, &y, &a]);
         let outer = of("mobius_add", &[&x, &of("mobius_add", &[&y, &a])]);
         let by_sums = of("mobius_add", &[&minus(&sum), &outer]);
-        assert_close("gyration", 1e-9, &turned, &by_sums);
+        close("gyration", 1e-9, &turned, &by_sums)?;
 
-        assert_close("Klein", LAW, &of("from_klein", &[&of("to_klein", &[&x])]), &x);
+        close("Klein", LAW, &of("from_klein", &[&of("to_klein", &[&x])]), &x)?;
         if c > 0.0 {
             let on_hyperboloid = of("to_lorentz", &[&x]);
             let space = norm(&on_hyperboloid[1..]);
             let form = c * (on_hyperboloid[0] - space) * (on_hyperboloid[0] + space);
-            assert_close("hyperboloid", 1e-11, &[form], &[1.0]);
-            assert_close("Lorentz", LAW, &of("from_lorentz", &[&on_hyperboloid]), &x);
+            close("hyperboloid", 1e-11, &[form], &[1.0])?;
+            close("Lorentz", LAW, &of("from_lorentz", &[&on_hyperboloid]), &x)?;
         }
 
-        let r = rng.random_range(-2.0..2.0);
         let scaled = of("mobius_scalar_mul", &[&vec![r], &x]);
         let diagonal = (0..n * n).map(|i| if i % (n + 1) == 0 { r } else { 0.0 }).collect();
-        assert_close("r I", LAW, &of("mobius_mat_vec", &[&diagonal, &x]), &scaled);
+        close("r I", LAW, &of("mobius_mat_vec", &[&diagonal, &x]), &scaled)?;
         let distance = of("distance", &[&origin, &scaled])[0];
-        assert_close("r d", LAW, &[distance], &[r.abs() * of("distance", &[&origin, &x])[0]]);
+        close("r d", LAW, &[distance], &[r.abs() * of("distance", &[&origin, &x])[0]])?;
     }
 }
 
@@ -600,20 +620,22 @@ fn geodesics_across_the_ball() {
         let square = 0.64 * far * far;
         let height =
             2.0 * far * 0.8 / (1.0 + far * far + ((1.0 + far * far).powi(2) - 4.0 * square).sqrt());
-        assert_close("half-way", 4e-16, &half, &[0.0, height]);
+        assert_close_in_length("half-way", 4e-16, &half, &[0.0, height]);
         let back = call("geodesic", &[y, x.clone(), vec![1.0]], 1.0);
         assert_eq!(back, x);
     }
 }
 
-#[test]
-fn midpoints_of_all_models_are_one() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(13);
-    for case in 0..1000 {
-        let n = [1, 2, 3, 7][case % 4];
-        let c = [1.0, 0.1, 2.5, 1e-3][case / 4 % 4];
-        let points: Vectors<f64> = (0..5).map(|_| point(&mut rng, n, c, 0.9)).collect();
-        let weights: Vec<f64> = (0..5).map(|_| rng.random_range(0.0..2.0)).collect();
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn midpoints_of_all_models_are_one(
+        (c, points, a) in balls(&[1.0, 0.1, 2.5, 1e-3]).prop_flat_map(|(n, c)| {
+            (Just(c), vec(points(n, c, 0.9), 5), points(n, c, 0.9))
+        }),
+        weights in vec(0.0..2.0f64, 5).prop_filter("a weight", |w| w.iter().any(|&w| w > 0.0)),
+    ) {
         let mean = |points: &[Vec<f64>]| call("midpoint", &[points.concat(), weights.clone()], c);
         let weighted = |rows: &[Vec<f64>], weights: &[f64]| -> Vec<f64> {
             let column =
@@ -628,7 +650,7 @@ fn midpoints_of_all_models_are_one() {
         let factors: Vec<f64> = klein.iter().zip(&weights).map(|(k, w)| w * factor(k)).collect();
         let total: f64 = factors.iter().sum();
         let k = weighted(&klein, &factors).iter().map(|k| k / total).collect();
-        assert_close("Einstein", 1e-10, &call("from_klein", &[k], c), &m);
+        close("Einstein", 1e-10, &call("from_klein", &[k], c), &m)?;
 
         // Lorentz: the mean, scaled back to the hyperboloid.
         let lorentz: Vectors<f64> =
@@ -637,18 +659,17 @@ fn midpoints_of_all_models_are_one() {
         let space = norm(&mean_lorentz[1..]);
         let size = (c * (mean_lorentz[0] - space) * (mean_lorentz[0] + space)).sqrt();
         let centroid = mean_lorentz.iter().map(|x| x / size).collect();
-        assert_close("Lorentz", 1e-10, &call("from_lorentz", &[centroid], c), &m);
+        close("Lorentz", 1e-10, &call("from_lorentz", &[centroid], c), &m)?;
 
-        let a = point(&mut rng, n, c, 0.9);
         let translate = |x: &Vec<f64>| call("mobius_add", &[a.clone(), x.clone()], c);
         let moved: Vectors<f64> = points.iter().map(translate).collect();
-        assert_close("translation", 1e-10, &mean(&moved), &translate(&m));
+        close("translation", 1e-10, &mean(&moved), &translate(&m))?;
     }
 }
 
 #[test]
 fn limits_at_zero_curvature() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(17);
+    let mut rng = rng(17);
     for function in functions::<f64>() {
         if function.name.ends_with("lorentz") {
             continue;
@@ -659,9 +680,9 @@ fn limits_at_zero_curvature() {
             let g: Vec<f64> = flat.iter().map(|_| rng.random_range(-1.0..1.0)).collect();
             let grads = (function.vjp)(&a, 0.0, &g).unwrap();
             let curved = (function.forward)(&a, 1e-12).unwrap();
-            assert_close(function.name, 1e-10, &curved, &flat);
+            assert_close_in_length(function.name, 1e-10, &curved, &flat);
             for (grad, flat) in (function.vjp)(&a, 1e-12, &g).unwrap().iter().zip(&grads) {
-                assert_close(function.name, 1e-9, grad, flat);
+                assert_close_in_length(function.name, 1e-9, grad, flat);
             }
         }
     }
@@ -685,15 +706,15 @@ fn equal_points() {
         assert_eq!(call("log_map", &[x.clone(), x.clone()], c), [0.0, 0.0]);
         assert_eq!(call("mobius_add", &[x.clone(), minus(&x)], c), [0.0, 0.0]);
         let carried = call("parallel_transport", &[x.clone(), x.clone(), g.to_vec()], c);
-        assert_close("transport to the same point", 1e-15, &carried, &g);
+        assert_close_in_length("transport to the same point", 1e-15, &carried, &g);
         let twice = call("midpoint", &[[&x[..], &x].concat(), vec![1.0, 2.0]], c);
-        assert_close("midpoint of one", 1e-15, &twice, &x);
+        assert_close_in_length("midpoint of one", 1e-15, &twice, &x);
     }
 }
 
 #[test]
 fn gradients_are_added() {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(19);
+    let mut rng = rng(19);
     let (x, y, g) = ([0.1, 0.5], [-0.4, 0.2], [0.3, 0.8]);
     let mut grads = ([0.0; 2], [0.0; 2]);
     log_map_vjp(&x, &y, 1.0, &g, &mut grads.0, &mut grads.1).unwrap();
@@ -711,13 +732,13 @@ fn projection_is_explicit() {
     let (x, margin) = ([3.0, -4.0], 0.0625);
     let mut out = [0.0; 2];
     project(&x, 4.0, margin, &mut out).unwrap();
-    assert_close("outside", 1e-15, &out, &[0.28125, -0.375]);
+    assert_close_in_length("outside", 1e-15, &out, &[0.28125, -0.375]);
     project(&x, 0.0, margin, &mut out).unwrap();
     assert_eq!(out, x);
     project(&[0.3, -0.3], 4.0, margin, &mut out).unwrap();
     assert_eq!(out, [0.3, -0.3]);
     // The smallest margin leaves no point outside, in either precision.
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(23);
+    let mut rng = rng(23);
     for _ in 0..10_000 {
         let c = rng.random_range(0.01..10.0);
         let x = unit(&mut rng, 3);
@@ -748,7 +769,7 @@ fn bad_input() {
 
     for function in functions::<f64>() {
         let name = function.name;
-        let mut rng = Xoshiro256PlusPlus::seed_from_u64(29);
+        let mut rng = rng(29);
         let a = arguments(&mut rng, name, 2, 1.0);
         let g = vec![1.0; (function.forward)(&a, 1.0).unwrap().len()];
         for (c, text) in [(-1.0, "-1"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
@@ -884,7 +905,7 @@ fn hard_point<F: Float>(
 /// Arguments of all functions at [`hard_point`]s: every value and gradient must be finite. Returns
 /// the number of calls.
 fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let mut rng = rng(seed);
     let functions = functions::<F>();
     let (mut count, mut refused) = (0, 0);
     for round in 0..rounds {

@@ -1,22 +1,17 @@
 //! Properties over random inputs: graphs, and results over parts of the keys.
 
+mod common;
+
+use approx::relative_eq;
+use common::close::{assert_close, close};
+use common::random::rng;
+use common::strategies::{edge_lists, matrices};
 use graph_attention::ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
-use graph_attention::{
-    Attention, Dropout, Error, Flash, Gradients, Graph, Inputs, Partial, ScaledDotProduct,
-};
+use graph_attention::{Attention, Dropout, Error, Flash, Graph, Inputs, Partial, ScaledDotProduct};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::collections::BTreeMap;
 
-/// Numbers of queries and keys, and edges between them in any order.
-fn edge_lists() -> impl Strategy<Value = (usize, usize, Vec<(usize, usize)>)> {
-    (1..12usize, 1..12usize).prop_flat_map(|(num_queries, num_keys)| {
-        (Just(num_queries), Just(num_keys), vec((0..num_queries, 0..num_keys), 0..40))
-    })
-}
-
-/// Query and key of every edge, by edge number.
 fn edges(graph: &Graph) -> Vec<(usize, usize)> {
     let rows = (0..graph.num_queries())
         .flat_map(|query| graph.row(query).map(move |(key, edge)| (edge, (query, key))));
@@ -38,19 +33,10 @@ fn floyd_warshall(n: usize, edges: &[(usize, usize)]) -> Array2<usize> {
     distance
 }
 
-fn matrices(rows: usize, columns: usize) -> impl Strategy<Value = Array2<f64>> {
-    vec(-2.0..2.0f64, rows * columns)
-        .prop_map(move |data| Array2::from_shape_vec((rows, columns), data).unwrap())
-}
-
-fn close(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> bool {
-    // Equal infinities count as close.
-    let close = |(a, b): (&f64, &f64)| a == b || (a - b).abs() < 1e-13;
-    a.shape() == b.shape() && a.iter().zip(b).all(close)
-}
-
+/// Equal infinities, of parts that are empty, count as close.
 fn close_partials(a: &Partial<f64>, b: &Partial<f64>) -> bool {
-    close(a.out(), b.out()) && close(a.log_sum_exp().view(), b.log_sum_exp().view())
+    relative_eq!(a.out(), b.out(), epsilon = 1e-13, max_relative = 0.0)
+        && relative_eq!(a.log_sum_exp(), b.log_sum_exp(), epsilon = 1e-13, max_relative = 0.0)
 }
 
 proptest! {
@@ -167,8 +153,7 @@ proptest! {
         degree in 0..40usize,
         seed in any::<u64>(),
     ) {
-        let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
-        let result = Graph::expander(n, degree, &mut rng);
+        let result = Graph::expander(n, degree, &mut rng(seed));
         if degree >= n || n * degree % 2 == 1 {
             let refused = matches!(result, Err(Error::InvalidArgument { argument: "degree", .. }));
             prop_assert!(refused, "{:?}", result);
@@ -182,7 +167,7 @@ proptest! {
             prop_assert!(!row.contains(&(node as u32)));
             prop_assert_eq!(row, graph.transpose().neighbors(node));
         }
-        let again = Graph::expander(n, degree, &mut Xoshiro256PlusPlus::seed_from_u64(seed));
+        let again = Graph::expander(n, degree, &mut rng(seed));
         prop_assert_eq!(graph, again.unwrap());
     }
 
@@ -199,25 +184,29 @@ proptest! {
         let over = |keys: std::ops::Range<usize>| {
             let (k, v) = (key.slice(s![keys.clone(), ..]), value.slice(s![keys.clone(), ..]));
             let inputs = Inputs::dense(query.view(), k, v).unwrap().with_heads(2).unwrap();
-            let inputs = inputs.with_bias(logits.slice(s![.., keys])).unwrap();
+            let inputs = inputs.with_bias(logits.slice(s![.., keys.clone()])).unwrap();
             let plain = ScaledDotProduct::new().forward_partial(&inputs).unwrap();
             let flash = Flash::new().with_tiles(2, 3).unwrap().forward_partial(&inputs).unwrap();
-            assert!((&flash.out() - &plain.out()).iter().all(|x| x.abs() < 1e-11));
-            flash
+            let what = format!("keys {keys:?}");
+            close(what, 1e-11, &flash.out(), &plain.out()).map_err(TestCaseError::fail)?;
+            Ok(flash)
         };
-        let whole = over(0..11);
+        let whole = over(0..11)?;
         cuts.extend([0, 11]);
         cuts.sort();
-        let shards: Vec<_> = cuts.windows(2).map(|cut| over(cut[0]..cut[1])).collect();
+        let shards = cuts.windows(2).map(|cut| over(cut[0]..cut[1]));
+        let shards = shards.collect::<Result<Vec<_>, TestCaseError>>()?;
         let empty = Partial::empty(3, 6, 2).unwrap();
         let merge = |a: Partial<f64>, b: &Partial<f64>| a.merge(b).unwrap();
         let from_the_left = shards.iter().fold(empty.clone(), merge);
         let from_the_right = shards.iter().rev().fold(empty.clone(), merge);
         // The parts of 1e3 keep 13 digits.
-        prop_assert!((&from_the_left.out() - &whole.out()).iter().all(|x| x.abs() < 1e-11));
-        prop_assert!((&from_the_right.out() - &whole.out()).iter().all(|x| x.abs() < 1e-11));
-        let difference = &from_the_left.log_sum_exp() - &whole.log_sum_exp();
-        prop_assert!(difference.iter().all(|x| x.abs() < 1e-11));
+        let [left, right, all] = [&from_the_left, &from_the_right, &whole].map(|part| part.out());
+        let (log_sum, log_sums) = (from_the_left.log_sum_exp(), whole.log_sum_exp());
+        close("from the left", 1e-11, &left, &all)
+            .and_then(|()| close("from the right", 1e-11, &right, &all))
+            .and_then(|()| close("log sums", 1e-11, &log_sum, &log_sums))
+            .map_err(TestCaseError::fail)?;
         // The identity, exactly, from either side.
         prop_assert_eq!(&merge(whole.clone(), &empty), &whole);
         prop_assert_eq!(&merge(empty, &whole), &whole);
@@ -318,29 +307,31 @@ fn a_row_longer_than_any_part_is_like_the_others() -> Result<(), Error> {
     let sparse = Inputs::graph(q.view(), k.view(), v.view(), &graph)?.with_heads(2)?;
     let one = q.slice(s![..1, ..]);
     let dense = Inputs::dense(one, k.view(), v.view())?;
-    for inputs in [
-        sparse,
-        sparse.with_bias(logits.view())?,
-        sparse.with_dropout(Dropout { probability: 0.3, seed: 9 })?,
-        dense,
-        dense.with_mask(mask.view())?,
+    for (what, inputs) in [
+        ("sparse", sparse),
+        ("biased", sparse.with_bias(logits.view())?),
+        ("dropped", sparse.with_dropout(Dropout { probability: 0.3, seed: 9 })?),
+        ("dense", dense),
+        ("masked", dense.with_mask(mask.view())?),
     ] {
         let (plain, flash) = (ScaledDotProduct::new(), Flash::new());
         let (out, saved) = flash.forward_train(&inputs)?;
         let (expected, saved_plain) = plain.forward_train(&inputs)?;
-        assert!(close(out.view(), expected.view()));
+        assert_close(what, 1e-13, &out, &expected);
         let grad_out = g.slice(s![..out.nrows(), ..]);
         let grads = flash.backward(&inputs, &saved, grad_out)?;
         let expected = plain.backward(&inputs, &saved_plain, grad_out)?;
-        let of = |grads: &Gradients<f64>| {
-            let arrays = [&grads.query, &grads.key, &grads.value].into_iter().flatten();
-            arrays.chain(grads.bias.iter().flatten()).copied().collect::<Vec<f64>>()
-        };
-        let (grads, expected) = (of(&grads), of(&expected));
-        assert_eq!(grads.len(), expected.len());
-        for (a, b) in grads.into_iter().zip(expected) {
-            // The gradients of a hub are sums of thousands of terms of order 1.
-            assert!((a - b).abs() < 1e-10, "{a} {b}");
+        // The gradients of a hub are sums of thousands of terms of order 1.
+        for (name, grad, expected) in [
+            ("query", &grads.query, &expected.query),
+            ("key", &grads.key, &expected.key),
+            ("value", &grads.value, &expected.value),
+        ] {
+            assert_close(format_args!("{what}, {name}"), 1e-10, grad, expected);
+        }
+        assert_eq!(grads.bias.is_some(), expected.bias.is_some(), "{what}");
+        if let (Some(grad), Some(expected)) = (&grads.bias, &expected.bias) {
+            assert_close(format_args!("{what}, bias"), 1e-10, grad, expected);
         }
     }
     Ok(())

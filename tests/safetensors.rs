@@ -1,12 +1,12 @@
 //! Parameters through safetensors files: the same bits come back, and a bad file is refused whole.
 #![cfg(feature = "safetensors")]
 
-mod parameters;
+mod common;
 
 use allocation_counter::measure;
+use common::parameters::{mechanisms, multi_head};
 use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayViewMutD, IxDyn};
 use graph_attention::{Error, Flash, Float, MultiHeadConfig, Params, Result, params, safetensors};
-use parameters::{mechanisms, multi_head};
 use std::fmt::Write;
 use std::path::PathBuf;
 

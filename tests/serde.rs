@@ -2,9 +2,10 @@
 //! refused.
 #![cfg(feature = "serde")]
 
-mod parameters;
+mod common;
 
 use allocation_counter::measure;
+use common::parameters::mechanisms;
 use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayViewMutD, array};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
@@ -19,7 +20,6 @@ use graph_attention::{
     performer::{Features, Projection},
     poincare::{Aggregation, Coordinates},
 };
-use parameters::mechanisms;
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use serde::de::DeserializeOwned;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};

@@ -286,6 +286,7 @@ fn largest(diagonals: &[f64], off_diagonals: &[f64], sign: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use approx::abs_diff_eq;
     use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
     use std::f64::consts::PI;
 
@@ -360,7 +361,8 @@ mod tests {
             ),
         ] {
             let gap = graph.spectral_gap()?;
-            assert!((gap - expected).abs() < 1e-9, "{what}: {gap} instead of {expected}");
+            let is_gap = abs_diff_eq!(gap, expected, epsilon = 1e-9);
+            assert!(is_gap, "{what}: {gap} instead of {expected}");
         }
         Ok(())
     }
@@ -395,6 +397,7 @@ mod tests {
     #[cfg(feature = "spectral")]
     mod with_eigensolver {
         use super::*;
+        use approx::{assert_abs_diff_eq, assert_relative_eq};
         use ndarray::{Array1, array};
         use rand::RngExt;
 
@@ -433,12 +436,6 @@ mod tests {
             Array2::from_shape_fn((n, n), |(i, j)| g(i, i) + g(j, j) - g(i, j) - g(j, i))
         }
 
-        fn close(actual: &Array2<f64>, expected: &Array2<f64>, tolerance: f64) {
-            for ((at, a), b) in actual.indexed_iter().zip(expected) {
-                assert!((a - b).abs() < tolerance, "{at:?}: {a} instead of {b}");
-            }
-        }
-
         #[test]
         fn distances_are_known_resistances() -> Result<()> {
             let n = 13;
@@ -446,10 +443,11 @@ mod tests {
             let of = |f: &dyn Fn(f64) -> f64| {
                 Array2::from_shape_fn((n, n), |(i, j)| f(i.abs_diff(j) as f64))
             };
-            close(&resistances(&all(&path(n))?), &of(&|k| k), 1e-12);
-            close(&resistances(&all(&ring(n))?), &of(&|k| k * (13.0 - k) / 13.0), 1e-12);
+            assert_abs_diff_eq!(resistances(&all(&path(n))?), of(&|k| k), epsilon = 1e-12);
+            let of_ring = of(&|k| k * (13.0 - k) / 13.0);
+            assert_abs_diff_eq!(resistances(&all(&ring(n))?), of_ring, epsilon = 1e-12);
             let two = of(&|k| if k == 0.0 { 0.0 } else { 2.0 / 13.0 });
-            close(&resistances(&all(&complete(n))?), &two, 1e-12);
+            assert_abs_diff_eq!(resistances(&all(&complete(n))?), two, epsilon = 1e-12);
             Ok(())
         }
 
@@ -469,10 +467,10 @@ mod tests {
             let weights: Array1<f64> = both.iter().map(|&(.., w)| w).collect();
             let positions = graph.spectral_coordinates(n - 1, Some(weights.view()))?;
             let expected = kirchhoff(n, &edges);
-            close(&resistances(&positions), &expected, 1e-11);
+            assert_abs_diff_eq!(resistances(&positions), expected, epsilon = 1e-11);
             // The trees through each edge are so many of all trees (Foster 1949).
             let foster: f64 = edges.iter().map(|&(i, j, w)| w * expected[[i, j]]).sum();
-            assert!((foster - (n - 1) as f64).abs() < 1e-11);
+            assert_abs_diff_eq!(foster, (n - 1) as f64, epsilon = 1e-11);
 
             // The slowest modes come first, and fewer axes are the first of all.
             let few = graph.spectral_coordinates(5, Some(weights.view()))?;
@@ -480,13 +478,13 @@ mod tests {
             let spread: Vec<f64> = positions.columns().into_iter().map(|u| u.dot(&u)).collect();
             assert!(spread.is_sorted_by(|a, b| a >= b));
             for axis in positions.columns() {
-                assert!(axis.sum().abs() < 1e-12);
+                assert_abs_diff_eq!(axis.sum(), 0.0, epsilon = 1e-12);
                 let largest = axis.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs()));
                 assert!(largest.unwrap() > 0.0);
             }
             let single = weights.mapv(|w| w as f32);
             let single = graph.spectral_coordinates(5, Some(single.view()))?.mapv(f64::from);
-            close(&single, &few, 1e-5);
+            assert_abs_diff_eq!(single, few, epsilon = 1e-5);
             Ok(())
         }
 
@@ -501,7 +499,7 @@ mod tests {
                     let (n, i) = (n as f64, i as f64);
                     (PI * (i + 0.5) / n).cos() * (2.0 / n).sqrt() / (2.0 * (PI / (2.0 * n)).sin())
                 });
-                close(&positions, &expected, 1e-12);
+                assert_abs_diff_eq!(positions, expected, epsilon = 1e-12);
             }
             Ok(())
         }
@@ -539,7 +537,8 @@ mod tests {
             // All of one size, however small.
             let tiny = Array1::from_elem(4, 1e-300);
             let positions = path.spectral_coordinates(2, Some(tiny.view()))?;
-            assert!((resistances(&positions)[[0, 2]] / 2e300 - 1.0).abs() < 1e-12);
+            let resistance = resistances(&positions)[[0, 2]];
+            assert_relative_eq!(resistance, 2e300, epsilon = 0.0, max_relative = 1e-12);
             Ok(())
         }
 
@@ -560,7 +559,8 @@ mod tests {
                     walk.symmetric_eigenvalues().iter().map(|x| x.abs()).collect();
                 sizes.sort_by(f64::total_cmp);
                 let (gap, expected) = (graph.spectral_gap()?, 1.0 - sizes[n - 2]);
-                assert!((gap - expected).abs() < 1e-9, "seed {seed}: {gap} instead of {expected}");
+                let is_gap = abs_diff_eq!(gap, expected, epsilon = 1e-9);
+                assert!(is_gap, "seed {seed}: {gap} instead of {expected}");
             }
             Ok(())
         }

@@ -8,6 +8,7 @@ use super::problem::{Problem, Rows, Upstream};
 use crate::float::Float;
 use crate::inputs::Pattern;
 use crate::{Attention, Causal, Dropout, Gradients, Graph, Inputs, Result, ScaledDotProduct};
+use approx::abs_diff_eq;
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 const TILE: usize = 12;
@@ -30,9 +31,10 @@ fn scattered<F: Float>(matrix: &Array2<F>) -> Array2<F> {
 fn assert_close<F: Float>(what: &str, case: &str, a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) {
     assert_eq!(a.dim(), b.dim(), "{what}, {case}");
     let size = b.iter().fold(1.0, |size: f64, x| size.max(x.as_f64().abs()));
+    let tolerance = 64.0 * F::epsilon().as_f64() * size;
     for (a, b) in a.iter().zip(b) {
-        let error = (a.as_f64() - b.as_f64()).abs();
-        assert!(error <= 64.0 * F::epsilon().as_f64() * size, "{what}, {case}: {a} for {b}");
+        let is_close = abs_diff_eq!(a.as_f64(), b.as_f64(), epsilon = tolerance);
+        assert!(is_close, "{what}, {case}: {a} for {b}");
     }
 }
 

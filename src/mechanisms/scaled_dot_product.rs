@@ -264,16 +264,8 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use approx_eq::assert_close;
+    use approx::assert_abs_diff_eq;
     use ndarray::array;
-
-    mod approx_eq {
-        use ndarray::Array2;
-        pub(super) fn assert_close(actual: &Array2<f64>, expected: &Array2<f64>) {
-            let error = (actual - expected).mapv(f64::abs).into_iter().fold(0.0, f64::max);
-            assert!(error < 1e-15, "{actual} instead of {expected}");
-        }
-    }
 
     #[test]
     fn two_keys_by_hand() -> Result<()> {
@@ -282,17 +274,18 @@ mod tests {
         let v = array![[4.0, 0.0], [0.0, 8.0]];
         let inputs = Inputs::dense(q.view(), k.view(), v.view())?;
         let attention = ScaledDotProduct::new();
-        assert_close(&attention.attention_weights(&inputs)?, &array![[0.75], [0.25]]);
+        let weights = attention.attention_weights(&inputs)?;
+        assert_abs_diff_eq!(weights, array![[0.75], [0.25]], epsilon = 1e-15);
         let (out, saved) = attention.forward_train(&inputs)?;
-        assert_close(&out, &array![[3.0, 2.0]]);
+        assert_abs_diff_eq!(out, array![[3.0, 2.0]], epsilon = 1e-15);
         let partial = attention.forward_partial(&inputs)?;
-        assert_close(&partial.log_sum_exp(), &array![[4f64.ln()]]);
+        assert_abs_diff_eq!(partial.log_sum_exp(), array![[4f64.ln()]], epsilon = 1e-15);
 
         // g = (1, 0): dp = (4, 0), δ = 3, ds = (3/4, −3/4).
         let grads = attention.backward(&inputs, &saved, array![[1.0, 0.0]].view())?;
-        assert_close(&grads.query, &array![[0.75 * 3f64.ln()]]);
-        assert_close(&grads.key, &array![[0.75], [-0.75]]);
-        assert_close(&grads.value, &array![[0.75, 0.0], [0.25, 0.0]]);
+        assert_abs_diff_eq!(grads.query, array![[0.75 * 3f64.ln()]], epsilon = 1e-15);
+        assert_abs_diff_eq!(grads.key, array![[0.75], [-0.75]], epsilon = 1e-15);
+        assert_abs_diff_eq!(grads.value, array![[0.75, 0.0], [0.25, 0.0]], epsilon = 1e-15);
         Ok(())
     }
 }

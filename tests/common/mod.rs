@@ -1,12 +1,20 @@
-//! Which mechanisms there are, for tests that say *every*, and the instruction set that tests run on.
+//! What several files of tests share: comparisons, random arrays, golden answers, an oracle, the
+//! mechanisms for tests that say *every*, and the instruction set that tests run on.
 #![allow(dead_code, reason = "every file of tests is a crate of its own and uses its part")]
 
+pub(crate) mod close;
+pub(crate) mod golden;
+pub(crate) mod parameters;
+pub(crate) mod random;
+pub(crate) mod reference;
+pub(crate) mod strategies;
+
+use allocation_counter::{AllocationInfo, measure};
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
-    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
     dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -17,11 +25,35 @@ pub(crate) fn hold_simd() {
     graph_attention::testing::hold_simd().unwrap();
 }
 
+/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
+/// say, separated by ` | `.
+#[track_caller]
+pub(crate) fn refused<T>(result: Result<T>, expected: &str) {
+    let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
+    let (variant, words) = expected.split_once(" | ").unwrap();
+    let (debug, message) = (format!("{error:?}"), error.to_string());
+    assert!(debug.starts_with(&format!("{variant} {{")), "{debug} instead of {variant}");
+    for word in words.split(" | ") {
+        assert!(message.contains(word), "`{message}` does not say `{word}`");
+    }
+}
+
+/// The allocator counts thread by thread, so all the work must be on one.
+pub(crate) fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
+    #[cfg(feature = "parallel")]
+    {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        pool.install(|| measure(run))
+    }
+    #[cfg(not(feature = "parallel"))]
+    measure(run)
+}
+
 /// Every mechanism once: of queries, keys and values of four columns it makes four. What it reads
 /// beside them are edge features of two columns, distances, positions on one axis, and latent
 /// neighbours.
 pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
-    let rng = &mut Xoshiro256PlusPlus::seed_from_u64(3);
+    let rng = &mut random::rng(3);
     let rope = GraphRopeConfig::new(4, Layout::Half);
     let experts = (0..2).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();
     let dual = DualSpaceConfig::new(Fusion::Gated, 4);

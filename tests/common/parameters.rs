@@ -1,8 +1,5 @@
 //! Every mechanism, in each of the forms that its parameters and buffers take, to be saved and loaded.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use graph_attention::ndarray::Array1;
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Flash, Float, GraphRopeConfig,
@@ -10,11 +7,8 @@ use graph_attention::{
     PoincareConfig, ScaledDotProduct, dual_space::Fusion, edge_gat::Score, graph_rope::Layout,
     local_global::Window, moe::Gating, performer::Features,
 };
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 
-fn rng(seed: u64) -> Xoshiro256PlusPlus {
-    Xoshiro256PlusPlus::seed_from_u64(seed)
-}
+use super::random::rng;
 
 pub(crate) fn multi_head<F: Float, A: Attention<F>>(
     config: &MultiHeadConfig,
@@ -117,6 +111,6 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
         Box::new(dual_space(Fusion::Gated, seed)),
     ];
-    common::assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
+    super::assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
     mechanisms
 }

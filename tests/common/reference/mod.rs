@@ -12,9 +12,7 @@
 //! NaN and infinity get no special treatment: they go wherever the equations take them. The one
 //! exception is a *skipped* pair (invisible, or with a bias of -inf), whose numbers are never read.
 
-mod bounds;
-
-pub(crate) use bounds::{Bounds, bounds};
+pub(crate) mod bounds;
 
 use num_traits::{Float, NumCast};
 
