@@ -98,6 +98,51 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Err(Error::NoWeights { mechanism: self.name() })
     }
 
+    /// The backward pass of [`attention_weights`](Self::attention_weights): adds to `grads` the gradients of
+    /// ⟨grad_weights, attention_weights(inputs)⟩, for losses on the weights, such as their entropy or their
+    /// distance from given ones. It computes the weights again and takes O(pairs · heads) memory.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] from a mechanism that has no such backward pass; [`Error::Shape`] if
+    /// `grad_weights` is not num_pairs × heads or a gradient does not fit.
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let _ = (inputs, grad_weights, grads);
+        Err(Error::NoWeights { mechanism: self.name() })
+    }
+
+    /// [`attention_weights_backward_into`](Self::attention_weights_backward_into) new arrays.
+    ///
+    /// ```
+    /// use graph_attention::{Attention, Flash, Inputs};
+    /// use graph_attention::ndarray::array;
+    ///
+    /// let x = array![[1.0, 0.0], [0.0, 1.0]];
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    /// let weights = Flash::new().attention_weights(&inputs)?;
+    /// // The entropy −Σ p log p of all rows.
+    /// let grad_weights = weights.mapv(|p: f64| -p.ln() - 1.0);
+    /// let grads = Flash::new().attention_weights_backward(&inputs, grad_weights.view())?;
+    /// assert!(grads.query[[0, 0]] < 0.0); // a larger query is more certain
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`attention_weights_backward_into`](Self::attention_weights_backward_into).
+    fn attention_weights_backward(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+    ) -> Result<Gradients<F>> {
+        let mut gradients = Gradients::zeros(inputs, self)?;
+        self.attention_weights_backward_into(inputs, grad_weights, gradients.view_mut())?;
+        Ok(gradients)
+    }
+
     /// [`forward_into`](Self::forward_into) with an output of its own.
     ///
     /// # Errors
@@ -228,6 +273,14 @@ macro_rules! impl_for_pointers {
             }
             fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
                 (**self).attention_weights(inputs)
+            }
+            fn attention_weights_backward_into(
+                &self,
+                inputs: &Inputs<'_, F>,
+                grad_weights: ArrayView2<'_, F>,
+                grads: GradientsMut<'_, F>,
+            ) -> Result<()> {
+                (**self).attention_weights_backward_into(inputs, grad_weights, grads)
             }
         }
     )*};

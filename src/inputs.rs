@@ -19,7 +19,7 @@ use std::ops::Range;
 // stores it invariant in `'a`, and then no decorator could lend it shorter-lived arrays. These are
 // the same types with the element spelled out, and covariant.
 type View1<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix1, A>;
-type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
+pub(crate) type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 
 /// The inputs of an [`Attention`](crate::Attention): queries, keys, values, the pairs that

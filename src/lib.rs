@@ -159,12 +159,14 @@ mod graph;
 pub mod guide;
 mod inputs;
 mod kernels;
+pub mod layout;
 mod mechanisms;
 pub mod neighbors;
 pub mod params;
 mod partial;
 #[cfg(feature = "safetensors")]
 pub mod safetensors;
+pub mod softmax;
 pub mod testing;
 
 pub use ndarray;

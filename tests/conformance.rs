@@ -5,8 +5,9 @@ mod common;
 use graph_attention::ndarray::array;
 use graph_attention::testing::{Report, Shapes, check_attention, check_gradients};
 use graph_attention::{
-    Attention, DualSpace, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig,
-    LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    Attention, DualSpace, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph,
+    GraphRopeConfig, Inputs, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig,
+    PoincareConfig, ScaledDotProduct,
     dual_space::Fusion,
     edge_gat::Score,
     graph_rope::Layout,
@@ -317,5 +318,35 @@ fn backward_is_the_derivative_of_forward() {
     for (shapes, mut mechanism) in mechanisms::<f64>() {
         let report = check_gradients(&mut *mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_complete(&*mechanism, &report);
+    }
+}
+
+#[test]
+fn weights_have_a_backward_pass_where_they_exist() {
+    common::hold_simd();
+    for mechanism in common::mechanisms::<f64>() {
+        let x = 0.1 * common::random::matrix(5, 4, 1);
+        let graph = Graph::from_edges(5, 5, [(0, 1), (0, 2), (3, 4)]).unwrap();
+        let (edges, distances) =
+            (common::random::matrix(25, 2, 2), common::random::matrix(1, 25, 3));
+        let positions = common::random::matrix(5, 1, 4);
+        let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
+        let inputs = inputs.with_edge_features(edges.view()).unwrap().with_latent(&graph).unwrap();
+        let inputs = inputs.with_distances(distances.row(0)).unwrap();
+        let inputs = inputs.with_positions(positions.view(), positions.view()).unwrap();
+        let name = mechanism.name();
+        match mechanism.attention_weights(&inputs) {
+            Ok(weights) => {
+                let grads = mechanism.attention_weights_backward(&inputs, weights.view());
+                assert!(grads.unwrap().key.iter().any(|&grad| grad != 0.0), "{name}");
+                let wrong = mechanism.attention_weights_backward(&inputs, x.view());
+                assert!(matches!(wrong, Err(Error::Shape { .. })), "{name}: {wrong:?}");
+            }
+            Err(error) => {
+                assert_eq!(error, Error::NoWeights { mechanism: name });
+                let grads = mechanism.attention_weights_backward(&inputs, x.view());
+                assert_eq!(grads.unwrap_err(), error);
+            }
+        }
     }
 }

@@ -35,6 +35,8 @@ enum Fault {
     Adds(fn(&In<'_>, ArrayView2<'_, f64>, &mut GradientsMut<'_, f64>)),
     NeedsEveryGradient,
     Weighs(fn(&In<'_>, &mut Out)),
+    /// The gradients that it adds to those of the weights.
+    AddsOfWeights(fn(&mut GradientsMut<'_, f64>)),
     /// The name of a buffer that it shows, and of the one that it lends for writing.
     Keeps(fn() -> &'static str, &'static str),
     /// A buffer that is shown as it was, whatever is written.
@@ -166,6 +168,17 @@ impl<A: Attention<f64>> Attention<f64> for Wrong<A> {
             change(inputs, &mut weights);
         }
         Ok(weights)
+    }
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &In<'_>,
+        grad_weights: ArrayView2<'_, f64>,
+        mut grads: GradientsMut<'_, f64>,
+    ) -> Result<()> {
+        if let AddsOfWeights(change) = self.0 {
+            change(&mut grads);
+        }
+        self.1.attention_weights_backward_into(inputs, grad_weights, grads)
     }
 }
 
@@ -455,6 +468,8 @@ fn every_gradient_is_compared() {
         (Computes(|x, _, out| *out += features(x)), "edge_features,"),
         (Adds(|_, _, grads| grads.params[0] += 1e-5), "in_proj_weight,"),
         (Adds(|_, _, grads| grads.params[3] += 1e-5), "out_proj.bias,"),
+        (AddsOfWeights(|grads| add(&mut grads.key, 1e-5)), "key,"),
+        (AddsOfWeights(|grads| grads.params[0] += 1e-5), "in_proj_weight,"),
         (Fails(false), "wrong has no attention weights"),
     ];
     for &(fault, array) in faults {

@@ -366,6 +366,16 @@ impl<F: Float> SelectedInputs<'_, F> {
         Ok(gather_rows(what, matrix, rows.as_ref())?.unwrap_or(Gathered::View(matrix)))
     }
 
+    /// Returns the rows of these pairs, of a matrix with one for each pair of what these were selected from.
+    pub(crate) fn rows_of_weights<'m>(
+        &self,
+        weights: ArrayView2<'m, F>,
+    ) -> Result<Gathered<'m, F>> {
+        let rows = self.numbers.pairs.as_deref().map(|pairs| Rows::Runs(runs(pairs)));
+        let rows = gather_rows("grad_weights", weights, rows.as_ref())?;
+        Ok(rows.unwrap_or(Gathered::View(weights)))
+    }
+
     /// Adds factor × weights of these pairs to those of all pairs, by query and head.
     pub(crate) fn add_weights(
         &self,

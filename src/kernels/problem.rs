@@ -3,7 +3,7 @@
 use super::normalizer::Normalizer;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
-use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
+use crate::inputs::{Bias, Inputs, Pair, Pattern, View2, head_columns};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -133,6 +133,46 @@ pub struct Upstream<'u, F> {
     pub(crate) out: Slices<'u, F>,
     pub(crate) normalizer: &'u Normalizer<F>,
     pub(crate) grad_out: Slices<'u, F>,
+    /// Only read by the passes over rows.
+    pub(crate) grad_weights: Option<&'u WeightGradients<'u, F>>,
+}
+
+/// The gradient of a loss with respect to the attention weights before dropout.
+#[derive(Debug)]
+pub(crate) struct WeightGradients<'u, F> {
+    /// Pairs × heads, in the caller's order.
+    pub(crate) grads: View2<'u, F>,
+    /// Σ p dp, queries × heads.
+    pub(crate) deltas: Array2<F>,
+}
+
+impl<'u, F: Float> WeightGradients<'u, F> {
+    /// Given the weights themselves.
+    pub(crate) fn new(
+        inputs: &Inputs<'_, F>,
+        weights: &Array2<F>,
+        grads: ArrayView2<'u, F>,
+    ) -> Result<Self> {
+        check_shape("grad_weights", weights.shape(), grads.shape())?;
+        let mut deltas = try_zeros("deltas", inputs.num_queries(), weights.ncols())?;
+        for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
+            for (head, &weight) in weights.row(pair.index).indexed_iter() {
+                // Not of a pair that the bias hides.
+                if weight != F::zero() {
+                    deltas[[pair.query, head]] += weight * grads[[pair.index, head]];
+                }
+            }
+        }
+        Ok(Self { grads, deltas })
+    }
+
+    /// Adds them to the gradients of the weights of some pairs.
+    #[inline]
+    pub(crate) fn add_to(&self, grads: &mut [F], pairs: &[Pair], head: usize) {
+        for (grad, pair) in grads.iter_mut().zip(pairs) {
+            *grad += self.grads[[pair.index, head]];
+        }
+    }
 }
 
 /// The number of output columns of softmax attention.

@@ -60,8 +60,12 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         }
         assert_close("out", case, out.view(), expected.view());
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("g", grad_out.view())?);
-        let upstream =
-            Upstream { out: out.slices(), normalizer: &normalizer, grad_out: grad_out.slices() };
+        let upstream = Upstream {
+            out: out.slices(),
+            normalizer: &normalizer,
+            grad_out: grad_out.slices(),
+            grad_weights: None,
+        };
         if is_dense {
             F::dense_backward(&problem, sizes, level, upstream, &mut grads.view_mut());
         } else {

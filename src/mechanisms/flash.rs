@@ -55,7 +55,7 @@ const NAME: &str = "flash";
 #[derive(Clone, Debug)]
 pub struct Flash {
     /// `None` is 1/√d.
-    scale: Option<f64>,
+    pub(crate) scale: Option<f64>,
     tiles: TileSizes,
 }
 
@@ -159,7 +159,12 @@ impl Flash {
     ) -> Result<()> {
         let problem = Problem::new(inputs, self.scale)?;
         let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
+        let upstream = Upstream {
+            out: out.slices(),
+            normalizer,
+            grad_out: grad_out.slices(),
+            grad_weights: None,
+        };
         let (tiles, level) = (self.tiles, level());
         match Self::uses_tiles(inputs) {
             true => F::dense_backward(&problem, tiles, level, upstream, grads),
@@ -213,5 +218,15 @@ impl<F: Float> Attention<F> for Flash {
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         ScaledDotProduct { scale: self.scale }.attention_weights(inputs)
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let plain = ScaledDotProduct { scale: self.scale };
+        plain.attention_weights_backward_into(inputs, grad_weights, grads)
     }
 }

@@ -433,46 +433,84 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        mut grads: GradientsMut<'_, F>,
+        grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { projected, context, inner } = saved.state::<State<F>>(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
-        let arrays = self.arrays(inputs)?;
-        for (which, x) in arrays.iter().enumerate() {
-            let expected = [x.nrows(), self.in_weight(which).nrows()];
-            check_shape("saved projection", &expected, projected[which].shape())?;
-        }
         let context_shape = [inputs.num_queries(), self.out_proj_weight.ncols()];
         check_shape("saved context", &context_shape, context.shape())?;
-        let inner_inputs = self.inner_inputs(inputs, projected)?;
-        let grads_of_arrays = [grads.query.take(), grads.key.take(), grads.value.take()];
-        let num_in_weights = self.in_proj_weights.names().len();
-        let num_in_biases = usize::from(self.in_proj_bias.is_some());
-        let num_out_biases = usize::from(self.out_proj_bias.is_some());
-        let num_own = num_in_weights + num_in_biases + 1 + num_out_biases;
-        let (params, inner_grads) = grads.split_params(num_own)?;
-        let (in_weights, params) = params.split_at_mut(num_in_weights);
-        let (in_bias, params) = params.split_at_mut(num_in_biases);
-        let (out_weight, out_bias) = params.split_at_mut(1);
-
         // o = context W_oᵀ + b_o
         let mut grad_context = Array2::zeros(context.raw_dim());
         linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut())?;
-
-        // context = inner(q', k', v')
-        let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
-        let [query, key, value] = grad_projected.each_mut().map(|array| Some(array.view_mut()));
-        let inner_grads = GradientsMut { query, key, value, ..inner_grads };
-        self.inner.backward_into(&inner_inputs, inner, grad_context.view(), inner_grads)?;
+        let [_, _, out_weight, out_bias] = self.split_params(grads.params);
         linear_params_vjp(
             context.view(),
             grad_out,
             param_slot(&mut out_weight[0]),
             out_bias.first_mut().map(param_slot),
         )?;
+        // context = inner(q', k', v')
+        self.in_proj_vjp(inputs, projected, grads, |inputs, grads| {
+            self.inner.backward_into(inputs, inner, grad_context.view(), grads)
+        })
+    }
+
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let projected = self.project(inputs)?;
+        self.inner.attention_weights(&self.inner_inputs(inputs, &projected)?)
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        self.in_proj_vjp(inputs, &self.project(inputs)?, grads, |inputs, grads| {
+            self.inner.attention_weights_backward_into(inputs, grad_weights, grads)
+        })
+    }
+}
+
+impl<F: Float, A: Attention<F>> MultiHead<F, A> {
+    /// Splits gradients of parameters into those of the weights and bias of the input projections, and of
+    /// the weight and bias of the output projection; the biases may be missing. Those of the inner mechanism
+    /// follow and are left out.
+    fn split_params<'g>(&self, params: &'g mut [ArrayD<F>]) -> [&'g mut [ArrayD<F>]; 4] {
+        let (in_weights, params) = params.split_at_mut(self.in_proj_weights.names().len());
+        let (in_bias, params) = params.split_at_mut(usize::from(self.in_proj_bias.is_some()));
+        let (out_weight, params) = params.split_at_mut(1);
+        let (out_bias, _) = params.split_at_mut(usize::from(self.out_proj_bias.is_some()));
+        [in_weights, in_bias, out_weight, out_bias]
+    }
+
+    /// The backward pass of the input projections, given that of the inner mechanism.
+    fn in_proj_vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        projected: &[Array2<F>; 3],
+        mut grads: GradientsMut<'_, F>,
+        inner_vjp: impl FnOnce(&Inputs<'_, F>, GradientsMut<'_, F>) -> Result<()>,
+    ) -> Result<()> {
+        let arrays = self.arrays(inputs)?;
+        for (which, x) in arrays.iter().enumerate() {
+            let expected = [x.nrows(), self.in_weight(which).nrows()];
+            check_shape("saved projection", &expected, projected[which].shape())?;
+        }
+        let inner_inputs = self.inner_inputs(inputs, projected)?;
+        let grads_of_arrays = [grads.query.take(), grads.key.take(), grads.value.take()];
+        let num_own = params::count(self) - params::count(&self.inner);
+        let (params, inner_grads) = grads.split_params(num_own)?;
+
+        let mut grad_projected = projected.each_ref().map(|array| Array2::zeros(array.raw_dim()));
+        let [query, key, value] = grad_projected.each_mut().map(|array| Some(array.view_mut()));
+        let inner_grads = GradientsMut { query, key, value, ..inner_grads };
+        inner_vjp(&inner_inputs, inner_grads)?;
 
         // x' = x Wᵀ + b for query, key and value
+        let [in_weights, in_bias, ..] = self.split_params(params);
         let packed = in_weights.len() == 1;
         let mut in_bias = in_bias.first_mut().map(param_slot::<F, Ix1>);
         for (which, grad_x) in grads_of_arrays.into_iter().enumerate() {
@@ -489,10 +527,5 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
             }
         }
         Ok(())
-    }
-
-    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        let projected = self.project(inputs)?;
-        self.inner.attention_weights(&self.inner_inputs(inputs, &projected)?)
     }
 }

@@ -1,12 +1,13 @@
 use crate::attention::{Attention, Saved, check_output};
-use crate::error::{Result, check_shape};
-use crate::float::{Float, nan_max, try_zeros};
+use crate::error::Result;
+use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::params::Params;
 use crate::partial::Partial;
+use crate::softmax::Softmax;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
 const NAME: &str = "scaled_dot_product";
@@ -50,13 +51,6 @@ pub struct ScaledDotProduct {
     pub(crate) scale: Option<f64>,
 }
 
-/// The weights of all pairs.
-pub(crate) struct Softmax<F> {
-    /// num_pairs × heads.
-    pub(crate) weights: Array2<F>,
-    pub(crate) normalizer: Normalizer<F>,
-}
-
 impl ScaledDotProduct {
     /// Creates the mechanism with the scale 1/√d.
     #[must_use]
@@ -81,92 +75,53 @@ impl ScaledDotProduct {
     /// As [`Attention::forward_into`].
     pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?.normalizer;
+        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?.into_normalizer();
         Partial::new(out, shift, sum)
     }
 
     fn run<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
-        mut out: ArrayViewMut2<'_, F>,
+        out: ArrayViewMut2<'_, F>,
     ) -> Result<Softmax<F>> {
         check_output(self, "out", inputs, out.shape())?;
+        let softmax = self.softmax(inputs)?;
+        softmax.forward_into(inputs, out)?;
+        Ok(softmax)
+    }
+
+    fn softmax<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Softmax<F>> {
         let problem = Problem::new(inputs, self.scale)?;
-        let state = dot_softmax(&problem)?;
-        // In f64, like the sums of the weights.
-        let mut sums = try_zeros::<f64>("out", out.nrows(), out.ncols())?;
-        for_each_pair(&problem, &state, |pair, head, weight| {
-            let weight = (weight * problem.multiplier(pair, head)).as_f64();
-            let mut sums = sums.slice_mut(s![pair.query, head_columns(head, problem.value_dim)]);
-            let value = problem.value(pair.key, head);
-            sums.iter_mut().zip(value).for_each(|(sum, &v)| *sum += weight * v.as_f64());
-        });
-        out.zip_mut_with(&sums, |out, &sum| *out = F::from_f64(sum));
-        Ok(state)
+        Softmax::new(inputs, |pair, head| dot_logit(&problem, pair, head))
     }
 }
 
-fn dot_softmax<F: Float>(problem: &Problem<'_, F>) -> Result<Softmax<F>> {
-    softmax(problem, |pair, head| {
-        // Scale first: the product of large queries and keys may overflow.
-        let query = problem.query(pair.query, head).iter();
-        let terms = query.zip(problem.key(pair.key, head));
-        terms.map(|(&query, &key)| problem.scale * query * key).sum()
-    })
+/// scale q·k
+pub(crate) fn dot_logit<F: Float>(problem: &Problem<'_, F>, pair: Pair, head: usize) -> F {
+    // Scale first: the product of large queries and keys may overflow.
+    let terms = problem.query(pair.query, head).iter().zip(problem.key(pair.key, head));
+    terms.map(|(&query, &key)| problem.scale * query * key).sum()
 }
 
-/// Computes the weights of all pairs, row by row; the bias is added to the logits.
-pub(crate) fn softmax<F: Float>(
+/// Adds the gradients of queries and keys, given that of a [`dot_logit`].
+pub(crate) fn dot_logit_vjp<F: Float>(
     problem: &Problem<'_, F>,
-    logit: impl Fn(Pair, usize) -> F,
-) -> Result<Softmax<F>> {
-    let inputs = &problem.inputs;
-    let mut weights = try_zeros("weights", inputs.num_pairs(), problem.heads)?;
-    let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
-    let Normalizer { shift, sum } = &mut normalizer;
-    for ((query, head), total) in sum.indexed_iter_mut() {
-        let visible = || {
-            let pairs = inputs.row(query);
-            pairs.filter_map(|pair| Some((pair, problem.bias_of(pair, head)?)))
-        };
-        let mut max = F::neg_infinity();
-        for (pair, bias) in visible() {
-            let logit = logit(pair, head) + bias;
-            weights[[pair.index, head]] = logit;
-            max = nan_max(max, logit);
-        }
-        // In f64: in an f32 sum of millions of terms the last ones would be lost.
-        let mut sum = 0.0;
-        for (pair, _) in visible() {
-            let weight = &mut weights[[pair.index, head]];
-            *weight = if max == F::neg_infinity() { F::zero() } else { (*weight - max).exp() };
-            sum += weight.as_f64();
-        }
-        if max == F::neg_infinity() {
-            continue;
-        }
-        *total = F::from_f64(sum);
-        shift[[query, head]] = max;
-        visible().for_each(|(pair, _)| weights[[pair.index, head]] /= *total);
-    }
-    Ok(Softmax { weights, normalizer })
-}
-
-/// Calls a function for every pair and head that takes part, with its weight.
-pub(crate) fn for_each_pair<F: Float>(
-    problem: &Problem<'_, F>,
-    state: &Softmax<F>,
-    mut visit: impl FnMut(Pair, usize, F),
+    pair: Pair,
+    head: usize,
+    grad_logit: F,
+    grads: &mut GradientsMut<'_, F>,
 ) {
-    for ((query, head), &sum) in state.normalizer.sum.indexed_iter() {
-        if sum == F::zero() {
-            continue;
-        }
-        for pair in problem.inputs.row(query) {
-            if problem.bias_of(pair, head).is_some() {
-                visit(pair, head, state.weights[[pair.index, head]]);
-            }
-        }
+    let factor = problem.scale * grad_logit;
+    let query_columns = head_columns(head, problem.key_dim);
+    let key_columns = head_columns(problem.kv_head(head), problem.key_dim);
+    let (query, key) = (problem.inputs.query(), problem.inputs.key());
+    if let Some(grad) = &mut grads.query {
+        let key = key.slice(s![pair.key, key_columns.clone()]);
+        grad.slice_mut(s![pair.query, query_columns.clone()]).scaled_add(factor, &key);
+    }
+    if let Some(grad) = &mut grads.key {
+        let query = query.slice(s![pair.query, query_columns]);
+        grad.slice_mut(s![pair.key, key_columns]).scaled_add(factor, &query);
     }
 }
 
@@ -203,61 +158,36 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let state: &Softmax<F> = saved.state(NAME)?;
+        let softmax: &Softmax<F> = saved.state(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         let problem = Problem::new(inputs, self.scale)?;
-        let (pairs, heads) = (inputs.num_pairs(), problem.heads);
-        check_shape("saved weights", &[pairs, heads], state.weights.shape())?;
-        state.normalizer.check(inputs.num_queries(), heads)?;
-
-        // The gradient of the weights, and its mean under them:
-        // dpᵢⱼ = mᵢⱼ gᵢ·vⱼ, δᵢ = Σⱼ pᵢⱼ dpᵢⱼ
-        let mut grad_weights = try_zeros("grad_weights", pairs, heads)?;
-        let mut deltas = try_zeros::<F>("deltas", inputs.num_queries(), heads)?;
-        for_each_pair(&problem, state, |pair, head, weight| {
-            let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
-            let value = problem.value(pair.key, head);
-            let product = grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>();
-            let grad_weight = problem.multiplier(pair, head) * product;
-            grad_weights[[pair.index, head]] = grad_weight;
-            deltas[[pair.query, head]] += weight * grad_weight;
-        });
-
-        for_each_pair(&problem, state, |pair, head, weight| {
-            let key_columns = head_columns(problem.kv_head(head), problem.key_dim);
-            let value_columns = head_columns(problem.kv_head(head), problem.value_dim);
-            // oᵢ += mᵢⱼ pᵢⱼ vⱼ
-            let factor = weight * problem.multiplier(pair, head);
-            let grad_out = grad_out.slice(s![pair.query, head_columns(head, problem.value_dim)]);
-            if let Some(grad) = &mut grads.value {
-                grad.slice_mut(s![pair.key, value_columns]).scaled_add(factor, &grad_out);
-            }
-            // pᵢ = softmax(sᵢ): dsᵢⱼ = pᵢⱼ (dpᵢⱼ − δᵢ)
-            let grad_logit =
-                weight * (grad_weights[[pair.index, head]] - deltas[[pair.query, head]]);
-            // sᵢⱼ = scale qᵢ·kⱼ + bᵢⱼ
-            if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
-                grad[bias.slot(pair, head)] += grad_logit;
-            }
-            let grad_product = problem.scale * grad_logit;
-            let query_columns = head_columns(head, problem.key_dim);
-            let query = inputs.query();
-            let query = query.slice(s![pair.query, query_columns.clone()]);
-            let key = inputs.key();
-            let key = key.slice(s![pair.key, key_columns.clone()]);
-            if let Some(grad) = &mut grads.query {
-                grad.slice_mut(s![pair.query, query_columns]).scaled_add(grad_product, &key);
-            }
-            if let Some(grad) = &mut grads.key {
-                grad.slice_mut(s![pair.key, key_columns]).scaled_add(grad_product, &query);
-            }
-        });
-        Ok(())
+        softmax.backward_into(inputs, grad_out, &mut grads, |pair, head, grad, grads| {
+            dot_logit_vjp(&problem, pair, head, grad, grads);
+        })
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        Ok(dot_softmax(&Problem::new(inputs, self.scale)?)?.weights)
+        Ok(self.softmax(inputs)?.into_weights())
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let problem = Problem::new(inputs, self.scale)?;
+        let softmax = self.softmax(inputs)?;
+        softmax.weights_backward_into(
+            inputs,
+            grad_weights,
+            &mut grads,
+            |pair, head, grad, grads| {
+                dot_logit_vjp(&problem, pair, head, grad, grads);
+            },
+        )
     }
 }
 

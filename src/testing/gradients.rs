@@ -1,7 +1,7 @@
 use super::sample::normal;
 use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
-use crate::{Attention, params};
-use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
+use crate::{Attention, Error, Gradients, Inputs, params};
+use ndarray::{ArrayViewD, ArrayViewMutD};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 
@@ -18,7 +18,8 @@ const STEP: f64 = 1e-4;
 
 /// Checks the backward pass of a mechanism against central differences in `f64`, on small random inputs
 /// of every kind: every entry of query, key, value, bias, edge features, distances, positions and
-/// of every parameter, to 1e-7 of the largest derivative of its array. Also checks that a saved state can be
+/// of every parameter, to 1e-7 of the largest derivative of its array; and the backward pass of its attention
+/// weights, if it has both. Also checks that a saved state can be
 /// restored: the same parameters and buffers are visited for writing and for reading, and
 /// [`params::load_state`](crate::params::load_state) sets them all.
 ///
@@ -40,29 +41,59 @@ pub fn check_gradients(
         let analytic = mechanism.backward(&inputs, &saved, grad_out.view());
         let analytic = succeed("backward succeeds", analytic)?;
 
-        let mut sample = sample.clone();
-        let input_arrays = arrays(&analytic).len() - analytic.params.len();
-        for (array, (name, gradient)) in arrays(&analytic).into_iter().enumerate() {
-            let numeric: Result<Vec<f64>, Broken> = (0..gradient.len())
-                .map(|entry| match array.checked_sub(input_arrays) {
-                    None => numeric_derivative(|delta| {
-                        let old = set(&mut sample, name, entry, |old| old + delta);
-                        let loss = loss(mechanism, &sample, &grad_out);
-                        set(&mut sample, name, entry, |_| old);
-                        loss
-                    }),
-                    Some(param) => numeric_derivative(|delta| {
-                        let old = set_param(mechanism, param, entry, |old| old + delta);
-                        let loss = loss(mechanism, &sample, &grad_out);
-                        set_param(mechanism, param, entry, |_| old);
-                        loss
-                    }),
-                })
-                .collect();
-            compare(mechanism, array.checked_sub(input_arrays), name, gradient, &numeric?)?;
-        }
-        Ok(())
+        let law = "backward is the derivative of forward";
+        compare_all(law, mechanism, sample, &analytic, |mechanism, inputs| {
+            Ok((mechanism.forward(inputs)? * &grad_out).sum())
+        })?;
+
+        // Not every mechanism with weights has their derivative.
+        let Ok(weights) = mechanism.attention_weights(&inputs) else { return Ok(()) };
+        let grad_weights = normal([weights.nrows(), weights.ncols()], 1.0, &mut rng);
+        let analytic = match mechanism.attention_weights_backward(&inputs, grad_weights.view()) {
+            Err(Error::NoWeights { .. }) => return Ok(()),
+            analytic => succeed("attention_weights_backward succeeds", analytic)?,
+        };
+        let law = "attention_weights_backward is the derivative of attention_weights";
+        compare_all(law, mechanism, sample, &analytic, |mechanism, inputs| {
+            Ok((mechanism.attention_weights(inputs)? * &grad_weights).sum())
+        })
     })
+}
+
+/// Compares the gradients of a loss with its central differences.
+fn compare_all(
+    law: &'static str,
+    mechanism: &mut dyn Attention<f64>,
+    sample: &Sample<f64>,
+    analytic: &Gradients<f64>,
+    loss: impl Fn(&dyn Attention<f64>, &Inputs<'_, f64>) -> crate::Result<f64>,
+) -> Result<(), Broken> {
+    let mut sample = sample.clone();
+    let loss = |mechanism: &dyn Attention<f64>, sample: &Sample<f64>| {
+        let law = "forward succeeds near the inputs";
+        succeed(law, sample.inputs().and_then(|inputs| loss(mechanism, &inputs)))
+    };
+    let input_arrays = arrays(analytic).len() - analytic.params.len();
+    for (array, (name, gradient)) in arrays(analytic).into_iter().enumerate() {
+        let numeric: Result<Vec<f64>, Broken> = (0..gradient.len())
+            .map(|entry| match array.checked_sub(input_arrays) {
+                None => numeric_derivative(|delta| {
+                    let old = set(&mut sample, name, entry, |old| old + delta);
+                    let loss = loss(mechanism, &sample);
+                    set(&mut sample, name, entry, |_| old);
+                    loss
+                }),
+                Some(param) => numeric_derivative(|delta| {
+                    let old = set_param(mechanism, param, entry, |old| old + delta);
+                    let loss = loss(mechanism, &sample);
+                    set_param(mechanism, param, entry, |_| old);
+                    loss
+                }),
+            })
+            .collect();
+        compare(law, mechanism, array.checked_sub(input_arrays), name, gradient, &numeric?)?;
+    }
+    Ok(())
 }
 
 fn state_comes_back(mechanism: &mut dyn Attention<f64>) -> Result<(), Broken> {
@@ -96,16 +127,6 @@ fn state_comes_back(mechanism: &mut dyn Attention<f64>) -> Result<(), Broken> {
     require(law, params::state(mechanism) == old, || {
         format!("{old:?} was loaded, but the state is {:?}", params::state(mechanism))
     })
-}
-
-fn loss(
-    mechanism: &dyn Attention<f64>,
-    sample: &Sample<f64>,
-    grad_out: &Array2<f64>,
-) -> Result<f64, Broken> {
-    let law = "forward succeeds near the inputs";
-    let inputs = succeed(law, sample.inputs())?;
-    Ok((succeed(law, mechanism.forward(&inputs))? * grad_out).sum())
 }
 
 /// (f(−2h) − 8 f(−h) + 8 f(h) − f(2h)) / 12h
@@ -158,6 +179,7 @@ fn replace<'a>(
 }
 
 fn compare(
+    law: &'static str,
     mechanism: &dyn Attention<f64>,
     param: Option<usize>,
     name: &str,
@@ -172,7 +194,7 @@ fn compare(
     let largest = values.fold(FLOOR, |max, value| max.max(value.abs()));
     for (entry, (&analytic, &numeric)) in analytic.iter().zip(numeric).enumerate() {
         let holds = largest.is_finite() && (analytic - numeric).abs() <= TOLERANCE * largest;
-        require("backward is the derivative of forward", holds, || {
+        require(law, holds, || {
             format!("{name}, entry {entry}: backward gives {analytic:e}, differences {numeric:e}")
         })?;
     }

@@ -233,7 +233,10 @@ impl<F: Float> ByQuery<'_, F> {
                 inverses[head * stride..][..stride].fill(inverse);
                 let columns = head_columns(head, value_dim);
                 let out = &upstream.out.row(query)[columns.clone()];
-                deltas[head * stride..][..stride].fill(unrolled_dot(&grad_out[columns], out));
+                let of_weights =
+                    upstream.grad_weights.map_or(F::zero(), |grads| grads.deltas[[query, head]]);
+                deltas[head * stride..][..stride]
+                    .fill(unrolled_dot(&grad_out[columns], out) + of_weights);
             }
             let is_one_tile = row.slots.len() <= tile.len;
             if problem.in_values {
@@ -262,6 +265,9 @@ impl<F: Float> ByQuery<'_, F> {
                     };
                     if softmax.has_dropout() {
                         multiply(&mut grads[pairs.clone()]);
+                    }
+                    if let Some(of_weights) = upstream.grad_weights {
+                        of_weights.add_to(&mut grads[pairs.clone()], &tile.pairs, head);
                     }
                     let terms = [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]);
                     let [weights, grads_of] = [&mut tile.weights, &mut grads]

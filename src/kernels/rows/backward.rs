@@ -3,7 +3,7 @@
 use super::super::gathered::{Columns, Gather, Weights};
 use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::{Vector, vector_len};
-use super::super::problem::{FiniteRows, Problem, Slices, Upstream};
+use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradients};
 use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part,
     level_for, parts,
@@ -52,6 +52,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             scaled_queries: None,
             tile_len,
             terms: &terms,
+            grad_weights: upstream.grad_weights,
             pairs: by_query,
         };
         let query = asked_or(&mut grads.query, for_query, inputs.query().dim());
@@ -81,6 +82,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             scaled_queries: Some(scaled),
             tile_len,
             terms: &terms,
+            grad_weights: upstream.grad_weights,
             pairs,
         };
         let parts = parts(pairs);
@@ -186,6 +188,7 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
     tile_len: usize,
     /// m, 1/l and δ of each query and head.
     terms: &'s [[F; 3]],
+    grad_weights: Option<&'s WeightGradients<'s, F>>,
     pairs: Pairs<'p>,
 }
 
@@ -257,6 +260,9 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     if problem.has_dropout() {
                         let grads = grads[of_head.clone()].iter_mut();
                         grads.zip(multipliers()).for_each(|(grad, m)| *grad *= m);
+                    }
+                    if let Some(of_weights) = self.grad_weights {
+                        of_weights.add_to(&mut grads[of_head.clone()], pairs, head);
                     }
                     weights_and_logits_vjp(
                         level,
@@ -363,7 +369,7 @@ fn terms<F: Float>(
     problem: &Problem<'_, F>,
     upstream: Upstream<'_, F>,
 ) -> Vec<[F; 3]> {
-    let Upstream { out, normalizer, grad_out } = upstream;
+    let Upstream { out, normalizer, grad_out, grad_weights } = upstream;
     let (heads, dim, stride) = (problem.heads, problem.value_dim, vector_len::<F>(level));
     let mut columns = Columns::new(level, heads, dim, |head| [head * dim; 2]);
     let mut deltas = vec![F::zero(); heads * stride];
@@ -373,7 +379,8 @@ fn terms<F: Float>(
         columns.dots(grad_out.row(query), rows, &mut deltas, stride);
         terms.extend((0..heads).map(|head| {
             let [shift, inverse] = normalizer.factors(query, head);
-            [shift, inverse, deltas[head * stride]]
+            let of_weights = grad_weights.map_or(F::zero(), |grads| grads.deltas[[query, head]]);
+            [shift, inverse, deltas[head * stride] + of_weights]
         }));
     }
     terms

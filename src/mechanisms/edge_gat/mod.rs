@@ -13,7 +13,7 @@ use crate::kernels::edge_gat::{EdgeProblem, Logit};
 use crate::kernels::level::level;
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::problem::{Problem, Rows, Upstream};
+use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients};
 use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
@@ -561,55 +561,21 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         };
 
         // o = softmax(e) v
-        let names = &self.names;
-        let [query, key, value] = match softmax {
+        let projected = match softmax {
             Softmax::Plain(saved) => {
                 let Gradients { query, key, value, .. } =
                     Flash::new().backward(&inner, saved, grad_context)?;
                 [query, key, value]
             }
             Softmax::Edges(normalizer) => {
-                let problem = self.problem(&inner)?;
                 let grad_rows = Rows::new("grad_context", grad_context)?;
                 let out = Rows::new("context", context.view())?;
-                let upstream =
-                    Upstream { out: out.slices(), normalizer, grad_out: grad_rows.slices() };
-                let level = level();
-                let features = grads.edge_features;
-                let inner = F::edges_backward(&problem, TILE, level, upstream, features)?;
-                let heads = self.config.num_heads;
-                let shaped = |columns: usize| {
-                    let grad = inner.attention.view().into_shape_with_order((heads, columns));
-                    grad.expect("one for each")
-                };
-                match self.config.score {
-                    Score::Gat if self.config.edge_dim > 0 => {
-                        let grad = shaped(self.config.edge_dim);
-                        params.unfold("att_edge", "lin_edge.weight", grad);
-                    }
-                    Score::GatV2 => params.add_attention("att", shaped(self.config.head_dim)),
-                    _ => {}
-                }
-                if let Some(mut weight) = params.view::<Ix2>("lin_edge.weight") {
-                    weight += &inner.edge_weight.t();
-                }
-                [inner.query, inner.key, inner.value]
+                let (out, grad_out) = (out.slices(), grad_rows.slices());
+                let upstream = Upstream { out, normalizer, grad_out, grad_weights: None };
+                self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)?
             }
         };
-
-        // The projections.
-        let (inputs_query, inputs_key) = (inputs.query(), inputs.key());
-        match self.config.score {
-            Score::Gat => {
-                params.folded("att_dst", names.query, inputs_query, query.view(), grad_query)?;
-                params.folded("att_src", names.key, inputs_key, key.view(), grads.key)?;
-            }
-            _ => {
-                params.linear(names.query, inputs_query, query.view(), grad_query)?;
-                params.linear(names.key, inputs_key, key.view(), grads.key)?;
-            }
-        }
-        params.linear(names.value, inputs.value(), value.view(), grads.value)
+        self.projections_vjp(inputs, projected, [grad_query, grads.key, grads.value], &mut params)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -618,15 +584,106 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         if self.is_plain() {
             return ScaledDotProduct::new().attention_weights(&inner);
         }
-        let mut context = self.new_context(inputs)?;
-        let Softmax::Edges(normalizer) = self.attend(&inner, context.view_mut())? else {
-            return Err(Error::NoWeights { mechanism: NAME });
+        Ok(self.edges_weights(inputs, &inner)?.1)
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let projected = self.project(inputs)?;
+        let inner = self.inner_inputs(inputs, &projected)?;
+        let mut params = ParamGradients { gat: self, grads: grads.params };
+        let projected = if self.is_plain() {
+            let plain = ScaledDotProduct::new().attention_weights_backward(&inner, grad_weights)?;
+            [plain.query, plain.key, plain.value]
+        } else {
+            let (normalizer, weights) = self.edges_weights(inputs, &inner)?;
+            let grad_weights = WeightGradients::new(&inner, &weights, grad_weights)?;
+            let zeros = Rows::from(self.new_context(inputs)?);
+            let upstream = Upstream {
+                out: zeros.slices(),
+                normalizer: &normalizer,
+                grad_out: zeros.slices(),
+                grad_weights: Some(&grad_weights),
+            };
+            self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)?
         };
-        F::edges_weights(&self.problem(&inner)?, TILE, level(), &normalizer)
+        let grads = [grads.query, grads.key, grads.value];
+        self.projections_vjp(inputs, projected, grads, &mut params)
     }
 }
 
 impl<F: Float> EdgeGat<F> {
+    /// Computes the normalizer and the weights of the edges.
+    fn edges_weights(
+        &self,
+        inputs: &Inputs<'_, F>,
+        inner: &Inputs<'_, F>,
+    ) -> Result<(Normalizer<F>, Array2<F>)> {
+        let mut context = self.new_context(inputs)?;
+        let Softmax::Edges(normalizer) = self.attend(inner, context.view_mut())? else {
+            return Err(Error::NoWeights { mechanism: NAME });
+        };
+        let weights = F::edges_weights(&self.problem(inner)?, TILE, level(), &normalizer)?;
+        Ok((normalizer, weights))
+    }
+
+    /// Returns the gradients of the projected queries, keys and values; adds those of the edge features and
+    /// of the parameters of the score.
+    fn edges_vjp(
+        &self,
+        inner: &Inputs<'_, F>,
+        upstream: Upstream<'_, F>,
+        grad_features: Option<ArrayViewMut2<'_, F>>,
+        params: &mut ParamGradients<'_, '_, F>,
+    ) -> Result<[Array2<F>; 3]> {
+        let problem = self.problem(inner)?;
+        let inner = F::edges_backward(&problem, TILE, level(), upstream, grad_features)?;
+        let heads = self.config.num_heads;
+        let shaped = |columns: usize| {
+            let grad = inner.attention.view().into_shape_with_order((heads, columns));
+            grad.expect("one for each")
+        };
+        match self.config.score {
+            Score::Gat if self.config.edge_dim > 0 => {
+                params.unfold("att_edge", "lin_edge.weight", shaped(self.config.edge_dim));
+            }
+            Score::GatV2 => params.add_attention("att", shaped(self.config.head_dim)),
+            _ => {}
+        }
+        if let Some(mut weight) = params.view::<Ix2>("lin_edge.weight") {
+            weight += &inner.edge_weight.t();
+        }
+        Ok([inner.query, inner.key, inner.value])
+    }
+
+    /// The backward pass of the projections of query, key and value.
+    fn projections_vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        [query, key, value]: [Array2<F>; 3],
+        [grad_query, grad_key, grad_value]: [Option<ArrayViewMut2<'_, F>>; 3],
+        params: &mut ParamGradients<'_, '_, F>,
+    ) -> Result<()> {
+        let names = &self.names;
+        let (inputs_query, inputs_key) = (inputs.query(), inputs.key());
+        match self.config.score {
+            Score::Gat => {
+                params.folded("att_dst", names.query, inputs_query, query.view(), grad_query)?;
+                params.folded("att_src", names.key, inputs_key, key.view(), grad_key)?;
+            }
+            _ => {
+                params.linear(names.query, inputs_query, query.view(), grad_query)?;
+                params.linear(names.key, inputs_key, key.view(), grad_key)?;
+            }
+        }
+        params.linear(names.value, inputs.value(), value.view(), grad_value)
+    }
+
     /// Returns the gradients of o and r in out = β r + (1 − β) o; adds the gradient of the gate.
     fn gate_vjp(
         &self,

@@ -6,7 +6,7 @@ use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::problem::{Problem, Rows, Upstream, output_dim};
+use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients, output_dim};
 use crate::kernels::rotary::RotaryProblem;
 use crate::params::Params;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
@@ -87,6 +87,24 @@ impl<F: Float> EdgeRope<F> {
         })
     }
 
+    /// The backward pass.
+    fn vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        upstream: Upstream<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let problem = RotaryProblem {
+            wants_distances: grads.distances.is_some(),
+            wants_frequencies: !grads.params.is_empty(),
+            ..self.problem(inputs)?
+        };
+        let grad = F::rotary_backward(&problem, TILE, level(), upstream, &mut grads);
+        self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
+        Ok(())
+    }
+
     /// Overwrites `out` and returns the normalizer.
     fn run(
         &self,
@@ -147,23 +165,15 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        mut grads: GradientsMut<'_, F>,
+        grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { out, normalizer } = saved.state::<State<F>>(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         check_output(self, "saved out", inputs, out.shape())?;
         normalizer.check(inputs.num_queries(), inputs.num_heads())?;
-        grads.check(NAME, inputs, self)?;
-        let problem = RotaryProblem {
-            wants_distances: grads.distances.is_some(),
-            wants_frequencies: !grads.params.is_empty(),
-            ..self.problem(inputs)?
-        };
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream { out: out.slices(), normalizer, grad_out: grad_out.slices() };
-        let grad = F::rotary_backward(&problem, TILE, level(), upstream, &mut grads);
-        self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
-        Ok(())
+        let (out, grad_out) = (out.slices(), grad_out.slices());
+        self.vjp(inputs, Upstream { out, normalizer, grad_out, grad_weights: None }, grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -171,5 +181,27 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
         let normalizer = self.run(&problem, out.view_mut())?;
         F::rotary_weights(&problem, TILE, level(), &normalizer)
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let problem = self.problem(inputs)?;
+        let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
+        let normalizer = self.run(&problem, out.view_mut())?;
+        let weights = F::rotary_weights(&problem, TILE, level(), &normalizer)?;
+        let grad_weights = WeightGradients::new(inputs, &weights, grad_weights)?;
+        out.fill(F::zero());
+        let zeros = Rows::from(out);
+        let upstream = Upstream {
+            out: zeros.slices(),
+            normalizer: &normalizer,
+            grad_out: zeros.slices(),
+            grad_weights: Some(&grad_weights),
+        };
+        self.vjp(inputs, upstream, grads)
     }
 }

@@ -194,10 +194,41 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        mut grads: GradientsMut<'_, F>,
+        grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let State { rotated, inner } = saved.state::<State<F>>(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
+        self.vjp(inputs, rotated, grads, |inputs, grads| {
+            self.inner.backward_into(inputs, inner, grad_out, grads)
+        })
+    }
+
+    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let rotated = self.rotate(inputs)?;
+        self.inner.attention_weights(&self.inner_inputs(inputs, &rotated)?)
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        self.vjp(inputs, &self.rotate(inputs)?, grads, |inputs, grads| {
+            self.inner.attention_weights_backward_into(inputs, grad_weights, grads)
+        })
+    }
+}
+
+impl<F: Float, A: Attention<F>> GraphRope<F, A> {
+    /// The backward pass, given that of the inner mechanism.
+    fn vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        rotated: &[Array2<F>; 2],
+        mut grads: GradientsMut<'_, F>,
+        inner_vjp: impl FnOnce(&Inputs<'_, F>, GradientsMut<'_, F>) -> Result<()>,
+    ) -> Result<()> {
         grads.check(NAME, inputs, self)?;
         let sides = self.sides(inputs)?;
         check_shape("saved query", inputs.query().shape(), rotated[0].shape())?;
@@ -218,7 +249,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         let [query, key] =
             grad_rotated.each_mut().map(|grad| grad.as_mut().map(|grad| grad.view_mut()));
         let inner_grads = GradientsMut { query, key, ..grads.reborrow() };
-        self.inner.backward_into(&inner_inputs, inner, grad_out, inner_grads)?;
+        inner_vjp(&inner_inputs, inner_grads)?;
 
         // x' = R x for query and key
         let (rotary, level) = (self.rotation.rotary(), level());
@@ -238,10 +269,5 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         }
         self.rotation.params_vjp(&grad_frequencies, own_params);
         Ok(())
-    }
-
-    fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        let rotated = self.rotate(inputs)?;
-        self.inner.attention_weights(&self.inner_inputs(inputs, &rotated)?)
     }
 }

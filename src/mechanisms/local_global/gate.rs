@@ -5,7 +5,7 @@ use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_array, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
-use crate::inputs::{Inputs, head_columns};
+use crate::inputs::{Inputs, SelectedInputs, head_columns};
 use crate::params;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Ix1, Ix2, s};
 use std::mem::take;
@@ -198,17 +198,30 @@ impl<F: Float> Gate<F> {
             })?;
         }
 
+        // y = a y_local + (1 − a) y_global
+        self.vjp(inputs, mixes, grads, |query, head| {
+            let columns = s![query, head_columns(head, dim)];
+            let (grad, local, global) =
+                (grad_out.slice(columns), sides[0].0.slice(columns), sides[1].0.slice(columns));
+            grad.dot(&local) - grad.dot(&global)
+        })
+    }
+
+    /// Adds the gradients that follow from those of the local shares.
+    fn vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mixes: &Array2<Mix<F>>,
+        mut grads: GradientsMut<'_, F>,
+        grad_share: impl Fn(usize, usize) -> F,
+    ) -> Result<()> {
         let [weight, bias, ..] = grads.params else { return Ok(()) };
         let (mut grad_weight, mut grad_bias) =
             (param_slot::<F, Ix2>(weight), param_slot::<F, Ix1>(bias));
         for ((query, head), &mix) in mixes.indexed_iter() {
             let Mix::Both(share) = mix else { continue };
-            // y = a y_local + (1 − a) y_global,  a = σ(z)
-            let columns = s![query, head_columns(head, dim)];
-            let (grad, local, global) =
-                (grad_out.slice(columns), sides[0].0.slice(columns), sides[1].0.slice(columns));
-            let grad_logit = share * (F::one() - share) * (grad.dot(&local) - grad.dot(&global));
-            // z = w · q + b
+            // a = σ(z), z = w · q + b
+            let grad_logit = share * (F::one() - share) * grad_share(query, head);
             let columns = s![query, head_columns(head, self.weight.ncols())];
             grad_bias[head] += grad_logit;
             let query = inputs.query();
@@ -225,14 +238,8 @@ impl<F: Float> Gate<F> {
         let (mixes, parts) = (self.mixes(inputs)?, by_edge_layer(inputs)?);
         let mut total: Option<Array2<F>> = None;
         for (side, part) in parts.iter().enumerate() {
-            let inner = &*self.inner[side];
-            let weights = inner
-                .attention_weights(&part.inputs())
-                .map_err(|error| error.in_part(SIDES[side], inner.name(), None))?;
+            let weights = self.weights_of(side, part)?;
             let columns = weights.ncols();
-            if !columns.is_multiple_of(self.num_heads()) {
-                return Err(Error::Heads { what: "weights", heads: self.num_heads(), columns });
-            }
             let total = match &mut total {
                 Some(total) => total,
                 None => total.insert(try_zeros("weights", inputs.num_pairs(), columns)?),
@@ -245,5 +252,64 @@ impl<F: Float> Gate<F> {
             });
         }
         Ok(total.unwrap_or_default())
+    }
+
+    /// The weights of one side, among its own pairs.
+    fn weights_of(&self, side: usize, part: &SelectedInputs<'_, F>) -> Result<Array2<F>> {
+        let (inner, heads) = (&*self.inner[side], self.num_heads());
+        let weights = inner
+            .attention_weights(&part.inputs())
+            .map_err(|error| error.in_part(SIDES[side], inner.name(), None))?;
+        match weights.ncols() {
+            columns if columns.is_multiple_of(heads) => Ok(weights),
+            columns => Err(Error::Heads { what: "weights", heads, columns }),
+        }
+    }
+
+    pub(super) fn attention_weights_backward(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        self.check(inputs)?;
+        let (mixes, parts) = (self.mixes(inputs)?, by_edge_layer(inputs)?);
+        // Σ p dp of each side
+        let mut products = [(); 2].map(|()| Array2::<F>::zeros(mixes.raw_dim()));
+        let mut first = 2;
+        for (side, part) in parts.iter().enumerate() {
+            let weights = self.weights_of(side, part)?;
+            let shape = [inputs.num_pairs(), weights.ncols()];
+            check_shape("grad_weights", &shape, grad_weights.shape())?;
+            let of_head = (weights.ncols() / self.num_heads()).max(1);
+            // p = share · p of the side
+            let grad = part.rows_of_weights(grad_weights)?;
+            let grad = grad.view();
+            let mut grad_side = try_zeros("grad_weights", grad.nrows(), grad.ncols())?;
+            let of_part = part.inputs();
+            for pair in (0..of_part.num_queries()).flat_map(|query| of_part.row(query)) {
+                for column in 0..weights.ncols() {
+                    let (at, mix) = ([pair.index, column], [pair.query, column / of_head]);
+                    if let Some(share) = mixes[mix].share(side)
+                        && weights[at] != F::zero()
+                    {
+                        products[side][mix] += weights[at] * grad[at];
+                        grad_side[at] = share * grad[at];
+                    }
+                }
+            }
+            let inner = &*self.inner[side];
+            let end = first + params::count(inner);
+            let mut grads = grads.reborrow();
+            grads.params = &mut take(&mut grads.params)[first..end];
+            first = end;
+            part.backward(grads, |inputs, grads| {
+                inner
+                    .attention_weights_backward_into(inputs, grad_side.view(), grads)
+                    .map_err(|error| error.in_part(SIDES[side], inner.name(), None))
+            })?;
+        }
+        let [local, global] = &products;
+        self.vjp(inputs, &mixes, grads, |query, head| local[[query, head]] - global[[query, head]])
     }
 }

@@ -12,11 +12,13 @@ use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern, SelectedInputs};
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::problem::output_dim;
+use crate::kernels::problem::{Problem, output_dim};
 use crate::mechanisms::fill_uniform;
 use crate::mechanisms::flash::{Flash, State};
+use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
 use crate::params::Params;
 use crate::partial::merge_rows;
+use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use rand::Rng;
@@ -35,7 +37,7 @@ const NAME: &str = "local_global";
 /// of scaled dot products over the pairs
 ///
 /// ```text
-/// |i − j| ≤ radius · dilation  and  dilation | i − j,    or i global, or j global
+/// −left · dilation ≤ j − i ≤ right · dilation  and  dilation | i − j,    or i global, or j global
 /// ```
 ///
 /// each counted once, except pairs hidden by mask, causal pattern or bias. The result is that of
@@ -303,6 +305,24 @@ impl<F: Float> LocalGlobal<F> {
     }
 }
 
+/// The dot products of local and of global pairs, with the scales of both.
+fn joint_problems<'p, F: Float>(
+    inputs: &Inputs<'p, F>,
+    [local, global]: &[Flash; 2],
+) -> Result<[Problem<'p, F>; 2]> {
+    Ok([Problem::new(inputs, local.scale)?, Problem::new(inputs, global.scale)?])
+}
+
+fn joint_softmax<F: Float>(
+    inputs: &Inputs<'_, F>,
+    [local, global]: &[Problem<'_, F>; 2],
+) -> Result<Softmax<F>> {
+    let layers = inputs.edge_layers(NAME)?;
+    Softmax::new(inputs, |pair, head| {
+        dot_logit(if layers[pair.index] == 0 { local } else { global }, pair, head)
+    })
+}
+
 /// Returns the inputs with the pairs of layer 0, and the inputs with the pairs of the layers above.
 fn by_edge_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs<'a, F>; 2]> {
     let layers = inputs.edge_layers(NAME)?;
@@ -436,20 +456,43 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
                 Ok(total)
             }
             Form::Joint(sides) => {
-                let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-                let normalizer = self.run(inputs, out.view_mut())?;
-                let mut total = try_zeros("weights", inputs.num_pairs(), inputs.num_heads())?;
-                for (flash, part) in sides.iter().zip(by_edge_layer(inputs)?) {
-                    let partial = flash.forward_partial(&part.inputs())?;
-                    let of_part = flash.attention_weights(&part.inputs())?;
-                    part.add_weights(&of_part, &mut total, |query, head| {
-                        let at = [query, head];
-                        let (shift, sum) = (partial.shift()[at], partial.sum()[at]);
-                        let [whole, inverse] = normalizer.factors(query, head);
-                        if sum == F::zero() { sum } else { (shift - whole).exp() * sum * inverse }
-                    });
-                }
-                Ok(total)
+                Ok(joint_softmax(inputs, &joint_problems(inputs, sides)?)?.into_weights())
+            }
+        }
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        match &self.form {
+            Form::Gated(gate) => gate.attention_weights_backward(inputs, grad_weights, grads),
+            Form::SlidingWindow { window, flash } => {
+                window.check_globals(inputs)?;
+                let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
+                let grad_weights = selected.rows_of_weights(grad_weights)?;
+                selected.backward(grads, |inputs, grads| {
+                    flash.attention_weights_backward_into(inputs, grad_weights.view(), grads)
+                })
+            }
+            Form::Joint(sides) => {
+                let layers = inputs.edge_layers(NAME)?;
+                let problems = joint_problems(inputs, sides)?;
+                let softmax = joint_softmax(inputs, &problems)?;
+                let [local, global] = &problems;
+                let grads = &mut grads;
+                softmax.weights_backward_into(
+                    inputs,
+                    grad_weights,
+                    grads,
+                    |pair, head, grad, grads| {
+                        let problem = if layers[pair.index] == 0 { local } else { global };
+                        dot_logit_vjp(problem, pair, head, grad, grads);
+                    },
+                )
             }
         }
     }

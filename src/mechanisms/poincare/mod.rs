@@ -21,8 +21,8 @@ use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::poincare::{HyperbolicProblem, Mass, Points};
 use crate::kernels::problem::{Problem, Rows, output_dim};
-use crate::mechanisms::scaled_dot_product::Softmax;
 use crate::params::Params;
+use crate::softmax::Softmax;
 use mean::Sums;
 use ndarray::{Array0, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use plain::Plain;
@@ -354,7 +354,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
             }
             Attended::Pairs(softmax) => {
                 let shape = [inputs.num_pairs(), inputs.num_heads()];
-                check_shape("saved weights", &shape, softmax.weights.shape())?;
+                check_shape("saved weights", &shape, softmax.weights().shape())?;
                 let plain = Plain::new(self, inputs, softmax)?;
                 let [grad_c, grad_temperature] = plain.backward(grad_out, &mut grads)?;
                 self.params_vjp(grad_c, grad_temperature, grads.params);
@@ -409,7 +409,25 @@ impl<F: Float> Attention<F> for Poincare<F> {
         if !embedded.is_within_range(self.config.aggregation) {
             return Wide::new(self, inputs)?.attention_weights(inputs);
         }
-        Ok(self.softmax(inputs, &embedded)?.weights)
+        Ok(self.softmax(inputs, &embedded)?.into_weights())
+    }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let embedded = self.embed(inputs)?;
+        if !embedded.is_within_range(self.config.aggregation) {
+            return Wide::new(self, inputs)?.weights_backward(inputs, grad_weights, grads);
+        }
+        let softmax = self.softmax(inputs, &embedded)?;
+        let plain = Plain::new(self, inputs, &softmax)?;
+        let [grad_c, grad_temperature] = plain.weights_backward(grad_weights, &mut grads)?;
+        self.params_vjp(grad_c, grad_temperature, grads.params);
+        Ok(())
     }
 }
 

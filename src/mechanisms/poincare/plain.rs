@@ -4,7 +4,7 @@
 use super::hessian::{Hessian, add_difference};
 use super::polar::Space;
 use super::{Aggregation, Coordinates, Poincare};
-use crate::error::Result;
+use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::{dot, norm_of};
 use crate::geometry::poincare::{
@@ -14,7 +14,7 @@ use crate::geometry::poincare::{
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::poincare::HyperbolicProblem;
-use crate::mechanisms::scaled_dot_product::{Softmax, softmax};
+use crate::softmax::Softmax;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -23,7 +23,7 @@ const STEPS: usize = 100;
 
 /// Computes the softmax of the distances.
 pub(super) fn weights<F: Float>(problem: &HyperbolicProblem<'_, F>) -> Result<Softmax<F>> {
-    softmax(&problem.softmax, |pair, head| {
+    Softmax::new(&problem.softmax.inputs, |pair, head| {
         let (query, key) =
             (problem.query(pair.query, head), problem.key[problem.key_at(pair.key, head)]);
         let directions = problem.softmax.query(pair.query, head).iter();
@@ -130,18 +130,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
 
     /// Returns `None` for a query that sees no key, or whose pairs dropout has removed.
     fn row(&self, query: usize, head: usize) -> Result<Option<Row>> {
-        let bias = self.inputs.bias();
-        let is_hidden =
-            |pair: &Pair| bias.is_some_and(|bias| bias.at(*pair, head) == F::neg_infinity());
-        let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
-        let weight = |pair: &Pair| self.softmax.weights[[pair.index, head]].as_f64();
-        let mut weights: Vec<f64> = pairs.iter().map(weight).collect();
-        // Rounded `f32` weights do not sum to 1: the weight of a dominant pair lacks the weights of the
-        // others.
-        let total: f64 = weights.iter().sum();
-        if total > 0.0 {
-            weights.iter_mut().for_each(|weight| *weight /= total);
-        }
+        let (pairs, weights) = self.weights_of(query, head);
         let multiplier = |pair: &Pair| self.multiplier(*pair, head);
         let kept: Vec<f64> =
             pairs.iter().zip(&weights).map(|(pair, weight)| weight * multiplier(pair)).collect();
@@ -329,16 +318,67 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
                 of_params[1] += grad_temperature;
             }
         }
-        let (inputs, heads, kv_heads) =
-            (self.inputs, self.inputs.num_heads(), self.inputs.num_kv_heads());
-        for (grad, input, heads, sink) in [
-            (query, inputs.query(), heads, &mut grads.query),
-            (key, inputs.key(), kv_heads, &mut grads.key),
-            (value, inputs.value(), kv_heads, &mut grads.value),
-        ] {
-            of_params[0] += self.points_vjp(grad, input, heads, sink)?;
-        }
+        let (inputs, kv_heads) = (self.inputs, self.inputs.num_kv_heads());
+        of_params[0] +=
+            self.points_vjp(query, inputs.query(), inputs.num_heads(), &mut grads.query)?;
+        of_params[0] += self.points_vjp(key, inputs.key(), kv_heads, &mut grads.key)?;
+        of_params[0] += self.points_vjp(value, inputs.value(), kv_heads, &mut grads.value)?;
         Ok(of_params)
+    }
+
+    /// The backward pass of the weights in place of the output: adds the gradients of the inputs and returns
+    /// the gradients of c and τ.
+    pub(super) fn weights_backward(
+        &self,
+        grad_weights: ArrayView2<'_, F>,
+        grads: &mut GradientsMut<'_, F>,
+    ) -> Result<[f64; 2]> {
+        check_shape("grad_weights", self.softmax.weights().shape(), grad_weights.shape())?;
+        let zeros = |array: &Array2<f64>| try_zeros("gradients", array.nrows(), array.ncols());
+        let (mut query, mut key) = (zeros(&self.query)?, zeros(&self.key)?);
+        let mut of_params = [0.0; 2];
+        for at in 0..self.inputs.num_queries() {
+            for head in 0..self.inputs.num_heads() {
+                let (pairs, weights) = self.weights_of(at, head);
+                let arrays = [&mut query, &mut key];
+                if weights.iter().any(|weight| weight.is_nan()) {
+                    of_params = self.fill_nan(&pairs, head, arrays, grads);
+                    continue;
+                }
+                // A pair without weight has no gradient; that of the weight may be anything.
+                let grad = |pair: &Pair| grad_weights[[pair.index, head]].as_f64();
+                let of_pairs = || pairs.iter().zip(&weights).filter(|(_, p)| **p != 0.0);
+                let delta: f64 = of_pairs().map(|(pair, p)| p * grad(pair)).sum();
+                let (pairs, grad_logits): (Vec<_>, Vec<_>) =
+                    of_pairs().map(|(pair, p)| (*pair, p * (grad(pair) - delta))).unzip();
+                let [grad_c, grad_temperature] =
+                    self.logits_vjp(&pairs, head, &grad_logits, arrays, grads)?;
+                of_params[0] += grad_c;
+                of_params[1] += grad_temperature;
+            }
+        }
+        let (inputs, kv_heads) = (self.inputs, self.inputs.num_kv_heads());
+        of_params[0] +=
+            self.points_vjp(query, inputs.query(), inputs.num_heads(), &mut grads.query)?;
+        of_params[0] += self.points_vjp(key, inputs.key(), kv_heads, &mut grads.key)?;
+        Ok(of_params)
+    }
+
+    /// Returns the visible pairs of a query and head, and their weights.
+    fn weights_of(&self, query: usize, head: usize) -> (Vec<Pair>, Vec<f64>) {
+        let bias = self.inputs.bias();
+        let is_hidden =
+            |pair: &Pair| bias.is_some_and(|bias| bias.at(*pair, head) == F::neg_infinity());
+        let pairs: Vec<Pair> = self.inputs.row(query).filter(|pair| !is_hidden(pair)).collect();
+        let weight = |pair: &Pair| self.softmax.weights()[[pair.index, head]].as_f64();
+        let mut weights: Vec<f64> = pairs.iter().map(weight).collect();
+        // Rounded `f32` weights do not sum to 1: the weight of a dominant pair lacks the weights of the
+        // others.
+        let total: f64 = weights.iter().sum();
+        if total > 0.0 {
+            weights.iter_mut().for_each(|weight| *weight /= total);
+        }
+        (pairs, weights)
     }
 
     fn row_vjp(
@@ -350,19 +390,13 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     ) -> Result<[f64; 2]> {
         let head = row.head;
         let mut grad_c = 0.0;
-        let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
         if row.mean.iter().any(|mean| mean.is_nan()) {
-            // Everything that depends on it.
-            grad_query.fill(f64::NAN);
             for pair in &row.pairs {
-                of_row_mut(key, pair.key)[self.key_columns(head)].fill(f64::NAN);
                 of_row_mut(value, pair.key)[self.value_columns(head)].fill(f64::NAN);
-                if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
-                    grad[bias.slot(*pair, head)] = F::nan();
-                }
             }
-            return Ok([f64::NAN; 2]);
+            return Ok(self.fill_nan(&row.pairs, head, [query, key], grads));
         }
+        let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
         // out = log₀(m) in tangent coordinates
         if self.coordinates == Coordinates::Tangent {
             let mut grad_mean = vec![0.0; grad_out.len()];
@@ -400,16 +434,50 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
             grad_logits[dominant] = 0.0;
             grad_logits[dominant] = -grad_logits.iter().sum::<f64>();
         }
-        let mut grad_temperature = 0.0;
-        for (pair, grad_logit) in row.pairs.iter().zip(grad_logits) {
+        let arrays = [query, key];
+        let [of_logits, grad_temperature] =
+            self.logits_vjp(&row.pairs, head, &grad_logits, arrays, grads)?;
+        Ok([grad_c + of_logits, grad_temperature])
+    }
+
+    /// Makes NaN of all gradients that a row with NaN among its logits touches; returns those of c and τ.
+    fn fill_nan(
+        &self,
+        pairs: &[Pair],
+        head: usize,
+        [query, key]: [&mut Array2<f64>; 2],
+        grads: &mut GradientsMut<'_, F>,
+    ) -> [f64; 2] {
+        for pair in pairs {
+            of_row_mut(query, pair.query)[self.query_columns(head)].fill(f64::NAN);
+            of_row_mut(key, pair.key)[self.key_columns(head)].fill(f64::NAN);
+            if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
+                grad[bias.slot(*pair, head)] = F::nan();
+            }
+        }
+        [f64::NAN; 2]
+    }
+
+    /// Adds the gradients that follow from those of the logits of some pairs of a query and head; returns
+    /// those of c and τ.
+    fn logits_vjp(
+        &self,
+        pairs: &[Pair],
+        head: usize,
+        grad_logits: &[f64],
+        [query, key]: [&mut Array2<f64>; 2],
+        grads: &mut GradientsMut<'_, F>,
+    ) -> Result<[f64; 2]> {
+        let [mut grad_c, mut grad_temperature] = [0.0; 2];
+        for (pair, &grad_logit) in pairs.iter().zip(grad_logits) {
             if let (Some(grad), Some(bias)) = (&mut grads.bias, self.inputs.bias()) {
                 grad[bias.slot(*pair, head)] += F::from_f64(grad_logit);
             }
-            let a = &of_row(&self.query, row.query)[self.query_columns(head)];
+            let a = &of_row(&self.query, pair.query)[self.query_columns(head)];
             let b = &of_row(&self.key, pair.key)[self.key_columns(head)];
             let grad_distance = -grad_logit / self.temperature;
             grad_temperature -= grad_distance * distance(a, b, self.c)? / self.temperature;
-            let grad_query = &mut of_row_mut(query, row.query)[self.query_columns(head)];
+            let grad_query = &mut of_row_mut(query, pair.query)[self.query_columns(head)];
             let grad_key = &mut of_row_mut(key, pair.key)[self.key_columns(head)];
             grad_c += distance_vjp(a, b, self.c, grad_distance, grad_query, grad_key)?;
         }

@@ -4,7 +4,7 @@ use super::Poincare;
 use crate::attention::{Attention, Saved};
 use crate::error::Result;
 use crate::float::{Float, try_array};
-use crate::gradients::GradientsMut;
+use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use ndarray::{
     Array, Array2, Array3, ArrayView, ArrayView2, ArrayViewMut, ArrayViewMut2, Dimension,
@@ -63,17 +63,34 @@ impl Wide {
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let grad_out = grad_out.mapv(Float::as_f64);
-        let mut wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
-        add(grads.query, &wide.query);
-        add(grads.key, &wide.key);
-        add(grads.value, &wide.value);
-        if let Some(bias) = wide.view_mut().bias {
-            add(grads.bias, &bias.to_owned());
-        }
-        for (grad, wide) in grads.params.iter_mut().zip(&wide.params) {
-            add(Some(grad.view_mut()), wide);
-        }
+        let wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
+        add_all(grads, wide);
         Ok(())
+    }
+
+    pub(super) fn weights_backward<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let grad_weights = grad_weights.mapv(Float::as_f64);
+        let inputs = self.inputs(inputs)?;
+        let wide = self.poincare.attention_weights_backward(&inputs, grad_weights.view())?;
+        add_all(grads, wide);
+        Ok(())
+    }
+}
+
+fn add_all<F: Float>(grads: GradientsMut<'_, F>, mut wide: Gradients<f64>) {
+    add(grads.query, &wide.query);
+    add(grads.key, &wide.key);
+    add(grads.value, &wide.value);
+    if let Some(bias) = wide.view_mut().bias {
+        add(grads.bias, &bias.to_owned());
+    }
+    for (grad, wide) in grads.params.iter_mut().zip(&wide.params) {
+        add(Some(grad.view_mut()), wide);
     }
 }
 

@@ -1,0 +1,354 @@
+//! Softmax attention with logits of your own: [`Softmax`], and over the edges of a graph alone,
+//! [`segment_softmax`].
+//!
+//! These are plain loops that hold the weights of all pairs, for mechanisms that have no kernel:
+//! [`guide::own_mechanism`](crate::guide::own_mechanism) writes one.
+
+use crate::error::{Result, check_shape};
+use crate::float::{Float, nan_max, try_vec, try_zeros};
+use crate::gradients::GradientsMut;
+use crate::graph::Graph;
+use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::normalizer::Normalizer;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+
+/// The weights of softmax attention, made from the logit of each pair and head.
+///
+/// ```text
+/// sᵢⱼ = logit(i, j) + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ} / Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
+/// ```
+///
+/// with j over the visible pairs of query i, for each head. It honours every channel that changes the answer:
+/// mask, causal pattern, bias b, dropout m and (grouped) heads, in dense inputs and graphs. The logits are a
+/// function of yours, and so is their derivative in the backward pass.
+///
+/// Cost: O(pairs · d_v) time per head beside the function, O(pairs · heads) memory.
+///
+/// ```
+/// use graph_attention::ndarray::array;
+/// use graph_attention::{Gradients, Inputs, ScaledDotProduct, softmax::Softmax};
+///
+/// let keys = array![[0.0], [1.0], [3.0]];
+/// let inputs = Inputs::dense(keys.view(), keys.view(), keys.view())?;
+/// // s = −(q − k)²
+/// let difference = |pair: graph_attention::Pair| keys[[pair.query, 0]] - keys[[pair.key, 0]];
+/// let softmax = Softmax::new(&inputs, |pair, _head| -difference(pair).powi(2))?;
+/// let out = softmax.forward(&inputs)?;
+/// assert!((out[[2, 0]] - 3.0).abs() < 0.1); // nearly the own value
+///
+/// // The gradient of the sum of the outputs.
+/// let mut grads = Gradients::zeros(&inputs, &ScaledDotProduct::new())?;
+/// let ones = array![[1.0], [1.0], [1.0]];
+/// softmax.backward_into(&inputs, ones.view(), &mut grads.view_mut(), |pair, _head, grad, grads| {
+///     if let Some(query) = &mut grads.query {
+///         query[[pair.query, 0]] -= grad * 2.0 * difference(pair);
+///     }
+/// })?;
+/// assert!(grads.query[[0, 0]] > 0.0 && grads.value.sum() > 2.9);
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Softmax<F> {
+    /// num_pairs × heads.
+    weights: Array2<F>,
+    normalizer: Normalizer<F>,
+}
+
+impl<F: Float> Softmax<F> {
+    /// Computes the weights of all visible pairs; `logit` gets the pair and the head, from 0 to
+    /// [`Inputs::num_heads`]. Leave the bias of the inputs to this function.
+    ///
+    /// A query without visible keys, or without a logit above −∞, has weights 0. A logit of +∞ or NaN makes
+    /// the weights of its row NaN.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the bias is of another number of heads,
+    /// [`Error::TooLarge`](crate::Error::TooLarge).
+    pub fn new(inputs: &Inputs<'_, F>, mut logit: impl FnMut(Pair, usize) -> F) -> Result<Self> {
+        let heads = inputs.num_heads();
+        let bias = inputs.bias();
+        if let Some(bias) = bias {
+            bias.check_heads(heads)?;
+        }
+        let mut weights = try_zeros("weights", inputs.num_pairs(), heads)?;
+        let mut normalizer = Normalizer::empty(inputs.num_queries(), heads)?;
+        let mut row = Vec::new();
+        for query in 0..inputs.num_queries() {
+            for head in 0..heads {
+                row.clear();
+                for pair in inputs.row(query) {
+                    let bias = bias.map_or(F::zero(), |bias| bias.at(pair, head));
+                    if bias != F::neg_infinity() {
+                        weights[[pair.index, head]] = logit(pair, head) + bias;
+                        row.push(pair.index);
+                    }
+                }
+                let [shift, sum] = normalize(&row, head, &mut weights);
+                normalizer.shift[[query, head]] = shift;
+                normalizer.sum[[query, head]] = sum;
+            }
+        }
+        Ok(Self { weights, normalizer })
+    }
+
+    /// The attention weights before dropout, num_pairs × heads, with 0 for hidden pairs:
+    /// [`Attention::attention_weights`](crate::Attention::attention_weights).
+    #[must_use]
+    pub fn weights(&self) -> ArrayView2<'_, F> {
+        self.weights.view()
+    }
+
+    /// The [`weights`](Self::weights) as an array of their own.
+    #[must_use]
+    pub fn into_weights(self) -> Array2<F> {
+        self.weights
+    }
+
+    pub(crate) fn into_normalizer(self) -> Normalizer<F> {
+        self.normalizer
+    }
+
+    /// Overwrites `out`, num_queries × (heads · d_v), with the sums of the values times their weights, after
+    /// dropout.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `out` or the inputs do not fit.
+    pub fn forward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        let values = Values::new(inputs);
+        self.check(inputs)?;
+        check_shape("out", &values.out_shape(), out.shape())?;
+        // In f64, as the sums of the weights are.
+        let mut sums = try_vec("out", &[values.dim], 0.0)?;
+        for query in 0..inputs.num_queries() {
+            for head in 0..inputs.num_heads() {
+                sums.fill(0.0);
+                self.for_each_pair(inputs, query, head, |pair, weight| {
+                    let weight = (weight * inputs.dropout_multiplier(pair, head)).as_f64();
+                    let value = inputs.value();
+                    let value = value.slice(s![pair.key, values.columns(head)]);
+                    sums.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v.as_f64());
+                });
+                let out = out.slice_mut(s![query, head_columns(head, values.dim)]);
+                out.into_iter().zip(&sums).for_each(|(out, &sum)| *out = F::from_f64(sum));
+            }
+        }
+        Ok(())
+    }
+
+    /// [`forward_into`](Self::forward_into) a new array.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into).
+    pub fn forward(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        let [rows, columns] = Values::new(inputs).out_shape();
+        let mut out = try_zeros("out", rows, columns)?;
+        self.forward_into(inputs, out.view_mut())?;
+        Ok(out)
+    }
+
+    /// Adds the gradients of the values and of the bias, given that of the output, and calls `logit_vjp` with
+    /// the gradient of the logit of each pair and head, for it to add what follows from it.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `grad_out` or the inputs do not fit.
+    pub fn backward_into<'g>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_out: ArrayView2<'_, F>,
+        grads: &mut GradientsMut<'g, F>,
+        logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
+    ) -> Result<()> {
+        let values = Values::new(inputs);
+        check_shape("grad_out", &values.out_shape(), grad_out.shape())?;
+        self.vjp(inputs, grads, logit_vjp, |pair, head, weight, grads| {
+            // oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
+            let multiplier = inputs.dropout_multiplier(pair, head);
+            let grad_out = grad_out.slice(s![pair.query, head_columns(head, values.dim)]);
+            if let Some(grad) = &mut grads.value {
+                let mut grad = grad.slice_mut(s![pair.key, values.columns(head)]);
+                grad.scaled_add(weight * multiplier, &grad_out);
+            }
+            let value = inputs.value();
+            let value = value.slice_move(s![pair.key, values.columns(head)]);
+            multiplier * grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>()
+        })
+    }
+
+    /// The backward pass of the [`weights`](Self::weights) in place of the output: adds the gradient of the
+    /// bias, given that of each weight, num_pairs × heads, and calls `logit_vjp` as
+    /// [`backward_into`](Self::backward_into) does. For losses on weights, such as their entropy.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `grad_weights` or the inputs do not fit.
+    pub fn weights_backward_into<'g>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        grads: &mut GradientsMut<'g, F>,
+        logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
+    ) -> Result<()> {
+        check_shape("grad_weights", self.weights.shape(), grad_weights.shape())?;
+        self.vjp(inputs, grads, logit_vjp, |pair, head, _, _| grad_weights[[pair.index, head]])
+    }
+
+    /// dsᵢⱼ = pᵢⱼ (dpᵢⱼ − Σⱼ pᵢⱼ dpᵢⱼ); `weight_vjp` returns dp.
+    fn vjp<'g>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grads: &mut GradientsMut<'g, F>,
+        mut logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
+        mut weight_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>) -> F,
+    ) -> Result<()> {
+        self.check(inputs)?;
+        let bias = inputs.bias();
+        let mut row = Vec::new();
+        for query in 0..inputs.num_queries() {
+            for head in 0..inputs.num_heads() {
+                row.clear();
+                let mut delta = F::zero();
+                self.for_each_pair(inputs, query, head, |pair, weight| {
+                    let grad_weight = weight_vjp(pair, head, weight, grads);
+                    delta += weight * grad_weight;
+                    row.push((pair, weight, grad_weight));
+                });
+                for &(pair, weight, grad_weight) in &row {
+                    let grad_logit = weight * (grad_weight - delta);
+                    if let (Some(grad), Some(bias)) = (&mut grads.bias, bias) {
+                        grad[bias.slot(pair, head)] += grad_logit;
+                    }
+                    logit_vjp(pair, head, grad_logit, grads);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Visits the visible pairs of a query and head, if any has a logit above −∞, with their weights.
+    fn for_each_pair(
+        &self,
+        inputs: &Inputs<'_, F>,
+        query: usize,
+        head: usize,
+        mut visit: impl FnMut(Pair, F),
+    ) {
+        if self.normalizer.is_empty(query, head) {
+            return;
+        }
+        let bias = inputs.bias();
+        for pair in inputs.row(query) {
+            if bias.is_none_or(|bias| bias.at(pair, head) != F::neg_infinity()) {
+                visit(pair, self.weights[[pair.index, head]]);
+            }
+        }
+    }
+
+    /// `Ok` if these are the weights of such inputs.
+    fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        let heads = inputs.num_heads();
+        check_shape("saved weights", &[inputs.num_pairs(), heads], self.weights.shape())?;
+        self.normalizer.check(inputs.num_queries(), heads)
+    }
+}
+
+/// The heads of values and outputs.
+struct Values {
+    num_queries: usize,
+    heads: usize,
+    kv_heads: usize,
+    /// Columns of a head.
+    dim: usize,
+}
+
+impl Values {
+    fn new<F: Float>(inputs: &Inputs<'_, F>) -> Self {
+        let kv_heads = inputs.num_kv_heads();
+        let dim = inputs.value().ncols() / kv_heads;
+        Self { num_queries: inputs.num_queries(), heads: inputs.num_heads(), kv_heads, dim }
+    }
+
+    fn out_shape(&self) -> [usize; 2] {
+        [self.num_queries, self.heads.saturating_mul(self.dim)]
+    }
+
+    /// The columns of the value that a query head reads.
+    fn columns(&self, head: usize) -> std::ops::Range<usize> {
+        head_columns(head * self.kv_heads / self.heads, self.dim)
+    }
+}
+
+/// Turns the logits of a row of pairs into weights; returns the normalizer m and l.
+fn normalize<F: Float>(row: &[usize], head: usize, weights: &mut Array2<F>) -> [F; 2] {
+    let max = row.iter().fold(F::neg_infinity(), |max, &pair| nan_max(max, weights[[pair, head]]));
+    if max == F::neg_infinity() {
+        row.iter().for_each(|&pair| weights[[pair, head]] = F::zero());
+        return [max, F::zero()];
+    }
+    // In f64: of millions of terms in f32 the last ones would be lost.
+    let mut sum = 0.0;
+    for &pair in row {
+        let weight = &mut weights[[pair, head]];
+        *weight = (*weight - max).exp();
+        sum += weight.as_f64();
+    }
+    let sum = F::from_f64(sum);
+    row.iter().for_each(|&pair| weights[[pair, head]] /= sum);
+    [max, sum]
+}
+
+/// Computes the softmax of the logits of the edges of each query, edges × any number of columns: PyG's
+/// `softmax(src, index)`, with the queries as index. An edge whose logit is −∞ has weight 0.
+///
+/// O(edges) per column.
+///
+/// ```
+/// use graph_attention::ndarray::array;
+/// use graph_attention::{Graph, softmax::segment_softmax};
+///
+/// let graph = Graph::from_edges(2, 3, [(0, 0), (1, 2), (0, 1)])?;
+/// let weights = segment_softmax(&graph, array![[3f64.ln()], [5.0], [0.0]].view())?;
+/// assert!((weights - array![[0.75], [1.0], [0.25]]).iter().all(|error| error.abs() < 1e-15));
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) if there is not one row for each edge.
+pub fn segment_softmax<F: Float>(graph: &Graph, logits: ArrayView2<'_, F>) -> Result<Array2<F>> {
+    check_shape("logits", &[graph.num_edges(), logits.ncols()], logits.shape())?;
+    let mut weights = try_zeros("weights", logits.nrows(), logits.ncols())?;
+    weights.assign(&logits);
+    for query in 0..graph.num_queries() {
+        let row: Vec<usize> = graph.row(query).map(|(_, edge)| edge).collect();
+        for column in 0..weights.ncols() {
+            normalize(&row, column, &mut weights);
+        }
+    }
+    Ok(weights)
+}
+
+/// Computes the gradient of the logits of a [`segment_softmax`], given its result and the gradient of that:
+/// dsₑ = pₑ (dpₑ − Σ p dp) over the edges of a query.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) if there is not one row for each edge, or the arrays are not of one
+/// shape.
+pub fn segment_softmax_vjp<F: Float>(
+    graph: &Graph,
+    weights: ArrayView2<'_, F>,
+    grad_weights: ArrayView2<'_, F>,
+) -> Result<Array2<F>> {
+    check_shape("weights", &[graph.num_edges(), weights.ncols()], weights.shape())?;
+    check_shape("grad_weights", weights.shape(), grad_weights.shape())?;
+    let mut grad_logits = try_zeros("grad_logits", weights.nrows(), weights.ncols())?;
+    for query in 0..graph.num_queries() {
+        for column in 0..weights.ncols() {
+            let edges = || graph.row(query).map(|(_, edge)| [edge, column]);
+            let delta: F = edges().map(|at| weights[at] * grad_weights[at]).sum();
+            edges().for_each(|at| grad_logits[at] = weights[at] * (grad_weights[at] - delta));
+        }
+    }
+    Ok(grad_logits)
+}
