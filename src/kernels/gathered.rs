@@ -349,7 +349,7 @@ impl<'r, F: Copy> Gather<'r, F> {
 pub(crate) struct Weights<'w, F> {
     /// The factors of the previous sum of each head.
     pub(crate) factors: &'w [F],
-    /// Of the rows: head h's start at h · stride.
+    /// The weights of the rows; those of head h start at h · stride.
     pub(crate) weights: &'w [F],
     pub(crate) stride: usize,
 }

@@ -322,7 +322,7 @@ struct Block<'s, F: Float> {
     /// dim × width, zeros past the last query.
     packed: Vec<F>,
     width: usize,
-    /// Of each lane.
+    /// The bound of each lane.
     bounds: Vec<F>,
 }
 

@@ -26,14 +26,14 @@ pub(crate) enum Logit<F> {
     DotProduct,
     /// LeakyReLU(q + k + a·x): one column for each head.
     Additive {
-        /// Of the negative side.
+        /// The slope on the negative side.
         slope: F,
         /// heads × features.
         edge_attention: Array2<F>,
     },
     /// a·LeakyReLU(q + k + W x).
     Concatenated {
-        /// Of the negative side.
+        /// The slope on the negative side.
         slope: F,
         /// One number for each column.
         attention: Vec<F>,
