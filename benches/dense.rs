@@ -1,7 +1,7 @@
 //! Exact attention on dense inputs: `cargo bench -p benches --bench dense`.
 //!
-//! Throughput is in floating-point operations, 4 for each pair and column forward and 14 forward and
-//! backward, as PyTorch's papers count them; "Gelem/s" reads GFLOP/s.
+//! Throughput is in floating-point operations, 4 per pair and column forward and 14 forward and backward,
+//! as counted in PyTorch's papers; "Gelem/s" means GFLOP/s.
 
 mod workload;
 

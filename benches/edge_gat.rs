@@ -1,8 +1,8 @@
 //! The three scores of `EdgeGat`: `cargo bench -p benches --bench edge_gat`.
 //!
-//! Throughput is in edges. A power-law graph of 50,000 nodes and 800,000 edges in the order of the
-//! targets, 64 features a node and 8 an edge, 4 heads of 16: what PyG's `GATConv`, `GATv2Conv` and
-//! `TransformerConv` are measured on.
+//! Throughput is in edges. The input is a power-law graph with 50,000 nodes and 800,000 edges in the
+//! order of the targets, 64 features per node and 8 per edge, 4 heads of 16: the same as for PyG's
+//! `GATConv`, `GATv2Conv` and `TransformerConv`.
 
 mod workload;
 

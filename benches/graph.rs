@@ -1,7 +1,7 @@
 //! Exact attention on graphs and for one query: `cargo bench -p benches --bench graph`.
 //!
-//! Throughput is in edges, "Melem/s" reads million edges a second; 4 heads of 16 columns, keys drawn
-//! with a power law and numbered at random, as in a social network stored as it came.
+//! Throughput is in edges, "Melem/s" means million edges per second; 4 heads of 16 columns, keys drawn
+//! with a power law and numbered at random, as in a social network in its original order.
 
 mod workload;
 

@@ -1,4 +1,4 @@
-//! What rotations cost: `GraphRope` around `Flash`, and `EdgeRope`, beside `Flash` alone.
+//! The cost of rotations: `GraphRope` around `Flash`, and `EdgeRope`, compared with `Flash` alone.
 //! `cargo bench -p benches --bench graph_rope`.
 
 mod workload;
@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::{Attention, Flash, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 use workload::{Places, machine, matrix, random_graph};
 
-/// The layout makes no difference to the time.
+/// The layout does not affect the time.
 fn mechanisms(head_dim: usize) -> [Box<dyn Attention<f32>>; 3] {
     let config = GraphRopeConfig::new(head_dim, Layout::Half);
     let of_nodes = config.init(Flash::new()).expect("the head size is even");

@@ -1,7 +1,9 @@
-//! A sliding window beside dense attention as inputs grow: `cargo bench -p benches --bench local_global`.
+//! A sliding window compared with dense attention as inputs grow:
+//! `cargo bench -p benches --bench local_global`.
 //!
-//! `LocalGlobal::sliding_window` with 128 keys to either side, without and with 4 global positions and with
-//! gaps, and `Flash`, over n nodes of 64 columns. Throughput is in (query, key) pairs that take part.
+//! `LocalGlobal::sliding_window` with 128 keys on either side, without and with 4 global positions and
+//! with gaps, and `Flash`, over n nodes of 64 columns. Throughput is in (query, key) pairs that take
+//! part.
 
 mod workload;
 
@@ -31,7 +33,7 @@ fn mechanisms(n: usize) -> Vec<(&'static str, Box<dyn Attention<f32>>, usize)> {
         )
     };
     let globals: Vec<usize> = (0..GLOBALS).map(|global| (2 * global + 1) * n / 9).collect();
-    // In both directions, less what is in the windows already.
+    // In both directions, minus the pairs already in the windows.
     let with_globals = pairs_in_window(n, 1)
         + globals
             .iter()

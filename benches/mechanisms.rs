@@ -1,9 +1,10 @@
 //! Every mechanism on the same inputs, forward: `cargo bench -p benches --bench mechanisms`.
 //!
-//! One query over 16 … 4096 neighbours, dense inputs of 128 … 4096 nodes, and a random graph of
-//! 50,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`, which elsewhere finds
-//! them itself; 64 columns, `f32`, and `f64` at 256 neighbours and 1024 nodes, one thread and all. Throughput is in (query, key) pairs of
-//! the inputs: a mechanism that looks at fewer shows as more of them a second.
+//! One query over 16 … 4096 neighbours, dense inputs of 128 … 4096 nodes, and a random graph of 50,000
+//! nodes with 16 neighbours each, and 16 latent neighbours for `DualSpace`, which it finds itself
+//! otherwise; 64 columns, `f32`, and `f64` at 256 neighbours and 1024 nodes, one thread and all.
+//! Throughput is in (query, key) pairs of the inputs, so a mechanism that processes fewer pairs appears
+//! faster.
 
 mod workload;
 
@@ -17,7 +18,7 @@ fn all<F: Float>(c: &mut Criterion, workload: &str, size: usize, inputs: Inputs<
     let places = Places::new(&inputs);
     let inputs = places.add_to(inputs);
     for (threads, pool) in machine::pools() {
-        // What takes microseconds is not shared among threads.
+        // Work of microseconds is not shared among threads.
         if workload == "one query" && threads != machine::ONE_THREAD {
             continue;
         }

@@ -1,8 +1,8 @@
-//! What a mixture costs beside its experts: `cargo bench -p benches --bench moe`.
+//! The cost of a mixture compared with its experts: `cargo bench -p benches --bench moe`.
 //!
-//! Each query asks 2 of 8 experts, which are all `Flash`; without router, gathering and weighing that
-//! is `Flash` twice on all queries. Since the machine's speed changes from one second to the next, the
-//! ratio of the two is taken run by run, in turns, and printed.
+//! Each query uses 2 of 8 experts, which are all `Flash`; without routing, gathering and weighting this
+//! is `Flash` twice on all queries. Because the machine's speed changes from one second to the next, both
+//! are run alternately and the median of their ratios is printed.
 
 mod workload;
 
@@ -18,7 +18,7 @@ const EXPERTS: usize = 8;
 const CHOSEN: usize = 2;
 const RUNS: usize = 5;
 
-/// The median over runs in turns of the time of one by that of the other.
+/// Returns the median ratio of two times over alternating runs.
 fn ratio(mut one: impl FnMut() -> Result<()>, mut other: impl FnMut() -> Result<()>) -> f64 {
     let time = |run: &mut dyn FnMut() -> Result<()>| {
         let start = Instant::now();

@@ -1,7 +1,7 @@
 //! The ten nearest of 20,000 vectors, for all of them: `cargo bench -p benches --bench neighbors`.
 //!
-//! Beside it, what the product of the same matrices takes alone, in tiles that are not kept: by the
-//! same kernel, for a threshold that no key reaches, and by `ndarray`.
+//! Compared with the product of the same matrices alone, in tiles that are not stored: with the same
+//! kernel and a threshold that no key reaches, and with `ndarray`.
 
 mod workload;
 
@@ -30,7 +30,7 @@ fn all_pairs(c: &mut Criterion) {
                 black_box(&mut tile);
             }
         };
-        // It knows no threads.
+        // It uses no threads.
         if threads == machine::ONE_THREAD {
             let id = id("product alone, ndarray");
             group.bench_function(id, |bencher| bencher.iter(&mut product));

@@ -1,7 +1,7 @@
-//! `Poincare` beside `Flash` on the same pairs: `cargo bench -p benches --bench poincare`.
+//! `Poincare` compared with `Flash` on the same pairs: `cargo bench -p benches --bench poincare`.
 //!
-//! `near` are points whose means lie near the center, `far` clusters at the boundary, whose sums are
-//! taken twice, and `tangent` the first in tangent coordinates.
+//! `near` are points with means near the center, `far` are clusters at the boundary, whose sums are
+//! computed twice, and `tangent` is `near` in tangent coordinates.
 
 mod workload;
 
@@ -39,7 +39,7 @@ fn mechanisms() -> [(&'static str, bool, Box<dyn Attention<f32>>); 4] {
 
 fn run(c: &mut Criterion, pattern: &str, size: &str, graph: Option<&Graph>, n: usize, dim: usize) {
     for (name, is_far, attention) in mechanisms() {
-        // Tangent vectors cost what points of the ball do: to see that, one size is enough.
+        // Tangent vectors cost the same as points of the ball; one size is enough to show that.
         if name == "tangent" && n != 1024 {
             continue;
         }

@@ -1,9 +1,8 @@
 //! Linear against exact attention as inputs grow: `cargo bench -p benches --bench scaling`.
 //!
 //! `Performer` with 256 features and `Flash`, n queries over n keys of 64 columns. Throughput is in
-//! the multiplications and additions of the matrix products, so that it can be held against the
-//! peak that is printed first: 8 n m d of the one, 4 n² d of the other, and 28 n m d and 14 n² d
-//! with the backward pass.
+//! multiplications and additions of the matrix products, for comparison with the peak that is printed
+//! first: 8 n m d for `Performer` and 4 n² d for `Flash`; 28 n m d and 14 n² d with the backward pass.
 
 mod workload;
 
@@ -20,7 +19,7 @@ static PEAK: PeakAlloc = PeakAlloc;
 const COLUMNS: usize = 64;
 const FEATURES: usize = 256;
 
-/// With its operations forward, and with the backward pass.
+/// A mechanism with its operations, forward and with the backward pass.
 type Entry = (&'static str, Box<dyn Attention<f32>>, fn(usize) -> [usize; 2]);
 
 fn mechanisms() -> [Entry; 3] {
@@ -52,7 +51,7 @@ fn scaling(c: &mut Criterion) {
                 let mut group = workload::group(c, format!("scaling, {threads}"), of_forward);
                 workload::forward(&mut group, id(), &pool, &*attention, &inputs);
                 group.finish();
-                // Exact attention takes seconds beyond.
+                // Exact attention takes seconds for larger inputs.
                 if n <= 1 << 12 || n <= 1 << 14 && name != "flash" {
                     let group = format!("training scaling, {threads}");
                     let mut group = workload::group(c, group, of_training);

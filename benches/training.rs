@@ -1,9 +1,9 @@
 //! Every mechanism on the same inputs, forward and backward: `cargo bench -p benches --bench training`.
 //!
-//! All gradients, of queries, keys, values and parameters. Dense inputs of 1024 nodes in `f32` and `f64`,
-//! and in `f32` a random graph of 20,000 nodes with 16 neighbours each, and 16 latent ones for `DualSpace`,
-//! which elsewhere finds them itself; 64 columns, one thread and all. Throughput is in (query, key) pairs
-//! of the inputs.
+//! Computes all gradients, of queries, keys, values and parameters. Dense inputs of 1024 nodes in `f32`
+//! and `f64`, and in `f32` a random graph of 20,000 nodes with 16 neighbours each, and 16 latent
+//! neighbours for `DualSpace`, which it finds itself otherwise; 64 columns, one thread and all.
+//! Throughput is in (query, key) pairs of the inputs.
 
 mod workload;
 

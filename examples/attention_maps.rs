@@ -1,6 +1,6 @@
-//! Who attends to whom: the weights of the mechanisms over Zachary's karate club, drawn on the graph
-//! and as matrices. The club split in two, and the weights show it. (Those of `Flash` are those of
-//! `ScaledDotProduct`; `Moe` and `DualSpace` have only those of the mechanisms inside.)
+//! Shows who attends to whom: the weights of the mechanisms on Zachary's karate club, drawn on the graph
+//! and as matrices. The club split in two, and the weights show it. (`Flash` has the same weights as
+//! `ScaledDotProduct`; `Moe` and `DualSpace` only have the weights of their inner mechanisms.)
 //!
 //! ```sh
 //! cargo run --release -p examples --example attention_maps               # target/attention_maps.svg
@@ -24,17 +24,17 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let friends = Graph::from_edges(N, N, both_ways)?;
     let is_friend = |u: usize, v: usize| u == v || friends.neighbors(u).contains(&(v as u32));
 
-    // Members are alike if they have the same friends: scores are 4 times the cosine of two rows.
+    // Members are similar if they have the same friends: scores are 4 times the cosine of two rows.
     let mut x = Array2::from_shape_fn((N, N), |(u, v)| f64::from(is_friend(u, v)));
     for mut row in x.rows_mut() {
         row *= (4.0 * (N as f64).sqrt() / row.sum()).sqrt();
     }
     let alike = Inputs::dense(x.view(), x.view(), x.view())?;
-    // As the mean of its friends, a member who has many lies near the origin.
+    // Each member is the mean of its friends, so a member with many friends is close to the origin.
     let means = Array2::from_shape_fn((N, N), |(u, v)| 3.0 * x[[u, v]] / x.row(u).sum());
     let central = Inputs::dense(means.view(), means.view(), means.view())?;
 
-    // Or all are the same but for where they are: in hops, of which 5, the most there are, turn by π.
+    // Or all members are the same except for their position in hops: 5 hops, the maximum, turn by π.
     let same = Array2::from_elem((N, 4), 2.0);
     let from_leaders = friends.hops_from(&LEADERS.map(|leader| [leader]), 5.0)? * (PI / 5.0);
     let pairs = Graph::from_edges(N, N, (0..N * N).map(|pair| (pair / N, pair % N)))?;
@@ -43,7 +43,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         .with_positions(from_leaders.view(), from_leaders.view())?
         .with_distances(between.view())?;
 
-    // Or they learn whom of their friends to ask for their side: told what sides these took, or how
+    // Or they learn which friends to attend to for their side, given the sides that these took, or how
     // many friends they share.
     let sides = Array2::from_shape_fn((N, 1), |(u, _)| [1.0, -1.0][side(u)]);
     let told = Inputs::graph(x.view(), x.view(), sides.view(), &friends)?;
@@ -114,7 +114,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// The side of each member, in the first column of the output: gradient descent on the squared error.
+/// Learns the side of each member, in the first column of the output, by gradient descent on the squared
+/// error.
 fn learn(
     attention: &mut dyn Attention<f64>,
     inputs: &Inputs<'_, f64>,
@@ -131,7 +132,7 @@ fn learn(
     Ok(())
 }
 
-/// The weights as a graph and as a matrix in which Mr. Hi's side comes first, at a place in the picture.
+/// Draws the weights at a position in the picture, as a graph and as a matrix with Mr. Hi's side first.
 fn map(at: usize, text: [&str; 3], inputs: &Inputs<'_, f64>, weights: &Array2<f64>) -> String {
     let color = |u, v| match side(u) == side(v) {
         true => ["#2563eb", "#ea580c"][side(u)],
@@ -173,7 +174,7 @@ fn side(member: usize) -> usize {
 /// The members who stayed with Mr. Hi when the club split.
 const MR_HI: [usize; 17] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 16, 17, 19, 21];
 
-/// Where the members are drawn, about as far apart as there are hops between them.
+/// The positions of the members in the picture, with distances roughly proportional to hops.
 #[rustfmt::skip]
 const PLACES: [[u8; 2]; N] = [
     [56, 62], [68, 42], [91, 33], [54, 25], [18, 57], [34, 99], [18, 82], [69, 9], [103, 64],

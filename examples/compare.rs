@@ -1,13 +1,13 @@
-//! Runs every mechanism of the crate over one graph and prints what each costs and does.
+//! Runs every mechanism of the crate on one graph and prints its cost and results.
 //!
 //! ```sh
 //! cargo run --release -p examples --example compare               # Zachary's karate club
-//! cargo run --release -p examples --example compare -- edges.csv  # one undirected edge "u,v" a line
+//! cargo run --release -p examples --example compare -- edges.csv  # one undirected edge "u,v" per line
 //! ```
 //!
-//! Every node attends to its neighbours and itself, with random features; its position is the number
-//! of hops from node 0. Beyond 100 lines, since it has all mechanisms and a data set. Dev-dependencies:
-//! `peak_alloc`, `rand_distr`.
+//! Every node attends to its neighbours and itself, with random features; its position is the number of
+//! hops from node 0. Longer than 100 lines, because it contains all mechanisms and a data set.
+//! Dev-dependencies: `peak_alloc`, `rand_distr`.
 
 use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{dual_space::*, edge_gat::*, graph_rope::*, local_global::*, poincare::*};
@@ -20,7 +20,7 @@ const DIM: usize = 32;
 #[global_allocator]
 static PEAK: PeakAlloc = PeakAlloc;
 
-/// The list of mechanisms: a new one is added here.
+/// The list of mechanisms; add new ones here.
 fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>>>> {
     let poincare = PoincareConfig::new().coordinates(Coordinates::Tangent);
     let experts: Vec<Box<dyn Attention<f32>>> =
@@ -33,7 +33,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(DIM, 4).init(Flash::new(), rng)?),
         Box::new(MoeConfig::new(DIM, 1).init(experts, rng)?),
-        // Without the edges between nodes whose numbers are far apart.
+        // Without edges between nodes with distant numbers.
         Box::new(LocalGlobal::sliding_window(Window::new(12), Flash::new())?),
         Box::new(dual.with_search(LatentSearch::new(5, Metric::Cosine))),
         Box::new(EdgeGatConfig::new(Score::GatV2, DIM, DIM / 4, 4).init(rng)?),
@@ -45,7 +45,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    // The best of the CPU, or what the environment variable GRAPH_ATTENTION_SIMD names.
+    // The best instruction set of the CPU, or the one in the environment variable GRAPH_ATTENTION_SIMD.
     let simd = graph_attention::testing::hold_simd()?;
     let file = std::env::args().nth(1);
     let text = file.map_or(Ok(KARATE_CLUB.to_owned()), std::fs::read_to_string)?;
@@ -101,7 +101,7 @@ fn median_time<T>(run: impl Fn() -> Result<T>) -> Result<Duration> {
     Ok(times[times.len() / 2])
 }
 
-/// Mean and maximum over nodes and heads of −Σ p ln p.
+/// Returns the mean and maximum of −Σ p ln p over nodes and heads.
 fn entropy(graph: &Graph, weights: &Array2<f32>) -> String {
     let terms = weights.mapv(|p| if p > 0.0 { -p * p.ln() } else { 0.0 });
     let mut entropies = Array2::<f32>::zeros((graph.num_queries(), weights.ncols()));

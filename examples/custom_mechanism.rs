@@ -1,5 +1,5 @@
-//! A mechanism of your own: the mean of the neighbours. It becomes an expert, an inner mechanism or
-//! a bench entry like any other, and the crate's checks find its mistakes.
+//! Writing your own mechanism: the mean of the neighbours. It can be used as an expert, an inner
+//! mechanism or a bench entry like any other, and the crate's checks find its mistakes.
 //!
 //! ```sh
 //! cargo run --release -p examples --example custom_mechanism
@@ -38,7 +38,7 @@ impl Attention<f64> for Mean {
         inputs: &Inputs<'_, f64>,
         mut out: ArrayViewMut2<'_, f64>,
     ) -> Result<()> {
-        // What would change the answer and is not done here is refused, not ignored.
+        // Refuse, instead of ignoring, inputs that would change the output and are not supported.
         inputs.check_absent(NAME, &[Channel::Bias, Channel::Dropout, Channel::Heads])?;
         check_output(self, "out", inputs, out.shape())?;
         out.fill(0.0);
@@ -90,7 +90,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("backward is the derivative of forward");
     assert_eq!(report.refused.len(), 6);
 
-    // Inside learned projections. Every node sees the same others here, so their outputs are the same.
+    // Inside learned projections. All nodes see the same neighbours here, so their outputs are the same.
     let layer = MultiHeadConfig::new(4, 1).init(Mean, &mut Xoshiro256PlusPlus::seed_from_u64(5))?;
     let nodes = Array2::<f64>::eye(4);
     let out = layer.forward(&Inputs::dense(nodes.view(), nodes.view(), nodes.view())?)?;

@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     let (out, saved) = attention.forward_train(&inputs)?;
     println!("{tokens} tokens, output {:?}", out.dim());
 
-    // The past does not depend on the future: half of the sequence gives half of the output.
+    // The past does not depend on the future: the first half of the sequence gives half of the output.
     let half = tokens / 2;
     let first = |array: &Array2<f32>| array.slice(s![..half, ..]).to_owned();
     let (query, key, value) = (first(&query), first(&key), first(&value));
@@ -40,7 +40,7 @@ fn main() -> Result<()> {
     println!("difference of the first {half} outputs without the rest: {difference:e}");
     assert!(difference < 1e-3);
 
-    // The loss is the sum of the last output, so only the last query has a gradient, and every key.
+    // The loss is the sum of the last output, so only the last query has a gradient, but every key does.
     let mut grad_out = Array2::zeros(out.raw_dim());
     grad_out.row_mut(tokens - 1).fill(1.0);
     let grads = attention.backward(&inputs, &saved, grad_out.view())?;

@@ -1,5 +1,5 @@
-//! Members of a karate club are told apart by their friends, and by those who are not their friends but
-//! have the same ones: attention over both, with gates that learn whom to ask.
+//! Classifies members of a karate club by their friends and by members who are not friends but have the
+//! same friends: attention over both, with learned gates.
 //!
 //! ```sh
 //! cargo run --release -p examples --example dual_space
@@ -18,14 +18,15 @@ fn main() -> Result<()> {
     let n = 34;
     let both_ways = KARATE_CLUB.iter().flat_map(|&(u, v)| [(u, v), (v, u)]);
     let friends = Graph::from_edges(n, n, both_ways)?;
-    // Members are alike if they have the same friends. The value of each is the side they took.
+    // Members are similar if they have the same friends. Their values are the sides they took.
     let is_friend = |(u, v): (usize, usize)| friends.neighbors(u).contains(&(v as u32));
     let x = Array2::from_shape_fn((n, n), |pair| f64::from(is_friend(pair)));
     let side = |(member, _)| if MR_HI.contains(&member) { 1.0 } else { -1.0 };
     let sides = Array2::from_shape_fn((n, 1), side);
     let inputs = Inputs::graph(x.view(), x.view(), sides.view(), &friends)?;
 
-    // The sides that friends took ask those alike, whose keys are wider: hence the projection.
+    // The queries of the cross branch are the sides that friends took; keys have more columns, so they
+    // are projected.
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     let cross = MultiHeadConfig::new(1, 1).key_dim(n).init(Flash::new(), &mut rng)?;
     let search = LatentSearch::new(4, Metric::Cosine).threshold(0.5).exclude_graph(true);
@@ -38,7 +39,7 @@ fn main() -> Result<()> {
     let strangers = |u| alike.neighbors(u).iter().all(|&v| !is_friend((u, v as usize)));
     assert!((0..n).all(strangers));
 
-    // The side of each member from those of others: half the squared error, gradient descent.
+    // Predict the side of each member from the others: gradient descent on half of the squared error.
     for step in 0..=300 {
         let (out, saved) = dual.forward_train(&inputs)?;
         let error = out - &sides;

@@ -1,5 +1,5 @@
-//! A graph layer learns to tell who a node's neighbours are: multi-head attention over the edges of
-//! a ring, trained by gradient descent with the crate's backward pass.
+//! Trains a graph layer to recognise a node's neighbours: multi-head attention over the edges of a ring,
+//! trained by gradient descent with the crate's backward pass.
 //!
 //! ```sh
 //! cargo run --release -p examples --example graph_layer
@@ -10,11 +10,11 @@ use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{Attention, Flash, Graph, Inputs, MultiHeadConfig, Result, params};
 
 fn main() -> Result<()> {
-    // Twelve nodes in a ring; each attends to the two beside it.
+    // Twelve nodes in a ring; each attends to its two neighbours.
     let n = 12;
     let ring = (0..n).flat_map(|i| [(i, (i + 1) % n), (i, (i + n - 1) % n)]);
     let graph = Graph::from_edges(n, n, ring)?;
-    // A node is known by its own column; it should output the mean of its neighbours'.
+    // Each node has its own column; it should output the mean of its neighbours' columns.
     let nodes = Array2::<f32>::eye(n);
     let mut target = Array2::<f32>::zeros((n, n));
     for node in 0..n {
@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     let mut losses = Vec::new();
     for step in 0..=300 {
         let (out, saved) = layer.forward_train(&inputs)?;
-        // Half of the squared error, whose gradient is the error.
+        // The loss is half of the squared error, so its gradient is the error.
         let error = out - &target;
         losses.push(0.5 * error.mapv(|e| e * e).sum());
         if step % 100 == 0 {

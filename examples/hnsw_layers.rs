@@ -1,13 +1,13 @@
-//! The layers of an HNSW index drive local and global attention.
+//! Local and global attention over the layers of an HNSW index.
 //!
 //! ```sh
 //! cargo run --release -p examples --example hnsw_layers --features hnsw
 //! ```
 //!
-//! An index for nearest neighbours is already a graph to attend over: layer 0 links near vectors,
-//! the layers above are its long links. Each of 2,000 vectors starts with the number of its cluster
-//! as a value and attends round by round; what a value has become tells which clusters a vector has
-//! heard of. Dev-dependency: `rand_distr`.
+//! An index for nearest neighbours is already a graph to attend over: layer 0 links nearby vectors, the
+//! layers above are long links. Each of 2,000 vectors starts with the number of its cluster as its value
+//! and attends in several rounds; its value then shows which clusters have reached it. Dev-dependency:
+//! `rand_distr`.
 
 use graph_attention::ndarray::Array2;
 use graph_attention::neighbors::{HnswConfig, Metric};
@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     }
     assert!(means.is_sorted(), "the higher, the farther");
 
-    // Scores by nearness would hide what is far, so all links count the same: the scale is 0.
+    // Scores by similarity would hide distant vectors, so all links get the same weight: the scale is 0.
     let flash = Flash::new().with_scale(0.0)?;
     let both = LocalGlobal::joint(flash.clone(), flash.clone());
     let near = links.iter().filter(|&&(_, _, pair)| layers[pair] == 0);

@@ -1,13 +1,14 @@
-//! A tree fits into the hyperbolic plane and not into the Euclidean one: attention by distance in the
-//! Poincaré disk puts the neighbours in the tree first.
+//! A tree fits into the hyperbolic plane but not into the Euclidean plane: attention by distance in the
+//! Poincaré disk ranks the neighbours in the tree first.
 //!
 //! ```sh
 //! cargo run --release -p examples --example hyperbolic_tree
 //! ```
 //!
-//! Sarkar's construction (2011; De Sa et al. 2018, arXiv:1804.03329) lays a tree out with edges of one
-//! length, at equal angles around each node. Distortion: the largest ratio of distance to hops over the
-//! smallest. mAP: the mean average precision of tree neighbours, by attention. No dev-dependency.
+//! Sarkar's construction (2011; De Sa et al. 2018, arXiv:1804.03329) places a tree with edges of equal
+//! length, at equal angles around each node. Distortion: the largest ratio of distance to hops divided by
+//! the smallest. mAP: the mean average precision of tree neighbours, ranked by attention. No
+//! dev-dependency.
 
 use graph_attention::geometry::poincare::{distance, exp_map, exp_map_origin, log_map};
 use graph_attention::ndarray::Array2;
@@ -26,7 +27,8 @@ fn main() -> Result<()> {
         println!("Poincaré disk, edges of length {length}     {distortion:>10.3}  {precision:.3}");
         assert!((distortion - known).abs() < 5e-4 && precision == 1.0, "as the theory has it");
     }
-    // The same in the plane, each level at equal angles on a circle. In so large a ball all is flat.
+    // The same in the plane, each level at equal angles on a circle. Such a large ball is practically
+    // flat.
     let circles = (0..NODES).map(|node| {
         let first = (1 << (node + 1).ilog2()) - 1;
         let (sin, cos) = (TAU * ((node - first) as f64 + 0.5) / (first + 1) as f64).sin_cos();
@@ -42,7 +44,7 @@ fn sarkar(tree: &Graph, length: f64) -> Result<Vec<[f64; 2]>> {
     let mut points = vec![[0.0; 2]; NODES];
     exp_map_origin(&[length / 2.0, 0.0], 1.0, &mut points[1])?;
     for node in 0..NODES {
-        // The first neighbour has its place: the parent, or of the root a child.
+        // The first neighbour is already placed: the parent, or a child for the root.
         let (point, neighbors, mut v) = (points[node], tree.neighbors(node), [0.0; 2]);
         log_map(&point, &points[neighbors[0] as usize], 1.0, &mut v)?;
         for (turn, &neighbor) in neighbors.iter().enumerate().skip(1) {
@@ -54,7 +56,7 @@ fn sarkar(tree: &Graph, length: f64) -> Result<Vec<[f64; 2]>> {
     Ok(points)
 }
 
-/// Distortion and mAP.
+/// Returns distortion and mAP.
 fn quality(tree: &Graph, points: &[[f64; 2]], curvature: f64) -> Result<(f64, f64)> {
     let hops = tree.hops_from(&(0..NODES).map(|node| [node]).collect::<Vec<_>>(), f64::INFINITY)?;
     let x = Array2::from(points.to_vec());

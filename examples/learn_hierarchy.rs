@@ -1,14 +1,14 @@
-//! Learns where the nodes of a hierarchy lie in the Poincaré ball from its (descendant, ancestor) pairs,
-//! as in Nickel & Kiela 2017, arXiv:1705.08039, by the gradients of hyperbolic attention.
+//! Learns positions of the nodes of a hierarchy in the Poincaré ball from its (descendant, ancestor)
+//! pairs, as in Nickel & Kiela 2017, arXiv:1705.08039, with the gradients of hyperbolic attention.
 //!
 //! ```sh
 //! cargo run --release -p examples --features csv --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
 //! cargo run --release -p examples --features csv --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
 //! ```
 //!
-//! A folder holds `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.
-//! mAP is the mean average precision of ancestors among all nodes in the order of attention.
-//! Dev-dependency: `csv`.
+//! The folder contains `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.
+//! mAP is the mean average precision of ancestors among all nodes ranked by attention. Dev-dependency:
+//! `csv`.
 
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, project};
 use graph_attention::ndarray::{Array1, Array2, Axis};
@@ -16,7 +16,7 @@ use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::
 use graph_attention::{Attention, Graph, Inputs, PoincareConfig, poincare::Aggregation};
 use std::{collections::BTreeMap, env, error::Error, iter};
 
-const KEYS: usize = 1 + 50; // of each descendant: an ancestor, then nodes that are none
+const KEYS: usize = 1 + 50; // for each descendant: an ancestor, then nodes that are not ancestors
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let before = precision(&points, &is_ancestor)?;
     let attention = PoincareConfig::new().aggregation(Aggregation::TangentAtOrigin).init()?;
     for epoch in 0..300 {
-        // While all are near the origin, small steps find the directions.
+        // While all nodes are near the origin, small steps find the directions.
         let rate = if epoch < 20 { 0.005 } else { 0.05 };
         pairs.shuffle(&mut rng);
         for batch in pairs.chunks(10) {
@@ -49,7 +49,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let draws = iter::repeat_with(|| rng.random_range(0..n)).filter(is_none);
                 others.extend(iter::once(ancestor).chain(draws.take(KEYS - 1)));
             }
-            // In the tangent space the ancestor's value is 1, the rest are 0: their mean is its weight.
+            // In the tangent space the ancestor's value is 1, the others are 0, so their mean is its
+            // weight.
             let query = points.select(Axis(0), &descendants);
             let key = points.select(Axis(0), &others);
             let value = |(key, _)| if key % KEYS == 0 { 1f64.tanh() } else { 0.0 };
@@ -67,7 +68,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 *sums.entry(node).or_insert(Array1::zeros(dim)) += &grad;
             }
             for (node, sum) in sums {
-                // The metric of the ball is λ² times the flat one, and its steps follow geodesics.
+                // The metric of the ball is λ² times the flat metric, and steps follow geodesics.
                 let (x, mut end) = (points.row(node).to_vec(), vec![0.0; dim]);
                 let v = sum * (-rate / conformal_factor(&x, 1.0)?.powi(2));
                 exp_map(&x, &v.to_vec(), 1.0, &mut end)?;

@@ -1,12 +1,12 @@
-//! Loads a graph network trained in PyG and gives PyG's answer: a `GATv2Conv` of two heads, ELU, and
-//! a `GATConv`, both with edge features, from one safetensors file.
+//! Loads a graph network trained in PyG and reproduces PyG's output: a `GATv2Conv` with two heads, ELU,
+//! and a `GATConv`, both with edge features, from one safetensors file.
 //!
 //! ```sh
 //! cargo run --release -p examples --example load_pyg --features safetensors
 //! ```
 //!
-//! In PyG the file is written by `safetensors.torch.save_file(model.state_dict(), path)`; this one
-//! also holds a graph's nodes, edge features and outputs, to compare with. No dev-dependency.
+//! In PyG, write the file with `safetensors.torch.save_file(model.state_dict(), path)`; this file also
+//! contains the nodes, edge features and outputs of a graph for comparison. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, ArrayD, Ix2};
 use graph_attention::{
@@ -24,7 +24,7 @@ const EDGE_INDEX: [[usize; 14]; 2] = [
 
 fn main() -> Result<(), Box<dyn Error>> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/pyg_gat.safetensors");
-    // A layer's parameters are those under its name; sizes and options are not in the file.
+    // A layer's parameters have its name as prefix; sizes and options are not in the file.
     let layer = |prefix| safetensors::read::<f32>(&file, prefix);
     let first = EdgeGatConfig::new(Score::GatV2, 4, 3, 2).edge_dim(2);
     let first = first.from_params(layer("conv1.")?)?;

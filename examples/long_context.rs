@@ -1,13 +1,13 @@
-//! Linear attention over a long context: what it costs, how wrong it is, and that it says so itself.
+//! Linear attention over a long context: its cost, its error, and its own estimate of that error.
 //!
 //! ```sh
 //! cargo run --release -p examples --example long_context            # 50,000 keys
 //! cargo run --release -p examples --example long_context -- 20000
 //! ```
 //!
-//! Every vector attends to all others, exactly and through more and more random features. The error is
-//! measured against the exact answer, and predicted from the features alone; the bars are a logarithmic
-//! plot of it. Dev-dependencies: `peak_alloc`, `rand_distr`.
+//! Every vector attends to all others, exactly and with more and more random features. The error is
+//! measured against exact attention and predicted from the features alone; the bars plot it on a
+//! logarithmic scale. Dev-dependencies: `peak_alloc`, `rand_distr`.
 
 use graph_attention::ndarray::{Array2, s};
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -27,7 +27,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut normal = || -> f32 { StandardNormal.sample(&mut rng) };
     let [query, key] =
         [(); 2].map(|()| Array2::from_shape_simple_fn((n, COLUMNS), || 0.4 * normal()));
-    let value = key.mapv(|x| (3.0 * x).sin()); // what is near in the keys is near in the values
+    let value = key.mapv(|x| (3.0 * x).sin()); // similar keys have similar values
     let inputs = Inputs::dense(query.view(), key.view(), value.view())?;
     // The prediction is an average over some of the queries.
     let some = Inputs::dense(query.slice(s![..n.min(200), ..]), key.view(), value.view())?;
@@ -55,7 +55,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let performer = PerformerConfig::new(COLUMNS, num_features).init(&mut rng)?;
         let (out, cost) = run(&performer)?;
         let error = rms(&(out - &exact));
-        // That of a whole row, from the scatter of the features: of each column its root mean square.
+        // The error of a whole row, predicted from the features, as the root mean square over its
+        // columns.
         let predicted =
             rms(&performer.estimate_error(&some)?.standard_error) / (COLUMNS as f64).sqrt();
         let bar = "#".repeat((10.0 * (error / 0.001).log2().max(0.0)) as usize);

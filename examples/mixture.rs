@@ -1,14 +1,14 @@
-//! Four kinds of attention in one mixture, whose router learns which nodes need which.
+//! Four kinds of attention in one mixture; its router learns which nodes need which.
 //!
 //! ```sh
 //! cargo run --release -p examples --example mixture
 //! ```
 //!
-//! There are four kinds of nodes, told apart by four of their columns, and each is to output what one
-//! way of looking at the others gives: those beside it (`LocalGlobal`), hyperbolic distances
-//! (`Poincare`), all by softmax (`Performer`, which is near it), or the strengths of the links
-//! (`EdgeGat`, which has to learn it). Nobody tells the router what is meant for what: it learns from
-//! the error, and from a small loss that keeps all experts busy. Dev-dependency: `rand_distr`.
+//! There are four kinds of nodes, identified by four of their columns. The target of each kind is a
+//! different kind of attention: to adjacent nodes (`LocalGlobal`), by hyperbolic distance (`Poincare`),
+//! softmax attention to all (`Performer`, which approximates it), or by link strengths (`EdgeGat`, which
+//! has to learn it). The router is not told which expert is meant for which kind: it learns from the
+//! error, and from a small loss that keeps all experts in use. Dev-dependency: `rand_distr`.
 
 use graph_attention::ndarray::Array2;
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -35,7 +35,7 @@ fn main() -> Result<()> {
 
     let beside = || LocalGlobal::sliding_window(Window::new(2), Flash::new());
     let poincare = || PoincareConfig::new().coordinates(Coordinates::Tangent).init();
-    // Queries of zeros, for which only the strengths of the links make a difference.
+    // Queries of zeros, so that only link strengths make a difference.
     let (indifferent, bias) = (Array2::zeros(x.raw_dim()), 3.0 * &strengths);
     let by_strength = inputs.with_arrays(indifferent.view(), x, x)?.with_bias(bias.view())?;
     let answers = [
@@ -53,12 +53,12 @@ fn main() -> Result<()> {
         Box::new(PerformerConfig::new(COLUMNS, 64).init(&mut rng)?),
         Box::new(gat.init(&mut rng)?),
     ];
-    // Each node asks two experts, so that the router learns which of them is the better one.
+    // Each node uses two experts, so that the router learns which is better.
     let mut moe = MoeConfig::new(COLUMNS, 2).noise(true).init(experts, &mut rng)?;
     let before = report("before training", &moe.route(&inputs)?);
     let mut losses = Vec::new();
     for step in 0..=2000 {
-        // With noise at first, so that every expert is tried.
+        // Noise in the beginning, so that every expert is tried.
         moe.set_noise((step < 1500).then_some(step))?;
         let (out, saved) = moe.forward_train(&inputs)?;
         let error = (out - &target) / NODES as f32;
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
         let routing = moe.routing(&saved)?;
         let (_, grad_logits) = routing.switch_load_balance()?;
         moe.router_backward(&inputs, routing, (0.1 * grad_logits).view(), grads.view_mut())?;
-        // (The projection of the Performer is a buffer, so its features stay estimates of a softmax.)
+        // (The projection of the Performer is a buffer, so its features remain estimates of a softmax.)
         params::update(&mut moe, &grads.params, |_, mut param, grad| {
             param.scaled_add(-1.0, &grad);
         })?;
@@ -79,7 +79,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Prints what goes where. The share of the nodes whose first choice is the expert meant for them.
+/// Prints the routing. Returns the share of nodes whose first choice is the expert meant for them.
 fn report(when: &str, routing: &Routing<f32>) -> f32 {
     let mut counts = Array2::<f32>::zeros((4, 4));
     for (node, experts) in routing.experts().rows().into_iter().enumerate() {

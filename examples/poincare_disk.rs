@@ -1,12 +1,12 @@
-//! Draws a tree in the Poincaré disk and what one of its nodes attends to, by hyperbolic distance.
+//! Draws a tree in the Poincaré disk and the nodes that one node attends to, by hyperbolic distance.
 //!
 //! ```sh
-//! cargo run --release -p examples --example poincare_disk              # into the temporary folder
+//! cargo run --release -p examples --example poincare_disk              # to the temporary folder
 //! cargo run --release -p examples --example poincare_disk -- disk.svg
 //! ```
 //!
-//! Nodes get smaller towards the boundary, as all lengths do: hyperbolically, all edges are as long.
-//! The layout is that of `hyperbolic_tree`. No dev-dependency.
+//! Nodes get smaller towards the boundary, as all lengths do: in hyperbolic length, all edges are equal.
+//! The layout is the same as in `hyperbolic_tree`. No dev-dependency.
 
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, exp_map_origin, log_map};
 use graph_attention::ndarray::Array2;
@@ -15,7 +15,7 @@ use std::{env, f64::consts::TAU, fmt::Write, fs, path::PathBuf};
 
 /// The complete binary tree of depth 5: node i has the children 2i + 1 and 2i + 2.
 const NODES: usize = 63;
-/// The node whose attention is drawn.
+/// The node with the attention to draw.
 const QUERY: usize = 4;
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
@@ -37,7 +37,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut others: Vec<_> = (0..NODES).filter(|&node| node != QUERY).collect();
     others.sort_by(|&a, &b| weights[[b, 0]].total_cmp(&weights[[a, 0]]));
     for &node in &others {
-        // Of what is left beside the attention to itself.
+        // Relative to the attention that is not to itself.
         let width = 0.06 * weights[[node, 0]] / (1.0 - weights[[QUERY, 0]]);
         let line = geodesic(&points[QUERY], &points[node])?;
         writeln!(svg, "{line} stroke='#e8590c' stroke-width='{width:.5}' opacity='0.7'/>")?;
@@ -74,12 +74,12 @@ fn geodesic(from: &[f64], to: &[f64]) -> std::result::Result<String, Box<dyn std
     Ok(line + "'")
 }
 
-/// Edges of one length, at equal angles around each node.
+/// Places the nodes with edges of equal length, at equal angles around each node.
 fn sarkar(tree: &Graph, length: f64) -> Result<Vec<[f64; 2]>> {
     let mut points = vec![[0.0; 2]; NODES];
     exp_map_origin(&[length / 2.0, 0.0], 1.0, &mut points[1])?;
     for node in 0..NODES {
-        // The first neighbour has its place: the parent, or of the root a child.
+        // The first neighbour is already placed: the parent, or a child for the root.
         let (point, neighbors, mut v) = (points[node], tree.neighbors(node), [0.0; 2]);
         log_map(&point, &points[neighbors[0] as usize], 1.0, &mut v)?;
         for (turn, &neighbor) in neighbors.iter().enumerate().skip(1) {

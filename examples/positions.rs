@@ -1,20 +1,20 @@
-//! Four sources of positions for rotary attention over one graph, and what each lets a node know.
+//! Four sources of positions for rotary attention on one graph, and what a node can learn from each.
 //!
 //! ```sh
 //! cargo run --release -p examples --features spectral --example positions
 //! ```
 //!
-//! Two villages of five, in which all know each other; the only road between them joins their mayors,
-//! nodes 4 and 5. Every node attends to all, and the table has the weights of mayor 4. All nodes have
-//! the same features, so without positions no score differs from another: what differs here
-//! comes from the positions alone. No dev-dependency.
+//! There are two villages of five, in which all know each other; the only road between them joins their
+//! mayors, nodes 4 and 5. Every node attends to all nodes, and the table shows the weights of mayor 4.
+//! All nodes have the same features, so without positions all scores would be equal: all differences come
+//! from the positions. No dev-dependency.
 
 use graph_attention::ndarray::{Array2, array};
 use graph_attention::{Attention, Graph, GraphRopeConfig, Inputs, graph_rope::Layout};
 use graph_attention::{Result, ScaledDotProduct};
 
 const N: usize = 10;
-/// Enough for a pair of columns on each of N − 1 axes.
+/// Enough for one pair of columns per axis, for N − 1 axes.
 const COLUMNS: usize = 2 * (N - 1);
 
 fn main() -> Result<()> {
@@ -41,11 +41,11 @@ fn main() -> Result<()> {
     let weights = show("no positions", ScaledDotProduct::new().attention_weights(&inputs)?);
     assert!(weights.iter().all(|&weight| same(weight, 1.0 / N as f64)), "nothing is known");
 
-    // A score falls with the difference of two positions, as long as it is below π.
+    // A score decreases with the difference of two positions, as long as it is below π.
     let config = GraphRopeConfig::new(COLUMNS, Layout::Half);
     let by_node = config.init(ScaledDotProduct::new())?;
 
-    // Coordinates: hops from node 0; infinity would be where there is no way.
+    // Coordinates: hops from node 0; infinity without a path.
     let hops = graph.hops_from(&[[0]], f64::INFINITY)?;
     let anchored = inputs.with_positions(hops.view(), hops.view())?;
     let weights = show("hops from node 0", by_node.attention_weights(&anchored)?);
@@ -53,29 +53,29 @@ fn main() -> Result<()> {
     assert!(same(weights[0], weights[5]), "a hop nearer or farther: the side is not told");
     assert!(weights[4] > weights[5] && weights[5] > weights[9], "farther is less");
 
-    // A number for each pair, which no coordinates need explain: the hops between the two nodes.
+    // A number per pair, which need not come from coordinates: the hops between the two nodes.
     let between = graph.hop_distances(&all_pairs, N, f64::INFINITY)?;
     let apart = inputs.with_distances(between.view())?;
     let weights = show("hops of the pair", config.init_edges()?.attention_weights(&apart)?);
     assert!(weights[4] > weights[1] && weights[1] > weights[9], "it falls hop by hop");
     assert!(same(weights[1], weights[5]), "all who are one hop away are alike, on any side");
 
-    // Anything else that is known of a node: its level, as in a hierarchy.
+    // Other properties of a node, such as its level in a hierarchy.
     let levels = Array2::from_shape_fn((N, 1), |(node, _)| f64::from(is_mayor(node)));
     let ranked = inputs.with_positions(levels.view(), levels.view())?;
     let weights = show("level", by_node.attention_weights(&ranked)?);
     assert!(same(weights[4], weights[5]) && weights[5] > weights[1], "mayors see mayors");
     assert!(same(weights[1], weights[9]), "where one lives is not told");
 
-    // Spectral coordinates: the square of their distance is the resistance between the nodes, which
-    // falls with every other way there is. On as many axes as pairs of columns, all turn as fast.
+    // Spectral coordinates: the squared distance is the resistance between the nodes, which decreases
+    // with every additional path. With as many axes as pairs of columns, all turn equally fast.
     let spectral = graph.spectral_coordinates(N - 1, None)?;
     let resistance = |j| (&spectral.row(4) - &spectral.row(j)).mapv(|x: f64| x * x).sum();
     let embedded = inputs.with_positions(spectral.view(), spectral.view())?;
     let by_axes = config.axes(N - 1).init(ScaledDotProduct::new())?;
     let weights = show("spectral", by_axes.attention_weights(&embedded)?);
     println!("resistance, in theory    0.000   0.400  0.400 |   1.000   1.400");
-    // Among five who all know each other it is 2/5, along a road without a detour 1.
+    // Between five nodes that all know each other it is 2/5, along a road without a detour 1.
     let expected = array![0.4, 0.4, 0.4, 0.4, 0.0, 1.0, 1.4, 1.4, 1.4, 1.4];
     assert!((0..N).all(|node| same(resistance(node), expected[node])), "as in theory");
     assert!(weights[1] > weights[5], "of those one hop away, those with more ways are nearer");

@@ -1,5 +1,6 @@
-//! One vector over its neighbours, as in vector search: the neighbours that an index returned are
-//! blended by how well they match, and the answers of two shards make the exact answer of both.
+//! One vector attends to its neighbours, as in vector search: the neighbours returned by an index are
+//! averaged with weights by how well they match, and the results of two shards are merged into the exact
+//! result.
 //!
 //! ```sh
 //! cargo run --release -p examples --example single_query
@@ -12,7 +13,7 @@ use graph_attention::{Attention, Flash, Inputs, Result};
 
 fn main() -> Result<()> {
     let query = array![1.0f64, 0.0, 1.0];
-    // What the index found: their embeddings, and what is known about them.
+    // The results of the index: embeddings and known values.
     let neighbours = array![[0.9, 0.1, 0.8], [0.2, 1.0, 0.1], [1.0, 0.0, 0.6], [-1.0, 0.3, -0.5]];
     let payloads = array![[10.0], [20.0], [30.0], [40.0]];
 
@@ -28,7 +29,7 @@ fn main() -> Result<()> {
     assert!((weights.sum() - 1.0).abs() < 1e-12);
     assert!(weights[[0, 0]] > weights[[2, 0]] && weights[[2, 0]] > weights[[1, 0]]);
 
-    // Two shards hold two neighbours each and never see the others.
+    // Two shards have two neighbours each and never see the others.
     let shard = |rows: std::ops::Range<usize>| {
         let (keys, values) = (s![rows.clone(), ..], s![rows, ..]);
         let (keys, values) = (neighbours.slice(keys), payloads.slice(values));

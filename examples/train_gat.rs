@@ -1,15 +1,15 @@
 //! The two-layer graph attention network of Veličković et al. 2018, arXiv:1710.10903, with the dropout,
-//! Adam, weight decay and early stopping of its authors' code. Beyond 100 lines, since what the paper does
-//! takes them.
+//! Adam, weight decay and early stopping of its authors' code. Longer than 100 lines, to reproduce all of
+//! the paper.
 //!
 //! ```sh
 //! cargo run --release -p examples --features csv --example train_gat                         # the karate club in examples/data
 //! cargo run --release -p examples --features csv --example train_gat -- <folder> --seeds 10  # Cora: 0.831; the paper has 0.830
 //! ```
 //!
-//! A folder holds `nodes.csv` with columns `label` and `split` (`train`, `val`, `test`, others), `edges.csv`
-//! with `u` and `v`, and `features.txt`, whose line i lists the columns that are 1 for node i. Cora is at
-//! github.com/kimiyoung/planetoid. Dev-dependency: `csv`.
+//! The folder contains `nodes.csv` with columns `label` and `split` (`train`, `val`, `test`, others),
+//! `edges.csv` with `u` and `v`, and `features.txt`, whose line i lists the columns that are 1 for node
+//! i. Cora is at github.com/kimiyoung/planetoid. Dev-dependency: `csv`.
 
 use graph_attention::ndarray::{Array1, Array2, ArrayD};
 use graph_attention::rand::{Rng, SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let csv = |file| csv::Reader::from_path(format!("{folder}/{file}"));
     let nodes = csv("nodes.csv")?.into_deserialize().collect::<Result<_, _>>()?;
     let nodes: Vec<HashMap<String, String>> = nodes;
-    // The nodes of a split, with their classes.
+    // The nodes of a split and their classes.
     let split = |name: &str| -> Vec<(usize, usize)> {
         let nodes = nodes.iter().enumerate().filter(|(_, node)| node["split"] == name);
         nodes.filter_map(|(i, node)| Some((i, node["label"].parse().ok()?))).collect()
@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let classes = train.iter().map(|&(_, class)| class + 1).max().unwrap_or(1);
     let elu = |x: f32| if x > 0.0 { x } else { x.exp_m1() };
-    // Dropout on entries, by the hash that the crate drops weights by. Zeros are skipped.
+    // Dropout on entries, with the same hash that the crate uses for weights. Zeros are skipped.
     let dropped = |x: &Array2<f32>, dropout: Dropout| {
         Array2::from_shape_fn(x.raw_dim(), |(i, j)| match x[[i, j]] {
             0.0 => 0.0,
@@ -53,7 +53,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         })
     };
 
-    // The mean cross-entropy over some nodes, and the share whose largest logit is that of their class.
+    // The mean cross-entropy over some nodes, and the share of nodes with the largest logit at their
+    // class.
     let evaluate = |first: &EdgeGat<f32>, second: &EdgeGat<f32>, nodes: &[(usize, usize)]| {
         let hidden = first.forward(&Inputs::self_attention(features.view(), &graph)?)?.mapv(elu);
         let logits = second.forward(&Inputs::self_attention(hidden.view(), &graph)?)?;
@@ -73,8 +74,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let second = EdgeGatConfig::new(Score::Gat, 8 * 8, classes, 1).average_heads(true);
         let (mut first, mut second) = (first.init(&mut rng)?, second.init(&mut rng)?);
         let mut moments = HashMap::new();
-        // The patience of the authors' code: a loss or an accuracy on the validation nodes that is as good
-        // as ever buys 100 epochs more, both in one epoch make the model the best.
+        // The patience of the authors' code: a loss or an accuracy on the validation nodes that is at
+        // least as good as before adds 100 epochs; if both are, the model is the best so far.
         let (mut best, mut best_loss, mut best_accuracy) = (None, f32::INFINITY, 0.0);
         let (mut epoch, mut end) = (0, 100);
         while epoch < end {
@@ -112,7 +113,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             grad /= train.len() as f32;
             let grads = second.backward(&h, &second_saved, grad.view())?;
             adam(&mut second, 2, &grads.params)?;
-            // Dropout is linear, so its gradient is dropped too; ELU's slope comes from its value.
+            // Dropout is linear, so its gradient is dropped too; the slope of ELU follows from its value.
             let grad = dropped(&grads.self_attention()?, on_hidden);
             let grad = grad * hidden.mapv(|y| 1.0 + y.min(0.0));
             let grads = first.backward_params(&x, &first_saved, grad.view())?;

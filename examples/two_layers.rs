@@ -1,5 +1,5 @@
 //! Two members of a karate club say which side they took when it split; a graph attention network infers
-//! the sides of the other 32. Its two layers learn together: the gradient is handed from the second
+//! the sides of the other 32. Its two layers are trained together: the gradient is passed from the second
 //! to the first, through the activation between them.
 //!
 //! ```sh
@@ -14,9 +14,9 @@ fn main() -> Result<()> {
     let n = SIDES.len();
     let both_ways = KARATE_CLUB.iter().flat_map(|&(u, v)| [(u, v), (v, u)]);
     let graph = Graph::from_edges(n, n, both_ways)?.with_self_loops()?;
-    let members = Array2::<f32>::eye(n); // each is known by a column of their own
+    let members = Array2::<f32>::eye(n); // each member has its own column
     let inputs = Inputs::self_attention(members.view(), &graph)?;
-    // The two who quarrelled, and the sign that the output is to have.
+    // The two who quarrelled, and the target signs of their outputs.
     let known = [(0, 1.0), (33, -1.0)];
 
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
@@ -44,9 +44,9 @@ fn main() -> Result<()> {
         params::update(&mut second, &grads.params, |_, mut param, grad| {
             param.scaled_add(-0.03, &grad);
         })?;
-        // The slope of ELU, from its value y: 1 where y > 0, else eˣ = y + 1.
+        // The slope of ELU from its value y: 1 if y > 0, else eˣ = y + 1.
         let grad_hidden = grads.self_attention()? * hidden.mapv(|y| 1.0 + y.min(0.0));
-        // The members themselves are data, so nobody needs their gradient.
+        // The members themselves are data and need no gradient.
         let grads = first.backward_params(&inputs, &first_saved, grad_hidden.view())?;
         params::update(&mut first, &grads, |_, mut param, grad| param.scaled_add(-0.03, &grad))?;
 

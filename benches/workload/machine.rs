@@ -1,10 +1,10 @@
-//! The limits of the machine, measured in the same run as the benches that are held against them.
+//! The limits of the machine, measured in the same run as the benches that are compared with them.
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Multiply-adds on registers alone: FLOP/s of one thread in `f32`, the best of some runs.
+/// Measures multiply-adds in registers: FLOP/s of one thread in `f32`, the best of several runs.
 pub(crate) fn fma_peak() -> f64 {
     #[inline(always)]
     fn run<S: Simd>(simd: S, rounds: usize) -> (f32, usize) {
@@ -28,7 +28,7 @@ pub(crate) fn fma_peak() -> f64 {
     best.fold(0.0, f64::max)
 }
 
-/// The instruction set that `GRAPH_ATTENTION_SIMD` holds the crate to.
+/// The instruction set that `GRAPH_ATTENTION_SIMD` limits the crate to.
 fn level() -> Level {
     let best = Level::new();
     #[cfg(target_arch = "x86_64")]
@@ -40,7 +40,7 @@ fn level() -> Level {
     best
 }
 
-/// Reading 256 MB once: bytes/s of one thread, the best of some runs.
+/// Measures reading 256 MB once: bytes/s of one thread, the best of several runs.
 pub(crate) fn read_bandwidth() -> f64 {
     let data = vec![1u64; 32 << 20];
     let best = (0..5).map(|_| {
@@ -55,7 +55,7 @@ pub(crate) fn read_bandwidth() -> f64 {
     best.fold(0.0, f64::max)
 }
 
-/// Says what the figures of a bench are to be compared with.
+/// Prints the limits to compare the figures of a bench with.
 pub(crate) fn print_limits() {
     println!("one thread of this machine: {:.0} GFLOP/s in f32 multiply-adds", fma_peak() / 1e9);
     println!("                            {:.1} GB/s read from memory", read_bandwidth() / 1e9);
@@ -63,7 +63,7 @@ pub(crate) fn print_limits() {
 
 pub(crate) const ONE_THREAD: &str = "one thread";
 
-/// A pool of one thread and one of all.
+/// Returns a pool of one thread and a pool of all threads.
 pub(crate) fn pools() -> [(&'static str, rayon::ThreadPool); 2] {
     [(ONE_THREAD, 1), ("all threads", 0)].map(|(name, threads)| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();

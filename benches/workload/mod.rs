@@ -1,4 +1,4 @@
-//! What the benches share: seeded inputs, the list of mechanisms, and how one is measured.
+//! Shared code of the benches: seeded inputs, the list of mechanisms, and measurement.
 #![allow(dead_code, reason = "every bench is a crate of its own and uses its part")]
 
 pub(crate) mod machine;
@@ -23,8 +23,8 @@ use rand_distr::{Distribution, StandardNormal};
 use rayon::ThreadPool;
 use std::time::Duration;
 
-/// A point takes some three seconds, and one under `--quick` or a single run, whichever is longer. On the
-/// instruction set that `GRAPH_ATTENTION_SIMD` names.
+/// A point takes about three seconds; with `--quick`, one second or a single run, whichever is longer.
+/// Uses the instruction set in `GRAPH_ATTENTION_SIMD`.
 pub(crate) fn criterion() -> Criterion {
     let simd = graph_attention::testing::hold_simd().expect("the CPU has the instruction set");
     println!("instruction set: {simd}");
@@ -32,7 +32,7 @@ pub(crate) fn criterion() -> Criterion {
     criterion.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2))
 }
 
-/// Normal entries.
+/// Draws normal entries.
 pub(crate) fn matrix<F: Float>(rows: usize, columns: usize, seed: u64) -> Array2<F> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     Array2::from_shape_simple_fn((rows, columns), || {
@@ -41,15 +41,15 @@ pub(crate) fn matrix<F: Float>(rows: usize, columns: usize, seed: u64) -> Array2
     })
 }
 
-/// Every node has `degree` neighbours from anywhere.
+/// Builds a graph in which every node has `degree` random neighbours.
 pub(crate) fn random_graph(nodes: usize, degree: usize, seed: u64) -> Graph {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
     let edges = (0..nodes * degree).map(|edge| (edge / degree, rng.random_range(0..nodes)));
     prepare(Graph::from_edges(nodes, nodes, edges))
 }
 
-/// Keys are drawn with a power law and numbered at random, as in a social network stored as it came;
-/// the edges are in the order of their queries, or in none.
+/// Builds a graph with keys drawn with a power law and numbered at random, as in a social network in its
+/// original order; the edges are in the order of their queries or in random order.
 pub(crate) fn power_law_graph(nodes: usize, degree: usize, sorted: bool) -> Graph {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     let mut names: Vec<usize> = (0..nodes).collect();
@@ -65,7 +65,7 @@ pub(crate) fn power_law_graph(nodes: usize, degree: usize, sorted: bool) -> Grap
     prepare(Graph::from_edges(nodes, nodes, edges))
 }
 
-/// A graph makes its transpose at the first backward pass and keeps it.
+/// Computes the transpose, which a graph otherwise computes and caches in the first backward pass.
 fn prepare(graph: Result<Graph>) -> Graph {
     let graph = graph.expect("edges in range");
     let _ = graph.transpose();
@@ -92,7 +92,7 @@ impl<F: Float> Places<F> {
     }
 }
 
-/// Every mechanism of the crate, for queries, keys and values of so many columns.
+/// Returns every mechanism of the crate, for queries, keys and values with the given number of columns.
 pub(crate) fn mechanisms<F: Float>(columns: usize) -> Vec<Box<dyn Attention<F>>> {
     all(columns).expect("the sizes are valid")
 }
@@ -102,8 +102,8 @@ fn all<F: Float>(columns: usize) -> Result<Vec<Box<dyn Attention<F>>>> {
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();
     let dual = DualSpaceConfig::new(Fusion::Gated, columns);
     let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), &mut rng)?;
-    // Where the inputs bring no latent neighbours, the search for them is measured too. A single query
-    // is not a node.
+    // If the inputs have no latent neighbours, the search for them is measured too. A single query is not
+    // a node.
     let search = LatentSearch::new(16, Metric::Cosine).exclude_self(false);
     let rope = GraphRopeConfig::new(columns, Layout::Half);
     Ok(vec![
@@ -121,7 +121,7 @@ fn all<F: Float>(columns: usize) -> Result<Vec<Box<dyn Attention<F>>>> {
     ])
 }
 
-/// Forward, into an array made beforehand.
+/// Measures the forward pass into an existing array.
 pub(crate) fn forward<F: Float>(
     group: &mut BenchmarkGroup<'_, WallTime>,
     id: BenchmarkId,
@@ -136,7 +136,7 @@ pub(crate) fn forward<F: Float>(
     });
 }
 
-/// Forward and backward, all gradients into arrays made beforehand.
+/// Measures both passes, with all gradients in existing arrays.
 pub(crate) fn training<F: Float>(
     group: &mut BenchmarkGroup<'_, WallTime>,
     id: BenchmarkId,
@@ -156,7 +156,7 @@ pub(crate) fn training<F: Float>(
     });
 }
 
-/// A group whose throughput is in so many elements.
+/// Creates a group with throughput in the given number of elements.
 pub(crate) fn group<'a>(
     c: &'a mut Criterion,
     name: impl Into<String>,

@@ -1,12 +1,12 @@
-//! Measures every mechanism on this machine and writes one page to choose by: time and memory as the
-//! inputs grow, the error against exact, and which mechanism when, filled from what was measured.
+//! Measures every mechanism on this machine and writes one page to help you choose: time and memory as
+//! the inputs grow, the error against exact attention, and which mechanism to use when.
 //!
 //! ```sh
 //! cargo run --release -p examples --example report                         # target/report.html, in seconds
 //! cargo run --release -p examples --example report -- report.html --full   # larger inputs, some minutes
 //! ```
 //!
-//! The page needs nothing but itself. Dev-dependencies: `peak_alloc`, `rand_distr`.
+//! The page is self-contained. Dev-dependencies: `peak_alloc`, `rand_distr`.
 
 mod measure;
 mod mechanisms;
@@ -54,9 +54,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// What the page says of memory and errors, which unlike times are the same on every run.
+/// Checks the memory and errors on the page, which unlike times are the same on every run.
 fn check(report: &Report) {
-    // How much the memory grows where n doubles.
+    // The growth of the memory when n doubles.
     let growth = |name: &str| {
         let costs = &report.find(name).dense;
         let [before, last] = [costs[costs.len() - 2], costs[costs.len() - 1]];

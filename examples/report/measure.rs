@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub(crate) const COLUMNS: usize = 64;
 pub(crate) const DEGREE: usize = 16;
 
-/// Milliseconds, and MiB beside inputs, output and gradients.
+/// Milliseconds, and MiB besides inputs, output and gradients.
 #[derive(Clone, Copy)]
 pub(crate) struct Cost {
     pub(crate) size: usize,
@@ -24,7 +24,7 @@ pub(crate) struct Cost {
     pub(crate) training_memory: f64,
 }
 
-/// A mechanism at every size, and how far its `f32` is from its `f64`.
+/// The results of a mechanism at every size, and the difference between its `f32` and `f64` outputs.
 pub(crate) struct Row {
     pub(crate) mechanism: Mechanism<f32>,
     pub(crate) dense: Vec<Cost>,
@@ -33,7 +33,7 @@ pub(crate) struct Row {
     pub(crate) rounding: f64,
 }
 
-/// Something less than softmax attention over all pairs, and what it gains.
+/// An approximation of softmax attention over all pairs, and its savings.
 pub(crate) struct Approximation {
     pub(crate) name: &'static str,
     pub(crate) setting: String,
@@ -76,8 +76,8 @@ impl Report {
                 loads.iter().map(|load| cost(attention, load)).collect()
             };
             let (dense, graph, one_query) = (costs(&dense)?, costs(&graph)?, costs(&one_query)?);
-            // The same parameters, for they are drawn in the precision of the mechanism. Frequencies are
-            // computed with in f64 by both, and only shown rounded.
+            // The same parameters, because they are drawn in the precision of the mechanism. Both use
+            // frequencies in f64; only their views are rounded.
             let own = params::state(&wide.attention).into_iter();
             let state =
                 params::state(attention).into_iter().zip(own).map(|((name, value), own)| {
@@ -99,7 +99,7 @@ impl Report {
     }
 }
 
-/// Nodes and pairs, with the positions and distances that some mechanisms read.
+/// Nodes and pairs, with positions and distances for the mechanisms that read them.
 struct Workload<F> {
     nodes: Array2<F>,
     queries: usize,
@@ -109,8 +109,8 @@ struct Workload<F> {
 }
 
 impl Workload<f32> {
-    /// Nodes along a walk, xᵢ = 0.99 xᵢ₋₁ + √(1 − 0.99²) ε, of norm 4.5 or so: those near in the order
-    /// are alike.
+    /// Nodes along a walk, xᵢ = 0.99 xᵢ₋₁ + √(1 − 0.99²) ε, with norms of about 4.5: nodes close in the
+    /// order are similar.
     fn new(n: usize, queries: usize, graph: Option<Graph>) -> Self {
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
         let mut nodes = Array2::zeros((n, COLUMNS));
@@ -142,7 +142,7 @@ impl Workload<f32> {
         Ok(Self::new(keys, 1, None))
     }
 
-    /// Half of the neighbours are near in the order, half are anywhere.
+    /// Half of the neighbours are close in the order, half are random.
     fn graph(n: usize) -> Result<Self> {
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
         let edges = (0..n * DEGREE).map(|edge| match (edge / DEGREE, edge % DEGREE) {
@@ -150,7 +150,7 @@ impl Workload<f32> {
             (node, _) => (node, rng.random_range(0..n)),
         });
         let graph = Graph::from_edges(n, n, edges)?;
-        let _ = graph.transpose(); // made once for all backward passes
+        let _ = graph.transpose(); // computed once for all backward passes
         Ok(Self::new(n, n, Some(graph)))
     }
 
@@ -170,7 +170,7 @@ impl<F: Float> Workload<F> {
         let (keys, queries) = (self.nodes.view(), s![..self.queries, ..]);
         let query = self.nodes.slice(queries);
         let inputs = match &self.graph {
-            // What is alike is given here, and in dense inputs searched for.
+            // Latent neighbours are given here; in dense inputs they are searched for.
             Some(graph) => Inputs::graph(query, keys, keys, graph)?.with_latent(graph)?,
             None => Inputs::dense(query, keys, keys)?,
         };
@@ -193,10 +193,10 @@ fn cost(attention: &dyn Attention<f32>, load: &Workload<f32>) -> Result<Cost> {
     Ok(Cost { size: inputs.num_keys(), forward, training, forward_memory, training_memory })
 }
 
-/// Milliseconds, the median over at least 3 runs and 25 ms; and the peak of memory in MiB.
+/// Returns milliseconds, the median over at least 3 runs and 25 ms, and the peak memory in MiB.
 fn measure(mut run: impl FnMut() -> Result<()>) -> Result<(f64, f64)> {
     run()?; // starts the threads
-    let mut times = Vec::with_capacity(1 << 16); // grows no more while memory is watched
+    let mut times = Vec::with_capacity(1 << 16); // does not grow while memory is measured
     PEAK.reset_peak_usage();
     let (before, start) = (PEAK.current_usage(), Instant::now());
     while times.len() < 3 || start.elapsed() < Duration::from_millis(25) {
@@ -212,7 +212,7 @@ fn measure(mut run: impl FnMut() -> Result<()>) -> Result<(f64, f64)> {
 fn approximations(load: &Workload<f32>) -> Result<Vec<Approximation>> {
     let inputs = load.inputs()?;
     let exact = Flash::new().forward(&inputs)?.mapv(f64::from);
-    // The root mean square of the errors, over as many draws of the features.
+    // The root mean square of the errors over several draws of the features.
     let approximate = |setting, draws: &[Box<dyn Attention<f32>>]| -> Result<Approximation> {
         let mut out = Array2::zeros(load.nodes.raw_dim());
         let (milliseconds, _) = measure(|| draws[0].forward_into(&inputs, out.view_mut()))?;

@@ -1,4 +1,4 @@
-//! The list of mechanisms: a new one is added here.
+//! The list of mechanisms; add new ones here.
 
 use crate::measure::{COLUMNS, DEGREE};
 use graph_attention::neighbors::Metric;
@@ -16,7 +16,7 @@ use graph_attention::{
 pub(crate) const RADIUS: usize = 64;
 pub(crate) const FEATURES: usize = 256;
 
-/// A mechanism, what it is for, what speaks against it, and the colour of its lines.
+/// A mechanism, its use, its drawbacks, and the colour of its lines.
 pub(crate) struct Mechanism<F: Float> {
     pub(crate) attention: Box<dyn Attention<F>>,
     pub(crate) when: &'static str,
@@ -24,7 +24,7 @@ pub(crate) struct Mechanism<F: Float> {
     pub(crate) color: &'static str,
 }
 
-/// The same parameters on every call.
+/// Returns all mechanisms, with the same parameters on every call.
 pub(crate) fn mechanisms<F: Float>() -> Result<Vec<Mechanism<F>>> {
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1);
     let experts = (0..8).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();

@@ -1,4 +1,4 @@
-//! The page: `page.html` with tables and plots in its gaps.
+//! The page: `page.html`, filled with tables and plots.
 
 use crate::measure::{Cost, Report, Row};
 use crate::mechanisms::{FEATURES, RADIUS};
@@ -23,7 +23,7 @@ pub(crate) fn page(report: &Report) -> String {
         .replace("{figures}", &figures(report))
 }
 
-/// About three digits.
+/// Formats a number with about three digits.
 fn figure(value: f64) -> String {
     match value {
         value if value >= 100.0 => format!("{value:.0}"),
@@ -42,7 +42,7 @@ fn head(row: &Row) -> String {
     format!("<th scope='row'><i style='background:{color}'></i>{name}</th>")
 }
 
-/// What it is for, what it costs by the cost of Flash, and what else is to be known.
+/// The use of a mechanism, its cost relative to Flash, and remarks.
 fn choose(row: &Row, report: &Report) -> String {
     let flash = report.find("flash");
     let ([dense, graph], [of_dense, of_graph]) =
@@ -67,7 +67,7 @@ fn choose(row: &Row, report: &Report) -> String {
     format!("<tr>{head}<td>{when}</td>{ratios}<td class='known'>{known}</td></tr>")
 }
 
-/// From which size on one is faster than the other.
+/// The size from which on one mechanism is faster than the other.
 fn overtakes(costs: &[Cost], of_flash: &[Cost]) -> String {
     let pairs = costs.iter().zip(of_flash).rev();
     match pairs.take_while(|(cost, flash)| cost.forward < flash.forward).last() {
@@ -128,7 +128,8 @@ fn figures(report: &Report) -> String {
     figures + &format!("<figure><figcaption>{caption}</figcaption>{plot}</figure>")
 }
 
-/// Errors against milliseconds; exact is a line upright, beyond which nothing is worth its error.
+/// Plots errors against milliseconds; exact attention is a vertical line, beyond which no approximation
+/// is useful.
 fn errors(report: &Report) -> Vec<Line<'_>> {
     let mut lines: Vec<Line<'_>> = Vec::new();
     for of in &report.approximations {

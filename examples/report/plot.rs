@@ -1,21 +1,21 @@
-//! Lines in logarithmic axes, as SVG.
+//! Line plots with logarithmic axes, as SVG.
 
-/// A name, a colour, and points with what is written beside them.
+/// A name, a colour, and points with labels.
 pub(crate) struct Line<'a> {
     pub(crate) name: &'a str,
     pub(crate) color: &'a str,
     pub(crate) points: Vec<(f64, f64, &'a str)>,
 }
 
-// The edges of the axes in a picture of 560 × 350; names stand to their right.
+// The edges of the axes in a picture of 560 × 350; names are to the right of them.
 const LEFT: f64 = 48.0;
 const RIGHT: f64 = 400.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 310.0;
-/// Between two names.
+/// The distance between two names.
 const LINE_HEIGHT: f64 = 16.0;
 
-/// A logarithmic axis from one end in the picture to the other.
+/// A logarithmic axis between two ends in the picture.
 struct Axis {
     low: f64,
     high: f64,
@@ -33,7 +33,7 @@ impl Axis {
         self.ends[0] + share * (self.ends[1] - self.ends[0])
     }
 
-    /// Powers of ten, and 2 and 5 times these where there are few.
+    /// Powers of ten, and also 2 and 5 times these if there are few.
     fn ticks(&self) -> Vec<f64> {
         let factors: &[f64] = if self.high / self.low < 200.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
         let powers = self.low.log10().floor() as i32..=self.high.log10() as i32 + 1;
@@ -42,7 +42,7 @@ impl Axis {
     }
 }
 
-/// 0.05, 20, 16k
+/// Formats a number like 0.05, 20, 16k.
 fn number(value: f64) -> String {
     match value {
         value if value >= 1e4 => format!("{:.0}k", value / 1e3),
@@ -51,7 +51,7 @@ fn number(value: f64) -> String {
     }
 }
 
-/// `x_ticks` are for an axis of sizes; without them it has ticks of its own.
+/// `x_ticks` are for an axis of sizes; without them the axis chooses its ticks.
 pub(crate) fn plot(x_name: &str, x_ticks: Option<&[f64]>, lines: &[Line<'_>]) -> String {
     let points = lines.iter().flat_map(|line| &line.points);
     let x_axis = Axis::over(points.clone().map(|point| point.0), 1.04, [LEFT, RIGHT]);
@@ -105,7 +105,7 @@ pub(crate) fn plot(x_name: &str, x_ticks: Option<&[f64]>, lines: &[Line<'_>]) ->
     svg + "</svg>"
 }
 
-/// Sorted places, moved apart where names would overlap: down, and up again from the bottom.
+/// Moves sorted positions apart if names would overlap: down, then up again from the bottom.
 fn spread(places: &[f64]) -> Vec<f64> {
     let (mut places, mut free, mut floor) = (places.to_vec(), 0.0, BOTTOM);
     for place in &mut places {

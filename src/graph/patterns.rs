@@ -60,10 +60,10 @@ impl Graph {
     }
 
     /// Creates a random regular graph: every node has `degree` random neighbours, so a few steps lead
-    /// from every node to every other. These are the long-range edges of Exphormer (Shirzad et al. 2023, 2303.06147).
-    /// [`spectral_gap`](Self::spectral_gap) measures how good an expander it is: for `degree` ≥ 3 the gap
-    /// is nearly always close to the optimum 1 − 2√(degree − 1) / degree (Friedman 2008, cs/0405020).
-    /// Degrees of 0, 1 and 2 are allowed, but give disconnected graphs or rings.
+    /// from every node to every other. These are the long-range edges of Exphormer (Shirzad et al. 2023,
+    /// 2303.06147). [`spectral_gap`](Self::spectral_gap) measures how good an expander it is: for
+    /// `degree` ≥ 3 the gap is nearly always close to the optimum 1 − 2√(degree − 1) / degree (Friedman
+    /// 2008, cs/0405020). Degrees of 0, 1 and 2 are allowed, but give disconnected graphs or rings.
     ///
     /// The graph is undirected and simple: it has both (i, j) and (j, i), each once, and no self-loops.
     /// Pairs are ordered row by row, keys ascending.

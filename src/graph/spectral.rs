@@ -22,9 +22,9 @@ impl Graph {
     /// A counts the edges between nodes (a self-loop once) and D the edges of a node. For a regular graph
     /// of degree d the μ are the eigenvalues λ of A divided by d, and the gap is the 1 − ε of the
     /// ε-expanders in Exphormer (Shirzad et al. 2023, 2303.06147): max(|λ₂|, |λ_n|) ≤ ε d. The gap of a
-    /// large regular graph is not much more than 1 − 2√(d − 1) / d (Alon & Boppana; Nilli 1991, 10.1016/0012-365X(91)90112-F).
-    /// It is 0 for a disconnected graph and for a bipartite graph, on which the walk never converges, and
-    /// 1 for the complete graph with self-loops.
+    /// large regular graph is not much more than 1 − 2√(d − 1) / d (Alon & Boppana; Nilli 1991,
+    /// 10.1016/0012-365X(91)90112-F). It is 0 for a disconnected graph and for a bipartite graph, on which
+    /// the walk never converges, and 1 for the complete graph with self-loops.
     ///
     /// Uses the Lanczos method, accurate to about nine decimal places. Takes O(n + edges) per step and
     /// O(n) memory; some hundreds of steps for an expander with 100,000 nodes, about n steps for graphs
@@ -189,7 +189,7 @@ impl Graph {
         for (&k, mut axis) in order[1..].iter().zip(coordinates.columns_mut()) {
             let (value, vector) = (eigen.eigenvalues[k], eigen.eigenvectors.column(k));
             if value <= n as f64 * f64::EPSILON * largest {
-                return Err(failed(&format!("{value:e} beside {largest:e}")));
+                return Err(failed(&format!("{value:e} next to {largest:e}")));
             }
             // Entries that are equal by symmetry are not exactly equal after rounding.
             let size = vector.amax() * (1.0 - 1e-6);

@@ -1,11 +1,11 @@
-//! Dot products and weighted sums of rows that hold several heads side by side.
+//! Dot products and weighted sums of rows that contain several heads side by side.
 //!
-//! The two functions that do the work are compiled once for each type and instruction set, and called
-//! for a tile of rows at a time: inlined everywhere they would make the build take minutes.
+//! The two main functions are compiled once for each type and instruction set, and called for a tile of
+//! rows at a time: if inlined everywhere, they would make the build take minutes.
 //!
-//! One row, the *own*, meets many others: a query its keys, or a key its queries. The columns of a
-//! head may lie elsewhere in the others than in the own, since heads of queries may share those of
-//! keys.
+//! One row, the *own* row, meets many others: a query its keys, or a key its queries. The columns of a
+//! head may have different positions in the own row and the others, because heads of queries may share
+//! heads of keys.
 
 use super::primitives::matmul::{ROWS_OF_SUM, Vector, vector_len};
 use super::problem::Slices;
@@ -24,7 +24,7 @@ fn plain_squared_distance<F: Float>(a: &[F], b: &[F]) -> F {
     a.iter().zip(b).fold(F::zero(), |sum, (&a, &b)| sum + (a - b) * (a - b))
 }
 
-/// Σ aᵢ bᵢ over the common length in eight sums, which compilers turn into vectors.
+/// Σ aᵢ bᵢ over the common length in eight sums, which compilers vectorise.
 #[inline]
 pub(crate) fn unrolled_dot<F: Float>(a: &[F], b: &[F]) -> F {
     let len = a.len().min(b.len());
@@ -39,7 +39,7 @@ pub(crate) fn unrolled_dot<F: Float>(a: &[F], b: &[F]) -> F {
     sums.into_iter().sum::<F>() + rest
 }
 
-/// Where the columns of each head start.
+/// The start of the columns of each head.
 #[derive(Clone, Copy, Debug)]
 struct Start {
     head: usize,
@@ -55,10 +55,10 @@ pub(crate) struct Columns<F> {
     level: Level,
     /// Columns of a head.
     dim: usize,
-    /// The vectors of columns of all heads: by fours where they follow each other in both rows.
+    /// The vectors of columns of all heads: in groups of four if they are consecutive in both rows.
     fours: Vec<[Start; 4]>,
     ones: Vec<Start>,
-    /// The columns that are left of each head.
+    /// The remaining columns of each head.
     rest: Vec<Start>,
     /// For [`dots`](Self::dots): a vector of products for each head and lane.
     scratch: Vec<F>,
@@ -112,16 +112,16 @@ impl<F: Float> Columns<F> {
     }
 
     /// out[h · stride + t] = own · row t in the columns of head h. Overwrites up to a whole vector of
-    /// `out` with what means nothing.
+    /// `out` with meaningless values.
     ///
-    /// The products of as many rows as a vector has lanes are kept as vectors, and folded together into
-    /// one vector of sums: a quarter of the shuffles that one row at a time takes.
+    /// The products of as many rows as a vector has lanes are kept as vectors and folded into one vector
+    /// of sums, which takes a quarter of the shuffles of one row at a time.
     #[inline(never)]
     pub(crate) fn dots(&mut self, own: &[F], rows: Gather<'_, F>, out: &mut [F], stride: usize) {
         dispatch!(self.level, simd => self.sums::<_, false>(simd, own, rows, out, stride));
     }
 
-    /// |own − row t|² in place of the products of [`dots`](Self::dots), from the differences.
+    /// Like [`dots`](Self::dots), but |own − row t|², computed from differences.
     #[inline(never)]
     pub(crate) fn squared_distances(
         &mut self,
@@ -147,7 +147,7 @@ impl<F: Float> Columns<F> {
         let whole = self.dim - self.dim % len;
         let Self { fours, ones, scratch, .. } = self;
         if whole == 0 {
-            // Of no use to any sum, but what a tile before left there might be NaN.
+            // Not used in any sum, but values left by a previous tile might be NaN.
             scratch.fill(F::zero());
         }
 
@@ -219,7 +219,7 @@ impl<F: Float> Columns<F> {
     }
 }
 
-/// Products of heads of one vector each.
+/// Computes products of heads of one vector each.
 #[inline(always)]
 fn multiply<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     simd: S,
@@ -246,7 +246,7 @@ fn multiply<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     }
 }
 
-/// The products of vectors of one head, on top of those before unless they are the first.
+/// Adds the products of vectors of one head to the previous ones, unless they are the first.
 #[inline(always)]
 fn add_products<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     simd: S,
@@ -281,7 +281,7 @@ fn add_products<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
     }
 }
 
-/// Lane t of the result is the sum of the lanes of vector t.
+/// Returns a vector whose lane t is the sum of the lanes of vector t.
 #[inline(always)]
 fn fold_lanes<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
     let len = Vector::<S, F>::LEN;
@@ -298,13 +298,13 @@ fn fold_lanes<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
     }
 }
 
-/// Sums of neighbours: those of `a`, then those of `b`.
+/// Returns the sums of adjacent lanes: those of `a`, then those of `b`.
 #[inline(always)]
 fn fold<S: Simd, F: Float>(a: Vector<S, F>, b: Vector<S, F>) -> Vector<S, F> {
     a.unzip_low(b) + a.unzip_high(b)
 }
 
-// Depth first, so that few vectors are alive at a time; functions, since a closure would be called.
+// Depth first, so that few vectors are live at a time; functions, because a closure would not be inlined.
 #[inline(always)]
 fn fold_two<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
     let (a, b) = vectors.split_at(Vector::<S, F>::LEN);
@@ -337,7 +337,7 @@ impl<'r, F: Copy> Gather<'r, F> {
         self.rows.row(self.at[t])
     }
 
-    /// So many columns of a row.
+    /// Returns the given columns of a row.
     #[inline(always)]
     fn columns(self, t: usize, [first, len]: [usize; 2]) -> &'r [F] {
         &self.row(t)[first..][..len]
@@ -347,9 +347,9 @@ impl<'r, F: Copy> Gather<'r, F> {
 /// The factors of [`Columns::add_weighted`].
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'w, F> {
-    /// Of the sum of each head before.
+    /// The factors of the previous sum of each head.
     pub(crate) factors: &'w [F],
-    /// Of the rows: head h's start at h · stride.
+    /// The weights of the rows; those of head h start at h · stride.
     pub(crate) weights: &'w [F],
     pub(crate) stride: usize,
 }
@@ -383,7 +383,7 @@ fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
     let columns = [vectors[0].other, N * len];
     for start in (0..count).step_by(2 * ROWS_OF_SUM) {
         let end = count.min(start + 2 * ROWS_OF_SUM);
-        // Two sums in turn, so that an addition need not wait for the one before.
+        // Two sums in turn, so that an addition need not wait for the previous one.
         let (mut even, mut odd) = ([zero; N], [zero; N]);
         for t in (start..end - (end - start) % 2).step_by(2) {
             let (even_row, odd_row) = (rows.columns(t, columns), rows.columns(t + 1, columns));

@@ -9,14 +9,14 @@ const VARIABLE: &str = "GRAPH_ATTENTION_SIMD";
 
 static LEVEL: OnceLock<Level> = OnceLock::new();
 
-/// The best instruction set of the CPU, unless it is held down.
+/// Returns the best instruction set of the CPU, unless it is limited.
 pub(crate) fn level() -> Level {
     *LEVEL.get_or_init(Level::new)
 }
 
-/// Takes the instruction set from the environment variable for the rest of the process, and returns its
-/// name: `avx512`, `avx2`, `sse2`, with the feature `scalar` also `scalar`; the best where the variable is
-/// not set.
+/// Sets the instruction set from the environment variable for the rest of the process, and returns its
+/// name: `avx512`, `avx2`, `sse2`, or with the feature `scalar` also `scalar`; the best one if the
+/// variable is not set.
 pub(crate) fn hold_down() -> Result<String> {
     let best = Level::new();
     let level = match std::env::var(VARIABLE) {

@@ -1,6 +1,6 @@
-//! Affine maps of rows: the projections of mechanisms that have some.
+//! Affine maps of rows, for mechanisms with projections.
 //!
-//! The right factor is packed once into rows of whole panels, the rows of the left factor are shared
+//! The right factor is packed once into rows of whole panels; the rows of the left factor are shared
 //! among threads.
 
 use super::level::level;
@@ -13,17 +13,17 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
-/// Rows of a product are handed to threads in at most this many parts, in whole blocks.
+/// The largest number of parts, in whole blocks, in which rows of a product are distributed to threads.
 const PARTS: usize = 16;
 const BLOCK: usize = 96;
 
-/// A factor is sparse if less than one entry in so many is not zero.
+/// A factor is sparse if fewer than one in this many entries are nonzero.
 const SPARSE: usize = 16;
 
-/// The gradient of a weight is a sum over rows: at most this many parts, added in order.
+/// The gradient of a weight is a sum over rows, in at most this many parts, which are added in order.
 const SUMS: usize = 4;
 
-/// Overwrites `out` with x Wᵀ + b, for `weight` W of outputs × inputs as PyTorch has it.
+/// Overwrites `out` with x Wᵀ + b, for a `weight` W of outputs × inputs as in PyTorch.
 pub(crate) fn linear_into<F: Float>(
     x: ArrayView2<'_, F>,
     weight: ArrayView2<'_, F>,
@@ -37,7 +37,7 @@ pub(crate) fn linear_into<F: Float>(
     Ok(())
 }
 
-/// x Wᵀ + b.
+/// Computes x Wᵀ + b.
 pub(crate) fn linear<F: Float>(
     x: ArrayView2<'_, F>,
     weight: ArrayView2<'_, F>,
@@ -73,7 +73,7 @@ pub(crate) fn linear_input_vjp<F: Float>(
 
 /// y = x Wᵀ + b, so with g the gradient of y: grad_W += gᵀ x, grad_b += Σ_rows g.
 ///
-/// A row of x that the loss does not depend on (g = 0: a masked key, say) is skipped: NaN in it
+/// A row of x that the loss does not depend on (g = 0, for example a masked key) is skipped: NaN in it
 /// does not reach grad_W.
 pub(crate) fn linear_params_vjp<F: Float>(
     x: ArrayView2<'_, F>,
@@ -90,7 +90,7 @@ pub(crate) fn linear_params_vjp<F: Float>(
     Ok(())
 }
 
-/// The rows without those that are not finite and have no gradient, if there are any such.
+/// Returns the rows without those that are not finite and have no gradient, if there are any.
 fn without_dead_rows<F: Float>(
     x: &Rows<'_, F>,
     grad: ArrayView2<'_, F>,
@@ -107,8 +107,8 @@ fn without_dead_rows<F: Float>(
     Ok(Some(Rows::from(copy)))
 }
 
-/// left · right. A sparse `left` is multiplied entry by entry, which is the same unless zeros
-/// meet what is not finite.
+/// Computes left · right. A sparse `left` is multiplied entry by entry, with the same result unless zeros
+/// meet values that are not finite.
 fn product<F: Float>(
     left: ArrayView2<'_, F>,
     right: ArrayView2<'_, F>,
@@ -184,13 +184,13 @@ fn add_transposed_product<F: Float>(
     Ok(())
 }
 
-/// Whether so few entries are not zero that the rest is better skipped: words in a document, say.
+/// Whether so few entries are nonzero that skipping the zeros is faster, for example words in a document.
 fn is_sparse<F: Float>(rows: &Rows<'_, F>) -> bool {
     let data = rows.slices().data;
     data.iter().filter(|&&value| value != F::zero()).count() < data.len() / SPARSE
 }
 
-/// The entries of a row that are not zero, with their positions. Passes over a stretch of zeros at once.
+/// Iterates over the nonzero entries of a row, with their positions. Skips runs of zeros at once.
 fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
     const STRETCH: usize = 16;
     let any = |values: &[F]| values.iter().fold(false, |any, &value| any | (value != F::zero()));
@@ -222,7 +222,7 @@ pub(super) fn product_rows<F: Float>(
     let right = Matrix::new(right.as_slice().expect("packed"), right.ncols());
     let left = left.slices();
     let columns = out.ncols();
-    // Rows that do not lie one after the other are worked on in a copy.
+    // Rows that are not contiguous are copied.
     let mut copy = match out.as_slice_mut() {
         Some(_) => Vec::new(),
         None => out.iter().copied().collect(),

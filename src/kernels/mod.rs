@@ -1,30 +1,31 @@
-//! The inner loops, on slices: the only place where speed may cost beauty.
+//! The inner loops, on slices: the only place where speed is more important than readability.
 //!
 //! ```text
 //! mechanism ── Problem (heads, slices of rows, bias, dropout) ── Kernels for f32, f64
 //!                 │
 //!     driver: `dense` in tiles of queries × keys, `rows` pair by pair, `performer` through sums over keys
 //!                 │  parts of the problem, shared among threads by `parallel`
-//!     scorer: how a mechanism makes logits of a tile (dot products, `poincare`, `rotary`, `edge_gat`)
+//!     scorer: how a mechanism computes logits of a tile (dot products, `poincare`, `rotary`, `edge_gat`)
 //!                 │
 //!     step over one tile: a product (`primitives::matmul`, `gathered`), exponentials, a transpose
 //!                 │  here the instruction set is chosen, by `dispatch!`
 //!     vectors of fearless_simd
 //! ```
 //!
-//! Drivers and scorers are plain code, compiled once for each type: they pass the [`Level`] of the CPU on,
-//! and none ever holds more than a tile of logits. The steps over a tile choose the instruction set
-//! themselves: a choice costs a nanosecond. So only they are compiled for each instruction set, and are
-//! called, not inlined. What they call for each vector is `#[inline(always)]`, closures included, since a
-//! call across the boundary of an instruction set costs ten times the work.
+//! Drivers and scorers are plain code, compiled once for each type. They pass on the [`Level`] of the
+//! CPU, and never store more than a tile of logits. The steps over a tile choose the instruction set
+//! themselves, which takes a nanosecond. So only the steps are compiled for each instruction set, and
+//! they are called, not inlined. Everything that they call for each vector is `#[inline(always)]`,
+//! including closures, because a call across the boundary of an instruction set costs ten times the work.
 //!
-//! `linear` makes projections of the products. `nearest` walks queries × keys in tiles too, and keeps the best
-//! keys of each query. All are checked against the plain `ScaledDotProduct`, and PyG's answers.
+//! `linear` computes projections from the products. `nearest` also processes queries × keys in tiles, and
+//! keeps the best keys of each query. All are checked against the plain `ScaledDotProduct` and outputs of
+//! PyG.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///
-/// `fearless_simd::dispatch!` compiles its argument for every x86 level there is; SSE4.2 is as slow
-/// as SSE2 here, and each level costs seconds of build time.
+/// `fearless_simd::dispatch!` would compile its argument for every x86 level; SSE4.2 is as slow as SSE2
+/// here, and each level costs seconds of build time.
 macro_rules! dispatch {
     ($level:expr, $simd:ident => $op:expr) => {{
         let level: fearless_simd::Level = $level;
@@ -94,12 +95,12 @@ use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
-/// Makes the trait and both implementations of one list.
+/// Generates the trait and both implementations from one list.
 macro_rules! kernels {
     ($($(#[$attribute:meta])*
     fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $kernel:expr;)*) => {
-        /// The kernels as methods of their element: so they are compiled in this crate, once for each type
-        /// and instruction set, and not again in every crate that calls a mechanism.
+        /// The kernels as methods of their element type, so that they are compiled in this crate, once
+        /// for each type and instruction set, and not again in every crate that calls a mechanism.
         pub trait Kernels: primitives::exp::HasExp + primitives::asinh::HasAsinh + primitives::sincos::HasSinCos {
             $($(#[$attribute])*
             fn $name($($argument: $type),*) $(-> $result)?

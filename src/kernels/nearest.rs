@@ -1,10 +1,10 @@
 //! The nearest keys of queries, in tiles of keys × queries: the lanes of a vector are queries.
 //!
-//! A tile of similarities is formed as a matrix product is, and compared, a vector at a time, with
-//! what each query needs to improve on its k-th neighbour so far. After the first few tiles, almost
-//! no vector has such a lane. Where one may, by the bound on the rounding error, the similarity is
-//! formed again in `f64` and in an order of its own, and only this one counts: so neither the
-//! precision nor the instruction set of the tiles can be seen in the answer.
+//! A tile of similarities is computed like a matrix product and compared, one vector at a time, with the
+//! similarity that each query needs to improve on its k-th neighbour so far. After the first few tiles,
+//! almost no vector has such a lane. If a lane may improve, within the bound on the rounding error, its
+//! similarity is computed again in `f64` in a fixed order, and only this value counts. So neither the
+//! precision nor the instruction set of the tiles affects the result.
 
 use super::parallel::ranges;
 use super::primitives::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
@@ -17,18 +17,18 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-/// Queries of a block and keys of a tile: both stay in the first cache.
+/// The number of queries in a block and keys in a tile: both stay in the first-level cache.
 const QUERIES: usize = 64;
 const KEYS: usize = 96;
 
-/// Keys, and what their similarities need of them.
+/// Keys, with the data for their similarities.
 #[derive(Debug)]
 pub struct Keys<'a, F: Float> {
     rows: Rows<'a, F>,
     metric: Metric,
-    /// NaN or infinite for the keys that are similar to none.
+    /// NaN or infinite for keys that are similar to none.
     norms: Vec<f64>,
-    /// The factors that make the sums of a tile similarities; NaN for keys whose sums are not to be trusted.
+    /// The factors that turn the sums of a tile into similarities; NaN for keys with unreliable sums.
     factors: Vec<F>,
     /// The largest finite norm.
     largest: f64,
@@ -42,7 +42,7 @@ impl<'a, F: Float> Keys<'a, F> {
         let mut norms = try_vec("keys", &[num_keys], 0.0)?;
         let mut factors = try_vec("keys", &[num_keys], F::zero())?;
         let mut largest = 0.0;
-        // Below this, what underflows in a sum may not be small beside it.
+        // Below this, underflow in a sum may not be negligible.
         let smallest = (F::min_positive_value() / F::epsilon()).as_f64();
         for (key, (norm, factor)) in norms.iter_mut().zip(&mut factors).enumerate() {
             *norm = norm_of(rows.row(key));
@@ -71,7 +71,8 @@ impl<'a, F: Float> Keys<'a, F> {
         self.metric
     }
 
-    /// A query as [`similarity`](Self::similarity) wants it; `None` if it is similar to no key.
+    /// Returns a query in the form for [`similarity`](Self::similarity); `None` if it is similar to no
+    /// key.
     pub(crate) fn prepare(&self, query: &[F]) -> Option<Query> {
         let norm = norm_of(query);
         let divisor = if self.metric == Metric::Cosine && norm > 0.0 { norm } else { 1.0 };
@@ -79,8 +80,8 @@ impl<'a, F: Float> Keys<'a, F> {
         norm.is_finite().then_some(Query { values, norm })
     }
 
-    /// The similarity by which neighbours are chosen, NaN for a key that is similar to none. The same
-    /// bits for every instruction set.
+    /// Computes the similarity by which neighbours are chosen, NaN for a key that is similar to none.
+    /// Bitwise identical for every instruction set.
     #[inline(always)]
     pub(crate) fn similarity(&self, query: &Query, key: usize) -> f64 {
         let norm = self.norms[key];
@@ -96,17 +97,16 @@ impl<'a, F: Float> Keys<'a, F> {
         }
     }
 
-    /// A point for each key, and one for each query by [`query_point`](Self::query_point), whose
-    /// Euclidean distance is the shorter the more similar they are; `None` for a key that is similar
-    /// to none.
+    /// Returns a point for a key. Its Euclidean distance to the [`query_point`](Self::query_point) of a
+    /// query decreases with their similarity. `None` for a key that is similar to none.
     #[cfg(feature = "hnsw")]
     pub(crate) fn key_point(&self, key: usize) -> Option<Vec<F>> {
         let norm = self.norms[key];
         if !norm.is_finite() {
             return None;
         }
-        // One more coordinate makes all points unit vectors: orthogonal to all queries for a zero
-        // vector, which is as far from each of them as any other.
+        // One more coordinate makes all points unit vectors. For a zero vector the point is orthogonal to
+        // all queries, so it is equally far from each.
         let (divisor, last) = match self.metric {
             Metric::Cosine if norm == 0.0 => (1.0, Some(1.0)),
             Metric::Cosine => (norm, Some(0.0)),
@@ -123,7 +123,7 @@ impl<'a, F: Float> Keys<'a, F> {
 
     #[cfg(feature = "hnsw")]
     pub(crate) fn query_point(&self, query: &Query) -> Vec<F> {
-        // The length of a query changes no order of dot products.
+        // The length of a query does not change the order of dot products.
         let (divisor, last) = match self.metric {
             Metric::Dot if query.norm > 0.0 => (query.norm, Some(0.0)),
             Metric::Cosine | Metric::Dot => (1.0, Some(0.0)),
@@ -133,11 +133,11 @@ impl<'a, F: Float> Keys<'a, F> {
         values.chain(last).map(F::from_f64).collect()
     }
 
-    /// A bound on the absolute error of the similarities of a tile; a relative one of
-    /// [`relative_error`](Self::relative_error) comes on top. Infinite where a sum may overflow.
+    /// Returns a bound on the absolute error of the similarities of a tile, in addition to the relative
+    /// error [`relative_error`](Self::relative_error). Infinite if a sum may overflow.
     fn absolute_error(&self, query: &Query) -> f64 {
         let underflow = self.dim() as f64 * F::min_positive_value().as_f64();
-        // The largest sum on the way, and the error of the last.
+        // The largest intermediate sum, and the error of the last.
         let (sum, error) = match self.metric {
             Metric::Cosine => (self.largest, self.relative_error()),
             Metric::Dot => {
@@ -149,8 +149,8 @@ impl<'a, F: Float> Keys<'a, F> {
         if sum < F::max_value().as_f64() / 8.0 { error + underflow } else { f64::INFINITY }
     }
 
-    /// A sum of d products rounds at most d + 1 times, each by half an epsilon, its factors and what
-    /// it is multiplied by a few times more: twice what is needed.
+    /// A sum of d products rounds at most d + 1 times, each by half an epsilon, plus a few times for its
+    /// factors and the final multiplication. This is twice the required bound.
     fn relative_error(&self) -> f64 {
         (self.dim() + 8) as f64 * F::epsilon().as_f64()
     }
@@ -163,7 +163,7 @@ pub(crate) struct Query {
     norm: f64,
 }
 
-/// The norm; NaN if a value is not finite.
+/// Computes the norm; NaN if a value is not finite.
 fn norm_of<F: Float>(row: &[F]) -> f64 {
     let sum_of_squares =
         |scale: f64| row.iter().map(|value| (value.as_f64() / scale).powi(2)).sum::<f64>();
@@ -171,7 +171,7 @@ fn norm_of<F: Float>(row: &[F]) -> f64 {
     if (1e-280..1e300).contains(&sum) {
         return sum.sqrt();
     }
-    // In f64, squares may overflow or underflow where the norm does not.
+    // In f64, squares may overflow or underflow even if the norm does not.
     let scale = row.iter().fold(0.0, |max: f64, value| max.max(value.as_f64().abs()));
     if !all_finite(row) {
         f64::NAN
@@ -182,7 +182,7 @@ fn norm_of<F: Float>(row: &[F]) -> f64 {
     }
 }
 
-/// Σ qᵢ kᵢ or Σ (qᵢ − kᵢ)² in eight sums, which compilers turn into vectors.
+/// Σ qᵢ kᵢ or Σ (qᵢ − kᵢ)² in eight sums, which compilers vectorise.
 #[inline(always)]
 fn sum<Q: Float, F: Float, const SQUARE: bool>(query: &[Q], key: &[F]) -> Q {
     let term = |query: Q, key: F| {
@@ -202,7 +202,7 @@ fn sum<Q: Float, F: Float, const SQUARE: bool>(query: &[Q], key: &[F]) -> Q {
     sums.into_iter().sum::<Q>() + rest
 }
 
-/// |a − b|² for two rows alone, the same bits for every instruction set.
+/// |a − b|² for two rows, bitwise identical for every instruction set.
 #[cfg(feature = "hnsw")]
 pub(super) fn squared_distance<F: Float>(level: Level, a: &[F], b: &[F]) -> F {
     #[inline(always)]
@@ -212,7 +212,7 @@ pub(super) fn squared_distance<F: Float>(level: Level, a: &[F], b: &[F]) -> F {
     dispatch!(level, simd => run(simd, a, b))
 }
 
-/// A key that may be chosen; the greatest is the one to drop first.
+/// A candidate key; the greatest is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Candidate {
     pub(crate) similarity: f64,
@@ -243,15 +243,15 @@ impl PartialOrd for Candidate {
 #[derive(Debug)]
 pub struct Lists<'l, F> {
     pub(crate) k: usize,
-    /// Of the next queries.
+    /// The lengths of the lists of the next queries.
     pub(crate) lens: std::slice::IterMut<'l, usize>,
-    /// k each for the next queries.
+    /// k entries for each of the next queries.
     pub(crate) keys: &'l mut [u32],
     pub(crate) similarities: &'l mut [F],
 }
 
 impl<F: Float> Lists<'_, F> {
-    /// The neighbours of the next query; those after k are left out.
+    /// Adds the neighbours of the next query, at most k.
     ///
     /// # Panics
     /// If there is no next query.
@@ -262,7 +262,7 @@ impl<F: Float> Lists<'_, F> {
         self.similarities = rest;
         let len = self.lens.next().expect("one list for each query");
         for (place, found) in keys.iter_mut().zip(similarities).zip(neighbors) {
-            // A key that does not exist stays one that does not.
+            // A key out of range stays out of range.
             *place.0 = u32::try_from(found.key).unwrap_or(u32::MAX);
             *place.1 = found.similarity;
             *len += 1;
@@ -281,7 +281,7 @@ struct Lane<'s, F: Float> {
 }
 
 impl<F: Float> Lane<'_, F> {
-    /// Takes a key up if it is among the nearest so far; whether it was.
+    /// Adds a key if it is among the nearest so far; returns whether it did.
     #[inline(always)]
     fn offer(&mut self, keys: &Keys<'_, F>, key: usize) -> bool {
         let Some(query) = &self.query else { return false };
@@ -302,14 +302,14 @@ impl<F: Float> Lane<'_, F> {
         true
     }
 
-    /// A key whose similarity in a tile is below this is not among the nearest.
+    /// Returns the bound below which a similarity in a tile is not among the nearest.
     fn bound(&self, keys: &Keys<'_, F>) -> F {
         let worst = self.nearest.peek().filter(|_| self.nearest.len() >= self.search.k);
         let worst = worst.map_or(f64::NEG_INFINITY, |worst| worst.similarity);
         let threshold = self.search.threshold.map_or(f64::NEG_INFINITY, Float::as_f64);
         let needed = worst.max(threshold);
         if needed.is_infinite() && self.absolute_error.is_finite() {
-            // Infinity less its relative error would be NaN.
+            // Infinity minus its relative error would be NaN.
             return F::from_f64(needed);
         }
         F::from_f64(needed - self.absolute_error - keys.relative_error() * needed.abs())
@@ -322,7 +322,7 @@ struct Block<'s, F: Float> {
     /// dim × width, zeros past the last query.
     packed: Vec<F>,
     width: usize,
-    /// Of each lane.
+    /// The bound of each lane.
     bounds: Vec<F>,
 }
 
@@ -347,7 +347,7 @@ impl<'s, F: Float> Block<'s, F> {
             Lane { number, query, search, nearest: BinaryHeap::new(), absolute_error }
         };
         let lanes: Vec<_> = rows.enumerate().map(lane).collect();
-        // Nothing is needed where there is no query.
+        // Lanes without a query need nothing.
         let mut bounds = vec![F::infinity(); width];
         for (bound, lane) in bounds.iter_mut().zip(&lanes) {
             *bound = if lane.query.is_some() { lane.bound(keys) } else { F::infinity() };
@@ -400,7 +400,7 @@ impl<'s, F: Float> Block<'s, F> {
     }
 }
 
-/// The lanes whose similarity is not below their bound; NaN is not below.
+/// Returns the lanes whose similarity is not below their bound; NaN is not below.
 #[inline(always)]
 fn may_improve<S: Simd, F: Float>(simd: S, [a, b]: PanelRow<S, F>, factor: F, bounds: &[F]) -> u64 {
     let len = Vector::<S, F>::LEN;
@@ -411,7 +411,7 @@ fn may_improve<S: Simd, F: Float>(simd: S, [a, b]: PanelRow<S, F>, factor: F, bo
     !below & (u64::MAX >> (64 - 2 * len))
 }
 
-/// Offers a key to the lanes of some bits. Called, since it is rarely needed.
+/// Offers a key to the lanes with a set bit. Not inlined, because it is rarely needed.
 #[inline(never)]
 fn offer<S: Simd, F: Float>(
     simd: S,

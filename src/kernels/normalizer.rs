@@ -10,24 +10,25 @@ use ndarray::{Array2, ArrayView1, ArrayViewMut1, Ix2};
 /// p = e^{s − m} / l,   l = Σ e^{s − m}
 /// ```
 ///
-/// m is the largest logit or one not far below it. Their log-sum-exp L = m + log l alone would not do:
-/// where |L| is large its rounding error is too, and e^{s − L} is wrong by a factor.
+/// m is the largest logit or a number slightly below it. The log-sum-exp L = m + log l alone would not be
+/// enough: if
+/// |L| is large, its rounding error is large too, and e^{s − L} is wrong by a factor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Normalizer<F> {
-    /// m, num_queries × heads; −∞ where no key is seen.
+    /// m, num_queries × heads; −∞ if no key is seen.
     pub(crate) shift: Array2<F>,
     /// l, num_queries × heads; 0 where no key is seen.
     pub(crate) sum: Array2<F>,
 }
 
 impl<F: Float> Normalizer<F> {
-    /// Of queries that have seen no key.
+    /// Creates a normalizer of queries that have seen no key.
     pub(crate) fn empty(num_queries: usize, heads: usize) -> Result<Self> {
         let filled = |value| try_array("log_sum_exp", Ix2(num_queries, heads), value);
         Ok(Self { shift: filled(F::neg_infinity())?, sum: filled(F::zero())? })
     }
 
-    /// `Ok` if it is of so many queries and heads.
+    /// Checks the numbers of queries and heads.
     pub(crate) fn check(&self, num_queries: usize, heads: usize) -> Result<()> {
         check_shape("saved normalizer", &[num_queries, heads], self.shift.shape())
     }
@@ -36,12 +37,12 @@ impl<F: Float> Normalizer<F> {
         self.sum[[query, head]] == F::zero()
     }
 
-    /// Whether some query saw no key.
+    /// Whether any query saw no key.
     pub(crate) fn has_empty_rows(&self) -> bool {
         self.sum.iter().any(|&sum| sum == F::zero())
     }
 
-    /// [m, 1/l]; [+∞, 0] where no key was seen, so that all weights e^{s − m} / l are 0.
+    /// Returns [m, 1/l], or [+∞, 0] if no key was seen, so that all weights e^{s − m} / l are 0.
     #[inline]
     pub(crate) fn factors(&self, query: usize, head: usize) -> [F; 2] {
         if self.is_empty(query, head) {
@@ -50,29 +51,29 @@ impl<F: Float> Normalizer<F> {
         [self.shift[[query, head]], F::one() / self.sum[[query, head]]]
     }
 
-    /// L = m + log l; −∞ where no key was seen.
+    /// Returns L = m + log l, or −∞ if no key was seen.
     pub(crate) fn log_sum_exp(&self) -> Array2<F> {
         let mut log_sum_exp = self.shift.clone();
         log_sum_exp.zip_mut_with(&self.sum, |shift, sum| *shift += sum.ln());
         log_sum_exp
     }
 
-    /// Forgets what a query has seen.
+    /// Resets a query to having seen no key.
     pub(crate) fn clear_row(&mut self, query: usize) {
         self.shift.row_mut(query).fill(F::neg_infinity());
         self.sum.row_mut(query).fill(F::zero());
     }
 }
 
-/// Outputs of a query and head over the keys of one part, with their normalizer.
+/// The output of a query and head over the keys of one part, with its normalizer.
 pub(crate) struct Part<V, F> {
     pub(crate) out: V,
     pub(crate) shift: F,
     pub(crate) sum: F,
 }
 
-/// Overwrites `out` with the outputs over the keys of all parts; returns their normalizer m and l. A part
-/// without keys is left out, not multiplied by zero.
+/// Overwrites `out` with the output over the keys of all parts; returns its normalizer m and l. A part
+/// without keys is skipped, not multiplied by zero.
 ///
 /// ```text
 /// m = max mᵢ,   l = Σ e^{mᵢ − m} lᵢ,   o = Σ e^{mᵢ − m} lᵢ oᵢ / l

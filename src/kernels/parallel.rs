@@ -1,17 +1,17 @@
-//! Parts of a problem that do not touch each other.
+//! Running independent parts of a problem on threads.
 
 use ndarray::{ArrayViewMut2, Axis};
 use std::ops::Range;
 
-/// Below this many multiplications, some 50 µs of work, waking other threads costs more than they
-/// save.
+/// The number of multiplications, about 50 µs of work, below which waking other threads costs more than
+/// it saves.
 #[cfg(feature = "parallel")]
 const WORTH_SHARING: usize = 4_000_000;
 
-/// Runs a task for each part. Each writes to places of its own, so neither their order nor the
-/// number of threads changes a bit of the result.
+/// Runs a task for each part. Each task writes to its own memory, so neither their order nor the number
+/// of threads changes the result.
 pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Send + Sync) {
-    // The kernels are compiled into `run`: called in two places it would be compiled twice.
+    // The kernels are compiled into `run`; if called in two places, it would be compiled twice.
     let run: &(dyn Fn(T) + Send + Sync) = &run;
     #[cfg(feature = "parallel")]
     if work >= WORTH_SHARING && parts.len() > 1 {
@@ -26,7 +26,7 @@ pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Se
     parts.into_iter().for_each(run);
 }
 
-/// Not generic: the code that shares work among threads is compiled once, not for every task.
+/// Not generic, so that the code that shares work among threads is compiled once, not for every task.
 #[cfg(feature = "parallel")]
 fn for_each_index(len: usize, run: &(dyn Fn(usize) + Sync)) {
     use rayon::iter::{IntoParallelIterator, ParallelIterator};
@@ -52,7 +52,7 @@ pub(crate) fn parts_of_work(
 ) -> Vec<Range<usize>> {
     let blocks: Vec<_> = ranges(len, block).collect();
     let count = count.min(blocks.len()) as u128;
-    // A block costs something whatever its work.
+    // Every block has a fixed cost.
     let work = |block: &Range<usize>| 1 + work(block.clone()) as u128;
     let total: u128 = blocks.iter().map(work).sum();
     let (mut parts, mut start, mut done) = (Vec::new(), 0, 0);
@@ -67,7 +67,7 @@ pub(crate) fn parts_of_work(
     parts
 }
 
-/// The rows of a matrix that are not given away yet.
+/// The rows of a matrix that have not been handed out yet.
 pub(crate) struct Rest<'a, F>(Option<ArrayViewMut2<'a, F>>);
 
 impl<'a, F> Rest<'a, F> {
@@ -75,10 +75,10 @@ impl<'a, F> Rest<'a, F> {
         Self(Some(matrix))
     }
 
-    /// The next rows.
+    /// Returns the next rows.
     ///
     /// # Panics
-    /// If there are not so many.
+    /// If there are not enough rows.
     pub(crate) fn take(&mut self, len: usize) -> ArrayViewMut2<'a, F> {
         let rest = self.0.take().expect("an earlier call did not panic");
         let (chunk, rest) = rest.split_at(Axis(0), len);
@@ -87,7 +87,7 @@ impl<'a, F> Rest<'a, F> {
     }
 }
 
-/// The rows of a matrix in chunks of these lengths.
+/// Splits the rows of a matrix into chunks of these lengths.
 pub(crate) fn row_chunks<F>(
     matrix: ArrayViewMut2<'_, F>,
     lens: impl IntoIterator<Item = usize>,

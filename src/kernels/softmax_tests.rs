@@ -1,5 +1,5 @@
-//! Tiles and rows at the edges of their tiles and vectors, on every instruction set that the CPU has
-//! and on none, against the plain mechanism, which shares no kernel with them.
+//! Tests of tiles and rows at the edges of tiles and vectors, on every instruction set of the CPU and on
+//! none, against the plain mechanism, which shares no kernel with them.
 
 use super::dense::TileSizes;
 use super::levels;
@@ -13,14 +13,14 @@ use ndarray::{Array1, Array2, ArrayView2, s};
 
 const TILE: usize = 12;
 
-/// Entries between −1 and 1 that no two arrays share.
+/// Entries between −1 and 1, different for all arrays.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {
         F::from_f64((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
     })
 }
 
-/// Every second row and column, backwards, of a matrix that holds NaN elsewhere.
+/// Every second row and column, in reverse, of a matrix with NaN elsewhere.
 fn scattered<F: Float>(matrix: &Array2<F>) -> Array2<F> {
     let (rows, columns) = matrix.dim();
     let mut around = Array2::from_elem((2 * rows, 2 * columns), F::nan());

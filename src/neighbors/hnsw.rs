@@ -112,9 +112,9 @@ impl HnswConfig {
 /// variates, 24 connections and 200 candidates in search find 0.996 of the ten nearest by cosine.
 ///
 /// All metrics are converted to the Euclidean distance of points: [`Metric::Cosine`] of unit vectors,
-/// [`Metric::Dot`] of vectors with one more coordinate that gives all keys the same norm (Bachrach et al. 2014).
-/// With `Dot`, keys much shorter than the longest end up close together: if norms differ by factors of
-/// ten, many of the nearest are missed.
+/// [`Metric::Dot`] of vectors with one more coordinate that gives all keys the same norm (Bachrach et al.
+/// 2014). With `Dot`, keys much shorter than the longest end up close together: if norms differ by
+/// factors of ten, many of the nearest are missed.
 ///
 /// The index stores the keys twice, once in the crate's points. Keys are inserted in order on one thread,
 /// and their layers are drawn from a fixed seed, so the same keys give the same index, also with another

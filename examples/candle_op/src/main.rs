@@ -1,8 +1,8 @@
-//! Attention over a graph as one operation of candle's autograd.
+//! Attention over a graph as one operation in candle's autograd.
 //!
-//! The operation calls a mechanism forward and, when candle walks its tape back, the mechanism's own
-//! backward pass; it never sees more than the edges. By candle alone, attention forms all pairs and
-//! masks those that are no edges. Its gradients must be the same.
+//! The operation runs a mechanism's forward pass and, when candle goes back along its tape, the
+//! mechanism's own backward pass; it only processes the edges. With candle alone, attention computes all
+//! pairs and masks those that are not edges. The gradients must be the same.
 
 use candle_core::{CpuStorage, CustomOp3, D, Device, Error, Layout, Result, Shape, Tensor};
 use candle_core::{Var, WithDType};
@@ -10,7 +10,7 @@ use graph_attention::ndarray::{Array2, ArrayView2, ShapeBuilder};
 use graph_attention::{Attention, Flash, Float, Graph, Inputs, Saved};
 use std::sync::OnceLock;
 
-/// One step of the tape: it keeps what forward saves for backward.
+/// One step of the tape, which keeps the state that the forward pass saves for the backward pass.
 struct Attend<F> {
     attention: Box<dyn Attention<F>>,
     graph: Graph,
@@ -46,7 +46,7 @@ impl<F: Float + WithDType> CustomOp3 for Attend<F> {
     }
 }
 
-/// A tensor where it lies, whatever its strides.
+/// A view of a tensor in place, whatever its strides.
 fn view<'a, F: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<ArrayView2<'a, F>> {
     let (shape, stride) = (layout.shape().dims2()?, layout.stride());
     let values = &storage.as_slice()?[layout.start_offset()..];
@@ -62,7 +62,7 @@ fn tensor<F: WithDType>(array: &Array2<F>) -> Result<Tensor> {
     Tensor::from_iter(array.iter().copied(), &Device::Cpu)?.reshape(array.dim())
 }
 
-/// The gradients of the sum of squares of the output.
+/// Computes the gradients of the sum of squares of the output.
 fn gradients<F: Float + WithDType>(graph: &Graph, by_candle: bool) -> Result<Vec<f64>> {
     let shape = (graph.num_queries(), 8);
     let var = |x: f64| {
@@ -99,8 +99,8 @@ fn main() -> Result<()> {
     let double = error(gradients::<f64>(&graph, false))?;
     println!("Gradients over {} pairs, |difference from candle's in f64|:", graph.num_edges());
     println!("candle's in f32 {candle:.1e}, ours in f32 {single:.1e}, ours in f64 {double:.1e}");
-    // What f32 costs candle itself is the measure, times 3 for another order of the roundings; in f64
-    // each of them is 2⁻²⁹ as large.
+    // The tolerance is candle's own error in f32, times 3 for a different order of roundings; in f64 each
+    // rounding is 2⁻²⁹ as large.
     assert!(candle > 0.0 && single <= 3.0 * candle);
     assert!(double <= 3.0 * candle / f64::from(1 << 29));
     Ok(())

@@ -22,7 +22,7 @@ struct Operands<'r, F: Clone> {
     grad_out: FiniteRows<'r, F>,
 }
 
-/// Buffers of a backward pass over one block after the other.
+/// Buffers of a backward pass, used for one block at a time.
 struct BackwardScratch<F> {
     /// key_dim × width, and width × padded key_dim.
     queries: Buffer<F>,
@@ -34,9 +34,9 @@ struct BackwardScratch<F> {
     /// keys × width: P̃ and dS.
     weights: Buffer<F>,
     grad_scores: Buffer<F>,
-    /// For what is added to scores, and multiplies weights.
+    /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
-    /// m, 1/l and δ; +∞, 0 and 0 for lanes that take no part, so that their weights are 0.
+    /// m, 1/l and δ; +∞, 0 and 0 for unused lanes, so that their weights are 0.
     shifts: Buffer<F>,
     inverses: Buffer<F>,
     deltas: Buffer<F>,
@@ -44,8 +44,8 @@ struct BackwardScratch<F> {
     grad_query: Buffer<F>,
 }
 
-/// Gradients of the keys and values that a part of the queries may see: for each head, row after row
-/// of padded length.
+/// Gradients of the keys and values that a part of the queries may see: for each head, rows of padded
+/// length.
 struct KeyGradients<F> {
     keys: Range<usize>,
     key: Buffer<F>,
@@ -69,7 +69,7 @@ pub(in super::super) fn backward<F: Float>(
     grads: &mut GradientsMut<'_, F>,
 ) {
     let sizes = clip(problem, sizes);
-    // A query without a visible key hides all pairs of its own.
+    // A query without a visible key hides all of its pairs.
     let may_hide = problem.may_hide() || upstream.normalizer.has_empty_rows();
     let operands = Operands {
         upstream,
@@ -186,8 +186,8 @@ fn backward_part<F: Float>(
     }
 }
 
-/// Leaves the gradient of the queries, but for the scale, in `scratch`; adds those of keys, values and
-/// bias to the part's.
+/// Writes the gradient of the queries, without the scale, to `scratch`; adds the gradients of keys,
+/// values and bias to the part.
 fn backward_block<F: Float>(
     block: &Block<'_, '_, F>,
     operands: &Operands<'_, F>,
@@ -233,7 +233,7 @@ fn backward_block<F: Float>(
         [scratch.shifts[lane], scratch.inverses[lane]] =
             operands.upstream.normalizer.factors(query, head);
     }
-    // δ = g·o, by the steps that make g·v: with one key in sight o is v, and ds is 0.
+    // δ = g·o, by the same steps as g·v: with only one visible key o is v, and ds is 0.
     let BackwardScratch { out, grad_out, deltas, .. } = &mut *scratch;
     column_products(level, width, value_dim, [out, grad_out], deltas);
     scratch.grad_query.fill(F::zero());
@@ -242,7 +242,7 @@ fn backward_block<F: Float>(
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
         for column in (0..width).step_by(panel) {
-            // Causal pattern and window hide the ends of a tile from whole panels.
+            // Causal pattern and window may hide the ends of a tile from whole panels.
             let lanes = block.lanes(column, panel);
             let visible = block.visible_keys(&lanes);
             let start = visible.start.clamp(tile.start, tile.end);
@@ -301,7 +301,7 @@ fn backward_block<F: Float>(
             rows_times(level, tile.len(), left, right, Target::Add, Out::new(sums, padded));
         }
 
-        // What is not finite, pair by pair.
+        // Values that are not finite, pair by pair.
         let lanes_of = |bad: &[usize]| -> Vec<usize> {
             let queries = bad.iter().filter(|query| block.queries.contains(query));
             let lanes = queries.map(|query| query - block.queries.start);
@@ -367,8 +367,8 @@ fn column_products<F: Float>(
     dispatch!(level, simd => run(simd, width, num_rows, [a, b], sums));
 }
 
-/// P = e^{S − m} / l in place of the scores S of a panel, dS = P (dP − δ) in place of dP. Hidden pairs have
-/// S = −∞ and get zeros, whatever dP.
+/// Replaces the scores S of a panel by P = e^{S − m} / l, and dP by dS = P (dP − δ). Hidden pairs have S =
+/// −∞ and get zeros, whatever dP.
 #[inline(never)]
 fn weights_and_logits_vjp<F: Float>(
     level: Level,
@@ -399,7 +399,7 @@ fn weights_and_logits_vjp<F: Float>(
             let mut grad = load::<S, F>(simd, grads);
             let mut weight = score;
             for v in 0..2 {
-                // By the score itself: −∞ less a shift that is NaN is not −∞ any more.
+                // By the score itself: −∞ minus a NaN shift is no longer −∞.
                 let score = shifts[v].simd_eq(highest).select(lowest, score[v]);
                 let is_hidden = score.simd_eq(lowest);
                 let exponential = exp::<S, F>(simd, score - shifts[v]);

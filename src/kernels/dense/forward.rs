@@ -15,32 +15,32 @@ use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;
 
-/// A maximum is raised only where the logits exceed it by more than this: then a sum over many tiles is
+/// A maximum is only raised if the logits exceed it by more than this, so that a sum over many tiles is
 /// not rescaled, and rounded, by each.
 pub(in super::super) const SLACK: f64 = 4.0;
 
-/// After so many tiles sums go to a total with compensation.
+/// The number of tiles after which sums are added to a compensated total.
 const TILES_OF_SUM: usize = 32;
 
-/// Buffers of a forward pass over one block after the other.
+/// Buffers of a forward pass, used for one block at a time.
 struct ForwardScratch<F> {
     /// keys × width.
     scores: Buffer<F>,
     /// Σ e^{s − m} v and, in the last row, l = Σ e^{s − m}: (value_dim + 1) × width.
     sums: Buffer<F>,
-    /// m, which the exponentials are relative to.
+    /// m, the shift of the exponentials.
     maxima: Buffer<F>,
-    /// Of a panel: the largest scores and m before, and what rescales the sums.
+    /// For a panel: the largest scores and the previous m, and the factors that rescale the sums.
     largest: Buffer<F>,
     alphas: Buffer<F>,
     totals: Totals<F>,
-    /// For what is added to scores, and multiplies weights.
+    /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
 }
 
 /// The sums over earlier tiles of a long row.
 struct Totals<F> {
-    /// As the sums, and what they lack of rounding; empty while there are none.
+    /// Totals with the layout of the sums, and their rounding errors; empty while there are none.
     totals: Vec<F>,
     lacks: Vec<F>,
     /// The factors that rescale them, one for each lane.
@@ -48,7 +48,7 @@ struct Totals<F> {
 }
 
 impl<F: Float> Totals<F> {
-    /// Takes up sums in place of which it leaves zeros.
+    /// Adds sums to the totals and replaces them by zeros.
     #[inline(never)]
     fn take(&mut self, level: Level, sums: &mut [F], width: usize) {
         dispatch!(level, _simd => {
@@ -70,7 +70,7 @@ impl<F: Float> Totals<F> {
         });
     }
 
-    /// Leaves all sums in `sums`, and is empty again.
+    /// Writes all sums to `sums` and becomes empty.
     fn finish(&mut self, level: Level, sums: &mut [F], width: usize) {
         if !self.totals.is_empty() {
             self.take(level, sums, width);
@@ -142,7 +142,7 @@ fn forward_part<'p, F: Float, C: TileScorer<'p, F>>(
     }
 }
 
-/// Divides the outputs by the sums, and gives each query its row.
+/// Divides the outputs by the sums and writes the row of each query.
 #[inline(never)]
 fn write_out<F: Float>(
     level: Level,
@@ -173,7 +173,7 @@ fn write_quotients<S: Simd, F: Float>(
         |column, lane| {
             let sum = at(&scratch.sums, dim * width + lane);
             let mean = at(&scratch.sums, column * width + lane) * (one / sum);
-            // Nothing seen: not even 0/0.
+            // Nothing seen: avoid 0/0.
             sum.simd_eq(zero).select(zero, mean)
         },
         #[inline(always)]
@@ -188,7 +188,7 @@ fn write_quotients<S: Simd, F: Float>(
     );
 }
 
-/// Leaves the sums and what they are relative to in `scratch`.
+/// Writes the sums and their shifts to `scratch`.
 fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     block: &Block<'_, '_, F>,
     scorer: &mut C,
@@ -212,7 +212,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             totals.take(level, sums, width);
         }
         for column in (0..width).step_by(panel) {
-            // Causal pattern and window hide the ends of a tile from whole panels.
+            // Causal pattern and window may hide the ends of a tile from whole panels.
             let lanes = block.lanes(column, panel);
             let visible = block.visible_keys(&lanes);
             let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
@@ -280,8 +280,8 @@ fn raise<F: Float>(level: Level, width: usize, column: usize, scores: &[F], larg
     dispatch!(level, simd => run(simd, width, column, scores, largest));
 }
 
-/// m' = `largest` where that is larger than m by more than the slack, α = e^{m − m'}, P = e^{S − m'} in
-/// place of the scores S of the panel at (width, column), l ← α l + Σ P. The lanes are m, α and l.
+/// m' = `largest` if that is larger than m by more than the slack, α = e^{m − m'}, l ← α l + Σ P, and
+/// replaces the scores S of the panel at (width, column) by P = e^{S − m'}. The lanes are m, α and l.
 #[inline(never)]
 fn exponentials<F: Float>(
     level: Level,
@@ -303,7 +303,7 @@ fn exponentials<F: Float>(
         let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
         let old_max = load::<S, F>(simd, maxima);
         let mut max = load::<S, F>(simd, largest);
-        // Where there is no maximum yet the shift is 0: −∞ − (−∞) never arises.
+        // Without a maximum the shift is 0, so −∞ − (−∞) never occurs.
         let (mut shift, mut alpha) = (max, max);
         for half in 0..2 {
             let is_raised = max[half].simd_gt(old_max[half] + slack);
@@ -313,7 +313,8 @@ fn exponentials<F: Float>(
         }
         store::<S, F>(max, maxima);
         store::<S, F>(alpha, alphas);
-        // In the steps of the product with the values: constant values have constant outputs.
+        // In the same steps as the product with the values, so that constant values have constant
+        // outputs.
         let mut sum = [zero; 2];
         for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
             let mut of_rows = [zero; 2];

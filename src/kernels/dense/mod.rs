@@ -1,9 +1,9 @@
 //! Softmax attention in tiles of queries × keys, one head at a time (Dao et al. 2022, 2205.14135;
 //! Dao 2023, 2307.08691).
 //!
-//! Scores are kept transposed, keys × queries: the lanes of a vector are queries. Then maxima,
-//! exponentials and sums run lane by lane, a row of scores is a row of the right factor of P V, and
-//! keys and values are read as they lie. Only the queries of a block are packed, times the scale.
+//! Scores are stored transposed, keys × queries: the lanes of a vector are queries. So maxima,
+//! exponentials and sums are computed lane by lane, a row of scores is a row of the right factor of P V,
+//! and keys and values are read in place. Only the queries of a block are packed, times the scale.
 
 mod backward;
 mod forward;
@@ -24,19 +24,20 @@ use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
 
-/// Queries of a block and keys of a tile.
+/// The number of queries in a block and keys in a tile.
 #[derive(Clone, Copy, Debug)]
 pub struct TileSizes {
     pub(crate) queries: usize,
     pub(crate) keys: usize,
 }
 
-/// Fewer queries than these go row by row: they would leave most lanes of a vector empty.
+/// Fewer queries than this are processed row by row, because they would leave most lanes of a vector
+/// empty.
 pub(crate) const FEW_QUERIES: usize = 8;
 
-/// The gradients of keys and values are summed in at most this many parts of the queries, each of at
-/// least so many blocks and in order, and then over the parts: numbers that depend on the problem
-/// alone, so that the sums do not depend on the threads.
+/// The gradients of keys and values are summed in order in at most this many parts of the queries, each
+/// with at least the given number of blocks, and then over the parts. These numbers depend only on the
+/// problem, so that the sums do not depend on the threads.
 pub(super) const PARTS: usize = 4;
 pub(super) const BLOCKS_OF_PART: usize = 4;
 
@@ -58,7 +59,7 @@ impl<'r, F: Float> HeadRows<'r, F> {
         &self.rows.row(row)[self.column..][..self.dim]
     }
 
-    /// The rows from this one on, as a factor of a product.
+    /// Returns the rows from this one on, as a factor of a product.
     #[inline(always)]
     pub(super) fn left(self, from: usize) -> Left<'r, F> {
         let Slices { data, columns } = self.rows;
@@ -76,7 +77,7 @@ pub(super) struct Block<'p, 'a, F: Float> {
     pub(super) queries: Range<usize>,
     /// The number of lanes, a multiple of the panel width.
     pub(super) width: usize,
-    /// Whether anything but a causal pattern or a window may hide a pair.
+    /// Whether anything except a causal pattern or a window may hide a pair.
     may_hide_anywhere: bool,
 }
 
@@ -128,14 +129,14 @@ impl<F: Float> Block<'_, '_, F> {
         );
     }
 
-    /// The keys that it meets.
+    /// Returns the keys that it meets.
     #[inline(always)]
     pub(super) fn keys(&self) -> HeadRows<'_, F> {
         let problem = self.problem;
         HeadRows::new(problem.key.slices(), problem.kv_head(self.head), problem.key_dim)
     }
 
-    /// The keys that causal pattern and window do not hide from all of some lanes.
+    /// Returns the keys that causal pattern and window leave visible to at least one of some lanes.
     pub(super) fn visible_keys(&self, lanes: &Range<usize>) -> Range<usize> {
         let inputs = &self.problem.inputs;
         let start = inputs.first_visible_key(self.queries.start + lanes.start);
@@ -143,14 +144,14 @@ impl<F: Float> Block<'_, '_, F> {
         start..end.max(start)
     }
 
-    /// The keys that they hide from none of some lanes.
+    /// Returns the keys that they leave visible to all of some lanes.
     fn keys_of_all(&self, lanes: &Range<usize>) -> Range<usize> {
         let inputs = &self.problem.inputs;
         inputs.first_visible_key(self.queries.start + lanes.end - 1)
             ..inputs.num_visible_keys(self.queries.start + lanes.start)
     }
 
-    /// The visible keys in tiles.
+    /// Iterates over the visible keys in tiles.
     pub(super) fn tiles(
         &self,
         keys_per_tile: usize,
@@ -165,7 +166,7 @@ impl<F: Float> Block<'_, '_, F> {
         self.may_hide_anywhere || keys.start < seen.start || keys.end > seen.end
     }
 
-    /// The lanes of a panel that are queries.
+    /// Returns the lanes of a panel that are queries.
     pub(super) fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
         column..(column + panel).min(self.queries.len())
     }
@@ -174,7 +175,7 @@ impl<F: Float> Block<'_, '_, F> {
         self.problem.dense_pair(self.queries.start + lane, key)
     }
 
-    /// Adds the bias to the scores of some lanes, and hides what is hidden. `rows` is scratch.
+    /// Adds the bias to the scores of some lanes and masks hidden pairs. `rows` is scratch.
     #[inline(never)]
     pub(super) fn restrict(
         &self,
@@ -186,7 +187,7 @@ impl<F: Float> Block<'_, '_, F> {
         let inputs = &self.problem.inputs;
         if !self.may_hide_anywhere {
             // Causal pattern and window alone: the first lanes do not see a key yet, the last ones no
-            // more.
+            // longer.
             let lane_of = |query: usize| {
                 query.saturating_sub(self.queries.start).clamp(lanes.start, lanes.end)
             };
@@ -223,13 +224,13 @@ impl<F: Float> Block<'_, '_, F> {
             |at, bias| {
                 let scores = &mut scores[at..][..Vector::<S, F>::LEN];
                 let score = Vector::<S, F>::from_slice(simd, scores) + bias;
-                // By the bias itself: a score that is NaN is hidden too.
+                // By the bias itself, so that a NaN score is hidden too.
                 bias.simd_eq(lowest).select(lowest, score).store_slice(scores);
             },
         );
     }
 
-    /// Overwrites `row` with the additive logits of a query, −∞ where anything hides a key.
+    /// Overwrites `row` with the additive logits of a query, −∞ for hidden keys.
     fn fill_bias(&self, query: usize, keys: &Range<usize>, row: &mut [F]) {
         let Problem { inputs, bias, .. } = self.problem;
         let first = self.problem.dense_pair(query, keys.start);
@@ -245,7 +246,7 @@ impl<F: Float> Block<'_, '_, F> {
         row[end..].fill(F::neg_infinity());
     }
 
-    /// Multiplies the entries of some lanes by what dropout makes of their weights. `rows` is scratch.
+    /// Multiplies the entries of some lanes by the dropout factors of their weights. `rows` is scratch.
     pub(super) fn drop_out(
         &self,
         lanes: Range<usize>,
@@ -268,7 +269,7 @@ impl<F: Float> Block<'_, '_, F> {
     ) {
         let inputs = &self.problem.inputs;
         dispatch!(self.level, simd => {
-            // The hash of a pair is computed in vectors too.
+            // The hashes of pairs are vectorised too.
             self.fill_rows(
                 &lanes,
                 keys.len(),
@@ -306,7 +307,7 @@ impl<F: Float> Block<'_, '_, F> {
         );
     }
 
-    /// Lets `fill` write a number for each key into the row of each query, for
+    /// Calls `fill` to write a number for each key into the row of each query, for
     /// [`for_lanes`](Self::for_lanes).
     #[inline(always)]
     fn fill_rows(
@@ -323,8 +324,8 @@ impl<F: Float> Block<'_, '_, F> {
         }
     }
 
-    /// Hands the numbers of `rows`, one row for each of the lanes, to `visit`, key by key in vectors of
-    /// lanes, with the place of the first in a tile of scores. Lanes past the last come with zeros.
+    /// Passes the numbers in `rows`, one row for each lane, to `visit`, key by key in vectors of lanes,
+    /// with the position of the first in a tile of scores. Lanes past the last are zeros.
     #[inline(always)]
     fn for_lanes<S: Simd>(
         &self,
@@ -347,7 +348,7 @@ impl<F: Float> Block<'_, '_, F> {
         );
     }
 
-    /// Adds the gradients of the logits of some lanes, keys × width, to that of the bias of the
+    /// Adds the gradients of the logits of some lanes, keys × width, to the gradient of the bias of the
     /// queries from `first` on.
     #[inline(never)]
     pub(super) fn add_bias_gradients(
@@ -500,7 +501,7 @@ impl<'g, F: Float> BiasRows<'g, F> {
     }
 }
 
-/// Rows `rows` of the queries from `queries.start` on.
+/// Returns rows `rows` of the queries from `queries.start` on.
 pub(super) fn block<'p, 'a, F: Float>(
     level: Level,
     problem: &'p Problem<'a, F>,
@@ -521,7 +522,7 @@ pub(super) fn block<'p, 'a, F: Float>(
 /// Tiles larger than this only cost memory.
 const LARGEST_TILE: usize = 1024;
 
-/// Tiles no larger than the problem.
+/// Limits tiles to the size of the problem.
 pub(super) fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     TileSizes {
         queries: sizes.queries.min(problem.inputs.num_queries()).clamp(1, LARGEST_TILE),
@@ -529,22 +530,22 @@ pub(super) fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> Tile
     }
 }
 
-/// How a mechanism makes logits of tiles: what the forward pass of all of them is generic over.
+/// How a mechanism computes the logits of tiles. The forward pass is generic over it.
 pub(super) trait TileScorer<'p, F: Float>: Sized {
-    /// The mechanism's problem.
+    /// The problem of the mechanism.
     type Problem: Sync;
 
-    /// The softmax in it.
+    /// Returns the softmax problem in it.
     fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
 
-    /// For blocks of up to so many lanes.
+    /// Creates a scorer for blocks of up to the given number of lanes.
     fn new(problem: &'p Self::Problem, width: usize) -> Self;
 
-    /// Takes up the queries of a block.
+    /// Loads the queries of a block.
     fn begin(&mut self, block: &Block<'_, '_, F>);
 
-    /// Writes the logits of a panel of lanes for a tile of keys, and raises the maxima of its lanes to the
-    /// largest of them.
+    /// Writes the logits of a panel of lanes for a tile of keys, and raises the maxima of its lanes to
+    /// the largest logits.
     fn score(
         &self,
         block: &Block<'_, '_, F>,

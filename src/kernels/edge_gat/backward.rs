@@ -1,5 +1,5 @@
-//! The backward pass. It visits the pairs by query, where it computes their weights anew and keeps
-//! two numbers for each pair and head, and then by key, where it only sums with those.
+//! The backward pass. It visits the pairs by query, recomputing their weights and storing two numbers for
+//! each pair and head, and then by key, where it only computes sums from these numbers.
 
 use super::super::gathered::{Columns, Weights, unrolled_dot};
 use super::super::primitives::matmul::Vector;
@@ -22,12 +22,13 @@ pub struct EdgeGradients<F> {
     pub(crate) query: Array2<F>,
     pub(crate) key: Array2<F>,
     pub(crate) value: Array2<F>,
-    /// Of `edge_attention` or `attention`, one after the other.
+    /// The gradient of `edge_attention` or `attention`, flattened.
     pub(crate) attention: Array1<F>,
     pub(crate) edge_weight: Array2<F>,
 }
 
-/// The gradients, given the outputs and normalizer of the forward pass; adds that of the features.
+/// Computes the gradients, given the outputs and normalizer of the forward pass; adds the gradient of the
+/// features.
 pub(in super::super) fn backward<F: Float>(
     problem: &EdgeProblem<'_, F>,
     tile_len: usize,
@@ -48,7 +49,7 @@ pub(in super::super) fn backward<F: Float>(
     let pairs = Pairs::by_query(inputs);
     let parts_of = parts(pairs);
     let slots = SlotOfPair::new(inputs.pattern())?;
-    // Straight to its place, if that is in the order of the rows.
+    // Written directly if the edges are in the order of the rows.
     let (mut direct, scattered) = match grad_features.filter(|_| problem.feature_dim() > 0) {
         Some(grad) if slots.is_identity() && grad.is_standard_layout() => (Some(grad), None),
         grad => (None, grad),
@@ -117,7 +118,7 @@ pub(in super::super) fn backward<F: Float>(
     })
 }
 
-/// dm = ds · a · LeakyReLU'(m) of the pairs of a tile, in place of LeakyReLU(m).
+/// Replaces LeakyReLU(m) of the pairs of a tile by dm = ds · a · LeakyReLU'(m).
 #[inline(never)]
 fn activated_vjp<F: Float>(
     level: Level,
@@ -178,7 +179,7 @@ fn add_rows<F: Float>(level: Level, sum: &mut [F], rows: &[F], count: usize) {
     });
 }
 
-/// The pass that knows everything of a query.
+/// The pass by query.
 struct ByQuery<'p, F: Float> {
     problem: &'p EdgeProblem<'p, F>,
     upstream: Upstream<'p, F>,
@@ -188,9 +189,9 @@ struct ByQuery<'p, F: Float> {
 }
 
 impl<F: Float> ByQuery<'_, F> {
-    /// The rows of a part: overwrites the gradients of queries and the state of each pair (weights
-    /// after dropout, then gradients of logits before the activation where that is a single one);
-    /// adds the gradients of features and, over the whole part, of attention and edge weight.
+    /// Processes the rows of a part: overwrites the gradients of queries and the state of each pair
+    /// (weights after dropout, then gradients of logits before the activation if there is a single
+    /// logit); adds the gradients of features and, over the whole part, of attention and edge weight.
     fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 1, 2>) {
         let Self { problem, upstream, .. } = *self;
         let softmax = &problem.softmax;
@@ -215,10 +216,10 @@ impl<F: Float> ByQuery<'_, F> {
             [(); 5].map(|()| vec![F::zero(); tile.weights.len()]);
         let ones = &problem.ones;
         let mut grad_tile = FeatureTile::new(level, if wants_features { dim } else { 0 }, stride);
-        // Σ ds x and Σ p̃ x of a row; for single logits Σ ds x of the part.
+        // Σ ds x and Σ p̃ x for a row; for single logits Σ ds x for the part.
         let mut logit_sums = FeatureSums::zeros(level, heads, dim);
         let mut value_sums = FeatureSums::zeros(level, heads, problem.value_feature_dim());
-        // W x of those, and Wᵀ g.
+        // W x for those, and Wᵀ g.
         let mut coefficients = Coefficients::zeros(level, heads, dim);
         let mut of_grad_out = Coefficients::zeros(level, heads, problem.value_feature_dim());
         let mut sum = vec![F::zero(); grad_query.ncols()];
@@ -273,7 +274,8 @@ impl<F: Float> ByQuery<'_, F> {
                     let [weights, grads_of] = [&mut tile.weights, &mut grads]
                         .map(|numbers| &mut numbers[vectors.clone()]);
                     if is_one_tile {
-                        // δ = Σ p dp has the roundings of these dp: it leaves 0 for a single pair.
+                        // δ = Σ p dp has the same rounding errors as these dp, so the result is 0 for a
+                        // single pair.
                         weights_of(level, weights, [terms[0], terms[1]]);
                         let of_pairs = || weights.iter().zip(&*grads_of).take(count);
                         let delta: F = of_pairs().map(|(&weight, &grad)| weight * grad).sum();
@@ -389,7 +391,7 @@ fn add_outer<F: Float>(
     }
 }
 
-/// The pass that sums over the queries of a key.
+/// The pass by key, which sums over the queries of a key.
 struct ByKey<'p, F: Float> {
     problem: &'p EdgeProblem<'p, F>,
     upstream: Upstream<'p, F>,
@@ -400,7 +402,7 @@ struct ByKey<'p, F: Float> {
 }
 
 impl<F: Float> ByKey<'_, F> {
-    /// The rows of a part: overwrites the gradients of keys and values.
+    /// Processes the rows of a part: overwrites the gradients of keys and values.
     fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 2, 0>) {
         let Self { problem, upstream, states, slots, .. } = *self;
         let softmax = &problem.softmax;

@@ -1,5 +1,5 @@
-//! The features of a tile of pairs, stored feature by feature: the lanes of a vector are pairs. So a
-//! few numbers for each pair need no sums across lanes, however few they are.
+//! The features of a tile of pairs, stored feature by feature: the lanes of a vector are pairs. So even a
+//! few numbers per pair need no sums across lanes.
 
 use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::Slices;
@@ -11,14 +11,14 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 pub(super) struct FeatureTile<F> {
     level: Level,
     dim: usize,
-    /// From feature to feature: whole vectors.
+    /// The distance between features, in whole vectors.
     stride: usize,
     data: Vec<F>,
 }
 
 /// A number for each head and feature.
 pub(super) struct Coefficients<F> {
-    /// From head to head: whole vectors.
+    /// The distance between heads, in whole vectors.
     pub(super) stride: usize,
     pub(super) data: Vec<F>,
 }
@@ -29,7 +29,7 @@ impl<F: Float> Coefficients<F> {
         Self { stride, data: vec![F::zero(); heads * stride] }
     }
 
-    /// From heads × features without gaps.
+    /// Creates it from heads × features without gaps.
     pub(super) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
         let mut coefficients = Self::zeros(level, heads, dim);
         for head in 0..heads {
@@ -48,7 +48,7 @@ impl<F: Float> Coefficients<F> {
 /// Sums over pairs for each head and feature, lane by lane.
 pub(super) struct FeatureSums<F> {
     dim: usize,
-    /// Lanes of a vector.
+    /// The number of lanes of a vector.
     len: usize,
     lanes: Vec<F>,
 }
@@ -73,7 +73,7 @@ impl<F: Float> FeatureSums<F> {
 }
 
 impl<F: Float> FeatureTile<F> {
-    /// For tiles whose heads are `stride` apart.
+    /// Creates it for tiles with heads `stride` apart.
     pub(super) fn new(level: Level, dim: usize, stride: usize) -> Self {
         Self { level, dim, stride, data: vec![F::zero(); dim * stride] }
     }
@@ -89,7 +89,7 @@ impl<F: Float> FeatureTile<F> {
         &mut self.data[feature * self.stride..][..self.stride]
     }
 
-    /// The features of some pairs, zeros past them up to a whole vector.
+    /// Loads the features of some pairs, with zeros up to a whole vector.
     #[inline(never)]
     pub(super) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
@@ -107,7 +107,7 @@ impl<F: Float> FeatureTile<F> {
         }
     }
 
-    /// row += what the tile holds for a pair.
+    /// row += the features of a pair in the tile.
     #[inline(always)]
     pub(super) fn add_to(&self, t: usize, row: &mut [F]) {
         for (value, column) in row.iter_mut().zip(self.data.chunks_exact(self.stride)) {

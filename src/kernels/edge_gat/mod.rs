@@ -1,8 +1,8 @@
-//! Softmax attention whose pairs have features: the logits of graph attention networks.
+//! Softmax attention with features of pairs: the logits of graph attention networks.
 //!
-//! Queries, keys and values come here projected; what is added for a pair is formed in tiles and
-//! never stored: the features of a tile for the logits, and of a whole row summed with the weights
-//! before they are projected, for the values.
+//! Queries, keys and values are already projected. The terms for each pair are computed in tiles and
+//! never stored. For the logits, the features of a tile are used; for the values, the features of a whole
+//! row are summed with the weights before they are projected.
 
 mod backward;
 mod features;
@@ -19,21 +19,21 @@ use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use features::{Coefficients, FeatureSums, FeatureTile};
 use ndarray::Array2;
 
-/// How the logit of a pair is made of its query q, key k and features x.
+/// How the logit of a pair is computed from its query q, key k and features x.
 #[derive(Debug)]
 pub(crate) enum Logit<F> {
     /// scale · q·(k + W x).
     DotProduct,
     /// LeakyReLU(q + k + a·x): one column for each head.
     Additive {
-        /// Of the negative side.
+        /// The slope on the negative side.
         slope: F,
         /// heads × features.
         edge_attention: Array2<F>,
     },
     /// a·LeakyReLU(q + k + W x).
     Concatenated {
-        /// Of the negative side.
+        /// The slope on the negative side.
         slope: F,
         /// One number for each column.
         attention: Vec<F>,
@@ -43,16 +43,16 @@ pub(crate) enum Logit<F> {
 /// Inputs of attention with features of the pairs.
 #[derive(Debug)]
 pub struct EdgeProblem<'p, F: Float> {
-    /// Queries, keys and values as they meet in logits and sums.
+    /// Queries, keys and values for the logits and sums.
     pub(crate) softmax: Problem<'p, F>,
     pub(crate) logit: Logit<F>,
-    /// pairs × features, in the caller's order; no columns where there are none.
+    /// pairs × features, in the caller's order; no columns without features.
     pub(crate) features: Rows<'p, F>,
     /// Wᵀ: features × columns of the values.
     pub(crate) edge_weight: Array2<F>,
     /// Whether a value is v + W x.
     pub(crate) in_values: bool,
-    /// One for each head: the factor of a sum that is only added to.
+    /// A 1 for each head: the factor of a sum that is only added to.
     pub(crate) ones: Vec<F>,
 }
 
@@ -61,24 +61,24 @@ impl<F: Float> EdgeProblem<'_, F> {
         self.edge_weight.nrows()
     }
 
-    /// Row c of Wᵀ.
+    /// Returns row c of Wᵀ.
     #[inline(always)]
     fn edge_weight(&self) -> Slices<'_, F> {
         let data = self.edge_weight.as_slice().expect("a matrix of our own");
         Slices { data, columns: self.edge_weight.ncols() }
     }
 
-    /// The features of the values, if they have any.
+    /// Returns the features of the values, if they have any.
     fn value_feature_dim(&self) -> usize {
         if self.in_values { self.feature_dim() } else { 0 }
     }
 }
 
-/// The logits, and the part of the output that the features make.
+/// The logits, and the part of the output that comes from the features.
 pub(super) struct EdgeScorer<'p, F: Float> {
     problem: &'p EdgeProblem<'p, F>,
     dot: DotScorer<'p, F>,
-    /// The columns of the heads of values, which are those of W and of `attention` too.
+    /// The columns of the heads of values, which are also those of W and of `attention`.
     columns: Columns<F>,
     features: FeatureTile<F>,
     /// The factors of a head's features in a logit.
@@ -189,13 +189,13 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
     }
 }
 
-/// The columns of the heads of values.
+/// Returns the columns of the heads of values.
 fn value_columns<F: Float>(level: Level, problem: &EdgeProblem<'_, F>) -> Columns<F> {
     let dim = problem.softmax.value_dim;
     Columns::new(level, problem.softmax.heads, dim, |head| [head * dim; 2])
 }
 
-/// Of each head, Wᵀ row in the columns of that head.
+/// Computes, for each head, Wᵀ row in the columns of that head.
 fn project<F: Float>(
     columns: &mut Columns<F>,
     problem: &EdgeProblem<'_, F>,
@@ -207,7 +207,7 @@ fn project<F: Float>(
     columns.dots(row, weight, &mut projected.data, projected.stride);
 }
 
-/// out += W x of each head in its columns.
+/// out += W x for each head in its columns.
 fn add_projected<F: Float>(
     columns: &Columns<F>,
     problem: &EdgeProblem<'_, F>,
@@ -220,7 +220,7 @@ fn add_projected<F: Float>(
     columns.add_weighted(out, x, weight);
 }
 
-/// LeakyReLU of each. Whole vectors.
+/// LeakyReLU of each entry, in whole vectors.
 #[inline(always)]
 fn leaky_relu<S: Simd, F: Float>(simd: S, slope: F, values: &mut [F]) {
     let zero = Vector::<S, F>::splat(simd, F::zero());
@@ -232,8 +232,8 @@ fn leaky_relu<S: Simd, F: Float>(simd: S, slope: F, values: &mut [F]) {
     }
 }
 
-/// LeakyReLU(q + k + W x) of the pairs of a tile: a row for each, the columns of the values. Empty
-/// for logits that have no need of it.
+/// LeakyReLU(q + k + W x) for the pairs of a tile: one row each, with the columns of the values. Empty
+/// for logits that do not need it.
 pub(super) struct Activated<F> {
     columns: usize,
     rows: Vec<F>,

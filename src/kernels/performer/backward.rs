@@ -1,4 +1,4 @@
-//! The backward pass: the queries, which give the gradients of the sums, then the keys.
+//! The backward pass: first the queries, which give the gradients of the sums, then the keys.
 
 use super::chunk::{CHUNK, Chunk};
 use super::forward::{PARTS, QuotientGradients, pack_values, value_stride};
@@ -17,7 +17,7 @@ use std::ops::Range;
 #[derive(Debug)]
 pub struct FeatureGradients<F> {
     pub(crate) query: Array2<F>,
-    /// One row for each of [`FeatureProblem::keys`].
+    /// One row for each key in [`FeatureProblem::keys`].
     pub(crate) key: Array2<F>,
     pub(crate) value: Array2<F>,
     pub(crate) projection: Array2<F>,
@@ -35,7 +35,7 @@ impl<F: Float> FeatureGradients<F> {
         })
     }
 
-    /// Of the rows of a projection whose rows are padded.
+    /// Adds the rows of a projection with padded rows.
     pub(super) fn add_projection(&mut self, padded_dim: usize, padded: &[F]) {
         let rows = self.projection.rows_mut().into_iter().zip(padded.chunks(padded_dim.max(1)));
         for (row, padded) in rows {
@@ -55,7 +55,7 @@ pub(super) struct InputsVjp<F> {
     twice_square_scale: F,
     /// The rows of inputs, then their gradients.
     rows: Vec<F>,
-    /// Of the projection, like `weight`; empty where nobody wants it.
+    /// The gradient of the projection, like `weight`; empty if unwanted.
     pub(super) grad_weight: Vec<F>,
 }
 
@@ -80,8 +80,8 @@ impl<F: Float> InputsVjp<F> {
         }
     }
 
-    /// From the gradients of a chunk's E, and of its h where `with_squares`, those of its inputs,
-    /// which `set` takes; adds that of the projection.
+    /// Computes the gradients of a chunk's inputs from those of its E, and of its h if `with_squares`,
+    /// and passes them to `set`; adds the gradient of the projection.
     pub(super) fn run(
         &mut self,
         chunk: &Chunk<F>,
@@ -141,7 +141,7 @@ impl<F: Float> Sums<F> {
     }
 }
 
-/// Of inputs without a causal pattern.
+/// For inputs without a causal pattern.
 pub(in super::super) fn backward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
@@ -231,7 +231,7 @@ fn query_part<F: Float>(
                 let grads = (&mut grad_features[..], chunk.stride);
                 add_outer(level, denominators.iter().copied(), totals, grads);
                 chunk.features_vjp(&grad_features);
-                // Of h nothing is left in a quotient.
+                // h cancels in a quotient.
                 inputs_vjp.run(&chunk, false, |at, c, grad| {
                     grad_query[[rows.start + at, head * problem.dim + c]] = grad;
                 });
@@ -254,7 +254,7 @@ fn key_part<F: Float>(
     let mut inputs_vjp = InputsVjp::new(level, problem);
     let mut step = KeyStep::default();
     for kv_head in 0..problem.kv_heads {
-        // With the shifts of all keys, which no key raises.
+        // With the shifts of all keys, so that no key raises them.
         let mut shifts = KeySums::without_sums(&sums[kv_head].shifts);
         step.take(&chunk, &grad_sums[kv_head]);
         for rows in ranges(range.len(), CHUNK) {
@@ -273,12 +273,12 @@ fn key_part<F: Float>(
     inputs_vjp.grad_weight
 }
 
-/// From the gradients of sums over keys to those of a chunk of keys and values.
+/// Turns the gradients of sums over keys into those of a chunk of keys and values.
 #[derive(Default)]
 pub(super) struct KeyStep<F> {
     transposed: Vec<F>,
     pub(super) values: Vec<F>,
-    /// Rows × stride of the values, and of the features.
+    /// Rows × stride for the values and the features.
     pub(super) grad_values: Vec<F>,
     pub(super) grad_features: Vec<F>,
     stride: usize,

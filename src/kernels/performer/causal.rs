@@ -1,15 +1,14 @@
-//! Causal inputs: the sums grow from chunk to chunk of queries, and within a chunk the kernels of
-//! its own pairs are formed, of the lower triangle.
+//! Causal inputs: the sums grow from chunk to chunk of queries, and within a chunk the kernels of its own
+//! pairs, the lower triangle, are computed.
 //!
-//! Nothing of a key may reach a row that does not see it, not even through what exponents are
-//! relative to. So the sums that a chunk starts from are relative to the largest exponents before
-//! it, and the features of its own pairs to the largest of each row: κᵢⱼ 2^{Aᵢ + Bⱼ}. The two parts
-//! of a row are brought together relative to the larger of their largest exponents, Z.
+//! A key must not affect a row that does not see it, not even through the shifts of exponents. So the
+//! sums at the start of a chunk are relative to the largest exponents before it, and the features of its
+//! own pairs are relative to the largest exponent of each row: κᵢⱼ 2^{Aᵢ + Bⱼ}. The two parts of a row
+//! are combined relative to the larger of their largest exponents, Z.
 //!
-//! A head of keys is one task, from the first chunk to the last. The backward pass walks once
-//! forward, for the queries, and once back, for the keys, with the gradients of the sums. What
-//! these are relative to only falls on the way back, so that they are multiplied by 2^{s − s'} ≤ 1
-//! and nothing overflows.
+//! A head of keys is one task, from the first chunk to the last. The backward pass goes once forward, for
+//! the queries, and once back, for the keys, with the gradients of the sums. The shifts of these only
+//! decrease on the way back, so they are multiplied by 2^{s − s'} ≤ 1 and nothing overflows.
 
 use super::backward::{FeatureGradients, InputsVjp, KeyStep, padded_dim};
 use super::chunk::{CHUNK, Chunk, shifted_powers};
@@ -24,16 +23,16 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
-/// A chunk of queries, perhaps none, and the keys that some of them see and no query before.
+/// A chunk of queries, possibly empty, and the keys that they see and no previous query does.
 struct Step {
     queries: Range<usize>,
     /// At most [`CHUNK`] positions in [`FeatureProblem::keys`].
     keys: Range<usize>,
 }
 
-/// The first queries in order, with the keys between them: chunks of keys without queries come
-/// before the queries that all see them. How the queries are grouped does not depend on how many
-/// are wanted, and so no bit of a row.
+/// Iterates over the first queries in order, with the keys between them: chunks of keys without queries
+/// come before the queries that all see them. The grouping of the queries, and so the result of a row,
+/// does not depend on the number of queries requested.
 fn steps<F: Float>(problem: &FeatureProblem<'_, F>, num_wanted: usize) -> Vec<Step> {
     let num_queries = problem.inputs.num_queries();
     let mut steps = Vec::with_capacity(num_queries.div_ceil(CHUNK));
@@ -58,12 +57,12 @@ fn steps<F: Float>(problem: &FeatureProblem<'_, F>, num_wanted: usize) -> Vec<St
 }
 
 impl Step {
-    /// Whether there are keys before.
+    /// Whether there are previous keys.
     fn has_sums(&self) -> bool {
         self.keys.start > 0
     }
 
-    /// How many of its keys each of its queries sees.
+    /// Returns how many of its keys each of its queries sees.
     fn limits<F: Float>(&self, problem: &FeatureProblem<'_, F>) -> impl Iterator<Item = usize> {
         self.queries.clone().map(|query| problem.num_seen(query) - self.keys.start)
     }
@@ -76,15 +75,16 @@ impl Step {
 /// The factors of the two parts of the rows of a step.
 #[derive(Default)]
 struct Factors<F> {
-    /// 2^{m − Z} of the sums, where m is what the query's features are relative to; 0 without sums.
+    /// 2^{m − Z} for the sums, where m is the shift of the query's features; 0 without sums.
     of_sums: Vec<F>,
-    /// 2^{A + B − Z} of the pairs, rows × padded; 0 where the key is not seen.
+    /// 2^{A + B − Z} for the pairs, rows × padded; 0 if the key is not seen.
     of_pairs: Vec<F>,
     padded: usize,
 }
 
 impl<F: Float> Factors<F> {
-    /// From m in `of_sums`, and A and B in the chunks. Zeros for rows that are not summed.
+    /// Computes the factors from m in `of_sums`, and A and B in the chunks. Zeros for rows that are not
+    /// summed.
     fn load(
         &mut self,
         limits: impl Iterator<Item = usize>,
@@ -108,7 +108,7 @@ impl<F: Float> Factors<F> {
             let shift = if own > sums { own } else { sums };
             self.of_sums[at] =
                 if sums == F::neg_infinity() { F::zero() } else { (sums - shift).exp2() };
-            // Past the limit exponents may be positive: their powers are not looked at.
+            // Past the limit exponents may be positive; their powers are not used.
             row[..limit].copy_from_slice(&keys[..limit]);
             row[limit..].fill(F::neg_infinity());
             dispatch!(query.level, simd => {
@@ -118,21 +118,20 @@ impl<F: Float> Factors<F> {
         }
     }
 
-    /// Rows of pairs times their factors.
+    /// Multiplies rows of pairs by their factors.
     #[inline(never)]
     fn multiply(&self, level: Level, pairs: &mut [F]) {
         dispatch!(level, _simd => {
             for (pair, &factor) in pairs.iter_mut().zip(&self.of_pairs) {
-                // A pair that is not seen may be anything.
+                // A pair that is not seen may hold anything.
                 *pair = if factor == F::zero() { F::zero() } else { *pair * factor };
             }
         });
     }
 }
 
-/// Overwrites the rows of the first `num_queries[kv_head]` queries of each head, which see finite
-/// keys and values only, and their denominators, which are less than 1 where terms may have
-/// underflowed.
+/// Overwrites the rows of the first `num_queries[kv_head]` queries of each head, which only see finite
+/// keys and values, and their denominators, which are less than 1 if terms may have underflowed.
 pub(in super::super) fn forward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     num_queries: &[usize],
@@ -223,7 +222,7 @@ fn forward_head<F: Float>(
 }
 
 impl Step {
-    /// The features of its queries relative to the sums, and what these are relative to.
+    /// The features of its queries relative to the sums, and their shifts.
     fn take_sums<F: Float>(&self, query: &mut Chunk<F>, shifts: &[F], factors: &mut Factors<F>) {
         factors.of_sums.clear();
         if self.has_sums() {
@@ -235,7 +234,7 @@ impl Step {
     }
 }
 
-/// The gradients of the rows of the first `num_queries[kv_head]` queries of each head, without
+/// Computes the gradients of the rows of the first `num_queries[kv_head]` queries of each head, except
 /// those that `is_summed(query, head)` excludes.
 pub(in super::super) fn backward<F: Float>(
     problem: &FeatureProblem<'_, F>,
@@ -313,7 +312,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         inputs_vjp.grad_weight
     }
 
-    /// The gradients of the queries; returns the shifts before each step, and after the last.
+    /// Computes the gradients of the queries; returns the shifts before each step and after the last.
     fn queries(
         &self,
         level: Level,
@@ -388,7 +387,7 @@ impl<F: Float> Head<'_, '_, '_, F> {
         shifts
     }
 
-    /// The gradients of the kernels of a step's pairs, rows × padded.
+    /// Computes the gradients of the kernels of a step's pairs, rows × padded.
     fn grad_pairs<'g>(
         &self,
         level: Level,
@@ -415,7 +414,7 @@ struct OwnPairs<F> {
     quotients: QuotientGradients<F>,
     factors: Factors<F>,
     of_chunk: SumsOfChunk<F>,
-    /// Of the keys, relative to the largest of each.
+    /// The features of the keys, relative to the largest of each.
     grad_features: Vec<F>,
     pairs: Vec<F>,
     grad_pairs: Vec<F>,
@@ -439,8 +438,8 @@ impl<F: Float> OwnPairs<F> {
         }
     }
 
-    /// Adds to the gradients of the sums before the step, which are relative to what those sums are. Leaves
-    /// the keys' own features in `key`.
+    /// Adds to the gradients of the sums before the step, which have the same shifts as those sums.
+    /// Writes the keys' own features to `key`.
     fn run(
         &mut self,
         head: &Head<'_, '_, '_, F>,
@@ -498,19 +497,19 @@ impl<F: Float> OwnPairs<F> {
     }
 }
 
-/// Nothing of the rows that are not summed is left.
+/// Clears the rows that are not summed.
 fn clear<F: Float>(chunk: &mut Chunk<F>, is_summed: impl Fn(usize) -> bool) {
     for at in (0..chunk.len).filter(|&at| !is_summed(at)) {
         chunk.clear_row(at);
     }
 }
 
-/// Gradients of sums relative to shifts, relative to lower ones.
+/// Converts gradients of sums from their shifts to lower shifts.
 fn lower<F: Float>(grads: &mut KeySums<F>, shifts: &[F]) {
     for (feature, &shift) in shifts.iter().enumerate() {
         let old = grads.shifts[feature];
         grads.shifts[feature] = shift;
-        // The first have none yet, and are zeros.
+        // The first have no shifts yet and are zeros.
         if old > shift {
             grads.rescale(feature, (shift - old).exp2());
         }

@@ -10,20 +10,20 @@ use crate::kernels::primitives::sincos::sin_cos;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use std::f64::consts::{LN_2, LOG2_E};
 
-/// Rows that are worked on at a time.
+/// The number of rows processed at a time.
 pub(super) const CHUNK: usize = 128;
 
 /// The features of up to [`CHUNK`] rows, and their buffers.
 pub(super) struct Chunk<F> {
     pub(super) level: Level,
-    /// Rows that are there.
+    /// The number of rows.
     pub(super) len: usize,
     pub(super) num_features: usize,
-    /// Length of a row of features, in whole panels.
+    /// The length of a row of features, in whole panels.
     pub(super) stride: usize,
-    /// Length of a row of E, in whole panels.
+    /// The length of a row of E, in whole panels.
     pub(super) padded: usize,
-    /// Columns of E.
+    /// The number of columns of E.
     columns: usize,
     map: Map<F>,
     /// The inputs, rows × dim.
@@ -36,8 +36,7 @@ pub(super) struct Chunk<F> {
     squares: Vec<F>,
     /// Rows × stride, zeros past the features.
     pub(super) features: Vec<F>,
-    /// The exponents that the features of each row are relative to, of queries and in
-    /// [`own_features`](Self::own_features).
+    /// The shift of the exponents of each row, for queries and in [`own_features`](Self::own_features).
     pub(super) shifts: Vec<F>,
     /// The gradients of E, rows × padded, and of h.
     pub(super) grad_products: Vec<F>,
@@ -81,12 +80,12 @@ impl<F: Float> Chunk<F> {
         }
     }
 
-    /// The features as the left factor of a product.
+    /// Returns the features as the left factor of a product.
     pub(super) fn left(&self) -> Left<'_, F> {
         Left::new(&self.features, self.stride).with_len(self.num_features)
     }
 
-    /// The features, row after row.
+    /// Returns the features, row by row.
     pub(super) fn rows(&self) -> &[F] {
         &self.features[..self.len * self.stride]
     }
@@ -104,14 +103,14 @@ impl<F: Float> Chunk<F> {
         });
     }
 
-    /// Without a row: nothing of it reaches a sum.
+    /// Clears a row, so that it does not contribute to a sum.
     pub(super) fn clear_row(&mut self, at: usize) {
         self.features[at * self.stride..][..self.stride].fill(F::zero());
         self.products[at * self.padded..][..self.padded].fill(F::zero());
         self.inputs[at * self.dim..][..self.dim].fill(F::zero());
     }
 
-    /// Takes up rows: E and h, and no gradients yet.
+    /// Loads rows: computes E and h, and clears the gradients.
     pub(super) fn load<'r>(&mut self, len: usize, row: impl Fn(usize) -> &'r [F])
     where
         F: 'r,
@@ -152,8 +151,8 @@ impl<F: Float> Chunk<F> {
         });
     }
 
-    /// The features of keys, relative to the shifts of the sums, which are raised to the largest
-    /// exponents where these are more.
+    /// Computes the features of keys, relative to the shifts of the sums, which are raised to the largest
+    /// exponents if these are larger.
     #[inline(never)]
     pub(super) fn key_features(&mut self, sums: &mut KeySums<F>) {
         dispatch!(self.level, simd => self.key_features_in_vectors(simd, sums));
@@ -188,7 +187,7 @@ impl<F: Float> Chunk<F> {
         }
         (0..num_features).for_each(|feature| sums.raise(feature, largest[feature]));
         largest[..num_features].copy_from_slice(&sums.shifts);
-        // A difference of infinities past the features would not be a number.
+        // A difference of infinities past the features would be NaN.
         largest[num_features..].fill(F::zero());
         let rows = self.features.chunks_exact_mut(stride).take(self.len);
         for (row, products) in rows.zip(self.products.chunks_exact(padded)) {
@@ -197,8 +196,8 @@ impl<F: Float> Chunk<F> {
         }
     }
 
-    /// The features of queries, relative to what cancels: exponents with the shifts of the keys'
-    /// sums, and then to the largest.
+    /// Computes the features of queries, relative to terms that cancel: exponents plus the shifts of the
+    /// keys' sums, minus the largest.
     #[inline(never)]
     pub(super) fn query_features(&mut self, shifts: &[F]) {
         dispatch!(self.level, simd => self.query_features_in_vectors(simd, shifts));
@@ -207,7 +206,7 @@ impl<F: Float> Chunk<F> {
     #[inline(always)]
     fn query_features_in_vectors<S: Simd>(&mut self, simd: S, shifts: &[F]) {
         let Self { map, columns, .. } = *self;
-        // Of other features all have the same.
+        // Other features all have the same shift.
         let shift = shifts[0];
         for at in 0..self.len {
             let row = &mut self.features[at * self.stride..][..self.stride];
@@ -226,8 +225,8 @@ impl<F: Float> Chunk<F> {
         }
     }
 
-    /// The features of queries or keys, relative to the largest exponent of each row, without what
-    /// cancels of queries.
+    /// Computes the features of queries or keys, relative to the largest exponent of each row, without
+    /// the terms of queries that cancel.
     #[inline(never)]
     pub(super) fn own_features(&mut self, is_query: bool) {
         dispatch!(self.level, simd => self.own_features_in_vectors(simd, is_query));
@@ -252,7 +251,7 @@ impl<F: Float> Chunk<F> {
         }
     }
 
-    /// Adds the gradients of E, from those of the features, and of h of each row, for keys.
+    /// Adds the gradients of E, given those of the features, and for keys the gradients of h of each row.
     #[inline(never)]
     pub(super) fn features_vjp(&mut self, grads: &[F]) {
         dispatch!(self.level, _simd => self.features_vjp_in_vectors(grads));
@@ -319,7 +318,7 @@ impl<F: Float> Chunk<F> {
     }
 }
 
-/// Exponents of a row in units of ln 2, −∞ past the features.
+/// Writes the exponents of a row in units of ln 2, −∞ past the features.
 #[inline(always)]
 fn exponents<F: Float>(map: Map<F>, products: &[F], square: F, row: &mut [F]) {
     let columns = products.len();
@@ -339,7 +338,7 @@ fn exponents<F: Float>(map: Map<F>, products: &[F], square: F, row: &mut [F]) {
     rest.fill(F::neg_infinity());
 }
 
-/// The factor that makes a power of two the feature of [`Map::Elu`].
+/// Returns the factor that turns a power of two into the feature of [`Map::Elu`].
 #[inline(always)]
 fn mantissa<F: Float>(x: F) -> F {
     if x > F::zero() { x + F::one() } else { F::one() }
@@ -352,14 +351,14 @@ fn mantissas<F: Float>(map: Map<F>, products: &[F], row: &mut [F]) {
     }
 }
 
-/// Features that need no exponents, zeros past them.
+/// Writes features that need no exponents, with zeros past them.
 #[inline(always)]
 fn plain_features<S: Simd, F: Float>(simd: S, map: Map<F>, products: &[F], row: &mut [F]) {
     let columns = products.len();
     row[map.num_features(columns)..].fill(F::zero());
     if let Map::Relu(epsilon) = map {
         for (feature, &product) in row.iter_mut().zip(products) {
-            // A NaN stays one.
+            // NaN stays NaN.
             *feature = if product < F::zero() { epsilon } else { product + epsilon };
         }
         return;
@@ -385,7 +384,7 @@ fn max_into<S: Simd, F: Float>(simd: S, row: &[F], largest: &mut [F]) {
     }
 }
 
-/// 2^{exponent − shift} in place of exponents.
+/// Replaces exponents by 2^{exponent − shift}.
 #[inline(always)]
 fn powers<S: Simd, F: Float>(simd: S, row: &mut [F], shifts: &[F]) {
     let len = Vector::<S, F>::LEN;
@@ -395,7 +394,7 @@ fn powers<S: Simd, F: Float>(simd: S, row: &mut [F], shifts: &[F]) {
     }
 }
 
-/// 2^{exponent − largest} in place of exponents; returns the largest.
+/// Replaces exponents by 2^{exponent − largest} and returns the largest.
 #[inline(always)]
 fn powers_below_largest<S: Simd, F: Float>(simd: S, row: &mut [F]) -> F {
     let mut largest = Vector::<S, F>::splat(simd, F::neg_infinity());
@@ -408,7 +407,7 @@ fn powers_below_largest<S: Simd, F: Float>(simd: S, row: &mut [F]) -> F {
     largest
 }
 
-/// 2^{exponent − shift} in place of exponents of whole vectors.
+/// Replaces exponents by 2^{exponent − shift}, in whole vectors.
 #[inline(always)]
 pub(super) fn shifted_powers<S: Simd, F: Float>(simd: S, row: &mut [F], shift: F) {
     let shift = Vector::<S, F>::splat(simd, shift);
@@ -417,7 +416,7 @@ pub(super) fn shifted_powers<S: Simd, F: Float>(simd: S, row: &mut [F], shift: F
     }
 }
 
-/// The largest of some numbers, of those that are numbers.
+/// Returns the largest of some numbers, ignoring NaN.
 fn largest_of<F: Float>(numbers: &[F]) -> F {
     numbers.iter().copied().fold(F::neg_infinity(), |a, b| if b > a { b } else { a })
 }

@@ -11,8 +11,8 @@ use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 use std::ops::Range;
 
-/// Keys and queries are handed to threads in at most this many parts, of whole chunks. The sums of
-/// the parts are added in order.
+/// The largest number of parts, of whole chunks, in which keys and queries are distributed to threads.
+/// The sums of the parts are added in order.
 pub(super) const PARTS: usize = 8;
 
 /// Values in whole panels.
@@ -31,7 +31,7 @@ pub(super) fn pack_values<F: Float>(
     }
 }
 
-/// The sums over the keys, for each head of them.
+/// Computes the sums over the keys, for each head of keys.
 pub(in super::super) fn sum_keys<F: Float>(
     problem: &FeatureProblem<'_, F>,
     level: Level,
@@ -76,7 +76,7 @@ pub(super) fn add_keys<F: Float>(
     }
 }
 
-/// Overwrites `out`, and the denominators: num_queries × heads.
+/// Overwrites `out` and the denominators, num_queries × heads.
 pub(in super::super) fn forward<F: Float>(
     problem: &FeatureProblem<'_, F>,
     sums: &[KeySums<F>],
@@ -139,8 +139,8 @@ pub(super) fn write_quotient<F: Float>(
     out.zip(numerator).for_each(|(out, &sum)| *out = sum / denominator);
 }
 
-/// The gradients of numerators and denominators of a chunk of queries, o = N/D; zeros for rows that
-/// are not summed here.
+/// The gradients of numerators and denominators of a chunk of queries, o = N/D; zeros for rows that are
+/// not summed here.
 pub(super) struct QuotientGradients<F> {
     /// Rows × padded columns.
     pub(super) numerators: Vec<F>,

@@ -1,14 +1,13 @@
-//! Attention by a kernel φ(q)·φ(k): the sums over keys are formed once for all queries.
+//! Attention with a kernel φ(q)·φ(k): the sums over keys are computed once for all queries.
 //!
-//! Rows go through a chunk at a time: their products with the projection, features, and the
-//! products of those with the sums. So nothing is held of the size of keys × features, but one
-//! chunk.
+//! Rows are processed a chunk at a time: their products with the projection, features, and the products
+//! of those with the sums. So only one chunk of the keys × features is stored.
 //!
-//! Exponential features carry exponents, in units of ln 2, that would overflow. Those of the keys
-//! are taken relative to the largest of each feature, those of a query relative to the largest of
-//! its own plus the keys': both cancel in the quotient, and no denominator is less than 1. Under a
-//! causal pattern the largest are those up to a chunk's end, so that an earlier row may underflow:
-//! it is reported, for another to sum pair by pair.
+//! Exponential features have exponents, in units of ln 2, that would overflow. Exponents of the keys are
+//! relative to the largest of each feature, and exponents of a query are relative to the largest sum of
+//! its own and the keys' exponents: both cancel in the quotient, and no denominator is less than 1. With
+//! a causal pattern the largest exponents are those up to a chunk's end, so that an earlier row may
+//! underflow: it is reported, and the caller sums it pair by pair.
 
 mod backward;
 mod causal;
@@ -31,7 +30,7 @@ use chunk::Chunk;
 use ndarray::{Array2, ArrayView2};
 use products::{add_scaled, transposed_product};
 
-/// How features are made of E = W x, and h = scale |x|².
+/// How features are computed from E = W x and h = scale |x|².
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Map<F> {
     /// 2^{E − h}.
@@ -47,7 +46,7 @@ pub(crate) enum Map<F> {
 }
 
 impl<F: Float> Map<F> {
-    /// Features of so many columns of E.
+    /// Returns the number of features for the given number of columns of E.
     pub(crate) fn num_features(self, columns: usize) -> usize {
         match self {
             Self::Both | Self::Circular => 2 * columns,
@@ -55,13 +54,13 @@ impl<F: Float> Map<F> {
         }
     }
 
-    /// Whether features are powers of two, each with an exponent of its own.
+    /// Whether features are powers of two, each with its own exponent.
     pub(crate) fn is_exponential(self) -> bool {
         matches!(self, Self::Exponential | Self::Both | Self::Elu)
     }
 }
 
-/// Inputs of attention by features.
+/// Inputs of attention with features.
 #[derive(Debug)]
 pub struct FeatureProblem<'p, F: Float> {
     pub(crate) inputs: Inputs<'p, F>,
@@ -70,7 +69,7 @@ pub struct FeatureProblem<'p, F: Float> {
     pub(crate) value: Rows<'p, F>,
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
-    /// Columns of a head of queries and keys, and of values.
+    /// The numbers of columns of a head of queries and keys, and of values.
     pub(crate) dim: usize,
     pub(crate) value_dim: usize,
     pub(crate) map: Map<F>,
@@ -80,7 +79,7 @@ pub struct FeatureProblem<'p, F: Float> {
     pub(crate) square_scale: F,
     /// The keys that no mask hides, ascending.
     pub(crate) keys: Vec<usize>,
-    /// Whether the backward pass computes the gradient of the projection, otherwise zeros.
+    /// Whether the backward pass computes the gradient of the projection; otherwise it is zeros.
     pub(crate) wants_projection: bool,
 }
 
@@ -105,35 +104,35 @@ impl<F: Float> FeatureProblem<'_, F> {
         head * self.kv_heads / self.heads
     }
 
-    /// The query heads that read a head of keys.
+    /// Returns the query heads that read a head of keys.
     fn group(&self, kv_head: usize) -> std::ops::Range<usize> {
         let size = self.heads / self.kv_heads;
         kv_head * size..(kv_head + 1) * size
     }
 
-    /// How many of `keys` the causal pattern shows to a query.
+    /// Returns how many of `keys` the causal pattern leaves visible to a query.
     pub(crate) fn num_seen(&self, query: usize) -> usize {
         let end = self.inputs.num_visible_keys(query);
         self.keys.partition_point(|&key| key < end)
     }
 
-    /// The multiplications of one product with the features of all rows.
+    /// Returns the number of multiplications of one product with the features of all rows.
     fn work(&self) -> usize {
         let rows = self.inputs.num_queries() * self.heads + self.keys.len() * self.kv_heads;
         rows.saturating_mul(self.num_features()).saturating_mul(self.dim.max(self.value_dim))
     }
 }
 
-/// Σⱼ φ(kⱼ) vⱼᵀ and Σⱼ φ(kⱼ) of a head, times 2^{−shift} of each feature. With compensation.
+/// Σⱼ φ(kⱼ) vⱼᵀ and Σⱼ φ(kⱼ) of a head, times 2^{−shift} of each feature, compensated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct KeySums<F> {
-    /// The largest exponents, one for each feature; −∞ where there are no keys.
+    /// The largest exponents, one for each feature; −∞ without keys.
     pub(crate) shifts: Vec<F>,
     /// One for each feature.
     pub(crate) totals: Vec<F>,
     /// Features × padded columns.
     pub(crate) sums: Vec<F>,
-    /// Length of a row of them.
+    /// The length of a row of the sums.
     pub(crate) stride: usize,
     /// The rounding errors of the totals, and of the sums.
     lacks: [Vec<F>; 2],
@@ -145,7 +144,7 @@ pub struct KeySums<F> {
 struct SumsOfChunk<F> {
     totals: Vec<F>,
     sums: Vec<F>,
-    /// Of a few rows, from zero: all rows one by one would lose more of each.
+    /// The sums of a few rows, starting from zero: adding all rows one by one would lose more digits.
     of_rows: Vec<F>,
 }
 
@@ -160,12 +159,12 @@ impl<F: Float> KeySums<F> {
         }
     }
 
-    /// Shifts alone.
+    /// Creates sums with only the shifts.
     fn without_sums(shifts: &[F]) -> Self {
         Self { shifts: shifts.to_vec(), ..Self::zeros(shifts.len(), 0) }
     }
 
-    /// Multiplies the sums of a feature by 2^{old − new} where its shift has grown.
+    /// Multiplies the sums of a feature by 2^{old − new} if its shift has grown.
     fn raise(&mut self, feature: usize, shift: F) {
         let old = self.shifts[feature];
         if shift > old {
@@ -190,7 +189,7 @@ impl<F: Float> KeySums<F> {
         for (feature, &total) in other.totals.iter().enumerate() {
             self.raise(feature, other.shifts[feature]);
             let shift = other.shifts[feature] - self.shifts[feature];
-            // Not the difference of infinities of two sums over nothing.
+            // Avoid the difference of infinities of two empty sums.
             let factor = if shift < F::zero() { sign * shift.exp2() } else { sign };
             let [of_totals, of_sums] = &mut self.lacks;
             let (sum, lack) = (&mut self.totals[feature], &mut of_totals[feature]);

@@ -1,4 +1,4 @@
-//! The products of chunks, whose right factors and results have rows of whole panels.
+//! Products of chunks, with right factors and results in rows of whole panels.
 
 use crate::float::Float;
 use crate::kernels::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
@@ -29,10 +29,9 @@ pub(super) fn transposed_product<F: Float>(
     columns_times(level, left, right, target, Out::new(out, stride));
 }
 
-/// Rows of `stride` as rows of `new_stride`, as many as `stride`, zeros past the rows that there
-/// are.
+/// Transposes rows of `stride` into `stride` rows of `new_stride`, with zeros past the existing rows.
 pub(super) fn transposed<F: Float>(rows: &[F], stride: usize, new_stride: usize, out: &mut Vec<F>) {
-    // So many rows and columns at a time stay in the first-level cache.
+    // This many rows and columns at a time stay in the first-level cache.
     const BLOCK: usize = 16;
     out.clear();
     out.resize(stride * new_stride, F::zero());

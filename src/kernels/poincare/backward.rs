@@ -16,7 +16,7 @@ use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut3};
 use std::mem;
 
-/// Rows that gradients are sums of: directions times sinh R / 2, without NaN and infinities.
+/// The rows that are summed for gradients: directions times sinh R / 2, without NaN and infinities.
 #[derive(Debug)]
 pub struct Points<F: Float> {
     /// num_queries × heads · key_dim.
@@ -31,28 +31,28 @@ pub struct Upstream<F: Float> {
     /// w and û, num_queries × heads · dim.
     pub(crate) weights: Rows<'static, F>,
     pub(crate) directions: Rows<'static, F>,
-    /// The gradient of a value's direction but for the weight, without NaN and infinities.
+    /// The gradient of a value's direction without the weight, without NaN and infinities.
     pub(crate) sums: Rows<'static, F>,
     /// num_queries × heads.
     pub(crate) terms: Vec<Terms<F>>,
-    /// Whether all spreads are 0, so that distances to û need not be formed.
+    /// Whether all spreads are 0, so that distances to û are not needed.
     pub(crate) is_linear: bool,
 }
 
-/// The gradients of points in polar form. Of a direction u it is `directions` times sinh R / 2, for
-/// values times sinh R.
+/// The gradients of points in polar form. The gradient of a direction u is `directions` times sinh R / 2,
+/// or times sinh R for values.
 #[derive(Debug)]
 pub struct PointGradients<F> {
     /// num_queries × heads · key_dim, and × heads.
     pub(crate) query: [Array2<F>; 2],
     pub(crate) key: [Array2<F>; 2],
     pub(crate) value: [Array2<F>; 2],
-    /// Of κ, num_queries × heads.
+    /// The gradient of κ, num_queries × heads.
     pub(crate) kappa: Array2<F>,
 }
 
 impl<F: Float> PointGradients<F> {
-    /// Zeros for what is wanted: gradients by query, and by key.
+    /// Creates zeros for the wanted gradients: by query and by key.
     pub(super) fn zeros(
         problem: &HyperbolicProblem<'_, F>,
         [by_query, by_key]: [bool; 2],
@@ -72,8 +72,8 @@ impl<F: Float> PointGradients<F> {
     }
 }
 
-/// The gradients; those of queries and κ only if `by_query`, those of keys and values only if
-/// `by_key`. Adds those of the logits of all pairs to `grad_bias`.
+/// Computes the gradients; those of queries and κ only if `by_query`, those of keys and values only if
+/// `by_key`. Adds the gradients of the logits of all pairs to `grad_bias`.
 pub(in super::super) fn backward<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
@@ -90,7 +90,7 @@ pub(in super::super) fn backward<F: Float>(
     let level = level_for::<F>(level, [softmax.key_dim, problem.dim]);
     let pass = |pairs| Pass { problem, points, upstream, dominant_logits: None, pairs, tile_len };
 
-    // By query in any case: only then are the gradients of all logits known.
+    // Always by query, because only then are the gradients of all logits known.
     let mut dominant_logits: Array2<F> = try_zeros("gradients", num_queries, heads)?;
     {
         let pairs = Pairs::by_query(inputs);
@@ -148,18 +148,18 @@ pub(in super::super) fn backward<F: Float>(
     Ok(grads)
 }
 
-/// One pass over the pairs, for the side whose gradients are summed.
+/// One pass over the pairs, summing the gradients of one side.
 struct Pass<'p, F: Float> {
     problem: &'p HyperbolicProblem<'p, F>,
     points: &'p Points<F>,
     upstream: &'p Upstream<F>,
-    /// The gradients of the logits of dominant pairs, num_queries × heads, once they are known.
+    /// The gradients of the logits of dominant pairs, num_queries × heads, when known.
     dominant_logits: Option<&'p Array2<F>>,
     pairs: Pairs<'p>,
     tile_len: usize,
 }
 
-/// Buffers of a pass, each a number for every head and pair of a tile.
+/// Buffers of a pass, each with a number for every head and pair of a tile.
 struct Scratch<F> {
     tile: Tile<F>,
     key_columns: Columns<F>,
@@ -167,14 +167,14 @@ struct Scratch<F> {
     squared: Vec<F>,
     products: Vec<F>,
     spreads: Vec<F>,
-    /// The factor of a pair's direction.
+    /// The factors of the directions of pairs.
     directions: Vec<F>,
     grad_logits: Vec<F>,
     /// For each head, the sum of the gradients of the logits of a query so far, and the pair with nearly
-    /// all of the weight, with its slot.
+    /// all weight, with its slot.
     sums: Vec<F>,
     dominant: Vec<Option<(Pair, usize)>>,
-    /// For one head: bias, multiplier and dominant logit; what is gathered of queries and keys.
+    /// For one head: bias, multiplier and dominant logit; gathered data of queries and keys.
     pairs: Lanes<F, 3>,
     queries: Lanes<F, RADIUS>,
     terms: Lanes<F, TERMS>,
@@ -183,7 +183,7 @@ struct Scratch<F> {
     ones: Vec<F>,
 }
 
-/// Sums over the pairs of a tile for one head: gradients of the own radius, and of κ or the value's
+/// Sums over the pairs of a tile for one head: the gradients of the own radius, and of κ or the value's
 /// radius.
 type Sums<F> = [F; 2];
 
@@ -310,7 +310,7 @@ impl<'p, F: Float> Pass<'p, F> {
         }
     }
 
-    /// The squared distances and products of the own row with those of the tile.
+    /// Computes the squared distances and products of the own row with the rows of the tile.
     fn products(&self, own: [&[F]; 3], others: [Slices<'_, F>; 3], scratch: &mut Scratch<F>) {
         let Scratch { tile, key_columns, value_columns, squared, products, spreads, .. } = scratch;
         let [points, weights, directions] = others.map(|rows| Gather { rows, at: &tile.others });
@@ -373,7 +373,7 @@ impl<'p, F: Float> Pass<'p, F> {
             )
         });
         let own_key = OWN_IS_KEY.then(|| {
-            // The heads of the keys: each head of the queries reads one.
+            // The heads of the keys; each head of the queries reads one.
             let at = problem.key_at(own, head);
             (splat_all(simd, problem.key[at].array()), splat_all(simd, problem.masses[at].array()))
         });

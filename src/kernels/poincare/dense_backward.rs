@@ -41,7 +41,7 @@ struct KeySums<F> {
     value_radii: Vec<F>,
 }
 
-/// Buffers of one block after the other.
+/// Buffers for one block at a time.
 struct Scratch<F> {
     /// Directions, w and û, transposed to columns × width.
     queries: Buffer<F>,
@@ -52,14 +52,14 @@ struct Scratch<F> {
     sum_rows: Buffer<F>,
     radii: Lanes<F, RADIUS>,
     terms: Lanes<F, TERMS>,
-    /// Tiles, keys × width: squared distances, then weights; products, then what the keys' directions
-    /// are multiplied by; distances to û, then gradients of the logits; bias; multipliers.
+    /// Tiles, keys × width: squared distances, then weights; products, then the factors of the keys'
+    /// directions; distances to û, then gradients of the logits; bias; multipliers.
     squared: Buffer<F>,
     products: Buffer<F>,
     spreads: Buffer<F>,
     bias: Buffer<F>,
     multipliers: Buffer<F>,
-    /// For what is added to scores, and multiplies weights.
+    /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
     /// key_dim × width.
     grad_query: Buffer<F>,
@@ -67,7 +67,7 @@ struct Scratch<F> {
     grad_radius: Buffer<F>,
     grad_kappa: Buffer<F>,
     grad_logits: Buffer<F>,
-    /// The key with nearly all of the weight.
+    /// The key with nearly all weight.
     dominant: Vec<Option<usize>>,
 }
 
@@ -206,7 +206,7 @@ fn backward_part<F: Float>(
 }
 
 impl<F: Float> Part<'_, F> {
-    /// Adds what follows from the gradient of the logit of a row and a key that has been left out.
+    /// Adds the terms from the gradient of the logit of a row and a key that was left out.
     fn settle(
         &mut self,
         problem: &HyperbolicProblem<'_, F>,
@@ -242,7 +242,7 @@ impl<F: Float> Part<'_, F> {
     }
 }
 
-/// Takes up the queries of a block.
+/// Loads the queries of a block.
 fn pack<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
@@ -268,7 +268,7 @@ fn pack<F: Float>(
     scratch.radii.fill(queries().map(|query| problem.query(query, head).array()));
     let heads = problem.softmax.heads;
     let terms = queries().map(|query| upstream.terms[query * heads + head]);
-    // Lanes past the end take no part.
+    // Lanes past the end are unused.
     let padding = iter::repeat(Terms::none());
     scratch.terms.fill(terms.chain(padding).take(width).map(Terms::array));
     scratch.grad_query.fill(F::zero());
@@ -278,8 +278,8 @@ fn pack<F: Float>(
     scratch.dominant.fill(None);
 }
 
-/// Adds the gradient of the queries in `scratch`, those of keys and values in `sums`; leaves the
-/// gradients of the logits in `scratch.spreads`.
+/// Adds the gradient of the queries to `scratch`, the gradients of keys and values to `sums`, and writes
+/// the gradients of the logits to `scratch.spreads`.
 fn backward_tile<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     points: &Points<F>,
@@ -350,8 +350,8 @@ fn backward_tile<F: Float>(
     columns_times(level, left, right, Target::Add, Out::new(&mut scratch.grad_query, width));
 }
 
-/// The gradients of the pairs of a panel: leaves the weights, what the directions are multiplied by, and the
-/// gradients of the logits in `squared`, `products` and `spreads`.
+/// Computes the gradients of the pairs of a panel: writes the weights, the factors of the directions, and
+/// the gradients of the logits to `squared`, `products` and `spreads`.
 #[inline(never)]
 fn differentiate<F: Float>(
     problem: &HyperbolicProblem<'_, F>,

@@ -1,22 +1,21 @@
-//! The pair that has nearly all of a query's weight.
+//! The pair that has nearly all weight of a query.
 //!
-//! The gradients of a query's logits, p (dp − δ), sum to zero. Of a pair with nearly all weight dp and
-//! δ are nearly the same, so that their difference is rounded by more than it is; minus the sum of the
-//! other gradients is what it should have been. So this one pair is left out until all pairs of its query
-//! have been seen.
+//! The gradients of a query's logits, p (dp − δ), sum to zero. For a pair with nearly all weight, dp and
+//! δ are nearly equal, so the rounding error of their difference may exceed it; minus the sum of the
+//! other gradients is accurate. So this pair is left out until all pairs of its query have been seen.
 
 use super::{HyperbolicProblem, Radius};
 use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
 
-/// The weight from which on a pair is this one. More than a half by so much that two pairs cannot both
-/// have it, however weights are rounded; and of a pair with less the difference is right to some ulps.
+/// The smallest weight of a dominant pair. It exceeds a half by enough that two pairs cannot both have
+/// it, however weights are rounded; for a pair with less weight the difference is accurate to a few ulps.
 pub(crate) const DOMINANT: f64 = 0.75;
 
-/// The gradients that follow from that of one logit.
+/// The gradients that follow from the gradient of one logit.
 pub(crate) struct OfLogit<F> {
-    /// Times (sinh R/2) u of the key it is added to the gradient of the query's direction, times that of
-    /// the query to the key's.
+    /// Multiplied by (sinh R/2) u of the key, it is added to the gradient of the query's direction;
+    /// multiplied by that of the query, to the gradient of the key's direction.
     pub(crate) direction: F,
     /// The gradients of the radii.
     pub(crate) query: F,
@@ -54,12 +53,12 @@ impl PairDistance {
         Self { query, key, squared, radial, sinh }
     }
 
-    /// d/2, which logits are −κ times.
+    /// Returns d/2; the logit is −κ d/2.
     pub(crate) fn half(&self) -> f64 {
         self.sinh.asinh()
     }
 
-    /// As in the vectors of pairs, but for the gradient of the logit.
+    /// As in the vectors of pairs, for a given gradient of the logit.
     pub(crate) fn vjp<F: Float>(&self, kappa: F, grad_logit: f64) -> OfLogit<F> {
         let Self { query, key, squared, radial, sinh } = *self;
         let radial_cosh =

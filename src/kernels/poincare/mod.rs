@@ -1,18 +1,18 @@
 //! Softmax attention by hyperbolic distance.
 //!
-//! Points come here in polar form: a direction u, and a few functions of the radius R, the distance
-//! from the origin in units of the radius of curvature. In that form nothing cancels, however near to
-//! each other or to the boundary the points are:
+//! Points are in polar form: a direction u, and a few functions of the radius R, the distance from the
+//! origin in units of the radius of curvature. In this form nothing cancels, however close the points are
+//! to each other or to the boundary:
 //!
 //! ```text
 //! sinh²(d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4
 //! ```
 //!
-//! So a tile of logits is a tile of squared distances between directions, from their differences, and
-//! elementwise work (`pairs`). The forward pass is that of any softmax attention: what is summed of
-//! the values is linear, and what becomes of the sums is the mechanism's business. `spread` sums
-//! again what the first sums hold too inexactly; `backward` is the other direction, in which `dominant`
-//! settles what rounding leaves of a nearly one-hot softmax.
+//! So a tile of logits is a tile of squared distances between directions, computed from their
+//! differences, plus elementwise work (`pairs`). The forward pass is the same as for any softmax
+//! attention: the sums are linear in the terms of the values, and the mechanism turns them into means.
+//! `spread` recomputes sums that the first pass gives too inaccurately; `backward` is the backward pass,
+//! in which `dominant` corrects rounding for a nearly one-hot softmax.
 
 mod backward;
 mod dense_backward;
@@ -46,7 +46,7 @@ pub(crate) struct Radius<T> {
     pub(crate) expm1: T,
     /// e^{−R/2} / 2.
     pub(crate) half_inverse: T,
-    /// sinh R / 2, and its root.
+    /// sinh R / 2, and its square root.
     pub(crate) half_sinh: T,
     pub(crate) root: T,
     /// cosh R / 2.
@@ -66,18 +66,18 @@ pub(crate) struct Mass<T> {
 /// Inputs of attention by hyperbolic distance.
 #[derive(Debug)]
 pub struct HyperbolicProblem<'p, F: Float> {
-    /// Directions of queries and keys, and what is summed of the values, as they meet in softmax
+    /// Directions of queries and keys, and the summed terms of the values, as inputs of softmax
     /// attention.
     pub(crate) softmax: Problem<'p, F>,
     /// num_queries × heads.
     pub(crate) query: Vec<Radius<F>>,
     /// num_keys × kv_heads.
     pub(crate) key: Vec<Radius<F>>,
-    /// Logits are −κ d/2, d the distance in units of the radius of curvature.
+    /// Logits are −κ d/2, where d is the distance in units of the radius of curvature.
     pub(crate) kappa: F,
     /// Directions of the values, num_keys × kv_heads · dim, without NaN and infinities.
     pub(crate) directions: Rows<'p, F>,
-    /// Columns of a head of them.
+    /// The number of columns of a head of them.
     pub(crate) dim: usize,
     /// num_keys × kv_heads.
     pub(crate) masses: Vec<Mass<F>>,
@@ -89,19 +89,19 @@ impl<F: Float> HyperbolicProblem<'_, F> {
         self.query[query * self.softmax.heads + head]
     }
 
-    /// The point of a key, and the value's, that a head of the queries meets.
+    /// Returns the points of a key and its value for a head of the queries.
     #[inline(always)]
     pub(crate) fn key_at(&self, key: usize, head: usize) -> usize {
         key * self.softmax.inputs.num_kv_heads() + self.softmax.kv_head(head)
     }
 
-    /// The logit is this times d/2, in units of ln 2.
+    /// Returns the factor of d/2 in the logit, in units of ln 2.
     #[inline(always)]
     fn factor(&self) -> F {
         F::from_f64(-self.kappa.as_f64() * LN_2)
     }
 
-    /// The columns of heads of queries in own rows, of keys in others.
+    /// Returns the columns of heads of queries in own rows and of keys in others.
     fn columns(&self, level: Level, dim: usize) -> Columns<F> {
         Columns::new(level, self.softmax.heads, dim, |head| {
             [head * dim, self.softmax.kv_head(head) * dim]
@@ -129,7 +129,7 @@ impl<F: Float, const N: usize> Lanes<F, N> {
         }
     }
 
-    /// The numbers of a vector of lanes.
+    /// Returns the numbers of a vector of lanes.
     #[inline(always)]
     fn load<S: Simd>(&self, simd: S, at: usize) -> [Vector<S, F>; N] {
         let mut vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
@@ -251,7 +251,7 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
 }
 
 impl<F: Float> DistanceTiles<'_, F> {
-    /// Logits in place of squared distances of directions.
+    /// Replaces squared distances of directions by logits.
     #[inline(always)]
     fn logits<S: Simd>(
         &self,

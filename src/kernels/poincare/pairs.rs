@@ -1,4 +1,4 @@
-//! The computations for each pair, in vectors: the logit, and everything that depends on it in the
+//! The vectorised computations for each pair: the logit, and everything that depends on it in the
 //! backward pass.
 
 use super::dominant::DOMINANT;
@@ -9,7 +9,7 @@ use crate::kernels::primitives::exp::exp;
 use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat, SimdMask};
 
-/// Numbers of a [`Radius`] and of a [`Mass`].
+/// The number of fields of a [`Radius`] and of a [`Mass`].
 pub(super) const RADIUS: usize = 5;
 pub(super) const MASS: usize = 4;
 
@@ -43,7 +43,7 @@ impl<T: Copy> Mass<T> {
 }
 
 /// [sinh((R − R')/2), cosh((R − R')/2)] of two radii in the forms e^{R/2} − 1 and e^{−R/2}/2. The first,
-/// (e^{R/2} − e^{R'/2})(e^{−R/2} + e^{−R'/2})/2, is as exact for radii of 1e-300 as for those of 30.
+/// (e^{R/2} − e^{R'/2})(e^{−R/2} + e^{−R'/2})/2, is as accurate for radii of 1e-300 as for radii of 30.
 #[inline(always)]
 fn radial<S: Simd, F: Float>(
     simd: S,
@@ -81,20 +81,20 @@ pub(super) fn logit<S: Simd, F: Float>(
     factor * asinh::<S, F>(simd, sinh, cosh)
 }
 
-/// Numbers of a [`Terms`].
+/// The number of fields of a [`Terms`].
 pub(super) const TERMS: usize = 7;
 
-/// The terms of a query and head in the backward pass, beside its point.
+/// The terms of a query and head in the backward pass, besides its point.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Terms<T> {
-    /// The gradient of a weight is radial · sinh(Rⱼ − R) + sinh Rⱼ (w·uⱼ − spread |uⱼ − û|²), R the
-    /// radius of the midpoint.
+    /// The gradient of a weight is radial · sinh(Rⱼ − R) + sinh Rⱼ (w·uⱼ − spread |uⱼ − û|²), where R is
+    /// the radius of the midpoint.
     pub(crate) radial: T,
     pub(crate) spread: T,
     /// e^{R/2} − 1 and e^{−R/2}/2.
     pub(crate) expm1: T,
     pub(crate) half_inverse: T,
-    /// m and 1/l; +∞ and 0 where no key was seen, so that all weights e^{s − m} / l are 0.
+    /// m and 1/l; +∞ and 0 if no key was seen, so that all weights e^{s − m} / l are 0.
     pub(crate) shift: T,
     pub(crate) inverse: T,
     /// The mean of the gradients of the weights.
@@ -102,7 +102,7 @@ pub(crate) struct Terms<T> {
 }
 
 impl<F: Float> Terms<F> {
-    /// Of a query that has no part in anything.
+    /// The terms of an unused query.
     pub(crate) fn none() -> Self {
         let zero = F::zero();
         Self::of([zero, zero, zero, zero, F::infinity(), zero, zero])
@@ -139,8 +139,8 @@ pub(super) struct Pairs<V> {
     pub(super) bias: V,
     /// The factors by which dropout multiplies the weights.
     pub(super) multiplier: V,
-    /// The gradient of the logit of a pair that [dominates](PairGradients::dominates); 0 where it is
-    /// not known yet.
+    /// The gradient of the logit of a pair that [dominates](PairGradients::dominates); 0 if it is not
+    /// known yet.
     pub(super) dominant_logit: V,
 }
 
@@ -149,20 +149,20 @@ pub(super) struct PairGradients<V> {
     /// The weight after dropout.
     pub(super) weight: V,
     pub(super) logit: V,
-    /// The gradient of u_q is Σⱼ direction · (sinh Rⱼ/2) uⱼ times sinh R_q/2, that of u_k likewise.
+    /// The gradient of u_q is Σⱼ direction · (sinh Rⱼ/2) uⱼ times sinh R_q/2, and the same for u_k.
     pub(super) direction: V,
-    /// Of the radii of query, key and value.
+    /// The gradients of the radii of query, key and value.
     pub(super) query: V,
     pub(super) key: V,
     pub(super) value: V,
-    /// Of −κ ln 2.
+    /// The gradient of −κ ln 2.
     pub(super) factor: V,
-    /// The lanes whose pair has most of the weight of its query: see [`super::dominant`].
+    /// The lanes with a pair that has most of the weight of its query: see [`super::dominant`].
     pub(super) dominates: u64,
 }
 
-/// The weight of a pair and the gradients that follow from it; zeros for hidden pairs, whatever they
-/// hold.
+/// Computes the weight of a pair and the gradients that follow from it; zeros for hidden pairs, whatever
+/// they hold.
 #[inline(always)]
 pub(super) fn vjp<S: Simd, F: Float>(
     simd: S,
@@ -177,8 +177,9 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let [sinh, cosh] = sinh_and_cosh::<S, F>(simd, pairs.squared, query, key);
     let distance = asinh::<S, F>(simd, sinh, cosh);
 
-    // p = e^{s − m} / l; by the logit itself: −∞ less a shift that is NaN is not −∞ any more. The logit
-    // to the last bit as in the forward pass: where it is large another rounding would be another weight.
+    // p = e^{s − m} / l, masked by the logit itself: −∞ minus a NaN shift is no longer −∞. The logit is
+    // bitwise identical to the forward pass: if it is large, a different rounding would change the
+    // weight.
     let logit = splat(factor) * distance + pairs.bias;
     let logit = pairs.bias.simd_eq(lowest).select(lowest, logit);
     let logit = terms.shift.simd_eq(highest).select(lowest, logit);
@@ -189,7 +190,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
 
     // The gradients of the weight and of the value's radius.
     let tangential = pairs.product - terms.spread * pairs.spread;
-    // sinh and cosh of Rⱼ − R, from those of the half.
+    // sinh and cosh of Rⱼ − R, from those of half of it.
     let from_mean = [terms.expm1, terms.half_inverse];
     let [half_sinh, half_cosh] = radial::<S, F>(simd, [mass.expm1, mass.half_inverse], from_mean);
     let twice = half_sinh + half_sinh;
@@ -202,8 +203,8 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let along = terms.radial.mul_add(cosh_1, terms.radial);
     let grad_value = is_hidden.select(zero, kept * mass.cosh.mul_add(tangential, along));
 
-    // s = −κ asinh(x), x² = radial² + tangential²: ds = −κ / (2 x cosh) dx². Without squares, which
-    // would be 0 for pairs nearer than 1e-19 in f32; d has no derivative where points are the same.
+    // s = −κ asinh(x), x² = radial² + tangential²: ds = −κ / (2 x cosh) dx². Without squares, which would
+    // be 0 for pairs closer than 1e-19 in f32; d has no derivative if the points are the same.
     let [radial, radial_cosh] = radial::<S, F>(simd, query.form(), key.form());
     let across = pairs.squared.sqrt() * query.root * key.root;
     let (a, b) = (radial.abs(), across.abs());

@@ -1,4 +1,4 @@
-//! The sum that the midpoint of far points is too sensitive to.
+//! The sum that determines the midpoint of distant points, computed accurately.
 
 use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
 use crate::float::Float;
@@ -23,8 +23,8 @@ use ndarray::ArrayViewMut2;
 use std::iter;
 use std::ops::Range;
 
-/// Adds Σⱼ pᵢⱼ sinh Rⱼ |uⱼ − ûᵢ|²/2 to `sums`, num_queries × heads, for those queries and heads that have
-/// a û (num_queries × heads · dim) other than 0; to the others' it may add anything.
+/// Adds Σⱼ pᵢⱼ sinh Rⱼ |uⱼ − ûᵢ|²/2 to `sums`, num_queries × heads, for queries and heads with a nonzero
+/// û (num_queries × heads · dim); for the others it may add anything.
 pub(in super::super) fn spread<F: Float>(
     problem: &HyperbolicProblem<'_, F>,
     directions: Slices<'_, F>,
@@ -212,18 +212,18 @@ impl<F: Float> Task<'_, F> {
     }
 }
 
-/// Buffers of one tile after the other.
+/// Buffers for one tile at a time.
 struct Scores<F> {
     /// keys × width.
     scores: Buffer<F>,
     spreads: Buffer<F>,
-    /// Not needed here.
+    /// Unused here.
     maxima: Buffer<F>,
-    /// For what is added to scores, and multiplies weights.
+    /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
 }
 
-/// p = e^{s − m} / l in place of the logits of a panel.
+/// Replaces the logits of a panel by p = e^{s − m} / l.
 #[inline(always)]
 fn weigh_panel<S: Simd, F: Float>(
     simd: S,
@@ -249,7 +249,7 @@ fn weigh_panel<S: Simd, F: Float>(
     }
 }
 
-/// p = e^{s − m} / l in place of logits. Whole vectors.
+/// Replaces logits by p = e^{s − m} / l, in whole vectors.
 #[inline(always)]
 fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], [shift, inverse]: [F; 2]) {
     let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());

@@ -12,12 +12,12 @@ pub struct Asinh<F: SimdFloatElement + 'static> {
     shift: u32,
     /// 2^(mantissa bits): the bits of an integer below it, put under these, are the integer plus it.
     magic: F,
-    /// 2 / ((2k + 1) ln 2): the series of 2 artanh(t) / (t ln 2) in t², |t| ≤ (√2 − 1)/(√2 + 1); what is
-    /// left out is less than a quarter of the last place.
+    /// 2 / ((2k + 1) ln 2): the series of 2 artanh(t) / (t ln 2) in t², |t| ≤ (√2 − 1)/(√2 + 1); the rest
+    /// is less than a quarter of the last place.
     coefficients: &'static [F],
 }
 
-/// A type with an asinh.
+/// A type with asinh.
 pub trait HasAsinh: SimdFloatElement + 'static {
     /// Its constants.
     const ASINH: Asinh<Self>;
@@ -63,8 +63,8 @@ impl HasAsinh for f64 {
     };
 }
 
-/// asinh(x) / ln 2 for finite x ≥ 0, given √(1 + x²); to 4 units in the last place however small x is,
-/// and NaN for NaN.
+/// asinh(x) / ln 2 for finite x ≥ 0, given √(1 + x²); accurate to 4 units in the last place however small
+/// x is, and NaN for NaN.
 #[inline(always)]
 pub(crate) fn asinh<S: Simd, F: HasAsinh>(
     simd: S,
@@ -79,8 +79,8 @@ pub(crate) fn asinh<S: Simd, F: HasAsinh>(
     let m = Vector::<S, F>::from_bits(bits - (j << shift));
     let magic = Vector::<S, F>::splat(simd, magic);
     let j = Vector::<S, F>::from_bits(j | magic.to_bits()) - magic;
-    // ln m = 2 artanh(t), t = (m − 1)/(m + 1). Where j = 0 that is tanh(asinh(x)/2), and without the
-    // rounding of m.
+    // ln m = 2 artanh(t), t = (m − 1)/(m + 1). For j = 0 this is tanh(asinh(x)/2), without the rounding
+    // error of m.
     let (zero, one) =
         (Vector::<S, F>::splat(simd, F::from(0u8)), Vector::<S, F>::splat(simd, F::from(1u8)));
     let is_small = j.simd_eq(zero);
@@ -91,7 +91,7 @@ pub(crate) fn asinh<S: Simd, F: HasAsinh>(
     for &coefficient in rest.iter().rev() {
         sum = sum.mul_add(square, Vector::<S, F>::splat(simd, coefficient));
     }
-    // The bits of a NaN have made some number: 0 · NaN brings it back.
+    // The bits of a NaN gave some number; 0 · NaN restores NaN.
     exponential.mul_add(zero, sum.mul_add(t, j))
 }
 

@@ -3,10 +3,10 @@
 use crate::float::Float;
 use std::ops::{Deref, DerefMut};
 
-/// Bytes of a cache line, and of the longest vector.
+/// The size of a cache line, and of the longest vector, in bytes.
 const LINE: usize = 64;
 
-/// Numbers that start at a cache line: otherwise every long vector of a row would lie in two.
+/// Numbers aligned to a cache line; otherwise every long vector of a row would span two lines.
 #[derive(Debug)]
 pub(crate) struct Buffer<F> {
     data: Vec<F>,
@@ -17,7 +17,7 @@ pub(crate) struct Buffer<F> {
 impl<F: Float> Buffer<F> {
     pub(crate) fn zeros(len: usize) -> Self {
         let data = vec![F::zero(); len + LINE / size_of::<F>()];
-        // It may be the largest number there is, where addresses are not known.
+        // It may be `usize::MAX` if addresses are unknown.
         let start = data.as_ptr().align_offset(LINE).min(data.len() - len);
         Self { data, start, len }
     }

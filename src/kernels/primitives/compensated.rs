@@ -2,12 +2,12 @@
 
 use crate::float::Float;
 
-/// sum ← factor · sum + term. `lack` is what rounding has taken from the sum.
+/// sum ← factor · sum + term. `lack` is the accumulated rounding error of the sum.
 #[inline(always)]
 pub(crate) fn add<F: Float>(sum: &mut F, lack: &mut F, factor: F, term: F) {
     let (before, added) = (*sum * factor, term + *lack * factor);
     *sum = before + added;
     let new_lack = added - (*sum - before);
-    // Of infinities nothing is lacking.
+    // Infinities have no rounding error.
     *lack = if new_lack.is_nan() { F::zero() } else { new_lack };
 }

@@ -10,7 +10,7 @@ pub struct Exp<F: 'static> {
     min: F,
     /// The same bound for e^x.
     min_natural: F,
-    /// log₂ e, and what it lacks.
+    /// log₂ e, and its rounding error.
     log2_e: [F; 2],
     /// 1.5 · 2^(mantissa bits) + exponent bias. Adding it rounds x to an integer j, leaves j + bias
     /// in the lowest bits, and the sum minus it is j.
@@ -22,7 +22,7 @@ pub struct Exp<F: 'static> {
     coefficients: &'static [F],
 }
 
-/// A type with an e^x.
+/// A type with e^x.
 pub trait HasExp: SimdFloatElement + 'static {
     /// Its constants.
     const EXP: Exp<Self>;
@@ -72,9 +72,9 @@ impl HasExp for f64 {
     };
 }
 
-/// e^x for x ≤ 0, to 1.5 units in the last place where the CPU has fused multiply-add, and |x| / 2 more
-/// where it has not; 0 where e^x is not a normal number, NaN for NaN. Positive x that do not overflow come
-/// out right too.
+/// e^x for x ≤ 0, accurate to 1.5 units in the last place if the CPU has fused multiply-add, and |x| / 2
+/// more otherwise; 0 if e^x is not a normal number, NaN for NaN. Also correct for positive x that do not
+/// overflow.
 #[inline(always)]
 pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
     let Exp { min_natural, magic, log2_e, .. } = F::EXP;
@@ -82,14 +82,14 @@ pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> 
     let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
     // A comparison with NaN is false, so NaN stays.
     let x = x.simd_lt(min).select(min, x);
-    // x log₂ e = j + r: what the product lacks of its rounding is in r.
+    // x log₂ e = j + r: the rounding error of the product is in r.
     let shifted = x.mul_add(log2_e[0], Vector::<S, F>::splat(simd, magic));
     let r = x.mul_add(log2_e[0], -(shifted - magic));
     power::<S, F>(simd, shifted, x.mul_add(log2_e[1], r))
 }
 
-/// 2^x for x ≤ 0, to 1.5 units in the last place; 0 where 2^x is not a normal number, NaN for
-/// NaN. Positive x that do not overflow come out right too.
+/// 2^x for x ≤ 0, accurate to 1.5 units in the last place; 0 if 2^x is not a normal number, NaN for NaN.
+/// Also correct for positive x that do not overflow.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
     let Exp { min, magic, .. } = F::EXP;

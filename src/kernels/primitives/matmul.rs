@@ -1,14 +1,14 @@
 //! Matrix products of small tiles, in registers.
 //!
-//! The right factor is read in *panels* of [`panel_width`] columns: two vectors side by side. The
-//! left factor is read as it lies, in one of two ways: in [`rows_times`] the inner index runs along
-//! its rows, in [`columns_times`] from row to row. Six rows of the result at a time are twelve sums,
-//! two vectors of the panel and one factor: fifteen registers, of which even AVX2 has sixteen.
+//! The right factor is read in *panels* of [`panel_width`] columns: two vectors side by side. The left
+//! factor is read in place, in one of two ways: in [`rows_times`] the inner index runs along its rows, in
+//! [`columns_times`] from row to row. Six rows of the result at a time are twelve sums, two vectors of
+//! the panel and one factor: fifteen registers; even AVX2 has sixteen.
 //!
-//! The functions are compiled once for each type and instruction set and called for a tile at a time:
-//! inlined into every kernel they would make the build take minutes. The loops over the inner index
-//! run over zipped iterators, which have no bounds checks; with one index for six rows each step of
-//! twelve multiply-adds would carry six of them.
+//! The functions are compiled once for each type and instruction set and called for a tile at a time: if
+//! inlined into every kernel, they would make the build take minutes. The loops over the inner index use
+//! zipped iterators, which have no bounds checks; with one index for six rows, each step of twelve
+//! multiply-adds would have six of them.
 
 use crate::float::Float;
 use crate::kernels::primitives::transpose::MOST as MOST_LANES;
@@ -23,8 +23,9 @@ pub(crate) type PanelRow<S, F> = [Vector<S, F>; 2];
 /// Rows of the result at a time.
 pub(super) const ROWS: usize = 6;
 
-/// So many rows of the factors of [`columns_times`] are summed from zero, then the sums of a tile, and these
-/// are added to what was there: one sum, to which small terms are added one by one, would lose some of each.
+/// The number of rows of the factors of [`columns_times`] that are summed from zero; these sums are then
+/// summed for a tile and added to the previous values. A single sum, to which small terms are added one
+/// by one, would lose digits.
 pub(crate) const ROWS_OF_SUM: usize = 16;
 
 /// Lanes of a vector.
@@ -41,7 +42,7 @@ pub(crate) fn panel_len<F: Float>(level: Level) -> usize {
     2 * vector_len::<F>(level)
 }
 
-/// [`panel_len`] of an instruction set that is known when it is compiled.
+/// [`panel_len`] for an instruction set that is known at compile time.
 #[inline(always)]
 pub(crate) fn panel_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
     2 * Vector::<S, F>::LEN
@@ -67,8 +68,8 @@ pub(crate) fn store<S: Simd, F: SimdFloatElement + 'static>([a, b]: PanelRow<S, 
     b.store_slice(&mut row[len..]);
 }
 
-/// Rows of `stride` entries, of which those from `column` on count. All are whole: then a loop over them
-/// checks the length of one.
+/// Rows of `stride` entries, used from `column` on. All rows are complete, so a loop over them checks the
+/// length of only one.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a, F> {
     pub(crate) data: &'a [F],
@@ -76,7 +77,7 @@ pub(crate) struct Matrix<'a, F> {
     pub(crate) column: usize,
 }
 
-/// No stride and no number of rows is larger. Where the compiler knows that a product of both does not overflow,
+/// The largest stride and number of rows. If the compiler knows that their product does not overflow,
 /// `chunks_exact` need not divide it by one of them.
 const MOST: usize = u32::MAX as usize;
 
@@ -114,7 +115,7 @@ impl<'a, F> Matrix<'a, F> {
     }
 }
 
-/// A left factor, of which `len` columns count.
+/// A left factor with `len` used columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Left<'l, F> {
     pub(crate) rows: Matrix<'l, F>,
@@ -122,7 +123,7 @@ pub(crate) struct Left<'l, F> {
 }
 
 impl<'l, F> Left<'l, F> {
-    /// All columns of rows that lie one after the other.
+    /// Creates it from all columns of contiguous rows.
     #[inline(always)]
     pub(crate) fn new(data: &'l [F], stride: usize) -> Self {
         Self { rows: Matrix::new(data, stride), len: stride }
@@ -141,18 +142,18 @@ impl<'l, F> Left<'l, F> {
     }
 }
 
-/// How a product is combined with the numbers in its place.
+/// How a product is combined with the existing numbers.
 #[derive(Clone, Copy, Debug)]
 pub enum Target<'t, F> {
     Add,
-    /// Not read first: a page of zeros that nobody has touched is not there yet, and would come
-    /// twice.
+    /// Overwrites without reading: an untouched page of zeros is not allocated yet, and reading would
+    /// fault twice.
     Overwrite,
-    /// Multiplied by a factor for each column, then added to.
+    /// Multiplies by a factor for each column, then adds.
     Rescale(&'t [F]),
 }
 
-/// Where a product goes: rows of `stride` entries, of which as many as `columns` from `start` on.
+/// The target of a product: rows of `stride` entries, with the given number of columns from `start` on.
 pub(crate) struct Out<'o, F> {
     pub(crate) data: &'o mut [F],
     pub(crate) stride: usize,
@@ -173,7 +174,7 @@ impl<'o, F: Float> Out<'o, F> {
         Self { data, stride, start: column, columns: panel }
     }
 
-    /// Takes in the first `count` of some rows of a panel, or as much of them as there are columns.
+    /// Stores the first `count` of some rows of a panel, or as much of them as there are columns.
     #[inline(always)]
     fn put<S: Simd, const M: usize>(
         &mut self,
@@ -218,7 +219,8 @@ impl<'o, F: Float> Out<'o, F> {
     }
 }
 
-/// [`Out::put`] of some rows, or of rows that are shorter than a panel. Compiled once: it comes up at the ends.
+/// [`Out::put`] for some rows, or for rows shorter than a panel. Compiled once, because it is only needed
+/// at the ends.
 #[inline(never)]
 fn put_part<F: Float>(
     rows: &[[F; 2 * MOST_LANES]],
@@ -239,7 +241,7 @@ fn put_part<F: Float>(
     }
 }
 
-/// Left · right for some rows of `left`; `right` in whole panels.
+/// Computes left · right for some rows of `left`; `right` in whole panels.
 #[inline(never)]
 pub(crate) fn rows_times<F: Float>(
     level: Level,
@@ -301,8 +303,8 @@ fn with_max<S: Simd, F: Float>(
     store::<S, F>(max, maxima);
 }
 
-/// Σₜ (left\[m, t\] − right\[t, n\])² in place of the products of [`rows_times`]. Through
-/// |a|² + |b|² − 2 a·b it would be faster, and lose the distance between near points.
+/// Like [`rows_times`], but Σₜ (left\[m, t\] − right\[t, n\])² instead of products. |a|² + |b|² − 2 a·b
+/// would be faster, but lose the distance between close points.
 #[inline(never)]
 pub(crate) fn squared_distances<F: Float>(
     level: Level,
@@ -323,8 +325,8 @@ pub(crate) fn squared_distances<F: Float>(
     ));
 }
 
-/// The body of [`squared_distances`] or [`rows_times`]: hands six rows of each panel at a time to `visit`, with
-/// the first row and column and the number of rows. Past it the last row is repeated.
+/// The body of [`squared_distances`] or [`rows_times`]: passes six rows of each panel at a time to
+/// `visit`, with the first row and column and the number of rows. Past the end the last row is repeated.
 #[inline(always)]
 pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool>(
     simd: S,
@@ -352,8 +354,8 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
     }
 }
 
-/// Leftᵀ · right, where row m of the product belongs to column m of the left factor: as many columns
-/// as `left` has entries in a row, and as many rows as both factors have.
+/// Computes leftᵀ · right, where row m of the product belongs to column m of the left factor. The sums
+/// are over the rows of both factors.
 #[inline(never)]
 pub(crate) fn columns_times<F: Float>(
     level: Level,
@@ -393,7 +395,7 @@ fn columns_with<S: Simd, F: Float>(
     }
 }
 
-/// Puts M rows of a panel of the product; returns their number.
+/// Stores M rows of a panel of the product; returns their number.
 #[inline(always)]
 fn put_sums<S: Simd, F: Float, const M: usize>(
     simd: S,

@@ -1,5 +1,5 @@
-//! What all kernels are built of: products of small matrices, transposes and functions in vectors, and scratch
-//! memory.
+//! Building blocks of all kernels: products of small matrices, vectorised transposes and functions, and
+//! scratch memory.
 
 pub(crate) mod asinh;
 pub(crate) mod buffer;

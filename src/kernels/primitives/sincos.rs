@@ -9,22 +9,22 @@ pub struct SinCos<F: 'static> {
     /// 1.5 · 2^(mantissa bits): adding it rounds to an integer, whose last bits are those of the sum.
     magic: F,
     two_over_pi: F,
-    /// π/2 in parts, of which the first two have so few bits that their products with the integers
-    /// below the limit are exact.
+    /// π/2 in parts. The first two have few enough bits that their products with the integers below the
+    /// limit are exact.
     half_pi: [F; 3],
-    /// Larger arguments are left to the standard library.
+    /// The limit above which the standard library is used.
     limit: F,
-    /// (−1)^k/(2k + 1)! and (−1)^k/(2k)!, k ≥ 1: what is left out is less than a tenth of the last
-    /// place, |r| ≤ π/4.
+    /// (−1)^k/(2k + 1)! and (−1)^k/(2k)!, k ≥ 1: the rest is less than a tenth of the last place, |r| ≤
+    /// π/4.
     sin: &'static [F],
     cos: &'static [F],
 }
 
-/// A type with a sine and a cosine.
+/// A type with sine and cosine.
 pub trait HasSinCos: SimdFloatElement + 'static {
     /// Their constants.
     const SIN_COS: SinCos<Self>;
-    /// Those of the standard library.
+    /// Sine and cosine of the standard library.
     fn plain_sin_cos(self) -> (Self, Self);
 }
 
@@ -100,7 +100,7 @@ impl HasSinCos for f64 {
     }
 }
 
-/// [sin x, cos x], to a unit in the last place of 1 at most; NaN for NaN and infinities.
+/// [sin x, cos x], accurate to a unit in the last place of 1; NaN for NaN and infinities.
 #[inline(always)]
 pub(crate) fn sin_cos<S: Simd, F: HasSinCos>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
     let SinCos { magic, two_over_pi, half_pi, limit, sin, cos } = F::SIN_COS;

@@ -1,15 +1,15 @@
-//! Transposes in registers: what turns rows of queries into the lanes of a tile, and back.
+//! Transposes in registers, which turn rows of queries into the lanes of a tile, and back.
 
 use super::matmul::Vector;
 use fearless_simd::{Simd, SimdBase, SimdFloatElement};
 
-/// The most numbers in a vector of any instruction set.
+/// The largest length of a vector of any instruction set.
 pub(super) const MOST: usize = 16;
 
-/// Hands the transpose of a `num_rows` × `num_columns` matrix to `visit`: column, first row, and a
-/// vector of the column's entries from that row on. `load` gives a vector of a row's entries from some
-/// column on, of which those past the last column are not looked at. Rows past the last one are not
-/// loaded; their entries are zeros.
+/// Passes the transpose of a `num_rows` × `num_columns` matrix to `visit`: column, first row, and a
+/// vector of the column's entries from that row on. `load` returns a vector of a row's entries from some
+/// column on; entries past the last column are ignored. Rows past the last one are not loaded; their
+/// entries are zeros.
 #[inline(always)]
 pub(crate) fn transposed<S: Simd, F: SimdFloatElement + 'static>(
     simd: S,
@@ -38,10 +38,10 @@ pub(crate) fn transposed<S: Simd, F: SimdFloatElement + 'static>(
     }
 }
 
-/// Of the first vectors, as many as a vector has numbers.
+/// Transposes the first vectors, as many as a vector has lanes.
 ///
-/// Dealing the entries of the two halves out in turn moves the highest bit of an entry's address,
-/// (row, column), to the lowest place. As often as a row has bits, and columns have become rows.
+/// Interleaving the entries of the two halves moves the highest bit of an entry's address, (row, column),
+/// to the lowest position. After as many steps as a row index has bits, columns have become rows.
 #[inline(always)]
 fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(block: &mut [Vector<S, F>; MOST]) {
     let len = Vector::<S, F>::LEN;
@@ -55,7 +55,7 @@ fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(block: &mut [Vector<S
     }
 }
 
-/// A row's entries from `column` on, with zeros past its end.
+/// Loads a row's entries from `column` on, with zeros past its end.
 #[inline(always)]
 pub(crate) fn load_padded<S: Simd, F: SimdFloatElement + 'static>(
     simd: S,
@@ -69,7 +69,7 @@ pub(crate) fn load_padded<S: Simd, F: SimdFloatElement + 'static>(
     }
 }
 
-/// Compiled once: it comes up at the end of rows only.
+/// Compiled once, because it is only needed at the end of rows.
 #[inline(never)]
 fn padded<F: SimdFloatElement>(row: &[F]) -> [F; MOST] {
     let mut padded = [F::from(0u8); MOST];
@@ -77,7 +77,7 @@ fn padded<F: SimdFloatElement>(row: &[F]) -> [F; MOST] {
     padded
 }
 
-/// As many of the entries as the row has places for.
+/// Stores as many of the entries as fit into the row.
 #[inline(always)]
 pub(crate) fn store_part<S: Simd, F: SimdFloatElement + 'static>(
     entries: Vector<S, F>,

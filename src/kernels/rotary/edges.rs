@@ -1,8 +1,9 @@
-//! Softmax attention in which each pair has a rotation of its own: the query stands at 0, the key at the
-//! pair's distance.
+//! Softmax attention in which each pair has its own rotation: the query is at 0, the key at the pair's
+//! distance.
 //!
-//! A logit is (scale q)·(R k), for the forward pass and either backward pass: large ones must not be
-//! rounded in two ways. The pass by key also rotates the queries by the opposite, for the gradients.
+//! A logit is (scale q)·(R k) in the forward pass and in both backward passes, because large logits must
+//! be rounded the same way. The pass by key also rotates the queries in the opposite direction, for the
+//! gradients.
 
 use super::super::gathered::{Columns, Gather, Weights};
 use super::super::problem::{Problem, Rows, Slices, Upstream};
@@ -18,7 +19,7 @@ use ndarray::Array1;
 #[derive(Debug)]
 pub struct RotaryProblem<'p, F: Float> {
     pub(crate) softmax: Problem<'p, F>,
-    /// On one axis.
+    /// The rotation on one axis.
     pub(crate) rotary: Rotary,
     /// One row for each pair.
     pub(crate) distances: Rows<'p, F>,
@@ -35,16 +36,16 @@ pub(in super::super) struct RotaryScorer<'p, F: Float> {
     is_backward: bool,
     pairs: Pairs<'p>,
     columns: Columns<F>,
-    /// Of one query and the keys, in either pass.
+    /// The columns of one query and the keys, in either pass.
     query_columns: Columns<F>,
     turn: Turn<F>,
-    /// The row that all pairs have in common.
+    /// The common row of all pairs.
     row: usize,
     /// It, times the scale if it is a query.
     own: Vec<F>,
     /// The rotated rows of a tile: keys, or the queries by key.
     rotated: Vec<F>,
-    /// By key: the own key as a pair rotates it, and the logits of that pair.
+    /// In the pass by key: the own key rotated for a pair, and the logits of that pair.
     rotated_key: Vec<F>,
     logits: Vec<F>,
     /// 0, 1, 2, …
@@ -154,7 +155,7 @@ impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
             self.columns.dots(&self.own, rows, &mut tile.weights, tile.stride);
         }
         if self.is_backward {
-            // A logit that is NaN makes NaN of its gradient. What a bias hides is multiplied by 0.
+            // A NaN logit makes its gradient NaN. Pairs hidden by a bias are multiplied by 0.
             for x in &mut self.rotated[..tile.pairs.len() * others.columns] {
                 *x = if x.is_finite() { *x } else { F::zero() };
             }
@@ -186,7 +187,7 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
         let (heads, stride) = (self.problem.softmax.heads, tile.stride);
         let rows = Slices { data: &self.rotated, columns: self.others().columns };
         let rows = Gather { rows, at: &self.all[..tile.pairs.len()] };
-        // Where the gradient is 0 the pair may be hidden, and the rest NaN.
+        // If the gradient is 0 the pair may be hidden, and the rest NaN.
         let times = |grad: F, x: F| if grad == F::zero() { grad } else { grad * x };
         if self.problem.wants_distances {
             self.columns.dots(&self.slope, rows, &mut self.scratch, stride);
@@ -218,7 +219,7 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
         }
         for head in 0..heads {
             let moments = &mut self.moments[head_columns(head, dim)];
-            // Of a head that sees nothing the query may be NaN.
+            // The query of a head that sees nothing may be NaN.
             if !is_zero(moments) {
                 let query = self.problem.softmax.query(self.row, head);
                 moments.iter_mut().for_each(|moment| *moment *= scale);
@@ -229,7 +230,7 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
     }
 }
 
-/// The gradients; returns that of the frequencies.
+/// Computes the gradients and returns the gradient of the frequencies.
 pub(in super::super) fn backward<F: Float>(
     problem: &RotaryProblem<'_, F>,
     tile_len: usize,
@@ -311,7 +312,8 @@ mod tests {
                     for (array, (a, b)) in
                         run(level, layout, pairs).iter().zip(&expected).enumerate()
                     {
-                        let error = (a - b).mapv(f64::abs).into_iter().fold(0.0, f64::max);
+                        let error =
+                            (a - b).mapv(f64::abs).into_iter().fold(0.0, crate::float::nan_max);
                         assert!(error < 1e-12, "{level:?} {layout:?} {pairs} {array}: {error:e}");
                     }
                 }

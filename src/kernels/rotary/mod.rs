@@ -1,9 +1,8 @@
-//! Rotary positions: pairs of columns rotated by angles, a frequency times a position each.
+//! Rotary positions: pairs of columns rotated by angles, each a frequency times a position.
 //!
-//! Angles, sines and cosines are computed in `f64`, whatever the element, in vectors along the
-//! frequencies; those of one row are used for all its heads and then forgotten. `nodes` rotates the
-//! rows of a matrix, for any mechanism to go on with; `edges` rotates the rows that a query meets, each
-//! by a distance of its own.
+//! Angles, sines and cosines are computed in `f64` for all element types, in vectors along the
+//! frequencies. They are computed once per row for all heads and then discarded. `nodes` rotates the rows
+//! of a matrix, for any mechanism; `edges` rotates the rows that a query meets, each by its own distance.
 
 mod edges;
 mod nodes;
@@ -19,22 +18,23 @@ use crate::float::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use ndarray::Array2;
 
-/// Which columns of a head rotate together. Weights trained with one layout mean nothing in the other.
+/// The columns of a head that rotate together. Weights trained with one layout do not work with the
+/// other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Layout {
-    /// Columns 2p and 2p + 1: the paper's, GPT-J's and torchtune's.
+    /// Columns 2p and 2p + 1, as in the paper, GPT-J and torchtune.
     Interleaved,
-    /// Columns p and p + d/2, d the rotated columns of a head: GPT-NeoX's and that of Llama's weights in
-    /// Hugging Face's transformers (`rotate_half`).
+    /// Columns p and p + d/2, where d is the number of rotated columns of a head, as in GPT-NeoX and in
+    /// Llama's weights in Hugging Face's transformers (`rotate_half`).
     Half,
 }
 
-/// Which columns rotate, and how fast.
+/// The rotated columns and their frequencies.
 #[derive(Clone, Debug)]
 pub struct Rotary {
     pub(crate) layout: Layout,
-    /// Columns of a head; the first 2 · pairs of them rotate.
+    /// The number of columns of a head; the first 2 · pairs of them rotate.
     pub(crate) head_dim: usize,
     /// θ, axes × pairs: the angle of pair p at position x is Σₐ θₐₚ xₐ.
     pub(crate) frequencies: Array2<f64>,
@@ -52,7 +52,7 @@ struct Turn<F> {
     layout: Layout,
     head_dim: usize,
     pairs: usize,
-    /// Pairs in whole vectors.
+    /// The number of pairs, rounded up to whole vectors.
     stride: usize,
     /// Frequencies, and their upper and lower halves, axes × stride each.
     frequencies: [Vec<f64>; 3],
@@ -60,13 +60,13 @@ struct Turn<F> {
     sin: Vec<F>,
 }
 
-/// In one pass, so that it is done in vectors.
+/// In one pass, so that it is vectorised.
 #[inline(always)]
 fn is_zero<F: Float>(values: &[F]) -> bool {
     values.iter().fold(true, |all, &value| all & (value == F::zero()))
 }
 
-/// A number as the sum of two that have few enough bits for the products of such halves to be exact.
+/// Splits a number into a sum of two numbers with few enough bits that products of such halves are exact.
 fn halves(x: f64) -> [f64; 2] {
     let high = f64::from_bits(x.to_bits() & (u64::MAX << 27));
     [high, x - high]
@@ -89,7 +89,7 @@ impl<F: Float> Turn<F> {
         Self { level, layout, head_dim, pairs, stride, frequencies, cos: zeros(), sin: zeros() }
     }
 
-    /// Takes up the angles of `sign` times a position.
+    /// Sets the angles to those of `sign` times a position.
     #[inline(never)]
     fn set(&mut self, position: &[F], sign: f64) {
         dispatch!(self.level, simd => self.set_in_vectors(simd, position, sign));
@@ -121,7 +121,7 @@ impl<F: Float> Turn<F> {
         }
     }
 
-    /// Overwrites a head, or several side by side, with the rotated ones.
+    /// Overwrites one head, or several side by side, with the rotated heads.
     #[inline(never)]
     fn apply(&self, heads: &[F], out: &mut [F]) {
         dispatch!(self.level, _simd => self.rotate(heads, out));
@@ -155,8 +155,8 @@ impl<F: Float> Turn<F> {
         }
     }
 
-    /// Overwrites `out` with what a row y is multiplied by in the derivative of scale · x·y, as y turns
-    /// with a position on one axis.
+    /// Overwrites `out` with the factors of a row y in the derivative of scale · x·y, when y turns with a
+    /// position on one axis.
     fn slope(&self, scale: F, x: &[F], out: &mut [F]) {
         out.fill(F::zero());
         let heads = x.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
@@ -174,8 +174,8 @@ impl<F: Float> Turn<F> {
         }
     }
 
-    /// sums\[p\] += x × y, the cross product of the columns of pair p: what a change of its angle by 1
-    /// adds to ⟨y, x⟩, over one head or several.
+    /// sums\[p\] += x × y, the cross product of the columns of pair p: the derivative of ⟨y, x⟩ with
+    /// respect to its angle, over one head or several.
     #[inline(never)]
     fn add_cross_products(&self, x: &[F], y: &[F], sums: &mut [F]) {
         dispatch!(self.level, _simd => self.add_cross(x, y, sums));
@@ -205,7 +205,7 @@ impl<F: Float> Turn<F> {
     }
 }
 
-/// [a x, what rounding takes of it], of the halves of both (Dekker 1971). Not by fused multiply-add,
+/// Returns a x and its rounding error, from the halves of both (Dekker 1971). Not by fused multiply-add,
 /// which not every instruction set has.
 #[inline(always)]
 fn exact_product<S: Simd>(
@@ -218,7 +218,7 @@ fn exact_product<S: Simd>(
     [product, rest]
 }
 
-/// [a + b, what rounding takes of it] (Knuth).
+/// Returns a + b and its rounding error (Knuth).
 #[inline(always)]
 fn exact_sum<S: Simd>(a: Vector<S, f64>, b: Vector<S, f64>) -> [Vector<S, f64>; 2] {
     let sum = a + b;
@@ -226,7 +226,7 @@ fn exact_sum<S: Simd>(a: Vector<S, f64>, b: Vector<S, f64>) -> [Vector<S, f64>; 
     [sum, (a - (sum - of_b)) + (b - of_b)]
 }
 
-/// [sin, cos] of the sum of an angle and its rounding error.
+/// Returns [sin, cos] of the sum of an angle and its rounding error.
 #[inline(always)]
 fn sin_cos_of_sum<S: Simd>(
     simd: S,
@@ -234,7 +234,7 @@ fn sin_cos_of_sum<S: Simd>(
     error: Vector<S, f64>,
 ) -> [Vector<S, f64>; 2] {
     let [sin, cos] = sin_cos::<S, f64>(simd, angle);
-    // The square of the error is below rounding, but for angles of billions.
+    // The square of the error is below rounding, except for angles of billions.
     let is_small = error.abs().simd_le(Vector::<S, f64>::splat(simd, 1e-9));
     let [sin_error, cos_error] = if is_small.all_true() {
         [error, Vector::<S, f64>::splat(simd, 1.0)]

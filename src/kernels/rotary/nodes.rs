@@ -10,11 +10,11 @@ use fearless_simd::Level;
 use ndarray::{Array2, Array3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 use std::ops::Range;
 
-/// Rows are handed to threads in at most this many parts, of whole blocks.
+/// The largest number of parts, of whole blocks, in which rows are distributed to threads.
 const PARTS: usize = 64;
 const BLOCK: usize = 16;
 
-/// Multiplications for the sine and cosine of an angle.
+/// The cost of the sine and cosine of an angle, in multiplications.
 const WORK_OF_ANGLE: usize = 50;
 
 fn work(rotary: &Rotary, rows: usize, columns: usize) -> usize {
@@ -53,8 +53,8 @@ pub(in super::super) fn rotate<F: Float>(
     });
 }
 
-/// Given the gradient of what [`rotate`] wrote: adds those of `x`, of the positions and of the
-/// frequencies.
+/// Adds the gradients of `x`, of the positions and of the frequencies, given the gradient of the output of
+/// [`rotate`].
 pub(in super::super) fn rotate_vjp<F: Float>(
     rotary: &Rotary,
     level: Level,
@@ -121,7 +121,7 @@ impl<F: Float> Backward<'_, F> {
         let wants_angles = wants_positions || sums.is_some();
         for (r, row) in self.rows.clone().enumerate() {
             let grad_out = grad_out.row(row).to_slice().expect("an array of our own");
-            // Of a row or head that nobody reads: its position may be NaN.
+            // For a row or head that nothing reads, the position may be NaN.
             if is_zero(grad_out) {
                 continue;
             }
@@ -129,7 +129,7 @@ impl<F: Float> Backward<'_, F> {
             grad_angles.fill(F::zero());
             let heads = grad_out.chunks_exact(head_dim).zip(x.row(row).chunks_exact(head_dim));
             for (head, (grad_out, x)) in heads.enumerate().filter(|(_, (grad, _))| !is_zero(grad)) {
-                // x' = R x, so the gradient of x is R⁻¹ times that of x'.
+                // x' = R x, so the gradient of x is R⁻¹ times the gradient of x'.
                 turn.apply(grad_out, &mut back);
                 if wants_angles {
                     turn.add_cross_products(x, &back, &mut grad_angles);

@@ -14,9 +14,9 @@ use crate::inputs::{Pair, head_columns};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
 
-/// Adds the gradients, given the outputs and normalizer of the forward pass; that of the data of the
-/// pairs, if the scorer has any, to the one of the distances. Returns the scorer's sums. The scaled
-/// queries are those of [`scaled_queries`].
+/// Adds the gradients, given the outputs and normalizer of the forward pass; the gradient of the per-pair
+/// data, if the scorer has any, is added to the gradient of the distances. Returns the scorer's sums. The
+/// scaled queries are those of [`scaled_queries`].
 pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     of_scorer: &'p C::Problem,
     scaled_queries: &'p [F],
@@ -34,7 +34,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     let level = level_for::<F>(level, [problem.key_dim, problem.value_dim]);
     let terms = terms(level, problem, upstream);
 
-    // In the order of the rows, since each thread must own what it adds to.
+    // In the order of the rows, because each thread must own the memory that it adds to.
     let columns = if grads.bias.is_some() { problem.heads } else { 0 };
     let by_query = Pairs::by_query(inputs);
     let mut grad_logits = Array2::zeros((inputs.num_pairs(), columns));
@@ -126,12 +126,12 @@ pub(in super::super) fn dot_backward<F: Float>(
     backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
 }
 
-/// The queries times the scale.
+/// Returns the queries times the scale.
 pub(in super::super) fn scaled_queries<F: Float>(problem: &Problem<'_, F>) -> Vec<F> {
     problem.query.slices().data.iter().map(|&entry| problem.scale * entry).collect()
 }
 
-/// The array of a gradient that was asked for, or one to be forgotten.
+/// Returns the array of a wanted gradient, or a temporary one.
 fn asked_or<'g, F: Float>(
     asked: &'g mut Option<ArrayViewMut2<'_, F>>,
     unasked: &'g mut Array2<F>,
@@ -146,8 +146,8 @@ fn asked_or<'g, F: Float>(
     }
 }
 
-/// Queries with the gradient of their outputs, or keys with their values: `a` meets the other
-/// side's `a` in a logit, and `b` meets `b` in the gradient of a weight.
+/// Queries with the gradient of their outputs, or keys with their values: a logit is the product of both
+/// sides' `a`, and the gradient of a weight is the product of both sides' `b`.
 struct Side<'r, F: Float> {
     a: Slices<'r, F>,
     b: Slices<'r, F>,
@@ -170,15 +170,15 @@ impl<'r, F: Float> Side<'r, F> {
     }
 }
 
-/// The outputs of the pass by query beside the gradients of its rows.
+/// The outputs of the pass by query besides the gradients of its rows.
 struct OfQuery<'a, F> {
-    /// Of the logits and of the data of each pair.
+    /// The gradients of the logits and of the data of each pair.
     by_slot: [ArrayViewMut2<'a, F>; 2],
-    /// The scorer's, of the part.
+    /// The scorer's sums for the part.
     sums: ArrayViewMut2<'a, F>,
 }
 
-/// One pass over the pairs, for the side whose gradients are summed.
+/// One pass over the pairs, summing the gradients of one side.
 struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
     of_scorer: &'p C::Problem,
     own: &'s Side<'s, F>,
@@ -193,8 +193,8 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
 }
 
 impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
-    /// The rows of a part: adds the gradients of `a` and, if asked for, of `b`, and overwrites what
-    /// else follows.
+    /// Processes the rows of a part: adds the gradients of `a` and, if wanted, of `b`, and overwrites the
+    /// other outputs.
     fn run(
         &self,
         level: Level,
@@ -216,7 +216,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
 
         let mut tile = Tile::new(level, heads, self.tile_len);
         let mut scorer = C::of_side(level, self.of_scorer, self.scaled_queries, &tile);
-        // m, 1/l and δ of the query of each pair, and the gradient of its weight, then logit.
+        // m, 1/l and δ of the query of each pair, and the gradient of its weight, then of its logit.
         let [mut shifts, mut inverses, mut deltas, mut grads] =
             [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
         let mut grad_data = vec![F::zero(); tile.stride];
@@ -308,7 +308,7 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         }
     }
 
-    /// Adds the entries of the other side's rows that are not finite: [`add_bad`] for both sums.
+    /// Adds the entries of the other side's rows that are not finite, with [`add_bad`] for both sums.
     #[inline]
     fn add_bad(
         &self,
@@ -362,8 +362,8 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
     }
 }
 
-/// m, 1/l and δ = g·o of each query and head. δ by the steps that make g·v of a pair: with one key in
-/// sight o is v, and ds is 0.
+/// Computes m, 1/l and δ = g·o for each query and head. δ uses the same steps as g·v of a pair: with only
+/// one visible key o is v, and ds is 0.
 fn terms<F: Float>(
     level: Level,
     problem: &Problem<'_, F>,
@@ -386,7 +386,7 @@ fn terms<F: Float>(
     terms
 }
 
-/// p = e^{s − m} / l in place of the logits. Whole vectors.
+/// Replaces the logits by p = e^{s − m} / l, in whole vectors.
 #[inline(never)]
 pub(in super::super) fn weights_of<F: Float>(
     level: Level,
@@ -407,8 +407,8 @@ fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], [shifts, inverses]: [&[F]
     }
 }
 
-/// p = e^{s − m} / l in place of the logits, ds = p (dp − δ) in place of the gradients of the weights; 0
-/// for hidden pairs, whatever dp. Whole vectors.
+/// Replaces the logits by p = e^{s − m} / l, and the gradients of the weights by ds = p (dp − δ); 0 for
+/// hidden pairs, whatever dp. In whole vectors.
 #[inline(never)]
 pub(in super::super) fn weights_and_logits_vjp<F: Float>(
     level: Level,
@@ -435,7 +435,7 @@ fn weigh_with_vjp<S: Simd, F: Float>(
     for (logits, (((shifts, inverses), deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
         let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
         let (shift, grad) = (load(shifts), load(grads) - load(deltas));
-        // By the logit itself: −∞ less a shift that is NaN is not −∞ any more.
+        // By the logit itself: −∞ minus a NaN shift is no longer −∞.
         let logit = shift.simd_eq(highest).select(lowest, load(logits));
         let is_hidden = logit.simd_eq(lowest);
         let weight = exp::<S, F>(simd, logit - shift) * load(inverses);

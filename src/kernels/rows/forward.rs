@@ -24,7 +24,7 @@ pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
     let softmax = C::softmax(problem);
     let pairs = Pairs::by_query(&softmax.inputs);
     let tile_len = pairs.tile_len(tile_len);
-    // Mask and causal pattern hide pairs before they come here; a bias does so head by head.
+    // Pairs hidden by mask and causal pattern are already skipped; a bias hides them head by head.
     let may_hide = softmax.bias.is_some();
     let values = FiniteRows::new(softmax.value.slices(), may_hide);
     let level = level_for::<F>(level, [softmax.key_dim, softmax.value_dim]);
@@ -71,7 +71,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
     let mut maxima = vec![F::zero(); heads];
     let mut alphas = vec![F::zero(); heads];
     let ones = vec![F::one(); heads];
-    // Of the row and, where it has several, of the last tile: Σ e^{s − m} v of each head, and l.
+    // For the row and, if it has several tiles, for the last tile: Σ e^{s − m} v of each head, and l.
     let [mut sums, mut lacks, mut of_tile] = [(); 3].map(|()| vec![F::zero(); heads * (dim + 1)]);
     for (r, mut row) in part.rows(pairs).enumerate() {
         scorer.begin(row.row);
@@ -115,7 +115,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
         let (row_out, sums) = sums.split_at_mut(heads * dim);
         scorer.finish(row_out);
         for head in 0..heads {
-            // Nothing seen: not even 0/0.
+            // Nothing seen: avoid 0/0.
             let is_empty = sums[head] == F::zero();
             let factor = F::one() / sums[head];
             for value in &mut row_out[head_columns(head, dim)] {
@@ -128,8 +128,8 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
     }
 }
 
-/// sums ← α · sums + those of a tile, for heads of `dim` columns and then one number for each head. With
-/// compensation.
+/// sums ← α · sums + the sums of a tile, for heads of `dim` columns and then one number for each head,
+/// with compensation.
 #[inline(never)]
 fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[F], dim: usize) {
     let heads = alphas.len();
@@ -141,8 +141,8 @@ fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[
     }
 }
 
-/// Replaces the logits s of a tile by e^{s − m}. The maxima m rise where the logits exceed them by more than
-/// the slack; overwrites what the sums before are multiplied by then, and the sums of the exponentials.
+/// Replaces the logits s of a tile by e^{s − m}. The maxima m are raised if the logits exceed them by
+/// more than the slack. Overwrites the factors of the previous sums, and the sums of the exponentials.
 #[inline(never)]
 fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F], sums: &mut [F]) {
     dispatch!(tile.level, simd => {
@@ -152,7 +152,7 @@ fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F]
             let old_max = maxima[head];
             let max = largest(simd, old_max, logits);
             let max = if max > old_max + F::from_f64(SLACK) { max } else { old_max };
-            // Before the first key there is no maximum to shift by, and nothing to rescale.
+            // Before the first key there is no maximum for the shift, and nothing to rescale.
             let shift = if max == F::neg_infinity() { F::zero() } else { max };
             alphas[head] = match old_max {
                 _ if old_max == max => F::one(),
@@ -165,7 +165,7 @@ fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F]
     });
 }
 
-/// The largest of `max` and some logits, NaN left out. Whole vectors.
+/// Returns the largest of `max` and some logits, ignoring NaN. In whole vectors.
 #[inline(always)]
 fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
     let mut maxima = Vector::<S, F>::splat(simd, max);
@@ -176,10 +176,11 @@ fn largest<S: Simd, F: Float>(simd: S, max: F, logits: &[F]) -> F {
     maxima.reduce_max()
 }
 
-/// Replaces logits by e^{logit − shift} and returns their sum. Whole vectors.
+/// Replaces logits by e^{logit − shift} and returns their sum. In whole vectors.
 #[inline(always)]
 fn exponentials_of<S: Simd, F: Float>(simd: S, logits: &mut [F], shift: F) -> F {
-    /// Vectors that are summed from zero: small terms one by one would be lost beside a large one.
+    /// The number of vectors that are summed from zero: small terms added one by one to a large sum would
+    /// be lost.
     const VECTORS_OF_SUM: usize = 8;
     let len = Vector::<S, F>::LEN;
     let shift = Vector::<S, F>::splat(simd, shift);

@@ -1,11 +1,11 @@
-//! Softmax attention row by row: for a graph, or for few queries. The pairs of a row are visited in
-//! tiles, with a running maximum and sum, for all heads at once, so that a row of keys or values is
-//! fetched from memory once.
+//! Softmax attention row by row, for a graph or for few queries. The pairs of a row are visited in tiles,
+//! with a running maximum and sum, for all heads at once, so that a row of keys or values is fetched from
+//! memory once.
 //!
 //! The backward pass runs twice over the pairs, once by query and once by key through the transposed
-//! graph, and computes their weights anew each time. So every sum has one owner, who adds in one
-//! order: no atomics, no memory per edge, the same bits for any number of threads. A row so long
-//! that it would keep the other threads waiting is cut into segments, whose sums are added in order.
+//! graph, and recomputes their weights each time. So every sum has one owner, which adds in one order: no
+//! atomics, no memory per edge, and bitwise identical results for any number of threads. A row so long
+//! that other threads would wait for it is cut into segments, whose sums are added in order.
 
 mod backward;
 mod forward;
@@ -33,19 +33,20 @@ use std::ops::Range;
 /// Longer tiles only cost memory.
 const LARGEST_TILE: usize = 1024;
 
-/// Rows are handed to threads in at most this many parts, of at least so many pairs and rows.
+/// The largest number of parts in which rows are distributed to threads, and their smallest numbers of
+/// pairs and rows.
 const PARTS: usize = 64;
 const WORK_OF_PART: usize = 512;
 
-/// Rows of more pairs are cut into segments of this many.
+/// Rows with more pairs are cut into segments of this many.
 const SEGMENT: usize = 16_384;
 
-/// Rows are asked for this many pairs before their turn, where all of them take more than so many
-/// bytes: nearer memory has them at hand.
+/// Rows are prefetched this many pairs ahead, if all of them take more than the given number of bytes;
+/// smaller arrays stay in the caches.
 const PREFETCH_AHEAD: usize = 24;
 const PREFETCH_FROM: usize = 1 << 19;
 
-/// The instruction set for heads of these sizes: not the longest vectors for shorter heads.
+/// Returns the instruction set for heads of these sizes: shorter vectors for short heads.
 pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     #[cfg(target_arch = "x86_64")]
     if dims[0].max(dims[1]) * size_of::<F>() < 64 {
@@ -55,7 +56,7 @@ pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     level
 }
 
-/// The side, queries or keys, that the rows of pairs belong to.
+/// The side, queries or keys, that determines the rows of pairs.
 #[derive(Clone, Copy)]
 pub(super) enum Pairs<'g> {
     /// Queries that see all keys.
@@ -79,7 +80,7 @@ impl<'g> Pairs<'g> {
         }
     }
 
-    /// The same pairs, for the side of the keys.
+    /// Returns the same pairs by key.
     pub(super) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
         match Self::by_query(inputs) {
             Pairs::Dense { num_queries, num_keys } => Pairs::DenseByKey { num_queries, num_keys },
@@ -88,7 +89,7 @@ impl<'g> Pairs<'g> {
         }
     }
 
-    /// The slot of each pair with its query, key and number; by query.
+    /// Iterates over the slots of pairs by query, with query, key and number.
     pub(super) fn numbered(self) -> impl Iterator<Item = (usize, usize, usize, usize)> {
         (0..self.num_rows()).flat_map(move |row| {
             let mut pairs = Vec::new();
@@ -106,7 +107,7 @@ impl<'g> Pairs<'g> {
         }
     }
 
-    /// The pairs of a row, numbered in the order of the rows.
+    /// Returns the pairs of a row, numbered in the order of the rows.
     fn slots(self, row: usize) -> Range<usize> {
         match self {
             Pairs::Dense { num_keys: len, .. } | Pairs::DenseByKey { num_queries: len, .. } => {
@@ -123,7 +124,7 @@ impl<'g> Pairs<'g> {
     }
 }
 
-/// Consecutive rows, or some of the pairs of one.
+/// Consecutive rows, or some of the pairs of one row.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
     pub(super) rows: Range<usize>,
@@ -134,7 +135,7 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// The row, and its pairs, of each row.
+    /// Iterates over the rows, each with its pairs.
     pub(super) fn rows<'g>(&self, pairs: Pairs<'g>) -> impl Iterator<Item = Row<'g>> {
         let all = self.slots.clone();
         self.rows.clone().map(move |row| {
@@ -144,10 +145,10 @@ impl Part {
     }
 }
 
-/// All rows in order: the parts of a problem depend on it alone, not on the threads.
+/// Splits all rows in order. The parts depend only on the problem, not on the threads.
 pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     let num_rows = pairs.num_rows();
-    // A row costs something even without pairs.
+    // A row has a fixed cost even without pairs.
     let work_until = |row: usize| row + row.checked_sub(1).map_or(0, |row| pairs.slots(row).end);
     let work = work_until(num_rows);
     let count = (work / WORK_OF_PART).clamp(1, PARTS);
@@ -179,8 +180,8 @@ pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     parts
 }
 
-/// Where the tasks of the parts write: N arrays of one row for each row, M of one row for each pair
-/// in the order of the rows, and sums of which each part has a row of its own.
+/// The outputs of the tasks: N arrays with one row per row, M arrays with one row per pair in the order
+/// of the rows, and sums with one row per part.
 pub(super) struct Outputs<'a, F, const N: usize, const M: usize> {
     pub(super) by_row: [ArrayViewMut2<'a, F>; N],
     pub(super) by_slot: [ArrayViewMut2<'a, F>; M],
@@ -194,8 +195,8 @@ impl<'a, F: Float, const N: usize> Outputs<'a, F, N, 0> {
     }
 }
 
-/// Runs a task for each part of the rows, with the part's own rows of the outputs. The segments of
-/// a long row get rows of zeros instead; `merge` then makes them the row's.
+/// Runs a task for each part of the rows, with the part's own rows of the outputs. The segments of a long
+/// row get rows of zeros instead, which `merge` then merges into the row.
 pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     parts: &[Part],
     work: usize,
@@ -206,7 +207,7 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     fn array<T, const N: usize>(items: Vec<T>) -> [T; N] {
         items.try_into().unwrap_or_else(|_| unreachable!("as many as the caller gave"))
     }
-    // Compiled once, as in `parallel::for_each`.
+    // Compiled once, like `parallel::for_each`.
     let run: &(dyn Fn(&Part, Outputs<'_, F, N, M>) + Sync + Send) = &run;
     if let [part] = parts
         && !part.is_segment
@@ -225,14 +226,14 @@ pub(super) fn for_each_part<F: Float, const N: usize, const M: usize>(
     );
 }
 
-/// [`Outputs`] of any number.
+/// [`Outputs`] with any number of arrays.
 struct AnyOutputs<'a, F> {
     by_row: Vec<ArrayViewMut2<'a, F>>,
     by_slot: Vec<ArrayViewMut2<'a, F>>,
     by_part: ArrayViewMut2<'a, F>,
 }
 
-/// Of the segments of a long row makes the row, in each array.
+/// Merges the segments of a long row into the row, in each array.
 type Merge<'m, F> = dyn Fn(Vec<ArrayViewMut1<'_, F>>, Vec<ArrayView2<'_, F>>) + 'm;
 
 /// [`for_each_part`] for several parts, compiled once for all tasks.
@@ -291,7 +292,7 @@ pub(super) fn add_up<F: Float, const N: usize>(
     }
 }
 
-/// The pairs of a row that are still to be done.
+/// The remaining pairs of a row.
 pub(super) struct Row<'g> {
     pub(super) pairs: Pairs<'g>,
     /// The query or key.
@@ -300,8 +301,8 @@ pub(super) struct Row<'g> {
 }
 
 impl Row<'_> {
-    /// Appends the pairs of some slots. In loops of known length: one by one through a filter takes
-    /// as long as the arithmetic on a pair.
+    /// Appends the pairs of some slots. Uses loops of known length: one by one through a filter would
+    /// take as long as the arithmetic on a pair.
     #[inline(always)]
     fn list(&self, slots: Range<usize>, list: &mut Vec<Pair>) {
         let row = self.row;
@@ -333,7 +334,7 @@ impl Row<'_> {
     }
 }
 
-/// The index and the edge number of some slots.
+/// Returns the indices and the edge numbers of some slots.
 #[inline(always)]
 fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item = (usize, usize)> {
     let indices = &graph.indices()[slots.clone()];
@@ -343,7 +344,8 @@ fn numbered(graph: &Graph, slots: Range<usize>) -> impl ExactSizeIterator<Item =
     })
 }
 
-/// Where the pairs of the caller's order are in the order of the rows: `None` where the orders are one.
+/// Returns the positions of the caller's pairs in the order of the rows; `None` if the orders are the
+/// same.
 pub(super) struct SlotOfPair(Option<Vec<u32>>);
 
 impl SlotOfPair {
@@ -382,18 +384,18 @@ impl SlotOfPair {
     }
 }
 
-/// The pairs of a tile of one row, and a number for each head and pair, head after head.
+/// The pairs of a tile of one row, and a number for each head and pair, head by head.
 pub(super) struct Tile<F> {
     pub(super) level: Level,
     lanes: usize,
     pub(super) len: usize,
-    /// From head to head: the length in whole vectors.
+    /// The distance between heads: the length in whole vectors.
     pub(super) stride: usize,
     pub(super) pairs: Vec<Pair>,
     /// The slot of each pair, and its index on the other side.
     pub(super) slots: Vec<usize>,
     pub(super) others: Vec<usize>,
-    /// Logits, −∞ where hidden or past the end; then weights.
+    /// Logits, −∞ for hidden pairs and past the end; then weights.
     pub(super) weights: Vec<F>,
 }
 
@@ -413,7 +415,8 @@ impl<F: Float> Tile<F> {
         }
     }
 
-    /// The next visible pairs of a row; `false` at its end. Asks for the rows of pairs to come.
+    /// Loads the next visible pairs of a row; returns `false` at its end. Prefetches the rows of later
+    /// pairs.
     #[inline(never)]
     pub(super) fn fill(
         &mut self,
@@ -463,7 +466,7 @@ impl<F: Float> Tile<F> {
         Gather { rows, at: &self.others }
     }
 
-    /// Asks for the rows of pairs to come, where those are not in the order of the rows anyway.
+    /// Prefetches the rows of later pairs, unless they are in sequential order anyway.
     #[inline(always)]
     pub(super) fn prefetch_pairs(
         &self,
@@ -484,7 +487,8 @@ impl<F: Float> Tile<F> {
         }
     }
 
-    /// The place of a head's pairs, and with those past the end that fill the last vector.
+    /// Returns the range of a head's pairs, without and with those past the end that fill the last
+    /// vector.
     #[inline(always)]
     pub(super) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
@@ -496,8 +500,8 @@ impl<F: Float> Tile<F> {
         Weights { factors, weights: &self.weights, stride: self.stride }
     }
 
-    /// Logits that a scorer has left at the visible pairs: adds the bias, and −∞ where it hides a pair
-    /// and past the end.
+    /// Completes the logits that a scorer has written for the visible pairs: adds the bias, and writes −∞
+    /// for pairs that it hides and past the end.
     #[inline(never)]
     pub(super) fn add_bias(&mut self, problem: &Problem<'_, F>) {
         for head in 0..problem.heads {
@@ -515,41 +519,42 @@ impl<F: Float> Tile<F> {
     }
 }
 
-/// How a mechanism makes logits of pairs: what the forward pass of all of them is generic over.
+/// How a mechanism computes the logits of pairs. The forward pass is generic over it.
 pub(super) trait Scorer<'p, F: Float>: Sized {
-    /// The mechanism's problem.
+    /// The problem of the mechanism.
     type Problem: Sync;
 
-    /// The softmax in it.
+    /// Returns the softmax problem in it.
     fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
 
-    /// For tiles like this one.
+    /// Creates a scorer for tiles like this one.
     fn new(level: Level, problem: &'p Self::Problem, tile: &Tile<F>) -> Self;
 
-    /// Takes up the row of a query.
+    /// Loads the row of a query.
     fn begin(&mut self, query: usize);
 
-    /// Writes the logits of a tile to its weights.
+    /// Writes the logits of a tile to its weights buffer.
     fn score(&mut self, tile: &mut Tile<F>);
 
-    /// Adds to sums of its own what pairs add to the output beside their values, times their
-    /// weights, after multiplying the sums before by `alphas`.
+    /// Multiplies its own sums by `alphas`, then adds the contributions of pairs to the output besides
+    /// their values, times their weights.
     fn add_values(&mut self, _: &Tile<F>, _alphas: &[F]) {}
 
     /// Adds those sums to the output, at the end of a row.
     fn finish(&mut self, _out: &mut [F]) {}
 }
 
-/// A scorer for either side, by products of one side's row with the other's: what the backward pass is
-/// generic over.
+/// A scorer for either side, with products of one side's row with the other's. The backward pass is
+/// generic over it.
 pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
-    /// How many gradients of data of a pair there are, 0 or 1, and sums over all pairs.
+    /// The number of gradients of data of a pair, 0 or 1, and of sums over all pairs.
     fn num_extras(_: &'p Self::Problem) -> [usize; 2] {
         [0; 2]
     }
 
-    /// For passes by query, or by key: then the queries come times the scale. Either way a pair has the
-    /// same logit to the last bit: where logits are large another rounding would be another weight.
+    /// Creates a scorer for passes by query or by key; by key, the queries are already multiplied by the
+    /// scale. Both give bitwise identical logits: if logits are large, a different rounding would change
+    /// the weights.
     fn of_side(
         level: Level,
         problem: &'p Self::Problem,
@@ -557,8 +562,8 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
         tile: &Tile<F>,
     ) -> Self;
 
-    /// The factor of the own row: the rows of the other side, `others` where NaN and
-    /// infinities are left out, or what was made of them.
+    /// Returns the factor of the own row: the rows of the other side, which are `others` without NaN and
+    /// infinities, or rows computed from them.
     fn factors<'t>(&'t self, tile: &'t Tile<F>, others: Slices<'t, F>) -> Gather<'t, F> {
         tile.gather(others)
     }
@@ -566,14 +571,14 @@ pub(super) trait TwoSided<'p, F: Float>: Scorer<'p, F> {
     /// By query: overwrites the gradients of the pairs' data, given those of the logits of a tile.
     fn logits_vjp(&mut self, _: &Tile<F>, _grads: &[F], _of_pairs: &mut [F]) {}
 
-    /// By query: adds to the sums what the row brings.
+    /// By query: adds the contribution of the row to the sums.
     fn finish_vjp(&mut self, _sums: &mut [F]) {}
 }
 
 /// The logits of scaled dot-product attention: one side's row against the other's.
 pub(super) struct DotScorer<'p, F: Float> {
     columns: Columns<F>,
-    /// The row that all pairs have in common, times the scale if it is a query.
+    /// The common row of all pairs, times the scale if it is a query.
     pub(super) own: Vec<F>,
     own_rows: Slices<'p, F>,
     factor: F,
@@ -620,7 +625,7 @@ impl<'p, F: Float> TwoSided<'p, F> for DotScorer<'p, F> {
     }
 }
 
-/// The columns of the heads of queries and keys.
+/// Returns the columns of the heads of queries and keys.
 pub(super) fn key_columns<F: Float>(
     level: Level,
     problem: &Problem<'_, F>,
@@ -633,8 +638,8 @@ pub(super) fn key_columns<F: Float>(
     })
 }
 
-/// Adds what is not finite in the rows of visible pairs, which the products left out. `row_of`
-/// gives a pair's row, its head's columns in it, and whether the query sees any key.
+/// Adds the values that are not finite in the rows of visible pairs, which the products left out.
+/// `row_of` returns a pair's row, its head's columns in it, and whether the query sees any key.
 #[inline]
 fn add_bad<'r, F: Float>(
     problem: &Problem<'_, F>,

@@ -1,4 +1,4 @@
-//! The weights, for those who ask for them.
+//! The attention weights.
 
 use super::super::normalizer::Normalizer;
 use super::{Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, for_each_part, level_for, parts};
@@ -7,8 +7,8 @@ use crate::float::{Float, try_zeros};
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 
-/// The weights before dropout, pairs × heads in the caller's order, given the normalizer of the forward
-/// pass.
+/// Computes the weights before dropout, pairs × heads in the caller's order, given the normalizer of the
+/// forward pass.
 pub(in super::super) fn weights<'p, F: Float, C: Scorer<'p, F>>(
     problem: &'p C::Problem,
     tile_len: usize,

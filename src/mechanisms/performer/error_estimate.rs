@@ -110,7 +110,7 @@ impl<F: Float> Performer<F> {
                 return Err(Error::config("inputs", expected, "other inputs"));
             }
         };
-        let zeros = || try_zeros("accuracy", inputs.num_queries(), inputs.num_heads());
+        let zeros = || try_zeros("error estimate", inputs.num_queries(), inputs.num_heads());
         let mut accuracy = ErrorEstimate { standard_error: zeros()?, effective_features: zeros()? };
         if keys.is_empty() {
             return Ok(accuracy);

@@ -26,9 +26,9 @@ use rand::Rng;
 
 const NAME: &str = "performer";
 
-/// Linear attention with random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al. 2022, 2205.15317;
-/// Katharopoulos et al. 2020, 2006.16236): softmax attention with the exponential replaced by a dot
-/// product of m features, so the sums over keys are computed once for all queries.
+/// Linear attention with random features (Choromanski et al. 2021, 2009.14794; Likhosherstov et al.
+/// 2022, 2205.15317; Katharopoulos et al. 2020, 2006.16236): softmax attention with the exponential
+/// replaced by a dot product of m features, so the sums over keys are computed once for all queries.
 ///
 /// ```text
 /// e^{scale·q·k} ≈ φ(q)·φ(k)      φ(x) = m^{−½} e^{√scale w·x − scale |x|²/2}   for m rows w; others: see Features
@@ -62,7 +62,7 @@ const NAME: &str = "performer";
 ///
 /// There is no ε in the denominator. Exponents of keys are relative to the largest exponent of each
 /// feature, and exponents of a query are relative to its largest sum with these. Both cancel, also in the
-/// gradients, and the denominator is at least 1 (at least ε² for [`Features::Relu`]; unbounded for
+/// gradients, and the denominator is at least 1 (at least ε² for [`Features::Relu`]; any number for
 /// [`Features::Trigonometric`]). With the causal pattern the largest exponents are running maxima. If the
 /// denominator of a row underflows, because later keys in its block of 128 are much larger, the row is
 /// summed pair by pair.

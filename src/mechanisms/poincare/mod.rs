@@ -63,8 +63,8 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// # Accuracy
 ///
 /// Internally, a point is a direction u and a radius R = √c d(0, x), and distances are computed from
-/// sinh²(√c d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, which has no cancellation: |uᵢ −
-/// uⱼ|² is summed from differences, because computing it from norms and a product, with half the
+/// sinh²(√c d/2) = sinh²((Rᵢ − Rⱼ)/2) + sinh Rᵢ sinh Rⱼ |uᵢ − uⱼ|²/4, which has no cancellation:
+/// |uᵢ − uⱼ|² is summed from differences, because computing it from norms and a product, with half the
 /// instructions, would be wrong for close points. Distances, means and gradients are accurate to a few
 /// tens of rounding units in the inputs, even near the boundary and far from the center; tangent
 /// coordinates reach distances of 350/√c from the center, see [`Coordinates::Tangent`]. A mean farther
