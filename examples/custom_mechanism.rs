@@ -88,7 +88,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("the laws hold in {} cases, {:?} refused", report.checked.len(), report.refused);
     check_gradients(&mut Mean, &shapes)?;
     println!("backward is the derivative of forward");
-    assert_eq!(report.refused.len(), 6);
+    assert!(report.refused.iter().all(|case| case.contains("bias") || case.contains("dropout")));
 
     // Inside learned projections. All nodes see the same neighbours here, so their outputs are the same.
     let layer = MultiHeadConfig::new(4, 1).init(Mean, &mut Xoshiro256PlusPlus::seed_from_u64(5))?;

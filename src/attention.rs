@@ -231,8 +231,8 @@ impl Saved {
         state.filter(|_| mechanism == self.mechanism).ok_or(Error::SavedMismatch {
             mechanism,
             saved_by: self.mechanism,
-            expected: type_name::<T>(),
-            actual: self.type_name,
+            expected: type_name::<T>().into(),
+            actual: self.type_name.into(),
         })
     }
 }

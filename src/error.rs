@@ -123,19 +123,20 @@ pub enum Error {
         /// [`Attention::name`](crate::Attention::name) of the mechanism.
         mechanism: &'static str,
     },
-    /// The saved state of a forward pass was passed to a different mechanism.
+    /// The saved state of a forward pass was passed to a different mechanism, or to one with different options
+    /// or in a different precision.
     #[error(
-        "{mechanism}: expected the state saved by its own forward pass, a {expected}, got one saved by {saved_by}, a {actual}"
+        "{mechanism}: expected the state saved by its own forward pass ({expected}), got one saved by {saved_by} ({actual})"
     )]
     SavedMismatch {
         /// [`Attention::name`](crate::Attention::name) of the mechanism that was called.
         mechanism: &'static str,
         /// The mechanism that made the state.
         saved_by: &'static str,
-        /// The type of the expected state; it shows the precision.
-        expected: &'static str,
-        /// The type of the actual state.
-        actual: &'static str,
+        /// The type of the expected state, or the options of the mechanism.
+        expected: Cow<'static, str>,
+        /// The type of the actual state, or the options it was made with.
+        actual: Cow<'static, str>,
     },
     /// A parameter of this name does not exist.
     #[error("parameter {name}: expected one of [{}], got an unknown name", known.join(", "))]
@@ -184,6 +185,17 @@ impl Error {
         actual: impl ToString,
     ) -> Self {
         Self::InvalidArgument { argument, expected: expected.into(), actual: actual.to_string() }
+    }
+
+    /// A state of the same mechanism with different options.
+    pub(crate) fn saved_options(
+        mechanism: &'static str,
+        expected: &impl fmt::Debug,
+        actual: &impl fmt::Debug,
+    ) -> Self {
+        let [expected, actual] = [format!("{expected:?}"), format!("{actual:?}")];
+        let (expected, actual) = (expected.into(), actual.into());
+        Self::SavedMismatch { mechanism, saved_by: mechanism, expected, actual }
     }
 
     pub(crate) fn graph(

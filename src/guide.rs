@@ -13,6 +13,8 @@
 
 // For the links in the pages.
 #[cfg(doc)]
+use crate::softmax::Softmax;
+#[cfg(doc)]
 use crate::*;
 
 #[doc = include_str!("guide/choosing.md")]

@@ -25,26 +25,28 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 /// Cost: O(pairs · d_v) time per head beside the function, O(pairs · heads) memory.
 ///
 /// ```
-/// use graph_attention::ndarray::array;
-/// use graph_attention::{Gradients, Inputs, ScaledDotProduct, softmax::Softmax};
+/// use graph_attention::ndarray::{Array2, array};
+/// use graph_attention::{GradientsMut, Inputs, Pair, softmax::Softmax};
 ///
-/// let keys = array![[0.0], [1.0], [3.0]];
-/// let inputs = Inputs::dense(keys.view(), keys.view(), keys.view())?;
+/// let x = array![[0f64], [1.0], [3.0]];
+/// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
 /// // s = −(q − k)²
-/// let difference = |pair: graph_attention::Pair| keys[[pair.query, 0]] - keys[[pair.key, 0]];
+/// let difference = |pair: Pair| x[[pair.query, 0]] - x[[pair.key, 0]];
 /// let softmax = Softmax::new(&inputs, |pair, _head| -difference(pair).powi(2))?;
 /// let out = softmax.forward(&inputs)?;
-/// assert!((out[[2, 0]] - 3.0).abs() < 0.1); // nearly the own value
+/// assert!((out[[2, 0]] - 3.0).abs() < 0.1); // near its own value
 ///
-/// // The gradient of the sum of the outputs.
-/// let mut grads = Gradients::zeros(&inputs, &ScaledDotProduct::new())?;
-/// let ones = array![[1.0], [1.0], [1.0]];
-/// softmax.backward_into(&inputs, ones.view(), &mut grads.view_mut(), |pair, _head, grad, grads| {
+/// // The gradient of the sum of the outputs with respect to the queries.
+/// let mut grad_query = Array2::zeros((3, 1));
+/// let mut grads = GradientsMut::of_params(&mut []);
+/// grads.query = Some(grad_query.view_mut());
+/// let grad_out = Array2::ones((3, 1));
+/// softmax.backward_into(&inputs, grad_out.view(), &mut grads, |pair, _head, grad, grads| {
 ///     if let Some(query) = &mut grads.query {
 ///         query[[pair.query, 0]] -= grad * 2.0 * difference(pair);
 ///     }
 /// })?;
-/// assert!(grads.query[[0, 0]] > 0.0 && grads.value.sum() > 2.9);
+/// assert!(grad_query[[0, 0]] > 0.0);
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -89,6 +91,13 @@ impl<F: Float> Softmax<F> {
             }
         }
         Ok(Self { weights, normalizer })
+    }
+
+    /// The number of columns of the output, heads · d_v:
+    /// [`Attention::output_dim`](crate::Attention::output_dim).
+    #[must_use]
+    pub fn output_dim(inputs: &Inputs<'_, F>) -> usize {
+        Values::new(inputs).out_shape()[1]
     }
 
     /// The attention weights before dropout, num_pairs × heads, with 0 for hidden pairs:

@@ -521,8 +521,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
     ) -> Result<()> {
         let State { config, projected, context, softmax } = saved.state::<State<F>>(NAME)?;
         if *config != self.config {
-            let expected = format!("the state of a forward pass with {:?}", self.config);
-            return Err(Error::config("saved", expected, format!("one with {config:?}")));
+            return Err(Error::saved_options(NAME, &self.config, config));
         }
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;

@@ -342,8 +342,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<()> {
         let State { config, attended } = saved.state::<State<F>>(NAME)?;
         if *config != self.config {
-            let [expected, actual] = [&self.config, config].map(|config| format!("{config:?}"));
-            return Err(Error::config("saved config", expected, actual));
+            return Err(Error::saved_options(NAME, &self.config, config));
         }
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
