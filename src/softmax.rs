@@ -361,3 +361,61 @@ pub fn segment_softmax_vjp<F: Float>(
     }
     Ok(grad_logits)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Attention, Error, ScaledDotProduct};
+    use approx::assert_abs_diff_eq;
+    use ndarray::array;
+
+    /// Edges in no order, one of them hidden, two parallel; query 2 has none.
+    fn graph() -> Result<(Graph, Array2<f64>)> {
+        let graph = Graph::from_edges(4, 3, [(3, 1), (0, 2), (1, 1), (0, 0), (3, 1), (0, 2)])?;
+        let hidden = f64::NEG_INFINITY;
+        let logits =
+            array![[1.0, -2.0], [0.5, 3.0], [7.0, hidden], [-1.0, 0.0], [0.2, 0.1], [2.0, hidden]];
+        Ok((graph, logits))
+    }
+
+    #[test]
+    fn segments_are_the_rows_of_attention() -> Result<()> {
+        let (graph, logits) = graph()?;
+        let weights = segment_softmax(&graph, logits.view())?;
+        let [query, key] = [4, 3].map(|rows| Array2::zeros((rows, 2)));
+        let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph)?.with_heads(2)?;
+        let inputs = inputs.with_bias(logits.view())?;
+        assert_eq!(weights, ScaledDotProduct::new().attention_weights(&inputs)?);
+        assert_eq!((weights[[2, 0]], weights[[2, 1]], weights[[5, 1]]), (1.0, 0.0, 0.0));
+
+        let mut poisoned = logits;
+        poisoned[[1, 0]] = f64::NAN;
+        let poisoned = segment_softmax(&graph, poisoned.view())?;
+        assert!(poisoned[[3, 0]].is_nan() && poisoned[[5, 0]].is_nan());
+        assert_eq!((poisoned[[0, 0]], poisoned[[1, 1]]), (weights[[0, 0]], weights[[1, 1]]));
+        Ok(())
+    }
+
+    #[test]
+    fn segments_have_their_gradient() -> Result<()> {
+        let (graph, logits) = graph()?;
+        let grad = Array2::from_shape_fn((6, 2), |(edge, head)| ((3 * edge + head) as f64).cos());
+        let weights = segment_softmax(&graph, logits.view())?;
+        let grad_logits = segment_softmax_vjp(&graph, weights.view(), grad.view())?;
+        for (at, &logit) in logits.indexed_iter().filter(|(_, logit)| logit.is_finite()) {
+            let loss = |logit| -> Result<f64> {
+                let mut logits = logits.clone();
+                logits[at] = logit;
+                Ok((segment_softmax(&graph, logits.view())? * &grad).sum())
+            };
+            let difference = (loss(logit + 1e-5)? - loss(logit - 1e-5)?) / 2e-5;
+            assert_abs_diff_eq!(grad_logits[at], difference, epsilon = 1e-9);
+        }
+        let error = segment_softmax(&graph, grad.slice(s![..5, ..])).unwrap_err();
+        assert_eq!(error, Error::shape("logits", &[6, 2], &[5, 2]));
+        let grad = grad.slice(s![.., ..1]);
+        let error = segment_softmax_vjp(&graph, weights.view(), grad).unwrap_err();
+        assert_eq!(error, Error::shape("grad_weights", &[6, 2], &[6, 1]));
+        Ok(())
+    }
+}

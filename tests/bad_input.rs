@@ -501,7 +501,7 @@ fn states_saved_by_somebody_else() {
         refused(forged, &format!("SavedMismatch | {name}: | its own forward pass"));
         let expected = match name {
             "scaled_dot_product" => "saved weights | [6, 1] | [30, 1]",
-            "multi_head" => "saved projection | [2, 4] | [5, 4]",
+            "multi_head" => "saved context | [2, 4] | [5, 4]",
             "moe" => "saved routing | [2, 2] | [5, 2]",
             "dual_space" => "saved branches | [2, 12] | [5, 12]",
             "edge_gat" => "saved context | [2, 4] | [5, 4]",

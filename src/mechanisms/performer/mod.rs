@@ -21,7 +21,7 @@ use crate::kernels::problem::output_dim;
 use crate::params::Params;
 use map::FeatureMap;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
-use pairs::{Pairs, RowSums, all_rows, least_sum};
+use pairs::{Pairs, RowSums, Upstream as PairUpstream, all_rows, least_sum};
 use rand::Rng;
 
 const NAME: &str = "performer";
@@ -341,9 +341,7 @@ impl<F: Float> Attention<F> for Performer<F> {
         attended.check(inputs, self.config.num_features)?;
         self.map.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        // A projection that is a buffer needs no gradient.
-        let zeros = |param: &ArrayD<F>| try_zeros("projection", param.shape()[0], param.shape()[1]);
-        let mut grad_weight = grads.params.first().map(zeros).transpose()?;
+        let mut grad_weight = zeros_for_projection(grads.params)?;
         let level = level();
         let wants_projection = grad_weight.is_some();
         let problem = |keys: &Vec<usize>| -> Result<_> {
@@ -377,27 +375,17 @@ impl<F: Float> Attention<F> for Performer<F> {
                 if !rows.underflown.is_empty() {
                     let underflown = rows.underflown.iter().copied();
                     let pairs = Pairs::new(&self.map, inputs)?;
-                    let out = out.view();
-                    pairs.backward(
-                        underflown,
-                        out,
-                        sums,
-                        grad_out,
-                        &mut grads,
-                        &mut grad_weight,
-                    )?;
+                    let upstream = PairUpstream::Out { out: out.view(), sums, grad_out };
+                    pairs.backward(underflown, upstream, &mut grads, &mut grad_weight)?;
                 }
             }
             Attended::Pairs(sums) => {
                 let pairs = Pairs::new(&self.map, inputs)?;
-                let (out, rows) = (out.view(), all_rows(inputs));
-                pairs.backward(rows, out, sums, grad_out, &mut grads, &mut grad_weight)?;
+                let upstream = PairUpstream::Out { out: out.view(), sums, grad_out };
+                pairs.backward(all_rows(inputs), upstream, &mut grads, &mut grad_weight)?;
             }
         }
-        if let (Some(slot), Some(grad_weight)) = (grads.params.first_mut(), grad_weight) {
-            let factor = F::from_f64(self.map.weight_factor());
-            param_slot::<F, Ix2>(slot).scaled_add(factor, &grad_weight);
-        }
+        self.projection_vjp(grad_weight, grads.params);
         Ok(())
     }
 
@@ -408,6 +396,43 @@ impl<F: Float> Attention<F> for Performer<F> {
         }
         Pairs::new(&self.map, inputs)?.weights()
     }
+
+    fn attention_weights_backward_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        self.map.check(inputs)?;
+        if self.config.features == Features::Trigonometric {
+            return Err(Error::NoWeights { mechanism: NAME });
+        }
+        grads.check(NAME, inputs, self)?;
+        let shape = [inputs.num_pairs(), inputs.num_heads()];
+        check_shape("grad_weights", &shape, grad_weights.shape())?;
+        let mut grad_projection = zeros_for_projection(grads.params)?;
+        let upstream = PairUpstream::Weights(grad_weights);
+        let pairs = Pairs::new(&self.map, inputs)?;
+        pairs.backward(all_rows(inputs), upstream, &mut grads, &mut grad_projection)?;
+        self.projection_vjp(grad_projection, grads.params);
+        Ok(())
+    }
+}
+
+impl<F: Float> Performer<F> {
+    /// Adds the gradient of the projection, if it is a parameter, given that of the kernels' weight.
+    fn projection_vjp(&self, grad_weight: Option<Array2<F>>, params: &mut [ArrayD<F>]) {
+        if let (Some(slot), Some(grad_weight)) = (params.first_mut(), grad_weight) {
+            let factor = F::from_f64(self.map.weight_factor());
+            param_slot::<F, Ix2>(slot).scaled_add(factor, &grad_weight);
+        }
+    }
+}
+
+/// Zeros for the gradient of the projection; `None` if it is a buffer.
+fn zeros_for_projection<F: Float>(params: &[ArrayD<F>]) -> Result<Option<Array2<F>>> {
+    let zeros = |param: &ArrayD<F>| try_zeros("projection", param.shape()[0], param.shape()[1]);
+    params.first().map(zeros).transpose()
 }
 
 /// Adds the results of the kernels.

@@ -113,6 +113,15 @@ impl<F: Float> RowSums<F> {
     }
 }
 
+/// The gradient of a loss with respect to the output, or to the weights.
+#[derive(Clone, Copy)]
+pub(super) enum Upstream<'u, F> {
+    /// With the output and the sums of its rows.
+    Out { out: ArrayView2<'u, F>, sums: &'u RowSums<F>, grad_out: ArrayView2<'u, F> },
+    /// num_pairs × heads.
+    Weights(ArrayView2<'u, F>),
+}
+
 /// A pair of a row, its kernel, and the logarithm of the factor of the kernel.
 struct Term<F> {
     pair: Pair,
@@ -224,39 +233,57 @@ impl<'p, F: Float> Pairs<'p, F> {
     pub(super) fn backward(
         &self,
         rows: impl Iterator<Item = (usize, usize)>,
-        out: ArrayView2<'_, F>,
-        sums: &RowSums<F>,
-        grad_out: ArrayView2<'_, F>,
+        upstream: Upstream<'_, F>,
         grads: &mut GradientsMut<'_, F>,
-        grad_weight: &mut Option<Array2<F>>,
+        grad_projection: &mut Option<Array2<F>>,
     ) -> Result<()> {
         let problem = &self.problem;
         let (mut grad_query, mut grad_key) =
             (SideGradient::new(&self.query)?, SideGradient::new(&self.key)?);
         let mut terms = Vec::new();
         for (query, head) in rows {
-            let (max, sum) = (sums.maxima[[query, head]], sums.denominators[[query, head]]);
+            self.row(query, head, &mut terms);
+            let [max, sum] = match upstream {
+                Upstream::Out { sums, .. } => {
+                    [&sums.maxima, &sums.denominators].map(|array| array[[query, head]])
+                }
+                Upstream::Weights(_) => Self::sum(&terms),
+            };
             if max == F::neg_infinity() {
                 continue;
             }
-            self.row(query, head, &mut terms);
+            // pᵢⱼ = κᵢⱼ uᵢⱼ
+            let factor = |term: &Term<F>| (term.logit - max).exp() / sum;
             let columns = head_columns(head, problem.value_dim);
             let kv_head = problem.kv_head(head);
-            let grad_out = grad_out.slice(s![query, columns.clone()]);
-            let delta = grad_out.dot(&out.slice(s![query, columns]));
-            for Term { pair, kernel, logit } in &terms {
-                // oᵢ = Σ mᵢⱼ pᵢⱼ vⱼ, pᵢⱼ = κᵢⱼ uᵢⱼ
-                let factor = (*logit - max).exp() / sum;
-                let weight = kernel.kappa * factor;
-                let multiplier = problem.multiplier(*pair, head);
-                let value = problem.value(pair.key, head);
-                if let Some(grad) = &mut grads.value {
-                    let columns = head_columns(kv_head, problem.value_dim);
-                    let mut grad = grad.slice_mut(s![pair.key, columns]);
-                    grad.scaled_add(multiplier * weight, &grad_out);
+            let delta: F = match upstream {
+                Upstream::Out { out, grad_out, .. } => grad_out
+                    .slice(s![query, columns.clone()])
+                    .dot(&out.slice(s![query, columns.clone()])),
+                Upstream::Weights(grad) => {
+                    let weight = |term: &Term<F>| term.kernel.kappa * factor(term);
+                    terms.iter().map(|term| weight(term) * grad[[term.pair.index, head]]).sum()
                 }
-                let product = grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>();
-                let centered = multiplier * product - delta;
+            };
+            for term in &terms {
+                let (Term { pair, kernel, .. }, factor) = (term, factor(term));
+                let weight = kernel.kappa * factor;
+                let grad_weight = match upstream {
+                    // oᵢ = Σ mᵢⱼ pᵢⱼ vⱼ
+                    Upstream::Out { grad_out, .. } => {
+                        let grad_out = grad_out.slice(s![query, columns.clone()]);
+                        let multiplier = problem.multiplier(*pair, head);
+                        if let Some(grad) = &mut grads.value {
+                            let columns = head_columns(kv_head, problem.value_dim);
+                            let mut grad = grad.slice_mut(s![pair.key, columns]);
+                            grad.scaled_add(multiplier * weight, &grad_out);
+                        }
+                        let products = grad_out.iter().zip(problem.value(pair.key, head));
+                        multiplier * products.map(|(&g, &v)| g * v).sum::<F>()
+                    }
+                    Upstream::Weights(grad) => grad[[pair.index, head]],
+                };
+                let centered = grad_weight - delta;
                 let grad_logit = weight * centered;
                 if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
                     grad[bias.slot(*pair, head)] += grad_logit;
@@ -290,10 +317,10 @@ impl<'p, F: Float> Pairs<'p, F> {
             grad_query,
             inputs.query(),
             &mut grads.query,
-            grad_weight,
+            grad_projection,
             false,
         )?;
-        self.side_vjp(&self.key, grad_key, inputs.key(), &mut grads.key, grad_weight, true)
+        self.side_vjp(&self.key, grad_key, inputs.key(), &mut grads.key, grad_projection, true)
     }
 
     /// Turns the gradients of features into the gradients of rows.
