@@ -17,6 +17,7 @@ use graph_attention::{
     poincare::{Aggregation, Coordinates},
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 use std::sync::Arc;
 
 type Entry<F> = (Shapes, Box<dyn Attention<F>>);
@@ -315,10 +316,10 @@ fn laws_hold_in_f32() {
 #[test]
 fn backward_is_the_derivative_of_forward() {
     common::hold_simd();
-    for (shapes, mut mechanism) in mechanisms::<f64>() {
+    mechanisms::<f64>().into_par_iter().for_each(|(shapes, mut mechanism)| {
         let report = check_gradients(&mut *mechanism, &shapes).unwrap_or_else(|e| panic!("{e}"));
         assert_complete(&*mechanism, &report);
-    }
+    });
 }
 
 #[test]
