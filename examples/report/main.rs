@@ -37,7 +37,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let of_flash = *report.find("flash").dense();
-    println!("dense {}           forward, ms     / Flash     training      / Flash", of_flash.size);
+    println!(
+        "dense {}           forward, ms      / Flash     training      / Flash",
+        of_flash.size
+    );
     for row in &report.rows {
         let (name, Cost { forward, training, .. }) = (row.mechanism.attention.name(), *row.dense());
         let [ratio, training_ratio] = [forward / of_flash.forward, training / of_flash.training];

@@ -37,7 +37,7 @@ pub(crate) fn mechanisms<F: Float>() -> Result<Vec<Mechanism<F>>> {
         of(
             Box::new(Flash::new()),
             "currentColor",
-            "any inputs: the default, exact softmax attention",
+            "exact softmax attention over any pairs: the default",
             "you need the weights in every step",
         ),
         of(
