@@ -43,8 +43,8 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         .with_positions(from_leaders.view(), from_leaders.view())?
         .with_distances(between.view())?;
 
-    // Or they learn which friends to attend to for their side, given the sides that these took, or how
-    // many friends they share.
+    // Or they learn which friends to attend to, to predict their own side: from the sides that their
+    // friends took, or from the number of friends in common.
     let sides = Array2::from_shape_fn((N, 1), |(u, _)| [1.0, -1.0][side(u)]);
     let told = Inputs::graph(x.view(), x.view(), sides.view(), &friends)?;
     let mut shared = Array2::zeros((friends.num_edges(), 1));
@@ -64,19 +64,19 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let gat = EdgeGatConfig::new(Score::Gat, N, 8, 1).edge_dim(1).init(rng)?;
     let performer = PerformerConfig::new(N, 1024).init(rng)?;
     let maps: [(Box<dyn Attention<f64>>, _, _); 8] = [
-        (Box::new(ScaledDotProduct::new()), "all pairs: who has the same friends", alike),
-        (Box::new(performer), "the same, by 1024 random features", alike),
+        (Box::new(ScaledDotProduct::new()), "all pairs: by friends in common", alike),
+        (Box::new(performer), "the same, with 1024 random features", alike),
         (Box::new(window), "the same: near numbers and leaders", alike),
         (Box::new(poincare.init()?), "all pairs: hyperbolic, hubs at the centre", central),
-        (Box::new(nodes), "all pairs: hops from the two leaders", placed),
-        (Box::new(rope.init_edges()?), "all pairs: hops between the two", placed),
-        (Box::new(votes), "friends: learned whom to ask", told),
-        (Box::new(gat), "friends: learned, by ties in common", sharing),
+        (Box::new(nodes), "all pairs: by hops from the two leaders", placed),
+        (Box::new(rope.init_edges()?), "all pairs: by hops between them", placed),
+        (Box::new(votes), "friends: learned from their sides", told),
+        (Box::new(gat), "friends: learned from friends in common", sharing),
     ];
 
     let mut picture = String::new();
-    println!("of the weight on others, on the own side:");
-    println!("mechanism                 even   here");
+    println!("share of the weight on other members that goes to the same side:");
+    println!("mechanism              uniform   here");
     for (at, (mut attention, sees, inputs)) in maps.into_iter().enumerate() {
         let name = attention.name();
         if ["multi_head", "edge_gat"].contains(&name) {
@@ -93,8 +93,9 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             sums[1] / (sums[0] + sums[1])
         });
         println!("{name:<24} {even:.3}   {share:.3}");
-        assert!(share > even + 0.05, "{name} knows the sides");
-        let share = format!("{:.0} % stays inside; {:.0} if even", 100.0 * share, 100.0 * even);
+        assert!(share > even + 0.05, "{name} prefers the same side");
+        let share =
+            format!("{:.0}% to the same side; {:.0}% if uniform", 100.0 * share, 100.0 * even);
         picture += &map(at, [name, sees, &share], &inputs, &weights);
     }
     std::fs::create_dir_all("target")?;
@@ -102,12 +103,12 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let svg = format!(
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 1010 916' font-family='sans-serif'
         font-size='12' fill='#1e293b'><rect width='1010' height='916' fill='#fff'/>{picture}
-        <text x='24' y='882'>Every member gives a weight of 1, a row of the matrix. Blue stays on Mr. Hi's
-        side, orange on the officer's; grey crosses over.
-        Shares leave out what goes to oneself.</text>
-        <text x='24' y='899'>Lines show both directions, dots grow with what is received. The opacity of a
-        cell is the root of its weight, the same in all maps. What is
-        learned knew all sides.</text></svg>"
+        <text x='24' y='882'>A row of the matrix, a member's weights, sums to 1. Blue is within Mr. Hi's side,
+        orange within the officer's, grey between them. Shares exclude the weight on
+        oneself.</text>
+        <text x='24' y='899'>Lines show both directions; dots grow with the weight received. Opacity is the
+        square root of a cell's weight in all maps. Learned maps were trained on all
+        sides.</text></svg>"
     );
     std::fs::write(&path, svg)?;
     println!("picture: {path}");

@@ -33,7 +33,7 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(Flash::new()),
         Box::new(MultiHeadConfig::new(DIM, 4).init(Flash::new(), rng)?),
         Box::new(MoeConfig::new(DIM, 1).init(experts, rng)?),
-        // Without edges between nodes with distant numbers.
+        // Ignores edges between nodes with distant numbers.
         Box::new(LocalGlobal::sliding_window(Window::new(12), Flash::new())?),
         Box::new(dual.with_search(LatentSearch::new(5, Metric::Cosine))),
         Box::new(EdgeGatConfig::new(Score::GatV2, DIM, DIM / 4, 4).init(rng)?),
@@ -85,7 +85,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         println!("  {entropy:>16}  {distance:.1e}");
         assert!(distance.is_finite() && (name != "scaled_dot_product" || distance < 1e-5));
     }
-    println!("peak memory: of forward and backward, gradients included, beside the inputs");
+    println!("peak memory: in forward and backward, with gradients, without the inputs");
     println!("entropy: of the weights of a node, in nats; distance: |out - exact| / |exact|");
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! cargo run --release -p examples --example custom_mechanism
 //! ```
 //!
-//! Half of its lines are the trait's signatures.
+//! Half of the lines are the signatures of the trait.
 
 use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -85,9 +85,9 @@ impl Attention<f64> for Mean {
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let shapes = Shapes::new(3, 2, 5);
     let report = check_attention(&Mean, &shapes)?;
-    println!("the laws hold in {} cases, {:?} refused", report.checked.len(), report.refused);
+    println!("the contract holds in {} cases; refused: {:?}", report.checked.len(), report.refused);
     check_gradients(&mut Mean, &shapes)?;
-    println!("backward is the derivative of forward");
+    println!("the gradients match finite differences");
     assert!(report.refused.iter().all(|case| case.contains("bias") || case.contains("dropout")));
 
     // Inside learned projections. All nodes see the same neighbours here, so their outputs are the same.

@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     let (out, saved) = attention.forward_train(&inputs)?;
     println!("{tokens} tokens, output {:?}", out.dim());
 
-    // The past does not depend on the future: the first half of the sequence gives half of the output.
+    // The past does not depend on the future: the first half of the sequence alone gives the same outputs.
     let half = tokens / 2;
     let first = |array: &Array2<f32>| array.slice(s![..half, ..]).to_owned();
     let (query, key, value) = (first(&query), first(&key), first(&value));
@@ -37,7 +37,7 @@ fn main() -> Result<()> {
     let half_inputs = half_inputs.with_grouped_heads(heads, kv_heads)?.with_causal();
     let half_out = attention.forward(&half_inputs)?;
     let difference = (&half_out - &out.slice(s![..half, ..])).mapv(f32::abs).sum();
-    println!("difference of the first {half} outputs without the rest: {difference:e}");
+    println!("change of the first {half} outputs without the later tokens: {difference:e}");
     assert!(difference < 1e-3);
 
     // The loss is the sum of the last output, so only the last query has a gradient, but every key does.

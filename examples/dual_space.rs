@@ -1,5 +1,5 @@
-//! Classifies members of a karate club by their friends and by members who are not friends but have the
-//! same friends: attention over both, with learned gates.
+//! Classifies members of a karate club with attention over two kinds of neighbours: their friends, and
+//! members who are not friends but have the same friends. Learned gates combine them.
 //!
 //! ```sh
 //! cargo run --release -p examples --example dual_space
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
         .init(Flash::new(), Flash::new(), cross, &mut rng)?
         .with_search(search);
     let alike = dual.latent_neighbors(&inputs)?.into_owned();
-    println!("friends of 14: {:?}; alike: {:?}", friends.neighbors(14), alike.neighbors(14));
+    println!("friends of 14: {:?}; similar: {:?}", friends.neighbors(14), alike.neighbors(14));
     assert_eq!(alike.neighbors(14), [15, 18, 20, 22]);
     let strangers = |u| alike.neighbors(u).iter().all(|&v| !is_friend((u, v as usize)));
     assert!((0..n).all(strangers));
@@ -52,12 +52,12 @@ fn main() -> Result<()> {
     let loss = |out: &Array2<f64>| 0.5 * (out - &sides).mapv(|e| e * e).sum();
     let right = |out: &Array2<f64>| (out * &sides).iter().filter(|&&agree| agree > 0.0).count();
     let (both, alone) = (dual.forward(&inputs)?, Flash::new().forward(&inputs)?);
-    println!("friends alone: loss {:.3}, {} of {n} right", loss(&alone), right(&alone));
-    println!("friends and those alike: loss {:.3}, {} right", loss(&both), right(&both));
+    println!("only friends: loss {:.3}, {} of {n} right", loss(&alone), right(&alone));
+    println!("friends and similar members: loss {:.3}, {} right", loss(&both), right(&both));
     let shares = dual.gates(&inputs)?.sum_axis(Axis(0)) / n as f64;
     println!("shares of the graph, latent and cross branches: {shares:.2}");
     assert!(loss(&both) < 0.9 * loss(&alone) && right(&both) > right(&alone));
-    assert!(shares.iter().all(|&share| share > 0.1), "all are used");
+    assert!(shares.iter().all(|&share| share > 0.1), "all branches are used");
     Ok(())
 }
 

@@ -46,7 +46,7 @@ fn main() -> Result<()> {
         let away = 100.0 * away as f32 / count as f32;
         println!("{layer:5} {count:6} {:14.1} {away:18.0} %", sum / count as f32);
     }
-    assert!(means.is_sorted(), "the higher, the farther");
+    assert!(means.is_sorted(), "links of higher layers are longer");
 
     // Scores by similarity would hide distant vectors, so all links get the same weight: the scale is 0.
     let flash = Flash::new().with_scale(0.0)?;
@@ -57,7 +57,7 @@ fn main() -> Result<()> {
         if cluster(vector) == column { 1f32 } else { 0.0 }
     });
     let (mut of_local, mut of_both) = (start.clone(), start);
-    println!("clusters that a vector has heard of, on average, after so many rounds");
+    println!("mean number of clusters that have reached a vector");
     println!("round  layer 0 alone  all layers");
     let mut heard = [1.0; 2];
     for round in 1..=2 {
@@ -70,6 +70,6 @@ fn main() -> Result<()> {
         });
         println!("{round:5} {:14.1} {:11.1}", heard[0], heard[1]);
     }
-    assert!(heard[1] > 1.5 * heard[0], "long links carry what near ones do not");
+    assert!(heard[1] > 1.5 * heard[0], "long links reach more clusters");
     Ok(())
 }

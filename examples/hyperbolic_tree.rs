@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     for (length, known) in (1..).zip([2.493, 1.199, 1.102, 1.070, 1.054]) {
         let (distortion, precision) = quality(&tree, &sarkar(&tree, f64::from(length))?, 1.0)?;
         println!("Poincaré disk, edges of length {length}     {distortion:>10.3}  {precision:.3}");
-        assert!((distortion - known).abs() < 5e-4 && precision == 1.0, "as the theory has it");
+        assert!((distortion - known).abs() < 5e-4 && precision == 1.0, "agrees with the theory");
     }
     // The same in the plane, each level at equal angles on a circle. Such a large ball is practically
     // flat.
@@ -36,7 +36,7 @@ fn main() -> Result<()> {
     });
     let (distortion, precision) = quality(&tree, &circles.collect::<Vec<_>>(), 1e-12)?;
     println!("Euclidean plane, levels on circles   {distortion:>10.3}  {precision:.3}");
-    assert!(distortion > 7.0 && precision < 0.7, "a plane has no room for it");
+    assert!(distortion > 7.0 && precision < 0.7, "the tree does not fit into the plane");
     Ok(())
 }
 

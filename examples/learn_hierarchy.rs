@@ -49,8 +49,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let draws = iter::repeat_with(|| rng.random_range(0..n)).filter(is_none);
                 others.extend(iter::once(ancestor).chain(draws.take(KEYS - 1)));
             }
-            // In the tangent space the ancestor's value is 1, the others are 0, so their mean is its
-            // weight.
+            // In the tangent space the value of the ancestor is 1 and the others are 0, so the weighted
+            // mean is the weight of the ancestor.
             let query = points.select(Axis(0), &descendants);
             let key = points.select(Axis(0), &others);
             let value = |(key, _)| if key % KEYS == 0 { 1f64.tanh() } else { 0.0 };
@@ -59,7 +59,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             let graph = Graph::from_edges(batch.len(), others.len(), own_keys)?;
             let inputs = Inputs::graph(query.view(), key.view(), value.view(), &graph)?;
             let (out, saved) = attention.forward_train(&inputs)?;
-            // The loss is minus its logarithm.
+            // The loss is minus the logarithm of this weight.
             let grad_out = out.mapv(|out| -1.0 / (out.atanh() * (1.0 - out * out)));
             let grads = attention.backward(&inputs, &saved, grad_out.view())?;
             let mut sums = BTreeMap::new();
@@ -79,7 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let learned = precision(&points, &is_ancestor)?;
     let mut order: Vec<_> = (0..n).collect();
     order.sort_by_key(|&node| points.row(node).dot(&points.row(node)).to_bits());
-    println!("mAP of ancestors: at random {before:.3}, learned {learned:.3}");
+    println!("mAP of ancestors: random positions {before:.3}, learned {learned:.3}");
     println!("nearest to the origin: nodes {:?}", &order[..n.min(4)]);
     assert!(learned > 5.0 * before, "it learns");
     Ok(())

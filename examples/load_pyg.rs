@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let hidden = hidden.mapv(|h| if h > 0.0 { h } else { h.exp_m1() });
     let out = forward(&second, &hidden)?;
 
-    println!("node       ours                 PyG's");
+    println!("node       this crate           PyG");
     for (node, (ours, theirs)) in out.rows().into_iter().zip(expected.rows()).enumerate() {
         println!("{node:4}   {ours:>8.5}   {theirs:>8.5}");
     }

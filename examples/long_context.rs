@@ -1,4 +1,4 @@
-//! Linear attention over a long context: its cost, its error, and its own estimate of that error.
+//! Linear attention over a long context: its cost, its error, and its own estimate of the error.
 //!
 //! ```sh
 //! cargo run --release -p examples --example long_context            # 50,000 keys
@@ -40,7 +40,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         let (time, memory) = (start.elapsed(), PEAK.peak_usage() - before);
         Ok((out, format!("{:6.0} ms {:8} KiB", time.as_secs_f64() * 1e3, memory / 1024)))
     };
-    // Summed in f64: in f32 millions of squares would lose digits.
+    // Summed in f64: a sum of millions of squares in f32 would lose digits.
     let rms = |x: &Array2<f32>| {
         let sum: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
         (sum / x.len() as f64).sqrt()
@@ -48,20 +48,22 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("{n} queries over {n} keys, {COLUMNS} columns; errors are root mean squares");
     println!("features        time       memory   error  predicted");
     let (exact, cost) = run(&Flash::new())?;
-    println!("exact      {cost}       0          0  (outputs of {:.4})", rms(&exact));
+    println!("exact      {cost}       0          0  (outputs: {:.4})", rms(&exact));
 
     let mut last = None;
     for num_features in [64, 256, 1024, 4096] {
         let performer = PerformerConfig::new(COLUMNS, num_features).init(&mut rng)?;
         let (out, cost) = run(&performer)?;
         let error = rms(&(out - &exact));
-        // The error of a whole row, predicted from the features, as the root mean square over its
-        // columns.
+        // The prediction is for a whole row; convert it to the root mean square over the columns.
         let predicted =
             rms(&performer.estimate_error(&some)?.standard_error) / (COLUMNS as f64).sqrt();
         let bar = "#".repeat((10.0 * (error / 0.001).log2().max(0.0)) as usize);
         println!("{num_features:8}   {cost}  {error:.4}     {predicted:.4}  {bar}");
-        assert!((0.5..2.0).contains(&(predicted / error)), "the prediction holds");
+        assert!(
+            (0.5..2.0).contains(&(predicted / error)),
+            "the prediction is right within a factor of 2"
+        );
         let fall = last.replace(error).map_or(0.5, |last| error / last);
         assert!((0.35..0.75).contains(&fall), "four times the features, half the error");
     }

@@ -35,16 +35,16 @@ fn main() -> Result<()> {
 
     let beside = || LocalGlobal::sliding_window(Window::new(2), Flash::new());
     let poincare = || PoincareConfig::new().coordinates(Coordinates::Tangent).init();
-    // Queries of zeros, so that only link strengths make a difference.
+    // Queries are zero, so that only link strengths make a difference.
     let (indifferent, bias) = (Array2::zeros(x.raw_dim()), 3.0 * &strengths);
     let by_strength = inputs.with_arrays(indifferent.view(), x, x)?.with_bias(bias.view())?;
-    let answers = [
+    let outputs = [
         beside()?.forward(&inputs)?,
         poincare()?.forward(&inputs)?,
         ScaledDotProduct::new().forward(&inputs)?,
         ScaledDotProduct::new().forward(&by_strength)?,
     ];
-    let target = Array2::from_shape_fn(x.raw_dim(), |at| answers[at.0 % 4][at]);
+    let target = Array2::from_shape_fn(x.raw_dim(), |at| outputs[at.0 % 4][at]);
 
     let gat = EdgeGatConfig::new(Score::Gat, COLUMNS, COLUMNS, 1).edge_dim(1);
     let experts: Vec<Box<dyn Attention<f32>>> = vec![
@@ -72,10 +72,10 @@ fn main() -> Result<()> {
             param.scaled_add(-1.0, &grad);
         })?;
     }
-    let after = report("after it", &moe.route(&inputs)?);
+    let after = report("after training", &moe.route(&inputs)?);
     println!("loss {:.4} before, {:.4} after", losses[0], losses[2000]);
     assert!(before < 0.5 && after > 0.9, "each kind goes to the expert meant for it");
-    assert!(losses[2000] < losses[0] / 10.0, "and gets the answer it needs");
+    assert!(losses[2000] < losses[0] / 10.0, "and gets its target");
     Ok(())
 }
 
@@ -86,7 +86,7 @@ fn report(when: &str, routing: &Routing<f32>) -> f32 {
         counts[[node % 4, experts[0]]] += 1.0;
     }
     println!(
-        "first choices {when}: entropy {:.2}, shares of both {:.2?}",
+        "{when}: entropy of the routing {:.2}, share of each expert {:.2?}; first choices:",
         routing.entropy(),
         routing.shares()
     );

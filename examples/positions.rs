@@ -4,7 +4,7 @@
 //! cargo run --release -p examples --features spectral --example positions
 //! ```
 //!
-//! There are two villages of five, in which all know each other; the only road between them joins their
+//! There are two villages of five people who all know each other; the only road between them joins their
 //! mayors, nodes 4 and 5. Every node attends to all nodes, and the table shows the weights of mayor 4.
 //! All nodes have the same features, so without positions all scores would be equal: all differences come
 //! from the positions. No dev-dependency.
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
         of_mayor
     };
     let weights = show("no positions", ScaledDotProduct::new().attention_weights(&inputs)?);
-    assert!(weights.iter().all(|&weight| same(weight, 1.0 / N as f64)), "nothing is known");
+    assert!(weights.iter().all(|&weight| same(weight, 1.0 / N as f64)), "all weights are equal");
 
     // A score decreases with the difference of two positions, as long as it is below π.
     let config = GraphRopeConfig::new(COLUMNS, Layout::Half);
@@ -50,22 +50,22 @@ fn main() -> Result<()> {
     let anchored = inputs.with_positions(hops.view(), hops.view())?;
     let weights = show("hops from node 0", by_node.attention_weights(&anchored)?);
     assert!(same(weights[1], weights[4]), "as far from the anchor as itself");
-    assert!(same(weights[0], weights[5]), "a hop nearer or farther: the side is not told");
-    assert!(weights[4] > weights[5] && weights[5] > weights[9], "farther is less");
+    assert!(same(weights[0], weights[5]), "one hop nearer is like one hop farther");
+    assert!(weights[4] > weights[5] && weights[5] > weights[9], "farther nodes have less weight");
 
     // A number per pair, which need not come from coordinates: the hops between the two nodes.
     let between = graph.hop_distances(&all_pairs, N, f64::INFINITY)?;
     let apart = inputs.with_distances(between.view())?;
     let weights = show("hops of the pair", config.init_edges()?.attention_weights(&apart)?);
-    assert!(weights[4] > weights[1] && weights[1] > weights[9], "it falls hop by hop");
-    assert!(same(weights[1], weights[5]), "all who are one hop away are alike, on any side");
+    assert!(weights[4] > weights[1] && weights[1] > weights[9], "weights fall with every hop");
+    assert!(same(weights[1], weights[5]), "nodes one hop away are equal, in either village");
 
     // Other properties of a node, such as its level in a hierarchy.
     let levels = Array2::from_shape_fn((N, 1), |(node, _)| f64::from(is_mayor(node)));
     let ranked = inputs.with_positions(levels.view(), levels.view())?;
     let weights = show("level", by_node.attention_weights(&ranked)?);
     assert!(same(weights[4], weights[5]) && weights[5] > weights[1], "mayors see mayors");
-    assert!(same(weights[1], weights[9]), "where one lives is not told");
+    assert!(same(weights[1], weights[9]), "villages make no difference");
 
     // Spectral coordinates: the squared distance is the resistance between the nodes, which decreases
     // with every additional path. With as many axes as pairs of columns, all turn equally fast.
@@ -75,10 +75,10 @@ fn main() -> Result<()> {
     let by_axes = config.axes(N - 1).init(ScaledDotProduct::new())?;
     let weights = show("spectral", by_axes.attention_weights(&embedded)?);
     println!("resistance, in theory    0.000   0.400  0.400 |   1.000   1.400");
-    // Between five nodes that all know each other it is 2/5, along a road without a detour 1.
+    // It is 2/5 between five nodes that all know each other, and 1 along a road without a detour.
     let expected = array![0.4, 0.4, 0.4, 0.4, 0.0, 1.0, 1.4, 1.4, 1.4, 1.4];
-    assert!((0..N).all(|node| same(resistance(node), expected[node])), "as in theory");
-    assert!(weights[1] > weights[5], "of those one hop away, those with more ways are nearer");
-    assert!(weights[4] > weights[1] && weights[5] > weights[9], "the more resistance, the less");
+    assert!((0..N).all(|node| same(resistance(node), expected[node])), "agrees with the theory");
+    assert!(weights[1] > weights[5], "at one hop, nodes with more paths are nearer");
+    assert!(weights[4] > weights[1] && weights[5] > weights[9], "more resistance, less weight");
     Ok(())
 }

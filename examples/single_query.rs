@@ -23,20 +23,20 @@ fn main() -> Result<()> {
     let weights = attention.attention_weights(&inputs)?;
     let out = attention.forward(&inputs)?;
     for (neighbour, weight) in weights.column(0).iter().enumerate() {
-        println!("neighbour {neighbour} matches with weight {weight:.3}");
+        println!("neighbour {neighbour}: weight {weight:.3}");
     }
-    println!("blended payload {:.3}", out[[0, 0]]);
+    println!("weighted mean of the values: {:.3}", out[[0, 0]]);
     assert!((weights.sum() - 1.0).abs() < 1e-12);
     assert!(weights[[0, 0]] > weights[[2, 0]] && weights[[2, 0]] > weights[[1, 0]]);
 
-    // Two shards have two neighbours each and never see the others.
+    // Each of two shards has two of the neighbours and never sees the others.
     let shard = |rows: std::ops::Range<usize>| {
         let (keys, values) = (s![rows.clone(), ..], s![rows, ..]);
         let (keys, values) = (neighbours.slice(keys), payloads.slice(values));
         attention.forward_partial(&Inputs::single(query.view(), keys, values)?)
     };
     let merged = shard(0..2)?.merge(&shard(2..4)?)?;
-    println!("from two shards {:.3}", merged.out()[[0, 0]]);
+    println!("merged from two shards: {:.3}", merged.out()[[0, 0]]);
     assert!((merged.out()[[0, 0]] - out[[0, 0]]).abs() < 1e-12);
     Ok(())
 }

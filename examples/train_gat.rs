@@ -53,8 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         })
     };
 
-    // The mean cross-entropy over some nodes, and the share of nodes with the largest logit at their
-    // class.
+    // The mean cross-entropy over some nodes, and the share of nodes whose class has the largest logit.
     let evaluate = |first: &EdgeGat<f32>, second: &EdgeGat<f32>, nodes: &[(usize, usize)]| {
         let hidden = first.forward(&Inputs::self_attention(features.view(), &graph)?)?.mapv(elu);
         let logits = second.forward(&Inputs::self_attention(hidden.view(), &graph)?)?;
@@ -103,7 +102,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                     param.scaled_add(-rate, &(&*mean / square.mapv(|square| square.sqrt() + 1e-8)));
                 })
             };
-            // The gradient of the mean cross-entropy: softmax(logits) − the class.
+            // The gradient of the mean cross-entropy: softmax(logits) − one-hot class.
             let mut grad = Array2::zeros(logits.raw_dim());
             for &(node, class) in &train {
                 let exps = logits.row(node).mapv(f32::exp);
@@ -113,7 +112,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             grad /= train.len() as f32;
             let grads = second.backward(&h, &second_saved, grad.view())?;
             adam(&mut second, 2, &grads.params)?;
-            // Dropout is linear, so its gradient is dropped too; the slope of ELU follows from its value.
+            // The backward pass of dropout drops the same entries; the slope of ELU follows from its value.
             let grad = dropped(&grads.self_attention()?, on_hidden);
             let grad = grad * hidden.mapv(|y| 1.0 + y.min(0.0));
             let grads = first.backward_params(&x, &first_saved, grad.view())?;
@@ -128,7 +127,8 @@ fn main() -> Result<(), Box<dyn Error>> {
                 end = epoch + 100;
             }
         }
-        let (first, second) = best.ok_or("the first epoch is as good as ever")?;
+        let (first, second) =
+            best.ok_or("no epoch improved the loss and accuracy on the validation nodes")?;
         accuracies.push(evaluate(&first, &second, &test)?[1]);
         println!(
             "seed {seed}: test accuracy {:.3}, {epoch} epochs",

@@ -16,7 +16,7 @@ fn main() -> Result<()> {
     let graph = Graph::from_edges(n, n, both_ways)?.with_self_loops()?;
     let members = Array2::<f32>::eye(n); // each member has its own column
     let inputs = Inputs::self_attention(members.view(), &graph)?;
-    // The two who quarrelled, and the target signs of their outputs.
+    // The two members who quarrelled, and the target signs of their outputs.
     let known = [(0, 1.0), (33, -1.0)];
 
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
@@ -53,7 +53,7 @@ fn main() -> Result<()> {
         if step % 50 == 0 {
             let right = |(&out, side): (&f32, u8)| (out > 0.0) == (side == b'h');
             let right = out.iter().zip(SIDES.bytes()).filter(|&pair| right(pair)).count();
-            println!("step {step:3}: loss {loss:.3}, {right} of {n} members on their side");
+            println!("step {step:3}: loss {loss:.3}, {right} of {n} sides right");
             assert!(step < 300 || right >= 31, "friends take sides together");
         }
     }

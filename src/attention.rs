@@ -10,24 +10,24 @@ use std::sync::Arc;
 
 /// A map from queries, keys and values to outputs, with its exact vector–Jacobian product.
 ///
-/// One trait for every mechanism of this crate and for your own: sparsity, edges and heads are data
-/// in the [`Inputs`], so it does not grow with them. It is object-safe: a mixture holds
+/// This is the one trait of all mechanisms, of this crate and your own. Sparsity, edges and heads are data
+/// in the [`Inputs`], so the trait need not know them. It is object-safe: a mixture holds
 /// `Vec<Box<dyn Attention<F>>>`.
 ///
-/// The contract, which [`testing::check_attention`](crate::testing::check_attention) checks:
+/// [`testing::check_attention`](crate::testing::check_attention) checks the contract:
 ///
-/// * Outputs are overwritten, gradients are added to.
+/// * Outputs are overwritten; gradients are added to the existing ones.
 /// * A hidden pair (mask, causal, bias of −∞, not in the graph) is skipped: NaN or infinity in its
 ///   key, value or features changes nothing. NaN elsewhere gives NaN in the rows it touches.
 /// * A query without visible keys aggregates zeros, and gradients do not flow through it.
 /// * The same inputs give the same bits.
-/// * Channels that change the answer are honoured or refused ([`Inputs::check_absent`]).
+/// * Channels that change the result are honoured or refused ([`Inputs::check_absent`]).
 ///
-/// [`guide::own_mechanism`](crate::guide::own_mechanism) writes one step by step, and
-/// [`guide::training`](crate::guide::training) puts several layers together.
+/// [`guide::own_mechanism`](crate::guide::own_mechanism) implements a mechanism step by step, and
+/// [`guide::training`](crate::guide::training) combines several layers.
 ///
-/// A mechanism without parameters implements the trait for both precisions; where the compiler cannot
-/// tell which is meant, say so: `check_attention::<f64>(&Flash::new(), &shapes)`.
+/// A mechanism without parameters implements the trait for both precisions. If the compiler cannot infer
+/// the precision, name it: `check_attention::<f64>(&Flash::new(), &shapes)`.
 ///
 /// ```
 /// use graph_attention::{Attention, Inputs, ScaledDotProduct};
@@ -46,22 +46,22 @@ use std::sync::Arc;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
-    /// The name in errors, benches and reports: `edge_gat`.
+    /// Returns the name used in errors, benchmarks and reports, such as `edge_gat`.
     fn name(&self) -> &'static str;
 
-    /// The number of columns of the output for these inputs.
+    /// Returns the number of columns of the output for these inputs.
     fn output_dim(&self, inputs: &Inputs<'_, F>) -> usize;
 
-    /// Inference: overwrites `out`, num_queries × [`output_dim`](Self::output_dim).
+    /// Overwrites `out`, num_queries × [`output_dim`](Self::output_dim), with the output, for inference.
     ///
     /// # Errors
     /// [`Error::Shape`] if `out` or the inputs do not fit; [`Error::MissingInput`],
     /// [`Error::Unsupported`] or [`Error::MissingSetting`] for channels.
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()>;
 
-    /// The forward pass of training: the same numbers, and what
-    /// [`backward_into`](Self::backward_into) needs in order not to do the work twice. (Dropping
-    /// the result and calling this again later is gradient checkpointing.)
+    /// Computes the same output as [`forward_into`](Self::forward_into), for training, and returns the
+    /// state that [`backward_into`](Self::backward_into) needs. (Dropping the state and calling this again
+    /// before the backward pass is gradient checkpointing.)
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into).
@@ -72,12 +72,12 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     ) -> Result<Saved>;
 
     /// Adds to `grads` the gradients of ⟨grad_out, forward(inputs)⟩ with respect to the inputs and
-    /// the parameters. `saved` comes from [`forward_train_into`](Self::forward_train_into) with the
-    /// same inputs and parameters: that they are the same cannot be checked.
+    /// the parameters. `saved` must come from [`forward_train_into`](Self::forward_train_into) with the
+    /// same inputs and parameters; this cannot be checked.
     ///
     /// # Errors
-    /// [`Error::Shape`] if an array does not fit the inputs, [`Error::SavedMismatch`] if `saved` is
-    /// another mechanism's.
+    /// [`Error::Shape`] if an array does not fit the inputs; [`Error::SavedMismatch`] if `saved` comes
+    /// from another mechanism.
     fn backward_into(
         &self,
         inputs: &Inputs<'_, F>,
@@ -86,24 +86,25 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         grads: GradientsMut<'_, F>,
     ) -> Result<()>;
 
-    /// The attention weights before dropout: num_pairs × heads, in the caller's pair order (in dense
-    /// inputs the weight of query i for key j is in row `i · num_keys + j`). Hidden pairs have weight
+    /// Returns the attention weights before dropout: num_pairs × heads, in the caller's pair order (in
+    /// dense inputs the weight of query i for key j is in row `i · num_keys + j`). Hidden pairs have weight
     /// 0, and the weights of a query sum to 1, or to 0 if it sees no key.
     ///
     /// # Errors
-    /// [`Error::NoWeights`] from a mechanism that never forms weights; otherwise as
+    /// [`Error::NoWeights`] if the mechanism does not compute weights; otherwise as
     /// [`forward_into`](Self::forward_into).
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let _ = inputs;
         Err(Error::NoWeights { mechanism: self.name() })
     }
 
-    /// The backward pass of [`attention_weights`](Self::attention_weights): adds to `grads` the gradients of
-    /// ⟨grad_weights, attention_weights(inputs)⟩, for losses on the weights, such as their entropy or their
-    /// distance from given ones. It computes the weights again and takes O(pairs · heads) memory.
+    /// Runs the backward pass of [`attention_weights`](Self::attention_weights): adds to `grads` the
+    /// gradients of ⟨grad_weights, attention_weights(inputs)⟩. Use it for losses on the weights, such as
+    /// their entropy or their distance from target weights. Recomputes the weights, in O(pairs · heads)
+    /// memory.
     ///
     /// # Errors
-    /// [`Error::NoWeights`] from a mechanism that has no such backward pass; [`Error::Shape`] if
+    /// [`Error::NoWeights`] if the mechanism has no such backward pass; [`Error::Shape`] if
     /// `grad_weights` is not num_pairs × heads or a gradient does not fit.
     fn attention_weights_backward_into(
         &self,
@@ -115,7 +116,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Err(Error::NoWeights { mechanism: self.name() })
     }
 
-    /// [`attention_weights_backward_into`](Self::attention_weights_backward_into) new arrays.
+    /// Runs [`attention_weights_backward_into`](Self::attention_weights_backward_into) and returns new
+    /// gradients.
     ///
     /// ```
     /// use graph_attention::{Attention, Flash, Inputs};
@@ -143,7 +145,7 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok(gradients)
     }
 
-    /// [`forward_into`](Self::forward_into) with an output of its own.
+    /// Runs [`forward_into`](Self::forward_into) and returns a new output array.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into).
@@ -153,7 +155,7 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok(out)
     }
 
-    /// [`forward_train_into`](Self::forward_train_into) with an output of its own.
+    /// Runs [`forward_train_into`](Self::forward_train_into) and returns a new output array and the state.
     ///
     /// # Errors
     /// As [`forward_train_into`](Self::forward_train_into).
@@ -163,7 +165,7 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok((out, saved))
     }
 
-    /// [`backward_into`](Self::backward_into) with gradients of its own.
+    /// Runs [`backward_into`](Self::backward_into) and returns new gradients.
     ///
     /// # Errors
     /// As [`backward_into`](Self::backward_into).
@@ -178,8 +180,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok(gradients)
     }
 
-    /// [`backward_into`](Self::backward_into) for the parameters alone, in the order of [`Params`]: for
-    /// a first layer, whose inputs are data and need no gradients.
+    /// Runs [`backward_into`](Self::backward_into) for the parameters only and returns their gradients in
+    /// the order of [`Params`]. For a first layer, whose inputs are data and need no gradients.
     ///
     /// # Errors
     /// As [`backward_into`](Self::backward_into).
@@ -195,10 +197,10 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     }
 }
 
-/// Checks the shape of an `out` or `grad_out`: the first line of a `forward_into` or `backward_into`.
+/// Checks the shape of `out` or `grad_out`. Call it first in `forward_into` and `backward_into`.
 ///
 /// # Errors
-/// [`Error::Shape`] naming `what` if it is not num_queries × [`output_dim`](Attention::output_dim).
+/// [`Error::Shape`], naming `what`, if it is not num_queries × [`output_dim`](Attention::output_dim).
 pub fn check_output<F: Float>(
     attention: &(impl Attention<F> + ?Sized),
     what: &'static str,
@@ -208,7 +210,7 @@ pub fn check_output<F: Float>(
     check_shape(what, &[inputs.num_queries(), attention.output_dim(inputs)], shape)
 }
 
-/// The state that a forward pass keeps for its backward pass: opaque, owned, made by
+/// The state that a forward pass keeps for its backward pass: opaque, owned, returned by
 /// [`Attention::forward_train_into`].
 pub struct Saved {
     mechanism: &'static str,
@@ -217,15 +219,15 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Wraps a mechanism's state under its name.
+    /// Wraps the state of the mechanism of this name.
     pub fn new<T: Any + Send + Sync>(mechanism: &'static str, state: T) -> Self {
         Self { mechanism, type_name: type_name::<T>(), state: Box::new(state) }
     }
 
-    /// The state, for the mechanism that saved it.
+    /// Returns the state to the mechanism that saved it.
     ///
     /// # Errors
-    /// [`Error::SavedMismatch`] if another mechanism saved it, or the same one in another precision.
+    /// [`Error::SavedMismatch`] if another mechanism saved it, or the same mechanism in another precision.
     pub fn state<T: Any>(&self, mechanism: &'static str) -> Result<&T> {
         let state = self.state.downcast_ref();
         state.filter(|_| mechanism == self.mechanism).ok_or(Error::SavedMismatch {

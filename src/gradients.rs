@@ -7,9 +7,9 @@ use ndarray::{
     Dimension, IxDyn, s,
 };
 
-/// The gradients of a loss with respect to the inputs and parameters of a mechanism, as
-/// [`Attention::backward`](crate::Attention::backward) returns them. Each array has the shape of
-/// what it is the gradient of.
+/// The gradients of a loss with respect to the inputs and parameters of a mechanism, as returned by
+/// [`Attention::backward`](crate::Attention::backward). Each gradient has the shape of its input or
+/// parameter.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<F> {
@@ -19,27 +19,27 @@ pub struct Gradients<F> {
     pub key: Array2<F>,
     /// With respect to the values.
     pub value: Array2<F>,
-    /// With respect to the additive logits, where the inputs have them: two axes or three, as theirs.
+    /// With respect to the additive logits, if the inputs have them, with as many axes: two or three.
     pub bias: Option<ArrayD<F>>,
-    /// With respect to the edge features, where the inputs have them.
+    /// With respect to the edge features, if the inputs have them.
     pub edge_features: Option<Array2<F>>,
-    /// With respect to the distances, where the inputs have them.
+    /// With respect to the distances, if the inputs have them.
     pub distances: Option<Array1<F>>,
-    /// With respect to the positions of the queries, where the inputs have positions.
+    /// With respect to the positions of the queries, if the inputs have positions.
     pub query_positions: Option<Array2<F>>,
-    /// With respect to the positions of the keys, where the inputs have positions.
+    /// With respect to the positions of the keys, if the inputs have positions.
     pub key_positions: Option<Array2<F>>,
     /// With respect to the parameters, in the order in which [`Params`] visits them; buffers have none.
     pub params: Vec<ArrayD<F>>,
 }
 
-/// Where [`Attention::backward_into`](crate::Attention::backward_into) adds the gradients: views,
-/// so that they may be parts of larger arrays. A `None` is not computed, which saves its time.
+/// Mutable views of gradients, to which [`Attention::backward_into`](crate::Attention::backward_into)
+/// adds. They may be parts of larger arrays. A gradient that is `None` is not computed, which saves time.
 ///
-/// [`Gradients::view_mut`] makes one of everything, [`of_params`](Self::of_params) one of the parameters
-/// alone. [`guide::training`](crate::guide::training) adds up the gradients of a batch, and
-/// [`guide::performance`](crate::guide::performance) leaves some out. New fields may be added: a mechanism
-/// around others changes the fields that it knows, and hands on the rest.
+/// [`Gradients::view_mut`] creates views of all gradients, [`of_params`](Self::of_params) of the parameters
+/// only. [`guide::training`](crate::guide::training) adds up the gradients of a batch, and
+/// [`guide::performance`](crate::guide::performance) leaves some out. Fields may be added later: a mechanism
+/// that wraps others changes the fields that it knows and passes on the rest.
 #[non_exhaustive]
 #[derive(Debug)]
 pub struct GradientsMut<'a, F> {
@@ -49,8 +49,8 @@ pub struct GradientsMut<'a, F> {
     pub key: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the values.
     pub value: Option<ArrayViewMut2<'a, F>>,
-    /// With respect to the additive logits, with an axis of length 1 in front where their array has two axes:
-    /// [`Bias::slot`](crate::Bias::slot) says where the gradient of a pair goes.
+    /// With respect to the additive logits, with a leading axis of length 1 if their array has two axes.
+    /// [`Bias::slot`](crate::Bias::slot) returns the index of the gradient of a pair.
     pub bias: Option<ArrayViewMut3<'a, F>>,
     /// With respect to the edge features.
     pub edge_features: Option<ArrayViewMut2<'a, F>>,
@@ -61,12 +61,12 @@ pub struct GradientsMut<'a, F> {
     /// With respect to the positions of the keys.
     pub key_positions: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the parameters, in the order in which [`Params`] visits them. A mechanism
-    /// around others lends each its own part: `split_at_mut`.
+    /// that wraps others gives each its part with `split_at_mut`.
     pub params: &'a mut [ArrayD<F>],
 }
 
 impl<F: Float> Gradients<F> {
-    /// Zeros for everything that `inputs` carry and `params` hold.
+    /// Creates zeros for all arrays of `inputs` and all parameters of `params`.
     ///
     /// # Errors
     /// [`Error::TooLarge`] if they do not fit in memory.
@@ -89,7 +89,8 @@ impl<F: Float> Gradients<F> {
         })
     }
 
-    /// Views of all of them, for [`Attention::backward_into`](crate::Attention::backward_into) to add to.
+    /// Returns views of all gradients, for [`Attention::backward_into`](crate::Attention::backward_into) to
+    /// add to.
     pub fn view_mut(&mut self) -> GradientsMut<'_, F> {
         GradientsMut {
             query: Some(self.query.view_mut()),
@@ -104,13 +105,13 @@ impl<F: Float> Gradients<F> {
         }
     }
 
-    /// The gradient of the nodes h where keys and values are h and the queries are its first rows: all of
-    /// them in self-attention ([`Inputs::self_attention`]), the targets of a sampled bipartite graph
-    /// otherwise. The sum of the gradients of query, key and value.
+    /// Returns the gradient of the nodes if they are the keys and values, and their first rows are the
+    /// queries: all rows in self-attention ([`Inputs::self_attention`]), the targets in a sampled bipartite
+    /// graph. It is the sum of the gradients of query, key and value.
     ///
     /// # Errors
-    /// [`Error::Shape`] if query, key and value do not have as many columns, key and value not as many
-    /// rows, or there are more queries than keys.
+    /// [`Error::Shape`] if query, key and value differ in their number of columns, key and value differ in
+    /// their number of rows, or there are more queries than keys.
     pub fn self_attention(&self) -> Result<Array2<F>> {
         let mut nodes = self.key_value()?;
         let [queries, columns] = [self.query.nrows().min(nodes.nrows()), nodes.ncols()];
@@ -120,21 +121,22 @@ impl<F: Float> Gradients<F> {
         Ok(nodes)
     }
 
-    /// The gradient of the source nodes h where keys and values are h and the queries are other nodes: the
-    /// sum of the gradients of key and value. That of the targets is [`query`](Self::query).
+    /// Returns the gradient of the source nodes if they are the keys and values, and other nodes are the
+    /// queries. It is the sum of the gradients of key and value; the gradient of the targets is
+    /// [`query`](Self::query).
     ///
     /// # Errors
-    /// [`Error::Shape`] if key and value are not of one shape.
+    /// [`Error::Shape`] if key and value differ in shape.
     pub fn key_value(&self) -> Result<Array2<F>> {
         check_shape("grads.value", self.key.shape(), self.value.shape())?;
         Ok(&self.key + &self.value)
     }
 
-    /// The gradients of the parameters with their names, in their order. `params` is the mechanism that
-    /// they are the gradients of.
+    /// Returns the names and gradients of the parameters, in order. `params` is the mechanism that the
+    /// gradients belong to.
     ///
     /// # Errors
-    /// [`Error::Shape`] if they are another mechanism's.
+    /// [`Error::Shape`] if they belong to another mechanism.
     pub fn named(
         &self,
         params: &(impl Params<F> + ?Sized),
@@ -143,8 +145,8 @@ impl<F: Float> Gradients<F> {
         Ok(params::names(params).into_iter().zip(&self.params))
     }
 
-    /// The gradient of the parameter of this name, such as `experts.2.in_proj_weight`. `params` is the
-    /// mechanism that they are the gradients of.
+    /// Returns the gradient of the parameter with this name, such as `experts.2.in_proj_weight`. `params` is
+    /// the mechanism that the gradients belong to.
     ///
     /// ```
     /// use graph_attention::edge_gat::Score;
@@ -163,7 +165,8 @@ impl<F: Float> Gradients<F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::UnknownParam`] if there is none; [`Error::Shape`] if they are another mechanism's.
+    /// [`Error::UnknownParam`] if there is no such parameter; [`Error::Shape`] if the gradients belong to
+    /// another mechanism.
     pub fn param(&self, params: &(impl Params<F> + ?Sized), name: &str) -> Result<&ArrayD<F>> {
         let mut named = self.named(params)?;
         let found = named.find(|(known, _)| known == name).map(|(_, gradient)| gradient);
@@ -174,7 +177,7 @@ impl<F: Float> Gradients<F> {
 }
 
 impl<'a, F> GradientsMut<'a, F> {
-    /// Of the parameters alone: nothing else is computed. Set the fields of what else is wanted.
+    /// Creates views of the parameter gradients only. Set other fields to compute more gradients.
     pub fn of_params(params: &'a mut [ArrayD<F>]) -> Self {
         Self {
             query: None,
@@ -189,11 +192,11 @@ impl<'a, F> GradientsMut<'a, F> {
         }
     }
 
-    /// The first parameters, and everything else with the rest of the parameters: for a mechanism whose own
-    /// parameters come before those of the mechanism inside.
+    /// Splits off the gradients of the first `count` parameters; the second result has the remaining ones
+    /// and all other gradients. For a mechanism whose own parameters come before its inner mechanism's.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are fewer parameters.
+    /// [`Error::Shape`] if there are fewer parameters than `count`.
     pub fn split_params(self, count: usize) -> Result<(&'a mut [ArrayD<F>], Self)> {
         let len = self.params.len();
         let (first, params) = (self.params.split_at_mut_checked(count))
@@ -203,8 +206,8 @@ impl<'a, F> GradientsMut<'a, F> {
 }
 
 impl<F: Float> GradientsMut<'_, F> {
-    /// The same views for a shorter time, for lending them more than once: to one inner mechanism after
-    /// the other, say.
+    /// Reborrows the views, so that they can be passed on more than once, say to several inner mechanisms
+    /// in turn.
     pub fn reborrow(&mut self) -> GradientsMut<'_, F> {
         GradientsMut {
             query: self.query.as_mut().map(|grad| grad.view_mut()),
@@ -219,7 +222,7 @@ impl<F: Float> GradientsMut<'_, F> {
         }
     }
 
-    /// The gradient of a parameter, by its number in the order of [`Params`], with its rank: `Ix0`
+    /// Returns the gradient of a parameter, by its number in the order of [`Params`]. `D` is its rank: `Ix0`
     /// for a scalar.
     ///
     /// # Errors
@@ -234,11 +237,11 @@ impl<F: Float> GradientsMut<'_, F> {
         slot.view_mut().into_dimensionality().map_err(|_| wrong_rank())
     }
 
-    /// Checks every shape against the inputs and parameters: the first line of a `backward_into`.
+    /// Checks all shapes against the inputs and parameters. Call it first in `backward_into`.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming the array; [`Error::MissingInput`] for the gradient of a channel
-    /// that the inputs do not carry.
+    /// [`Error::Shape`], naming the array, if a gradient has another shape; [`Error::MissingInput`] for the
+    /// gradient of a channel that the inputs do not have.
     pub fn check(
         &self,
         mechanism: &'static str,
@@ -249,7 +252,7 @@ impl<F: Float> GradientsMut<'_, F> {
         params::check_gradients(params, self.params)
     }
 
-    /// [`check`](Self::check) of all but the parameters.
+    /// Runs [`check`](Self::check) on all gradients except those of the parameters.
     pub(crate) fn check_inputs(
         &self,
         mechanism: &'static str,
@@ -272,7 +275,7 @@ impl<F: Float> GradientsMut<'_, F> {
             (None, Some(_)) => Err(Error::MissingInput { mechanism: mechanism.into(), channel }),
             (Some(expected), Some(actual)) => check_shape(what, expected, actual),
         };
-        // Without the axis in front, which the caller's array may not have.
+        // Drop the leading axis if the caller's array does not have it.
         let num_axes = shapes.bias.as_ref().map_or(3, Vec::len);
         let first_axis = if self.bias.as_ref().is_some_and(|grad| grad.shape()[0] == 1) {
             3 - num_axes
@@ -312,7 +315,7 @@ impl<F: Float> GradientsMut<'_, F> {
     }
 }
 
-/// The gradient of additive logits as [`GradientsMut::bias`] has it.
+/// Returns the gradient of additive logits in the form of [`GradientsMut::bias`].
 fn with_three_axes<F>(bias: &mut ArrayD<F>) -> ArrayViewMut3<'_, F> {
     let mut bias = bias.view_mut();
     if bias.ndim() == 2 {
@@ -321,8 +324,8 @@ fn with_three_axes<F>(bias: &mut ArrayD<F>) -> ArrayViewMut3<'_, F> {
     bias.into_dimensionality().expect("additive logits have two axes or three")
 }
 
-/// A slot of [`GradientsMut::params`] with the rank of its parameter. Only for slots that
-/// [`GradientsMut::check`] has seen.
+/// Views an entry of [`GradientsMut::params`] with the rank of its parameter. Only for entries that
+/// [`GradientsMut::check`] has checked.
 pub(crate) fn param_slot<F, D: Dimension>(slot: &mut ArrayD<F>) -> ArrayViewMut<'_, F, D> {
     let slot = slot.view_mut().into_dimensionality();
     slot.expect("the shapes of parameter gradients have been checked")

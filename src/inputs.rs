@@ -23,31 +23,32 @@ pub(crate) type View2<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix2, A>;
 type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 
 /// The inputs of an [`Attention`](crate::Attention): queries, keys, values, the pairs that
-/// attend, and optional data for each pair. Views only, cheap to copy, validated on construction.
+/// attend, and optional data for each pair. Holds only views, is cheap to copy, and is validated on
+/// construction.
 ///
-/// **Pairs.** Every query attends to some keys; each such (query, key) is a *pair*, and pairs are
-/// numbered once. In dense inputs all `num_queries · num_keys` pairs exist, number
-/// `i · num_keys + j`; in a graph they are its edges, numbered in the caller's edge order. An array
-/// with one row per pair (edge features, distances, …) follows that numbering, and so do returned
+/// **Pairs.** A (query, key) that attends is a *pair*, and every pair has a number. In dense inputs
+/// all `num_queries · num_keys` pairs exist, and query i with key j has the number
+/// `i · num_keys + j`; in a graph the pairs are its edges, numbered in the caller's edge order. Arrays
+/// with one row per pair (edge features, distances, …) follow this numbering, and so do returned
 /// weights and gradients.
 ///
 /// **Heads** are a layout: after [`with_heads(h)`](Self::with_heads) the columns of query, key and
-/// value are h equal blocks that attend independently and whose outputs stand side by side.
+/// value are h equal blocks. The blocks attend independently, and their outputs are placed side by side.
 ///
-/// **Channels** that change the answer (mask, causal, bias, dropout, heads) are honoured by a
-/// mechanism or refused with [`Error::Unsupported`]. The others (edge features, distances, layers,
-/// positions, latent neighbours) are data:
+/// **Channels** are the optional inputs. A mechanism either honours those that change the result (mask,
+/// causal, bias, dropout, heads) or refuses them with [`Error::Unsupported`]. The others (edge features,
+/// distances, layers, positions, latent neighbours) are data:
 ///
-/// * Data that a mechanism needs and that is absent gives [`Error::MissingInput`].
-/// * Data that a mechanism never reads stays unread and costs nothing, so that one `Inputs` can feed a
+/// * If data that a mechanism needs is absent, it returns [`Error::MissingInput`].
+/// * Data that a mechanism never reads is ignored and costs nothing, so one `Inputs` can feed a
 ///   mixture whose experts read different data. Each mechanism's page says what it reads.
-/// * Data that a mechanism reads only with a setting, and that comes without it, is refused with
-///   [`Error::MissingSetting`]: edge features for an [`EdgeGat`](crate::EdgeGat) without
-///   [`edge_dim`](crate::EdgeGatConfig::edge_dim).
-/// * Where the choice of a function decides what is read, that function says what is not: layers by
-///   [`LocalGlobal::sliding_window`](crate::LocalGlobal::sliding_window).
+/// * Data that a mechanism reads only with a certain setting is refused with
+///   [`Error::MissingSetting`] if the setting is missing: edge features for an
+///   [`EdgeGat`](crate::EdgeGat) without [`edge_dim`](crate::EdgeGatConfig::edge_dim).
+/// * Some constructors ignore data that others of the same mechanism read, and say so:
+///   [`LocalGlobal::sliding_window`](crate::LocalGlobal::sliding_window) ignores layers.
 ///
-/// A channel that is set twice is what it was set to last: two masks do not add up.
+/// Setting a channel again replaces it: two masks are not combined.
 ///
 /// ```
 /// use graph_attention::{Graph, Inputs};
@@ -83,35 +84,35 @@ pub struct Inputs<'a, F: Float> {
     dropout: Option<Dropout>,
     /// Each query sees at most this many keys before its own, and after it.
     window: Option<[usize; 2]>,
-    /// Where queries, keys and pairs come from, if these are some of those of other inputs.
+    /// Where queries, keys and pairs come from, if they were selected from other inputs.
     origin: Option<Origin<'a>>,
 }
 
-/// Which pairs exist, before mask and causal pattern hide some: [`Inputs::pattern`].
+/// The pairs that exist, before mask and causal pattern hide some: [`Inputs::pattern`].
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug)]
 pub enum Pattern<'a> {
-    /// Every query with every key.
+    /// Every query is paired with every key.
     Dense,
     /// The edges of a graph.
     Graph(&'a Graph),
 }
 
-/// Where the diagonal of a causal pattern starts when there are not as many queries as keys.
+/// The alignment of a causal pattern: where its diagonal starts if queries and keys differ in number.
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Causal {
     /// Query i sees the keys j ≤ i: PyTorch's `is_causal`.
     TopLeft,
-    /// Query i sees the keys j ≤ i + num_keys − num_queries: the last query sees every key, as when
-    /// decoding with a cache; flash-attention's convention.
+    /// Query i sees the keys j ≤ i + num_keys − num_queries, so the last query sees every key, as when
+    /// decoding with a cache: flash-attention's convention.
     BottomRight,
-    /// Query i sees the keys j ≤ i + offset: before the first query there are so many cached keys, and
-    /// after the last one there may be others, not yet to be seen. ONNX's past sequence length.
+    /// Query i sees the keys j ≤ i + offset, where `offset` is the number of cached keys before the first
+    /// query. Keys after the last query's are allowed, and hidden. ONNX's past sequence length.
     Offset(usize),
 }
 
-/// One (query, key) that attends, as [`Inputs::row`] lists them.
+/// A (query, key) that attends, as listed by [`Inputs::row`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// The row in the queries.
@@ -122,19 +123,19 @@ pub struct Pair {
     pub index: usize,
 }
 
-/// Queries, keys and pairs by their numbers in the inputs that they have been selected from; `None`
-/// where all have been.
+/// The numbers of queries, keys and pairs in the inputs that they were selected from; `None` if all
+/// were selected.
 #[derive(Clone, Copy, Debug)]
 struct Origin<'a> {
     /// Ascending.
     queries: Option<&'a [usize]>,
     /// Ascending.
     keys: Option<&'a [usize]>,
-    /// On a graph; in dense inputs the numbers follow from query and key.
+    /// Only on a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<&'a [usize]>,
-    /// Of the second graph, if it was selected with the queries.
+    /// The pairs of the second graph, if they were selected with the queries.
     latent_pairs: Option<&'a [usize]>,
-    /// Of the whole inputs.
+    /// The sizes of the whole inputs.
     num_queries: usize,
     num_keys: usize,
 }
@@ -146,7 +147,7 @@ struct Positions<'a, F> {
 }
 
 impl<'a, F: Float> Inputs<'a, F> {
-    /// One query over all keys: `query` of length d, `key` n × d, `value` n × d_v.
+    /// Creates inputs of one query over all keys: `query` of length d, `key` n × d, `value` n × d_v.
     ///
     /// # Errors
     /// As [`dense`](Self::dense).
@@ -158,14 +159,14 @@ impl<'a, F: Float> Inputs<'a, F> {
         Self::dense(query.insert_axis(Axis(0)), key, value)
     }
 
-    /// All queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v. One sequence or
-    /// set: several at a time are a [`Graph::block_diagonal`], or a loop.
+    /// Creates inputs of all queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v.
+    /// They are one sequence or set; for several, use [`Graph::block_diagonal`] or a loop.
     ///
-    /// Whether queries and keys must have the same number of columns is the mechanism's business:
-    /// a dot product needs it, one with projections of its own does not.
+    /// Whether queries and keys must have the same number of columns depends on the mechanism:
+    /// a dot product requires it, a mechanism with its own projections does not.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many values as keys; [`Error::TooLarge`] if the number
+    /// [`Error::Shape`] if the numbers of keys and values differ; [`Error::TooLarge`] if the number
     /// of pairs overflows.
     pub fn dense(
         query: ArrayView2<'a, F>,
@@ -179,11 +180,12 @@ impl<'a, F: Float> Inputs<'a, F> {
         Self::new(query, key, value, Pattern::Dense)
     }
 
-    /// Every query over its neighbours: `query` has one row per query of the graph, `key` and
-    /// `value` one per key. Where nodes attend to nodes, see [`self_attention`](Self::self_attention).
+    /// Creates inputs of every query over its neighbours: `query` has one row per query of the graph,
+    /// `key` and `value` one per key. If nodes attend to nodes, use
+    /// [`self_attention`](Self::self_attention).
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many values as keys, or if the graph is over another
+    /// [`Error::Shape`] if the numbers of keys and values differ, or if the graph has a different
     /// number of queries or keys.
     pub fn graph(
         query: ArrayView2<'a, F>,
@@ -195,9 +197,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         Self::new(query, key, value, Pattern::Graph(graph))
     }
 
-    /// Every node over its neighbours: `nodes`, one row for each node of the graph, are queries, keys
-    /// and values. [`Gradients::self_attention`](crate::Gradients::self_attention) is the
-    /// way back.
+    /// Creates inputs of every node over its neighbours: `nodes`, one row per node of the graph, are the
+    /// queries, keys and values. [`Gradients::self_attention`](crate::Gradients::self_attention) returns
+    /// their gradient.
     ///
     /// ```
     /// use graph_attention::{Attention, Flash, Graph, Inputs};
@@ -212,7 +214,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`] if the graph is over another number of queries or keys than there are nodes.
+    /// [`Error::Shape`] if the number of queries or keys of the graph is not the number of nodes.
     pub fn self_attention(nodes: ArrayView2<'a, F>, graph: &'a Graph) -> Result<Self> {
         Self::graph(nodes, nodes, nodes, graph)
     }
@@ -246,8 +248,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// The same pairs, heads and channels over other queries, keys and values: what a mechanism that
-    /// projects or transforms its inputs hands to the one inside.
+    /// Returns the same pairs, heads and channels over other queries, keys and values, for a mechanism
+    /// that projects or transforms its inputs before it calls an inner one.
     ///
     /// # Errors
     /// [`Error::Shape`] if a number of rows changes; [`Error::Heads`] if an array cannot be split into the
@@ -267,8 +269,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Inputs { query, key, value, ..*self }.with_grouped_heads(self.heads, self.kv_heads)
     }
 
-    /// The same pairs, heads and channels that change the answer over arrays of another precision, with
-    /// the bias in this precision too, if there is one.
+    /// Returns the same pairs, heads and channels that change the result, over arrays of another
+    /// precision. `bias` is the bias in that precision, if there is one; data channels are left out.
     pub(crate) fn in_precision<'b, G: Float>(
         &self,
         query: ArrayView2<'b, G>,
@@ -288,7 +290,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(Inputs { causal, mask, pair_mask, bias, dropout, window, origin, ..inputs })
     }
 
-    /// The same queries, keys and values over the latent pairs instead, which have no data of their
+    /// Returns the same queries, keys and values over the latent pairs, which have no data of their
     /// own: mask of pairs, bias, edge features, distances and layers are left out. Mask, causal pattern
     /// and dropout stay.
     ///
@@ -301,23 +303,23 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(Self { pattern, origin, pair_mask, bias, edge_features, distances, layers, ..*self })
     }
 
-    /// Splits the columns of query, key and value into `heads` equal blocks, that of head 0 first. For
+    /// Splits the columns of query, key and value into `heads` equal blocks, starting with head 0. For
     /// mechanisms without heads of their own: [`MultiHead`](crate::MultiHead) and
-    /// [`EdgeGat`](crate::EdgeGat) make theirs and refuse inputs with several.
+    /// [`EdgeGat`](crate::EdgeGat) define their own and refuse inputs with several.
     ///
     /// # Errors
-    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidArgument`] if `heads` is 0.
+    /// [`Error::Heads`] if an array cannot be split; [`Error::InvalidArgument`] if `heads` is 0.
     pub fn with_heads(self, heads: usize) -> Result<Self> {
         self.with_grouped_heads(heads, heads)
     }
 
-    /// Grouped heads (Ainslie et al. 2023, 2305.13245): queries in `heads` blocks, keys and values
-    /// in only `kv_heads`. Query head h reads key/value head ⌊h · kv_heads / heads⌋, as PyTorch's
-    /// `enable_gqa`.
+    /// Sets grouped heads (Ainslie et al. 2023, 2305.13245): splits queries into `heads` blocks, keys and
+    /// values into only `kv_heads`. Query head h reads key/value head ⌊h · kv_heads / heads⌋, as with
+    /// PyTorch's `enable_gqa`.
     ///
     /// # Errors
-    /// [`Error::Heads`] if an array cannot be split so; [`Error::InvalidArgument`] if `kv_heads` is 0
-    /// or does not divide `heads`.
+    /// [`Error::Heads`] if an array cannot be split; [`Error::InvalidArgument`] if `heads` or `kv_heads` is
+    /// 0 or `kv_heads` does not divide `heads`.
     pub fn with_grouped_heads(mut self, heads: usize, kv_heads: usize) -> Result<Self> {
         if heads == 0 {
             return Err(Error::config("heads", "at least 1", heads));
@@ -344,14 +346,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Query i sees only the keys j ≤ i: [`Causal::TopLeft`]. When decoding with a cache, with fewer
-    /// queries than keys, use [`Causal::BottomRight`], or [`Causal::Offset`] with the number of cached keys.
+    /// Lets query i see only the keys j ≤ i: [`Causal::TopLeft`]. To decode with a cache, with fewer
+    /// queries than keys, use [`with_causal_alignment`](Self::with_causal_alignment) with
+    /// [`Causal::BottomRight`], or with [`Causal::Offset`] of the number of cached keys.
     #[must_use]
     pub fn with_causal(self) -> Self {
         self.with_causal_alignment(Causal::TopLeft)
     }
 
-    /// Each query sees only the keys up to the diagonal. The hidden pairs still have their numbers.
+    /// Lets each query see only the keys up to the diagonal. Hidden pairs keep their numbers.
     /// On a graph, edges to later keys are hidden.
     #[must_use]
     pub fn with_causal_alignment(mut self, alignment: Causal) -> Self {
@@ -359,18 +362,18 @@ impl<'a, F: Float> Inputs<'a, F> {
         self
     }
 
-    /// Hides pairs: `mask` is num_queries × num_keys, or heads × num_queries × num_keys, and `true`
-    /// takes part, as in PyTorch's `scaled_dot_product_attention`. (`nn.MultiheadAttention` means the
+    /// Hides pairs: `mask` is num_queries × num_keys, or heads × num_queries × num_keys. Pairs with `true`
+    /// take part, as in PyTorch's `scaled_dot_product_attention`. (`nn.MultiheadAttention` means the
     /// opposite.) An axis may have length 1: all heads, queries or keys then share its entry.
     ///
     /// A hidden pair is skipped, not multiplied by zero: NaN in its key, value or features changes
-    /// nothing. On a graph, an edge is hidden where the mask is `false` at its query and key;
-    /// [`with_pair_mask`](Self::with_pair_mask) hides edges by their numbers.
+    /// nothing. On a graph, an edge is hidden if the mask is `false` at its query and key;
+    /// [`with_pair_mask`](Self::with_pair_mask) hides edges by number.
     ///
-    /// Padding, one flag for each key, is a mask of one row: `flags.view().insert_axis(Axis(0))`.
+    /// A padding mask, with one flag per key, is a mask of one row: `flags.view().insert_axis(Axis(0))`.
     /// Padded queries still get outputs.
     ///
-    /// A mask with several heads is for mechanisms that take a bias, and appears there as logits of −∞
+    /// A mask with several heads is only for mechanisms that take a bias: they read it as logits of −∞
     /// ([`Bias::at`]).
     ///
     /// ```
@@ -386,14 +389,15 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`] if the mask has another shape.
+    /// [`Error::Shape`] if the mask has none of these shapes.
     pub fn with_mask<D: Dimension>(mut self, mask: ArrayView<'a, bool, D>) -> Result<Self> {
         self.mask = Some(grid("mask", &self, mask)?);
         Ok(self)
     }
 
-    /// Hides pairs by their numbers: one flag for each pair (on a graph, for each edge), where `true` takes
-    /// part. With a [`with_mask`](Self::with_mask) too, a pair takes part where both let it.
+    /// Hides pairs by number: `mask` has one flag per pair (on a graph, per edge), and pairs with `true`
+    /// take part. If there is also a [mask of queries and keys](Self::with_mask), a pair takes part only if
+    /// both are `true`.
     ///
     /// ```
     /// use graph_attention::ndarray::array;
@@ -415,15 +419,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Adds logits, in one of two forms. Negative infinity hides a pair, as a mask does.
+    /// Adds `bias` to the logits, in one of two forms. Negative infinity hides a pair, as a mask does.
     ///
-    /// * **By query and key:** heads × num_queries × num_keys, as PyTorch has it; for dense inputs also
+    /// * **By query and key:** heads × num_queries × num_keys, as in PyTorch; for dense inputs also
     ///   num_queries × num_keys, shared by the heads. An axis may have length 1: all heads, queries or
     ///   keys then share its entry, and its gradient is the sum of theirs.
     /// * **By pair:** num_pairs × heads, or num_pairs × 1, shared by the heads.
     ///
-    /// The gradient has the shape of the array. The number of heads is checked by the mechanism, which
-    /// may define heads itself.
+    /// The gradient has the shape of the array. The mechanism checks the number of heads, because it may
+    /// define its own heads.
     ///
     /// # Errors
     /// [`Error::Shape`] if the bias has neither form.
@@ -432,8 +436,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Features of each pair: num_pairs × any number of columns, in the pair order. Read by
-    /// [`EdgeGat`](crate::EdgeGat), which must be configured for as many
+    /// Sets the features of each pair: num_pairs × any number of columns, in pair order. Read by
+    /// [`EdgeGat`](crate::EdgeGat), which must be configured for the same number of columns
     /// ([`EdgeGatConfig::edge_dim`](crate::EdgeGatConfig::edge_dim)).
     ///
     /// # Errors
@@ -444,11 +448,11 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// A distance for each pair (hops, weights, lengths). In dense inputs: a num_queries × num_keys
-    /// matrix, row after row. Read by [`EdgeRope`](crate::EdgeRope), which also has their gradient.
+    /// Sets a distance for each pair (hops, weights, lengths): in dense inputs a num_queries × num_keys
+    /// matrix, row by row. Read by [`EdgeRope`](crate::EdgeRope), which also computes the gradient.
     ///
-    /// [`Graph::hop_distances`] counts hops in another graph. Weights of edges, in the order of the
-    /// list that the graph was made from, are distances as they are; layers are so as numbers:
+    /// [`Graph::hop_distances`] counts hops in another graph. Edge weights, in the order of the list that
+    /// the graph was made from, can be used as distances directly; layers are converted to numbers:
     ///
     /// ```
     /// use graph_attention::{Graph, Inputs};
@@ -466,32 +470,32 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is not one per pair.
+    /// [`Error::Shape`] if there is not one distance per pair.
     pub fn with_distances(mut self, distances: ArrayView1<'a, F>) -> Result<Self> {
         check_shape("distances", &[self.num_pairs()], distances.shape())?;
         self.distances = Some(distances);
         Ok(self)
     }
 
-    /// A layer number for each pair, such as the layer of a link in an HNSW index, the hops of
+    /// Sets a layer number for each pair, such as the layer of a link in an HNSW index, the hops of
     /// [`Graph::k_hop`] or the pattern of [`Graph::union`]. Read by
     /// [`LocalGlobal::joint`](crate::LocalGlobal::joint) and `gated`: 0 is local, anything above is global.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there is not one per pair.
+    /// [`Error::Shape`] if there is not one layer per pair.
     pub fn with_edge_layers(mut self, layers: &'a [u8]) -> Result<Self> {
         check_shape("edge layers", &[self.num_pairs()], &[layers.len()])?;
         self.layers = Some(layers);
         Ok(self)
     }
 
-    /// Coordinates of queries (num_queries × axes) and keys (num_keys × axes). Read by
+    /// Sets the coordinates of queries (num_queries × axes) and keys (num_keys × axes). Read by
     /// [`GraphRope`](crate::GraphRope).
     ///
     /// [`Graph::hops_from`] counts hops from anchors, and with the feature `spectral`
-    /// `Graph::spectral_coordinates` embeds a graph by its resistances. One number for each node,
-    /// such as its level in an HNSW index, is an array of one column; several sources side by side
-    /// are one array of all their axes:
+    /// `Graph::spectral_coordinates` embeds a graph by its resistances. One number per node, such as
+    /// its level in an HNSW index, makes an array of one column. To combine several sources,
+    /// concatenate their columns:
     ///
     /// ```
     /// use graph_attention::{Graph, Inputs};
@@ -509,7 +513,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`] if a number of rows is wrong or the numbers of axes differ.
+    /// [`Error::Shape`] if a number of rows is wrong or queries and keys differ in their number of axes.
     pub fn with_positions(
         mut self,
         query: ArrayView2<'a, F>,
@@ -522,11 +526,11 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// A second list of neighbours over the same queries and keys, beside the pairs of the inputs. Read
-    /// by [`DualSpace`](crate::DualSpace), which then does not search for any itself.
+    /// Sets a second graph of neighbours over the same queries and keys, besides the pairs of the inputs.
+    /// Read by [`DualSpace`](crate::DualSpace), which then does not search for neighbours itself.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the graph is over another number of queries or keys.
+    /// [`Error::Shape`] if the graph has a different number of queries or keys.
     pub fn with_latent(mut self, latent: &'a Graph) -> Result<Self> {
         check_graph("latent", latent, &self.query, &self.key)?;
         self.latent = Some(latent);
@@ -536,8 +540,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Dropout on the attention weights, in [`forward`](crate::Attention::forward) as well as in training
-    /// (there is no training mode): leave it out for inference.
+    /// Sets dropout on the attention weights. It applies in [`forward`](crate::Attention::forward) as well
+    /// as in training (there is no training mode), so leave it out for inference.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the probability is not in [0, 1).
@@ -547,46 +551,46 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok(self)
     }
 
-    /// Each query sees only keys at most `left` before and `right` after its own: key i, or with
-    /// [`Causal::BottomRight`] key i + num_keys − num_queries. Counts by the numbers in the whole inputs,
-    /// where these are selected. Only the kernels of softmax attention read it.
+    /// Lets each query see only keys at most `left` before and `right` after its own: key i, or with
+    /// [`Causal::BottomRight`] key i + num_keys − num_queries. In selected inputs the numbers are those of
+    /// the whole inputs. Only the kernels of softmax attention read it.
     #[must_use]
     pub(crate) fn with_window(mut self, [left, right]: [usize; 2]) -> Self {
         self.window = Some([left, right]);
         self
     }
 
-    /// The queries, num_queries × (heads · d).
+    /// Returns the queries, num_queries × (heads · d).
     #[must_use]
     pub fn query(&self) -> ArrayView2<'a, F> {
         self.query
     }
 
-    /// The keys, num_keys × (kv_heads · d).
+    /// Returns the keys, num_keys × (kv_heads · d).
     #[must_use]
     pub fn key(&self) -> ArrayView2<'a, F> {
         self.key
     }
 
-    /// The values, num_keys × (kv_heads · d_v).
+    /// Returns the values, num_keys × (kv_heads · d_v).
     #[must_use]
     pub fn value(&self) -> ArrayView2<'a, F> {
         self.value
     }
 
-    /// The number of queries.
+    /// Returns the number of queries.
     #[must_use]
     pub fn num_queries(&self) -> usize {
         self.query.nrows()
     }
 
-    /// The number of keys.
+    /// Returns the number of keys.
     #[must_use]
     pub fn num_keys(&self) -> usize {
         self.key.nrows()
     }
 
-    /// The number of pairs, hidden ones included: the rows of per-pair arrays.
+    /// Returns the number of pairs, including hidden ones: the number of rows of per-pair arrays.
     #[must_use]
     pub fn num_pairs(&self) -> usize {
         match self.pattern {
@@ -595,59 +599,60 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The number of query heads.
+    /// Returns the number of query heads.
     #[must_use]
     pub fn num_heads(&self) -> usize {
         self.heads
     }
 
-    /// The number of key and value heads.
+    /// Returns the number of key and value heads.
     #[must_use]
     pub fn num_kv_heads(&self) -> usize {
         self.kv_heads
     }
 
-    /// Whether every query meets every key.
+    /// Returns whether every query is paired with every key.
     pub(crate) fn is_dense(&self) -> bool {
         matches!(self.pattern, Pattern::Dense)
     }
 
-    /// Which pairs exist.
+    /// Returns the pattern of the pairs that exist.
     #[must_use]
     pub fn pattern(&self) -> Pattern<'a> {
         self.pattern
     }
 
-    /// The alignment of the causal pattern, if there is one. Which keys a query sees is said by
-    /// [`row`](Self::row): of [selected queries](Self::select_queries) the diagonal is that of the
-    /// whole inputs.
+    /// Returns the alignment of the causal pattern, if there is one. Use [`row`](Self::row) to find the
+    /// keys that a query sees: [selected queries](Self::select_queries) keep the diagonal of the whole
+    /// inputs.
     #[must_use]
     pub fn causal_alignment(&self) -> Option<Causal> {
         self.causal
     }
 
-    /// The additive logits, if there are any, or a mask that tells heads apart.
+    /// Returns the additive logits, if there is a bias or a mask that differs between heads.
     #[must_use]
     pub fn bias(&self) -> Option<Bias<'a, F>> {
         Bias::new(self.bias, self.mask.filter(|mask| mask.shape()[0] > 1))
     }
 
-    /// The logits alone, as three axes: [`GradientsMut::bias`](crate::GradientsMut::bias).
+    /// Returns the logits without the mask, as three axes: [`GradientsMut::bias`](crate::GradientsMut::bias).
     pub(crate) fn logits(&self) -> Option<ArrayView3<'a, F>> {
         self.bias.map(|bias| bias.as_grid())
     }
 
-    /// The mask that all heads share, 1 × queries × keys, each of full length or 1.
+    /// Returns the mask that all heads share, 1 × queries × keys, each of full length or 1.
     fn shared_mask(&self) -> Option<View3<'a, bool>> {
         self.mask.filter(|mask| mask.shape()[0] == 1)
     }
 
-    /// Whether a mask of any kind may hide pairs.
+    /// Returns whether a mask of any kind may hide pairs.
     pub(crate) fn has_mask(&self) -> bool {
         self.mask.is_some() || self.pair_mask.is_some()
     }
 
-    /// The keys that the mask lets take part, if it lets the same ones for every query and head.
+    /// Returns the keys that the mask does not hide, if they are the same for every query and head; `None`
+    /// if there is a mask of pairs.
     pub(crate) fn keys_in_mask(&self) -> Option<Vec<usize>> {
         let mut keys: Vec<usize> = (0..self.num_keys()).collect();
         if let Some(mask) = self.mask {
@@ -663,8 +668,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.pair_mask.is_none().then_some(keys)
     }
 
-    /// Overwrites the logits of consecutive keys of dense inputs, from this pair on, with −∞ where a mask
-    /// that all heads share hides them.
+    /// Sets to −∞ the logits of those keys that a mask shared by all heads hides. `row` holds the logits of
+    /// consecutive keys of dense inputs, starting at the pair `first`.
     #[inline]
     pub(crate) fn hide_masked(&self, first: Pair, row: &mut [F]) {
         if let Some(mask) = &self.shared_mask() {
@@ -677,26 +682,26 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// Dropout, if there is any.
+    /// Returns the dropout, if there is any.
     #[must_use]
     pub fn dropout(&self) -> Option<Dropout> {
         self.dropout
     }
 
-    /// The factor by which dropout multiplies the weight of a pair; 1 without dropout. It is
+    /// Returns the factor by which dropout multiplies the weight of a pair; 1 without dropout. It is
     /// [`Dropout::multiplier`] of the pair's number, which for [selected
     /// queries](Self::select_queries) is the number in the whole inputs.
     ///
     /// # Panics
-    /// If there is no such pair: take pairs from [`row`](Self::row).
+    /// Panics if there is no such pair: take pairs from [`row`](Self::row).
     #[inline]
     #[must_use]
     pub fn dropout_multiplier(&self, pair: Pair, head: usize) -> F {
         self.dropout.map_or(F::one(), |dropout| dropout.multiplier(self.pair_number(pair), head))
     }
 
-    /// [`dropout_multiplier`](Self::dropout_multiplier) of consecutive keys of dense inputs, from this
-    /// pair on.
+    /// Computes the [`dropout_multiplier`](Self::dropout_multiplier) of consecutive keys of dense inputs,
+    /// starting at the pair `first`.
     #[inline(always)]
     pub(crate) fn dropout_multipliers(&self, first: Pair, head: usize, multipliers: &mut [F]) {
         match (self.dropout, self.origin) {
@@ -714,34 +719,34 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The features of the pairs, one row each.
+    /// Returns the features of the pairs, one row per pair.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    /// [`Error::MissingInput`], naming `mechanism`, if there are none.
     pub fn edge_features(&self, mechanism: &'static str) -> Result<ArrayView2<'a, F>> {
         require(self.edge_features, mechanism, Channel::EdgeFeatures)
     }
 
-    /// The distances of the pairs.
+    /// Returns the distances of the pairs.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    /// [`Error::MissingInput`], naming `mechanism`, if there are none.
     pub fn distances(&self, mechanism: &'static str) -> Result<ArrayView1<'a, F>> {
         require(self.distances, mechanism, Channel::Distances)
     }
 
-    /// The layers of the pairs.
+    /// Returns the layers of the pairs.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    /// [`Error::MissingInput`], naming `mechanism`, if there are none.
     pub fn edge_layers(&self, mechanism: &'static str) -> Result<&'a [u8]> {
         require(self.layers, mechanism, Channel::EdgeLayers)
     }
 
-    /// The positions of queries and of keys.
+    /// Returns the positions of the queries and of the keys.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    /// [`Error::MissingInput`], naming `mechanism`, if there are none.
     pub fn positions(
         &self,
         mechanism: &'static str,
@@ -750,15 +755,15 @@ impl<'a, F: Float> Inputs<'a, F> {
         Ok((positions.query, positions.key))
     }
 
-    /// The second neighbour lists.
+    /// Returns the second graph of neighbours.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] in the name of `mechanism` if there are none.
+    /// [`Error::MissingInput`], naming `mechanism`, if there is none.
     pub fn latent(&self, mechanism: &'static str) -> Result<&'a Graph> {
         require(self.latent, mechanism, Channel::Latent)
     }
 
-    /// Whether the inputs carry a channel.
+    /// Returns whether a channel is set.
     #[must_use]
     pub fn has(&self, channel: Channel) -> bool {
         match channel {
@@ -774,11 +779,11 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// Refuses inputs with channels that a mechanism cannot honour: the first line of a mechanism
-    /// that does not support masks, say.
+    /// Refuses inputs with channels that a mechanism cannot honour. Call it first in, say, a mechanism
+    /// that does not support masks.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] naming the first of `channels` that the inputs carry.
+    /// [`Error::Unsupported`], naming the first of `channels` that is set.
     pub fn check_absent(&self, mechanism: &'static str, channels: &[Channel]) -> Result<()> {
         match channels.iter().find(|channel| self.has(**channel)) {
             Some(&channel) => Err(Error::Unsupported { mechanism: mechanism.into(), channel }),
@@ -786,10 +791,10 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The pairs of a query that are not hidden by mask or causal pattern, with their numbers.
+    /// Returns the pairs of a query that are not hidden by mask or causal pattern, with their numbers.
     /// Empty for a query that does not exist.
     ///
-    /// (A bias of −∞ hides a pair too, but for one head at a time: [`Bias::at`].)
+    /// (A bias of −∞ also hides a pair, but for one head at a time: [`Bias::at`].)
     pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
         let Self { pattern, pair_mask, .. } = *self;
         let mask = self.shared_mask();
@@ -812,34 +817,34 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// Whether neither mask nor causal pattern nor window hides a pair.
+    /// Returns whether a pair is visible: not hidden by mask, causal pattern or window.
     #[inline]
     pub(crate) fn sees(&self, pair: Pair) -> bool {
         self.sees_key(pair.query, pair.key) && self.pair_mask.is_none_or(|mask| mask[pair.index])
     }
 
-    /// Whether neither a mask of queries and keys nor causal pattern nor window hides a key, whether
-    /// there is such a pair or not.
+    /// Returns whether a key is visible to a query: not hidden by a mask of queries and keys, causal
+    /// pattern or window. The pair need not exist.
     #[inline]
     pub(crate) fn sees_key(&self, query: usize, key: usize) -> bool {
         let sees = |mask: View3<'a, bool>| mask[slot_of(&mask, Pair { query, key, index: 0 }, 0)];
         self.visible_keys(query).contains(&key) && self.shared_mask().is_none_or(sees)
     }
 
-    /// The keys that neither causal pattern nor window hides from a query; both ends ascend with it.
+    /// Returns the keys that causal pattern and window leave to a query. Both ends ascend with the query.
     #[inline]
     pub(crate) fn visible_keys(&self, query: usize) -> Range<usize> {
         self.first_visible_key(query)..self.num_visible_keys(query)
     }
 
-    /// The window hides the keys before this one.
+    /// Returns the first key that the window leaves to a query.
     #[inline]
     pub(crate) fn first_visible_key(&self, query: usize) -> usize {
         let reach = self.window.map(|[left, _]| left.saturating_add(1));
         reach.map_or(0, |reach| self.num_keys_before(self.diagonal(query).saturating_sub(reach)))
     }
 
-    /// The causal pattern or the window hides the keys from this one on.
+    /// Returns the first key after those that causal pattern and window leave to a query.
     pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
         match (self.causal, self.window) {
             (None, None) => self.num_keys(),
@@ -850,7 +855,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The causal pattern or the window hides a key from the queries before this one.
+    /// Returns the first query to which causal pattern and window leave a key.
     pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
         let key = self.key_number(key);
         self.num_queries_before(match (self.causal, self.window) {
@@ -860,14 +865,14 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// The window hides a key from the queries from this one on.
+    /// Returns the first query after those to which the window leaves a key.
     pub(crate) fn num_queries_seeing(&self, key: usize) -> usize {
         let Some([left, _]) = self.window else { return self.num_queries() };
         let end = self.key_number(key).saturating_add(left).saturating_add(1);
         self.num_queries_before(self.before_diagonal(end))
     }
 
-    /// The number of keys up to the one where a query stands, in the whole inputs.
+    /// Returns the number of keys up to and including a query's own (the diagonal), in the whole inputs.
     pub(crate) fn diagonal(&self, query: usize) -> usize {
         let end = self.query_number(query).saturating_add(1);
         match self.causal {
@@ -880,7 +885,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The number of the query that stands at a key, in the whole inputs.
+    /// Returns the number of the query whose own key this is, in the whole inputs.
     fn before_diagonal(&self, key: usize) -> usize {
         match self.causal {
             Some(Causal::BottomRight) => {
@@ -892,26 +897,27 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The first query that stands at a key or after it, where the key is a number in the whole inputs.
+    /// Returns the first query whose own key is this one or a later one; `key` is a number in the whole
+    /// inputs.
     pub(crate) fn first_query_from(&self, key: usize) -> usize {
         self.num_queries_before(self.before_diagonal(key))
     }
 
-    /// The numbers of queries and keys for which causal pattern and window are made.
+    /// Returns the numbers of queries and keys that define causal pattern and window.
     pub(crate) fn whole_sizes(&self) -> [usize; 2] {
         self.origin.map_or([self.num_queries(), self.num_keys()], |origin| {
             [origin.num_queries, origin.num_keys]
         })
     }
 
-    /// The positions at which queries or keys stand, in the whole inputs, are below this.
+    /// Returns an upper bound, exclusive, of the positions of queries and keys in the whole inputs.
     pub(crate) fn num_positions(&self) -> usize {
         let [num_queries, num_keys] = self.whole_sizes();
         let cached = if let Some(Causal::Offset(offset)) = self.causal { offset } else { 0 };
         num_keys.max(num_queries.saturating_add(cached))
     }
 
-    /// How many of the keys have a smaller number than this in the whole inputs.
+    /// Returns how many of the keys have a number below this one in the whole inputs.
     #[inline]
     pub(crate) fn num_keys_before(&self, number: usize) -> usize {
         match self.origin.and_then(|origin| origin.keys) {
@@ -920,7 +926,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// How many of the queries have a smaller number than this in the whole inputs.
+    /// Returns how many of the queries have a number below this one in the whole inputs.
     fn num_queries_before(&self, number: usize) -> usize {
         match self.origin.and_then(|origin| origin.queries) {
             None => number,
@@ -928,7 +934,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The number of a pair in the inputs that these are selected from; otherwise its own.
+    /// Returns the number of a pair in the inputs that these were selected from, if they were selected, and
+    /// its own number otherwise.
     #[inline]
     pub(crate) fn pair_number(&self, pair: Pair) -> usize {
         match self.origin {
@@ -940,32 +947,33 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
-    /// The number of a query in the inputs that these are selected from; otherwise its own, as that
-    /// of a query that does not exist.
+    /// Returns the number of a query in the inputs that these were selected from. If they were not
+    /// selected, or there is no such query, returns `query`.
     pub(crate) fn query_number(&self, query: usize) -> usize {
         let queries = self.origin.and_then(|origin| origin.queries);
         queries.and_then(|queries| queries.get(query)).copied().unwrap_or(query)
     }
 
-    /// The number of a key in the inputs that these are selected from; otherwise its own.
+    /// Returns the number of a key in the inputs that these were selected from, if they were selected, and
+    /// its own number otherwise.
     pub(crate) fn key_number(&self, key: usize) -> usize {
         let keys = self.origin.and_then(|origin| origin.keys);
         keys.map_or(key, |keys| keys[key])
     }
 
-    /// The number of pairs that a window leaves of those of dense inputs, at most.
+    /// Returns an upper bound of the number of pairs of dense inputs that the window leaves.
     pub(crate) fn num_pairs_in_window(&self) -> usize {
         let keys = self.window.map(|[left, right]| left.saturating_add(right).saturating_add(1));
         let pairs = keys.map_or(usize::MAX, |keys| self.num_queries().saturating_mul(keys));
         self.num_pairs().min(pairs)
     }
 
-    /// Whether each query sees only the keys of a window.
+    /// Returns whether each query sees only the keys of a window.
     pub(crate) fn has_window(&self) -> bool {
         self.window.is_some()
     }
 
-    /// The shape of the gradient of each channel that has one.
+    /// Returns the shape of the gradient of each array that has one.
     pub(crate) fn gradient_shapes(&self) -> GradientShapes {
         let shape = |view: View2<'a, F>| [view.nrows(), view.ncols()];
         GradientShapes {
@@ -981,8 +989,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 }
 
-/// How many of ascending numbers are below another one: at once where they are evenly spaced, as those
-/// of a dilated window are.
+/// Returns how many of the ascending `numbers` are below `number`. Takes constant time if they are evenly
+/// spaced, as in a dilated window.
 fn count_below(numbers: &[usize], number: usize) -> usize {
     if let &[first, .., last] = numbers
         && first < number
@@ -1003,7 +1011,7 @@ pub(crate) struct GradientShapes {
     pub(crate) query: [usize; 2],
     pub(crate) key: [usize; 2],
     pub(crate) value: [usize; 2],
-    /// Two axes or three.
+    /// Of two or three axes.
     pub(crate) bias: Option<Vec<usize>>,
     pub(crate) edge_features: Option<[usize; 2]>,
     pub(crate) distances: Option<[usize; 1]>,
@@ -1011,7 +1019,7 @@ pub(crate) struct GradientShapes {
     pub(crate) key_positions: Option<[usize; 2]>,
 }
 
-/// The columns of one head's block.
+/// Returns the columns of a head's block.
 pub(crate) fn head_columns(head: usize, dim: usize) -> Range<usize> {
     head * dim..(head + 1) * dim
 }
@@ -1034,7 +1042,7 @@ mod tests {
     use super::*;
     use ndarray::{Array2, array};
 
-    /// Compiles only while `Inputs` is covariant, which every decorator needs.
+    /// Compiles only while `Inputs` is covariant, as every decorator requires.
     fn shorten<'b, 'a: 'b>(inputs: Inputs<'a, f32>) -> Inputs<'b, f32> {
         inputs
     }

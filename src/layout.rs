@@ -1,9 +1,9 @@
-//! Conversions between arrays of heads and batches and the rows that [`Inputs`](crate::Inputs) take.
+//! Conversions between PyTorch's arrays of heads and batches and the layout of [`Inputs`](crate::Inputs).
 //!
-//! Inputs hold one row for each query or key, with the heads side by side: n × (heads · d). PyTorch keeps heads
-//! and batches as axes: batch × heads × n × d. Each function here returns a view where the strides allow it, and
-//! otherwise a copy: the arrays are [`CowArray`]s, whose [`view`](ndarray::ArrayRef::view) the rest of the crate
-//! takes.
+//! Inputs have one row per query or key, with the heads side by side: n × (heads · d). In PyTorch, heads and
+//! batches are axes: batch × heads × n × d. Each function here returns a view if the strides allow it, and a
+//! copy otherwise. The results are [`CowArray`]s; pass their [`view`](ndarray::ArrayRef::view) to the rest of
+//! the crate.
 //!
 //! ```
 //! use graph_attention::ndarray::{Array3, s};
@@ -54,8 +54,8 @@ pub fn split_heads<T: Clone>(
     Ok(reshaped(rows, shape).permuted_axes([1, 0, 2]))
 }
 
-/// Converts batch × heads × n × d to (batch · n) × (heads · d): the sequences of the batch one after the
-/// other.
+/// Converts batch × heads × n × d to (batch · n) × (heads · d): the sequences of the batch are
+/// concatenated.
 #[must_use]
 pub fn merge_batch<T: Clone>(batch: ArrayView4<'_, T>) -> CowArray<'_, T, Ix2> {
     let (len, num_heads, rows, columns) = batch.dim();
@@ -92,7 +92,7 @@ pub fn split_batch<T: Clone>(
 /// heads × num_queries × num_keys.
 ///
 /// # Errors
-/// [`Error::Shape`] if there is not one row for each pair.
+/// [`Error::Shape`] if there is not one row per pair.
 pub fn weights_by_head<T: Clone>(
     weights: ArrayView2<'_, T>,
     num_queries: usize,
@@ -110,7 +110,7 @@ fn columns_of_head(heads: usize, columns: usize) -> Result<usize> {
     Ok(columns / heads)
 }
 
-/// The same numbers, row after row, in another shape of as many.
+/// Reshapes an array in row-major order, to a shape with the same number of elements.
 fn reshaped<T: Clone, D: Dimension>(array: ArrayView2<'_, T>, shape: D) -> CowArray<'_, T, D> {
     match array.into_shape_with_order(shape.clone()) {
         Ok(view) => view.into(),
@@ -118,7 +118,7 @@ fn reshaped<T: Clone, D: Dimension>(array: ArrayView2<'_, T>, shape: D) -> CowAr
     }
 }
 
-/// A copy in another shape of as many numbers.
+/// Copies an array to a shape with the same number of elements.
 fn copied<'a, T: Clone, D: Dimension, E: Dimension>(
     array: ArrayView<'_, T, D>,
     shape: E,
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use ndarray::{Array2, Array3, Array4, s};
 
-    /// The array of these axes whose numbers name their places.
+    /// Returns an array with these axes whose numbers encode their indices.
     fn batch(len: usize, heads: usize, rows: usize, columns: usize) -> Array4<usize> {
         Array4::from_shape_fn((len, heads, rows, columns), |(b, h, r, c)| {
             b * 1000 + h * 100 + r * 10 + c
@@ -154,7 +154,7 @@ mod tests {
             for x in x.outer_iter() {
                 assert_eq!(split_heads(merge_heads(x).view(), heads)?, x);
             }
-            // Rows apart from each other and backwards are copied.
+            // Rows in reverse order with gaps are copied.
             let mut apart = Array2::zeros((2 * len * rows, heads * columns));
             let mut apart = apart.slice_mut(s![..;-2, ..]);
             apart.assign(&expected);

@@ -1,8 +1,8 @@
-//! Softmax attention with logits of your own: [`Softmax`], and over the edges of a graph alone,
+//! Softmax attention with your own logits: [`Softmax`]; and the softmax over the edges of a graph alone:
 //! [`segment_softmax`].
 //!
-//! These are plain loops that hold the weights of all pairs, for mechanisms that have no kernel:
-//! [`guide::own_mechanism`](crate::guide::own_mechanism) writes one.
+//! Both are plain loops that store the weights of all pairs, for mechanisms that have no kernel;
+//! [`guide::own_mechanism`](crate::guide::own_mechanism) shows one.
 
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_vec, try_zeros};
@@ -12,17 +12,17 @@ use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
-/// The weights of softmax attention, made from the logit of each pair and head.
+/// The weights of softmax attention, computed from the logit of each pair and head.
 ///
 /// ```text
 /// sᵢⱼ = logit(i, j) + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ} / Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
 /// ```
 ///
-/// with j over the visible pairs of query i, for each head. It honours every channel that changes the answer:
-/// mask, causal pattern, bias b, dropout m and (grouped) heads, in dense inputs and graphs. The logits are a
-/// function of yours, and so is their derivative in the backward pass.
+/// with j over the visible pairs of query i, for each head. It honours every channel that changes the result:
+/// mask, causal pattern, bias b, dropout m and (grouped) heads, in dense inputs and graphs. You provide the
+/// logits as a function, and its derivative as another one in the backward pass.
 ///
-/// Cost: O(pairs · d_v) time per head beside the function, O(pairs · heads) memory.
+/// Cost: O(pairs · d_v) time per head, not counting your function; O(pairs · heads) memory.
 ///
 /// ```
 /// use graph_attention::ndarray::{Array2, array};
@@ -57,15 +57,15 @@ pub struct Softmax<F> {
 }
 
 impl<F: Float> Softmax<F> {
-    /// Computes the weights of all visible pairs; `logit` gets the pair and the head, from 0 to
-    /// [`Inputs::num_heads`]. Leave the bias of the inputs to this function.
+    /// Computes the weights of all visible pairs. `logit` is called with the pair and the head, a number
+    /// below [`Inputs::num_heads`], and must not add the bias of the inputs: this function does.
     ///
     /// A query without visible keys, or without a logit above −∞, has weights 0. A logit of +∞ or NaN makes
     /// the weights of its row NaN.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) if the bias is of another number of heads,
-    /// [`Error::TooLarge`](crate::Error::TooLarge).
+    /// [`Error::Shape`](crate::Error::Shape) if the bias has another number of heads;
+    /// [`Error::TooLarge`](crate::Error::TooLarge) if the weights do not fit in memory.
     pub fn new(inputs: &Inputs<'_, F>, mut logit: impl FnMut(Pair, usize) -> F) -> Result<Self> {
         let heads = inputs.num_heads();
         let bias = inputs.bias();
@@ -93,21 +93,21 @@ impl<F: Float> Softmax<F> {
         Ok(Self { weights, normalizer })
     }
 
-    /// The number of columns of the output, heads · d_v:
+    /// Returns the number of columns of the output, heads · d_v, for
     /// [`Attention::output_dim`](crate::Attention::output_dim).
     #[must_use]
     pub fn output_dim(inputs: &Inputs<'_, F>) -> usize {
         Values::new(inputs).out_shape()[1]
     }
 
-    /// The attention weights before dropout, num_pairs × heads, with 0 for hidden pairs:
+    /// Returns the attention weights before dropout, num_pairs × heads, with 0 for hidden pairs, for
     /// [`Attention::attention_weights`](crate::Attention::attention_weights).
     #[must_use]
     pub fn weights(&self) -> ArrayView2<'_, F> {
         self.weights.view()
     }
 
-    /// The [`weights`](Self::weights) as an array of their own.
+    /// Returns the [`weights`](Self::weights) as an owned array.
     #[must_use]
     pub fn into_weights(self) -> Array2<F> {
         self.weights
@@ -117,8 +117,7 @@ impl<F: Float> Softmax<F> {
         self.normalizer
     }
 
-    /// Overwrites `out`, num_queries × (heads · d_v), with the sums of the values times their weights, after
-    /// dropout.
+    /// Overwrites `out`, num_queries × (heads · d_v), with the weighted sums of the values, after dropout.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `out` or the inputs do not fit.
@@ -130,7 +129,7 @@ impl<F: Float> Softmax<F> {
         let values = Values::new(inputs);
         self.check(inputs)?;
         check_shape("out", &values.out_shape(), out.shape())?;
-        // In f64, as the sums of the weights are.
+        // In f64, like the sums of the weights.
         let mut sums = try_vec("out", &[values.dim], 0.0)?;
         for query in 0..inputs.num_queries() {
             for head in 0..inputs.num_heads() {
@@ -148,7 +147,7 @@ impl<F: Float> Softmax<F> {
         Ok(())
     }
 
-    /// [`forward_into`](Self::forward_into) a new array.
+    /// Runs [`forward_into`](Self::forward_into) and returns a new array.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into).
@@ -159,8 +158,9 @@ impl<F: Float> Softmax<F> {
         Ok(out)
     }
 
-    /// Adds the gradients of the values and of the bias, given that of the output, and calls `logit_vjp` with
-    /// the gradient of the logit of each pair and head, for it to add what follows from it.
+    /// Adds the gradients of the values and the bias, given the gradient of the output. Calls `logit_vjp`
+    /// with the gradient of the logit of each pair and head, so that it adds the gradients of the arrays
+    /// from which the logit was computed.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `grad_out` or the inputs do not fit.
@@ -187,9 +187,9 @@ impl<F: Float> Softmax<F> {
         })
     }
 
-    /// The backward pass of the [`weights`](Self::weights) in place of the output: adds the gradient of the
-    /// bias, given that of each weight, num_pairs × heads, and calls `logit_vjp` as
-    /// [`backward_into`](Self::backward_into) does. For losses on weights, such as their entropy.
+    /// Runs the backward pass of the [`weights`](Self::weights) instead of the output: adds the gradient of
+    /// the bias, given the gradient of the weights, num_pairs × heads, and calls `logit_vjp` like
+    /// [`backward_into`](Self::backward_into). For losses on the weights, such as their entropy.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `grad_weights` or the inputs do not fit.
@@ -204,7 +204,7 @@ impl<F: Float> Softmax<F> {
         self.vjp(inputs, grads, logit_vjp, |pair, head, _, _| grad_weights[[pair.index, head]])
     }
 
-    /// dsᵢⱼ = pᵢⱼ (dpᵢⱼ − Σⱼ pᵢⱼ dpᵢⱼ); `weight_vjp` returns dp.
+    /// Computes dsᵢⱼ = pᵢⱼ (dpᵢⱼ − Σⱼ pᵢⱼ dpᵢⱼ), where `weight_vjp` returns dp.
     fn vjp<'g>(
         &self,
         inputs: &Inputs<'_, F>,
@@ -236,7 +236,7 @@ impl<F: Float> Softmax<F> {
         Ok(())
     }
 
-    /// Visits the visible pairs of a query and head, if any has a logit above −∞, with their weights.
+    /// Visits the visible pairs of a query and head with their weights, if any has a logit above −∞.
     fn for_each_pair(
         &self,
         inputs: &Inputs<'_, F>,
@@ -255,7 +255,7 @@ impl<F: Float> Softmax<F> {
         }
     }
 
-    /// `Ok` if these are the weights of such inputs.
+    /// Checks that these weights fit the inputs.
     fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let heads = inputs.num_heads();
         check_shape("saved weights", &[inputs.num_pairs(), heads], self.weights.shape())?;
@@ -263,7 +263,7 @@ impl<F: Float> Softmax<F> {
     }
 }
 
-/// The heads of values and outputs.
+/// The sizes of values and outputs.
 struct Values {
     num_queries: usize,
     heads: usize,
@@ -283,7 +283,7 @@ impl Values {
         [self.num_queries, self.heads.saturating_mul(self.dim)]
     }
 
-    /// The columns of the value that a query head reads.
+    /// Returns the columns of the values that a query head reads.
     fn columns(&self, head: usize) -> std::ops::Range<usize> {
         head_columns(head * self.kv_heads / self.heads, self.dim)
     }
@@ -296,7 +296,7 @@ fn normalize<F: Float>(row: &[usize], head: usize, weights: &mut Array2<F>) -> [
         row.iter().for_each(|&pair| weights[[pair, head]] = F::zero());
         return [max, F::zero()];
     }
-    // In f64: of millions of terms in f32 the last ones would be lost.
+    // In f64: a sum of millions of terms in f32 would lose the last ones.
     let mut sum = 0.0;
     for &pair in row {
         let weight = &mut weights[[pair, head]];
@@ -308,8 +308,8 @@ fn normalize<F: Float>(row: &[usize], head: usize, weights: &mut Array2<F>) -> [
     [max, sum]
 }
 
-/// Computes the softmax of the logits of the edges of each query, edges × any number of columns: PyG's
-/// `softmax(src, index)`, with the queries as index. An edge whose logit is −∞ has weight 0.
+/// Computes the softmax over the edges of each query. `logits` is edges × any number of columns. This is
+/// PyG's `softmax(src, index)` with the queries as index. An edge whose logit is −∞ has weight 0.
 ///
 /// O(edges) per column.
 ///
@@ -324,7 +324,7 @@ fn normalize<F: Float>(row: &[usize], head: usize, weights: &mut Array2<F>) -> [
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if there is not one row for each edge.
+/// [`Error::Shape`](crate::Error::Shape) if there is not one row per edge.
 pub fn segment_softmax<F: Float>(graph: &Graph, logits: ArrayView2<'_, F>) -> Result<Array2<F>> {
     check_shape("logits", &[graph.num_edges(), logits.ncols()], logits.shape())?;
     let mut weights = try_zeros("weights", logits.nrows(), logits.ncols())?;
@@ -338,12 +338,11 @@ pub fn segment_softmax<F: Float>(graph: &Graph, logits: ArrayView2<'_, F>) -> Re
     Ok(weights)
 }
 
-/// Computes the gradient of the logits of a [`segment_softmax`], given its result and the gradient of that:
-/// dsₑ = pₑ (dpₑ − Σ p dp) over the edges of a query.
+/// Computes the gradient of the logits of [`segment_softmax`], given its result p and the gradient dp of the
+/// result: dsₑ = pₑ (dpₑ − Σ p dp), with the sum over the edges of a query.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if there is not one row for each edge, or the arrays are not of one
-/// shape.
+/// [`Error::Shape`](crate::Error::Shape) if there is not one row per edge, or the arrays differ in shape.
 pub fn segment_softmax_vjp<F: Float>(
     graph: &Graph,
     weights: ArrayView2<'_, F>,

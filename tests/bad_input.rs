@@ -1,5 +1,5 @@
-//! A call with bad input gives the right variant of `Error`, whose message names the argument, what
-//! was expected and what came. Empty but valid input is not bad.
+//! Calls with bad input return the right variant of `Error`, and its message names the argument, the
+//! expected and the actual value. Empty but valid input is accepted.
 
 mod common;
 
@@ -21,7 +21,7 @@ const HUGE: usize = usize::MAX / 8;
 static GRAPH: LazyLock<Graph> =
     LazyLock::new(|| Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0), (0, 2)]).unwrap());
 
-/// One value in every place: any shape, without memory.
+/// Returns a matrix of any shape with one value in every entry, without allocating it.
 fn fill<T>(value: &'static T, rows: usize, columns: usize) -> ArrayView2<'static, T> {
     ArrayView2::from_shape((rows, columns).strides((0, 0)), std::slice::from_ref(value)).unwrap()
 }
@@ -56,10 +56,10 @@ fn bad<const RANK: usize, D: Dimension>(shape: [usize; RANK]) -> Array<f64, D> {
     ArrayD::zeros(&shape[..]).into_dimensionality().unwrap()
 }
 
-/// Makes something wrong.
+/// Breaks a valid value.
 type Spoil<T> = fn(&mut T);
 
-/// Inputs with what any of `mechanisms` needs, of zeros, but for one channel.
+/// Returns inputs with zeros in every channel that any of `mechanisms` needs, except `without`.
 fn suited(inputs: Inputs<'_, f64>, without: Option<Channel>) -> Inputs<'_, f64> {
     let (queries, keys, pairs) = (inputs.num_queries(), inputs.num_keys(), inputs.num_pairs());
     let all = (0..queries).flat_map(|query| (0..keys).map(move |key| (query, key)));
@@ -209,10 +209,10 @@ fn data_that_the_configuration_leaves_unread() {
     refused(gat().forward_train(&with_features).map(drop), "edge_gat");
     refused(gat().attention_weights(&with_features).map(drop), "edge_gat");
     refused(gat().backward(&with_features, &saved, out.view()).map(drop), "edge_gat");
-    // Features of no columns are no data.
+    // Features without columns count as absent.
     gat().forward(&without.with_edge_features(zeros(6, 0)).unwrap()).unwrap();
 
-    // Inside others the message says which it is.
+    // For an inner mechanism, the message says which one it is.
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(2);
     let moe = MoeConfig::new(4, 1).init(vec![Box::new(gat())], rng).unwrap();
     refused(moe.forward(&with_features).map(drop), "expert 0 (edge_gat)");
@@ -263,7 +263,7 @@ fn data_that_a_mechanism_never_reads_changes_nothing() {
         let out = attention.forward(&with(&needed)).unwrap();
         assert_eq!(attention.forward(&with(&channels)).unwrap(), out, "{}", attention.name());
     }
-    // Of edge_gat, edge_rope, graph_rope and dual_space.
+    // By edge_gat, edge_rope, graph_rope and dual_space.
     assert_eq!(num_needed, 4);
 }
 
@@ -593,14 +593,14 @@ fn sizes_beyond_memory() {
     refused(Partial::<f64>::empty(HUGE, 1, 1), &large("log_sum_exp"));
     let pairs = Inputs::dense(zeros(HUGE, 1), zeros(HUGE, 1), zeros(HUGE, 1));
     refused(pairs, &format!("TooLarge | pairs | [{HUGE}, {HUGE}]"));
-    // What does not lie row after row in memory is copied.
+    // Arrays that are not contiguous are copied.
     let wide = Inputs::dense(zeros(1, HUGE), zeros(2, HUGE), zeros(2, 1)).unwrap();
     refused(flash.forward(&wide), &format!("TooLarge | query | [1, {HUGE}]"));
     let many = Inputs::dense(zeros(0, 0), zeros(HUGE, 0), zeros(HUGE, 0)).unwrap();
     let distances =
         Gradients::zeros(&dense([1, HUGE, 0, 0]).with_distances(zero_row(HUGE)).unwrap(), &flash);
     refused(distances, &format!("TooLarge | grads.distances | [{HUGE}]"));
-    // Tiles are cut to what they are worth.
+    // Tiles are limited to useful sizes.
     let largest_tiles = flash.clone().with_tiles(usize::MAX, usize::MAX).unwrap();
     assert_eq!(largest_tiles.forward(&many).unwrap().dim(), (0, 0));
     let projection = multi_head(flash).attention_weights(&dense([HUGE / 4, 1, 4, 4]));
@@ -615,7 +615,7 @@ fn empty_inputs_are_valid() {
         let ([num_queries, num_keys, key_dim, value_dim], dense) = (sizes, dense(sizes));
         let no_edges = Graph::from_edges(num_queries, num_keys, []).unwrap();
         let sparse = Inputs::graph(dense.query(), dense.key(), dense.value(), &no_edges).unwrap();
-        // Those that are for columns of any number, and for four all.
+        // These take any number of columns; all mechanisms take four.
         let any = ["scaled_dot_product", "flash", "poincare", "local_global"];
         let fits = |name: &str| (key_dim, value_dim) == (4, 4) || any.contains(&name);
         for inputs in [dense, dense.with_causal(), sparse].map(|inputs| suited(inputs, None)) {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 type Entry<F> = (Shapes, Box<dyn Attention<F>>);
 
-/// Every mechanism in its main forms, each with inputs whose sizes are distinct.
+/// Returns every mechanism in its main forms, each with inputs of distinct sizes.
 fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(8);
     let flash = |queries, keys| Flash::new().with_tiles(queries, keys).unwrap();
@@ -31,7 +31,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let grouped = || Shapes::new(6 * 3, 2 * 3, 2 * 5).kv_heads(6, 2);
     let separate = MultiHeadConfig::new(6, 2).key_dim(5).value_dim(7).output_dim(3);
     let all_sizes = separate.head_dim(3).value_head_dim(2).kv_heads(1);
-    // Edge features, and none; heads of more columns than a vector, and of fewer.
+    // With and without edge features; heads with more and with fewer columns than a SIMD vector.
     let gat = |score, dim, heads| EdgeGatConfig::new(score, 5, dim, heads).edge_dim(3);
     let v2 = || gat(Score::GatV2, 4, 2);
     let bipartite = EdgeGatConfig::new(Score::DotProduct, 5, 3, 2).key_dim(4);
@@ -123,8 +123,8 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let performers: Vec<Entry<F>> = (learned.into_iter().chain(fixed))
         .map(|(shapes, config)| -> Entry<F> { (shapes, Box::new(config.init(&mut rng).unwrap())) })
         .collect();
-    // Experts of one kind and of several, all of them chosen and some, behind each other. A limit to
-    // what they take would make the answer to a query depend on others.
+    // Experts of one kind and of several, with all or some of them chosen, also nested. No capacity: it
+    // would make the output of a query depend on other queries.
     let boxed = |expert: Flash| Box::new(expert) as Box<dyn Attention<F>>;
     let scaled = |scale| boxed(flash(2, 3).with_scale(scale).unwrap());
     let flashes = || vec![scaled(0.3), scaled(-0.5), scaled(1.0), scaled(2.0)];
@@ -225,7 +225,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             ),
         ),
     ];
-    // The laws are about all pairs, so windows are wide enough for all: in one block and in three.
+    // The laws are about all pairs, so the windows contain all pairs: in one block and in three.
     let sliding_window = |window, flash| LocalGlobal::sliding_window(window, flash).unwrap();
     let mut projected = || -> Box<dyn Attention<F>> {
         Box::new(MultiHeadConfig::new(6, 1).init(Flash::new(), &mut rng).unwrap())
@@ -242,8 +242,8 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (six(), gate(6, 1, local, global)),
     ]
     .map(|(shapes, attention)| (shapes, Box::new(attention) as Box<dyn Attention<F>>));
-    // Inner mechanisms without parameters and with, a query of the cross branch that it must project,
-    // one in the other and in a mixture.
+    // Inner mechanisms with and without parameters; a cross branch that must project its query; one
+    // `DualSpace` inside another and in a mixture.
     let linear = |output_dim, dim| DualSpaceConfig::new(Fusion::Linear { output_dim }, dim);
     let gated = |dim| DualSpaceConfig::new(Fusion::Gated, dim);
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(10);
@@ -280,7 +280,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     leaves.chain(moes).chain(ropes).chain(local_globals).chain(duals).collect()
 }
 
-/// Nothing was refused, but a bias by those that take edge features instead.
+/// Asserts that nothing was refused, except a bias by mechanisms that take edge features instead.
 fn assert_complete<F: Float>(mechanism: &dyn Attention<F>, report: &Report) {
     let is_allowed = |case: &&str| mechanism.name() == "edge_gat" && case.contains("bias");
     let refused: Vec<_> = report.refused.iter().filter(|case| !is_allowed(case)).collect();

@@ -1,6 +1,6 @@
-//! Graphs of other crates: which pairs they become, and in which order.
+//! Conversion of graphs of other crates: their pairs and the order of them.
 
-/// Edges in pair order.
+/// Returns the edges in pair order.
 #[cfg(any(feature = "petgraph", feature = "sprs"))]
 fn pairs(graph: &graph_attention::Graph) -> Vec<(usize, usize)> {
     let mut pairs = vec![(usize::MAX, usize::MAX); graph.num_edges()];
@@ -40,13 +40,13 @@ mod petgraph {
         assert_eq!(edges, network.edge_indices().collect::<Vec<_>>());
         assert_eq!(pairs(&graph), turned());
 
-        // So weights line up: the bias of each edge reaches its own pair.
+        // So weights match: the bias of each edge is added to its own pair.
         let x = Array2::from_shape_fn((5, 2), |(i, j)| (i as f64 - 2.0) * (j as f64 + 0.5));
         let bias: Vec<f64> = network.edge_weights().copied().collect();
         let bias = ArrayView2::from_shape((6, 1), &bias).unwrap();
         let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?.with_bias(bias)?;
         let out = Flash::new().forward(&inputs)?;
-        // Node 1 hears node 3 over two edges and node 0 over one.
+        // Node 1 attends to node 3 over two edges and to node 0 over one.
         let logit = |key: usize, bias: f64| (x.row(1).dot(&x.row(key)) / 2f64.sqrt() + bias).exp();
         let [a, b, c] = [logit(3, 0.5), logit(3, 2.0), logit(0, -0.5)];
         let expected = (&x.row(3) * (a + b) + &x.row(0) * c) / (a + b + c);
@@ -105,7 +105,7 @@ mod petgraph {
         let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph)?;
         assert_eq!(Flash::new().forward(&inputs)?, array![[0.0], [1.0], [0.0], [1.0]]);
 
-        // The greatest number is that of the last node left.
+        // The largest index belongs to the last remaining node.
         network.remove_node(NodeIndex::new(3));
         let (graph, _) = Graph::from_petgraph(&network)?;
         assert_eq!(graph, Graph::from_edges(2, 2, [(1, 0)])?);
@@ -190,7 +190,7 @@ mod sprs {
         entries
     }
 
-    /// The values of a matrix, by query and key, read in pair order.
+    /// Returns the values of a matrix in pair order.
     fn dense(graph: &Graph, values: &[f64]) -> Array2<f64> {
         let mut dense = Array2::zeros((graph.num_queries(), graph.num_keys()));
         for (pair, value) in pairs(graph).into_iter().zip(values) {
@@ -218,7 +218,7 @@ mod sprs {
         assert_eq!(pairs(&graph), expected);
         assert_eq!(graph, Graph::from_edges(3, 5, expected)?);
         assert_eq!(dense(&graph, matrix.data()), matrix.to_dense());
-        // The transpose of a matrix is that of the graph.
+        // The transpose of the matrix is the transpose of the graph.
         let transposed = Graph::from_sprs(matrix.transpose_view())?;
         assert_eq!((transposed.num_queries(), transposed.num_keys()), (5, 3));
         assert_eq!(pairs(&transposed), pairs(graph.transpose()));
@@ -264,7 +264,7 @@ mod sprs {
 
     #[test]
     fn any_index_type_and_no_entries_will_do() -> Result<()> {
-        // More rows than the type of the columns can count.
+        // More rows than the index type of the columns can hold.
         let mut indptr = vec![0u32; 70_001];
         indptr[70_000] = 1;
         let matrix = CsMatI::<&str, u16, u32>::new((70_000, 3), indptr, vec![2], vec!["a"]);

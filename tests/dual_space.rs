@@ -1,5 +1,5 @@
-//! What only `DualSpace` does: two kinds of neighbours, a branch that asks with the answer of another,
-//! and a fusion. The laws of every mechanism are in `conformance`.
+//! Tests of what is special to `DualSpace`: two kinds of neighbours, a branch whose queries are the output
+//! of another, and a fusion. The laws of every mechanism are in `conformance`.
 
 mod common;
 
@@ -20,7 +20,7 @@ use graph_attention::{
 };
 use rand::RngExt;
 
-/// Some two in seven of all pairs; query 3 has none.
+/// Returns a graph with about two in seven of all pairs; query 3 has none.
 fn random_graph(num_queries: usize, num_keys: usize, seed: u64) -> Graph {
     let mut rng = rng(seed);
     let pairs = (0..num_queries * num_keys).filter(|_| rng.random_range(0..7) < 2);
@@ -56,13 +56,13 @@ fn train(
     (out, grads)
 }
 
-/// Two computations in `f64` in another order.
+/// Asserts that two computations in `f64` in different order agree.
 #[track_caller]
 fn close(what: &str, actual: &Array2<f64>, expected: &Array2<f64>) {
     assert_close_in_size(what, 1e-13, 1.0, actual, expected);
 }
 
-/// Softmax attention of each query over a list of keys, for several heads side by side.
+/// Computes softmax attention of each query over a list of keys, for several heads side by side.
 fn attend(
     query: ArrayView2<'_, f64>,
     key: ArrayView2<'_, f64>,
@@ -220,7 +220,7 @@ fn backward_is_the_derivative_with_several_heads() {
     check_gradients(&mut plain(&gated(12)), &grouped).unwrap();
 }
 
-/// N_L by comparing all with all, in lists.
+/// Computes N_L as lists, by comparing all pairs.
 fn nearest(
     x: &Array2<f64>,
     similarity: impl Fn(usize, usize) -> f64,
@@ -261,7 +261,7 @@ fn a_search_finds_the_nearest_but_for_those_excluded() {
     let cosines = dual(search(3, Metric::Cosine).threshold(0.4).exclude_graph(true));
     let expected = nearest(&x, cosine, 3, 0.4, in_graph);
     assert_eq!(found(&cosines, &inputs), expected);
-    // Each condition has work to do.
+    // Each condition makes a difference.
     assert_ne!(expected, nearest(&x, cosine, 3, f64::NEG_INFINITY, in_graph));
     assert_ne!(expected, nearest(&x, cosine, 3, 0.4, |_, _| false));
     assert_ne!(expected, nearest(&x, cosine, n, 0.4, in_graph));
@@ -274,7 +274,7 @@ fn a_search_finds_the_nearest_but_for_those_excluded() {
     let with_self = dual(search(1, Metric::Euclidean).exclude_self(false));
     let own: Vec<Vec<u32>> = (0..n as u32).map(|node| vec![node]).collect();
     assert_eq!(found(&with_self, &inputs), own);
-    // All pairs are those of the graph.
+    // In dense inputs all pairs belong to the graph.
     let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     assert!(found(&cosines, &dense).iter().all(Vec::is_empty));
     assert_eq!(found(&dots, &dense), nearest(&x, dot, 4, any, |_, _| false));
@@ -285,14 +285,14 @@ fn a_search_finds_the_nearest_but_for_those_excluded() {
     let hidden = |i: usize, j: usize| j > i || !mask[[i, j]];
     assert_eq!(found(&dots, &masked), nearest(&x, dot, 4, any, hidden));
 
-    // Selected queries are nodes by their numbers among all.
+    // Selected queries are the nodes of their numbers in the whole inputs.
     let selected = masked.select_queries(&[2, 7, 19]).unwrap();
     let expected = nearest(&x, dot, 4, any, hidden);
     let expected: Vec<_> = [2, 7, 19].map(|query: usize| expected[query].clone()).into();
     assert_eq!(found(&dots, &selected.inputs()), expected);
 }
 
-/// An index of one's own, which does not know what is excluded.
+/// A custom index, which does not know the excluded keys.
 #[derive(Debug)]
 struct Own(ExactIndex<'static, f64>);
 
@@ -339,7 +339,7 @@ fn what_a_search_finds_is_as_if_the_inputs_had_brought_it() {
             let own = options(LatentSearch::with_index(5, Own(index())));
             assert_eq!(train(&plain(&config).with_search(own), &inputs), expected);
 
-            // What the inputs bring goes first.
+            // Latent neighbours in the inputs take precedence.
             let other = Graph::window(n, 1).unwrap();
             let with_other = inputs.with_latent(&other).unwrap();
             let expected = train(&plain(&config), &with_other);
@@ -368,12 +368,12 @@ fn selected_queries_get_the_answer_that_they_get_among_all() {
     let fewer = dual.forward(&again.inputs()).unwrap();
     close("some of some", &fewer, &all.select(Axis(0), &[1, 5, 18]));
 
-    // Other latent neighbours than those selected, with other numbers.
+    // Replaces the selected latent neighbours by others, with other numbers.
     let everyone = Graph::from_mask(Array2::from_elem((queries.len(), n), true).view()).unwrap();
     let other = dual.forward(&selected.inputs().with_latent(&everyone).unwrap()).unwrap();
     assert!(other.iter().all(|value| value.is_finite()));
 
-    // So in a mixture, whose experts it may be, with a search.
+    // The same as an expert of a mixture, with a search.
     let expert = || {
         let search = LatentSearch::new(4, Metric::Cosine).exclude_graph(true);
         plain(&gated(4)).with_search(search)
@@ -391,7 +391,7 @@ fn every_branch_drops_pairs_of_its_own() {
     let n = 29;
     let x = matrix(n, 4, 1);
     let graph = random_graph(n, n, 2);
-    // One pattern for all, so that equal seeds would drop equal pairs.
+    // All branches have the same pattern, so that equal seeds would drop equal pairs.
     let inputs = square(&x, &graph).with_latent(&graph).unwrap();
     let inputs = inputs.with_dropout(Dropout { probability: 0.5, seed: 8 }).unwrap();
     let uniform = || Flash::new().with_scale(1e-300).unwrap();
@@ -512,7 +512,7 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     }
     let with_heads = latent.with_heads(2).unwrap();
     refused(dims([4; 3]).forward(&with_heads), "Unsupported | graph (multi_head) | heads");
-    // The output of the graph branch is no query for keys of another size.
+    // The output of the graph branch does not fit keys of another size.
     let wide = matrix(5, 6, 2);
     let other_values = latent.with_arrays(x.view(), x.view(), wide.view()).unwrap();
     let words = "Shape | cross (flash):  | [5, 4] | [5, 6]";
@@ -528,7 +528,7 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     let outside = dual.forward(&square(&(2.0 * &far), &graph).with_latent(&graph).unwrap());
     refused(outside, "Domain | cross (poincare): value | row 0");
 
-    // Searches that make no sense.
+    // Invalid searches.
     let search = |search| plain(&gated(4)).with_search(search);
     let cosine = |k| LatentSearch::new(k, Metric::Cosine);
     let refused_search = search(cosine(2).threshold(f64::NAN)).forward(&inputs);
@@ -544,7 +544,7 @@ fn bad_calls_are_refused_in_the_name_of_the_branch() {
     let kept = search(LatentSearch::with_index(2, index)).forward(&inputs);
     refused(kept, "Shape | keys of the index | [5] | [6]");
 
-    // Another's saved state.
+    // The saved state of another mechanism.
     let (out, saved) = plain(&linear(4, 4)).forward_train(&latent).unwrap();
     let other = plain(&gated(4)).backward(&latent, &saved, out.view());
     refused(other, "Shape | saved gates");

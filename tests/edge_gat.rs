@@ -1,5 +1,5 @@
 //! `EdgeGat` beyond the laws of every mechanism: what its scores can express and learn, what it
-//! refuses, its first parameters, precision, threads and memory.
+//! refuses, its initial parameters, precision, threads and memory.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn complete(queries: usize, keys: usize) -> Graph {
 
 // What the scores can express.
 
-/// For each head and each query, the keys from the most attended to the least.
+/// Returns for each head and query the keys, in descending order of attention.
 fn rankings(gat: &EdgeGat<f64>, inputs: &Inputs<'_, f64>) -> Vec<Vec<Vec<usize>>> {
     let weights = gat.attention_weights(inputs).unwrap();
     let num_keys = inputs.num_keys();
@@ -46,7 +46,7 @@ fn rankings(gat: &EdgeGat<f64>, inputs: &Inputs<'_, f64>) -> Vec<Vec<Vec<usize>>
     weights.columns().into_iter().map(|weights| of_head(weights.to_vec())).collect()
 }
 
-/// All rankings of many draws of parameters and inputs, with and without shared weights and edge
+/// Returns all rankings for many draws of parameters and inputs, with and without shared weights and edge
 /// features, dense and on a complete graph.
 fn rankings_of_draws(score: Score) -> Vec<Vec<Vec<usize>>> {
     let (mut rng, graph) = (rng(1), complete(7, 6));
@@ -115,7 +115,7 @@ fn lookup_by_hand(k: usize, slope: f64) -> EdgeGat<f64> {
     config.from_params(state).unwrap()
 }
 
-/// One row for each key: its attribute and its value, one-hot.
+/// Returns one row per key: its attribute and its value, one-hot.
 fn dictionary<F: Float>(attributes: &[usize], values: &[usize]) -> Array2<F> {
     let k = attributes.len();
     let mut keys = Array2::zeros((k, 2 * k));
@@ -161,7 +161,7 @@ fn gat_v2_by_hand_looks_up_any_dictionary() {
     }
 }
 
-// What they can learn.
+// What the scores can learn.
 
 /// A layer and a linear read-out of its outputs, for k classes.
 struct Model {
@@ -213,7 +213,7 @@ impl Adam {
     }
 }
 
-/// Random dictionaries of k keys, many at a time.
+/// A batch of random dictionaries of k keys.
 struct Dictionaries {
     k: usize,
     count: usize,
@@ -286,7 +286,7 @@ impl Model {
         grads
     }
 
-    /// Trains on new dictionaries at every step; the accuracy on a thousand others.
+    /// Trains on new dictionaries at every step; returns the accuracy on a thousand others.
     fn train(&mut self, steps: usize) -> f64 {
         let (mut rng, mut adam) = (rng(4), Adam::default());
         let k = self.bias.len();
@@ -309,9 +309,9 @@ impl Model {
     }
 }
 
-/// One head of `Gat` ranks the keys alike for all queries, and so does a linear read-out of it: one
-/// query in k is right. Several heads of it are no such law: they differ in how sharply they attend,
-/// and a read-out can subtract one from another. But they learn it slowly: these 8 heads are at 46 %
+/// One head of `Gat` ranks the keys the same for all queries, and so does a linear read-out of it: one
+/// query in k is right. This does not hold for several heads: they differ in how sharply they attend,
+/// and a read-out can subtract one from another. But they learn slowly: these 8 heads are at 46 %
 /// here, and at 99 % after ten times as many steps.
 #[test]
 fn a_head_of_gat_v2_learns_to_look_up_and_one_of_gat_cannot() {
@@ -373,7 +373,7 @@ fn configurations_that_contradict_themselves() {
     }
 }
 
-/// Two queries of 5 columns, three keys of `key` and values of `value`.
+/// Returns two queries of 5 columns, three keys of `key` columns and values of `value` columns.
 fn zeros(query: usize, key: usize, value: usize) -> [Array2<f64>; 3] {
     [(2, query), (3, key), (3, value)].map(Array2::zeros)
 }
@@ -416,7 +416,7 @@ fn inputs_that_do_not_fit_the_configuration() {
             refused(gat.forward(&inputs), expected);
             refused(gat.forward_train(&inputs), expected);
             refused(gat.attention_weights(&inputs), expected);
-            // The state is of inputs that fit.
+            // The saved state comes from inputs that fit.
             let (out, saved) = gat.forward_train(&full).unwrap();
             refused(gat.backward(&inputs, &saved, out.view()), expected);
         }
@@ -553,7 +553,7 @@ fn gradients_and_states_that_do_not_fit() {
     }
 }
 
-// First parameters.
+// Initial parameters.
 
 #[test]
 fn weights_are_drawn_from_the_whole_of_glorots_interval() {
@@ -572,7 +572,7 @@ fn weights_are_drawn_from_the_whole_of_glorots_interval() {
             let bound = (6.0 / (rows + columns) as f64).sqrt();
             let scaled = value.mapv(|x| x / bound);
             assert!(scaled.iter().all(|x| x.abs() <= 1.0), "{name}");
-            // Of a uniform distribution, both ends, the mean and the variance.
+            // The ends, mean and variance of a uniform distribution.
             for sign in [-1.0, 1.0] {
                 assert!(scaled.iter().any(|x| x * sign > 0.9), "{name}");
             }
@@ -586,13 +586,13 @@ fn weights_are_drawn_from_the_whole_of_glorots_interval() {
 
 // Precision and threads.
 
-/// The same parameters in another precision.
+/// Returns the same parameters in another precision.
 fn cast<F: Float>(gat: &EdgeGat<f64>) -> EdgeGat<F> {
     let state = params::state(gat).into_iter();
     gat.config().from_params(state.map(|(name, value)| (name, value.mapv(F::from_f64)))).unwrap()
 }
 
-/// The output and all gradients, with their names.
+/// Returns the output and all gradients, with their names.
 fn arrays_of_training<F: Float>(
     gat: &EdgeGat<F>,
     inputs: &Inputs<'_, F>,
@@ -635,7 +635,7 @@ fn single_precision_agrees_with_double() {
         for ((name, actual), (_, expected)) in
             arrays_of_training(&single, &inputs).iter().zip(&expected)
         {
-            // A constant added to all logits changes nothing: that gradient is 0 but for rounding.
+            // A constant added to all logits changes nothing, so this gradient is 0 up to rounding.
             if score == Score::DotProduct && name == "lin_key.bias" {
                 let zeros = ArrayD::<f64>::zeros(expected.raw_dim());
                 assert_close("in f64", 1e-9, expected, &zeros);
@@ -648,8 +648,8 @@ fn single_precision_agrees_with_double() {
     }
 }
 
-/// A query and a key of 40,000 pairs each among 40,000 more, in no order, and the same sorted with
-/// the permutation that sorts them.
+/// Returns a query and a key of 40,000 pairs each among 40,000 more, unordered; and the same sorted, with
+/// the permutation.
 struct Hubs {
     nodes: Array2<f64>,
     features: Array2<f64>,
@@ -729,13 +729,13 @@ fn one_two_and_seven_threads_give_the_same_bits() {
 
 // Memory.
 
-/// Nodes of the graphs below.
+/// The number of nodes of the graphs below.
 const N: usize = 1000;
 const HEADS: usize = 2;
 const EDGE_DIM: usize = 3;
 
-/// Peak bytes beside inputs and outputs, of inference and of training, on a graph of such a degree
-/// whose edges come query by query or in no order.
+/// Returns the peak bytes besides inputs and outputs, in inference and in training, on a graph of this degree
+/// whose edges are sorted by query or unordered.
 fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
     let mut rng = rng(8);
     let mut edges: Vec<_> =
@@ -763,8 +763,8 @@ fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
     [inference.bytes_max, training.bytes_max]
 }
 
-/// Two numbers for each head; where the edges are in no order, also their index and the gradients of
-/// their features. A vector for each edge would be 16 · HEADS numbers more.
+/// Two numbers per head; for unordered edges also their index and the gradients of their features. A
+/// vector per edge would be 16 · HEADS numbers more.
 #[test]
 fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
     for score in SCORES {
@@ -780,8 +780,8 @@ fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
     }
 }
 
-/// The arrays of a state mean another thing for another configuration, even where they have the same
-/// shape.
+/// The arrays of a saved state mean something else in another configuration, even if their shapes are the
+/// same.
 #[test]
 fn the_state_of_another_configuration_is_refused() {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);

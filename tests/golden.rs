@@ -1,4 +1,4 @@
-//! The answers of PyTorch and PyG, generated in `f64` by the scripts in `tests/golden`.
+//! Comparison with PyTorch and PyG. Their outputs were generated in `f64` by the scripts in `tests/golden`.
 
 mod common;
 
@@ -11,8 +11,8 @@ use graph_attention::{
 };
 use serde_json::Value;
 
-/// Two computations in `f64` in another order: some hundred roundings, relative to the largest
-/// number of an array. (The weights of logits of size s have a relative error of s ε of their own.)
+/// For two computations in `f64` in different order: some hundred roundings, relative to the largest
+/// number of an array. (Weights of logits of size s have a relative error of s ε anyway.)
 const TOLERANCE: f64 = 1e-13;
 
 fn golden() -> Value {
@@ -23,13 +23,13 @@ fn pyg() -> Value {
     serde_json::from_str(include_str!("golden/pyg_conv.json")).unwrap()
 }
 
-/// heads × queries × keys, as PyTorch has it, becomes pairs × heads.
+/// Converts heads × queries × keys, as in PyTorch, to pairs × heads.
 fn by_pair(array: Array<f64, Ix3>) -> Array2<f64> {
     let (heads, queries, keys) = array.dim();
     array.into_shape_with_order((heads, queries * keys)).unwrap().reversed_axes()
 }
 
-/// A bias or its gradient, of either form.
+/// Reads a bias or its gradient, in either form.
 fn bias(value: &Value) -> Array2<f64> {
     match dynamic::<f64>(value).ndim() {
         2 => array::<f64, Ix2>(value),
@@ -37,7 +37,7 @@ fn bias(value: &Value) -> Array2<f64> {
     }
 }
 
-/// The edges of a PyG `edge_index`: targets are queries, sources are keys.
+/// Reads the edges of a PyG `edge_index`: targets are queries, sources are keys.
 fn edges(value: &Value) -> Vec<(usize, usize)> {
     let end = |name: &str| value[name].as_array().unwrap().iter().map(size);
     end("dst").zip(end("src")).collect()

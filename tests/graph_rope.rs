@@ -1,4 +1,4 @@
-//! Rotary embeddings: the answers of their peers (`tests/golden/graph_rope.py`), and their laws.
+//! Rotary embeddings: comparison with other implementations (`tests/golden/graph_rope.py`), and laws.
 
 mod common;
 
@@ -25,14 +25,14 @@ fn golden() -> Value {
     serde_json::from_str(include_str!("golden/graph_rope.json")).unwrap()
 }
 
-/// A matrix of the golden answers; a vector is one column.
+/// Reads a matrix of the golden data; a vector becomes one column.
 fn golden_matrix(value: &Value) -> Array2<f64> {
     let array = dynamic(value);
     let array = if array.ndim() == 1 { array.insert_axis(Axis(1)) } else { array };
     array.into_dimensionality().unwrap()
 }
 
-/// Positions of which every shift is exact: multiples of 1/64.
+/// Returns positions that can be shifted without rounding: multiples of 1/64.
 fn positions(rows: usize, axes: usize, seed: u64) -> Array2<f64> {
     let mut rng = rng(seed);
     Array2::from_shape_simple_fn((rows, axes), || f64::from(rng.random_range(-640..640)) / 64.0)
@@ -47,7 +47,7 @@ fn assert_gradients_close(what: &str, tolerance: f64, a: &Gradients<f64>, b: &Gr
     }
 }
 
-/// Output and gradients, of the loss that is the sum of squares of the output.
+/// Returns the output, and the gradients of the sum of its squares.
 fn train(
     attention: &dyn Attention<f64>,
     inputs: &Inputs<'_, f64>,
@@ -57,7 +57,7 @@ fn train(
     (out, grads)
 }
 
-/// Gives back the queries, so that one can see what they have become.
+/// A mechanism that outputs the queries, to show how they were rotated.
 #[derive(Debug)]
 struct Show;
 
@@ -99,7 +99,7 @@ impl<F: Float> Attention<F> for Show {
     }
 }
 
-/// x rotated by its positions.
+/// Returns x rotated by its positions.
 fn rotated<F: Float>(
     config: &GraphRopeConfig,
     x: &Array2<F>,
@@ -111,7 +111,7 @@ fn rotated<F: Float>(
     rope.forward(&inputs.with_positions(at.view(), at.view()).unwrap()).unwrap()
 }
 
-/// Two computations in `f64` in another order, with angles up to some hundred.
+/// Asserts that two computations in `f64` in different order agree, for angles up to a few hundred.
 const TOLERANCE: f64 = 2e-13;
 
 #[test]
@@ -280,7 +280,7 @@ fn shifting_all_positions_changes_nothing() {
                     let at = &at + &Array1::from_shape_fn(axes, |axis| shift * (1 + axis) as f64);
                     let inputs = inputs.with_positions(at.view(), at.view()).unwrap();
                     let (shifted, shifted_grads) = train(&rope, &inputs);
-                    // Required are 1e-11; angles that are rounded after multiplication reach 1e-10.
+                    // The limit is 1e-11; with angles that are rounded after multiplication errors reach 1e-10.
                     let what = format!("{}, {axes} axes, {layout:?}, {shift:e}", rope.name());
                     assert_close_in_size(&what, 1e-13, 1.0, &shifted, &out);
                     assert_gradients_close(&what, 1e-13, &shifted_grads, &grads);
@@ -379,7 +379,7 @@ fn a_rotation_inside_a_rotation_turns_twice() {
     assert_close_in_size("twice", 1e-14, 1.0, &out, &rotated(&config(2.0), &x, &at, 1));
 }
 
-/// The rows that hold a NaN, and whether all others are as they were.
+/// Returns the rows that contain a NaN, and whether all others are unchanged.
 fn rows_changed(out: &Array2<f64>, expected: &Array2<f64>) -> Vec<usize> {
     let mut rows = Vec::new();
     for (at, (row, expected)) in out.rows().into_iter().zip(expected.rows()).enumerate() {
@@ -396,7 +396,7 @@ fn rows_changed(out: &Array2<f64>, expected: &Array2<f64>) -> Vec<usize> {
 fn bad_positions_touch_the_rows_that_read_them() {
     let (n, head_dim) = (5, 4);
     let [x, at] = [matrix(n, head_dim, 20), positions(n, 1, 21)];
-    // Node 4 sees nothing, and nobody sees node 0.
+    // Node 4 sees nothing, and no node sees node 0.
     let graph = Graph::from_edges(n, n, [(0, 1), (0, 2), (1, 2), (2, 3), (3, 1), (3, 4)]).unwrap();
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
     let config = GraphRopeConfig::new(head_dim, Layout::Interleaved).learnable(true);
@@ -425,7 +425,7 @@ fn bad_positions_touch_the_rows_that_read_them() {
 
     let distances = Array1::from_iter([0.5, 1.5, -2.0, 3.0, 0.25, 1.0]);
     let rope: EdgeRope<f64> = config.init_edges().unwrap();
-    // The first edge is hidden by a bias, from this head alone.
+    // A bias hides the first edge, from this head only.
     let mut bias = Array2::zeros((6, 1));
     bias[[0, 0]] = f64::NEG_INFINITY;
     let inputs = inputs.with_bias(bias.view()).unwrap();
@@ -485,7 +485,7 @@ fn what_nobody_reads_has_no_gradient_whatever_it_holds() {
 
 #[test]
 fn gradient_descent_finds_the_frequencies() {
-    // Rotations to be learned from what they do.
+    // Learns rotations from the outputs that they give.
     let (n, head_dim) = (31, 4);
     let (x, at) = (matrix(n, head_dim, 22), positions(n, 1, 23) / 4.0);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
@@ -520,7 +520,7 @@ fn frequencies_come_and_go_by_name() {
     assert_eq!(rope.inner().frequencies(), array![[6.0, 8.0]]);
     let fixed: EdgeRope<f32> = GraphRopeConfig::new(4, Layout::Half).init_edges().unwrap();
     assert!(params::zeros(&fixed).is_empty());
-    // In the precision of the configuration, whatever that of the data.
+    // In the precision of the configuration, for any precision of the data.
     assert_eq!(fixed.frequencies(), array![[1.0, 0.01]]);
 }
 
@@ -532,7 +532,7 @@ fn frequencies_that_are_not_learned_are_buffers() {
     assert_eq!(params::state(&fixed), rounded);
     assert_eq!(params::buffers(&fixed), rounded);
 
-    // What the same configuration has saved changes no digit; what another has, comes as it was saved.
+    // Loading a state of the same configuration changes no digit; another's is restored as it was saved.
     let mut same: EdgeRope<f32> = config(1e4).init_edges().unwrap();
     params::load_state(&mut same, params::state(&fixed)).unwrap();
     assert_eq!(same.frequencies(), array![[1.0, 0.01]]);
@@ -544,13 +544,13 @@ fn frequencies_that_are_not_learned_are_buffers() {
     params::load_state(&mut double, params::state(&exact)).unwrap();
     assert_eq!(double.frequencies(), array![[1.0, 0.01]]);
 
-    // One into the other: learned ones and others, under one name.
+    // Learned and fixed frequencies have the same name, so each loads the other's.
     let learned: EdgeRope<f64> = config(7.0).learnable(true).init_edges().unwrap();
     params::load_state(&mut double, params::state(&learned)).unwrap();
     assert_eq!(double.frequencies(), learned.frequencies());
     assert_eq!((params::zeros(&learned).len(), params::buffers(&learned).len()), (1, 0));
 
-    // Inside others, behind their names.
+    // Inside other mechanisms, prefixed with their names.
     let inner: GraphRope<f64, _> = config(1e4).init(Flash::new()).unwrap();
     let outer = config(100.0).learnable(true).init(inner).unwrap();
     let layer = MultiHeadConfig::new(4, 1).bias(false);

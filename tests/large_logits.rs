@@ -1,5 +1,4 @@
-//! Softmax where its logits are large, where they are the lowest number there is, and where there are
-//! millions of them.
+//! Softmax with large logits, with logits that are the lowest number, and with millions of logits.
 
 mod common;
 
@@ -15,14 +14,14 @@ use graph_attention::{
     edge_gat::Score, graph_rope::Layout, local_global::Window, params, performer::Features,
 };
 
-/// Entries between −1 and 1.
+/// Draws entries between −1 and 1.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
     Array2::from_shape_fn((rows, columns), |(i, j)| {
         F::from_f64((((i * 131 + j * 17 + seed * 71) * 2_654_435_761) % 2001) as f64 / 1000.0 - 1.0)
     })
 }
 
-/// The mechanisms whose output is a weighted mean of the values, for heads of 4 columns.
+/// Returns the mechanisms whose output is a weighted mean of the values, for heads of 4 columns.
 fn means<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     let features = PerformerConfig::new(4, 16).init::<F>(&mut rng(1)).unwrap();
     let rope: EdgeRope<F> = GraphRopeConfig::new(4, Layout::Half).init_edges().unwrap();
@@ -37,7 +36,7 @@ fn means<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     ]
 }
 
-/// A bias that all pairs have, and the unit in the last place of sums beside it.
+/// Checks all mechanisms that output means with one bias for all pairs.
 fn check_one_bias<F: Float>(bias: f64, what: &str) -> Result<()> {
     for (num_queries, num_keys) in [(40, 40), (3, 8), (1, 100), (9, 301)] {
         let [query, key, value] = [(num_queries, 1), (num_keys, 2), (num_keys, 3)]
@@ -177,7 +176,7 @@ fn with_one_key_in_sight_nothing_flows_to_the_query() -> Result<()> {
 #[test]
 fn a_projected_mean_under_a_bias_has_its_gradients() -> Result<()> {
     common::hold_simd();
-    // The parameters are the same, so the gradients are too, but for rounding.
+    // The parameters are the same, so the gradients are the same up to rounding.
     let x = matrix::<f32>(30, 8, 1);
     let bias = Array2::from_elem((30, 30), -1e9f32);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_bias(bias.view())?;
@@ -294,7 +293,7 @@ fn shards_of_large_logits_merge() -> Result<()> {
         let is_share = relative_eq!(out, 10.0 / 1010.0, epsilon = 0.0, max_relative = 1e-6);
         assert!(is_share, "{logit}: {out}");
     }
-    // Apart and put together again from its arrays, and in another order.
+    // Taken apart and rebuilt from its arrays, also in another order.
     let (a, b) = (over(10, 1.0, -1e9)?, over(1000, 0.0, -1e9)?);
     let (out, shift, sum) = b.clone().into_parts();
     assert_eq!(Partial::new(out, shift, sum)?.merge(&a)?.out(), a.merge(&b)?.out());
@@ -311,7 +310,7 @@ fn edge_weights_of_large_logits_sum_to_one() -> Result<()> {
         for size in [1.0, 1.3e4, 1e6, 1e8] {
             let [query, key] = [(1, 1), (3, 2)]
                 .map(|(rows, seed)| matrix::<f32>(rows, 2, seed).mapv(|entry| entry * size));
-            // Neighbours that differ by little, so that none of them has all the weight.
+            // Neighbours that differ only a little, so that none of them has all the weight.
             let key =
                 &key.row(0).to_owned().insert_axis(Axis(0)) + &(matrix::<f32>(3, 2, 3) * 1e-3);
             let features = Array2::from_elem((3, 1), size);
@@ -385,7 +384,7 @@ fn rows_of_millions() -> Result<()> {
     Ok(())
 }
 
-/// Where all weights are the same the output is the mean of what is summed, however it is summed.
+/// If all weights are equal the output is the mean of the values, however they are summed.
 #[test]
 fn long_sums_of_all_kinds_are_exact() -> Result<()> {
     common::hold_simd();
@@ -465,7 +464,7 @@ fn rising_logits_lose_nothing() -> Result<()> {
     Ok(())
 }
 
-/// So that the list of means stays what its name says.
+/// Checks that the mechanisms in the list of means do output means.
 #[test]
 fn means_have_no_parameters_that_scale_them() {
     common::hold_simd();

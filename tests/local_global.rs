@@ -17,7 +17,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use rand::{RngExt, rngs::Xoshiro256PlusPlus};
 
-/// The pattern of a sliding window, pair by pair.
+/// The pattern of a sliding window, as a mask of pairs.
 #[derive(Clone, Debug)]
 struct Pattern {
     sides: [i64; 2],
@@ -45,7 +45,7 @@ impl Pattern {
     }
 }
 
-/// Asserts that outputs and gradients of one mechanism on some inputs are those of another on others.
+/// Asserts that two mechanisms, each on its own inputs, have equal outputs and gradients.
 #[track_caller]
 fn assert_same(
     what: &str,
@@ -107,7 +107,7 @@ fn sliding_window_is_attention_under_the_mask_at_every_size() -> Result<()> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Windows around global positions meet, lie in each other and reach over the ends, in every class.
+    /// Windows around global positions touch, overlap and cross the ends, in every class.
     #[test]
     fn sliding_window_is_attention_under_the_mask_whatever_the_globals(
         (num_queries, num_keys) in (1..70usize, 1..70usize),
@@ -142,7 +142,7 @@ fn globals_copy_little() -> Result<()> {
     let (n, columns) = (4096, 4);
     let x = matrix(n, columns, 18);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
-    // Few enough multiplications to stay on one thread, where they are counted.
+    // Few enough multiplications to stay on the one thread whose allocations are counted.
     let peaks = |window: Window| -> Result<[u64; 2]> {
         let attention = LocalGlobal::sliding_window(window, Flash::new().with_tiles(16, 16)?)?;
         let mut out = Array2::zeros((n, columns));
@@ -348,7 +348,7 @@ fn gradients_sliding_window_are_the_derivatives() {
     }
 }
 
-/// A graph with parallel edges, nodes of one kind of edge alone, and one without edges.
+/// Returns a graph with parallel edges, nodes with only one kind of edge, and one node without edges.
 fn layered(rng: &mut Xoshiro256PlusPlus) -> Result<(Graph, Vec<u8>)> {
     let mut edges: Vec<_> =
         (0..300).map(|_| (rng.random_range(0..28), rng.random_range(0..31))).collect();
@@ -386,7 +386,7 @@ fn the_union_is_one_softmax() -> Result<()> {
         assert_close("union", 1e-14, &weights, &Flash::new().attention_weights(&inputs)?);
     }
 
-    // With scales of their own: logits by hand.
+    // With their own scales: logits by hand.
     let inputs = sparse.with_heads(1)?;
     let union = LocalGlobal::joint(Flash::new().with_scale(0.9)?, Flash::new().with_scale(-0.4)?);
     let out = union.forward(&inputs)?;
@@ -508,7 +508,7 @@ fn a_gate_between_mechanisms_with_edge_features_keeps_the_laws() -> Result<()> {
     let shapes = Shapes::new(5, 5, 5).edge_dim(3);
     for report in [check_attention(&attention, &shapes), check_gradients(&mut attention, &shapes)] {
         let report = report.unwrap_or_else(|e| panic!("{e}"));
-        // What graph attention networks refuse.
+        // Refused by graph attention networks.
         assert!(report.refused.iter().all(|case| case.contains("bias")), "{report:?}");
         assert!(report.checked.len() >= 14, "{report:?}");
     }
@@ -525,7 +525,7 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
     let refused = attention.forward(&inputs).unwrap_err().to_string();
     assert_eq!(refused, "globals: expected positions below 7, got 7");
     assert!(attention.attention_weights(&inputs).is_err());
-    // A position without a query is one all the same.
+    // Positions are checked even if their queries are not selected.
     assert!(attention.forward(&inputs.select_queries(&[2])?.inputs()).is_err());
     let wide = normal(9, 4, &mut rng(12));
     assert!(attention.forward(&Inputs::dense(x.view(), wide.view(), wide.view())?).is_ok());
@@ -556,7 +556,7 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
     let refused = gate(4, 1, boxed(gat))?.forward(&inputs).unwrap_err().to_string();
     assert!(refused.starts_with("global (edge_gat) needs edge features"), "{refused}");
 
-    // Saved by another reading.
+    // Saved by another form of `LocalGlobal`.
     let (out, saved) = union.forward_train(&inputs)?;
     let refused = gate(4, 1, boxed(Flash::new()))?.backward(&inputs, &saved, out.view());
     assert!(matches!(refused, Err(Error::SavedMismatch { .. })));
@@ -565,7 +565,7 @@ fn bad_calls_are_errors_that_say_what_is_wrong() -> Result<()> {
 
 #[test]
 fn shards_of_a_long_line_agree_with_the_whole() -> Result<()> {
-    // Longer than the mask of the other tests could be.
+    // Longer than a mask, as in the other tests, could be.
     let n = 20_011;
     let x = matrix(n, 4, 16);
     let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_causal();

@@ -1,4 +1,4 @@
-//! Peak memory beside inputs and outputs, by a counting allocator.
+//! Peak memory besides inputs and outputs, measured with a counting allocator.
 
 mod common;
 
@@ -23,7 +23,7 @@ fn matrix(rows: usize) -> Array2<f32> {
     Array2::from_shape_fn((rows, COLUMNS), |(i, j)| ((i * 31 + j * 17) % 97) as f32 / 97.0)
 }
 
-/// Allocations of a forward and backward pass into arrays of the caller.
+/// Measures the allocations of a forward and backward pass into arrays of the caller.
 fn training(attention: &dyn Attention<f32>, inputs: &Inputs<'_, f32>) -> AllocationInfo {
     let mut out = Array2::zeros((inputs.num_queries(), COLUMNS));
     let grad_out = Array2::ones(out.raw_dim());
@@ -55,7 +55,7 @@ fn edge_rope(heads: usize) -> EdgeRope<f32> {
     GraphRopeConfig::new(COLUMNS / heads, Layout::Half).init_edges().unwrap()
 }
 
-/// By the means that are not formed pair by pair.
+/// With the means that are not computed pair by pair.
 fn poincare() -> Poincare<f32> {
     PoincareConfig::new().coordinates(Coordinates::Tangent).learn_curvature(true).init().unwrap()
 }
@@ -64,7 +64,7 @@ fn performer(head_dim: usize) -> Performer<f32> {
     PerformerConfig::new(head_dim, 8).init(&mut rng(1)).unwrap()
 }
 
-/// Of experts that need no memory for each pair.
+/// With experts that need no memory per pair.
 fn moe() -> Moe<f32> {
     let experts = (0..4).map(|_| Box::new(Flash::new()) as Box<dyn Attention<f32>>).collect();
     let mut rng = rng(1);
@@ -87,12 +87,12 @@ fn dual() -> DualSpace<f32> {
 fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
     let peaks: Vec<u64> =
         [1, 2, 4, 8].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
-    // From 2k on the queries are cut into a fixed number of parts, before that into fewer.
+    // From 2k on the queries are split into a fixed number of parts, below into fewer.
     assert!(peaks[0] <= peaks[1], "{peaks:?}");
     for doubled in peaks[1..].windows(2) {
         assert!(doubled[1] <= doubled[0] * 21 / 10, "{peaks:?}");
     }
-    // Far below one number for each pair: at 8k by a factor of twenty.
+    // Far less than one number per pair: at 8k by a factor of twenty.
     assert!(peaks[3] < 8 * 1024 * 8 * 1024 * 4 / 20, "{peaks:?}");
 }
 
@@ -102,7 +102,7 @@ fn without_a_number_for_each_pair_they_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&multi_head());
     trains_in_memory_linear_in_n(&poincare());
     trains_in_memory_linear_in_n(&performer(COLUMNS));
-    // No square for the causal pattern of selected queries either.
+    // The causal pattern of selected queries needs no quadratic memory either.
     trains_in_memory_linear_in_n(&moe());
     trains_in_memory_linear_in_n(&rope(1));
     trains_in_memory_linear_in_n(&dual());
@@ -178,10 +178,10 @@ fn inference_allocates_a_constant_number_of_times() {
     let ropes: [&dyn Attention<f32>; 2] = [&rope(2), &edge_rope(2)];
     let others = [&Flash::new() as &dyn Attention<f32>, &plain, &poincare(), &performer];
     for attention in others.into_iter().chain(ropes) {
-        // These hold all weights, or read a distance for each pair: only on a graph can they be so many.
+        // These store all weights or read a distance per pair: so many nodes are only possible on a graph.
         let is_sparse = ["scaled_dot_product", "edge_rope"].contains(&attention.name());
         for sparse in [is_sparse, true] {
-            // Small problems are cut into fewer parts.
+            // Small problems are split into fewer parts.
             let [few, many] = [5_000, 10_000].map(|n| count(attention, n, sparse));
             assert!(few == many && few > 0, "{}: {few} {many}", attention.name());
         }

@@ -1,5 +1,5 @@
-//! What only a mixture of experts does: it selects queries, routes, balances, and leaves the rest to
-//! its experts. The laws of every mechanism are in `conformance`.
+//! Tests of what is special to a mixture of experts: selection of queries, routing and balancing. The laws
+//! of every mechanism are in `conformance`.
 
 mod common;
 
@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex};
 
 type Expert = Box<dyn Attention<f64>>;
 
-/// Two computations in `f64` in another order.
+/// Asserts that two computations in `f64` in different order agree.
 #[track_caller]
 fn close<D: Dimension>(what: impl Display, actual: &Array<f64, D>, expected: &Array<f64, D>) {
     assert_close_in_size(what, 1e-12, 1.0, actual, expected);
@@ -54,7 +54,7 @@ fn dynamic<D: Dimension>(array: &Option<Array<f64, D>>) -> Option<ArrayD<f64>> {
     array.as_ref().map(|array| array.clone().into_dyn())
 }
 
-/// Reads every channel there is:
+/// A mechanism that reads every channel:
 /// o_i = q_i + Σ_j m_ij s_ij v_j + Σ_{j latent} v_j, s = (1 + layer) · distance + Σ features + bias
 /// + positions of query · key.
 #[derive(Debug)]
@@ -208,7 +208,7 @@ impl Data {
         }
     }
 
-    /// Dense inputs and a graph, with all that is data.
+    /// Returns dense inputs and a graph, with all data channels.
     fn all_data(&self) -> [Inputs<'_, f64>; 2] {
         let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
         [
@@ -229,7 +229,7 @@ impl Data {
         })
     }
 
-    /// With every channel that changes the answer, one after the other.
+    /// Returns inputs with each channel that changes the result, one at a time.
     fn inputs(&self) -> Vec<Inputs<'_, f64>> {
         let [dense, graph] = self.all_data();
         let dropout = Dropout { probability: 0.3, seed: 5 };
@@ -265,7 +265,7 @@ fn readers() -> Vec<Expert> {
     ]
 }
 
-/// Whether a mechanism takes the inputs.
+/// Returns whether a mechanism takes the inputs.
 fn takes(attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>) -> bool {
     let refuses = inputs.num_heads() > 1 || inputs.bias().is_some();
     match attention.name() {
@@ -278,7 +278,7 @@ fn takes(attention: &dyn Attention<f64>, inputs: &Inputs<'_, f64>) -> bool {
 #[test]
 fn selected_queries_get_the_answers_that_they_get_among_all() {
     let data = Data::new();
-    // Many, with runs of neighbours; few; one after the other; none.
+    // Many, with consecutive ones; few; one; none.
     let selections: [&[usize]; 4] =
         [&[0, 1, 2, 5, 7, 8, 9, 11, 15, 16, 17, 18, 22], &[3, 21], &[6], &[]];
     for (case, inputs) in data.inputs().into_iter().enumerate() {
@@ -291,7 +291,7 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
                 let (out, saved) = attention.forward_train(&selected.inputs()).unwrap();
                 close(&what, &out, &all.select(Axis(0), queries));
 
-                // Gradients that flow from these queries alone, added to what is there.
+                // The gradients from only these queries, added to existing ones.
                 let grad_out = matrix(queries.len(), COLUMNS, 14);
                 let mut grads = Gradients::zeros(&inputs, attention).unwrap();
                 grads.query.fill(1.0);
@@ -308,7 +308,7 @@ fn selected_queries_get_the_answers_that_they_get_among_all() {
                 let expected = attention.backward(&inputs, &saved, grad_all.view()).unwrap();
                 close_gradients(&what, &grads, &expected);
             }
-            // Some of some.
+            // A selection from a selection.
             let some = inputs.select_queries(selections[0]).unwrap();
             let some = some.inputs();
             let fewer = some.select_queries(&[0, 2, 3, 4, 7, 8, 9, 10, 12]).unwrap();
@@ -337,7 +337,7 @@ fn rows_that_lie_apart_are_gathered_and_scattered_all_the_same() {
     let mut expected_grads = Gradients::zeros(&inputs, &ReadsAll).unwrap();
     let expected = train(&inputs, expected_grads.view_mut());
 
-    // Every other column of arrays, those of the data and those of the gradients.
+    // Every other column of larger arrays, for data and gradients.
     let spread = |array: ArrayView2<'_, f64>| {
         let mut spread = Array2::from_elem((array.nrows(), 2 * array.ncols()), 7.0);
         spread.slice_mut(s![.., ..;2]).assign(&array);
@@ -379,7 +379,7 @@ fn selections_are_checked() {
     }
 }
 
-/// Softmax attention of one head over all keys, plainly.
+/// Computes softmax attention of one head over all keys, naively.
 fn softmax_attention(
     scale: f64,
     q: ArrayView2<f64>,
@@ -406,7 +406,7 @@ fn flashes() -> Vec<Expert> {
 
 fn moe(config: MoeConfig, experts: Vec<Expert>) -> Moe<f64> {
     let mut moe = config.init(experts, &mut rng(15)).unwrap();
-    // The bias of a fresh router is zero, and hides nothing.
+    // A new router's bias is zero; set others, so that mistakes show.
     moe.visit_params_mut(&mut |name, mut param| {
         if name == "router.bias" {
             param.iter_mut().zip(matrix(1, 9, 16).iter()).for_each(|(bias, &x)| *bias = 0.3 * x);
@@ -482,7 +482,7 @@ fn a_mixture_of_one_or_of_the_same_is_that_expert() {
                 let what = format!("{}, inputs {case}, {k} of {count}", expert().name());
                 close(&what, &out, &expected);
                 let grads = mixture.backward(&inputs, &saved, grad_out.view()).unwrap();
-                // Whoever is asked says the same, so that the router learns nothing.
+                // All experts output the same, so the router has no gradient.
                 close_gradients(&what, &grads, &expected_grads);
                 for grad in &grads.params[..2] {
                     assert_close(&what, 1e-11, grad, &ArrayD::zeros(grad.raw_dim()));
@@ -513,7 +513,7 @@ fn a_permutation_of_the_experts_permutes_nothing_else() {
     }
 }
 
-/// Every call of an expert: how many queries forward, and how many backward.
+/// The calls of an expert, with the number of queries forward and backward.
 type Calls = Arc<Mutex<Vec<(&'static str, usize)>>>;
 
 #[derive(Debug)]
@@ -562,7 +562,7 @@ fn an_expert_runs_once_on_its_own_queries_or_not_at_all() {
     let calls: [Calls; 4] = Default::default();
     let counted = |calls: &Calls| Box::new(Counted(calls.clone(), Flash::new())) as Expert;
     let mut moe = moe(MoeConfig::new(COLUMNS, 2), calls.iter().map(counted).collect());
-    // Nobody chooses expert 1.
+    // No query chooses expert 1.
     moe.set_expert_bias(array![0.0, -2.0, 0.0, 0.0]).unwrap();
     let counts = [0, 1, 2, 3].map(|e| moe.route(&inputs).unwrap().queries(e).len());
     assert_eq!((counts[1], counts.iter().sum::<usize>()), (0, 2 * QUERIES));
@@ -580,7 +580,7 @@ fn an_expert_runs_once_on_its_own_queries_or_not_at_all() {
     }
 }
 
-/// A router without weights, whose logits are the bias.
+/// Creates a mixture whose router has no weights: its logits are the bias.
 fn with_logits(config: MoeConfig, experts: Vec<Expert>, logits: &[f64]) -> Moe<f64> {
     let mut moe = config.init(experts, &mut rng(30)).unwrap();
     moe.visit_params_mut(&mut |name, mut param| match name {
@@ -600,7 +600,7 @@ fn ties_and_nan_go_to_the_lower_numbers() {
         ([0.5, 1.0, 0.5, 1.0], [1, 3]),
         ([0.5, 1.0, 0.5, 0.5], [1, 0]),
         ([0.0, f64::NAN, 0.0, 9.0], [0, 1]),
-        // Not chosen, and no number to compare the chosen with.
+        // NaN is not chosen, and not compared with.
         ([0.0, 0.0, f64::NAN, 9.0], [0, 1]),
         ([0.0, 1.0, 0.0, f64::INFINITY], [0, 1]),
         ([f64::NEG_INFINITY, 0.0, -1e4, -1e3], [1, 3]),
@@ -613,7 +613,7 @@ fn ties_and_nan_go_to_the_lower_numbers() {
         let expected = |x: &f64| if is_number { x.is_finite() } else { x.is_nan() };
         assert!(out.iter().all(expected), "{logits:?}");
     }
-    // Chosen for their bias, with probabilities that are too small for a number.
+    // Chosen for their bias, with probabilities that underflow.
     let mut moe = with_logits(MoeConfig::new(COLUMNS, 2), flashes(), &[0.0, -800.0, -800.0, 0.0]);
     moe.set_expert_bias(array![0.0, 2.0, 2.0, 0.0]).unwrap();
     let routing = moe.route(&inputs).unwrap();
@@ -641,7 +641,7 @@ fn query_by_query_a_full_expert_drops_those_who_come_later() {
     assert_eq!(all.shares(), routing.shares());
     assert!(dropped > 10);
 
-    // What is dropped is missing, the rest keeps its weight.
+    // Dropped choices are missing; the others keep their weights.
     let out = limited.forward(&inputs).unwrap();
     let answers = SCALES.map(|scale| scaled(scale).forward(&inputs).unwrap());
     for query in 0..QUERIES {
@@ -654,7 +654,7 @@ fn query_by_query_a_full_expert_drops_those_who_come_later() {
         let what = format_args!("query {query}");
         assert_close_in_size(what, 1e-12, 1.0, &out.row(query), &expected);
     }
-    // Later queries change nothing, with as many of them.
+    // Changed later queries, in the same number, make no difference.
     let mut changed = data.query.clone();
     changed.slice_mut(s![12.., ..]).mapv_inplace(|x| 3.0 - x);
     let changed = inputs.with_arrays(changed.view(), k, v).unwrap();
@@ -670,14 +670,14 @@ fn query_by_query_a_full_expert_drops_those_who_come_later() {
     }
 }
 
-/// Logits of n queries among N experts.
+/// Routes by the logits of n queries among N experts.
 fn routed(config: &MoeConfig, logits: &Array2<f64>) -> Routing<f64> {
     Routing::from_logits(config, logits.clone(), None).unwrap()
 }
 
 #[test]
 fn first_choices_are_served_before_second_ones() {
-    // Three queries that ask expert 0 second, with a gate of 0.27, and one that asks it first: 0.99.
+    // Expert 0 is the second choice of three queries, with gate 0.27, and the first of one, with 0.99.
     let queries = array![[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [5.0, 0.0]];
     let inputs = Inputs::dense(queries.view(), queries.view(), queries.view()).unwrap();
     let config = MoeConfig::new(2, 2).capacity_factor(0.75);
@@ -697,7 +697,7 @@ fn first_choices_are_served_before_second_ones() {
     assert_eq!(served(config.clone()), [[0, 1, 3], [0, 1, 2]]);
     assert_eq!(served(config.clone().priority(Priority::Gate)), [[0, 1, 3], [0, 1, 2]]);
     assert_eq!(served(config.clone().priority(Priority::Query)), [[0, 1, 2], [0, 1, 2]]);
-    // The same as a number, and as the lower of two.
+    // The same limit as an absolute number, and as the lower of two.
     let absolute = MoeConfig::new(2, 2).capacity(3);
     assert_eq!(served(absolute.clone()), served(config.clone()));
     assert_eq!(served(absolute.capacity_factor(9.0)), served(config.clone()));
@@ -715,7 +715,7 @@ fn the_order_of_queries_matters_only_where_it_is_said() {
             let config = config.clone().gating(gating).priority(priority);
             let one = routed(&config, &logits);
             let other = routed(&config, &logits.select(Axis(0), &order));
-            // Choices and weights are those of each query.
+            // Choices and weights follow the queries.
             assert_eq!(other.experts(), one.experts().select(Axis(0), &order));
             assert_eq!(other.weights(), one.weights().select(Axis(0), &order));
             let mut unlike = 0;
@@ -725,7 +725,7 @@ fn the_order_of_queries_matters_only_where_it_is_said() {
                 renumbered.sort_unstable();
                 let queries = one.queries(expert);
                 unlike += queries.iter().filter(|query| !renumbered.contains(query)).count();
-                // How many are served does not depend on it, and of which rank only query by query.
+                // The number of served queries does not depend on the order; their ranks may, by query.
                 assert_eq!(renumbered.len(), queries.len());
                 let ranks = |queries: &[usize]| -> Vec<usize> {
                     let rank =
@@ -741,7 +741,7 @@ fn the_order_of_queries_matters_only_where_it_is_said() {
             assert!(one.num_dropped() > 20, "{}", one.num_dropped());
             assert_eq!(unlike == 0, priority == Priority::Gate, "{gating:?} {priority:?} {unlike}");
         }
-        // Without a limit nothing depends on it.
+        // Without a limit nothing depends on the order.
         let config = MoeConfig::new(6, k).gating(gating);
         let [one, other] =
             [logits.clone(), logits.select(Axis(0), &order)].map(|logits| routed(&config, &logits));
@@ -754,26 +754,26 @@ fn the_order_of_queries_matters_only_where_it_is_said() {
 
 #[test]
 fn by_gate_the_larger_one_is_served_first() {
-    // All ask expert 0 first, and their gates are 1 in any precision.
+    // Expert 0 is the first choice of all, and all gates round to 1 in any precision.
     let logits = array![[400.0, 0.0, 1.0], [900.0, 0.0, 0.0], [400.0, 0.0, 0.0], [700.0, 0.0, 0.0]];
     let config = MoeConfig::new(1, 1).capacity(2).priority(Priority::Gate);
     assert_eq!(routed(&config, &logits).queries(0), [1, 3]);
     let single = logits.mapv(|z| z as f32);
     let single = Routing::from_logits(&config, single, None).unwrap();
     assert_eq!(single.queries(0), [1, 3]);
-    // Of those with 400 the one whose others are smaller; σ(400) is σ(400), and the first one first.
+    // Of the two with 400, the one whose other logits are smaller; with sigmoids they tie: the first.
     let three = config.clone().capacity(3);
     assert_eq!(routed(&three, &logits).queries(0), [1, 2, 3]);
     let sigmoid = three.gating(Gating::Sigmoid);
     assert_eq!(routed(&sigmoid, &logits).queries(0), [0, 1, 3]);
-    // Equal ones in their order, and what is no number last.
+    // Ties in order, and NaN last.
     let logits = array![[f64::NAN, 0.0], [2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [3.0, 1.0]];
     assert_eq!(routed(&config, &logits).queries(0), [1, 4]);
     assert_eq!(routed(&config.capacity(4), &logits).queries(0), [1, 2, 3, 4]);
 }
 
 fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
-    // As torch.topk chooses, where only one probability is not zero.
+    // The choice of torch.topk, even if only one probability is not zero.
     let logits =
         array![[-50.0, 0.0, high, 100.0], [low, low - 1.0, high, low + 1.0]].mapv(F::from_f64);
     for gating in [Gating::Softmax, Gating::Sigmoid] {
@@ -785,15 +785,15 @@ fn experts_are_chosen_by_logits<F: Float>(low: f64, high: f64) {
         };
         assert_eq!(chosen(2, &logits, None).experts(), array![[2, 3], [2, 3]]);
         assert_eq!(chosen(4, &logits, None).experts(), array![[2, 3, 1, 0], [2, 3, 0, 1]]);
-        // The same bias for all, and for some: among these still by logits.
+        // The same bias for all, or for some, which are still ordered by logits.
         let same = chosen(4, &logits, Some([1e6; 4]));
         assert_eq!(same.experts(), array![[2, 3, 1, 0], [2, 3, 0, 1]]);
         let some = chosen(3, &logits, Some([3.0, 3.0, 0.0, 0.0]));
         assert_eq!(some.experts(), array![[1, 0, 2], [0, 1, 2]]);
-        // Gates that are all 1 or near it.
+        // Gates that are all 1 or close to 1.
         let large = array![[97.0, 99.0, 98.0, 96.0]].mapv(F::from_f64);
         assert_eq!(chosen(4, &large, None).experts(), array![[1, 2, 0, 3]]);
-        // What is renormalised comes from the logits too: e⁻¹ apart, far below the smallest number.
+        // Renormalised gates also come from logits: a ratio of e⁻¹, far below the smallest number.
         let config = MoeConfig::new(1, 2).gating(gating);
         let bias = array![9.0, 9.0, 0.0, 0.0].mapv(F::from_f64);
         let routing = Routing::from_logits(&config, logits.clone(), Some(bias.view())).unwrap();
@@ -866,7 +866,7 @@ fn sigmoid_gates_are_those_of_deepseek_v3() {
 
 #[test]
 fn gradients_of_given_logits_are_exact() {
-    // The last query's gates are nearly one-hot, where the difference from the mean is small.
+    // The last query's gates are nearly one-hot, so the difference from the mean is small.
     let mut logits = 2.0 * matrix(6, 5, 42);
     logits.row_mut(5).assign(&array![9.0, -9.0, -8.0, -9.25, -9.5]);
     let step = 1e-3;
@@ -996,7 +996,7 @@ fn what_balancing_has_learned_comes_back<F: Float>() {
     ];
     assert_eq!(names, expected);
     assert_eq!(buffers[1].1, loaded.expert_bias().into_dyn());
-    // A state without it is not taken for one of a router that has learned nothing.
+    // A state without the bias is refused, not loaded as zeros.
     let without = state.into_iter().filter(|(name, _)| name != "router.expert_bias");
     let missing = Error::MissingParam { name: "router.expert_bias".into() };
     assert_eq!(config.from_params(experts(), without).unwrap_err(), missing);
@@ -1017,7 +1017,7 @@ fn gradients_are_exact_with_edge_features_and_every_channel() {
     for (renormalize, gating) in
         [(true, Gating::Softmax), (false, Gating::Softmax), (true, Gating::Sigmoid)]
     {
-        // With the noise's weight between the router's other parameters and the experts'.
+        // The weight of the noise comes between the router's other parameters and the experts'.
         let config = MoeConfig::new(COLUMNS, 2).renormalize(renormalize).noise(true).gating(gating);
         let experts = vec![gat(Score::Gat), gat(Score::GatV2), gat(Score::DotProduct)];
         let report = check_gradients(&mut moe(config.clone(), experts), &Shapes::new(6, 6, 6));
@@ -1046,7 +1046,7 @@ fn noise_is_seeded_normal_and_differentiable() {
     let variance = noise.mapv(|x| x * x).sum() / count - mean * mean;
     // Five standard errors: 1/√16004 and √(2/16004).
     assert!(mean.abs() < 0.04 && (variance - 1.0).abs() < 0.056, "{mean} {variance}");
-    // Neither the same for all queries nor for all experts, and another with another seed.
+    // The noise differs between queries, experts and seeds.
     let correlation = |a: ArrayView2<f64>, b: ArrayView2<f64>| (&a * &b).sum() / a.len() as f64;
     noisy.set_noise(Some(8)).unwrap();
     let other = (&noisy.route(&inputs).unwrap().logits() - &quiet.logits()) / 2f64.ln();
@@ -1085,25 +1085,25 @@ fn losses_have_their_closed_forms() {
     let x = matrix(8, COLUMNS, 21);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let config = |k| MoeConfig::new(COLUMNS, k).renormalize(false);
-    // The loss does not depend on the scale, so all equal is balanced whoever is chosen.
+    // With equal probabilities the loss is 1, whichever expert is chosen.
     let uniform = with_logits(config(1), flashes(), &[0.25; 4]).route(&inputs).unwrap();
     assert_abs_diff_eq!(uniform.switch_load_balance().unwrap().0, 1.0, epsilon = 1e-14);
     assert_abs_diff_eq!(uniform.entropy(), 4f64.ln(), epsilon = 1e-14);
     assert_abs_diff_eq!(uniform.z_loss().unwrap().0, (0.25 + 4f64.ln()).powi(2), epsilon = 1e-14);
-    // All to expert 0: I = (2, 0, 0, 0).
+    // All go to expert 0: I = (2, 0, 0, 0).
     assert_eq!(uniform.shares(), [1.0, 0.0, 0.0, 0.0]);
     assert_abs_diff_eq!(uniform.importance_cv2().unwrap().0, 3.0, epsilon = 1e-14);
     let all = with_logits(config(4), flashes(), &[0.25; 4]).route(&inputs).unwrap();
     assert_eq!(all.shares(), [0.25; 4]);
     assert_abs_diff_eq!(all.importance_cv2().unwrap().0, 0.0, epsilon = 1e-14);
     assert_abs_diff_eq!(all.switch_load_balance().unwrap().0, 1.0, epsilon = 1e-14);
-    // One expert gets all, for certain.
+    // One expert gets all, with certainty.
     let one = with_logits(config(1), flashes(), &[0.0, 0.0, 99.0, 0.0]).route(&inputs).unwrap();
     assert_abs_diff_eq!(one.switch_load_balance().unwrap().0, 4.0, epsilon = 1e-14);
     assert!(one.entropy() < 1e-30);
     assert_abs_diff_eq!(one.z_loss().unwrap().0, 99.0 * 99.0, epsilon = 1e-10);
 
-    // By their definitions, where nothing is equal.
+    // From the definitions, with unequal numbers.
     let routing = moe(config(2).capacity_factor(0.5), flashes()).route(&inputs).unwrap();
     let p = routing.probabilities();
     let mean_p = p.mean_axis(Axis(0)).unwrap();
@@ -1128,7 +1128,7 @@ fn losses_have_their_closed_forms() {
     let entropy = -p.mapv(|p| p * p.ln()).sum() / 8.0;
     assert_abs_diff_eq!(routing.entropy(), entropy, epsilon = 1e-14);
 
-    // Of nothing.
+    // Without queries.
     let empty = Inputs::dense(x.slice(s![..0, ..]), x.view(), x.view()).unwrap();
     let routing = moe(config(2), flashes()).route(&empty).unwrap();
     for (value, grad) in [
@@ -1167,7 +1167,7 @@ fn losses_reach_the_router_and_the_queries() {
         };
         let inputs = Inputs::dense(query.view(), keys.view(), keys.view()).unwrap();
         let mut grads = Gradients::zeros(&inputs, &moe).unwrap();
-        // Added to what is there.
+        // Gradients are added to existing ones.
         grads.query.fill(1.0);
         grads.params.iter_mut().for_each(|grad| grad.fill(1.0));
         let routing = moe.route(&inputs).unwrap();
@@ -1238,7 +1238,7 @@ fn the_expert_bias_balances_without_touching_the_weights() {
     for ((query, rank), &expert) in after.experts().indexed_iter() {
         assert_eq!(after.weights()[[query, rank]], after.probabilities()[[query, expert]]);
     }
-    // Balanced loads move nothing.
+    // Balanced loads change nothing.
     let balanced = with_logits(MoeConfig::new(COLUMNS, 4), flashes(), &[0.0; 4]);
     let routing = balanced.route(&inputs).unwrap();
     let bias = moe.expert_bias().to_owned();
@@ -1336,7 +1336,7 @@ fn bad_calls_are_refused() {
     let unequal = all(vec![scaled(1.0), scaled(2.0), gat(5)]);
     let words = "Shape | expert 2 (edge_gat) | expert 0 (flash) | shape [6] | got [5]";
     refused(unequal.forward(&bare), words);
-    // By its number among all queries.
+    // The number of the query in the whole inputs.
     let mut outside = 0.1 * &data.query;
     outside.row_mut(21).fill(1.0);
     let (near, near_values) = (0.1 * &data.key, 0.1 * &data.value);

@@ -1,4 +1,4 @@
-//! What only `MultiHead` does: it draws parameters, names those inside, and hands gradients through.
+//! Tests of what is special to `MultiHead`: initial parameters, inner names, and inner gradients.
 
 use graph_attention::ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use graph_attention::{
@@ -12,7 +12,7 @@ fn fresh_parameters_fill_their_range() -> Result<()> {
     let packed = MultiHeadConfig::new(24, 2).init::<f64, _>(Flash::new(), &mut rng)?;
     let separate = MultiHeadConfig::new(24, 2).key_dim(6).output_dim(30);
     let separate = separate.init::<f64, _>(Flash::new(), &mut rng)?;
-    // Glorot: √(6 / (rows + columns)) of the array as PyTorch holds it; outputs: 1/√inputs.
+    // Glorot: √(6 / (rows + columns)) of PyTorch's array; output weights: 1/√inputs.
     let glorot = |rows: f64, columns: f64| (6.0 / (rows + columns)).sqrt();
     for (name, value) in params::state(&packed).into_iter().chain(params::state(&separate)) {
         let bound = match (name.as_str(), value.shape()[0]) {
@@ -25,7 +25,7 @@ fn fresh_parameters_fill_their_range() -> Result<()> {
         let largest = value.iter().copied().fold(f64::MIN, f64::max);
         let smallest = value.iter().copied().fold(f64::MAX, f64::min);
         assert!(value.iter().all(|x| x.abs() <= bound), "{name}");
-        // Of the 144 or more draws some come near either end.
+        // Some of the 144 or more draws come near either end.
         assert!(largest >= 0.9 * bound && smallest <= -0.9 * bound, "{name}");
     }
     Ok(())
@@ -53,7 +53,7 @@ fn parameters_inside_are_named_and_updated() -> Result<()> {
     Ok(())
 }
 
-/// Gives zeros, and 1 for the gradient of every edge feature and distance.
+/// A mechanism that outputs zeros, with the gradient 1 for every edge feature and distance.
 #[derive(Debug)]
 struct ReadsEdges;
 

@@ -11,7 +11,7 @@ use rand::RngExt;
 
 const METRICS: [Metric; 3] = [Metric::Cosine, Metric::Dot, Metric::Euclidean];
 
-/// What the oracle finds for a query: keys and similarities, the nearest first.
+/// The oracle's result for a query: keys and similarities, the nearest first.
 type Row = Vec<(usize, f64)>;
 
 fn wide<F: Float>(row: ArrayView1<'_, F>) -> Option<Vec<f64>> {
@@ -31,7 +31,7 @@ fn similarity(metric: Metric, query: &[f64], key: &[f64]) -> f64 {
     }
 }
 
-/// All similarities, sorted: a stable sort, so ties go to the lower key.
+/// Sorts all similarities with a stable sort, so ties go to the lower key.
 fn brute_force<F: Float>(
     metric: Metric,
     keys: ArrayView2<'_, F>,
@@ -52,7 +52,7 @@ fn brute_force<F: Float>(
     queries.rows().into_iter().map(wide).enumerate().map(find).collect()
 }
 
-/// The keys are those of the oracle, in its order; similarities are right to a few roundings.
+/// Asserts that keys and order are the oracle's, and similarities are right to a few roundings.
 #[track_caller]
 fn assert_found<F: Float>(
     index: &dyn NeighborIndex<F>,
@@ -112,23 +112,23 @@ fn the_exact_index_finds_what_a_full_sort_finds() {
 
 #[test]
 fn near_points_far_from_the_origin_and_of_all_sizes_are_told_apart() {
-    // Distances of 1e-3 at 1e4 are lost in the norms' squares of f32, but for their differences.
+    // Distances of 1e-3 at 1e4 are lost in squared norms in f32, but not in differences.
     let far = normal::<f32>(173, 13, 3).mapv(|x| 1e4 + x * 4e-3);
     let mut scales = normal::<f32>(173, 13, 4);
     for (i, mut row) in scales.rows_mut().into_iter().enumerate() {
         row *= 10f32.powi(i as i32 % 37 - 18);
     }
-    // Where sums of squares or products overflow, or all of them underflow.
+    // Sums of squares or products overflow, or all of them underflow.
     let huge = normal::<f32>(173, 13, 5).mapv(|x| x * 2e37);
     let tiny = normal::<f32>(173, 13, 6).mapv(|x| x * 3e-39);
-    // Where products keep a few bits.
+    // Products keep only a few bits.
     let small = normal::<f32>(173, 13, 7).mapv(|x| x * 1e-22);
     for (name, points) in
         [("far", far), ("scales", scales), ("huge", huge), ("tiny", tiny), ("small", small)]
     {
         for metric in METRICS {
             if (name, metric) == ("far", Metric::Cosine) {
-                // These cosines differ from 1 by less than f64 can tell.
+                // These cosines differ from 1 by less than f64 can represent.
                 continue;
             }
             let index = ExactIndex::new(points.view(), metric).unwrap();
@@ -145,7 +145,7 @@ fn near_points_far_from_the_origin_and_of_all_sizes_are_told_apart() {
 
 #[test]
 fn ties_go_to_the_lower_key_across_tiles() {
-    // Every key comes eight times, in different tiles; small integers, so all sums are exact.
+    // Every key occurs eight times, in different tiles. Small integers make all sums exact.
     let mut rng = rng(7);
     let few = Array2::from_shape_simple_fn((47, 3), || rng.random_range(-2..=2) as f32);
     let keys = Array2::from_shape_fn((8 * 47, 3), |(i, axis)| few[[i * 5 % 47, axis]]);
@@ -206,7 +206,7 @@ fn zero_vectors_have_cosine_zero() -> Result<()> {
     Ok(())
 }
 
-/// A search of nodes among themselves that excludes much, with one hub.
+/// A search of nodes among themselves with many exclusions and one hub.
 fn excluding(n: usize) -> Graph {
     let mut rng = rng(10);
     let edges = (0..6 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n)));
@@ -214,7 +214,7 @@ fn excluding(n: usize) -> Graph {
     Graph::from_edges(n, n, edges.chain(hub).collect::<Vec<_>>()).unwrap()
 }
 
-/// The trait as provided, over an index that answers one query at a time.
+/// The provided methods of the trait, for an index that searches for one query at a time.
 #[derive(Debug)]
 struct OneByOne<'a>(ExactIndex<'a, f32>);
 
@@ -291,7 +291,7 @@ fn views_of_any_layout_and_owned_keys_give_the_same_bits() -> Result<()> {
     let columns = queries.t().as_standard_layout().into_owned();
     let strided = ExactIndex::new(view, Metric::Cosine)?.search(columns.t(), &search)?;
     assert_eq!(strided, expected);
-    // Owned: as it lies, by columns, reversed, and with rows sliced off.
+    // Owned arrays: in row-major and column-major order, reversed, and with rows sliced off.
     let by_columns = keys.t().as_standard_layout().into_owned().reversed_axes();
     let mut reversed = keys.slice(s![..;-1, ..]).as_standard_layout().into_owned();
     reversed.invert_axis(Axis(0));
@@ -323,7 +323,7 @@ fn nothing_to_find_is_not_an_error() -> Result<()> {
             assert_eq!(found.graph.num_queries(), queries);
             assert_eq!((found.graph.num_edges(), found.similarities), (0, Array1::zeros(0)));
         }
-        // Vectors without columns are all alike.
+        // Vectors without columns are all equal.
         let flat = Array2::<f64>::zeros((4, 0));
         let found = ExactIndex::new(flat.view(), metric)?
             .search(flat.view(), &NeighborSearch::new(2).exclude_self(true))?;
@@ -361,7 +361,7 @@ fn bad_input_is_refused() {
     let error = index.nearest_into(others.row(0), 1, &mut Vec::new()).unwrap_err();
     let expected = Error::Shape { what: "query".into(), expected: vec![3], actual: vec![2] };
     assert_eq!(error, expected);
-    // More lists than there is memory for, or that a number can count.
+    // More lists than fit in memory, or than a `usize` can count.
     let nothing = ArrayView2::from_shape((usize::MAX / 64, 0), &[] as &[f32]).unwrap();
     let index = ExactIndex::from_array(Array2::zeros((7, 0)), Metric::Dot).unwrap();
     assert!(matches!(index.search(nothing, &plain), Err(Error::TooLarge { .. })));

@@ -1,6 +1,6 @@
-//! Softmax attention against straight-line loops in `f64` (`common::reference`) that share no code with
-//! the crate. How far each number may lie from theirs is derived in its `bounds`; that faults lie
-//! farther is a test of its own.
+//! Softmax attention against plain loops in `f64` (`common::reference`) that share no code with the
+//! crate. `common::reference::bounds` derives the allowed error of each number; a separate test checks
+//! that faults exceed it.
 
 mod common;
 
@@ -16,7 +16,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 type Rng = Xoshiro256PlusPlus;
 
-/// A random problem, and the parts of it that only the crate knows about.
+/// A random problem, and those parts of it that only the crate takes.
 struct Case {
     problem: Problem,
     grad_out: Vec<f64>,
@@ -37,7 +37,7 @@ enum Bias {
 }
 
 fn normal(len: usize, rng: &mut Rng) -> Vec<f64> {
-    // Numbers that f32 holds exactly, so that both precisions solve one problem.
+    // Numbers that are exact in f32, so that both precisions solve the same problem.
     (0..len)
         .map(|_| {
             let value: f64 = StandardNormal.sample(rng);
@@ -147,10 +147,10 @@ enum Mechanism {
     Flash { queries: usize, keys: usize },
 }
 
-/// The crate's answers.
+/// The crate's output and gradients.
 struct Ours {
     answer: Answer,
-    /// Of query, key and value.
+    /// The gradients of query, key and value.
     grad_inputs: [Vec<f64>; 3],
     grad_bias: Option<Vec<f64>>,
 }
@@ -220,7 +220,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
     }
 }
 
-/// The oracle's gradient of each pair and head, summed where they share a logit.
+/// Sums the oracle's gradients of pairs and heads that share a logit.
 fn shared_bias_gradient(case: &Case, per_head: &[f64]) -> Vec<f64> {
     match case.bias {
         Bias::PerHead | Bias::None => per_head.to_vec(),
@@ -230,7 +230,7 @@ fn shared_bias_gradient(case: &Case, per_head: &[f64]) -> Vec<f64> {
     }
 }
 
-/// What the loops say, and how far roundings of precision `F` may lead away from it.
+/// The result of the loops, and the bounds of rounding errors in precision `F`.
 struct Expected {
     answer: Answer,
     gradients: reference::Gradients,
@@ -239,7 +239,7 @@ struct Expected {
 
 fn expected<F: num_traits::Float>(case: &Case) -> Expected {
     let p = &case.problem;
-    // Half an epsilon for each operation in F; and the loops' own operations have errors too.
+    // Half an epsilon per operation in F, plus the rounding errors of the loops.
     let unit = (F::epsilon().to_f64().unwrap() + f64::EPSILON) / 2.0;
     let tiny = F::min_positive_value().to_f64().unwrap();
     Expected {
@@ -249,7 +249,7 @@ fn expected<F: num_traits::Float>(case: &Case) -> Expected {
     }
 }
 
-/// The largest error, as a multiple of its bound. What is not finite must be the same.
+/// Returns the largest error, as a multiple of its bound. Infinities and NaN must be equal.
 fn worst(actual: &[f64], exact: &[f64], bounds: &[f64]) -> f64 {
     assert_eq!([actual.len(), bounds.len()], [exact.len(); 2]);
     let ratio = |((&actual, &exact), &bound): ((&f64, &f64), &f64)| {
@@ -259,7 +259,7 @@ fn worst(actual: &[f64], exact: &[f64], bounds: &[f64]) -> f64 {
     actual.iter().zip(exact).zip(bounds).map(ratio).fold(0.0, f64::max)
 }
 
-/// The worst of each array of an answer.
+/// Returns the largest error of each array, as a multiple of its bound.
 fn worst_of_answer(actual: &Answer, expected: &Expected) -> [(&'static str, f64); 3] {
     let Expected { answer, bounds, .. } = expected;
     [
@@ -269,7 +269,7 @@ fn worst_of_answer(actual: &Answer, expected: &Expected) -> [(&'static str, f64)
     ]
 }
 
-/// The largest error of a mechanism, as a multiple of its bound.
+/// Returns the largest error of a mechanism, as a multiple of its bound.
 fn check<F: Float + num_traits::Float>(seed: u64, mechanism: Mechanism) -> f64 {
     let case = random_case(seed);
     let ours = solve::<F>(&case, mechanism);
@@ -325,28 +325,27 @@ fn flash_is_the_oracle_for_any_tiles() {
     });
 }
 
-/// A fault in the loops.
+/// A fault to make in the loops.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// Of 10⁻⁵, relative.
+    /// A relative error of 10⁻⁵.
     Scale,
     /// One key is left out of one query's row.
     Key,
-    /// What has been summed is not rescaled when the maximum rises, halfway through a row.
+    /// The sums are not rescaled when the maximum rises, halfway through a row.
     Rescale,
     /// Σ p dp is left out of the gradient of one row's logits.
     Delta,
-    /// One pair's weight is taken from its logit rounded to half the digits.
+    /// One pair's weight is computed from its logit rounded to half the digits.
     Logit,
 }
 
-/// Whether the bounds of `F` tell a faulty answer from the right one; `None` where the fault changes
-/// nothing.
+/// Returns whether a faulty result exceeds the bounds of `F`; `None` if the fault changes nothing.
 fn is_caught<F: num_traits::Float>(case: &Case, fault: Fault) -> Option<bool> {
     let p = &case.problem;
     let expected = expected::<F>(case);
     let rng = &mut Rng::seed_from_u64(17);
-    // A pair that counts, and the others of its row.
+    // A pair whose weight is neither tiny nor nearly 1, and the others of its row.
     let counts = |&at: &usize| (0.01..0.99).contains(&expected.answer.weights[at]);
     let counting: Vec<usize> = (0..expected.answer.weights.len()).filter(counts).collect();
     let at = (!counting.is_empty()).then(|| pick(&counting, rng))?;
@@ -362,7 +361,7 @@ fn is_caught<F: num_traits::Float>(case: &Case, fault: Fault) -> Option<bool> {
         Fault::Key => bias[at] = f64::NEG_INFINITY,
         Fault::Logit => bias[at] += f64::sqrt(F::epsilon().to_f64().unwrap()),
         Fault::Rescale => {
-            // By as much as the maximum rises, in units of the logits.
+            // The rise of the maximum, in units of the logits.
             let of_row: Vec<usize> = (0..p.pairs.len())
                 .filter(|&e| p.pairs[e].0 == query && weights[e * p.heads + head] > 0.0)
                 .map(|e| e * p.heads + head)
@@ -404,7 +403,7 @@ fn faults_are_farther_off_than_roundings() {
             [("f32", caught::<f32>(fault)), ("f64", caught::<f64>(fault))]
         {
             assert!(all >= 100, "{fault:?} changes only {all} cases");
-            // In f32, small faults are within what sums of many terms may lose.
+            // In f32, small faults are within the bounds of sums of many terms.
             let is_small = matches!(fault, Fault::Scale | Fault::Logit) && precision == "f32";
             let enough = if is_small { all * 9 / 10 } else { all };
             assert!(caught >= enough, "{fault:?} in {precision}: {caught} of {all} caught");

@@ -1,4 +1,4 @@
-//! `Performer` against the formulas of its papers, another implementation, and its own other paths.
+//! `Performer` against the formulas of its papers, another implementation, and its own alternative paths.
 
 mod common;
 
@@ -30,8 +30,8 @@ fn projection_of<F: Float>(performer: &Performer<F>) -> Option<Array2<f64>> {
 
 // ---- An oracle ----
 
-/// ln |φᵣ(x)| and its sign, as the papers define φ but for constant factors, by plain loops in
-/// `f64`.
+/// Computes ln |φᵣ(x)| and its sign by plain loops in `f64`, with φ as in the papers up to constant
+/// factors.
 fn log_features(
     kind: Features,
     projection: Option<&Array2<f64>>,
@@ -66,13 +66,13 @@ fn log_features(
     }
 }
 
-/// Σ sign e^{log} of some terms as (log, sum), so that it does not overflow.
+/// Computes Σ sign e^{log} as (log, sum), so that it does not overflow.
 fn sum(terms: &[(f64, f64)]) -> (f64, f64) {
     let max = terms.iter().map(|term| term.0).fold(f64::NEG_INFINITY, f64::max);
     (max, terms.iter().map(|(log, sign)| sign * (log - max).exp()).sum())
 }
 
-/// One head; `sees` tells which pairs there are and what is added to their logits.
+/// Computes one head; `sees` returns what is added to the logit of a pair, or `None` if it is hidden.
 fn oracle(
     kind: Features,
     projection: Option<&Array2<f64>>,
@@ -120,7 +120,7 @@ fn dense_causal_and_pairs_are_the_oracle() {
             let config = PerformerConfig::new(5, features).features(kind).scale(0.7);
             let performer = config.init::<f64>(&mut rng).unwrap();
             let projection = projection_of(&performer);
-            // Where cosines must not cancel.
+            // Small enough that cosines do not cancel.
             let size = if kind == Features::Trigonometric { 0.4 } else { 2.0 };
             let q = normal(queries, 5, size, &mut rng);
             let k = normal(keys, 5, size, &mut rng);
@@ -171,7 +171,7 @@ fn dense_causal_and_pairs_are_the_oracle() {
 
 #[test]
 fn large_norms_are_the_oracle_too() {
-    // Features and kernels that no number can hold.
+    // Features and kernels that overflow.
     for (kind, features) in all_kinds().into_iter().filter(|kind| kind.0 != Features::Trigonometric)
     {
         for size in [10.0, 100.0, 1000.0] {
@@ -203,12 +203,12 @@ fn large_norms_are_the_oracle_too() {
     }
 }
 
-/// The gradients through sums and through pairs, of a loss ⟨grad_out, out⟩.
+/// Compares the gradients of ⟨grad_out, out⟩ through sums and through pairs.
 #[test]
 fn gradients_of_sums_are_those_of_pairs() {
     let (n_q, n_k, d, d_v, heads, kv_heads) = (263, 259, 5, 3, 4, 2);
     for (kind, features) in all_kinds() {
-        // In the largest, rows of the causal pattern underflow.
+        // At the largest size, rows of the causal pattern underflow.
         for size in [0.3, 3.0, 300.0] {
             if kind == Features::Trigonometric && size > 1.0 {
                 continue;
@@ -254,7 +254,7 @@ fn gradients_of_sums_are_those_of_pairs() {
 
 // ---- Lemma 2, Theorem 2 ----
 
-/// Mean and standard error of some numbers.
+/// Returns the mean and its standard error.
 fn mean(numbers: &[f64]) -> (f64, f64) {
     let count = numbers.len() as f64;
     let mean = numbers.iter().sum::<f64>() / count;
@@ -262,7 +262,7 @@ fn mean(numbers: &[f64]) -> (f64, f64) {
     (mean, (variance / count).sqrt())
 }
 
-/// Estimates of e^{x·y} by fresh projections.
+/// Estimates e^{x·y} with new projections.
 fn estimates(config: &PerformerConfig, x: &[f64], y: &[f64], count: usize) -> Vec<f64> {
     let mut rng = rng(11);
     let rows = Array2::from_shape_vec((2, x.len()), [x, y].concat()).unwrap();
@@ -280,7 +280,7 @@ fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
-/// The closed forms of the paper, for r independent projections.
+/// Computes the closed forms of the paper, for r independent projections.
 fn lemma_2(kind: Features, x: &[f64], y: &[f64], r: f64) -> f64 {
     let sm = dot(x, y).exp();
     let square = |sign: f64| x.iter().zip(y).map(|(x, y)| (x + sign * y).powi(2)).sum::<f64>();
@@ -319,7 +319,7 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
                 "{kind:?}: {average} {expected}"
             );
             assert!(error < 0.1 * expected, "{error} {expected}");
-            // And so the crate says beforehand.
+            // The crate predicts the same variance.
             let performer = config.init::<f64>(&mut rng(1)).unwrap();
             let (q, k) = (Array1::from(x.to_vec()), Array1::from(y.to_vec()));
             let variance = performer.relative_variance(q.view(), k.view()).unwrap();
@@ -327,12 +327,12 @@ fn estimates_are_unbiased_with_the_variance_of_lemma_2() {
             let is_same = relative_eq!(absolute, expected, epsilon = 0.0, max_relative = 1e-12);
             assert!(is_same, "{kind:?}: {absolute} {expected}");
             let wanted = performer.num_features_for(q.view(), k.view(), 0.01).unwrap();
-            // As many as there can be: an even number of features in pairs.
+            // A valid number: even, for features in pairs.
             let pairs = features as f64 / r;
             assert_eq!(wanted, (variance * r / 1e-4).ceil() * pairs);
             let enough = PerformerConfig::new(3, wanted as usize).features(kind);
             assert!(enough.init::<f64>(&mut rng(1)).is_ok(), "{kind:?}: {wanted}");
-            // Orthogonal ones are unbiased too.
+            // Orthogonal projections are unbiased too.
             let (average, error) = mean(&estimates(&config, &x, &y, 40_000));
             assert!(
                 abs_diff_eq!(average, exact, epsilon = 4.5 * error),
@@ -359,7 +359,7 @@ fn orthogonal_projections_err_less_by_theorem_2() {
     let bound = lemma_2(Features::Positive, &x, &y, m as f64) - gain;
     let (orthogonal, error) = squares(&config);
     assert!(orthogonal < bound + 4.5 * error, "{orthogonal} {bound} {error}");
-    // A test that independent ones fail.
+    // Independent projections fail this test.
     let (independent, error) = squares(&config.projection(Projection::Iid));
     assert!(independent > bound + 4.5 * error, "{independent} {bound} {error}");
 }
@@ -464,7 +464,7 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
                     all.chain(grads.params.iter().flatten()).all(|x| x.is_finite()),
                     "{kind:?}"
                 );
-                // The mean of ones; cosines may cancel.
+                // The mean of ones is 1; cosines may cancel.
                 if kind != Features::Trigonometric || size < 0.1 {
                     let ones = Array2::ones(out.raw_dim());
                     assert_close(format_args!("{kind:?} {size}"), 1e-5, &out, &ones);
@@ -474,8 +474,8 @@ fn nothing_overflows_up_to_norms_of_a_thousand_in_f32() {
     }
 }
 
-/// Short and long vectors side by side, so that what one key's exponents are relative to is far from
-/// another's.
+/// Short and long vectors together, so that the exponents of two keys are relative to very different
+/// numbers.
 #[test]
 fn nothing_overflows_with_norms_from_a_thousandth_to_a_thousand() {
     let (n_q, n_k) = (263, 300);
@@ -535,7 +535,7 @@ fn what_comes_later_changes_no_bit_of_causal_rows() {
     }
 }
 
-/// A query that is not a number makes no gradients so of keys that it does not see.
+/// NaN in a query does not reach the gradients of keys that it does not see.
 #[test]
 fn bad_causal_queries_touch_only_what_they_see() {
     let mut rng = rng(30);
@@ -568,7 +568,7 @@ fn bad_causal_queries_touch_only_what_they_see() {
     }
 }
 
-/// Nor does a key or value that is not a number reach the rows that do not see it.
+/// NaN in a key or value does not reach the rows that do not see it.
 #[test]
 fn bad_causal_keys_and_values_touch_only_who_sees_them() {
     let mut rng = rng(33);
@@ -594,7 +594,7 @@ fn bad_causal_keys_and_values_touch_only_who_sees_them() {
     }
 }
 
-/// Rows of a causal pattern between which there are more keys than a chunk.
+/// Selects rows of a causal pattern that are more keys apart than a chunk.
 #[test]
 fn selected_queries_are_the_rows_of_the_whole() {
     let mut rng = rng(28);
@@ -610,7 +610,7 @@ fn selected_queries_are_the_rows_of_the_whole() {
         let what = format!("{} queries", queries.len());
         assert_close(&what, 1e-12, &out, &whole);
         let grads = performer.backward(&selected.inputs(), &saved, out.view()).unwrap();
-        // The whole inputs with a gradient of these rows alone.
+        // The whole inputs, with a gradient only in these rows.
         let (_, saved) = performer.forward_train(&inputs).unwrap();
         let mut grad_out = Array2::zeros((701, 6));
         queries.iter().zip(out.rows()).for_each(|(&i, row)| grad_out.row_mut(i).assign(&row));
@@ -678,7 +678,7 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     let mut rng = rng(18);
     let performer = PerformerConfig::new(2, 64).scale(1.0).init::<f64>(&mut rng).unwrap();
     let near = array![[1.0, 0.0], [0.9, 0.1]];
-    // Its features are e^{−200} of the others'.
+    // Its features are e^{−200} times the others'.
     let far = array![[-20.0, 0.0]];
     let mut state = performer.state(1).unwrap();
     state.add(near.view(), array![[1.0], [1.0]].view()).unwrap();
@@ -696,8 +696,8 @@ fn a_state_tells_when_removal_has_left_nothing_but_rounding() {
     assert!(performer.state(0).is_err());
 }
 
-/// What has been removed is not in the answer, or the answer is an error: with values and keys that
-/// outweigh all that is left.
+/// Removed keys do not affect the output, or the output is an error, even if their values and keys
+/// outweigh all remaining ones.
 #[test]
 fn removal_never_leaves_a_wrong_answer() {
     let near = array![[0.4, 0.1], [-0.3, 0.2]];
@@ -733,12 +733,12 @@ fn removal_never_leaves_a_wrong_answer() {
                         refused += 1;
                     }
                 }
-                // Without keys nothing is left of those that were there.
+                // A state without keys keeps nothing of removed ones.
                 let mut empty = state.clone();
                 empty.remove(near.view(), values.view()).unwrap();
                 empty.add(near.view(), values.view()).unwrap();
                 assert_eq!(empty.attend(near.view()).unwrap(), expected);
-                // What is there again is not refused.
+                // Once the key is added again, it is not refused.
                 state.add(key.view(), value.view()).unwrap();
                 assert!(state.attend(key.view()).is_ok(), "{kind:?} {norm}");
             }
@@ -747,7 +747,7 @@ fn removal_never_leaves_a_wrong_answer() {
     }
 }
 
-/// The same where rounding differs from that of the sums: keys added together and removed one by one.
+/// The same if keys are added together and removed one by one, with different rounding.
 #[test]
 fn removal_one_by_one_never_leaves_a_wrong_answer() {
     let mut rng = rng(34);
@@ -783,7 +783,7 @@ fn removal_one_by_one_never_leaves_a_wrong_answer() {
                 check(&performer, [&kept, &kept, &kept_v, &k, &v]);
             }
         }
-        // What is kept weighs less than rounding, which may leave sums below zero.
+        // The remaining keys weigh less than rounding, so sums may become negative.
         for norm in [-6.0, -9.0, -20.0] {
             for _ in 0..20 {
                 let (q, k) = (around(1.0, 1, &mut rng), around(1.0, 40, &mut rng));
@@ -792,7 +792,7 @@ fn removal_one_by_one_never_leaves_a_wrong_answer() {
             }
         }
     }
-    // Cosines, under which what rounding leaves seems to cancel.
+    // Cosines, with which rounding errors may look like cancellation.
     let config = PerformerConfig::new(1, 2).features(Features::Trigonometric).scale(1.0);
     let one = [("projection_matrix", ArrayD::<f64>::ones(IxDyn(&[1, 1])))];
     let performer = config.from_params(one).unwrap();
@@ -806,7 +806,7 @@ fn removal_one_by_one_never_leaves_a_wrong_answer() {
     assert!(refused > 20 && answered > 20, "{refused} {answered}");
 }
 
-/// Thousands of keys come and go in turn.
+/// Adds and removes thousands of keys in turn.
 #[test]
 fn a_state_does_not_drift() {
     let mut rng = rng(32);
@@ -848,7 +848,7 @@ fn the_standard_error_is_the_error() {
             let effective = &accuracy.effective_features;
             assert!(effective.iter().all(|&m| m > 5.0 && m <= 256.0), "{kind:?}: {effective}");
         }
-        // Three hundred squares are good to some ten percent.
+        // The mean of three hundred squares is accurate to some ten percent.
         for ratio in (&said / &actual).mapv(f64::sqrt) {
             assert!((0.8..1.25).contains(&ratio), "{kind:?}: {ratio}");
         }
@@ -887,7 +887,7 @@ fn a_projection_is_trained_only_if_asked<F: Float>() {
     let x: Array2<F> = normal(9, 4, 1.0, &mut rng(33));
     let mask = Array2::from_shape_fn((9, 9), |(i, j)| (i + j) % 3 > 0);
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
-    // By sums, by sums in order, and pair by pair.
+    // With sums, with causal sums, and pair by pair.
     for inputs in [inputs, inputs.with_causal(), inputs.with_mask(mask.view()).unwrap()] {
         for kind in [Features::Positive, Features::Hyperbolic, RELU] {
             let config = PerformerConfig::new(2, 6).features(kind);
@@ -920,7 +920,7 @@ fn a_projection_is_trained_only_if_asked<F: Float>() {
             assert!(steps(&mut learned));
             assert_ne!(projection_of(learned.inner()), before);
 
-            // Saved and loaded under one name by both.
+            // Both save and load it under the same name.
             let buffers: Vec<String> =
                 params::buffers(&fixed).into_iter().map(|(name, _)| name).collect();
             assert_eq!(buffers, ["inner.projection_matrix"]);
@@ -964,7 +964,7 @@ fn bad_configurations_and_inputs_are_refused() {
         (new(4, 5).features(Features::Elu), "num_features"),
         (new(4, 5).features(Features::Relu { epsilon: 0.0 }), "features.epsilon"),
         (new(4, 5).features(Features::Relu { epsilon: f64::NAN }), "features.epsilon"),
-        // Its square is the least denominator.
+        // Its square is the smallest denominator.
         (new(4, 5).features(Features::Relu { epsilon: 1e-20 }), "features.epsilon"),
         (new(4, 5).scale(-1.0), "scale"),
         (new(4, 5).scale(f64::INFINITY), "scale"),
@@ -990,12 +990,12 @@ fn bad_configurations_and_inputs_are_refused() {
     }
     assert!(performer.relative_variance(x.row(0), y.row(0)).is_err());
     assert!(performer.num_features_for(x.row(0), x.row(1), f64::NAN).is_err());
-    // Hopeless is infinite, unknown is unknown: neither is few.
+    // An impossible number is infinite, an unknown one NaN: neither is small.
     let (far, nan) = (Array1::from_elem(4, 1e3), Array1::from_elem(4, f64::NAN));
     assert_eq!(performer.num_features_for(far.view(), far.view(), 0.1), Ok(f64::INFINITY));
     assert_eq!(performer.relative_variance(far.view(), far.view()), Ok(f64::INFINITY));
     assert!(performer.num_features_for(nan.view(), x.row(0), 0.1).unwrap().is_nan());
-    // Without variance one is enough, of any error.
+    // Without variance one feature is enough for any error.
     assert_eq!(performer.num_features_for(x.row(0), x.row(1), 1e-200), Ok(1.0));
     assert!(performer.feature_map(y.view()).is_err());
     let relu = new(4, 6).features(RELU).init::<f64>(&mut rng(25)).unwrap();

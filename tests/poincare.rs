@@ -38,8 +38,8 @@ impl Case<'_> {
             .learn_temperature(learn)
     }
 
-    /// The error of each entry, in units of what one unit of rounding in every input and in the largest
-    /// entry would do.
+    /// Records the error of each entry, relative to the effect of one rounding unit in every input and in the
+    /// largest entry.
     fn compare<F: Float>(&mut self, name: &str, actual: ArrayView2<'_, F>) {
         let expected = &self.value[name];
         let values = golden::array::<f64, Ix2>(expected);
@@ -49,7 +49,7 @@ impl Case<'_> {
         if name == "grad_c" {
             largest = largest.max(self.terms_of_grad_c());
         } else if name != "out" && !self.is_sharp() {
-            // Gradients that are 0 since their terms cancel: as large as the others are.
+            // Gradients that are 0 because their terms cancel count as large as the others.
             for name in ["grad_query", "grad_key", "grad_value"] {
                 let other = golden::array::<f64, Ix2>(&self.value[name]);
                 largest = other.iter().fold(largest, |max: f64, x| max.max(x.abs()));
@@ -67,8 +67,8 @@ impl Case<'_> {
         }
     }
 
-    /// Whether nearly all weight is on one key of each query. Then the gradients of queries and keys are
-    /// much smaller than those of values, and each is right by itself.
+    /// Returns whether nearly all weight is on one key of each query. Then the gradients of queries and keys
+    /// are much smaller than the gradients of values, and each is compared by itself.
     fn is_sharp(&self) -> bool {
         self.value["name"].as_str().unwrap().starts_with("sharp_")
     }
@@ -110,7 +110,7 @@ impl Case<'_> {
         }
         self.check_inputs(&inputs, &grad_out);
         if self.is_sharp() {
-            // Row by row, too.
+            // Also row by row.
             let (rows, columns) = (query.nrows(), key.nrows());
             let pairs = (0..rows * columns).map(|pair| (pair / columns, pair % columns));
             let graph = Graph::from_edges(rows, columns, pairs).unwrap();
@@ -237,7 +237,7 @@ fn tiles_are_rows<F: Float>(tolerance: f64) {
                 };
                 let ((out, grads), (expected, expected_grads)) = (run(&dense), run(&sparse));
                 let what = format!("{num_queries} x {num_keys} x {dim}, {case}, {aggregation:?}");
-                // Farther out a rounded direction is a longer way off.
+                // Farther out, a rounded direction is a larger distance.
                 let tolerance = if case >= 5 { 10.0 * tolerance } else { tolerance };
                 assert_close_in_size(&what, tolerance, 1e-300, &out, &expected);
                 assert_close_in_size(&what, tolerance, 1e-300, &grads.query, &expected_grads.query);
@@ -329,7 +329,7 @@ fn isometries_move_the_means_and_leave_the_weights() {
                 [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
             assert_close_in_size(&what, 1e-11, 0.0, &moved_out, &moved(&out, by, c));
         }
-        // Which the tangent space at the origin knows nothing of.
+        // The tangent space at the origin is not invariant.
         let config = PoincareConfig::new().curvature(c).aggregation(Aggregation::TangentAtOrigin);
         let poincare = config.init::<f64>().unwrap();
         let [out, moved_out] = [&inputs, &other].map(|inputs| poincare.forward(inputs).unwrap());
@@ -431,7 +431,7 @@ fn points_outside_are_errors_that_name_them() {
     assert!(out.iter().all(|x| x.is_finite()));
 }
 
-/// The mechanisms in tangent coordinates, and how far from the center their points may be.
+/// Returns the mechanisms in tangent coordinates, and the largest distance of their points from the center.
 fn of_tangents(c: f64) -> [(PoincareConfig, f64); 4] {
     let config = PoincareConfig::new().curvature(c).coordinates(Coordinates::Tangent);
     let config = config.learn_curvature(true).learn_temperature(true);
@@ -465,7 +465,7 @@ fn every_finite_tangent_vector_is_a_point<F: Float>() {
                 (far(num_queries, &mut seed), far(6, &mut seed), far(6, &mut seed));
             let mut value = value;
             if lengths[0] == huge {
-                // Longer than any number.
+                // The length overflows.
                 value.fill(F::max_value());
             }
             let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
@@ -525,7 +525,7 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
         let (out, past) = run(4.0 * longest);
         let what = format!("{largest}");
         if largest < 100.0 {
-            // So far out, a place of the coordinates of the ball is much of the distance.
+            // Farther out, the last place of ball coordinates is a large part of the distance.
             let (same, quarter) = run(16.0 * longest);
             assert_eq!(out, same, "{what}");
             for row in [0, 3] {
@@ -569,7 +569,7 @@ fn a_vector_past_the_largest_distance_stands_for_a_shorter_one() {
     }
 }
 
-/// Of one value the mean is the value, and the gradient goes through unchanged.
+/// Checks that the mean of one value is the value, and that its gradient is passed on unchanged.
 fn one_value<F: Float>(radii: &[f64], tolerance: f64) {
     let mut seed = 77;
     for &radius in radii {
@@ -593,7 +593,7 @@ fn the_mean_of_one_value_is_the_value() {
     one_value::<f64>(&[0.1, 4.0, 7.9, 8.1, 10.0, 16.0, 20.0, 33.0, 39.0, 100.0, 349.0], 1e-9);
 }
 
-/// By plain gradient descent, from where c grows fast: no step is refused.
+/// Plain gradient descent, starting where c grows fast: no step is refused.
 #[test]
 fn the_curvature_can_be_learned_in_f32() {
     let mut seed = 41;
@@ -649,7 +649,7 @@ fn bad_options_and_states_are_refused() {
     let error = tangent.backward(&inputs, &saved, out.view()).unwrap_err();
     assert!(error.to_string().contains("Tangent"), "{error}");
 
-    // A value of another size has no place in the tangent space of a query.
+    // A value with another number of columns is not in the tangent space of a query.
     let value = array![[0.1], [0.2]];
     let inputs = Inputs::dense(x.view(), x.view(), value.view()).unwrap();
     let at_query = PoincareConfig::new().aggregation(Aggregation::TangentAtQuery);
@@ -657,7 +657,7 @@ fn bad_options_and_states_are_refused() {
     let expected = Error::Shape { what: "value".into(), expected: vec![2, 2], actual: vec![2, 1] };
     assert_eq!(error, expected);
 
-    // What a step of an optimiser has made of a parameter.
+    // A parameter after a bad step of an optimiser.
     let mut learned = PoincareConfig::new().learn_curvature(true).init::<f64>().unwrap();
     learned.visit_params_mut(&mut |_, mut raw| raw.fill(-1e4));
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
@@ -684,7 +684,7 @@ fn learned_values_start_where_they_are_told() {
     assert_eq!(names, ["raw_curvature", "raw_temperature"]);
 }
 
-/// Points of every awkward kind.
+/// Returns points of every difficult kind.
 fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
     let mut x = Array2::<F>::zeros((rows, dim));
     for at in 0..rows {
@@ -698,7 +698,7 @@ fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
         };
         let kind = (noise(seed) * 3.0 + 3.0) as usize;
         let mut row: Vec<f64> = match kind {
-            // Equal to an earlier one, opposite to it, or on one line with it.
+            // Equal or opposite to an earlier point, or collinear with it.
             0..=2 if at > 0 => {
                 let factor = [1.0, -1.0, 0.5][kind];
                 x.row(at / 2).iter().map(|x| factor * x.as_f64()).collect()
@@ -710,7 +710,7 @@ fn awkward<F: Float>(rows: usize, dim: usize, seed: &mut u64) -> Array2<F> {
                 row.iter().map(|x| x * norm / length).collect()
             }
         };
-        // Rounding may have put it outside, by less than a sum of squares in f64 can tell.
+        // Rounding may have moved it outside, by less than a sum of squares in f64 can show.
         let is_outside = |row: &[f64]| {
             let row: Vec<F> = row.iter().map(|&x| F::from_f64(x)).collect();
             conformal_factor(&row, F::one()).is_err()
@@ -746,8 +746,8 @@ fn everything_inside_is_finite<F: Float>(sets: usize, seed: &mut u64) {
     }
 }
 
-/// The means that are formed pair by pair compute with points of the ball, which may round to the
-/// boundary there: an error then, but never a number that is none.
+/// The means that are computed pair by pair use points of the ball, which may round to the boundary: this
+/// gives an error, but never NaN or infinity.
 #[test]
 fn means_formed_pair_by_pair_are_finite_or_errors() {
     let mut seed = 12;

@@ -1,4 +1,4 @@
-//! The Poincaré ball: its laws, its gradients, and mpmath's answers.
+//! The Poincaré ball: laws, gradients, and comparison with mpmath.
 
 mod common;
 
@@ -21,8 +21,8 @@ type Vectors<F> = Vec<Vec<F>>;
 type Forward<F> = fn(&[Vec<F>], F) -> Result<Vec<F>>;
 type Vjp<F> = fn(&[Vec<F>], F, &[F]) -> Result<Vectors<F>>;
 
-/// One function of the module: from its arrays and c to its result, and its vector–Jacobian product,
-/// from the gradient of the result to those of the arrays and, last, of c.
+/// A function of the module: it maps arrays and c to the result, and its vector–Jacobian product maps the
+/// gradient of the result to the gradients of the arrays and, last, of c.
 struct Function<F> {
     name: &'static str,
     forward: Forward<F>,
@@ -33,12 +33,12 @@ fn zeros<F: Float>(vectors: &[Vec<F>]) -> Vectors<F> {
     vectors.iter().map(|vector| vec![F::zero(); vector.len()]).collect()
 }
 
-/// The rows of a matrix, one after another, as a matrix.
+/// Views row-major data as a matrix.
 fn matrix<F>(data: &[F], rows: usize) -> ArrayView2<'_, F> {
     ArrayView2::from_shape((rows, data.len() / rows), data).unwrap()
 }
 
-/// The margin of every projection here.
+/// The margin of all projections in these tests.
 const MARGIN: f64 = 0.0625;
 
 /// A function of two vectors with a vector as its result.
@@ -222,7 +222,7 @@ fn functions<F: Float>() -> Vec<Function<F>> {
     ]
 }
 
-/// A random direction.
+/// Draws a random direction.
 fn unit(rng: &mut Xoshiro256PlusPlus, n: usize) -> Vec<f64> {
     loop {
         let x: Vec<f64> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
@@ -237,13 +237,13 @@ fn norm(x: &[f64]) -> f64 {
     x.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// A random point of the ball, at most `reach` of the way to the boundary; any vector at c = 0.
+/// Draws a point of the ball, at most `reach` of the way to the boundary; any vector if c = 0.
 fn point(rng: &mut Xoshiro256PlusPlus, n: usize, c: f64, reach: f64) -> Vec<f64> {
     let length = reach * rng.random_range(0.0..1.0) / c.sqrt().max(0.5);
     unit(rng, n).into_iter().map(|x| x * length).collect()
 }
 
-/// Arguments of a function, drawn at random, none near the boundary.
+/// Draws arguments of a function, none near the boundary.
 fn arguments(rng: &mut Xoshiro256PlusPlus, name: &str, n: usize, c: f64) -> Vectors<f64> {
     match name {
         "conformal_factor" | "log_map_origin" | "to_klein" | "from_klein" | "to_lorentz" => {
@@ -319,7 +319,7 @@ fn vector_jacobian_products_are_the_slopes() {
     }
 }
 
-/// What has a point of the ball as its result; of Klein's ball, and projections to a ball inside.
+/// The functions whose result is a point of the ball, of Klein's ball, or of a smaller ball.
 const POINTS: [&str; 11] = [
     "mobius_add",
     "exp_map",
@@ -334,7 +334,7 @@ const POINTS: [&str; 11] = [
     "project",
 ];
 
-/// Past the last point that there is in a direction, the result is as near as a point can be.
+/// Beyond the last representable point in a direction, the result is the nearest possible point.
 #[test]
 fn results_past_the_last_point_are_inside() {
     let end = call("exp_map", &[vec![0.9, 0.0], vec![1e3, 1.0]], 1.0);
@@ -356,7 +356,7 @@ fn results_past_the_last_point_are_inside() {
             }
         }
     }
-    // The last points on two sides, and of Klein's ball.
+    // The last points on two sides, also of Klein's ball.
     let last = 1.0_f64.next_down();
     for name in ["mobius_add", "to_klein", "from_lorentz"] {
         let a = match name {
@@ -368,7 +368,7 @@ fn results_past_the_last_point_are_inside() {
     }
 }
 
-/// By trial of all points around: in the plane hardly any is nearer to the true result.
+/// Tries all points around: in the plane hardly any is nearer to the true result.
 #[test]
 fn results_past_the_last_point_are_the_nearest_inside() {
     let mut rng = rng(47);
@@ -434,7 +434,7 @@ fn float_norm<F: Float>(x: impl IntoIterator<Item = F>) -> f64 {
     }
 }
 
-/// The error of an answer, NaN if some of it is, and the norm of the right one.
+/// Returns the error, NaN if a number is not finite, and the norm of the expected result.
 fn error<F: Float>(actual: &[F], expected: &Value) -> (f64, f64) {
     let expected: Vec<f64> = numbers(expected);
     assert_eq!(actual.len(), expected.len());
@@ -444,7 +444,7 @@ fn error<F: Float>(actual: &[F], expected: &Value) -> (f64, f64) {
     (error, float_norm(expected))
 }
 
-/// Answers of every function against those of mpmath: how many.
+/// Compares every function with mpmath. Returns the number of comparisons.
 fn answers_of_mpmath<F: Float>(kind: &str, ordinary: f64) -> usize {
     let golden: Value = serde_json::from_str(include_str!("golden/poincare.json")).unwrap();
     let (functions, epsilon) = (functions::<F>(), F::epsilon().as_f64());
@@ -477,12 +477,12 @@ fn answers_of_mpmath<F: Float>(kind: &str, ordinary: f64) -> usize {
                 condition => condition.as_f64().unwrap(),
             };
             let (error, size) = error(&actual, expected);
-            // What `f32` cannot hold is no error.
+            // Underflow is not an error.
             let error = if error < F::min_positive_value().as_f64() { 0.0 } else { error };
             let unit = epsilon * size + f64::EPSILON * condition;
             assert!(error <= K * unit, "{what}: {error:e} of {size:e}, condition {condition:e}");
             note(format!("{class}, in units of rounding and condition"), error / unit.max(1e-300));
-            // The distance of points near each other knows their difference exactly.
+            // For points close together the difference is exact.
             let exact = class == "ordinary" || (class == "gap" && name == "distance" && k < 3);
             let exact = exact || (class == "gap" && name == "log_map" && k == 0);
             // And 1 − c|x|² is exact for the point as given, whatever the condition.
@@ -500,8 +500,8 @@ fn answers_of_mpmath<F: Float>(kind: &str, ordinary: f64) -> usize {
     count
 }
 
-/// How many units in the last place of the result, and of every argument in turn, an answer may be
-/// off; measured: 4.1.
+/// The allowed error, in units in the last place of the result and of every argument in turn; measured:
+/// 4.1.
 const K: f64 = 8.0;
 
 #[test]
@@ -510,7 +510,7 @@ fn answers_are_those_of_mpmath() {
     assert!(answers_of_mpmath::<f32>("f32", 5e-7) > 100);
 }
 
-/// A function by its name, on vectors that it must accept.
+/// Calls a function by name, on vectors that it must accept.
 fn call(name: &str, a: &[Vec<f64>], c: f64) -> Vec<f64> {
     let function = functions::<f64>().into_iter().find(|function| function.name == name).unwrap();
     (function.forward)(a, c).unwrap()
@@ -524,7 +524,7 @@ fn minus(x: &[f64]) -> Vec<f64> {
 /// least 0.19.
 const LAW: f64 = 1e-12;
 
-/// [`close_in_length`], as a law that a case of `proptest` may break.
+/// [`close_in_length`] with the error type of `proptest`.
 fn close(
     what: &str,
     tolerance: f64,
@@ -534,7 +534,7 @@ fn close(
     close_in_length(what, tolerance, actual, expected).map_err(TestCaseError::fail)
 }
 
-/// A number of columns and a curvature.
+/// Generates a number of columns and a curvature.
 fn balls(curvatures: &'static [f64]) -> impl Strategy<Value = (usize, f64)> {
     (select(&[1, 2, 3, 7][..]), select(curvatures))
 }
@@ -561,7 +561,7 @@ proptest! {
 
         let length = of("distance", &[&x, &y]);
         let moved = [&x, &y].map(|x| of("mobius_add", &[&a, x]));
-        // Both may be far out, where d loses digits to the rounding of the points.
+        // Both may be far out, and rounding of the points then loses digits of d.
         let far = 1e-10;
         close("isometry", far, &of("distance", &[&moved[0], &moved[1]]), &length)?;
 
@@ -609,13 +609,13 @@ proptest! {
     }
 }
 
-/// Between points at opposite ends of the ball, where the logarithm's direction is coarse.
+/// Geodesics between opposite ends of the ball, for which the logarithm's direction is coarse.
 #[test]
 fn geodesics_across_the_ball() {
     for gap in [1e-6, 1e-10, 1e-14] {
         let far = 1.0 - gap;
         let (x, y) = (vec![far * 0.6, far * 0.8], vec![-far * 0.6, far * 0.8]);
-        // Half-way is on the axis of symmetry, at the distance that Pythagoras' theorem gives.
+        // The midpoint is on the axis of symmetry; its distance follows from Pythagoras' theorem.
         let half = call("geodesic", &[x.clone(), y.clone(), vec![0.5]], 1.0);
         let square = 0.64 * far * far;
         let height =
@@ -782,18 +782,18 @@ fn bad_input() {
             let refused = (function.vjp)(&a, 1.0, &g[1..]);
             assert!(matches!(refused, Err(Error::Shape { .. })), "{name}");
         }
-        // Any NaN is handed on, in every argument in turn.
+        // NaN is propagated, from every argument in turn.
         for k in 0..a.len() {
             let mut a = a.clone();
             a[k][0] = f64::NAN;
             let out = (function.forward)(&a, 1.0).unwrap();
             assert!(out.iter().any(|out| out.is_nan()), "{name}");
             let grads = (function.vjp)(&a, 1.0, &g).unwrap();
-            // Of what is not seen to be outside, the projection is the identity.
+            // The projection is the identity unless a point is known to be outside.
             let identity = name == "project";
             assert!(identity || grads.concat().iter().any(|grad| grad.is_nan()), "{name}");
         }
-        // Every argument that is a point, outside and on the boundary.
+        // Each argument that must be a point, outside and on the boundary.
         let points: &[(usize, &'static str)] = match name {
             "conformal_factor" | "to_klein" | "to_lorentz" | "exp_map" => &[(0, "x")],
             "log_map_origin" => &[(0, "y")],
@@ -860,7 +860,7 @@ fn bad_input() {
     }
 }
 
-/// A point of a kind that formulas break at.
+/// Draws a point for which naive formulas break.
 fn hard_point<F: Float>(
     rng: &mut Xoshiro256PlusPlus,
     n: usize,
@@ -878,7 +878,7 @@ fn hard_point<F: Float>(
         (1, Some(x)) => times(x, -1.0),
         (2, Some(x)) => times(x, rng.random_range(-1.0..1.0)),
         (3, Some(x)) => {
-            // Apart in the last place of one coordinate.
+            // Differs in the last place of one coordinate.
             let mut x = x.clone();
             x[0] *= F::one() + F::epsilon();
             x
@@ -902,8 +902,8 @@ fn hard_point<F: Float>(
     if inside(&chosen) { chosen } else { scaled(&direction, 0.5 * radius) }
 }
 
-/// Arguments of all functions at [`hard_point`]s: every value and gradient must be finite. Returns
-/// the number of calls.
+/// Calls all functions at [`hard_point`]s: every value and gradient must be finite. Returns the number
+/// of calls.
 fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
     let mut rng = rng(seed);
     let functions = functions::<F>();
@@ -961,7 +961,7 @@ fn all_finite<F: Float>(seed: u64, rounds: usize) -> usize {
             };
             count += 1;
             let out = match (function.forward)(&a, c) {
-                // On the hyperboloid a point of the last ulps is rounded off it.
+                // Within the last ulps a point of the hyperboloid is rounded off it.
                 Err(Error::Domain { what, .. }) if what == "point" => {
                     refused += 1;
                     continue;

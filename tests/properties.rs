@@ -21,7 +21,7 @@ fn edges(graph: &Graph) -> Vec<(usize, usize)> {
     edges.into_iter().map(|(_, edge)| edge).collect()
 }
 
-/// The shortest distance of every pair of nodes, more than n where there is no way.
+/// Returns the shortest distance of every pair of nodes; more than n if there is no path.
 fn floyd_warshall(n: usize, edges: &[(usize, usize)]) -> Array2<usize> {
     let mut distance = Array2::from_elem((n, n), usize::MAX / 2);
     edges.iter().for_each(|&edge| distance[edge] = 1);
@@ -33,7 +33,7 @@ fn floyd_warshall(n: usize, edges: &[(usize, usize)]) -> Array2<usize> {
     distance
 }
 
-/// Equal infinities, of parts that are empty, count as close.
+/// Equal infinities, from empty parts, count as close.
 fn close_partials(a: &Partial<f64>, b: &Partial<f64>) -> bool {
     relative_eq!(a.out(), b.out(), epsilon = 1e-13, max_relative = 0.0)
         && relative_eq!(a.log_sum_exp(), b.log_sum_exp(), epsilon = 1e-13, max_relative = 0.0)
@@ -48,7 +48,7 @@ proptest! {
         let flipped: Vec<_> = list.iter().map(|&(query, key)| (key, query)).collect();
         prop_assert_eq!(edges(graph.transpose()), flipped);
 
-        // The rows as they are stored, in which edges are numbered by slot.
+        // The rows as stored, with edges numbered by slot.
         let (offsets, indices) = (graph.offsets().to_vec(), graph.indices().to_vec());
         let stored = Graph::from_csr(num_keys, offsets, indices).unwrap();
         for query in 0..num_queries {
@@ -179,7 +179,7 @@ proptest! {
         mut cuts in vec(0..=11usize, 0..5),
         offset in -1e3..1e3f64,
     ) {
-        // A common offset of the logits, which the softmax does not see but a sum of exponentials does.
+        // A common offset of the logits does not change the softmax, but does change the sum of exponentials.
         let logits = Array2::from_elem((3, 11), offset);
         let over = |keys: std::ops::Range<usize>| {
             let (k, v) = (key.slice(s![keys.clone(), ..]), value.slice(s![keys.clone(), ..]));
@@ -254,7 +254,7 @@ fn rows_at_the_edges_of_the_numbers() -> Result<(), Error> {
         Ok::<_, Error>((out, grads))
     };
     for attention in [&ScaledDotProduct::new() as &dyn Attention<f64>, &Flash::new()] {
-        // No logit above −∞: nothing is attended to, whatever the values, and nothing flows back,
+        // No logit above −∞: the query attends to nothing, for any values, and no gradient flows back,
         // not even 0 · ∞ from the query.
         let (out, grads) = run(attention, f64::NEG_INFINITY)?;
         assert_eq!(out, array![[0.0, 0.0]]);
@@ -268,7 +268,7 @@ fn rows_at_the_edges_of_the_numbers() -> Result<(), Error> {
         // An infinite value is attended to, and stays in its column.
         let (out, _) = run(attention, 0.0)?;
         assert_eq!(out, array![[2.0, f64::INFINITY]]);
-        // Logits far beyond what an exponential holds.
+        // Logits whose exponentials would overflow.
         assert_eq!(run(attention, 1e300)?.0, array![[2.0, f64::INFINITY]]);
     }
     Ok(())
@@ -283,14 +283,14 @@ fn parts_that_are_nan_or_empty() -> Result<(), Error> {
         assert!(a.clone().merge(&b)?.out()[[0, 0]].is_nan());
         assert!(b.merge(&a)?.out()[[0, 0]].is_nan());
     }
-    // What an empty part holds is not looked at, not even multiplied by zero.
+    // The numbers of an empty part are not read, not even multiplied by zero.
     let (seen, empty) = (part(1.0, 0.5)?, part(nan, f64::NEG_INFINITY)?);
     assert_eq!(seen.clone().merge(&empty)?, seen);
     assert_eq!(empty.merge(&seen)?, seen);
     Ok(())
 }
 
-/// A query of 40,000 keys and a key of 20,000 queries, among many of a few.
+/// A query with 40,000 keys and a key with 20,000 queries, among many with a few.
 #[test]
 fn a_row_longer_than_any_part_is_like_the_others() -> Result<(), Error> {
     let n = 40_000;

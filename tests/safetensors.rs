@@ -1,4 +1,4 @@
-//! Parameters through safetensors files: the same bits come back, and a bad file is refused whole.
+//! Saving and loading of safetensors files: bits are preserved, and a bad file changes nothing.
 #![cfg(feature = "safetensors")]
 
 mod common;
@@ -10,7 +10,7 @@ use graph_attention::{Error, Flash, Float, MultiHeadConfig, Params, Result, para
 use std::fmt::Write;
 use std::path::PathBuf;
 
-/// Any arrays under any names.
+/// Generates arrays with any names.
 #[derive(Clone)]
 struct Bag<F>(Vec<(String, ArrayD<F>)>);
 
@@ -30,12 +30,12 @@ fn bag<F: Float>(params: &[(&str, &[usize], &[F])]) -> Bag<F> {
     Bag(params.iter().map(param).collect())
 }
 
-/// A file as the format's specification has it: the header's length, the header, the data.
+/// Builds a file as in the specification of the format: the length of the header, the header, the data.
 fn assemble(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
-/// The names, shapes and bits of a state; all NaNs are one.
+/// Returns the names, shapes and bits of a state; all NaNs are equal.
 fn bits<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Vec<usize>, Vec<u64>)> {
     let bits = |x: &F| if x.is_nan() { u64::MAX } else { x.as_f64().to_bits() };
     params::state(params)
@@ -50,7 +50,7 @@ fn temporary(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()))
 }
 
-/// The message of a file that is refused, by the rules of [`Error::File`].
+/// Returns the message for a refused file, and checks the rules of [`Error::File`].
 #[track_caller]
 fn refusal<T>(result: Result<T>) -> String {
     match result {
@@ -70,7 +70,7 @@ fn mechanisms_come_back<F: Float>(precision: &str) -> Result<()> {
         assert_eq!(bits(&loaded), bits(&saved));
 
         let path = temporary(&format!("{precision}-{index}"));
-        // A longer file from before leaves nothing behind.
+        // Nothing is left of an earlier, longer file.
         std::fs::write(&path, vec![7; bytes.len() + 100]).unwrap();
         safetensors::save(&*saved, &path)?;
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
@@ -193,7 +193,7 @@ fn a_file_by_the_specification_is_read() -> Result<()> {
     let message = refusal(read(""));
     assert!(message.contains("tensor flags: expected F64, F32") && message.contains("got BOOL"));
 
-    // And what is written is by the specification.
+    // The written file follows the specification.
     let written = safetensors::to_bytes(&bag(&[("b", &[2, 2], &[1f32, 2.0, 3.0, -2.0])]))?;
     let header = r#"{"b":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#;
     let padded = header.len().next_multiple_of(8);
@@ -205,7 +205,7 @@ fn a_file_by_the_specification_is_read() -> Result<()> {
 fn a_file_from_python_is_read() -> Result<()> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/pyg_gat.safetensors");
     let read = |prefix| safetensors::read::<f64>(path, prefix);
-    // Parameters and inputs are thousandths, which nothing but the right bytes gives.
+    // Parameters and inputs are thousandths, so wrong bytes cannot go unnoticed.
     let thousandths = |value: &ArrayD<f64>| {
         value.iter().all(|x| x.abs() < 5.0 && ((x * 1e3).round() - x * 1e3).abs() < 1e-3)
     };
@@ -244,7 +244,7 @@ fn mechanisms_are_taken_out_of_a_model() -> Result<()> {
         assert_eq!(bits::<f32>(&loaded), bits(layer));
     }
     assert_eq!(safetensors::read::<f32>(&path, "")?.len(), model.len());
-    // The whole file is not one mechanism's.
+    // The whole file has more than one mechanism.
     let whole = safetensors::load(&mut layers[0].clone(), &path);
     assert!(matches!(whole, Err(Error::UnknownParam { .. })));
     std::fs::remove_file(path).unwrap();
@@ -296,7 +296,7 @@ fn parameters_without_a_place_in_a_file_are_refused() {
     assert!(!path.exists());
 }
 
-/// A parameter and a buffer, under names to choose.
+/// A mechanism's parameter and buffer with the given names.
 struct Pair(&'static str, &'static str);
 
 impl Params<f64> for Pair {
@@ -365,7 +365,7 @@ fn no_flipped_byte_of_the_header_panics() -> Result<()> {
         for flip in 1..=u8::MAX {
             let mut bytes = bytes.clone();
             bytes[at] ^= flip;
-            // White space becomes other white space, and some numbers say the same.
+            // Changed white space, and some changed numbers, mean the same.
             if safetensors::from_bytes(&mut params, &bytes).is_err() {
                 assert_eq!(params.0, before, "byte {at} flipped by {flip}");
             } else {
@@ -419,7 +419,7 @@ fn impossible_headers_are_refused() {
         tensor("F32", "[2]", "[0,4]"),
         tensor("F31", "[1]", "[0,4]"),
         tensor("F4", "[1]", "[0,1]"),
-        // No elements, but the lengths beside the 0 multiply to more than any array may have.
+        // No elements, but the product of the other lengths is more than an array may have.
         tensor("F64", "[0,4611686018427387904,4]", "[0,0]"),
         many,
     ];
@@ -443,7 +443,7 @@ fn impossible_headers_are_refused() {
 
 #[test]
 fn memory_is_in_proportion_to_the_file() -> Result<()> {
-    // What takes the most: shapes of many zeros, and many tensors of nothing.
+    // The most expensive files: shapes of many zeros, and many empty tensors.
     let zeros = format!(
         r#"{{"a":{{"dtype":"F32","shape":[0{}],"data_offsets":[0,0]}}}}"#,
         ",0".repeat(100_000)
@@ -463,7 +463,7 @@ fn memory_is_in_proportion_to_the_file() -> Result<()> {
         assert!(allocations.bytes_max < 64 * bytes.len() as u64, "{allocations:?}");
     }
 
-    // Reading a large tensor takes the tensor.
+    // Reading a large tensor takes the memory of the tensor.
     let saved = bag(&[("a", &[100_000], &vec![1f64; 100_000])]);
     let bytes = safetensors::to_bytes(&saved)?;
     let mut result = Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! Configurations, graphs and parameters through serde: the same comes back, and what is not valid is
+//! Serialisation of configurations, graphs and parameters: values are restored, and invalid ones are
 //! refused.
 #![cfg(feature = "serde")]
 
@@ -46,7 +46,7 @@ fn refusal<T: DeserializeOwned>(json: &str) -> String {
     }
 }
 
-/// The same value comes back; a field more is refused, and so is one less, unless it is none.
+/// Checks that a value is restored, and that an extra or missing field is refused, unless it is `None`.
 #[track_caller]
 fn comes_back<T: Serialize + DeserializeOwned + PartialEq + Debug>(value: &T) {
     assert_eq!(&serde_json::from_str::<T>(&to_json(value)).unwrap(), value);
@@ -153,7 +153,7 @@ fn globals_are_put_in_order() {
     assert_eq!(window, Window::new(1).globals(&[0, 2, 9]));
 }
 
-/// The error of a configuration of which one field has been changed.
+/// Returns the error for a configuration with one field changed.
 fn changed<C: Serialize + DeserializeOwned, T>(
     config: &C,
     field: &str,
@@ -247,7 +247,7 @@ fn not_a_number_is_refused() {
     let json = to_json(&MoeConfig::new(6, 1)).replace("\"k\":1", "\"k\":-1");
     assert!(refusal::<MoeConfig>(&json).contains("`-1`, expected usize"));
 
-    // Other formats have it.
+    // Other formats have infinity.
     let epsilon = MapDeserializer::new([("epsilon", f64::NAN)].into_iter());
     let relu = MapDeserializer::<_, serde::de::value::Error>::new([("Relu", epsilon)].into_iter());
     let features = Features::deserialize(MapAccessDeserializer::new(relu)).unwrap();
@@ -293,7 +293,7 @@ fn graphs_come_back_with_their_edge_order() -> Result<()> {
 #[test]
 fn a_graph_is_written_as_its_slices() -> Result<()> {
     let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0)])?;
-    // Whether the transpose has been computed makes no difference.
+    // A computed transpose makes no difference.
     let _ = graph.transpose();
     let json = r#"{"num_keys":3,"offsets":[0,1,3],"indices":[1,2,0],"edge_ids":[1,0,2]}"#;
     assert_eq!(to_json(&graph), json);
@@ -314,7 +314,7 @@ fn corrupt_graphs_are_refused() {
     });
     from_json::<Graph>(&good);
     let large = u64::from(u32::MAX) + 1;
-    // Errors of our own, whole, and serde's.
+    // The crate's errors, complete, and serde's.
     for (field, value, expected) in [
         ("num_keys", json!(2), "graph: indices[1]: expected a key below 2, got 2"),
         ("num_keys", json!(large), "graph: num_keys: expected at most 4294967295, got 4294967296"),
@@ -408,7 +408,7 @@ fn reading_a_graph_takes_no_more_memory_than_what_is_read() {
     assert!(allocations.bytes_max < 4 * rows.len() as u64, "{allocations:?}");
 }
 
-/// The names, shapes and bits of a state.
+/// Returns the names, shapes and bits of a state.
 fn bits<F: Float>(state: &[(String, ArrayD<F>)]) -> Vec<(String, Vec<usize>, Vec<u64>)> {
     let bits = |value: &ArrayD<F>| value.iter().map(|x| x.as_f64().to_bits()).collect();
     let entry =
@@ -447,7 +447,7 @@ fn parameters_come_back_as_the_same_bits() -> Result<()> {
     parameters_come_back::<f64>()
 }
 
-/// One array under one name.
+/// Returns one array with its name.
 struct One<F>(ArrayD<F>);
 
 impl<F: Float> Params<F> for One<F> {

@@ -1,4 +1,4 @@
-//! The checks of `testing` have teeth: for every law a mechanism with the fault it is there for.
+//! Tests of the checks in `testing`: for every law there is a faulty mechanism that it must catch.
 
 use graph_attention::ndarray::{
     Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2,
@@ -15,23 +15,23 @@ use std::sync::atomic::{AtomicU32, Ordering};
 type In<'a> = Inputs<'a, f64>;
 type Out = Array2<f64>;
 
-/// The one step in which a mechanism differs from the right one inside.
+/// The one step in which a mechanism differs from the correct one inside.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     Nothing,
     Refuses(&'static [Channel]),
-    /// Errors that begin so do not come out.
+    /// It hides errors that begin with this text.
     Hides(&'static str),
-    /// In the forward (`true`) or backward pass.
+    /// It fails in the forward (`true`) or backward pass.
     Fails(bool),
-    /// The channels that it looks at.
+    /// It reads these inputs instead.
     Sees(for<'a> fn(&In<'a>) -> Result<In<'a>>),
-    /// The query, key and value that it computes with.
+    /// It changes the query, key and value that it computes with.
     Reads(fn(&In<'_>, [&mut Out; 3])),
-    /// The answer, given what was in the output before.
+    /// It changes the output, given the previous contents.
     Computes(fn(&In<'_>, &Out, &mut Out)),
     TrainsOtherwise,
-    /// What it does to the gradients beside adding to them, given grad_out.
+    /// It also changes the gradients, given grad_out.
     Adds(fn(&In<'_>, ArrayView2<'_, f64>, &mut GradientsMut<'_, f64>)),
     NeedsEveryGradient,
     Weighs(fn(&In<'_>, &mut Out)),
@@ -47,7 +47,7 @@ enum Fault {
 
 use Fault::*;
 
-/// A right mechanism with a fault.
+/// A correct mechanism with a fault.
 #[derive(Debug)]
 struct Wrong<A>(Fault, A);
 
@@ -59,7 +59,7 @@ impl<A> Wrong<A> {
         }
     }
 
-    /// The query, key and value that it computes with.
+    /// Returns the query, key and value that it computes with.
     fn read(&self, inputs: &In<'_>) -> [Out; 3] {
         let mut arrays = [inputs.query(), inputs.key(), inputs.value()].map(|x| x.to_owned());
         if let Reads(change) = self.0 {
@@ -73,7 +73,7 @@ impl<A> Wrong<A> {
     }
 }
 
-/// Numbers that nobody owns.
+/// Returns leaked numbers.
 fn two_more() -> ArrayViewMut1<'static, f64> {
     ArrayViewMut1::from(&mut Box::leak(Box::new([0.0; 2]))[..])
 }
@@ -191,7 +191,7 @@ fn rng() -> Xoshiro256PlusPlus {
     Xoshiro256PlusPlus::seed_from_u64(1)
 }
 
-/// A small number, another one each time.
+/// Returns a small number, different in each call.
 fn drift() -> f64 {
     static CALLS: AtomicU32 = AtomicU32::new(0);
     1e-9 * f64::from(CALLS.fetch_add(1, Ordering::Relaxed))
@@ -213,7 +213,7 @@ fn fill_empty_rows(x: &In<'_>, out: &mut Out) {
     empty_rows(x).for_each(|query| out.row_mut(query).fill(1.0));
 }
 
-/// The sum of the rows of grad_out that see no key.
+/// Returns the sum of the rows of grad_out whose queries see no key.
 fn leak(x: &In<'_>, grad_out: ArrayView2<'_, f64>) -> f64 {
     empty_rows(x).map(|query| grad_out.row(query).sum()).sum()
 }
@@ -235,7 +235,7 @@ fn nan_to_zero(array: &mut Out) {
     array.mapv_inplace(|entry| if entry.is_nan() { 0.0 } else { entry });
 }
 
-/// In the order of memory, not of rows and columns.
+/// Reads values in memory order instead of row-major order.
 fn read_memory(x: &In<'_>, [_, _, value]: [&mut Out; 3]) {
     let data = x.value().to_slice_memory_order().into_iter().flatten();
     value.iter_mut().zip(data).for_each(|(value, &data)| *value = data);
@@ -258,7 +258,7 @@ fn weights_by_row(x: &In<'_>, weights: &mut Out) {
     }
 }
 
-/// A thousand times farther from the mean of their row: the sum stays.
+/// Moves weights a thousand times farther from the mean of their row, which keeps the sum.
 fn spread_weights(x: &In<'_>, weights: &mut Out) {
     for pair in (0..x.num_queries()).flat_map(|query| x.row(query)) {
         let mean = 1.0 / x.row(pair.query).count() as f64;
@@ -272,7 +272,7 @@ fn weigh_hidden_pairs(x: &In<'_>, weights: &mut Out) {
 }
 
 fn read_values_in_empty_rows(x: &In<'_>, _: &Out, out: &mut Out) {
-    // Where somebody sees every key, so that the laws about unseen keys do not see this.
+    // Only if some query sees every key, so that the laws about unseen keys do not catch this.
     let sees_all = x.num_queries() > x.num_keys();
     if sees_all && x.value().first().is_some_and(|&value| value > 0.0) {
         fill_empty_rows(x, out);
@@ -293,12 +293,12 @@ fn adds_where_strided(_: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsM
     add(&mut grads.value, f64::from(u8::from(strided)));
 }
 
-/// Hidden keys times zero: harmless until a query that does not see them is NaN.
+/// Multiplies hidden keys by zero: harmless unless a query that does not see them is NaN.
 fn nan_query_leaks(x: &In<'_>, _: ArrayView2<'_, f64>, grads: &mut GradientsMut<'_, f64>) {
     add(&mut grads.key, 0.0 * x.query().sum());
 }
 
-/// Query heads that read the keys and values of the other group.
+/// Lets query heads read the keys and values of the other group.
 fn swap_groups(x: &In<'_>, [_, key, value]: [&mut Out; 3]) {
     if x.num_kv_heads() < x.num_heads() {
         for array in [key, value] {
@@ -309,7 +309,7 @@ fn swap_groups(x: &In<'_>, [_, key, value]: [&mut Out; 3]) {
     }
 }
 
-/// Faults, and how the law that each of them breaks begins.
+/// Faults, each with the first words of the law that it breaks.
 const FAULTS: &[(Fault, &str)] = &[
     (Refuses(&[Channel::Distances]), "accepts plain dense inputs or a plain graph"),
     (Fails(true), "forward succeeds"),
@@ -326,7 +326,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Reads(|_, [query, _, _]| number_rows(query)), "permuting the queries permutes the output"),
     (Sees(ignore_masks), "the same visible pairs as a graph"),
     (Weighs(weights_by_row), "weights follow the pair order"),
-    // Hidden data times zero instead of skipped.
+    // Hidden data is multiplied by zero instead of skipped.
     (Computes(|x, _, out| *out += 0.0 * x.key().sum()), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * x.value().sum()), "the data of hidden pairs"),
     (Computes(|x, _, out| *out += 0.0 * distances(x)), "the data of hidden pairs"),
@@ -385,7 +385,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Keeps(changing_name, "kept"), "parameters and buffers are visited in a fixed order"),
 ];
 
-/// Another name each time.
+/// Returns a different name in each call.
 fn changing_name() -> &'static str {
     static CALLS: AtomicU32 = AtomicU32::new(0);
     ["one", "other"][CALLS.fetch_add(1, Ordering::Relaxed) as usize % 2]
@@ -397,7 +397,7 @@ const NAME_FAULTS: &[(Fault, &str)] =
 
 #[test]
 fn every_law_is_broken_by_a_fault() {
-    // Small numbers, so that a value above 1/2 is one that the check has moved.
+    // Small numbers, so that a value above 1/2 must have been changed by the check.
     let shapes = Shapes::new(8, 4, 4).kv_heads(4, 2).scale(0.1);
     check_attention(&Wrong(Nothing, Flash::new()), &shapes).unwrap();
     for &(fault, law) in FAULTS {
@@ -417,7 +417,7 @@ fn every_law_is_broken_by_a_fault() {
 
 #[test]
 fn heads_may_share_queries_but_not_keys() {
-    // As a router does: every head takes the sum of all columns of its query into account.
+    // Like a router: every head uses the sum of all columns of its query.
     let routed = Reads(|_, [query, ..]| {
         let sums = query.sum_axis(Axis(1)).insert_axis(Axis(1));
         *query += &sums;
@@ -454,7 +454,7 @@ fn every_gradient_is_compared() {
     check_gradients(&mut right, &Shapes::new(2, 2, 2)).unwrap();
     assert_eq!(params::state(&right), params::state(&wrong(Nothing)), "not put back");
 
-    // Hardly wrong, or read forward and forgotten backward.
+    // Slightly wrong, or read in the forward pass and ignored in the backward pass.
     let faults: &[(Fault, &str)] = &[
         (Adds(|_, _, grads| add(&mut grads.query, 1e-5)), "query,"),
         (Adds(|_, _, grads| add(&mut grads.key, 1e-5)), "key,"),

@@ -1,4 +1,4 @@
-//! The same bits for any number of threads.
+//! Results have the same bits for any number of threads.
 #![cfg(feature = "parallel")]
 
 use graph_attention::ndarray::{Array1, Array2};
@@ -30,13 +30,13 @@ fn run(
 #[test]
 fn one_two_and_seven_threads_give_the_same_bits() {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
-    // Enough work to be shared.
+    // Enough work to be split between threads.
     let (n, columns) = (700, 32);
     let x = Array2::from_shape_simple_fn((n, columns), || StandardNormal.sample(&mut rng));
     let logits = Array2::from_shape_simple_fn((n, n), || rng.random_range(-1.0..1.0f32));
     let edges: Vec<_> =
         (0..300 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n))).collect();
-    // A query so busy that its row is cut, and a key.
+    // A query, and a key, with so many edges that their rows are split.
     let hubs = (0..60 * n).map(|at| (0, at % n)).chain((0..60 * n).map(|at| (at % n, 1)));
     let graph = Graph::from_edges(n, n, edges.into_iter().chain(hubs)).unwrap();
     let edge_logits = Array2::from_shape_fn((graph.num_edges(), 1), |(e, _)| (e % 7) as f32);

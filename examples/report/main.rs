@@ -33,12 +33,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     check(&report);
     let page = page::page(&report);
     for outside in ["src=", "href=", "url(", "@import", "<script"] {
-        assert!(!page.contains(outside), "the page needs nothing but itself");
+        assert!(!page.contains(outside), "the page is self-contained");
     }
 
     let of_flash = *report.find("flash").dense();
     println!(
-        "dense {}           forward, ms   of Flash's     training   of Flash's",
+        "dense {}           forward, ms      / Flash     training      / Flash",
         of_flash.size
     );
     for row in &report.rows {
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Checks the memory and errors on the page, which unlike times are the same on every run.
+/// Checks the memory and errors on the page; unlike times, they are the same on every run.
 fn check(report: &Report) {
     // The growth of the memory when n doubles.
     let growth = |name: &str| {
@@ -62,12 +62,12 @@ fn check(report: &Report) {
         let [before, last] = [costs[costs.len() - 2], costs[costs.len() - 1]];
         last.forward_memory / before.forward_memory
     };
-    assert!(growth("scaled_dot_product") > 3.0, "holds the weights");
-    assert!(growth("flash") < 2.5, "never holds the weights");
+    assert!(growth("scaled_dot_product") > 3.0, "it stores the weights");
+    assert!(growth("flash") < 2.5, "it does not store the weights");
     for row in &report.rows {
-        assert!(row.rounding < 1e-5, "{}: f32 is f64, rounded", row.mechanism.attention.name());
+        assert!(row.rounding < 1e-5, "{}: f32 agrees with f64", row.mechanism.attention.name());
     }
     for pair in report.approximations.windows(2).filter(|pair| pair[0].name == pair[1].name) {
-        assert!(pair[1].error < pair[0].error, "more features, or more keys, and less error");
+        assert!(pair[1].error < pair[0].error, "more features or more keys give a smaller error");
     }
 }

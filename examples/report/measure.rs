@@ -33,7 +33,7 @@ pub(crate) struct Row {
     pub(crate) rounding: f64,
 }
 
-/// An approximation of softmax attention over all pairs, and its savings.
+/// An approximation of softmax attention over all pairs, with its time and error.
 pub(crate) struct Approximation {
     pub(crate) name: &'static str,
     pub(crate) setting: String,
@@ -47,12 +47,12 @@ pub(crate) struct Report {
 }
 
 impl Row {
-    /// The largest dense inputs.
+    /// Returns the cost for the largest dense inputs.
     pub(crate) fn dense(&self) -> &Cost {
         &self.dense[self.dense.len() - 1]
     }
 
-    /// The largest graph.
+    /// Returns the cost for the largest graph.
     pub(crate) fn graph(&self) -> &Cost {
         &self.graph[self.graph.len() - 1]
     }
@@ -76,8 +76,8 @@ impl Report {
                 loads.iter().map(|load| cost(attention, load)).collect()
             };
             let (dense, graph, one_query) = (costs(&dense)?, costs(&graph)?, costs(&one_query)?);
-            // The same parameters, because they are drawn in the precision of the mechanism. Both use
-            // frequencies in f64; only their views are rounded.
+            // Give both precisions the same parameters: they are drawn in the precision of the mechanism.
+            // Both use frequencies in f64; only the views of them are rounded.
             let own = params::state(&wide.attention).into_iter();
             let state =
                 params::state(attention).into_iter().zip(own).map(|((name, value), own)| {

@@ -42,7 +42,7 @@ fn head(row: &Row) -> String {
     format!("<th scope='row'><i style='background:{color}'></i>{name}</th>")
 }
 
-/// The use of a mechanism, its cost relative to Flash, and remarks.
+/// Returns a row with the use of a mechanism, its cost relative to Flash, and its drawbacks.
 fn choose(row: &Row, report: &Report) -> String {
     let flash = report.find("flash");
     let ([dense, graph], [of_dense, of_graph]) =
@@ -55,7 +55,7 @@ fn choose(row: &Row, report: &Report) -> String {
         graph.training / of_graph.training,
     ];
     let (when, unless) = (row.mechanism.when, row.mechanism.unless);
-    let mut known = format!("not where {unless}");
+    let mut known = format!("not if {unless}");
     let found = report.approximations.iter().filter(|of| of.name == row.mechanism.attention.name());
     let errors: Vec<_> =
         found.map(|of| format!("{} at {}", figure(of.error), of.setting)).collect();
@@ -67,7 +67,7 @@ fn choose(row: &Row, report: &Report) -> String {
     format!("<tr>{head}<td>{when}</td>{ratios}<td class='known'>{known}</td></tr>")
 }
 
-/// The size from which on one mechanism is faster than the other.
+/// Describes from which size on a mechanism is faster than Flash.
 fn overtakes(costs: &[Cost], of_flash: &[Cost]) -> String {
     let pairs = costs.iter().zip(of_flash).rev();
     match pairs.take_while(|(cost, flash)| cost.forward < flash.forward).last() {
@@ -106,8 +106,8 @@ fn figures(report: &Report) -> String {
         ("Dense, training: ms", "keys and queries n", dense, |cost| cost.training),
         ("Dense, forward: peak MiB", "keys and queries n", dense, |cost| cost.forward_memory),
         ("Dense, training: peak MiB", "keys and queries n", dense, |cost| cost.training_memory),
-        ("Graph, 16 neighbours a node, forward: ms", "nodes", graph, |cost| cost.forward),
-        ("Graph, 16 neighbours a node, training: ms", "nodes", graph, |cost| cost.training),
+        ("Graph, 16 neighbours per node, forward: ms", "nodes", graph, |cost| cost.forward),
+        ("Graph, 16 neighbours per node, training: ms", "nodes", graph, |cost| cost.training),
         ("One query, forward: ms", "keys", one_query, |cost| cost.forward),
     ];
     let mut figures = String::new();
@@ -124,7 +124,7 @@ fn figures(report: &Report) -> String {
     }
     let n = report.find("flash").dense().size;
     let plot = plot("forward: ms", None, &errors(report));
-    let caption = format!("Relative error, {n} keys; m features, r keys to either side");
+    let caption = format!("Relative error, {n} keys; m features, r keys on either side");
     figures + &format!("<figure><figcaption>{caption}</figcaption>{plot}</figure>")
 }
 

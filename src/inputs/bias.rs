@@ -1,32 +1,32 @@
-//! What is added to logits, and what hides pairs.
+//! Additive logits, and masks that differ between heads.
 
 use super::{Inputs, Pair, View2, View3};
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayView, ArrayView1, ArrayView3, ArrayViewMut3, Axis, Dimension, Ix2, Ix3, s};
 
-/// The additive logits of some inputs, as [`Inputs::bias`] returns them. A pair that a
-/// [mask](Inputs::with_mask) hides from some heads only has the logit −∞ for those.
+/// The additive logits of inputs, as returned by [`Inputs::bias`]. If a [mask](Inputs::with_mask) differs
+/// between heads, a pair has the logit −∞ for the heads from which it is hidden.
 ///
-/// [`Inputs::with_bias`] and [`Inputs::with_mask`] set them.
+/// Set by [`Inputs::with_bias`] and [`Inputs::with_mask`].
 #[derive(Clone, Copy, Debug)]
 pub struct Bias<'a, F> {
     logits: Option<Logits<'a, F>>,
-    /// A mask that tells heads apart.
+    /// A mask that differs between heads.
     mask: Option<View3<'a, bool>>,
 }
 
 /// The two forms of additive logits.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Logits<'a, F> {
-    /// num_pairs × heads or 1.
+    /// num_pairs × heads, or num_pairs × 1.
     Pairs(View2<'a, F>),
-    /// Heads × queries × keys; `num_axes` is 2 where the caller's array has no axis of heads.
+    /// Heads × queries × keys; `num_axes` is 2 if the caller's array has no axis of heads.
     Grid { grid: View3<'a, F>, num_axes: usize },
 }
 
 impl<'a, F: Float> Logits<'a, F> {
-    /// An array in one of the forms of [`Inputs::with_bias`].
+    /// Creates logits from an array in one of the forms of [`Inputs::with_bias`].
     pub(super) fn new<D: Dimension>(
         inputs: &Inputs<'a, F>,
         bias: ArrayView<'a, F, D>,
@@ -46,7 +46,7 @@ impl<'a, F: Float> Logits<'a, F> {
         Ok(Self::Grid { grid: grid("bias", inputs, bias)?, num_axes })
     }
 
-    /// As three axes: a row for each pair is 1 × num_pairs × heads or 1.
+    /// Returns the logits as three axes; by pair they are 1 × num_pairs × (heads or 1).
     pub(super) fn as_grid(&self) -> ArrayView3<'a, F> {
         match *self {
             Self::Pairs(logits) => logits.insert_axis(Axis(0)),
@@ -54,7 +54,7 @@ impl<'a, F: Float> Logits<'a, F> {
         }
     }
 
-    /// The axes of the caller's array.
+    /// Returns the shape of the caller's array.
     pub(super) fn shape(&self) -> Vec<usize> {
         match self {
             Self::Pairs(logits) => logits.shape().to_vec(),
@@ -62,7 +62,7 @@ impl<'a, F: Float> Logits<'a, F> {
         }
     }
 
-    /// The same form over other numbers, given as three axes.
+    /// Returns other logits, given as three axes, in the same form.
     pub(super) fn with_grid<'b, G: Float>(&self, logits: ArrayView3<'b, G>) -> Logits<'b, G> {
         match *self {
             Self::Pairs(_) => Logits::Pairs(logits.index_axis_move(Axis(0), 0)),
@@ -86,7 +86,7 @@ impl<'a, F: Float> Logits<'a, F> {
     }
 }
 
-/// The place of a pair and a head where axes of length 1 are shared.
+/// Returns the index of a pair and head in an array whose axes of length 1 are shared.
 #[inline]
 pub(super) fn slot_of<T>(grid: &View3<'_, T>, pair: Pair, head: usize) -> [usize; 3] {
     let (heads, queries, keys) = grid.dim();
@@ -94,7 +94,7 @@ pub(super) fn slot_of<T>(grid: &View3<'_, T>, pair: Pair, head: usize) -> [usize
     [at(heads, head), at(queries, pair.query), at(keys, pair.key)]
 }
 
-/// An array of two or three axes as heads × queries × keys, each of full length or 1. The number of
+/// Views an array of two or three axes as heads × queries × keys, each of full length or 1. The number of
 /// heads is checked by the mechanism.
 pub(super) fn grid<'a, F: Float, T, D: Dimension>(
     what: &'static str,
@@ -117,7 +117,7 @@ pub(super) fn grid<'a, F: Float, T, D: Dimension>(
 }
 
 impl<'a, F: Float> Bias<'a, F> {
-    /// `None` where there is neither.
+    /// Returns `None` if there is neither.
     pub(super) fn new(
         logits: Option<Logits<'a, F>>,
         mask: Option<View3<'a, bool>>,
@@ -125,11 +125,11 @@ impl<'a, F: Float> Bias<'a, F> {
         (logits.is_some() || mask.is_some()).then_some(Self { logits, mask })
     }
 
-    /// The logit of a pair for a head. Negative infinity hides the pair from that head: skip it,
+    /// Returns the logit of a pair for a head. Negative infinity hides the pair from that head: skip it,
     /// so that NaN in its key or value cannot leak.
     ///
     /// # Panics
-    /// If there is no such pair or head: take pairs from [`Inputs::row`].
+    /// Panics if there is no such pair or head: take pairs from [`Inputs::row`].
     #[inline]
     #[must_use]
     pub fn at(&self, pair: Pair, head: usize) -> F {
@@ -147,16 +147,15 @@ impl<'a, F: Float> Bias<'a, F> {
         }
     }
 
-    /// Where the gradient of the logit of a pair and head goes in
-    /// [`GradientsMut::bias`](crate::GradientsMut::bias). Pairs and heads that share a logit share the
-    /// slot.
+    /// Returns the index in [`GradientsMut::bias`](crate::GradientsMut::bias) to which the gradient of the
+    /// logit of a pair and head is added. Pairs and heads that share a logit share the index.
     #[inline]
     #[must_use]
     pub fn slot(&self, pair: Pair, head: usize) -> [usize; 3] {
         self.logits.as_ref().map_or([0; 3], |logits| logits.slot(pair, head))
     }
 
-    /// Overwrites `row` with the logits of consecutive keys of dense inputs, from this pair on.
+    /// Overwrites `row` with the logits of consecutive keys of dense inputs, starting at the pair `first`.
     #[inline]
     pub(crate) fn write_row(&self, first: Pair, head: usize, row: &mut [F]) {
         fn copy<F: Float>(from: ArrayView1<'_, F>, row: &mut [F]) {
@@ -185,7 +184,8 @@ impl<'a, F: Float> Bias<'a, F> {
         }
     }
 
-    /// Adds the gradients of the logits of consecutive keys of dense inputs, from this pair on.
+    /// Adds to `sum` the gradients of the logits of consecutive keys of dense inputs, starting at the pair
+    /// `first`.
     #[inline]
     pub(crate) fn add_row(
         &self,
@@ -208,8 +208,8 @@ impl<'a, F: Float> Bias<'a, F> {
         sums.into_iter().zip(grads).for_each(|(sum, &grad)| *sum += grad);
     }
 
-    /// How many rows of its gradient belong to so many queries of dense inputs; `None` where all queries
-    /// share one row.
+    /// Returns the number of rows of the gradient that belong to `num_queries` queries of dense inputs;
+    /// `None` if all queries share one row.
     pub(crate) fn num_rows(&self, num_queries: usize, num_keys: usize) -> Option<usize> {
         match &self.logits {
             Some(Logits::Pairs(_)) => Some(num_queries * num_keys),
@@ -218,17 +218,17 @@ impl<'a, F: Float> Bias<'a, F> {
         }
     }
 
-    /// The number of heads that it tells apart: 1 where it is shared by all.
+    /// Returns the number of heads of the bias: 1 if all heads share it.
     #[must_use]
     pub fn num_heads(&self) -> usize {
         let of_logits = self.logits.as_ref().map_or(1, Logits::num_heads);
         of_logits.max(self.mask.map_or(1, |mask| mask.shape()[0]))
     }
 
-    /// Refuses a bias or mask that is neither shared by the heads nor one for each of them.
+    /// Checks that bias and mask are shared by all heads or have one entry for each of `heads` heads.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming the array and the expected number of heads.
+    /// [`Error::Shape`], naming the array and the expected number of heads, if one does not fit.
     pub fn check_heads(&self, heads: usize) -> Result<()> {
         if let Some(logits) = &self.logits
             && ![1, heads].contains(&logits.num_heads())
@@ -248,7 +248,8 @@ impl<'a, F: Float> Bias<'a, F> {
     }
 }
 
-/// Overwrites the logits of consecutive keys, from this pair on, with −∞ where the mask hides them.
+/// Sets to −∞ the logits of those keys that the mask hides. `row` holds the logits of consecutive keys,
+/// starting at the pair `first`.
 #[inline]
 pub(super) fn hide_row<F: Float>(mask: &View3<'_, bool>, first: Pair, head: usize, row: &mut [F]) {
     fn hide<F: Float>(logit: &mut F, is_visible: bool) {

@@ -1,4 +1,4 @@
-//! Some of the queries, keys or pairs of inputs, as inputs of their own.
+//! Selection of queries, keys or pairs of inputs as new inputs.
 
 use super::bias::{Logits, slot_of};
 use super::{Inputs, Origin, Pair, Pattern, Positions, View2, View3};
@@ -13,36 +13,36 @@ use ndarray::{
 };
 use std::ops::Range;
 
-/// Inputs of some queries: what [`Inputs::select_queries`] gathers. Owns what it had to copy and
-/// lends it as [`inputs`](Self::inputs); the rest is still the caller's: keys and values, and queries
-/// that are evenly spaced.
+/// The inputs of some queries, gathered by [`Inputs::select_queries`]. Owns the arrays that had to be
+/// copied and borrows the others: keys and values, and evenly spaced queries.
+/// [`inputs`](Self::inputs) returns them as [`Inputs`].
 #[derive(Debug)]
 pub struct SelectedInputs<'a, F: Float> {
     whole: Inputs<'a, F>,
     numbers: Numbers,
-    /// Numbers further back, where `whole` itself is selected.
+    /// The numbers in the inputs that `whole` was selected from, if it was.
     outermost: Option<Numbers>,
-    // What is `None` here is as in `whole`.
+    // Arrays that are `None` here are taken from `whole`.
     query: Option<Gathered<'a, F>>,
     key: Option<Gathered<'a, F>>,
     value: Option<Gathered<'a, F>>,
     graph: Option<Graph>,
     mask: Option<Gathered<'a, bool, Ix3>>,
     pair_mask: Option<Array1<bool>>,
-    /// As three axes.
+    /// Has three axes.
     bias: Option<Gathered<'a, F, Ix3>>,
     edge_features: Option<Gathered<'a, F>>,
-    /// One column.
+    /// Has one column.
     distances: Option<Gathered<'a, F>>,
     layers: Option<Vec<u8>>,
     query_positions: Option<Gathered<'a, F>>,
     latent: Option<Graph>,
 }
 
-/// Some rows of a matrix, or some of heads × queries × keys.
+/// Some rows of a matrix, or some queries and keys of heads × queries × keys.
 #[derive(Debug)]
 pub(crate) enum Gathered<'a, T, D: Dimension = Ix2> {
-    /// Where they are.
+    /// A view of the original array.
     View(ArrayBase<ViewRepr<&'a T>, D, T>),
     Copy(Array<T, D>),
 }
@@ -56,17 +56,17 @@ impl<T, D: Dimension> Gathered<'_, T, D> {
     }
 }
 
-/// Which rows.
+/// The numbers of selected rows.
 #[derive(Clone, Debug)]
 pub(crate) enum Rows {
-    /// Evenly spaced ones: so many from the first on, `step` apart.
+    /// `len` rows from `first` on, `step` apart.
     Every { first: usize, step: usize, len: usize },
-    /// Runs of consecutive ones.
+    /// Ranges of consecutive rows.
     Runs(Vec<Range<usize>>),
 }
 
 impl Rows {
-    /// Of ascending numbers.
+    /// Creates rows from ascending numbers.
     fn new(numbers: &[usize]) -> Self {
         let first = numbers.first().copied().unwrap_or(0);
         let step = numbers.get(1).map_or(1, |second| second - first);
@@ -76,14 +76,14 @@ impl Rows {
         Self::Runs(runs(numbers))
     }
 
-    /// Where they are in an axis; `None` for runs.
+    /// Returns the slice of an axis that they form; `None` for runs.
     fn slice(&self) -> Option<Slice> {
         let &Self::Every { first, step, len } = self else { return None };
         let end = first + if len == 0 { 0 } else { (len - 1) * step + 1 };
         Some(Slice::new(first as isize, Some(end as isize), step as isize))
     }
 
-    /// These rows of a matrix, where they are; `None` for runs.
+    /// Returns a view of these rows of a matrix; `None` for runs.
     pub(crate) fn of_mut<'m, T>(
         &self,
         matrix: ArrayViewMut2<'m, T>,
@@ -101,27 +101,27 @@ impl Rows {
     }
 }
 
-/// The numbers that selected queries, keys and pairs have in other inputs; `None` where all are.
+/// The numbers of selected queries, keys and pairs in other inputs; `None` if all are selected.
 #[derive(Debug, Default)]
 struct Numbers {
     /// Strictly ascending.
     queries: Option<Vec<usize>>,
     /// Strictly ascending.
     keys: Option<Vec<usize>>,
-    /// On a graph; in dense inputs the numbers follow from query and key.
+    /// Only on a graph; in dense inputs the numbers follow from query and key.
     pairs: Option<Vec<usize>>,
-    /// Of the second graph.
+    /// The pairs of the second graph.
     latent_pairs: Option<Vec<usize>>,
 }
 
 impl<'a, F: Float> Inputs<'a, F> {
-    /// The inputs of some queries: query i of the result is query `queries[i]`, with its pairs and
-    /// all channels. For mechanisms that hand each query to another one, such as a mixture of experts.
+    /// Selects some queries: query i of the result is query `queries[i]`, with its pairs and all channels.
+    /// For mechanisms that pass different queries to different mechanisms, such as a mixture of experts.
     ///
-    /// Gathers the rows of queries and of their pairs, O(selected queries · columns + selected pairs
-    /// with data); keys and values are shared. The pairs are numbered anew, for the gathered per-pair
-    /// arrays, but a causal pattern keeps its diagonal and [dropout](Self::dropout_multiplier) its
-    /// mask: a query gets the answer that it gets among all.
+    /// Gathers the rows of the queries and of their pairs in O(selected queries · columns + selected pairs
+    /// with data); keys and values are shared. The pairs get new numbers, which the gathered per-pair
+    /// arrays follow, but a causal pattern keeps its diagonal and [dropout](Self::dropout_multiplier) its
+    /// mask: the output of a query is the same as in the whole inputs.
     ///
     /// ```
     /// use graph_attention::{Attention, Flash, Inputs};
@@ -160,9 +160,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.gather(numbers, graph)
     }
 
-    /// Some queries with some keys of dense inputs, both by ascending numbers, `None` for all, with
-    /// everything that exact softmax attention reads; the data of pairs, positions and second
-    /// neighbours are left out.
+    /// Selects some queries and keys of dense inputs, both by ascending numbers, `None` for all. Keeps
+    /// everything that exact softmax attention reads; data of pairs, positions and latent neighbours are
+    /// left out.
     pub(crate) fn select_block(
         &self,
         queries: Option<Vec<usize>>,
@@ -180,7 +180,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         read.gather(Numbers { queries, keys, ..Numbers::default() }, None)
     }
 
-    /// Some of the pairs. Dense inputs get a mask, and keep all data as they are.
+    /// Selects some of the pairs. Dense inputs get a mask and keep all data unchanged.
     pub(crate) fn select_pairs(
         &self,
         keep: impl Fn(Pair) -> bool,
@@ -266,8 +266,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// Where the data of selected pairs stand in arrays with one row per pair; `None` where those are
-    /// as they were, or not there.
+    /// Returns the rows of the selected pairs in arrays with one row per pair; `None` if all are selected or
+    /// there are no such arrays.
     fn rows_of_pairs(&self, numbers: &Numbers) -> Option<Vec<Range<usize>>> {
         let channels =
             [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::EdgeLayers];
@@ -296,7 +296,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 }
 
 impl<F: Float> SelectedInputs<'_, F> {
-    /// The selected inputs, to run a mechanism on.
+    /// Returns the selected inputs, to run a mechanism on.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
         let numbers = self.outermost.as_ref().unwrap_or(&self.numbers);
@@ -340,23 +340,23 @@ impl<F: Float> SelectedInputs<'_, F> {
         }
     }
 
-    /// The numbers of the queries in the inputs that they were selected from, ascending.
+    /// Returns the numbers of the queries in the inputs that they were selected from, ascending.
     #[must_use]
     pub fn queries(&self) -> &[usize] {
         self.some_queries().unwrap_or_default()
     }
 
-    /// [`queries`](Self::queries); `None` where all have been selected.
+    /// Returns the [`queries`](Self::queries); `None` if all were selected.
     pub(crate) fn some_queries(&self) -> Option<&[usize]> {
         self.numbers.queries.as_deref()
     }
 
-    /// Which rows the queries are in what they were selected from; `None` for all.
+    /// Returns the rows of the queries in the inputs that they were selected from; `None` for all.
     pub(crate) fn query_rows(&self) -> Option<Rows> {
         self.some_queries().map(Rows::new)
     }
 
-    /// Of a matrix with a row for each query of what these were selected from, the rows of these.
+    /// Selects the rows of these queries from a matrix with one row per query of the whole inputs.
     pub(crate) fn rows_of_queries<'m>(
         &self,
         what: &'static str,
@@ -366,7 +366,7 @@ impl<F: Float> SelectedInputs<'_, F> {
         Ok(gather_rows(what, matrix, rows.as_ref())?.unwrap_or(Gathered::View(matrix)))
     }
 
-    /// Returns the rows of these pairs, of a matrix with one for each pair of what these were selected from.
+    /// Selects the rows of these pairs from a matrix with one row per pair of the whole inputs.
     pub(crate) fn rows_of_weights<'m>(
         &self,
         weights: ArrayView2<'m, F>,
@@ -376,7 +376,7 @@ impl<F: Float> SelectedInputs<'_, F> {
         Ok(rows.unwrap_or(Gathered::View(weights)))
     }
 
-    /// Adds factor × weights of these pairs to those of all pairs, by query and head.
+    /// Adds the weights of these pairs, times `factor(query, head)`, to the weights of all pairs.
     pub(crate) fn add_weights(
         &self,
         weights: &Array2<F>,
@@ -393,13 +393,13 @@ impl<F: Float> SelectedInputs<'_, F> {
         }
     }
 
-    /// Runs a backward pass on [`inputs`](Self::inputs) with gradients that fit them, and adds what
-    /// it finds to `grads`, the gradients of the inputs that these were selected from. What was not
-    /// copied, and the parameters, are lent as they are.
+    /// Runs a backward pass on [`inputs`](Self::inputs) with gradients of their shapes, and adds the result
+    /// to `grads`, the gradients of the inputs that these were selected from. `backward` writes directly to
+    /// the gradients of the parameters and of arrays that were not copied.
     ///
     /// # Errors
-    /// [`Error::Shape`] or [`Error::MissingInput`] if `grads` do not fit the whole inputs,
-    /// [`Error::TooLarge`], and those of `backward`.
+    /// [`Error::Shape`] or [`Error::MissingInput`] if `grads` does not fit the whole inputs;
+    /// [`Error::TooLarge`] if the arrays do not fit in memory; the errors of `backward`.
     pub fn backward(
         &self,
         mut grads: GradientsMut<'_, F>,
@@ -470,7 +470,7 @@ impl<F: Float> SelectedInputs<'_, F> {
     }
 }
 
-/// Gradients of what has been copied; `None` where they are not wanted, or it has not been.
+/// The gradients of copied arrays; `None` if the gradient is not wanted or the array was not copied.
 struct GatheredGradients<F> {
     query: Option<Array2<F>>,
     key: Option<Array2<F>>,
@@ -482,7 +482,7 @@ struct GatheredGradients<F> {
 }
 
 impl<F: Float> GatheredGradients<F> {
-    /// These, and of `whole` those that are not here.
+    /// Returns views of these gradients, and of `whole` for the missing ones.
     fn lend<'g>(
         &'g mut self,
         whole: GradientsMut<'g, F>,
@@ -518,7 +518,7 @@ impl<F: Float> GatheredGradients<F> {
     }
 }
 
-/// Zeros for the gradient of a copy, where it is wanted.
+/// Creates zeros for the gradient of a copied array, if it is wanted.
 fn zeros_like<F: Float, D: Dimension, G>(
     what: &'static str,
     wanted: &Option<G>,
@@ -532,7 +532,7 @@ fn zeros_like<F: Float, D: Dimension, G>(
     }
 }
 
-/// Numbers among selected ones as numbers in what those were selected from.
+/// Converts numbers in selected inputs to numbers in the inputs that those were selected from.
 fn renumber(numbers: Option<&[usize]>, origin: Option<&[usize]>) -> Option<Vec<usize>> {
     match (numbers, origin) {
         (Some(numbers), Some(origin)) => {
@@ -542,17 +542,16 @@ fn renumber(numbers: Option<&[usize]>, origin: Option<&[usize]>) -> Option<Vec<u
     }
 }
 
-/// Numbers as ranges of consecutive ones, in the same order.
+/// Groups numbers into ranges of consecutive ones, in the same order.
 fn runs(numbers: &[usize]) -> Vec<Range<usize>> {
     let runs = numbers.chunk_by(|&number, &next| number + 1 == next);
     runs.map(|run| run[0]..run[0] + run.len()).collect()
 }
 
-/// Runs are asked for so many runs before their turn: where they lie apart the CPU does not guess
-/// which comes next.
+/// How many runs ahead to prefetch: the CPU cannot predict the next run if they are far apart.
 const ASKED_AHEAD: usize = 12;
 
-/// Some rows of a matrix: evenly spaced ones where they are, others copied one run after the other.
+/// Selects rows of a matrix: evenly spaced rows as a view, others as a copy, run by run.
 fn gather_rows<'a, T: Copy>(
     what: &'static str,
     mut matrix: View2<'a, T>,
@@ -571,7 +570,7 @@ fn gather_rows<'a, T: Copy>(
     let (rows, columns) = (runs.iter().map(|run| run.len()).sum(), matrix.ncols());
     let too_large = || Error::TooLarge { what, shape: vec![rows, columns] };
     let len = usize::checked_mul(rows, columns).ok_or_else(too_large)?;
-    // Not zeros first, which would be a pass over memory of its own.
+    // Filling with zeros first would be an extra pass over memory.
     let mut gathered = Vec::new();
     gathered.try_reserve_exact(len).map_err(|_| too_large())?;
     match matrix.to_slice() {
@@ -592,7 +591,7 @@ fn gather_rows<'a, T: Copy>(
     Ok(Some(Gathered::Copy(gathered)))
 }
 
-/// Adds gathered rows to where they came from.
+/// Adds gathered rows to the rows that they came from.
 fn scatter_rows<F: Float>(
     gathered: &Array2<F>,
     runs: &[Range<usize>],
@@ -621,8 +620,8 @@ fn scatter_rows<F: Float>(
     }
 }
 
-/// The selected queries and keys of heads × queries × keys; an axis of length 1 is shared and stays.
-/// Queries that are evenly spaced, with all keys, stay where they are.
+/// Selects queries and keys of heads × queries × keys; an axis of length 1 is shared and is kept.
+/// Evenly spaced queries with all keys are a view.
 fn gather_grid<'a, T: Copy>(
     what: &'static str,
     mut grid: View3<'a, T>,
@@ -657,7 +656,7 @@ fn gather_grid<'a, T: Copy>(
     Ok(Some(Gathered::Copy(gathered)))
 }
 
-/// The selected numbers of queries and keys along the axes of heads × queries × keys that are not shared.
+/// Returns the selected queries and keys; `None` for an axis of heads × queries × keys that is shared.
 fn of_grid<'n>(shape: &[usize], numbers: &'n Numbers) -> [Option<&'n [usize]>; 2] {
     let along = |axis: usize, numbers: &'n Option<Vec<usize>>| {
         numbers.as_deref().filter(|_| shape[axis] != 1)
@@ -665,7 +664,7 @@ fn of_grid<'n>(shape: &[usize], numbers: &'n Numbers) -> [Option<&'n [usize]>; 2
     [along(1, &numbers.queries), along(2, &numbers.keys)]
 }
 
-/// Adds gathered numbers to where they came from.
+/// Adds gathered entries to the entries that they came from.
 fn scatter_grid<F: Float>(gathered: &Array3<F>, numbers: &Numbers, mut grid: ArrayViewMut3<'_, F>) {
     let [queries, keys] = of_grid(grid.shape(), numbers);
     for ((head, row, column), &grad) in gathered.indexed_iter() {

@@ -1,4 +1,4 @@
-//! Softmax attention laid out for the kernels.
+//! The inputs of softmax attention in the form that the kernels take.
 
 use super::normalizer::Normalizer;
 use crate::error::{Error, Result, check_shape};
@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Inputs of exact softmax attention, checked, with rows as slices.
+/// The checked inputs of exact softmax attention, with rows as slices.
 #[derive(Debug)]
 pub struct Problem<'a, F: Float> {
     pub(crate) inputs: Inputs<'a, F>,
@@ -16,16 +16,16 @@ pub struct Problem<'a, F: Float> {
     pub(crate) key: Rows<'a, F>,
     pub(crate) value: Rows<'a, F>,
     pub(crate) heads: usize,
-    /// Columns of a head of the queries and keys.
+    /// The number of columns per head of queries and keys.
     pub(crate) key_dim: usize,
-    /// Columns of a head of the values.
+    /// The number of columns per head of values.
     pub(crate) value_dim: usize,
     pub(crate) scale: F,
     pub(crate) bias: Option<Bias<'a, F>>,
 }
 
 impl<'a, F: Float> Problem<'a, F> {
-    /// `scale` multiplies the dot products; `None` is 1/√d.
+    /// Creates a problem. `scale` multiplies the dot products; `None` is 1/√d.
     pub(crate) fn new(inputs: &Inputs<'a, F>, scale: Option<f64>) -> Result<Self> {
         let heads = inputs.num_heads();
         let key_dim = inputs.query().ncols() / heads;
@@ -34,7 +34,7 @@ impl<'a, F: Float> Problem<'a, F> {
         if let Some(bias) = inputs.bias() {
             bias.check_heads(heads)?;
         }
-        // Without columns every dot product is 0, whatever its scale: only keep it finite.
+        // Without columns every dot product is 0, so any finite scale will do.
         let scale = scale.unwrap_or(1.0 / (key_dim.max(1) as f64).sqrt());
         check_scale(F::from_f64(scale).as_f64())?;
         Ok(Self {
@@ -50,7 +50,7 @@ impl<'a, F: Float> Problem<'a, F> {
         })
     }
 
-    /// The head of keys and values that a query head reads.
+    /// Returns the head of keys and values that a query head reads.
     #[inline]
     pub(crate) fn kv_head(&self, head: usize) -> usize {
         head * self.inputs.num_kv_heads() / self.heads
@@ -61,19 +61,19 @@ impl<'a, F: Float> Problem<'a, F> {
         &self.query.row(query)[head_columns(head, self.key_dim)]
     }
 
-    /// The part of a key that a query head reads.
+    /// Returns the part of a key that a query head reads.
     #[inline]
     pub(crate) fn key(&self, key: usize, head: usize) -> &[F] {
         &self.key.row(key)[head_columns(self.kv_head(head), self.key_dim)]
     }
 
-    /// The part of a value that a query head reads.
+    /// Returns the part of a value that a query head reads.
     #[inline]
     pub(crate) fn value(&self, key: usize, head: usize) -> &[F] {
         &self.value.row(key)[head_columns(self.kv_head(head), self.value_dim)]
     }
 
-    /// Whether mask, causal pattern, window or bias may hide pairs of dense inputs.
+    /// Returns whether mask, causal pattern, window or bias may hide pairs of dense inputs.
     pub(crate) fn may_hide(&self) -> bool {
         let inputs = &self.inputs;
         inputs.has_mask()
@@ -82,7 +82,7 @@ impl<'a, F: Float> Problem<'a, F> {
             || self.bias.is_some()
     }
 
-    /// The additive logit of a pair, `None` where it hides the pair from a head: such a pair is
+    /// Returns the additive logit of a pair; `None` if it hides the pair from this head, which must then be
     /// skipped.
     #[inline]
     pub(crate) fn bias_of(&self, pair: Pair, head: usize) -> Option<F> {
@@ -90,32 +90,32 @@ impl<'a, F: Float> Problem<'a, F> {
         (bias != F::neg_infinity()).then_some(bias)
     }
 
-    /// The number of keys that causal pattern and window leave to some queries of dense inputs.
+    /// Returns the number of keys that causal pattern and window leave to a range of queries of dense inputs.
     pub(crate) fn num_visible_keys(&self, queries: &Range<usize>) -> usize {
         let start = self.inputs.first_visible_key(queries.start);
         self.inputs.num_visible_keys(queries.end - 1).saturating_sub(start)
     }
 
-    /// A pair of dense inputs.
+    /// Returns a pair of dense inputs.
     #[inline]
     pub(crate) fn dense_pair(&self, query: usize, key: usize) -> Pair {
         debug_assert!(matches!(self.inputs.pattern(), Pattern::Dense));
         Pair { query, key, index: query * self.inputs.num_keys() + key }
     }
 
-    /// The additive logit of a pair of dense inputs, `None` where anything hides it from a head.
+    /// Returns the additive logit of a pair of dense inputs; `None` if anything hides it from this head.
     #[inline]
     pub(crate) fn dense_bias(&self, pair: Pair, head: usize) -> Option<F> {
         if self.inputs.sees(pair) { self.bias_of(pair, head) } else { None }
     }
 
-    /// The multiplications of one product over all pairs and both dimensions.
+    /// Returns the number of multiplications of the dot products and weighted sums over all pairs.
     pub(crate) fn work(&self) -> usize {
         let columns = self.heads.saturating_mul(self.key_dim + self.value_dim);
         self.inputs.num_pairs_in_window().saturating_mul(columns)
     }
 
-    /// The factor by which dropout multiplies the weight of a pair.
+    /// Returns the factor by which dropout multiplies the weight of a pair.
     #[inline]
     pub(crate) fn multiplier(&self, pair: Pair, head: usize) -> F {
         self.inputs.dropout_multiplier(pair, head)
@@ -133,7 +133,7 @@ pub struct Upstream<'u, F> {
     pub(crate) out: Slices<'u, F>,
     pub(crate) normalizer: &'u Normalizer<F>,
     pub(crate) grad_out: Slices<'u, F>,
-    /// Only read by the passes over rows.
+    /// Only read by the passes that go row by row.
     pub(crate) grad_weights: Option<&'u WeightGradients<'u, F>>,
 }
 
@@ -147,7 +147,7 @@ pub(crate) struct WeightGradients<'u, F> {
 }
 
 impl<'u, F: Float> WeightGradients<'u, F> {
-    /// Given the weights themselves.
+    /// Computes the deltas from the weights and their gradient.
     pub(crate) fn new(
         inputs: &Inputs<'_, F>,
         weights: &Array2<F>,
@@ -157,7 +157,7 @@ impl<'u, F: Float> WeightGradients<'u, F> {
         let mut deltas = try_zeros("deltas", inputs.num_queries(), weights.ncols())?;
         for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
             for (head, &weight) in weights.row(pair.index).indexed_iter() {
-                // Not of a pair that the bias hides.
+                // Skip pairs that the bias hides.
                 if weight != F::zero() {
                     deltas[[pair.query, head]] += weight * grads[[pair.index, head]];
                 }
@@ -166,7 +166,7 @@ impl<'u, F: Float> WeightGradients<'u, F> {
         Ok(Self { grads, deltas })
     }
 
-    /// Adds them to the gradients of the weights of some pairs.
+    /// Adds the gradients of the weights of `pairs` to `grads`.
     #[inline]
     pub(crate) fn add_to(&self, grads: &mut [F], pairs: &[Pair], head: usize) {
         for (grad, pair) in grads.iter_mut().zip(pairs) {
@@ -175,17 +175,17 @@ impl<'u, F: Float> WeightGradients<'u, F> {
     }
 }
 
-/// The number of output columns of softmax attention.
+/// Returns the number of output columns of softmax attention.
 pub(crate) fn output_dim<F: Float>(inputs: &Inputs<'_, F>) -> usize {
     (inputs.value().ncols() / inputs.num_kv_heads()).saturating_mul(inputs.num_heads())
 }
 
-/// `Ok` for a usable scale of the logits.
+/// Checks that the scale of the logits is finite.
 pub(crate) fn check_scale(scale: f64) -> Result<()> {
     if scale.is_finite() { Ok(()) } else { Err(Error::config("scale", "a finite number", scale)) }
 }
 
-/// A matrix as one slice, row after row: the caller's where it lies so, else a copy.
+/// A matrix as one slice in row-major order: borrowed if it is contiguous, else copied.
 #[derive(Debug)]
 pub struct Rows<'a, F: Clone> {
     data: Cow<'a, [F]>,
@@ -203,13 +203,13 @@ impl<'a, F: Float> Rows<'a, F> {
         Ok(Self::from(copy))
     }
 
-    /// Of a matrix to keep: its own memory where the rows lie one after the other.
+    /// Creates rows from an owned matrix, without a copy if it is contiguous.
     pub(crate) fn owned(what: &'static str, matrix: Array2<F>) -> Result<Self> {
         let (rows, columns) = matrix.dim();
         if matrix.is_standard_layout() {
             let len = matrix.len();
             let (mut data, offset) = matrix.into_raw_vec_and_offset();
-            // What was sliced off an owned matrix is still there.
+            // Elements sliced off an owned matrix are still in its memory.
             data.drain(..offset.unwrap_or(0));
             data.truncate(len);
             return Ok(Self { data: data.into(), columns });
@@ -224,7 +224,7 @@ impl<'a, F: Float> Rows<'a, F> {
         self.slices().row(row)
     }
 
-    /// Consecutive rows as one slice.
+    /// Returns consecutive rows as one slice.
     #[inline]
     pub(crate) fn rows(&self, rows: Range<usize>) -> &[F] {
         &self.data[rows.start * self.columns..rows.end * self.columns]
@@ -237,14 +237,14 @@ impl<'a, F: Float> Rows<'a, F> {
 }
 
 impl<F: Float> From<Array2<F>> for Rows<'_, F> {
-    /// Of a matrix that has been allocated row by row.
+    /// The matrix must have been allocated in row-major order.
     fn from(matrix: Array2<F>) -> Self {
         let columns = matrix.ncols();
         Self { data: matrix.into_raw_vec_and_offset().0.into(), columns }
     }
 }
 
-/// Rows as slices of one slice.
+/// A borrowed matrix as one slice in row-major order.
 #[derive(Clone, Copy, Debug)]
 pub struct Slices<'r, F> {
     pub(crate) data: &'r [F],
@@ -258,22 +258,22 @@ impl<'r, F> Slices<'r, F> {
     }
 }
 
-/// A matrix without its infinities and NaN, and where they were.
+/// A matrix with zeros in place of infinities and NaN, and the rows that had any.
 ///
-/// A product over a tile multiplies the rows of hidden pairs by zero, which is as good as skipping
-/// them while the rows are finite. So products are formed with finite rows, and what the others add
-/// to the pairs that do see them is added afterwards, entry by entry.
+/// A product over a tile multiplies the rows of hidden pairs by zero, which is equivalent to skipping
+/// them only if the rows are finite. So the product is computed with finite rows, and what infinities
+/// and NaN contribute to the pairs that see them is added afterwards, entry by entry.
 #[derive(Debug)]
 pub(crate) struct FiniteRows<'r, F: Clone> {
-    /// Row after row, with zeros for what is not finite.
+    /// In row-major order, with zeros in place of infinities and NaN.
     pub(crate) data: Cow<'r, [F]>,
     pub(crate) columns: usize,
-    /// The rows that are not finite, ascending.
+    /// The rows that contain infinities or NaN, ascending.
     pub(crate) bad: Vec<usize>,
 }
 
 impl<'r, F: Float> FiniteRows<'r, F> {
-    /// The rows as they are where `may_hide` is false: then no product has a hidden pair.
+    /// Keeps the rows unchanged if `may_hide` is false: then no product has a hidden pair.
     pub(crate) fn new(rows: Slices<'r, F>, may_hide: bool) -> Self {
         let Slices { data, columns } = rows;
         let mut data = Cow::Borrowed(data);

@@ -85,8 +85,8 @@ impl Shapes {
         self
     }
 
-    /// Declares that the mechanism also attends to latent neighbours ([`Inputs::with_latent`]): queries
-    /// are then expected to see their keys, unless mask or causal pattern hide them.
+    /// Declares that the mechanism also attends to latent neighbours ([`Inputs::with_latent`]). Queries
+    /// are then expected to see those keys too, unless mask or causal pattern hide them.
     #[must_use]
     pub fn reads_latent(mut self) -> Self {
         self.reads_latent = true;
@@ -101,7 +101,7 @@ impl Shapes {
     }
 }
 
-/// Owned [`Inputs`] with every data channel, which can be changed.
+/// Owned, mutable [`Inputs`] with every data channel.
 #[derive(Clone, Debug)]
 pub(super) struct Sample<F> {
     /// num_queries × query columns.
@@ -114,19 +114,19 @@ pub(super) struct Sample<F> {
     pub(super) graph: Option<Graph>,
     /// Whether all heads read whole rows of queries.
     pub(super) whole_queries: bool,
-    /// Whether latent neighbours are seen.
+    /// Whether queries see latent neighbours.
     pub(super) reads_latent: bool,
     /// The causal pattern.
     pub(super) causal: Option<Causal>,
-    /// Heads of the queries.
+    /// The number of heads of the queries.
     pub(super) heads: usize,
-    /// Heads of keys and values.
+    /// The number of heads of keys and values.
     pub(super) kv_heads: usize,
-    /// The mask, of two axes or three.
+    /// The mask, with two or three axes.
     pub(super) mask: Option<ArrayD<bool>>,
     /// The mask of pairs.
     pub(super) pair_mask: Option<Array1<bool>>,
-    /// The additive logits, of two axes or three.
+    /// The additive logits, with two or three axes.
     pub(super) bias: Option<ArrayD<F>>,
     /// Dropout.
     pub(super) dropout: Option<Dropout>,
@@ -140,7 +140,7 @@ pub(super) struct Sample<F> {
     pub(super) query_positions: Array2<F>,
     /// num_keys × axes.
     pub(super) key_positions: Array2<F>,
-    /// Second neighbour lists.
+    /// The second graph of neighbours.
     pub(super) latent: Graph,
 }
 
@@ -233,7 +233,7 @@ impl<F: Float> Sample<F> {
         Ok(inputs)
     }
 
-    /// Replaces every real array by an equal array with another memory layout.
+    /// Returns an equal sample with another memory layout of all arrays but layers and pair mask.
     pub(super) fn relayout(&self, layout: Layout) -> Self {
         let mut sample = self.clone();
         for array in [

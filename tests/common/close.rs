@@ -1,13 +1,13 @@
-//! How near an answer is to the right one. Single numbers are compared by the macros of `approx`, arrays
-//! here, since those macros take no words about the case.
+//! Comparisons of arrays with expected ones. The macros of `approx` compare single numbers; they take no
+//! description of the case.
 
 use approx::abs_diff_ne;
 use graph_attention::Float;
 use graph_attention::ndarray::{ArrayRef, Dimension};
 use std::fmt::Display;
 
-/// Whether no number of an array is farther than `tolerance` from the expected one, or which is. NaN and
-/// infinity are near nothing. For `proptest`, which makes a failing case smaller where it does not panic.
+/// Returns an error that names the first number farther than `tolerance` from the expected one. NaN and
+/// infinity are close to nothing. For `proptest`, which shrinks a failing case if it does not panic.
 pub(crate) fn close<F: Float, D: Dimension>(
     what: impl Display,
     tolerance: f64,
@@ -41,8 +41,8 @@ pub(crate) fn assert_close<F: Float, D: Dimension>(
     }
 }
 
-/// The same with a tolerance relative to the size of the expected array: its largest number, or `least`
-/// if that is larger.
+/// Asserts the same with a tolerance relative to the size of the expected array: its largest number, or
+/// `least` if that is larger.
 #[track_caller]
 pub(crate) fn assert_close_in_size<F: Float, D: Dimension>(
     what: impl Display,
@@ -56,8 +56,8 @@ pub(crate) fn assert_close_in_size<F: Float, D: Dimension>(
     assert_close(what, tolerance * size, actual, expected);
 }
 
-/// Whether vectors are close: the length of the difference, relative to the length of the expected
-/// vector or to 1 if that is larger.
+/// Returns an error if the length of the difference exceeds `tolerance`, relative to the length of the
+/// expected vector, or to 1 if that is larger.
 pub(crate) fn close_in_length(
     what: impl Display,
     tolerance: f64,
@@ -87,8 +87,8 @@ pub(crate) fn assert_close_in_length(
     }
 }
 
-/// The error of a number as a multiple of its bound. What is not finite must be the same: another
-/// number in its place is infinitely far off.
+/// Returns the error of a number as a multiple of its bound. Infinities and NaN must be equal to the expected
+/// ones; otherwise the error is infinite.
 pub(crate) fn error_in_bounds(actual: f64, expected: f64, bound: f64) -> f64 {
     let is_same = actual == expected || (actual.is_nan() && expected.is_nan());
     let ratio = if is_same { 0.0 } else { (actual - expected).abs() / bound };

@@ -1,4 +1,4 @@
-//! Arrays of the golden answers: `{"shape": [..], "data": [..]}`.
+//! Arrays of the golden data: `{"shape": [..], "data": [..]}`.
 
 use graph_attention::Float;
 use graph_attention::ndarray::{Array, ArrayD, Dimension, IxDyn};
@@ -8,7 +8,7 @@ pub(crate) fn size(value: &Value) -> usize {
     value.as_u64().unwrap() as usize
 }
 
-/// Of any number of axes. What JSON has no number for is written as text.
+/// Reads an array with any number of axes. Infinities and NaN, which JSON has no numbers for, are strings.
 pub(crate) fn dynamic<F: Float>(value: &Value) -> ArrayD<F> {
     let shape: Vec<usize> = value["shape"].as_array().unwrap().iter().map(size).collect();
     let number = |n: &Value| n.as_f64().unwrap_or_else(|| n.as_str().unwrap().parse().unwrap());

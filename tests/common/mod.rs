@@ -1,6 +1,6 @@
-//! What several files of tests share: comparisons, random arrays, golden answers, an oracle, the
-//! mechanisms for tests that say *every*, and the instruction set that tests run on.
-#![allow(dead_code, reason = "every file of tests is a crate of its own and uses its part")]
+//! Code that several test files share: comparisons, random arrays, golden data, an oracle, lists of all
+//! mechanisms, and the choice of the instruction set.
+#![allow(dead_code, reason = "every test file is a separate crate and uses only a part")]
 
 pub(crate) mod close;
 pub(crate) mod golden;
@@ -19,14 +19,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-/// At the start of every test of files that run on each instruction set: takes it from the environment
-/// variable `GRAPH_ATTENTION_SIMD`.
+/// Selects the instruction set in the environment variable `GRAPH_ATTENTION_SIMD`. Called first in every test
+/// of the files that run on each instruction set.
 pub(crate) fn hold_simd() {
     graph_attention::testing::hold_simd().unwrap();
 }
 
-/// Asserts that a call was refused. `expected` is the variant of the error and what its message must
-/// say, separated by ` | `.
+/// Asserts that a call was refused. `expected` is the variant of the error and the texts that its message
+/// must contain, separated by ` | `.
 #[track_caller]
 pub(crate) fn refused<T>(result: Result<T>, expected: &str) {
     let error = result.err().unwrap_or_else(|| panic!("accepted instead of {expected}"));
@@ -38,7 +38,7 @@ pub(crate) fn refused<T>(result: Result<T>, expected: &str) {
     }
 }
 
-/// The allocator counts thread by thread, so all the work must be on one.
+/// Runs on one thread, because the allocator counts each thread separately.
 pub(crate) fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
     #[cfg(feature = "parallel")]
     {
@@ -49,9 +49,8 @@ pub(crate) fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
     measure(run)
 }
 
-/// Every mechanism once: of queries, keys and values of four columns it makes four. What it reads
-/// beside them are edge features of two columns, distances, positions on one axis, and latent
-/// neighbours.
+/// Returns every mechanism once, for queries, keys, values and outputs of four columns. Some also read edge
+/// features of two columns, distances, positions with one axis, or latent neighbours.
 pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     let rng = &mut random::rng(3);
     let rope = GraphRopeConfig::new(4, Layout::Half);
@@ -74,13 +73,13 @@ pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     mechanisms
 }
 
-/// Asserts that none is missing of the mechanisms whose source is in the crate.
+/// Asserts that no mechanism in the source of the crate is missing.
 #[track_caller]
 pub(crate) fn assert_every_mechanism(names: impl Iterator<Item = &'static str>) {
     let mut defined = BTreeSet::new();
     names_defined_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/mechanisms"), &mut defined);
     let listed: BTreeSet<String> = names.map(str::to_owned).collect();
-    assert_eq!(listed, defined, "the list, and the mechanisms of the crate");
+    assert_eq!(listed, defined, "the list differs from the mechanisms of the crate");
 }
 
 fn names_defined_in(folder: &Path, names: &mut BTreeSet<String>) {

@@ -1,4 +1,4 @@
-//! Every mechanism, in each of the forms that its parameters and buffers take, to be saved and loaded.
+//! Every mechanism, with each form of its parameters and buffers, for tests of saving and loading.
 
 use graph_attention::ndarray::Array1;
 use graph_attention::{
@@ -41,7 +41,7 @@ fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
     config.init(branch(seed + 3), poincare(seed), branch(seed + 4), &mut rng(seed)).unwrap()
 }
 
-/// A mixture whose experts have buffers, with a choice bias that training has moved.
+/// Returns a mixture whose experts have buffers, with expert biases as after training.
 fn balanced<F: Float>(seed: u64) -> Moe<F> {
     let fixed = GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 2.0);
     let learned = PerformerConfig::new(3, 8).learn_projection(true);
@@ -57,7 +57,7 @@ fn balanced<F: Float>(seed: u64) -> Moe<F> {
     moe
 }
 
-/// Where a mechanism has parameters or buffers, another seed gives others.
+/// Returns the mechanisms. Another seed gives other parameters and buffers.
 pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
     let config = MultiHeadConfig::new(6, 2);
     let separate = config.clone().key_dim(5).value_dim(3).output_dim(4);

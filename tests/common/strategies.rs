@@ -1,10 +1,10 @@
-//! Random problems for `proptest`, which makes those that fail smaller.
+//! Random problems for `proptest`, which shrinks those that fail.
 
 use graph_attention::{Causal, ndarray::Array2};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// Numbers of queries and keys, and edges between them in any order.
+/// Generates numbers of queries and keys, and edges between them in any order.
 pub(crate) fn edge_lists() -> impl Strategy<Value = (usize, usize, Vec<(usize, usize)>)> {
     (1..12usize, 1..12usize).prop_flat_map(|(num_queries, num_keys)| {
         (Just(num_queries), Just(num_keys), vec((0..num_queries, 0..num_keys), 0..40))
@@ -16,7 +16,7 @@ pub(crate) fn matrices(rows: usize, columns: usize) -> impl Strategy<Value = Arr
         .prop_map(move |data| Array2::from_shape_vec((rows, columns), data).unwrap())
 }
 
-/// No causal pattern, or any.
+/// Generates no causal pattern, or any.
 pub(crate) fn causal_patterns() -> impl Strategy<Value = Option<Causal>> {
     prop_oneof![
         Just(None),
@@ -26,8 +26,8 @@ pub(crate) fn causal_patterns() -> impl Strategy<Value = Option<Causal>> {
     ]
 }
 
-/// Points of the Poincaré ball of curvature −c, at most `reach` of the way to its boundary; any vectors
-/// at c = 0.
+/// Generates points of the Poincaré ball of curvature −c, at most `reach` of the way to its boundary; any
+/// vectors if c = 0.
 pub(crate) fn points(n: usize, c: f64, reach: f64) -> impl Strategy<Value = Vec<f64>> {
     let length = |x: &Vec<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
     let directions =

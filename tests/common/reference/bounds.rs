@@ -1,29 +1,28 @@
-//! How far roundings may take an answer from the exact one, for each number of it.
+//! Bounds of the rounding errors of every number of an output or gradient.
 //!
-//! Every operation returns its exact result times 1 + δ, |δ| ≤ u, or, below the smallest normal number,
-//! something off by less than that number (it may be 0). So a product of k such factors lies
-//! within e^{ku} of 1. A sum of n terms is wrong by at most (e^{nu} − 1) Σ |terms|, in whichever order,
-//! by tiles or lanes, fused or not (Higham 2002, *ErrorEstimate and Stability of Numerical Algorithms*,
-//! §4.2). Hence a bound is a number of roundings times the sum of the absolute values of what is added,
-//! and both are counted here, from the equations in [`super`]. Nothing is fitted to what an
-//! implementation happens to do; it may
+//! Every operation returns its exact result times 1 + δ, |δ| ≤ u, or, below the smallest normal number, a
+//! result with an error below that number (it may be 0). So a product of k such factors lies
+//! within e^{ku} of 1. The error of a sum of n terms is at most (e^{nu} − 1) Σ |terms|, in any order,
+//! by tiles or lanes, fused or not (Higham 2002, *Accuracy and Stability of Numerical Algorithms*,
+//! §4.2). Hence a bound is a number of roundings times the sum of the absolute values of the terms;
+//! both follow here from the equations in [`super`]. Nothing is fitted to an implementation, which may
 //!
-//! * work in units of ln 2, which costs a logit a rounding more for each conversion,
-//! * subtract from the logits any maximum that it has met so far and rescale when a larger one comes,
-//!   at most once for each pair,
+//! * work in units of ln 2, which costs a logit one more rounding per conversion,
+//! * subtract from the logits any maximum so far and rescale when a larger one comes, at most once per
+//!   pair,
 //! * divide by the sum, or subtract its logarithm from the logits less their maximum, but *not* subtract
 //!   a rounded log-sum-exp: its error grows with the logits,
 //! * form delta_i as Σ_j p_ij dp_ij or as g_i · out_i.
 //!
-//! In the sums over pairs of one row, `i` and `h` are those of the row.
+//! In the sums over the pairs of one row, `i` and `h` are fixed.
 
 use super::{Inputs, Problem, backward, forward, softmax};
 
-/// Roundings that an exponential or a logarithm counts for: two units in the last place.
+/// The number of roundings that an exponential or logarithm counts as: two units in the last place.
 const ELEMENTARY: f64 = 4.0;
 
-/// For each number of an [`Answer`](super::Answer) and of [`Gradients`](super::Gradients), how far it
-/// may be off.
+/// The bound of the error of each number of an [`Answer`](super::Answer) and of
+/// [`Gradients`](super::Gradients).
 pub(crate) struct Bounds {
     pub(crate) out: Vec<f64>,
     pub(crate) log_sum_exp: Vec<f64>,
@@ -31,17 +30,17 @@ pub(crate) struct Bounds {
     pub(crate) query: Vec<f64>,
     pub(crate) key: Vec<f64>,
     pub(crate) value: Vec<f64>,
-    /// With the roundings of a sum over the heads, where they share a logit.
+    /// Includes the roundings of a sum over heads that share a logit.
     pub(crate) bias: Vec<f64>,
 }
 
-/// What a row adds up.
+/// The sums over a row.
 #[derive(Clone, Default)]
 struct Row {
     /// The number of pairs that are not skipped.
     pairs: f64,
     max: f64,
-    /// Roundings of Z, relative to it.
+    /// The relative error of Z, as a number of roundings.
     sum: f64,
     /// ln Z
     log_sum: f64,
@@ -51,7 +50,7 @@ struct Row {
 
 /// `unit` is u, the relative error of one operation; `tiny` is the smallest normal number.
 pub(crate) fn bounds(p: &Problem, grad_out: &[f64], unit: f64, tiny: f64) -> Bounds {
-    // The error of 1 after so many roundings.
+    // The error of 1 after a number of roundings.
     let after = |roundings: f64| (roundings * unit).exp_m1();
     let x = Inputs::<f64>::of(p);
     let softmax = softmax(p, &x);
@@ -101,7 +100,7 @@ pub(crate) fn bounds(p: &Problem, grad_out: &[f64], unit: f64, tiny: f64) -> Bou
 
     // p_ij: the exponential and Z; then a division or a reciprocal and a product, or ln Z with its
     // roundings.
-    // The error of p_ij after some more roundings.
+    // The error of p_ij after more roundings.
     let error_of_weight = |rows: &[Row], e, i, h, more: f64| {
         let row = &rows[p.row_at(i, h)];
         let division = (ELEMENTARY + 2.0) * row.log_sum.max(1.0);
@@ -155,8 +154,8 @@ pub(crate) fn bounds(p: &Problem, grad_out: &[f64], unit: f64, tiny: f64) -> Bou
         row.delta_error += error;
     }
 
-    // ds_ij = p_ij · (dp_ij − delta_i): the error of p times the exact difference, and p times those of
-    // dp and delta, which do not shrink where the two cancel.
+    // ds_ij = p_ij · (dp_ij − delta_i): the error of p times the exact difference, and p times the errors
+    // of dp and delta, which do not shrink if the two cancel.
     let mut logit = vec![0.0; p.pairs.len() * p.heads];
     for (e, i, j, h) in live() {
         let ([exact, terms], row) = (grad_weight(e, i, j, h), &rows[p.row_at(i, h)]);

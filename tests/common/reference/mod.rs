@@ -45,7 +45,7 @@ pub(crate) struct Problem {
     pub(crate) value: Vec<f64>,
 }
 
-/// What [`forward`] computes.
+/// The result of [`forward`].
 pub(crate) struct Answer {
     /// num_queries × (heads * value_dim)
     pub(crate) out: Vec<f64>,
@@ -55,7 +55,7 @@ pub(crate) struct Answer {
     pub(crate) weights: Vec<f64>,
 }
 
-/// What [`backward`] computes: the gradients of ⟨grad_out, out⟩.
+/// The result of [`backward`]: the gradients of ⟨grad_out, out⟩.
 pub(crate) struct Gradients {
     /// Shaped like [`Problem::query`].
     pub(crate) query: Vec<f64>,
@@ -63,11 +63,11 @@ pub(crate) struct Gradients {
     pub(crate) key: Vec<f64>,
     /// Shaped like [`Problem::value`].
     pub(crate) value: Vec<f64>,
-    /// pairs × heads, also where the problem has no bias; 0 for a skipped pair.
+    /// pairs × heads, even if the problem has no bias; 0 for a skipped pair.
     pub(crate) bias: Vec<f64>,
 }
 
-/// Attention, computed in `T`.
+/// Computes attention in `T`.
 pub(crate) fn forward<T: Float>(p: &Problem) -> Answer {
     let x = Inputs::<T>::of(p);
     let softmax = softmax(p, &x);
@@ -95,7 +95,7 @@ pub(crate) fn forward<T: Float>(p: &Problem) -> Answer {
     }
 }
 
-/// The gradients of ⟨`grad_out`, out⟩, computed in `T`. `grad_out` is shaped like [`Answer::out`].
+/// Computes the gradients of ⟨`grad_out`, out⟩ in `T`. `grad_out` is shaped like [`Answer::out`].
 pub(crate) fn backward<T: Float>(p: &Problem, grad_out: &[f64]) -> Gradients {
     let x = Inputs::<T>::of(p);
     let g: Vec<T> = from_f64s(grad_out);
@@ -248,9 +248,9 @@ fn softmax<T: Float>(p: &Problem, x: &Inputs<T>) -> Softmax<T> {
 /// The numbers of a [`Problem`], rounded to `T`.
 struct Inputs<T> {
     scale: T,
-    /// pairs × heads; 0 where the problem has no bias.
+    /// pairs × heads; 0 if the problem has no bias.
     bias: Vec<T>,
-    /// pairs × heads; 1 where the problem has no dropout.
+    /// pairs × heads; 1 if the problem has no dropout.
     keep: Vec<T>,
     query: Vec<T>,
     key: Vec<T>,
@@ -277,7 +277,7 @@ impl<T: Float> Inputs<T> {
     }
 }
 
-/// Where things are in the flat arrays. `h` is always a *query* head.
+/// Indices in the flat arrays. `h` is always a *query* head.
 impl Problem {
     /// Pair `e`, head `h`, in an array of pairs × heads.
     fn pair_at(&self, e: usize, h: usize) -> usize {
