@@ -45,10 +45,18 @@ impl Dropout {
         }
     }
 
+    /// Returns the dropout of a segment of [packed inputs](crate::Inputs::packed), with a seed of its own for
+    /// each segment but the first.
+    #[must_use]
+    pub fn of_segment(self, segment: usize) -> Self {
+        let seed = if segment == 0 { self.seed } else { mix(self.seed ^ mix(segment as u64)) };
+        Self { seed, ..self }
+    }
+
     /// Returns the factor of the weight of this (pair, head): 0 or `1 / (1 − probability)`.
     ///
     /// `pair` is the caller's pair number: `i · num_keys + j` in dense inputs, the edge number in a
-    /// graph.
+    /// graph; in packed inputs, of the segment's dropout and as in dense inputs of the segment.
     #[inline]
     #[must_use]
     pub fn multiplier<F: Float>(&self, pair: usize, head: usize) -> F {

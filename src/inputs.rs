@@ -1,7 +1,10 @@
 mod bias;
+mod segments;
 mod selected;
 
 pub use bias::Bias;
+pub(crate) use bias::BiasAxes;
+pub use segments::Segments;
 pub use selected::SelectedInputs;
 
 use crate::dropout::Dropout;
@@ -86,6 +89,8 @@ pub struct Inputs<'a, F: Float> {
     window: Option<[usize; 2]>,
     /// Where queries, keys and pairs come from, if they were selected from other inputs.
     origin: Option<Origin<'a>>,
+    /// Queries see only keys of their own segment, and causal pattern and window count within it.
+    segments: Option<&'a Segments>,
 }
 
 /// The pairs that exist, before mask and causal pattern hide some: [`Inputs::pattern`].
@@ -96,6 +101,8 @@ pub enum Pattern<'a> {
     Dense,
     /// The edges of a graph.
     Graph(&'a Graph),
+    /// Every query is paired with every key of its segment.
+    Packed(&'a Segments),
 }
 
 /// The alignment of a causal pattern: where its diagonal starts if queries and keys differ in number.
@@ -138,6 +145,10 @@ struct Origin<'a> {
     /// The sizes of the whole inputs.
     num_queries: usize,
     num_keys: usize,
+    /// The number in `queries` that counts as 0: not 0 in a segment of packed inputs.
+    first_query: usize,
+    /// The segments of the whole inputs.
+    segments: Option<&'a Segments>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -178,6 +189,45 @@ impl<'a, F: Float> Inputs<'a, F> {
             return Err(Error::TooLarge { what: "pairs", shape });
         }
         Self::new(query, key, value, Pattern::Dense)
+    }
+
+    /// Creates inputs of several sequences or sets at once, without padding: the rows of all segments one
+    /// after the other, where every query is paired with every key of its own segment. Gives each segment
+    /// what [`dense`](Self::dense) inputs of its own would, and shares the work of all among threads.
+    ///
+    /// Causal pattern and windows count within each segment. Pairs are numbered segment by segment, in
+    /// each as in dense inputs: [`Segments::pairs`]. Dropout uses
+    /// [`Dropout::of_segment`](crate::Dropout::of_segment), so that segments do not drop the same pairs.
+    ///
+    /// ```
+    /// use graph_attention::ndarray::{array, s};
+    /// use graph_attention::{Attention, Flash, Inputs, Segments};
+    ///
+    /// // A sequence of two rows and one of three.
+    /// let x = array![[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [1.0, 1.0], [0.0, 3.0]];
+    /// let segments = Segments::from_lengths(&[2, 3])?;
+    /// let inputs = Inputs::packed(x.view(), x.view(), x.view(), &segments)?.with_causal();
+    /// let out = Flash::new().forward(&inputs)?;
+    ///
+    /// let second = x.slice(s![2.., ..]);
+    /// let alone = Inputs::dense(second, second, second)?.with_causal();
+    /// assert_eq!(out.slice(s![2.., ..]), Flash::new().forward(&alone)?);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the numbers of keys and values differ, or if the segments have a different
+    /// number of queries or keys.
+    pub fn packed(
+        query: ArrayView2<'a, F>,
+        key: ArrayView2<'a, F>,
+        value: ArrayView2<'a, F>,
+        segments: &'a Segments,
+    ) -> Result<Self> {
+        let actual = [segments.num_queries(), segments.num_keys()];
+        check_shape("segments", &[query.nrows(), key.nrows()], &actual)?;
+        let inputs = Self::new(query, key, value, Pattern::Packed(segments))?;
+        Ok(Self { segments: Some(segments), ..inputs })
     }
 
     /// Creates inputs of every query over its neighbours: `query` has one row per query of the graph,
@@ -245,6 +295,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             dropout: None,
             window: None,
             origin: None,
+            segments: None,
         })
     }
 
@@ -282,12 +333,22 @@ impl<'a, F: Float> Inputs<'a, F> {
         'a: 'b,
     {
         let Self {
-            pattern, causal, heads, kv_heads, mask, pair_mask, dropout, window, origin, ..
+            pattern,
+            causal,
+            heads,
+            kv_heads,
+            mask,
+            pair_mask,
+            dropout,
+            window,
+            origin,
+            segments,
+            ..
         } = *self;
         let bias = self.bias.zip(bias).map(|(form, logits)| form.with_grid(logits));
         let inputs =
             Inputs::new(query, key, value, pattern)?.with_grouped_heads(heads, kv_heads)?;
-        Ok(Inputs { causal, mask, pair_mask, bias, dropout, window, origin, ..inputs })
+        Ok(Inputs { causal, mask, pair_mask, bias, dropout, window, origin, segments, ..inputs })
     }
 
     /// Returns the same queries, keys and values over the latent pairs, which have no data of their
@@ -596,6 +657,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         match self.pattern {
             Pattern::Dense => self.num_queries() * self.num_keys(),
             Pattern::Graph(graph) => graph.num_edges(),
+            Pattern::Packed(segments) => segments.num_pairs(),
         }
     }
 
@@ -641,9 +703,99 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.bias.map(|bias| bias.as_grid())
     }
 
+    /// Returns what the rows or columns of the bias belong to, if there is one.
+    pub(crate) fn bias_axes(&self) -> Option<BiasAxes> {
+        self.bias.map(|bias| bias.axes())
+    }
+
     /// Returns the mask that all heads share, 1 × queries × keys, each of full length or 1.
     fn shared_mask(&self) -> Option<View3<'a, bool>> {
         self.mask.filter(|mask| mask.shape()[0] == 1)
+    }
+
+    /// Returns the segments of packed inputs.
+    pub(crate) fn packed_segments(&self) -> Option<&'a Segments> {
+        match self.pattern {
+            Pattern::Packed(segments) => Some(segments),
+            _ => None,
+        }
+    }
+
+    /// Returns whether some query may not see all keys, for all heads.
+    pub(crate) fn may_hide_keys(&self) -> bool {
+        self.has(Channel::Mask) || self.segments.is_some()
+    }
+
+    /// Returns whether anything that all heads share may hide pairs of the pattern.
+    pub(crate) fn may_hide_pairs(&self) -> bool {
+        let is_cut = self.segments.is_some() && self.packed_segments().is_none();
+        self.has(Channel::Mask) || is_cut
+    }
+
+    /// Returns the dense inputs of one segment of packed inputs, without latent neighbours.
+    ///
+    /// # Panics
+    /// Panics if there is no such segment.
+    pub(crate) fn segment(&self, segments: &Segments, segment: usize) -> Self {
+        let queries = segments.queries(segment);
+        let keys = segments.keys(segment);
+        let pairs = segments.pairs(segment);
+        fn rows<'a, T>(array: View2<'a, T>, rows: &Range<usize>) -> View2<'a, T> {
+            array.slice_move(s![rows.clone(), ..])
+        }
+        let of_queries = |array| rows(array, &queries);
+        let of_keys = |array| rows(array, &keys);
+        fn of_grid<'a, T>(
+            mut grid: View3<'a, T>,
+            queries: &Range<usize>,
+            keys: &Range<usize>,
+        ) -> View3<'a, T> {
+            for (axis, numbers) in [(1, queries), (2, keys)] {
+                if grid.shape()[axis] > 1 {
+                    grid.slice_axis_inplace(Axis(axis), numbers.clone().into());
+                }
+            }
+            grid
+        }
+        let origin = self.origin.zip(self.whole_segments()).map(|(origin, whole)| {
+            let whole_queries = whole.queries(segment);
+            Origin {
+                queries: origin.queries.map(|numbers| &numbers[queries.clone()]),
+                keys: None,
+                pairs: None,
+                latent_pairs: None,
+                num_queries: whole_queries.len(),
+                num_keys: whole.keys(segment).len(),
+                first_query: whole_queries.start,
+                segments: None,
+            }
+        });
+        Self {
+            query: of_queries(self.query),
+            key: of_keys(self.key),
+            value: of_keys(self.value),
+            pattern: Pattern::Dense,
+            mask: self.mask.map(|mask| of_grid(mask, &queries, &keys)),
+            pair_mask: self.pair_mask.map(|mask| mask.slice_move(s![pairs.clone()])),
+            bias: self.bias.map(|bias| match bias {
+                Logits::Pairs(logits) => Logits::Pairs(rows(logits, &pairs)),
+                Logits::Grid { grid, num_axes } => {
+                    Logits::Grid { grid: of_grid(grid, &queries, &keys), num_axes }
+                }
+            }),
+            edge_features: self.edge_features.map(|features| rows(features, &pairs)),
+            distances: self.distances.map(|distances| distances.slice_move(s![pairs.clone()])),
+            layers: self.layers.map(|layers| &layers[pairs.clone()]),
+            positions: self.positions.map(|positions| Positions {
+                query: of_queries(positions.query),
+                key: of_keys(positions.key),
+            }),
+            latent: None,
+            dropout: self.dropout.map(|dropout| dropout.of_segment(segment)),
+            origin,
+            segments: None,
+            ..*self
+        }
     }
 
     /// Returns whether a mask of any kind may hide pairs.
@@ -697,7 +849,14 @@ impl<'a, F: Float> Inputs<'a, F> {
     #[inline]
     #[must_use]
     pub fn dropout_multiplier(&self, pair: Pair, head: usize) -> F {
-        self.dropout.map_or(F::one(), |dropout| dropout.multiplier(self.pair_number(pair), head))
+        let Some(dropout) = self.dropout else { return F::one() };
+        match self.pattern {
+            Pattern::Packed(segments) => {
+                let dropout = dropout.of_segment(segments.of_query(pair.query));
+                dropout.multiplier(self.pair_number(pair), head)
+            }
+            _ => dropout.multiplier(self.pair_number(pair), head),
+        }
     }
 
     /// Computes the [`dropout_multiplier`](Self::dropout_multiplier) of consecutive keys of dense inputs,
@@ -803,10 +962,14 @@ impl<'a, F: Float> Inputs<'a, F> {
             _ if query >= self.num_queries() => (0..0, 0),
             Pattern::Dense => (visible.clone(), query * self.num_keys()),
             Pattern::Graph(graph) => (graph.slots(query), 0),
+            Pattern::Packed(segments) => {
+                let keys = segments.keys(segments.of_query(query));
+                (visible.clone(), segments.pairs_of_query(query).start.wrapping_sub(keys.start))
+            }
         };
         slots.filter_map(move |slot| {
             let (key, index) = match pattern {
-                Pattern::Dense => (slot, first_pair + slot),
+                Pattern::Dense | Pattern::Packed(_) => (slot, first_pair.wrapping_add(slot)),
                 Pattern::Graph(graph) => (graph.key(slot), graph.edge_id(slot)),
             };
             let pair = Pair { query, key, index };
@@ -831,28 +994,48 @@ impl<'a, F: Float> Inputs<'a, F> {
         self.visible_keys(query).contains(&key) && self.shared_mask().is_none_or(sees)
     }
 
-    /// Returns the keys that causal pattern and window leave to a query. Both ends ascend with the query.
+    /// Returns the keys that segments, causal pattern and window leave to a query. Both ends ascend with the
+    /// query.
     #[inline]
     pub(crate) fn visible_keys(&self, query: usize) -> Range<usize> {
-        self.first_visible_key(query)..self.num_visible_keys(query)
+        match self.segments {
+            None => self.first_visible_key(query)..self.num_visible_keys(query),
+            Some(segments) if query < segments.num_queries() => {
+                let keys = segments.keys(segments.of_query(query));
+                let [start, end] = self.visible_numbers(query).map(|number| number.min(keys.len()));
+                keys.start + start..keys.start + end
+            }
+            Some(_) => 0..0,
+        }
     }
 
-    /// Returns the first key that the window leaves to a query.
+    /// Returns the first key that the window leaves to a query of inputs without segments.
     #[inline]
     pub(crate) fn first_visible_key(&self, query: usize) -> usize {
-        let reach = self.window.map(|[left, _]| left.saturating_add(1));
-        reach.map_or(0, |reach| self.num_keys_before(self.diagonal(query).saturating_sub(reach)))
+        self.num_keys_before(self.visible_numbers(query)[0])
     }
 
-    /// Returns the first key after those that causal pattern and window leave to a query.
+    /// Returns the first key after those that causal pattern and window leave to a query of inputs without
+    /// segments.
     pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
-        match (self.causal, self.window) {
-            (None, None) => self.num_keys(),
-            (Some(_), _) => self.num_keys_before(self.diagonal(query)),
-            (None, Some([_, right])) => {
-                self.num_keys_before(self.diagonal(query).saturating_add(right))
-            }
-        }
+        self.num_keys_before(self.visible_numbers(query)[1])
+    }
+
+    /// Returns the ends of [`visible_keys`](Self::visible_keys), by the numbers in the whole inputs or in the
+    /// whole segment.
+    #[inline]
+    fn visible_numbers(&self, query: usize) -> [usize; 2] {
+        let diagonal = || self.diagonal(query);
+        let start = match self.window {
+            None => 0,
+            Some([left, _]) => diagonal().saturating_sub(left.saturating_add(1)),
+        };
+        let end = match (self.causal, self.window) {
+            (None, None) => usize::MAX,
+            (Some(_), _) => diagonal(),
+            (None, Some([_, right])) => diagonal().saturating_add(right),
+        };
+        [start, end]
     }
 
     /// Returns the first query to which causal pattern and window leave a key.
@@ -874,12 +1057,18 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// Returns the number of keys up to and including a query's own (the diagonal), in the whole inputs.
     pub(crate) fn diagonal(&self, query: usize) -> usize {
-        let end = self.query_number(query).saturating_add(1);
-        match self.causal {
-            Some(Causal::BottomRight) => {
-                let [num_queries, num_keys] = self.whole_sizes();
-                end.saturating_add(num_keys).saturating_sub(num_queries)
+        let number = self.query_number(query);
+        let (number, [num_queries, num_keys]) = match self.segments.zip(self.whole_segments()) {
+            None => (number, self.whole_sizes()),
+            Some((segments, whole)) => {
+                let segment = segments.of_query(query);
+                let queries = whole.queries(segment);
+                (number - queries.start, [queries.len(), whole.keys(segment).len()])
             }
+        };
+        let end = number.saturating_add(1);
+        match self.causal {
+            Some(Causal::BottomRight) => end.saturating_add(num_keys).saturating_sub(num_queries),
             Some(Causal::Offset(offset)) => end.saturating_add(offset),
             Some(Causal::TopLeft) | None => end,
         }
@@ -910,11 +1099,27 @@ impl<'a, F: Float> Inputs<'a, F> {
         })
     }
 
-    /// Returns an upper bound, exclusive, of the positions of queries and keys in the whole inputs.
+    /// Returns the number of a key in the whole inputs, or in the whole segment.
+    pub(crate) fn key_place(&self, key: usize) -> usize {
+        match self.segments {
+            None => self.key_number(key),
+            Some(segments) => key - segments.keys(segments.of_key(key)).start,
+        }
+    }
+
+    /// Returns an upper bound, exclusive, of the positions of queries and keys in the whole inputs, or in the
+    /// longest segment.
     pub(crate) fn num_positions(&self) -> usize {
-        let [num_queries, num_keys] = self.whole_sizes();
         let cached = if let Some(Causal::Offset(offset)) = self.causal { offset } else { 0 };
-        num_keys.max(num_queries.saturating_add(cached))
+        let num = |[queries, keys]: [usize; 2]| keys.max(queries.saturating_add(cached));
+        match self.whole_segments() {
+            None => num(self.whole_sizes()),
+            Some(segments) => {
+                let sizes =
+                    |segment| [segments.queries(segment).len(), segments.keys(segment).len()];
+                (0..segments.len()).map(|segment| num(sizes(segment))).max().unwrap_or(0)
+            }
+        }
     }
 
     /// Returns how many of the keys have a number below this one in the whole inputs.
@@ -930,7 +1135,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     fn num_queries_before(&self, number: usize) -> usize {
         match self.origin.and_then(|origin| origin.queries) {
             None => number,
-            Some(queries) => count_below(queries, number),
+            Some(queries) => count_below(queries, number.saturating_add(self.first_number())),
         }
     }
 
@@ -938,6 +1143,12 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// its own number otherwise.
     #[inline]
     pub(crate) fn pair_number(&self, pair: Pair) -> usize {
+        if let (Pattern::Packed(segments), Some(whole)) = (self.pattern, self.whole_segments()) {
+            let segment = segments.of_query(pair.query);
+            let (queries, keys) = (whole.queries(segment), whole.keys(segment));
+            let query = self.query_number(pair.query) - queries.start;
+            return query * keys.len() + (pair.key - keys.start);
+        }
         match self.origin {
             None => pair.index,
             Some(Origin { pairs: Some(pairs), .. }) => pairs[pair.index],
@@ -947,11 +1158,22 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
+    /// The segments of the inputs that these were selected from, if they were selected.
+    fn whole_segments(&self) -> Option<&'a Segments> {
+        self.origin.map_or(self.segments, |origin| origin.segments)
+    }
+
+    /// The number that counts as 0 among the numbers of selected queries.
+    fn first_number(&self) -> usize {
+        self.origin.map_or(0, |origin| origin.first_query)
+    }
+
     /// Returns the number of a query in the inputs that these were selected from. If they were not
     /// selected, or there is no such query, returns `query`.
     pub(crate) fn query_number(&self, query: usize) -> usize {
         let queries = self.origin.and_then(|origin| origin.queries);
-        queries.and_then(|queries| queries.get(query)).copied().unwrap_or(query)
+        let number = queries.and_then(|queries| queries.get(query));
+        number.map_or(query, |number| number - self.first_number())
     }
 
     /// Returns the number of a key in the inputs that these were selected from, if they were selected, and

@@ -236,7 +236,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     };
     let local_globals = [
         (one_head(), sliding_window(Window::new(7), Flash::new())),
-        (grouped(), sliding_window(Window::new(9).globals(&[3, 0]), flash(3, 2))),
+        (grouped(), sliding_window(Window::new(9).globals(&[2, 0]), flash(3, 2))),
         (heads(), LocalGlobal::joint(flash(2, 3), flash(2, 2).with_scale(-0.6).unwrap())),
         (grouped(), gate(3, 6, scaled(0.3), scaled(1.1))),
         (six(), gate(6, 1, local, global)),

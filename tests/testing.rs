@@ -197,6 +197,13 @@ fn drift() -> f64 {
     1e-9 * f64::from(CALLS.fetch_add(1, Ordering::Relaxed))
 }
 
+fn other_dropout_if_packed<'a>(x: &In<'a>) -> Result<In<'a>> {
+    match (x.pattern(), x.dropout()) {
+        (Pattern::Packed(_), Some(dropout)) => x.with_dropout(dropout.of_segment(9)),
+        _ => Ok(*x),
+    }
+}
+
 fn visible(x: &In<'_>) -> Vec<usize> {
     (0..x.num_queries()).flat_map(|query| x.row(query)).map(|pair| pair.index).collect()
 }
@@ -353,6 +360,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
     (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
     (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
+    (Sees(other_dropout_if_packed), "packed inputs give what a loop over their segments gives"),
     (Reads(swap_groups), "grouped heads are the same"),
     (Sees(|x| x.with_grouped_heads(2, 1)), "a head reads its own columns, and no others"),
     (Weighs(|_, weights| *weights /= 2.0), "weights are non-negative"),
@@ -498,14 +506,16 @@ fn channels_may_be_refused() {
     for (channels, cases) in [
         (
             &[Channel::Mask],
-            "causal, causal bottom right, mask, mask per head, mask of pairs, graph mask, \
+            "causal, causal bottom right, mask, mask per head, mask of pairs, packed causal, \
+             packed causal bottom right, packed mask, packed mask of pairs, graph mask, \
              graph mask per head, graph mask of pairs, graph causal",
         ),
         (
             &[Channel::Bias],
-            "bias, bias per head, bias that hides, bias of keys, graph bias, graph bias of keys",
+            "bias, bias per head, bias that hides, bias of keys, packed bias, packed bias of keys, \
+             graph bias, graph bias of keys",
         ),
-        (&[Channel::Dropout], "dropout, graph dropout"),
+        (&[Channel::Dropout], "dropout, packed dropout, graph dropout"),
     ] {
         let choosy = Wrong(Refuses(channels), Flash::new());
         let report = check_attention(&choosy, &Shapes::new(3, 3, 2)).unwrap();

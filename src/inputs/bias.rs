@@ -16,6 +16,19 @@ pub struct Bias<'a, F> {
     mask: Option<View3<'a, bool>>,
 }
 
+/// What the rows or columns of a bias, and of its gradient, belong to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum BiasAxes {
+    /// One row for each pair.
+    Pairs,
+    /// One row for each query; with `by_key` one column for each key.
+    Queries { by_key: bool },
+    /// One column for each key, shared by the queries.
+    Keys,
+    /// Shared by all pairs.
+    Shared,
+}
+
 /// The two forms of additive logits.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Logits<'a, F> {
@@ -67,6 +80,18 @@ impl<'a, F: Float> Logits<'a, F> {
         match *self {
             Self::Pairs(_) => Logits::Pairs(logits.index_axis_move(Axis(0), 0)),
             Self::Grid { num_axes, .. } => Logits::Grid { grid: logits, num_axes },
+        }
+    }
+
+    /// What its rows or columns belong to.
+    pub(super) fn axes(&self) -> BiasAxes {
+        match self {
+            Self::Pairs(_) => BiasAxes::Pairs,
+            Self::Grid { grid, .. } => match grid.shape() {
+                [_, 1, 1] => BiasAxes::Shared,
+                [_, 1, _] => BiasAxes::Keys,
+                shape => BiasAxes::Queries { by_key: shape[2] != 1 },
+            },
         }
     }
 

@@ -1,7 +1,7 @@
 //! Selection of queries, keys or pairs of inputs as new inputs.
 
 use super::bias::{Logits, slot_of};
-use super::{Inputs, Origin, Pair, Pattern, Positions, View2, View3};
+use super::{Inputs, Origin, Pair, Pattern, Positions, Segments, View2, View3};
 use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_array};
 use crate::gradients::GradientsMut;
@@ -27,6 +27,7 @@ pub struct SelectedInputs<'a, F: Float> {
     key: Option<Gathered<'a, F>>,
     value: Option<Gathered<'a, F>>,
     graph: Option<Graph>,
+    segments: Option<Segments>,
     mask: Option<Gathered<'a, bool, Ix3>>,
     pair_mask: Option<Array1<bool>>,
     /// Has three axes.
@@ -149,7 +150,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             first = query + 1;
         }
         let (graph, pairs) = match self.pattern {
-            Pattern::Dense => (None, None),
+            Pattern::Dense | Pattern::Packed(_) => (None, None),
             Pattern::Graph(graph) => {
                 let (graph, pairs) = graph.select_queries(queries)?;
                 (Some(graph), Some(pairs))
@@ -201,6 +202,13 @@ impl<'a, F: Float> Inputs<'a, F> {
                 let mask = Some(Gathered::Copy(mask));
                 Ok(SelectedInputs { mask, ..self.gather(numbers, None)? })
             }
+            Pattern::Packed(_) => {
+                let mut mask = try_array("mask", Dim([self.num_pairs()]), false)?;
+                for pair in (0..self.num_queries()).flat_map(|query| self.row(query)) {
+                    mask[pair.index] = keep(pair);
+                }
+                Ok(SelectedInputs { pair_mask: Some(mask), ..self.gather(numbers, None)? })
+            }
             Pattern::Graph(graph) => {
                 let (graph, pairs) =
                     graph.select_edges(|query, key, index| keep(Pair { query, key, index }))?;
@@ -215,6 +223,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         let latent = latent.map(|(latent, queries)| latent.select_queries(queries)).transpose()?;
         let (latent, latent_pairs) = latent.unzip();
         numbers.latent_pairs = latent_pairs;
+        let segments = self.segments.zip(numbers.queries.as_deref());
+        let segments =
+            segments.map(|(segments, queries)| segments.select_queries(queries)).transpose()?;
         let outermost = self.origin.map(|origin| Numbers {
             queries: renumber(numbers.queries.as_deref(), origin.queries),
             keys: renumber(numbers.keys.as_deref(), origin.keys),
@@ -248,6 +259,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         });
         Ok(SelectedInputs {
             outermost,
+            segments,
             query: of_queries("query", self.query)?,
             key: of_keys("key", self.key)?,
             value: of_keys("value", self.value)?,
@@ -278,6 +290,10 @@ impl<'a, F: Float> Inputs<'a, F> {
         if let Some(pairs) = &numbers.pairs {
             return Some(runs(pairs));
         }
+        if let Pattern::Packed(segments) = self.pattern {
+            let queries = numbers.queries.as_deref()?.iter();
+            return Some(queries.map(|&query| segments.pairs_of_query(query)).collect());
+        }
         let num_keys = self.num_keys();
         let rows = numbers.queries.as_deref().map(runs);
         let Some(keys) = &numbers.keys else {
@@ -307,11 +323,17 @@ impl<F: Float> SelectedInputs<'_, F> {
             array.as_ref().map(Gathered::view)
         }
         let whole = &self.whole;
+        let segments = self.segments.as_ref().or(whole.segments);
         Inputs {
             query: view(&self.query).unwrap_or(whole.query),
             key: view(&self.key).unwrap_or(whole.key),
             value: view(&self.value).unwrap_or(whole.value),
-            pattern: self.graph.as_ref().map_or(Pattern::Dense, Pattern::Graph),
+            pattern: match (&self.graph, segments) {
+                (Some(graph), _) => Pattern::Graph(graph),
+                (None, Some(segments)) => Pattern::Packed(segments),
+                (None, None) => Pattern::Dense,
+            },
+            segments,
             mask: view(&self.mask).or(whole.mask),
             pair_mask: self.pair_mask.as_ref().map(|mask| mask.view()).or(whole.pair_mask),
             bias: whole.bias.map(|bias| match view(&self.bias) {
@@ -335,6 +357,8 @@ impl<F: Float> SelectedInputs<'_, F> {
                 latent_pairs: numbers.latent_pairs.as_deref(),
                 num_queries,
                 num_keys,
+                first_query: whole.first_number(),
+                segments: whole.whole_segments(),
             }),
             ..*whole
         }

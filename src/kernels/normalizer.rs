@@ -2,7 +2,8 @@
 
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_array};
-use ndarray::{Array2, ArrayView1, ArrayViewMut1, Ix2};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1, Axis, Ix2, s};
+use std::ops::Range;
 
 /// The normalizer of the softmax of each query and head, in two parts:
 ///
@@ -22,6 +23,24 @@ pub struct Normalizer<F> {
 }
 
 impl<F: Float> Normalizer<F> {
+    /// Joins those of consecutive queries.
+    pub(crate) fn join(parts: &[Self], heads: usize) -> Self {
+        let joined = |array: fn(&Self) -> &Array2<F>| {
+            let mut joined = Array2::zeros((0, heads));
+            for part in parts {
+                joined.append(Axis(0), array(part).view()).expect("as many heads");
+            }
+            joined
+        };
+        Self { shift: joined(|part| &part.shift), sum: joined(|part| &part.sum) }
+    }
+
+    /// Returns that of some queries.
+    pub(crate) fn rows(&self, queries: Range<usize>) -> Self {
+        let rows = |array: &Array2<F>| array.slice(s![queries.clone(), ..]).to_owned();
+        Self { shift: rows(&self.shift), sum: rows(&self.sum) }
+    }
+
     /// Creates a normalizer of queries that have seen no key.
     pub(crate) fn empty(num_queries: usize, heads: usize) -> Result<Self> {
         let filled = |value| try_array("log_sum_exp", Ix2(num_queries, heads), value);

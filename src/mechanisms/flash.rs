@@ -7,10 +7,11 @@ use crate::kernels::dense::{FEW_QUERIES, TileSizes};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
+use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::Partial;
-use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
 const NAME: &str = "flash";
 
@@ -137,6 +138,11 @@ impl Flash {
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Normalizer<F>> {
         check_output(self, "out", inputs, out.shape())?;
+        if let Some(segments) = inputs.packed_segments() {
+            let run = |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out);
+            let parts = packed::for_each_segment(inputs, segments, out, run)?;
+            return Ok(Normalizer::join(&parts, inputs.num_heads()));
+        }
         let problem = Problem::new(inputs, self.scale)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
         let (tiles, level) = (self.tiles, level());
@@ -157,6 +163,17 @@ impl Flash {
         grad_out: ArrayView2<'_, F>,
         grads: &mut GradientsMut<'_, F>,
     ) -> Result<()> {
+        if let Some(segments) = inputs.packed_segments() {
+            let grads = grads.reborrow();
+            let run = |number, inputs: &Inputs<'_, F>, mut grads: GradientsMut<'_, F>| {
+                let queries = segments.queries(number);
+                let normalizer = normalizer.rows(queries.clone());
+                let [out, grad_out] =
+                    [&out, &grad_out].map(|rows| rows.slice(s![queries.clone(), ..]));
+                self.add_gradients(inputs, out, &normalizer, grad_out, &mut grads)
+            };
+            return packed::backward_by_segment(self, inputs, segments, grads, run);
+        }
         let problem = Problem::new(inputs, self.scale)?;
         let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
         let upstream = Upstream {

@@ -7,6 +7,7 @@ pub mod graph_rope;
 pub mod local_global;
 pub mod moe;
 pub mod multi_head;
+mod packed;
 pub mod performer;
 pub mod poincare;
 pub(crate) mod scaled_dot_product;

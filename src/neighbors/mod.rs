@@ -64,7 +64,7 @@ pub use exact::ExactIndex;
 #[cfg(feature = "hnsw")]
 pub use hnsw::{HnswConfig, HnswIndex};
 
-use crate::error::{Channel, Error, Result, check_shape};
+use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec};
 use crate::graph::Graph;
 use crate::inputs::Inputs;
@@ -353,7 +353,7 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     #[must_use]
     pub fn num_excluded(&self, query: usize) -> usize {
         let known = self.exclude.map_or(0, |graph| graph.neighbors(query).len());
-        let hiding = self.visible_in.filter(|inputs| inputs.has(Channel::Mask));
+        let hiding = self.visible_in.filter(|inputs| inputs.may_hide_keys());
         let hidden = hiding.map_or(0, |inputs| {
             (0..inputs.num_keys()).filter(|&key| !self.sees(query, key)).count()
         });

@@ -1,7 +1,7 @@
 use super::sample::{Layout, normal};
 use super::{Broken, Report, Sample, Shapes, Violation, arrays, for_each_case, require, succeed};
 use crate::{Attention, Error, Float, Gradients, GradientsMut, Graph, Inputs, Pair, Saved, params};
-use ndarray::{Array, Array1, Array2, ArrayD, ArrayView2, Axis, Dimension, Slice};
+use ndarray::{Array, Array1, Array2, ArrayD, ArrayView2, Axis, Dimension, Slice, s};
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
@@ -40,6 +40,7 @@ pub fn check_attention<F: Float>(
         check.layouts_agree()?;
         check.permutations_agree()?;
         check.representations_agree()?;
+        check.packed_inputs_are_a_loop()?;
         check.hidden_pairs_do_not_leak()?;
         check.nan_stays_in_its_rows()?;
         check.channels_are_honoured()?;
@@ -154,7 +155,8 @@ impl<'a, F: Float> Check<'a, F> {
     fn permutations_agree(&self) -> Result<(), Broken> {
         // A causal pattern depends on the order; dropout in dense inputs hashes pair numbers.
         let is_dense = self.sample.graph.is_none();
-        if self.sample.causal.is_some() || (is_dense && self.sample.dropout.is_some()) {
+        let is_ordered = self.sample.causal.is_some() || self.sample.segments.is_some();
+        if is_ordered || (is_dense && self.sample.dropout.is_some()) {
             return Ok(());
         }
         let law = "permuting the keys changes nothing";
@@ -192,6 +194,46 @@ impl<'a, F: Float> Check<'a, F> {
         if let Ok(weights) = self.mechanism.attention_weights(&inputs) {
             let shuffled = succeed(law, self.mechanism.attention_weights(&graph_inputs))?;
             close(law, &shuffled, &weights.select(Axis(0), &indices))?;
+        }
+        Ok(())
+    }
+
+    fn packed_inputs_are_a_loop(&self) -> Result<(), Broken> {
+        let Some(segments) = &self.sample.segments else { return Ok(()) };
+        // The edges of latent neighbours have no numbers of their own in a segment.
+        if self.sample.reads_latent && self.sample.dropout.is_some() {
+            return Ok(());
+        }
+        let law = "packed inputs give what a loop over their segments gives";
+        let mut params: Option<Vec<ArrayD<F>>> = None;
+        for segment in 0..segments.len() {
+            let sample = self.sample.segment(segment);
+            let (queries, keys) = (segments.queries(segment), segments.keys(segment));
+            // Alone, a segment may be too short for a mechanism.
+            let inputs = succeed(law, sample.inputs())?;
+            let out = match self.mechanism.forward(&inputs) {
+                Err(Error::InvalidArgument { .. }) => continue,
+                out => succeed(law, out)?,
+            };
+            close(law, &self.out.slice(s![queries.clone(), ..]).to_owned(), &out)?;
+            let grad_out = self.grad_out.slice(s![queries.clone(), ..]);
+            let grads = gradients(self.mechanism, &sample, grad_out)?;
+            for (packed, alone, rows) in [
+                (&self.gradients.query, &grads.query, queries),
+                (&self.gradients.key, &grads.key, keys.clone()),
+                (&self.gradients.value, &grads.value, keys),
+            ] {
+                close(law, &packed.slice(s![rows, ..]).to_owned(), alone)?;
+            }
+            match &mut params {
+                None => params = Some(grads.params),
+                Some(params) => {
+                    params.iter_mut().zip(&grads.params).for_each(|(sum, grad)| *sum += grad)
+                }
+            }
+        }
+        for (packed, sum) in self.gradients.params.iter().zip(params.into_iter().flatten()) {
+            close(law, packed, &sum)?;
         }
         Ok(())
     }
@@ -342,6 +384,7 @@ impl<'a, F: Float> Check<'a, F> {
         }
         let pairs = match &self.sample.graph {
             Some(graph) => (graph.num_edges(), 1),
+            None if self.sample.segments.is_some() => (self.sample.layers.len(), 1),
             None => (self.sample.query.nrows(), self.sample.key.nrows()),
         };
         let bias = Some(Array2::from_elem(pairs, F::from_f64(-1e9)).into_dyn());
@@ -578,6 +621,36 @@ impl<F: Float> Sample<F> {
         sample
     }
 
+    /// Returns one segment, as dense inputs.
+    fn segment(&self, segment: usize) -> Self {
+        let segments = self.segments.as_ref().expect("packed inputs");
+        let queries: Vec<usize> = segments.queries(segment).collect();
+        let keys: Vec<usize> = segments.keys(segment).collect();
+        let mut sample = self.clone();
+        sample.segments = None;
+        sample.query = self.query.select(Axis(0), &queries);
+        sample.query_positions = self.query_positions.select(Axis(0), &queries);
+        sample.key = self.key.select(Axis(0), &keys);
+        sample.value = self.value.select(Axis(0), &keys);
+        sample.key_positions = self.key_positions.select(Axis(0), &keys);
+        sample.mask = self.mask.as_ref().map(|mask| permuted(mask, &queries, &keys));
+        let pairs: Vec<usize> = segments.pairs(segment).collect();
+        sample.select_pairs(&pairs);
+        sample.bias = self.bias.as_ref().map(|bias| match bias.ndim() {
+            2 => bias.select(Axis(0), &pairs),
+            _ => permuted(bias, &queries, &keys),
+        });
+        sample.dropout = self.dropout.map(|dropout| dropout.of_segment(segment));
+        let latent = edges(&self.latent).into_iter().filter_map(|(query, key)| {
+            let query = query.checked_sub(segments.queries(segment).start)?;
+            let key = key.checked_sub(segments.keys(segment).start)?;
+            (query < queries.len() && key < keys.len()).then_some((query, key))
+        });
+        let latent = latent.collect::<Vec<_>>();
+        sample.latent = Graph::from_edges(queries.len(), keys.len(), latent).expect("in range");
+        sample
+    }
+
     /// Returns a sample with as many heads of keys and values as of queries: each query head has its own
     /// copy.
     fn ungrouped(&self) -> Self {
@@ -600,6 +673,7 @@ impl<F: Float> Sample<F> {
         sample.graph = Some(Graph::from_edges(inputs.num_queries(), inputs.num_keys(), edges)?);
         let latent = visible_edges(&self.latent, inputs);
         sample.latent = Graph::from_edges(inputs.num_queries(), inputs.num_keys(), latent)?;
+        sample.segments = None;
         sample.causal = None;
         sample.mask = None;
         sample.pair_mask = None;

@@ -1,4 +1,4 @@
-use crate::{Causal, Dropout, Float, Graph, Inputs};
+use crate::{Causal, Dropout, Float, Graph, Inputs, Segments};
 use ndarray::{Array, Array1, Array2, Array3, ArrayD, Axis, Dimension, ShapeBuilder, Slice};
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::{RngExt, SeedableRng};
@@ -112,6 +112,8 @@ pub(super) struct Sample<F> {
     pub(super) value: Array2<F>,
     /// The pairs; all pairs if `None`.
     pub(super) graph: Option<Graph>,
+    /// The segments of packed inputs; then there is no graph.
+    pub(super) segments: Option<Segments>,
     /// Whether all heads read whole rows of queries.
     pub(super) whole_queries: bool,
     /// Whether queries see latent neighbours.
@@ -165,6 +167,7 @@ impl<F: Float> Sample<F> {
             key,
             value,
             graph: None,
+            segments: None,
             whole_queries: shapes.whole_queries,
             reads_latent: shapes.reads_latent,
             causal: None,
@@ -203,10 +206,11 @@ impl<F: Float> Sample<F> {
     /// Returns the inputs of this sample.
     pub(super) fn inputs(&self) -> crate::Result<Inputs<'_, F>> {
         let (query, key, value) = (self.query.view(), self.key.view(), self.value.view());
-        let mut inputs = match &self.graph {
-            None if self.query.nrows() == 1 => Inputs::single(self.query.row(0), key, value)?,
-            None => Inputs::dense(query, key, value)?,
-            Some(graph) => Inputs::graph(query, key, value, graph)?,
+        let mut inputs = match (&self.graph, &self.segments) {
+            (_, Some(segments)) => Inputs::packed(query, key, value, segments)?,
+            (None, _) if self.query.nrows() == 1 => Inputs::single(self.query.row(0), key, value)?,
+            (None, _) => Inputs::dense(query, key, value)?,
+            (Some(graph), _) => Inputs::graph(query, key, value, graph)?,
         };
         inputs = inputs
             .with_grouped_heads(self.heads, self.kv_heads)?
@@ -344,6 +348,30 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     ] {
         cases.push((case, Sample::dense(shapes, num_queries, num_keys, &mut rng)));
     }
+
+    // Queries 0 and 1 see the keys 0 to 2, nobody sees key 3, and queries 2 to 4 see the keys 4 to 6.
+    let segments = Segments::from_query_key_lengths(&[2, 0, 3], &[3, 1, 3]).expect("as many");
+    let pairs = segments.num_pairs();
+    let mut packed = Sample::dense(shapes, num_queries, num_keys, &mut other_rng);
+    packed.draw_pair_data(pairs, &mut other_rng);
+    packed.segments = Some(segments);
+    for (case, causal) in [
+        ("packed", None),
+        ("packed causal", Some(Causal::TopLeft)),
+        ("packed causal bottom right", Some(Causal::BottomRight)),
+    ] {
+        cases.push((case, Sample { causal, ..packed.clone() }));
+    }
+    let mut bias = normal([pairs, shapes.bias_heads], 1.0, &mut other_rng);
+    hide_some(&mut bias, &mut other_rng);
+    cases.push(("packed bias", Sample { bias: Some(bias.into_dyn()), ..packed.clone() }));
+    let bias = normal([shapes.bias_heads, num_keys], 1.0, &mut other_rng).insert_axis(Axis(1));
+    cases.push(("packed bias of keys", Sample { bias: Some(bias.into_dyn()), ..packed.clone() }));
+    let packed_mask = Some(mask.clone().into_dyn());
+    cases.push(("packed mask", Sample { mask: packed_mask, ..packed.clone() }));
+    let pair_mask = Some(some(pairs));
+    cases.push(("packed mask of pairs", Sample { pair_mask, ..packed.clone() }));
+    cases.push(("packed dropout", Sample { dropout, ..packed }));
 
     // Query 3 and key 6 have no edges; some edges are parallel, some are loops.
     let mut edges: Vec<(usize, usize)> =

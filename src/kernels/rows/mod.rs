@@ -22,10 +22,10 @@ use super::parallel::{self, Rest};
 use super::primitives::matmul::vector_len;
 use super::primitives::prefetch::prefetch;
 use super::problem::{FiniteRows, Problem, Slices};
-use crate::error::{Channel, Result};
+use crate::error::Result;
 use crate::float::{Float, try_vec, try_zeros};
 use crate::graph::Graph;
-use crate::inputs::{Inputs, Pair, Pattern};
+use crate::inputs::{Inputs, Pair, Pattern, Segments};
 use fearless_simd::{Level, Simd};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use std::ops::Range;
@@ -67,6 +67,10 @@ pub(super) enum Pairs<'g> {
     ByQuery(&'g Graph),
     /// The keys of a graph; this is its transpose.
     ByKey(&'g Graph),
+    /// Queries that see all keys of their segment.
+    Packed(&'g Segments),
+    /// Keys that all queries of their segment see.
+    PackedByKey(&'g Segments),
 }
 
 impl<'g> Pairs<'g> {
@@ -77,6 +81,7 @@ impl<'g> Pairs<'g> {
                 Pairs::Dense { num_queries, num_keys }
             }
             Pattern::Graph(graph) => Pairs::ByQuery(graph),
+            Pattern::Packed(segments) => Pairs::Packed(segments),
         }
     }
 
@@ -85,6 +90,7 @@ impl<'g> Pairs<'g> {
         match Self::by_query(inputs) {
             Pairs::Dense { num_queries, num_keys } => Pairs::DenseByKey { num_queries, num_keys },
             Pairs::ByQuery(graph) => Pairs::ByKey(graph.transpose()),
+            Pairs::Packed(segments) => Pairs::PackedByKey(segments),
             by_key => by_key,
         }
     }
@@ -104,6 +110,8 @@ impl<'g> Pairs<'g> {
             Pairs::Dense { num_queries, .. } => num_queries,
             Pairs::DenseByKey { num_keys, .. } => num_keys,
             Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.num_queries(),
+            Pairs::Packed(segments) => segments.num_queries(),
+            Pairs::PackedByKey(segments) => segments.num_keys(),
         }
     }
 
@@ -114,6 +122,8 @@ impl<'g> Pairs<'g> {
                 row * len..(row + 1) * len
             }
             Pairs::ByQuery(graph) | Pairs::ByKey(graph) => graph.slots(row),
+            Pairs::Packed(segments) => segments.pairs_of_query(row),
+            Pairs::PackedByKey(segments) => segments.slots_of_key(row),
         }
     }
 
@@ -330,6 +340,25 @@ impl Row<'_> {
                 key: row,
                 index,
             })),
+            Pairs::Packed(segments) => {
+                let first = segments.pairs_of_query(row).start;
+                let keys = segments.keys(segments.of_query(row));
+                list.extend(slots.map(|index| {
+                    let key = keys.start + (index - first);
+                    Pair { query: row, key, index }
+                }));
+            }
+            Pairs::PackedByKey(segments) => {
+                let segment = segments.of_key(row);
+                let (queries, keys) = (segments.queries(segment), segments.keys(segment));
+                let first = segments.slots_of_key(row).start;
+                let first_index = segments.pairs(segment).start + (row - keys.start);
+                list.extend(slots.map(|slot| {
+                    let query = slot - first;
+                    let index = first_index + query * keys.len();
+                    Pair { query: queries.start + query, key: row, index }
+                }));
+            }
         }
     }
 }
@@ -443,7 +472,7 @@ impl<F: Float> Tile<F> {
             }
             row.list(slots.clone(), &mut self.pairs);
             self.slots.extend(slots);
-            if problem.inputs.has(Channel::Mask) {
+            if problem.inputs.may_hide_pairs() {
                 let sees = |pair: &Pair| problem.inputs.sees(*pair);
                 let mut pairs = self.pairs.iter();
                 self.slots.retain(|_| pairs.next().is_some_and(sees));
@@ -452,7 +481,7 @@ impl<F: Float> Tile<F> {
         }
         self.others.clear();
         match row.pairs {
-            Pairs::Dense { .. } | Pairs::ByQuery(_) => {
+            Pairs::Dense { .. } | Pairs::ByQuery(_) | Pairs::Packed(_) => {
                 self.others.extend(self.pairs.iter().map(|pair| pair.key));
             }
             _ => self.others.extend(self.pairs.iter().map(|pair| pair.query)),

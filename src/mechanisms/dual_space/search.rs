@@ -89,7 +89,7 @@ impl<F: Float> LatentSearch<F> {
         let mut search = self.search.visible_in(inputs);
         match inputs.pattern() {
             Pattern::Graph(graph) if self.exclude_graph => search = search.exclude(graph),
-            Pattern::Dense if self.exclude_graph => search.k = 0,
+            Pattern::Dense | Pattern::Packed(_) if self.exclude_graph => search.k = 0,
             _ => {}
         }
         let found = match &self.index {

@@ -10,17 +10,18 @@ use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
-use crate::inputs::{Inputs, Pattern, SelectedInputs};
+use crate::inputs::{Inputs, Pattern, Segments, SelectedInputs};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, output_dim};
 use crate::mechanisms::fill_uniform;
 use crate::mechanisms::flash::{Flash, State};
+use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
 use crate::params::Params;
 use crate::partial::merge_rows;
 use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 use rand::Rng;
 use std::borrow::Cow;
 
@@ -233,7 +234,6 @@ impl<F: Float> LocalGlobal<F> {
     ) -> Result<()> {
         match &self.form {
             Form::SlidingWindow { window, flash } => {
-                window.check_globals(inputs)?;
                 if let Pattern::Graph(_) = inputs.pattern() {
                     let selected = inputs.select_pairs(|pair| window.keeps(inputs, pair))?;
                     return visit(&Part { flash, selected, reach: None, role: Role::First });
@@ -269,6 +269,11 @@ impl<F: Float> LocalGlobal<F> {
 
     /// Overwrites `out` and returns the normalizer over all parts.
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
+        if let Some(segments) = self.segments_with_windows(inputs) {
+            let run = |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out);
+            let parts = packed::for_each_segment(inputs, segments, out, run)?;
+            return Ok(Normalizer::join(&parts, inputs.num_heads()));
+        }
         let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.num_heads())?;
         out.fill(F::zero());
         self.for_each_part(inputs, |part| {
@@ -382,7 +387,10 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         check_output(self, "out", inputs, out.shape())?;
         match &self.form {
             Form::Gated(gate) => gate.forward(inputs, out),
-            _ => self.run(inputs, out).map(drop),
+            _ => {
+                self.check_globals(inputs)?;
+                self.run(inputs, out).map(drop)
+            }
         }
     }
 
@@ -395,6 +403,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         match &self.form {
             Form::Gated(gate) => Ok(Saved::new(NAME, gate.forward_train(inputs, out)?)),
             _ => {
+                self.check_globals(inputs)?;
                 let normalizer = self.run(inputs, out.view_mut())?;
                 Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
             }
@@ -415,33 +424,11 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         }
         let state = saved.state::<State<F>>(NAME)?;
         state.check(inputs)?;
+        self.check_globals(inputs)?;
         // The softmax does not read them, and blocks do not contain them.
         (grads.edge_features, grads.distances) = (None, None);
         (grads.query_positions, grads.key_positions) = (None, None);
-        // For queries that see nothing all weights are 0.
-        let mut of_others = Cow::Borrowed(&state.normalizer);
-        for query in self.whole_queries(inputs) {
-            of_others.to_mut().clear_row(query);
-        }
-        self.for_each_part(inputs, |part| {
-            // e^{s − m} / l with the normalizer over all parts is the weight among all pairs.
-            let is_whole = part.role == Role::Whole;
-            let normalizer = if is_whole { &state.normalizer } else { &*of_others };
-            let rows = |array: &Array2<F>| -> Result<Array2<F>> {
-                let rows = part.selected.rows_of_queries("normalizer", array.view())?;
-                Ok(rows.view().to_owned())
-            };
-            let normalizer =
-                Normalizer { shift: rows(&normalizer.shift)?, sum: rows(&normalizer.sum)? };
-            let [out, grad] = [
-                part.selected.rows_of_queries("out", state.out.view())?,
-                part.selected.rows_of_queries("grad_out", grad_out)?,
-            ];
-            part.selected.backward(grads.reborrow(), |inputs, mut grads| {
-                let inputs = part.in_window(*inputs);
-                part.flash.add_gradients(&inputs, out.view(), &normalizer, grad.view(), &mut grads)
-            })
-        })
+        self.vjp(inputs, state.out.view(), &state.normalizer, grad_out, grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -495,5 +482,63 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
                 )
             }
         }
+    }
+}
+
+impl<F: Float> LocalGlobal<F> {
+    /// The segments of packed inputs, each of which has windows of its own.
+    fn segments_with_windows<'a>(&self, inputs: &Inputs<'a, F>) -> Option<&'a Segments> {
+        inputs.packed_segments().filter(|_| matches!(self.form, Form::SlidingWindow { .. }))
+    }
+
+    fn check_globals(&self, inputs: &Inputs<'_, F>) -> Result<()> {
+        match &self.form {
+            Form::SlidingWindow { window, .. } => window.check_globals(inputs),
+            _ => Ok(()),
+        }
+    }
+
+    /// Adds the gradients of the one softmax, given its outputs and normalizer.
+    fn vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        out: ArrayView2<'_, F>,
+        normalizer: &Normalizer<F>,
+        grad_out: ArrayView2<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        if let Some(segments) = self.segments_with_windows(inputs) {
+            let run = |number, inputs: &Inputs<'_, F>, grads: GradientsMut<'_, F>| {
+                let queries = segments.queries(number);
+                let [out, grad_out] =
+                    [&out, &grad_out].map(|rows| rows.slice(s![queries.clone(), ..]));
+                self.vjp(inputs, out, &normalizer.rows(queries.clone()), grad_out, grads)
+            };
+            return packed::backward_by_segment(self, inputs, segments, grads, run);
+        }
+        // For queries that see nothing all weights are 0.
+        let mut of_others = Cow::Borrowed(normalizer);
+        for query in self.whole_queries(inputs) {
+            of_others.to_mut().clear_row(query);
+        }
+        self.for_each_part(inputs, |part| {
+            // e^{s − m} / l with the normalizer over all parts is the weight among all pairs.
+            let is_whole = part.role == Role::Whole;
+            let normalizer = if is_whole { normalizer } else { &*of_others };
+            let rows = |array: &Array2<F>| -> Result<Array2<F>> {
+                let rows = part.selected.rows_of_queries("normalizer", array.view())?;
+                Ok(rows.view().to_owned())
+            };
+            let normalizer =
+                Normalizer { shift: rows(&normalizer.shift)?, sum: rows(&normalizer.sum)? };
+            let [out, grad] = [
+                part.selected.rows_of_queries("out", out)?,
+                part.selected.rows_of_queries("grad_out", grad_out)?,
+            ];
+            part.selected.backward(grads.reborrow(), |inputs, mut grads| {
+                let inputs = part.in_window(*inputs);
+                part.flash.add_gradients(&inputs, out.view(), &normalizer, grad.view(), &mut grads)
+            })
+        })
     }
 }

@@ -101,7 +101,7 @@ impl Window {
 
     /// Whether a pair is kept.
     pub(super) fn keeps<F: Float>(&self, inputs: &Inputs<'_, F>, pair: Pair) -> bool {
-        let key = inputs.key_number(pair.key);
+        let key = inputs.key_place(pair.key);
         let Some(query) = position(inputs, pair.query) else { return self.is_global(key) };
         self.is_in_window(query, key) || self.is_global(query) || self.is_global(key)
     }

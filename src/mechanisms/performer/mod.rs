@@ -18,6 +18,7 @@ use crate::inputs::{Inputs, head_columns};
 use crate::kernels::level::level;
 use crate::kernels::performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use crate::kernels::problem::output_dim;
+use crate::mechanisms::packed;
 use crate::params::Params;
 use map::FeatureMap;
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Ix2, s};
@@ -313,7 +314,10 @@ impl<F: Float> Attention<F> for Performer<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        self.run(inputs, out).map(drop)
+        match inputs.packed_segments() {
+            Some(segments) => packed::forward(self, inputs, segments, out),
+            None => self.run(inputs, out).map(drop),
+        }
     }
 
     fn forward_train_into(
@@ -321,6 +325,9 @@ impl<F: Float> Attention<F> for Performer<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
+        if let Some(segments) = inputs.packed_segments() {
+            return packed::forward_train(self, inputs, segments, out);
+        }
         let attended = self.run(inputs, out.view_mut())?;
         let mut copy = try_zeros("saved output", out.nrows(), out.ncols())?;
         copy.assign(&out);
@@ -334,6 +341,9 @@ impl<F: Float> Attention<F> for Performer<F> {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
+        if let Some(segments) = inputs.packed_segments() {
+            return packed::backward(self, inputs, segments, saved, grad_out, grads);
+        }
         let State { out, num_keys, attended }: &State<F> = saved.state(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         check_output(self, "saved output", inputs, out.shape())?;

@@ -21,6 +21,7 @@ use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::poincare::{HyperbolicProblem, Mass, Points};
 use crate::kernels::problem::{Problem, Rows, output_dim};
+use crate::mechanisms::packed;
 use crate::params::Params;
 use crate::softmax::Softmax;
 use mean::Sums;
@@ -317,6 +318,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
+        if let Some(segments) = inputs.packed_segments() {
+            return packed::forward_train(self, inputs, segments, out);
+        }
         check_output(self, "out", inputs, out.shape())?;
         let embedded = self.embed(inputs)?;
         let attended = if !embedded.is_within_range(self.config.aggregation) {
@@ -340,6 +344,9 @@ impl<F: Float> Attention<F> for Poincare<F> {
         grad_out: ArrayView2<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
+        if let Some(segments) = inputs.packed_segments() {
+            return packed::backward(self, inputs, segments, saved, grad_out, grads);
+        }
         let State { config, attended } = saved.state::<State<F>>(NAME)?;
         if *config != self.config {
             return Err(Error::saved_options(NAME, &self.config, config));
