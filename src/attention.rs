@@ -101,7 +101,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// Runs the backward pass of [`attention_weights`](Self::attention_weights): adds to `grads` the
     /// gradients of ⟨grad_weights, attention_weights(inputs)⟩. Use it for losses on the weights, such as
     /// their entropy or their distance from target weights. Recomputes the weights, in O(pairs · heads)
-    /// memory.
+    /// memory, so call it before the parameters change. A weight of 0 has no gradient, whatever
+    /// `grad_weights` holds for it.
     ///
     /// # Errors
     /// [`Error::NoWeights`] if the mechanism has no such backward pass; [`Error::Shape`] if
@@ -126,7 +127,7 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// let x = array![[1.0, 0.0], [0.0, 1.0]];
     /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
     /// let weights = Flash::new().attention_weights(&inputs)?;
-    /// // The entropy −Σ p log p of all rows.
+    /// // The entropy −Σ p log p of all rows. Where p is 0 the infinite derivative is not used.
     /// let grad_weights = weights.mapv(|p: f64| -p.ln() - 1.0);
     /// let grads = Flash::new().attention_weights_backward(&inputs, grad_weights.view())?;
     /// assert!(grads.query[[0, 0]] < 0.0); // a larger query is more certain

@@ -56,7 +56,7 @@ pub enum Error {
         channel: Channel,
     },
     /// The inputs have a channel that changes the output and that a mechanism cannot honour.
-    #[error("{mechanism} does not support {channel}: leave it out of the inputs")]
+    #[error("{mechanism} does not support {channel}: {}", channel.removal())]
     Unsupported {
         /// [`Attention::name`](crate::Attention::name) of the mechanism; `expert 2 (edge_gat)` of an
         /// expert in a mixture, `cross (flash)` of a branch.
@@ -282,6 +282,14 @@ pub enum Channel {
 }
 
 impl Channel {
+    /// Returns what to do if a mechanism does not support it.
+    fn removal(self) -> &'static str {
+        match self {
+            Self::Heads => "remove `Inputs::with_heads`",
+            _ => "leave it out of the inputs",
+        }
+    }
+
     /// Returns the method of [`Inputs`](crate::Inputs) that sets it.
     fn setter(self) -> &'static str {
         match self {

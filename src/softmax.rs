@@ -10,6 +10,7 @@ use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
+use crate::kernels::problem::output_dim;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 /// The weights of softmax attention, computed from the logit of each pair and head.
@@ -58,7 +59,9 @@ pub struct Softmax<F> {
 
 impl<F: Float> Softmax<F> {
     /// Computes the weights of all visible pairs. `logit` is called with the pair and the head, a number
-    /// below [`Inputs::num_heads`], and must not add the bias of the inputs: this function does.
+    /// below [`Inputs::num_heads`], and must not add the bias of the inputs: this function does. It is not
+    /// called for hidden pairs, nor for those that a bias of −∞ hides. [`Inputs::query_columns`] and
+    /// [`Inputs::key_columns`] are the columns of a head.
     ///
     /// A query without visible keys, or without a logit above −∞, has weights 0. A logit of +∞ or NaN makes
     /// the weights of its row NaN.
@@ -97,7 +100,7 @@ impl<F: Float> Softmax<F> {
     /// [`Attention::output_dim`](crate::Attention::output_dim).
     #[must_use]
     pub fn output_dim(inputs: &Inputs<'_, F>) -> usize {
-        Values::new(inputs).out_shape()[1]
+        output_dim(inputs)
     }
 
     /// Returns the attention weights before dropout, num_pairs × heads, with 0 for hidden pairs, for
@@ -126,21 +129,22 @@ impl<F: Float> Softmax<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<()> {
-        let values = Values::new(inputs);
         self.check(inputs)?;
-        check_shape("out", &values.out_shape(), out.shape())?;
+        let shape = [inputs.num_queries(), output_dim(inputs)];
+        check_shape("out", &shape, out.shape())?;
+        let dim = inputs.value().ncols() / inputs.num_kv_heads();
         // In f64, like the sums of the weights.
-        let mut sums = try_vec("out", &[values.dim], 0.0)?;
+        let mut sums = try_vec("out", &[dim], 0.0)?;
         for query in 0..inputs.num_queries() {
             for head in 0..inputs.num_heads() {
                 sums.fill(0.0);
                 self.for_each_pair(inputs, query, head, |pair, weight| {
                     let weight = (weight * inputs.dropout_multiplier(pair, head)).as_f64();
                     let value = inputs.value();
-                    let value = value.slice(s![pair.key, values.columns(head)]);
+                    let value = value.slice(s![pair.key, inputs.value_columns(head)]);
                     sums.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v.as_f64());
                 });
-                let out = out.slice_mut(s![query, head_columns(head, values.dim)]);
+                let out = out.slice_mut(s![query, head_columns(head, dim)]);
                 out.into_iter().zip(&sums).for_each(|(out, &sum)| *out = F::from_f64(sum));
             }
         }
@@ -152,15 +156,15 @@ impl<F: Float> Softmax<F> {
     /// # Errors
     /// As [`forward_into`](Self::forward_into).
     pub fn forward(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        let [rows, columns] = Values::new(inputs).out_shape();
-        let mut out = try_zeros("out", rows, columns)?;
+        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
         self.forward_into(inputs, out.view_mut())?;
         Ok(out)
     }
 
-    /// Adds the gradients of the values and the bias, given the gradient of the output. Calls `logit_vjp`
-    /// with the gradient of the logit of each pair and head, so that it adds the gradients of the arrays
-    /// from which the logit was computed.
+    /// Adds the gradients of the values and the bias, given the gradient of the output, and calls
+    /// `logit_vjp(pair, head, grad_logit, grads)` for each pair and head that has a logit. For every array or
+    /// parameter x that the logit s depends on, it must add grad_logit · ∂s/∂x to the gradient of x. A pair
+    /// whose own logit is −∞ comes with a `grad_logit` of 0.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `grad_out` or the inputs do not fit.
@@ -171,18 +175,19 @@ impl<F: Float> Softmax<F> {
         grads: &mut GradientsMut<'g, F>,
         logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
     ) -> Result<()> {
-        let values = Values::new(inputs);
-        check_shape("grad_out", &values.out_shape(), grad_out.shape())?;
+        let shape = [inputs.num_queries(), output_dim(inputs)];
+        check_shape("grad_out", &shape, grad_out.shape())?;
+        let dim = inputs.value().ncols() / inputs.num_kv_heads();
         self.vjp(inputs, grads, logit_vjp, |pair, head, weight, grads| {
             // oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
             let multiplier = inputs.dropout_multiplier(pair, head);
-            let grad_out = grad_out.slice(s![pair.query, head_columns(head, values.dim)]);
+            let grad_out = grad_out.slice(s![pair.query, head_columns(head, dim)]);
             if let Some(grad) = &mut grads.value {
-                let mut grad = grad.slice_mut(s![pair.key, values.columns(head)]);
+                let mut grad = grad.slice_mut(s![pair.key, inputs.value_columns(head)]);
                 grad.scaled_add(weight * multiplier, &grad_out);
             }
             let value = inputs.value();
-            let value = value.slice_move(s![pair.key, values.columns(head)]);
+            let value = value.slice_move(s![pair.key, inputs.value_columns(head)]);
             multiplier * grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>()
         })
     }
@@ -201,7 +206,10 @@ impl<F: Float> Softmax<F> {
         logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
     ) -> Result<()> {
         check_shape("grad_weights", self.weights.shape(), grad_weights.shape())?;
-        self.vjp(inputs, grads, logit_vjp, |pair, head, _, _| grad_weights[[pair.index, head]])
+        self.vjp(inputs, grads, logit_vjp, |pair, head, weight, _| {
+            // The entropy of a weight of 0 has an infinite gradient, and none after the softmax.
+            if weight == F::zero() { weight } else { grad_weights[[pair.index, head]] }
+        })
     }
 
     /// Computes dsᵢⱼ = pᵢⱼ (dpᵢⱼ − Σⱼ pᵢⱼ dpᵢⱼ), where `weight_vjp` returns dp.
@@ -260,32 +268,6 @@ impl<F: Float> Softmax<F> {
         let heads = inputs.num_heads();
         check_shape("saved weights", &[inputs.num_pairs(), heads], self.weights.shape())?;
         self.normalizer.check(inputs.num_queries(), heads)
-    }
-}
-
-/// The sizes of values and outputs.
-struct Values {
-    num_queries: usize,
-    heads: usize,
-    kv_heads: usize,
-    /// Columns of a head.
-    dim: usize,
-}
-
-impl Values {
-    fn new<F: Float>(inputs: &Inputs<'_, F>) -> Self {
-        let kv_heads = inputs.num_kv_heads();
-        let dim = inputs.value().ncols() / kv_heads;
-        Self { num_queries: inputs.num_queries(), heads: inputs.num_heads(), kv_heads, dim }
-    }
-
-    fn out_shape(&self) -> [usize; 2] {
-        [self.num_queries, self.heads.saturating_mul(self.dim)]
-    }
-
-    /// Returns the columns of the values that a query head reads.
-    fn columns(&self, head: usize) -> std::ops::Range<usize> {
-        head_columns(head * self.kv_heads / self.heads, self.dim)
     }
 }
 

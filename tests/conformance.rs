@@ -127,6 +127,11 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     // would make the output of a query depend on other queries.
     let boxed = |expert: Flash| Box::new(expert) as Box<dyn Attention<F>>;
     let scaled = |scale| boxed(flash(2, 3).with_scale(scale).unwrap());
+    let plain = || {
+        (0..3)
+            .map(|_| Box::new(ScaledDotProduct::new()) as _)
+            .collect::<Vec<Box<dyn Attention<F>>>>()
+    };
     let flashes = || vec![scaled(0.3), scaled(-0.5), scaled(1.0), scaled(2.0)];
     let mut projected = |heads| -> Box<dyn Attention<F>> {
         let config = MultiHeadConfig::new(6, heads).bias(heads == 1);
@@ -147,6 +152,7 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
     let six = || Shapes::new(6, 6, 6);
     let moes = [
         (one_head(), moe(MoeConfig::new(3, 2), flashes())),
+        (one_head(), moe(MoeConfig::new(3, 2), plain())),
         (heads().whole_queries(), moe(MoeConfig::new(6, 2), flashes())),
         (grouped().whole_queries(), moe(raw(MoeConfig::new(18, 1)), flashes())),
         (six(), moe(MoeConfig::new(6, 3), several)),
@@ -167,19 +173,21 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (Shapes::new(6, 6, 5).axes(1), Box::new(rope(6).init(Flash::new()).unwrap())),
         (
             Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
-            Box::new(several_axes(7).rotary_dim(6).learnable(true).init(flash(2, 3)).unwrap()),
+            Box::new(
+                several_axes(7).rotary_dim(6).learn_frequencies(true).init(flash(2, 3)).unwrap(),
+            ),
         ),
         (
             Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
             Box::new({
-                let config = rope(6).frequencies(mixed.clone()).learnable(true);
+                let config = rope(6).frequencies(mixed.clone()).learn_frequencies(true);
                 config.init(ScaledDotProduct::new()).unwrap()
             }),
         ),
         (
             Shapes::new(8, 8, 8).bias_heads(2),
             Box::new({
-                let inner = several_axes(4).learnable(true).init(Flash::new()).unwrap();
+                let inner = several_axes(4).learn_frequencies(true).init(Flash::new()).unwrap();
                 MultiHeadConfig::new(8, 2).init(inner, &mut rng).unwrap()
             }),
         ),
@@ -188,15 +196,15 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             Shapes::new(6, 6, 6).bias_heads(3),
             Box::new({
                 let heads = MultiHeadConfig::new(6, 3).init(Flash::new(), &mut rng).unwrap();
-                let inner = rope(6).frequencies(mixed).learnable(true).init(heads).unwrap();
-                several_axes(6).learnable(true).init(inner).unwrap()
+                let inner = rope(6).frequencies(mixed).learn_frequencies(true).init(heads).unwrap();
+                several_axes(6).learn_frequencies(true).init(inner).unwrap()
             }),
         ),
         (
             heads().axes(1),
             Box::new({
                 let inner = PerformerConfig::new(3, 16).init(&mut rng).unwrap();
-                rope(3).rotary_dim(2).learnable(true).init(inner).unwrap()
+                rope(3).rotary_dim(2).learn_frequencies(true).init(inner).unwrap()
             }),
         ),
         (
@@ -208,13 +216,13 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
             Shapes::new(2 * 7, 2 * 7, 2 * 5).heads(2),
             Box::new({
                 let config = GraphRopeConfig::new(7, Layout::Interleaved).rotary_dim(4);
-                config.learnable(true).init_edges().unwrap()
+                config.learn_frequencies(true).init_edges().unwrap()
             }),
         ),
         (
             Shapes::new(6 * 6, 2 * 6, 2 * 5).kv_heads(6, 2),
             Box::new({
-                let config = rope(6).frequencies(array![[0.5, -1.5, 0.75]]).learnable(true);
+                let config = rope(6).frequencies(array![[0.5, -1.5, 0.75]]).learn_frequencies(true);
                 config.init_edges().unwrap()
             }),
         ),

@@ -130,7 +130,7 @@ fn peers_agree() {
                 .map(|name| golden_matrix(&case[name]));
         let config = GraphRopeConfig::new(size(&case["head_dim"]), layout)
             .rotary_dim(size(&case["rotary_dim"]))
-            .learnable(true);
+            .learn_frequencies(true);
         let config = match case["base"].as_f64() {
             Some(base) => config.base(base).axes(size(&case["axes"])),
             None => config.frequencies(frequencies.clone()),
@@ -253,7 +253,7 @@ fn shifting_all_positions_changes_nothing() {
     let dense = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
     let sparse = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
     for layout in LAYOUTS {
-        let config = || GraphRopeConfig::new(head_dim, layout).learnable(true);
+        let config = || GraphRopeConfig::new(head_dim, layout).learn_frequencies(true);
         let heads_inside = MultiHeadConfig::new(heads * head_dim, heads);
         let ropes: Vec<(usize, Box<dyn Attention<f64>>)> = vec![
             (1, Box::new(config().init(Flash::new()).unwrap())),
@@ -348,7 +348,8 @@ fn distances_that_are_differences_of_positions_are_positions() {
         let inputs = inputs.with_positions(query_at.view(), key_at.view()).unwrap();
         let inputs = inputs.with_distances(distances.view()).unwrap();
         for layout in LAYOUTS {
-            let config = GraphRopeConfig::new(head_dim, layout).rotary_dim(8).learnable(true);
+            let config =
+                GraphRopeConfig::new(head_dim, layout).rotary_dim(8).learn_frequencies(true);
             let of_nodes = config.init(Flash::new()).unwrap();
             let of_edges = config.init_edges().unwrap();
             let (out, grads) = train(&of_nodes, &inputs);
@@ -399,7 +400,7 @@ fn bad_positions_touch_the_rows_that_read_them() {
     // Node 4 sees nothing, and no node sees node 0.
     let graph = Graph::from_edges(n, n, [(0, 1), (0, 2), (1, 2), (2, 3), (3, 1), (3, 4)]).unwrap();
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
-    let config = GraphRopeConfig::new(head_dim, Layout::Interleaved).learnable(true);
+    let config = GraphRopeConfig::new(head_dim, Layout::Interleaved).learn_frequencies(true);
     let rope = config.init(Flash::new()).unwrap();
     let (out, grads) = train(&rope, &inputs.with_positions(at.view(), at.view()).unwrap());
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
@@ -463,7 +464,7 @@ fn what_nobody_reads_has_no_gradient_whatever_it_holds() {
     let (query_at, mut key_at) = (positions(2, 1, 29), positions(3, 1, 30));
     let distances = array![1.0, 2.0, 3.0];
     for layout in LAYOUTS {
-        let config = GraphRopeConfig::new(head_dim, layout).learnable(true);
+        let config = GraphRopeConfig::new(head_dim, layout).learn_frequencies(true);
         let of_nodes = config.init(Flash::new()).unwrap();
         let of_edges = config.init_edges().unwrap();
         let at = inputs.with_positions(query_at.view(), key_at.view()).unwrap();
@@ -493,7 +494,7 @@ fn gradient_descent_finds_the_frequencies() {
     let config = |theta| GraphRopeConfig::new(head_dim, Layout::Half).frequencies(theta);
     let target = config(array![[0.8, 0.3]]).init::<f64, _>(Flash::new()).unwrap();
     let target = target.forward(&inputs).unwrap();
-    let config = config(array![[0.7, 0.35]]).learnable(true);
+    let config = config(array![[0.7, 0.35]]).learn_frequencies(true);
     let mut rope = config.init(Flash::new()).unwrap();
     for _ in 0..200 {
         let (out, saved) = rope.forward_train(&inputs).unwrap();
@@ -508,7 +509,7 @@ fn gradient_descent_finds_the_frequencies() {
 
 #[test]
 fn frequencies_come_and_go_by_name() {
-    let config = GraphRopeConfig::new(4, Layout::Half).learnable(true);
+    let config = GraphRopeConfig::new(4, Layout::Half).learn_frequencies(true);
     let inner = config.init(Flash::new()).unwrap();
     let mut rope: GraphRope<f64, _> = config.init(inner).unwrap();
     let names = |rope| params::state(rope).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
@@ -545,14 +546,14 @@ fn frequencies_that_are_not_learned_are_buffers() {
     assert_eq!(double.frequencies(), array![[1.0, 0.01]]);
 
     // Learned and fixed frequencies have the same name, so each loads the other's.
-    let learned: EdgeRope<f64> = config(7.0).learnable(true).init_edges().unwrap();
+    let learned: EdgeRope<f64> = config(7.0).learn_frequencies(true).init_edges().unwrap();
     params::load_state(&mut double, params::state(&learned)).unwrap();
     assert_eq!(double.frequencies(), learned.frequencies());
     assert_eq!((params::zeros(&learned).len(), params::buffers(&learned).len()), (1, 0));
 
     // Inside other mechanisms, prefixed with their names.
     let inner: GraphRope<f64, _> = config(1e4).init(Flash::new()).unwrap();
-    let outer = config(100.0).learnable(true).init(inner).unwrap();
+    let outer = config(100.0).learn_frequencies(true).init(inner).unwrap();
     let layer = MultiHeadConfig::new(4, 1).bias(false);
     let layer = layer.init(outer, &mut rng(5)).unwrap();
     let state = params::state(&layer).into_iter().map(|(name, _)| name);
@@ -648,7 +649,7 @@ fn positions_are_trained_inside_other_mechanisms() -> Result<()> {
     let rope = || config.init::<f64, _>(Flash::new());
     let experts = (0..2).map(|_| Ok(Box::new(rope()?) as Box<dyn Attention<f64>>));
     let experts = experts.collect::<Result<Vec<_>>>()?;
-    let twice = config.clone().learnable(true).init(rope()?)?;
+    let twice = config.clone().learn_frequencies(true).init(rope()?)?;
     let dual = DualSpaceConfig::new(Fusion::Gated, 4);
     let mechanisms: [(bool, Box<dyn Attention<f64>>); 4] = [
         (false, Box::new(MultiHeadConfig::new(4, 1).init(twice, rng)?)),

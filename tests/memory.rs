@@ -47,7 +47,7 @@ fn positions(n: usize) -> Array2<f32> {
 
 /// For `heads` heads.
 fn rope(heads: usize) -> GraphRope<f32, Flash> {
-    let config = GraphRopeConfig::new(COLUMNS / heads, Layout::Half).learnable(true);
+    let config = GraphRopeConfig::new(COLUMNS / heads, Layout::Half).learn_frequencies(true);
     config.init(Flash::new()).unwrap()
 }
 

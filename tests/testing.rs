@@ -197,6 +197,13 @@ fn drift() -> f64 {
     1e-9 * f64::from(CALLS.fetch_add(1, Ordering::Relaxed))
 }
 
+fn divide_by_norms(x: &In<'_>, _: &Out, out: &mut Out) {
+    for (query, mut out) in x.query().rows().into_iter().zip(out.rows_mut()) {
+        let norm = query.dot(&query).sqrt();
+        out.mapv_inplace(|o| o * norm / norm);
+    }
+}
+
 fn other_dropout_if_packed<'a>(x: &In<'a>) -> Result<In<'a>> {
     match (x.pattern(), x.dropout()) {
         (Pattern::Packed(_), Some(dropout)) => x.with_dropout(dropout.of_segment(9)),
@@ -360,6 +367,7 @@ const FAULTS: &[(Fault, &str)] = &[
     (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
     (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
     (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
+    (Computes(divide_by_norms), "finite inputs give finite outputs and gradients"),
     (Sees(other_dropout_if_packed), "packed inputs give what a loop over their segments gives"),
     (Reads(swap_groups), "grouped heads are the same"),
     (Sees(|x| x.with_grouped_heads(2, 1)), "a head reads its own columns, and no others"),

@@ -80,7 +80,7 @@ fn one_two_and_seven_threads_give_the_same_bits() {
     });
     let experts = experts.collect();
     let moe = MoeConfig::new(columns, 2).init(experts, &mut rng).unwrap();
-    let config = GraphRopeConfig::new(columns, Layout::Half).learnable(true);
+    let config = GraphRopeConfig::new(columns, Layout::Half).learn_frequencies(true);
     let positions = Array2::from_shape_fn((n, 1), |(node, _)| node as f32 / 7.0);
     for inputs in [dense, sparse] {
         let distances =

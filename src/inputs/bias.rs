@@ -134,6 +134,7 @@ pub(super) fn grid<'a, F: Float, T, D: Dimension>(
     let fits = array.ndim() == expected.len()
         && axes.clone().all(|(&len, &expected)| len == expected || len == 1);
     if !fits {
+        let what = format!("{what}, whose axes may also have length 1");
         return Err(Error::shape(what, &expected, array.shape()));
     }
     let array = array.into_dyn();

@@ -3,7 +3,7 @@
 use super::normalizer::Normalizer;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
-use crate::inputs::{Bias, Inputs, Pair, Pattern, View2, head_columns};
+use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -134,36 +134,40 @@ pub struct Upstream<'u, F> {
     pub(crate) normalizer: &'u Normalizer<F>,
     pub(crate) grad_out: Slices<'u, F>,
     /// Only read by the passes that go row by row.
-    pub(crate) grad_weights: Option<&'u WeightGradients<'u, F>>,
+    pub(crate) grad_weights: Option<&'u WeightGradients<F>>,
 }
 
 /// The gradient of a loss with respect to the attention weights before dropout.
 #[derive(Debug)]
-pub(crate) struct WeightGradients<'u, F> {
-    /// Pairs × heads, in the caller's order.
-    pub(crate) grads: View2<'u, F>,
+pub(crate) struct WeightGradients<F> {
+    /// Pairs × heads, in the caller's order; 0 for weights of 0.
+    pub(crate) grads: Array2<F>,
     /// Σ p dp, queries × heads.
     pub(crate) deltas: Array2<F>,
 }
 
-impl<'u, F: Float> WeightGradients<'u, F> {
+impl<F: Float> WeightGradients<F> {
     /// Computes the deltas from the weights and their gradient.
     pub(crate) fn new(
         inputs: &Inputs<'_, F>,
         weights: &Array2<F>,
-        grads: ArrayView2<'u, F>,
+        grads: ArrayView2<'_, F>,
     ) -> Result<Self> {
         check_shape("grad_weights", weights.shape(), grads.shape())?;
+        let mut kept = try_zeros("grad_weights", weights.nrows(), weights.ncols())?;
         let mut deltas = try_zeros("deltas", inputs.num_queries(), weights.ncols())?;
         for pair in (0..inputs.num_queries()).flat_map(|query| inputs.row(query)) {
             for (head, &weight) in weights.row(pair.index).indexed_iter() {
-                // Skip pairs that the bias hides.
+                // The bias may hide a pair, and the entropy of a weight of 0 has an infinite gradient, and
+                // none after the softmax.
                 if weight != F::zero() {
-                    deltas[[pair.query, head]] += weight * grads[[pair.index, head]];
+                    let grad = grads[[pair.index, head]];
+                    kept[[pair.index, head]] = grad;
+                    deltas[[pair.query, head]] += weight * grad;
                 }
             }
         }
-        Ok(Self { grads, deltas })
+        Ok(Self { grads: kept, deltas })
     }
 
     /// Adds the gradients of the weights of `pairs` to `grads`.

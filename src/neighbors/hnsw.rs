@@ -45,18 +45,16 @@ impl HnswConfig {
         Self { metric, connections: 16, ef_construction: 200, ef_search: 100 }
     }
 
-    /// Sets M, the largest number of links of a key in each layer (twice as many in the lowest layer),
-    /// from 2 to
-    /// 256. Use more for many columns. Default: 16.
+    /// Sets M, the largest number of links of a key in each layer (twice as many in the lowest layer), from 2
+    /// to 256. Use more for many columns. Default: 16.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
         self.connections = connections;
         self
     }
 
-    /// Sets the number of candidates for the links of a new key (`ef_construction` in the paper's code),
-    /// at least
-    /// 1. More candidates give a better index but a slower build. Default: 200.
+    /// Sets the number of candidates for the links of a new key (`ef_construction` in the paper's code), which
+    /// is at least 1. More candidates give a better index but a slower build. Default: 200.
     #[must_use]
     pub fn ef_construction(mut self, candidates: usize) -> Self {
         self.ef_construction = candidates;

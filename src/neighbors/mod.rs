@@ -123,9 +123,9 @@ pub struct Neighbor<F> {
 pub struct Neighbors<F> {
     /// The edges from each query to its neighbours, nearest first.
     pub graph: Graph,
-    /// The similarity of each pair of the graph, in its pair order, as needed for
-    /// [`Inputs::with_distances`](crate::Inputs::with_distances) and, as one column, for
-    /// [`Inputs::with_bias`](crate::Inputs::with_bias).
+    /// The similarity of each pair of the graph, in its pair order: larger is nearer. As one column it is a
+    /// [bias](crate::Inputs::with_bias). For [`Inputs::with_distances`](crate::Inputs::with_distances),
+    /// convert it to a distance first: √−s for the Euclidean metric.
     pub similarities: Array1<F>,
 }
 

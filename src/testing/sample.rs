@@ -118,6 +118,8 @@ pub(super) struct Sample<F> {
     pub(super) whole_queries: bool,
     /// Whether queries see latent neighbours.
     pub(super) reads_latent: bool,
+    /// Whether some rows are zeros.
+    pub(super) has_zeros: bool,
     /// The causal pattern.
     pub(super) causal: Option<Causal>,
     /// The number of heads of the queries.
@@ -168,6 +170,7 @@ impl<F: Float> Sample<F> {
             value,
             graph: None,
             segments: None,
+            has_zeros: false,
             whole_queries: shapes.whole_queries,
             reads_latent: shapes.reads_latent,
             causal: None,
@@ -339,6 +342,11 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let some = |pairs: usize| Array1::from_shape_fn(pairs, |pair| pair % 4 != 1);
     cases.push(("mask of pairs", Sample { pair_mask: Some(some(pairs)), ..dense.clone() }));
     cases.push(("dropout", Sample { dropout, ..dense.clone() }));
+    let mut zeros = Sample { has_zeros: true, ..dense.clone() };
+    zeros.query.row_mut(1).fill(F::zero());
+    [3, 5].into_iter().for_each(|key| zeros.key.row_mut(key).fill(F::zero()));
+    zeros.value.row_mut(3).fill(F::zero());
+    cases.push(("rows of zeros", zeros));
     cases.push(("dense", dense));
     for (case, num_queries, num_keys) in [
         ("one query", 1, num_keys),

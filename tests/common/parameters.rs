@@ -23,7 +23,7 @@ fn edge_gat<F: Float>(config: &EdgeGatConfig, seed: u64) -> EdgeGat<F> {
 }
 
 fn rope(seed: u64) -> GraphRopeConfig {
-    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learnable(true)
+    GraphRopeConfig::new(6, Layout::Half).base(seed as f64 + 1.0).learn_frequencies(true)
 }
 
 fn poincare<F: Float>(seed: u64) -> Poincare<F> {
@@ -88,7 +88,7 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(rope(seed).init(multi_head(&config, Flash::new(), seed)).unwrap()),
         Box::new(rope(seed).init_edges().unwrap()),
-        Box::new(rope(seed).learnable(false).init_edges().unwrap()),
+        Box::new(rope(seed).learn_frequencies(false).init_edges().unwrap()),
         Box::new(balanced(seed)),
         Box::new({
             let local = Box::new(balanced(seed));

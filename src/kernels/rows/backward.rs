@@ -188,7 +188,7 @@ struct Pass<'s, 'p, F: Float, C: TwoSided<'p, F>> {
     tile_len: usize,
     /// m, 1/l and δ of each query and head.
     terms: &'s [[F; 3]],
-    grad_weights: Option<&'s WeightGradients<'s, F>>,
+    grad_weights: Option<&'s WeightGradients<F>>,
     pairs: Pairs<'p>,
 }
 

@@ -28,7 +28,7 @@ pub struct GraphRopeConfig {
     rotary_dim: Option<usize>,
     base: f64,
     spectrum: Spectrum,
-    learnable: bool,
+    learn_frequencies: bool,
 }
 
 /// Where the frequencies come from.
@@ -52,7 +52,7 @@ impl GraphRopeConfig {
             rotary_dim: None,
             base: 10_000.0,
             spectrum: Spectrum::Axes(1),
-            learnable: false,
+            learn_frequencies: false,
         }
     }
 
@@ -95,8 +95,8 @@ impl GraphRopeConfig {
     /// replaces only the frequencies whose rounded values differ from the state, so loading a state saved
     /// by a mechanism with the same configuration changes nothing.
     #[must_use]
-    pub fn learnable(mut self, learnable: bool) -> Self {
-        self.learnable = learnable;
+    pub fn learn_frequencies(mut self, learn: bool) -> Self {
+        self.learn_frequencies = learn;
         self
     }
 
@@ -144,7 +144,7 @@ impl GraphRopeConfig {
                 frequencies.clone()
             }
         };
-        let frequencies = if self.learnable {
+        let frequencies = if self.learn_frequencies {
             Frequencies::Learned(frequencies.mapv(F::from_f64))
         } else {
             Frequencies::fixed(frequencies)

@@ -33,7 +33,7 @@ const TILE: usize = 32;
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
 ///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
-/// * **Parameters** `frequencies` (1 × pairs of columns) if they are learnable; otherwise they are a
+/// * **Parameters** `frequencies` (1 × pairs of columns) if they are learned; otherwise they are a
 ///   buffer of that name. The backward pass also returns the gradient of the distances.
 /// * **Cost** O(pairs · (d + d_v)) time per head, and a sine and cosine for each (query, key) pair and
 ///   pair of columns; memory O(n · (d + d_v) · heads), never the weights.

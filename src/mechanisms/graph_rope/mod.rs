@@ -39,7 +39,7 @@ const NAME: &str = "graph_rope";
 ///   channels are passed to the inner mechanism, including the positions: a second `GraphRope` inside
 ///   rotates by them again.
 /// * **Output** the output of the inner mechanism.
-/// * **Parameters** `frequencies` (axes × pairs) if they are learnable; otherwise they are a buffer of
+/// * **Parameters** `frequencies` (axes × pairs) if they are learned; otherwise they are a buffer of
 ///   that name. Then the parameters of the inner mechanism with the prefix `inner.`.
 /// * **Cost** O(n · d) time per head, and a sine and cosine for each row and pair of columns; memory for
 ///   the rotated queries and keys, but not for a table of angles.

@@ -262,7 +262,11 @@ impl<'p, F: Float> Pairs<'p, F> {
                     .dot(&out.slice(s![query, columns.clone()])),
                 Upstream::Weights(grad) => {
                     let weight = |term: &Term<F>| term.kernel.kappa * factor(term);
-                    terms.iter().map(|term| weight(term) * grad[[term.pair.index, head]]).sum()
+                    let product = |term| match weight(term) {
+                        weight if weight == F::zero() => weight,
+                        weight => weight * grad[[term.pair.index, head]],
+                    };
+                    terms.iter().map(product).sum()
                 }
             };
             for term in &terms {
@@ -281,6 +285,8 @@ impl<'p, F: Float> Pairs<'p, F> {
                         let products = grad_out.iter().zip(problem.value(pair.key, head));
                         multiplier * products.map(|(&g, &v)| g * v).sum::<F>()
                     }
+                    // A weight of 0 has no gradient, whatever the loss says.
+                    Upstream::Weights(_) if weight == F::zero() => delta,
                     Upstream::Weights(grad) => grad[[pair.index, head]],
                 };
                 let centered = grad_weight - delta;

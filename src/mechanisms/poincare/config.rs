@@ -109,9 +109,9 @@ impl PoincareConfig {
         self
     }
 
-    /// Sets whether c is learned: the parameter is `raw_curvature`, and c = softplus(`raw_curvature`)
-    /// stays positive. As c grows the ball shrinks, and points may end up outside, so use
-    /// [`Coordinates::Tangent`], in which every vector is a point. Default: `false`.
+    /// Sets whether c is learned. Use it with [`Coordinates::Tangent`], in which every vector is a point: as c
+    /// grows the ball shrinks, and points of [`Coordinates::Ball`] end up outside, which is an error. The
+    /// parameter is `raw_curvature`, and c = softplus(`raw_curvature`) stays positive. Default: `false`.
     #[must_use]
     pub fn learn_curvature(mut self, learn: bool) -> Self {
         self.learn_curvature = learn;
