@@ -171,7 +171,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Creates inputs of all queries over all keys: `query` n_q × d, `key` n_k × d, `value` n_k × d_v.
-    /// They are one sequence or set; for several, use [`Graph::block_diagonal`] or a loop.
+    /// They are one sequence or set; for several, use [`packed`](Self::packed).
     ///
     /// Whether queries and keys must have the same number of columns depends on the mechanism:
     /// a dot product requires it, a mechanism with its own projections does not.
@@ -244,7 +244,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         graph: &'a Graph,
     ) -> Result<Self> {
         check_graph("graph", graph, &query, &key)?;
-        Self::new(query, key, value, Pattern::Graph(graph))
+        let inputs = Self::new(query, key, value, Pattern::Graph(graph))?;
+        Ok(Self { segments: graph.blocks(), ..inputs })
     }
 
     /// Creates inputs of every node over its neighbours: `nodes`, one row per key of the graph, are the keys
@@ -418,7 +419,8 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Lets each query see only the keys up to the diagonal. Hidden pairs keep their numbers.
-    /// On a graph, edges to later keys are hidden.
+    /// On a graph, edges to later keys are hidden; in packed inputs and in a
+    /// [`Graph::block_diagonal`], each segment has its own diagonal.
     #[must_use]
     pub fn with_causal_alignment(mut self, alignment: Causal) -> Self {
         self.causal = Some(alignment);
@@ -763,7 +765,11 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// Returns whether anything that all heads share may hide pairs of the pattern.
     pub(crate) fn may_hide_pairs(&self) -> bool {
-        let is_cut = self.segments.is_some() && self.packed_segments().is_none();
+        // Of a graph that knows no blocks, such as latent neighbours.
+        let is_cut = match self.pattern {
+            Pattern::Graph(graph) => self.segments.is_some() && graph.blocks().is_none(),
+            _ => false,
+        };
         self.has(Channel::Mask) || is_cut
     }
 

@@ -187,7 +187,12 @@ fn channels_that_are_missing_or_refused() {
     ] {
         inputs.check_absent("edge_gat", &[channel]).unwrap();
         let refusal = with.unwrap().check_absent("edge_gat", &[channel]);
-        let words = format!("edge_gat does not support {name}: leave it out");
+        let words = format!("edge_gat does not support {name}: | leave it out");
+        let words = if channel == Channel::Heads {
+            words.replace("leave it out", "with_heads")
+        } else {
+            words
+        };
         refused(refusal, &format!("Unsupported | {words}"));
     }
 }

@@ -295,15 +295,22 @@ fn a_graph_is_written_as_its_slices() -> Result<()> {
     let graph = Graph::from_edges(2, 3, [(1, 2), (0, 1), (1, 0)])?;
     // A computed transpose makes no difference.
     let _ = graph.transpose();
-    let json = r#"{"num_keys":3,"offsets":[0,1,3],"indices":[1,2,0],"edge_ids":[1,0,2]}"#;
+    let json =
+        r#"{"num_keys":3,"offsets":[0,1,3],"indices":[1,2,0],"edge_ids":[1,0,2],"blocks":null}"#;
     assert_eq!(to_json(&graph), json);
 
     let rows = Graph::from_csr(3, vec![0, 1, 3], vec![1, 2, 0])?;
-    let json = r#"{"num_keys":3,"offsets":[0,1,3],"indices":[1,2,0],"edge_ids":null}"#;
+    let json =
+        r#"{"num_keys":3,"offsets":[0,1,3],"indices":[1,2,0],"edge_ids":null,"blocks":null}"#;
     assert_eq!(to_json(&rows), json);
     let short = r#"{"offsets":[0,1,3],"num_keys":3,"indices":[1,2,0]}"#;
     assert_eq!(serde_json::from_str::<Graph>(short).unwrap(), rows);
     comes_back(&rows);
+
+    let both = Graph::block_diagonal(&[&rows, &graph])?;
+    assert!(to_json(&both).ends_with(r#""blocks":{"queries":[0,2,4],"keys":[0,3,6]}}"#));
+    comes_back(&both);
+    assert!(both.blocks().is_some());
     Ok(())
 }
 
@@ -322,6 +329,16 @@ fn corrupt_graphs_are_refused() {
         ("num_keys", json!(1e30), "invalid type: floating point `1e+30`, expected usize"),
         ("num_keys", json!(-1), "invalid value: integer `-1`, expected usize"),
         ("num_keys", json!(null), "invalid type: null, expected usize"),
+        (
+            "blocks",
+            json!({"queries": [0, 1], "keys": [0, 3]}),
+            "graph: queries and keys of the blocks: expected [2, 3], got [1, 3]",
+        ),
+        (
+            "blocks",
+            json!({"queries": [0, 2], "keys": [1, 3]}),
+            "key offsets: expected numbers that begin with 0",
+        ),
         ("offsets", json!([]), "graph: offsets: expected one entry more than queries, got no"),
         ("offsets", json!([1, 1, 3]), "graph: offsets[0]: expected 0, got 1"),
         ("offsets", json!([0, 2, 1]), "graph: offsets[2]: expected at least 2, got 1"),

@@ -10,6 +10,7 @@ mod sprs;
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
+use crate::inputs::Segments;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::fmt;
 use std::ops::Range;
@@ -41,10 +42,10 @@ use std::sync::OnceLock;
 /// ```
 ///
 /// **Saving.** With the feature `serde` a graph is serialised as [`num_keys`](Self::num_keys),
-/// [`offsets`](Self::offsets), [`indices`](Self::indices) and [`edge_ids`](Self::edge_ids), so it is
-/// restored with the same pair order. Deserialisation checks everything, like
-/// [`from_csr`](Self::from_csr), including the edge numbers, which may be left out; serde's error has the
-/// message of [`Error::Graph`].
+/// [`offsets`](Self::offsets), [`indices`](Self::indices), [`edge_ids`](Self::edge_ids) and
+/// [`blocks`](Self::blocks), so it is restored with the same pair order. Deserialisation checks everything,
+/// like [`from_csr`](Self::from_csr), including edge numbers and blocks, which may be left out; serde's error
+/// has the message of [`Error::Graph`].
 #[derive(Clone)]
 #[cfg_attr(
     feature = "serde",
@@ -64,6 +65,8 @@ pub struct Graph {
     /// Computed on first use.
     #[cfg_attr(feature = "serde", serde(skip))]
     transposed: OnceLock<Box<Graph>>,
+    /// The graphs that this one consists of.
+    blocks: Option<Box<Segments>>,
 }
 
 /// The features of new self-loops: see [`Graph::with_self_loops_and_features`].
@@ -113,6 +116,7 @@ impl Graph {
             indices: slots.iter().map(|&id| list[id as usize].1).collect(),
             edge_ids: (!in_row_order).then_some(slots),
             transposed: OnceLock::new(),
+            blocks: None,
         })
     }
 
@@ -148,7 +152,14 @@ impl Graph {
             let what = format!("indices[{slot}]");
             return Err(Error::graph(what, format!("a key below {num_keys}"), indices[slot]));
         }
-        Ok(Self { num_keys, offsets, indices, edge_ids: None, transposed: OnceLock::new() })
+        Ok(Self {
+            num_keys,
+            offsets,
+            indices,
+            edge_ids: None,
+            transposed: OnceLock::new(),
+            blocks: None,
+        })
     }
 
     /// Creates a graph from the pairs that are `true` in a `num_queries × num_keys` mask, in row-major
@@ -167,7 +178,8 @@ impl Graph {
 
     /// Combines several graphs into one, without edges between them. Use it for batches, because this
     /// crate has no batch axis. Concatenate the rows of queries, keys and values, and the per-edge
-    /// arrays, in the same order.
+    /// arrays, in the same order. The result remembers its [`blocks`](Self::blocks), but graphs made from
+    /// it, by [`with_self_loops`](Self::with_self_loops) for instance, do not.
     ///
     /// # Errors
     /// [`Error::Graph`] if the sum of queries, keys or edges exceeds `u32::MAX`.
@@ -193,13 +205,26 @@ impl Graph {
             first_key += graph.num_keys;
         }
         let permuted = graphs.iter().any(|graph| graph.edge_ids.is_some());
+        let sizes = |size: fn(&Graph) -> usize| graphs.iter().map(|graph| size(graph)).collect();
+        let (queries, keys): (Vec<usize>, Vec<usize>) =
+            (sizes(Self::num_queries), sizes(Self::num_keys));
+        let blocks = Segments::from_query_key_lengths(&queries, &keys)?;
+        let blocks = (graphs.len() > 1).then(|| Box::new(blocks));
         Ok(Self {
             num_keys,
             offsets,
             indices,
             edge_ids: permuted.then_some(edge_ids),
             transposed: OnceLock::new(),
+            blocks,
         })
+    }
+
+    /// Returns the queries and keys of each graph in a [`block_diagonal`](Self::block_diagonal) of several. Causal
+    /// patterns and windows count within each, and latent neighbours are found there.
+    #[must_use]
+    pub fn blocks(&self) -> Option<&Segments> {
+        self.blocks.as_deref()
     }
 
     /// Returns the number of queries.
@@ -291,6 +316,7 @@ impl Graph {
                     slots.iter().map(|&slot| self.edge_id(slot as usize) as u32).collect(),
                 ),
                 transposed: OnceLock::new(),
+                blocks: None,
             })
         })
     }
@@ -417,7 +443,14 @@ impl Graph {
             check_num_edges(indices.len())?;
             offsets[query + 1] = indices.len();
         }
-        Ok(Self { num_keys, offsets, indices, edge_ids: None, transposed: OnceLock::new() })
+        Ok(Self {
+            num_keys,
+            offsets,
+            indices,
+            edge_ids: None,
+            transposed: OnceLock::new(),
+            blocks: None,
+        })
     }
 
     fn check_square(&self, what: &'static str) -> Result<()> {
@@ -429,12 +462,13 @@ impl Graph {
     }
 }
 
-/// Compares the edges and their order, but not whether the transpose is cached.
+/// Compares the edges, their order and the blocks, but not whether the transpose is cached.
 impl PartialEq for Graph {
     fn eq(&self, other: &Self) -> bool {
         self.num_keys == other.num_keys
             && self.offsets == other.offsets
             && self.indices == other.indices
+            && self.blocks == other.blocks
             && (0..self.num_edges()).all(|slot| self.edge_id(slot) == other.edge_id(slot))
     }
 }

@@ -1,5 +1,6 @@
 use super::Graph;
 use crate::error::{Error, Result};
+use crate::inputs::Segments;
 use ::serde::Deserialize;
 
 /// The serialised form of a [`Graph`], not yet validated.
@@ -10,6 +11,8 @@ pub(super) struct Parts {
     offsets: Vec<usize>,
     indices: Vec<u32>,
     edge_ids: Option<Vec<u32>>,
+    #[serde(default)]
+    blocks: Option<Box<Segments>>,
 }
 
 impl TryFrom<Parts> for Graph {
@@ -17,6 +20,15 @@ impl TryFrom<Parts> for Graph {
 
     fn try_from(parts: Parts) -> Result<Self> {
         let graph = Self::from_csr(parts.num_keys, parts.offsets, parts.indices)?;
+        if let Some(blocks) = &parts.blocks {
+            let expected = [graph.num_queries(), graph.num_keys()];
+            let actual = [blocks.num_queries(), blocks.num_keys()];
+            if actual != expected {
+                let [expected, actual] = [expected, actual].map(|sizes| format!("{sizes:?}"));
+                return Err(Error::graph("queries and keys of the blocks", expected, actual));
+            }
+        }
+        let graph = Self { blocks: parts.blocks, ..graph };
         let Some(edge_ids) = parts.edge_ids else { return Ok(graph) };
         let num_edges = graph.num_edges();
         if edge_ids.len() != num_edges {

@@ -19,11 +19,35 @@ use std::ops::Range;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "Offsets")
+)]
 pub struct Segments {
     /// The first query, key and pair of each segment, and at the end the number of all.
     queries: Vec<usize>,
     keys: Vec<usize>,
+    #[cfg_attr(feature = "serde", serde(skip_serializing))]
     pairs: Vec<usize>,
+}
+
+/// The serialised form of [`Segments`], not yet validated.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(rename = "Segments", expecting = "segments", deny_unknown_fields)]
+struct Offsets {
+    queries: Vec<usize>,
+    keys: Vec<usize>,
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Offsets> for Segments {
+    type Error = Error;
+
+    fn try_from(Offsets { queries, keys }: Offsets) -> Result<Self> {
+        Self::from_offsets(&queries, &keys)
+    }
 }
 
 impl Segments {
