@@ -9,8 +9,9 @@
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use graph_attention::ndarray::{Array2, ArrayView2, Axis, s};
-use graph_attention::{Attention, Flash, Inputs, Segments};
+use graph_attention::ndarray::{Array2, ArrayView2, s};
+use graph_attention::{Attention, Flash, GradientsMut, Inputs, Segments};
+use std::ops::Range;
 use workload::{machine, matrix};
 
 const HEADS: usize = 8;
@@ -23,13 +24,36 @@ fn dense<'a>(x: [ArrayView2<'a, f32>; 3], is_causal: bool) -> Inputs<'a, f32> {
     if is_causal { inputs.with_causal() } else { inputs }
 }
 
-fn run(inputs: &Inputs<'_, f32>, grad: ArrayView2<'_, f32>, trains: bool) {
-    let flash = Flash::new();
-    if trains {
-        let (_, saved) = flash.forward_train(inputs).expect("valid inputs");
-        flash.backward(inputs, &saved, grad).expect("valid inputs");
-    } else {
-        flash.forward(inputs).expect("valid inputs");
+/// Outputs and gradients for all rows, so that no run allocates them.
+struct Arrays {
+    out: Array2<f32>,
+    grad_out: Array2<f32>,
+    grads: [Array2<f32>; 3],
+}
+
+impl Arrays {
+    fn new(rows: usize) -> Self {
+        let zeros = || Array2::zeros((rows, COLUMNS));
+        Self {
+            out: zeros(),
+            grad_out: matrix(rows, COLUMNS, 4),
+            grads: [zeros(), zeros(), zeros()],
+        }
+    }
+
+    /// One pass, or both, over inputs that are these rows.
+    fn run(&mut self, inputs: &Inputs<'_, f32>, rows: Range<usize>, trains: bool) {
+        let rows = s![rows, ..];
+        let (flash, out) = (Flash::new(), self.out.slice_mut(rows));
+        if !trains {
+            return flash.forward_into(inputs, out).expect("valid inputs");
+        }
+        let saved = flash.forward_train_into(inputs, out).expect("valid inputs");
+        let mut grads = GradientsMut::of_params(&mut []);
+        let [query, key, value] = self.grads.each_mut().map(|grad| Some(grad.slice_mut(rows)));
+        (grads.query, grads.key, grads.value) = (query, key, value);
+        let grad_out = self.grad_out.slice(rows);
+        flash.backward_into(inputs, &saved, grad_out, grads).expect("valid inputs");
     }
 }
 
@@ -43,8 +67,8 @@ fn packed(c: &mut Criterion) {
     ];
     for (name, lengths, is_causal) in workloads {
         let segments = Segments::from_lengths(&lengths).expect("few pairs");
-        let [query, key, value, grad] =
-            [1, 2, 3, 4].map(|seed| matrix::<f32>(segments.num_queries(), COLUMNS, seed));
+        let [query, key, value] =
+            [1, 2, 3].map(|seed| matrix::<f32>(segments.num_queries(), COLUMNS, seed));
         let inputs = Inputs::packed(query.view(), key.view(), value.view(), &segments);
         let inputs = inputs.and_then(|inputs| inputs.with_heads(HEADS)).expect("shapes fit");
         let inputs = if is_causal { inputs.with_causal() } else { inputs };
@@ -53,34 +77,40 @@ fn packed(c: &mut Criterion) {
             .map(|number| {
                 let mut rows = Array2::zeros((longest, COLUMNS));
                 let len = lengths[number];
-                rows.slice_mut(s![..len, ..]).assign(&query.slice(s![segments.queries(number), ..]));
+                rows.slice_mut(s![..len, ..])
+                    .assign(&query.slice(s![segments.queries(number), ..]));
                 rows
             })
             .collect();
-        let masks: Vec<Array2<bool>> =
-            lengths.iter().map(|&len| Array2::from_shape_fn((1, longest), |(_, key)| key < len)).collect();
+        let masks: Vec<Array2<bool>> = lengths
+            .iter()
+            .map(|&len| Array2::from_shape_fn((1, longest), |(_, key)| key < len))
+            .collect();
+        let mut arrays = Arrays::new(segments.num_queries().max(longest));
         for (trains, kind) in [(false, "packed"), (true, "training packed")] {
             for (threads, pool) in machine::pools() {
-                let mut group = workload::group(c, format!("{kind}, {threads}"), segments.num_pairs());
+                let mut group =
+                    workload::group(c, format!("{kind}, {threads}"), segments.num_pairs());
                 group.bench_function(BenchmarkId::new("packed", name), |bencher| {
-                    bencher.iter(|| pool.install(|| run(&inputs, grad.view(), trains)));
+                    let mut run = || arrays.run(&inputs, 0..segments.num_queries(), trains);
+                    pool.install(|| bencher.iter(&mut run));
                 });
-                let each = |number: usize| {
-                    let rows = s![segments.queries(number), ..];
-                    let x = [&query, &key, &value].map(|array| array.slice(rows));
-                    run(&dense(x, is_causal), grad.slice(rows), trains);
-                };
                 group.bench_function(BenchmarkId::new("loop", name), |bencher| {
-                    bencher.iter(|| pool.install(|| (0..segments.len()).for_each(each)));
+                    let mut each = |number: usize| {
+                        let rows = segments.queries(number);
+                        let x =
+                            [&query, &key, &value].map(|array| array.slice(s![rows.clone(), ..]));
+                        arrays.run(&dense(x, is_causal), rows, trains);
+                    };
+                    pool.install(|| bencher.iter(|| (0..segments.len()).for_each(&mut each)));
                 });
-                let grad = grad.select(Axis(0), &vec![0; longest]);
-                let each = |number: usize| {
-                    let x = padded[number].view();
-                    let inputs = dense([x, x, x], is_causal).with_mask(masks[number].view());
-                    run(&inputs.expect("shapes fit"), grad.view(), trains);
-                };
                 group.bench_function(BenchmarkId::new("padded", name), |bencher| {
-                    bencher.iter(|| pool.install(|| (0..segments.len()).for_each(each)));
+                    let mut each = |number: usize| {
+                        let x = padded[number].view();
+                        let inputs = dense([x, x, x], is_causal).with_mask(masks[number].view());
+                        arrays.run(&inputs.expect("shapes fit"), 0..longest, trains);
+                    };
+                    pool.install(|| bencher.iter(|| (0..segments.len()).for_each(&mut each)));
                 });
                 group.finish();
             }

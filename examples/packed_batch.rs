@@ -7,7 +7,9 @@
 
 use graph_attention::ndarray::{Array1, Array2, Axis, s};
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-use graph_attention::{Attention, Flash, GraphRopeConfig, Inputs, MultiHeadConfig, Result, Segments};
+use graph_attention::{
+    Attention, Flash, GraphRopeConfig, Inputs, MultiHeadConfig, Result, Segments,
+};
 use graph_attention::{graph_rope::Layout, params};
 
 const TEXT: &str = "the quick brown fox jumps over the lazy dog and the dog sleeps under the tree while \
@@ -21,9 +23,9 @@ fn main() -> Result<()> {
     let segments = Segments::from_lengths(&lengths)?;
     let number = |letter: u8| usize::from(letter - b'a');
     let letters: Vec<usize> = words.iter().flat_map(|word| word.bytes().map(number)).collect();
-    let ends = words.iter().flat_map(|word| {
-        word.bytes().skip(1).map(number).chain([LETTERS - 1]).collect::<Vec<_>>()
-    });
+    let ends = words
+        .iter()
+        .flat_map(|word| word.bytes().skip(1).map(number).chain([LETTERS - 1]).collect::<Vec<_>>());
     let targets: Vec<usize> = ends.collect();
     let place = words.iter().flat_map(|word| (0..word.len()).map(|place| place as f64));
     let positions: Array2<f64> = place.collect::<Array1<f64>>().insert_axis(Axis(1));

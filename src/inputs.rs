@@ -3,7 +3,7 @@ mod segments;
 mod selected;
 
 pub use bias::Bias;
-pub(crate) use bias::BiasAxes;
+pub(crate) use bias::{BiasAxes, Shown};
 pub use segments::Segments;
 pub use selected::SelectedInputs;
 
@@ -11,7 +11,7 @@ use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
-use bias::{Logits, grid, hide_row, slot_of};
+use bias::{Logits, grid, hide_row, shown_by, slot_of};
 use ndarray::{
     ArrayBase, ArrayView, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix1, Ix2, Ix3,
     ViewRepr, s,
@@ -873,6 +873,28 @@ impl<'a, F: Float> Inputs<'a, F> {
             let hidden = row.iter_mut().zip(mask).filter(|(_, is_visible)| !**is_visible);
             hidden.for_each(|(logit, _)| *logit = F::neg_infinity());
         }
+    }
+
+    /// Returns which of consecutive keys of dense inputs masks and bias show to a head, starting at the pair
+    /// `first`. May say `Some` for all.
+    pub(crate) fn shown_by_mask(&self, first: Pair, head: usize, len: usize) -> Shown {
+        match (self.shared_mask(), self.pair_mask, self.bias()) {
+            (Some(mask), None, None) => shown_by(&mask, first, len),
+            (_, _, bias) => {
+                let is_left = |at| {
+                    let pair = Pair { key: first.key + at, index: first.index + at, ..first };
+                    let is_left = |bias: Bias<'_, F>| bias.at(pair, head) != F::neg_infinity();
+                    self.sees(pair) && bias.is_none_or(is_left)
+                };
+                if (0..len).any(is_left) { Shown::Some } else { Shown::Nothing }
+            }
+        }
+    }
+
+    /// Returns whether masks and bias are the same for all queries.
+    pub(crate) fn all_queries_share_mask(&self) -> bool {
+        let is_shared = self.mask.is_none_or(|mask| mask.shape()[1] == 1);
+        is_shared && self.pair_mask.is_none() && self.bias.is_none()
     }
 
     /// Returns the dropout, if there is any.

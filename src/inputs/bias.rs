@@ -294,3 +294,40 @@ pub(super) fn hide_row<F: Float>(mask: &View3<'_, bool>, first: Pair, head: usiz
         None => row.iter_mut().zip(mask).for_each(|(logit, &mask)| hide(logit, mask)),
     }
 }
+
+/// Which of some pairs a mask shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shown {
+    Nothing,
+    Some,
+    All,
+}
+
+impl Shown {
+    /// Of two sets of pairs.
+    pub(crate) fn and(self, other: Self) -> Self {
+        if self == other { self } else { Self::Some }
+    }
+}
+
+/// Returns which of consecutive keys the mask shows, starting at the pair `first`.
+pub(super) fn shown_by(mask: &View3<'_, bool>, first: Pair, len: usize) -> Shown {
+    let [head, query, key] = slot_of(mask, first, 0);
+    let ends = if mask.shape()[2] == 1 { key..key + 1 } else { key..key + len };
+    let mask = mask.slice(s![head, query, ends]);
+    let count = match mask.to_slice() {
+        // Vectorised, as a loop with a way out would not be.
+        Some(mask) => {
+            let chunks = mask.chunks(128);
+            chunks
+                .map(|mask| usize::from(mask.iter().map(|&sees| u8::from(sees)).sum::<u8>()))
+                .sum()
+        }
+        None => mask.iter().filter(|&&sees| sees).count(),
+    };
+    match count {
+        0 => Shown::Nothing,
+        count if count == mask.len() => Shown::All,
+        _ => Shown::Some,
+    }
+}

@@ -98,6 +98,7 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     });
     let scattered_bias = scattered(&bias);
     let of_heads = matrix(inputs.num_pairs(), inputs.num_heads(), 6);
+    let of_heads_bias = of_heads.clone();
     let mask = Array2::from_shape_fn((num_queries, num_keys), |(i, j)| (i + 2 * j) % 3 != 0);
     let transposed_mask = mask.t().to_owned();
     let dropout = Dropout { probability: 0.3, seed: 4 };
@@ -117,6 +118,16 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         let mask = bias.mapv(|x| x > F::from_f64(-0.3));
         let grid = inputs.with_mask(mask.view())?.with_causal();
         check(&grid, &format!("{case}, mask {shape:?}"))?;
+    }
+    // Whole tiles are hidden, from all panels and from some.
+    for rows in [TILE, 5] {
+        let blocks = Array2::from_shape_fn((num_queries, num_keys), |(i, j)| {
+            (i / rows + j / TILE).is_multiple_of(2)
+        });
+        let masked = inputs.with_mask(blocks.view())?;
+        check(&masked, &format!("{case}, mask of blocks of {rows}"))?;
+        let of_heads = masked.with_bias(of_heads_bias.view())?;
+        check(&of_heads, &format!("{case}, mask of blocks of {rows}, bias of heads"))?;
     }
     let pair_mask = Array1::from_shape_fn(inputs.num_pairs(), |pair| pair % 3 != 1);
     let pairs = inputs.with_pair_mask(pair_mask.view())?.with_mask(mask.view())?;

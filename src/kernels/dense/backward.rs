@@ -1,4 +1,6 @@
-use super::{BLOCKS_OF_PART, BiasRows, Block, HeadRows, PARTS, TileSizes, block, clip};
+use super::{
+    BLOCKS_OF_PART, BiasRows, Block, HeadRows, MaskedTiles, PARTS, TileSizes, block, clip,
+};
 use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
@@ -36,6 +38,7 @@ struct BackwardScratch<F> {
     grad_scores: Buffer<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
+    masked: MaskedTiles,
     /// m, 1/l and δ; +∞, 0 and 0 for unused lanes, so that their weights are 0.
     shifts: Buffer<F>,
     inverses: Buffer<F>,
@@ -169,6 +172,7 @@ fn backward_part<F: Float>(
         weights: Buffer::zeros(tile),
         grad_scores: Buffer::zeros(tile),
         rows: Vec::new(),
+        masked: MaskedTiles::default(),
         shifts: Buffer::zeros(width),
         inverses: Buffer::zeros(width),
         deltas: Buffer::zeros(width),
@@ -177,6 +181,7 @@ fn backward_part<F: Float>(
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..problem.heads {
             let block = block(level, problem, head, &part.queries, &rows);
+            scratch.masked.find(&block, sizes.keys);
             backward_block(&block, operands, sizes.keys, &mut scratch, part);
             // s = scale q·k
             let columns = head_columns(head, problem.key_dim);
@@ -238,13 +243,20 @@ fn backward_block<F: Float>(
     column_products(level, width, value_dim, [out, grad_out], deltas);
     scratch.grad_query.fill(F::zero());
 
-    for tile in block.tiles(keys_per_tile) {
+    for (number, tile) in block.tiles(keys_per_tile).enumerate() {
+        let panels = || (0..width).step_by(panel);
+        if panels().all(|column| scratch.masked.is_hidden(column / panel, number)) {
+            continue;
+        }
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
-        for column in (0..width).step_by(panel) {
-            // Causal pattern and window may hide the ends of a tile from whole panels.
+        for column in panels() {
+            // Causal pattern and window may hide the ends of a tile from whole panels, and masks all of it.
             let lanes = block.lanes(column, panel);
-            let visible = block.visible_keys(&lanes);
+            let visible = match scratch.masked.is_hidden(column / panel, number) {
+                true => 0..0,
+                false => block.visible_keys(&lanes),
+            };
             let start = visible.start.clamp(tile.start, tile.end);
             let seen = start..visible.end.clamp(start, tile.end);
             for k in (tile.start..seen.start).chain(seen.end..tile.end) {
@@ -268,7 +280,11 @@ fn backward_block<F: Float>(
                 let out = Out::panel(out, width, column, panel);
                 rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
-            if block.may_hide_in(&lanes, &seen) {
+            let may_hide = match scratch.masked.is_whole(column / panel, number) {
+                true => block.cuts(&lanes, &seen),
+                false => block.may_hide_in(&lanes, &seen),
+            };
+            if may_hide {
                 block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
             }
 

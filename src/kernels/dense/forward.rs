@@ -1,4 +1,4 @@
-use super::{Block, HeadRows, PARTS, TileScorer, TileSizes, block, clip};
+use super::{Block, HeadRows, MaskedTiles, PARTS, TileScorer, TileSizes, block, clip};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use crate::kernels::normalizer::Normalizer;
@@ -36,6 +36,7 @@ struct ForwardScratch<F> {
     totals: Totals<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
+    masked: MaskedTiles,
 }
 
 /// The sums over earlier tiles of a long row.
@@ -125,10 +126,12 @@ fn forward_part<'p, F: Float, C: TileScorer<'p, F>>(
         alphas: Buffer::zeros(panel),
         totals: Totals { totals: Vec::new(), lacks: Vec::new(), alphas: vec![F::one(); width] },
         rows: Vec::new(),
+        masked: MaskedTiles::default(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
         for head in 0..problem.heads {
             let block = block(level, problem, head, &queries, &rows);
+            scratch.masked.find(&block, sizes.keys);
             forward_block(&block, &mut scorer, values, sizes.keys, &mut scratch);
             let out = out.slice_mut(s![rows.clone(), head_columns(head, dim)]);
             write_out(level, &scratch, block.width, out);
@@ -203,7 +206,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
     scorer.begin(block);
     scratch.maxima.fill(F::neg_infinity());
-    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows } = scratch;
+    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows, masked } = scratch;
     let sums = &mut sums[..(dim + 1) * width];
     sums.fill(F::zero());
 
@@ -216,11 +219,14 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             let lanes = block.lanes(column, panel);
             let visible = block.visible_keys(&lanes);
             let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
-            if tile.is_empty() {
+            if tile.is_empty() || masked.is_hidden(column / panel, number) {
                 continue;
             }
             let scores = &mut scores[..tile.len() * width];
-            let may_hide = block.may_hide_in(&lanes, &tile);
+            let may_hide = match masked.is_whole(column / panel, number) {
+                true => block.cuts(&lanes, &tile),
+                false => block.may_hide_in(&lanes, &tile),
+            };
 
             // S, and the largest of m and S.
             largest.copy_from_slice(&maxima[column..column + panel]);

@@ -19,7 +19,7 @@ use super::primitives::matmul::{
 use super::primitives::transpose::{load_padded, store_part, transposed};
 use super::problem::{Problem, Slices};
 use crate::float::Float;
-use crate::inputs::Pair;
+use crate::inputs::{Pair, Shown};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
@@ -162,8 +162,13 @@ impl<F: Float> Block<'_, '_, F> {
     }
 
     pub(super) fn may_hide_in(&self, lanes: &Range<usize>, keys: &Range<usize>) -> bool {
+        self.may_hide_anywhere || self.cuts(lanes, keys)
+    }
+
+    /// Whether causal pattern or window hide some keys from some lanes.
+    pub(super) fn cuts(&self, lanes: &Range<usize>, keys: &Range<usize>) -> bool {
         let seen = self.keys_of_all(lanes);
-        self.may_hide_anywhere || keys.start < seen.start || keys.end > seen.end
+        keys.start < seen.start || keys.end > seen.end
     }
 
     /// Returns the lanes of a panel that are queries.
@@ -449,6 +454,72 @@ impl<F: Float> Block<'_, '_, F> {
                 visit(lane, key);
             }
         }
+    }
+}
+
+/// What masks and bias show of the tiles of a block, panel by panel. One look at a mask costs less than the
+/// products that it saves where it hides a whole tile, or what it takes to restrict one that it leaves whole.
+#[derive(Default)]
+pub(super) struct MaskedTiles {
+    /// Panel after panel; empty if there are neither masks nor bias.
+    shown: Vec<Shown>,
+    tiles_of_panel: usize,
+    /// The first query of the block.
+    first_query: Option<usize>,
+}
+
+impl MaskedTiles {
+    /// Looks at the masks of a block. Those of the block before stay if it was another head of the same
+    /// queries, unless heads differ.
+    pub(super) fn find<F: Float>(&mut self, block: &Block<'_, '_, F>, keys_per_tile: usize) {
+        if !block.may_hide_anywhere {
+            return;
+        }
+        let first_query = Some(block.queries.start);
+        let heads_differ = block.problem.bias.is_some_and(|bias| bias.num_heads() > 1);
+        if self.first_query == first_query && !heads_differ {
+            return;
+        }
+        self.first_query = first_query;
+        self.shown.clear();
+        let panel = panel_len::<F>(block.level);
+        let inputs = &block.problem.inputs;
+        self.tiles_of_panel = block.tiles(keys_per_tile).count();
+        for column in (0..block.width).step_by(panel) {
+            let mut lanes = block.lanes(column, panel);
+            let visible = block.visible_keys(&lanes);
+            if inputs.all_queries_share_mask() {
+                lanes.end = lanes.end.min(lanes.start + 1);
+            }
+            for tile in block.tiles(keys_per_tile) {
+                let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
+                let of_lane = |lane| {
+                    inputs.shown_by_mask(block.pair(lane, tile.start), block.head, tile.len())
+                };
+                let shown = match tile.is_empty() {
+                    true => Shown::Nothing,
+                    false => {
+                        lanes.clone().map(of_lane).reduce(Shown::and).unwrap_or(Shown::Nothing)
+                    }
+                };
+                self.shown.push(shown);
+            }
+        }
+    }
+
+    #[inline]
+    pub(super) fn is_hidden(&self, panel: usize, tile: usize) -> bool {
+        self.shown(panel, tile) == Some(Shown::Nothing)
+    }
+
+    /// Whether the masks hide nothing, and there is no bias to be added.
+    #[inline]
+    pub(super) fn is_whole(&self, panel: usize, tile: usize) -> bool {
+        self.shown(panel, tile) == Some(Shown::All)
+    }
+
+    fn shown(&self, panel: usize, tile: usize) -> Option<Shown> {
+        self.shown.get(panel * self.tiles_of_panel + tile).copied()
     }
 }
 
