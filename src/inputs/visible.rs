@@ -1,0 +1,289 @@
+//! Which pairs a query sees, and by which numbers.
+
+use super::bias::slot_of;
+use super::{Causal, Inputs, Origin, Pair, Pattern, Segments, View3};
+use crate::float::Float;
+use std::ops::Range;
+
+impl<'a, F: Float> Inputs<'a, F> {
+    /// Returns the pairs of a query that are not hidden by mask or causal pattern, with their numbers.
+    /// Empty for a query that does not exist.
+    ///
+    /// (A bias of −∞ also hides a pair, but for one head at a time: [`Bias::at`].)
+    pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
+        let Self { pattern, pair_mask, .. } = *self;
+        let mask = self.shared_mask();
+        let visible = self.visible_keys(query);
+        let (slots, first_pair) = match pattern {
+            _ if query >= self.num_queries() => (0..0, 0),
+            Pattern::Dense => (visible.clone(), query * self.num_keys()),
+            Pattern::Graph(graph) => (graph.slots(query), 0),
+            Pattern::Packed(segments) => {
+                let keys = segments.keys(segments.of_query(query));
+                (visible.clone(), segments.pairs_of_query(query).start.wrapping_sub(keys.start))
+            }
+        };
+        slots.filter_map(move |slot| {
+            let (key, index) = match pattern {
+                Pattern::Dense | Pattern::Packed(_) => (slot, first_pair.wrapping_add(slot)),
+                Pattern::Graph(graph) => (graph.key(slot), graph.edge_id(slot)),
+            };
+            let pair = Pair { query, key, index };
+            let visible = visible.contains(&key)
+                && mask.is_none_or(|mask| mask[slot_of(&mask, pair, 0)])
+                && pair_mask.is_none_or(|mask| mask[index]);
+            visible.then_some(pair)
+        })
+    }
+
+    /// Returns whether a pair is visible: not hidden by mask, causal pattern or window.
+    #[inline]
+    pub(crate) fn sees(&self, pair: Pair) -> bool {
+        self.sees_key(pair.query, pair.key) && self.pair_mask.is_none_or(|mask| mask[pair.index])
+    }
+
+    /// Returns whether a key is visible to a query: not hidden by a mask of queries and keys, causal
+    /// pattern or window. The pair need not exist.
+    #[inline]
+    pub(crate) fn sees_key(&self, query: usize, key: usize) -> bool {
+        let sees = |mask: View3<'a, bool>| mask[slot_of(&mask, Pair { query, key, index: 0 }, 0)];
+        self.visible_keys(query).contains(&key) && self.shared_mask().is_none_or(sees)
+    }
+
+    /// Returns the keys that segments, causal pattern and window leave to a query. Both ends ascend with the
+    /// query.
+    #[inline]
+    pub(crate) fn visible_keys(&self, query: usize) -> Range<usize> {
+        match self.segments {
+            None => self.first_visible_key(query)..self.num_visible_keys(query),
+            Some(segments) if query < segments.num_queries() => {
+                let keys = segments.keys(segments.of_query(query));
+                let [start, end] = self.visible_numbers(query).map(|number| number.min(keys.len()));
+                keys.start + start..keys.start + end
+            }
+            Some(_) => 0..0,
+        }
+    }
+
+    /// Returns the first key that the window leaves to a query of inputs without segments.
+    #[inline]
+    pub(crate) fn first_visible_key(&self, query: usize) -> usize {
+        self.num_keys_before(self.visible_numbers(query)[0])
+    }
+
+    /// Returns the first key after those that causal pattern and window leave to a query of inputs without
+    /// segments.
+    pub(crate) fn num_visible_keys(&self, query: usize) -> usize {
+        self.num_keys_before(self.visible_numbers(query)[1])
+    }
+
+    /// Returns the ends of [`visible_keys`](Self::visible_keys), by the numbers in the whole inputs or in the
+    /// whole segment.
+    #[inline]
+    fn visible_numbers(&self, query: usize) -> [usize; 2] {
+        let diagonal = || self.diagonal(query);
+        let start = match self.window {
+            None => 0,
+            Some([left, _]) => diagonal().saturating_sub(left.saturating_add(1)),
+        };
+        let end = match (self.causal, self.window) {
+            (None, None) => usize::MAX,
+            (Some(_), _) => diagonal(),
+            (None, Some([_, right])) => diagonal().saturating_add(right),
+        };
+        [start, end]
+    }
+
+    /// Returns the first query to which causal pattern and window leave a key.
+    pub(crate) fn first_query_seeing(&self, key: usize) -> usize {
+        let key = self.key_number(key);
+        self.num_queries_before(match (self.causal, self.window) {
+            (None, None) => 0,
+            (None, Some([_, right])) => key.saturating_sub(right),
+            (Some(_), _) => self.before_diagonal(key),
+        })
+    }
+
+    /// Returns the first query after those to which the window leaves a key.
+    pub(crate) fn num_queries_seeing(&self, key: usize) -> usize {
+        let Some([left, _]) = self.window else { return self.num_queries() };
+        let end = self.key_number(key).saturating_add(left).saturating_add(1);
+        self.num_queries_before(self.before_diagonal(end))
+    }
+
+    /// Returns the number of keys up to and including a query's own (the diagonal), in the whole inputs.
+    pub(crate) fn diagonal(&self, query: usize) -> usize {
+        let number = self.query_number(query);
+        let (number, [num_queries, num_keys]) = match self.segments.zip(self.whole_segments()) {
+            None => (number, self.whole_sizes()),
+            Some((segments, whole)) => {
+                let segment = segments.of_query(query);
+                let queries = whole.queries(segment);
+                (number - queries.start, [queries.len(), whole.keys(segment).len()])
+            }
+        };
+        let end = number.saturating_add(1);
+        match self.causal {
+            Some(Causal::BottomRight) => end.saturating_add(num_keys).saturating_sub(num_queries),
+            Some(Causal::Offset(offset)) => end.saturating_add(offset),
+            Some(Causal::TopLeft) | None => end,
+        }
+    }
+
+    /// Returns the number of the query whose own key this is, in the whole inputs.
+    fn before_diagonal(&self, key: usize) -> usize {
+        match self.causal {
+            Some(Causal::BottomRight) => {
+                let [num_queries, num_keys] = self.whole_sizes();
+                key.saturating_add(num_queries).saturating_sub(num_keys)
+            }
+            Some(Causal::Offset(offset)) => key.saturating_sub(offset),
+            Some(Causal::TopLeft) | None => key,
+        }
+    }
+
+    /// Returns the first query whose own key is this one or a later one; `key` is a number in the whole
+    /// inputs.
+    pub(crate) fn first_query_from(&self, key: usize) -> usize {
+        self.num_queries_before(self.before_diagonal(key))
+    }
+
+    /// Returns the numbers of queries and keys that define causal pattern and window.
+    pub(crate) fn whole_sizes(&self) -> [usize; 2] {
+        self.origin.map_or([self.num_queries(), self.num_keys()], |origin| {
+            [origin.num_queries, origin.num_keys]
+        })
+    }
+
+    /// Returns the number of a key in the whole inputs, or in the whole segment.
+    pub(crate) fn key_place(&self, key: usize) -> usize {
+        match self.segments {
+            None => self.key_number(key),
+            Some(segments) => key - segments.keys(segments.of_key(key)).start,
+        }
+    }
+
+    /// Returns an upper bound, exclusive, of the positions of queries and keys in the whole inputs, or in the
+    /// longest segment.
+    pub(crate) fn num_positions(&self) -> usize {
+        let cached = if let Some(Causal::Offset(offset)) = self.causal { offset } else { 0 };
+        let num = |[queries, keys]: [usize; 2]| keys.max(queries.saturating_add(cached));
+        match self.whole_segments() {
+            None => num(self.whole_sizes()),
+            Some(segments) => {
+                let sizes =
+                    |segment| [segments.queries(segment).len(), segments.keys(segment).len()];
+                (0..segments.len()).map(|segment| num(sizes(segment))).max().unwrap_or(0)
+            }
+        }
+    }
+
+    /// Returns how many of the keys have a number below this one in the whole inputs.
+    #[inline]
+    pub(crate) fn num_keys_before(&self, number: usize) -> usize {
+        match self.origin.and_then(|origin| origin.keys) {
+            None => number.min(self.num_keys()),
+            Some(keys) => count_below(keys, number),
+        }
+    }
+
+    /// Returns how many of the queries have a number below this one in the whole inputs.
+    fn num_queries_before(&self, number: usize) -> usize {
+        match self.origin.and_then(|origin| origin.queries) {
+            None => number,
+            Some(queries) => count_below(queries, number.saturating_add(self.first_number())),
+        }
+    }
+
+    /// Returns the number of a pair in the inputs that these were selected from, if they were selected, and
+    /// its own number otherwise.
+    #[inline]
+    pub(crate) fn pair_number(&self, pair: Pair) -> usize {
+        if let (Pattern::Packed(segments), Some(whole)) = (self.pattern, self.whole_segments()) {
+            let segment = segments.of_query(pair.query);
+            let (queries, keys) = (whole.queries(segment), whole.keys(segment));
+            let query = self.query_number(pair.query) - queries.start;
+            return query * keys.len() + (pair.key - keys.start);
+        }
+        match self.origin {
+            None => pair.index,
+            Some(Origin { pairs: Some(pairs), .. }) => pairs[pair.index],
+            Some(origin) => {
+                self.query_number(pair.query) * origin.num_keys + self.key_number(pair.key)
+            }
+        }
+    }
+
+    /// The segments of the inputs that these were selected from, if they were selected.
+    pub(super) fn whole_segments(&self) -> Option<&'a Segments> {
+        self.origin.map_or(self.segments, |origin| origin.segments)
+    }
+
+    /// The number that counts as 0 among the numbers of selected queries.
+    pub(super) fn first_number(&self) -> usize {
+        self.origin.map_or(0, |origin| origin.first_query)
+    }
+
+    /// Returns the number of a query in the inputs that these were selected from. If they were not
+    /// selected, or there is no such query, returns `query`.
+    pub(crate) fn query_number(&self, query: usize) -> usize {
+        let queries = self.origin.and_then(|origin| origin.queries);
+        let number = queries.and_then(|queries| queries.get(query));
+        number.map_or(query, |number| number - self.first_number())
+    }
+
+    /// Returns the number of a key in the inputs that these were selected from, if they were selected, and
+    /// its own number otherwise.
+    pub(crate) fn key_number(&self, key: usize) -> usize {
+        let keys = self.origin.and_then(|origin| origin.keys);
+        keys.map_or(key, |keys| keys[key])
+    }
+
+    /// Returns an upper bound of the number of pairs of dense inputs that the window leaves.
+    pub(crate) fn num_pairs_in_window(&self) -> usize {
+        let keys = self.window.map(|[left, right]| left.saturating_add(right).saturating_add(1));
+        let pairs = keys.map_or(usize::MAX, |keys| self.num_queries().saturating_mul(keys));
+        self.num_pairs().min(pairs)
+    }
+
+    /// Returns whether each query sees only the keys of a window.
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.is_some()
+    }
+}
+
+/// Returns how many of the ascending `numbers` are below `number`. Takes constant time if they are evenly
+/// spaced, as in a dilated window.
+fn count_below(numbers: &[usize], number: usize) -> usize {
+    if let &[first, .., last] = numbers
+        && first < number
+        && number <= last
+    {
+        let guess = (number - 1 - first).saturating_mul(numbers.len() - 1) / (last - first) + 1;
+        if let Some(&[below, not_below]) = numbers.get(guess - 1..=guess)
+            && below < number
+            && number <= not_below
+        {
+            return guess;
+        }
+    }
+    numbers.partition_point(|&other| other < number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count_below;
+
+    #[test]
+    fn numbers_below_are_counted_evenly_spaced_or_not() {
+        for numbers in [&[][..], &[4], &[4, 9], &[0, 3, 6, 9], &[5, 7, 9, 11], &[2, 3, 11, 12, 13]]
+        {
+            for number in 0..16 {
+                let expected = numbers.iter().filter(|&&other| other < number).count();
+                assert_eq!(count_below(numbers, number), expected, "{numbers:?} {number}");
+            }
+            assert_eq!(count_below(numbers, usize::MAX), numbers.len());
+        }
+        assert_eq!(count_below(&[0, 1, usize::MAX], usize::MAX - 1), 2);
+    }
+}
