@@ -20,6 +20,8 @@ use std::sync::Arc;
 /// * A hidden pair (mask, causal, bias of −∞, not in the graph) is skipped: NaN or infinity in its
 ///   key, value or features changes nothing. NaN elsewhere gives NaN in the rows it touches.
 /// * A query without visible keys aggregates zeros, and gradients do not flow through it.
+/// * Finite inputs give finite outputs and gradients, also where rows are zeros.
+/// * [Packed inputs](Inputs::packed) give each segment what it would get alone.
 /// * The same inputs give the same bits.
 /// * Channels that change the result are honoured or refused ([`Inputs::check_absent`]).
 ///

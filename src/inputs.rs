@@ -32,9 +32,9 @@ type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 ///
 /// **Pairs.** A (query, key) that attends is a *pair*, and every pair has a number. In dense inputs
 /// all `num_queries · num_keys` pairs exist, and query i with key j has the number
-/// `i · num_keys + j`; in a graph the pairs are its edges, numbered in the caller's edge order. Arrays
-/// with one row per pair (edge features, distances, …) follow this numbering, and so do returned
-/// weights and gradients.
+/// `i · num_keys + j`; in a graph the pairs are its edges, numbered in the caller's edge order; in packed
+/// inputs they are numbered segment by segment, in each as in dense inputs. Arrays with one row per pair
+/// (edge features, distances, …) follow this numbering, and so do returned weights and gradients.
 ///
 /// **Heads** are a layout: after [`with_heads(h)`](Self::with_heads) the columns of query, key and
 /// value are h equal blocks. The blocks attend independently, and their outputs are placed side by side.

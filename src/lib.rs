@@ -3,8 +3,9 @@
 //!
 //! # Pairs
 //!
-//! A single query over its neighbours, a dense batch, and a graph whose nodes attend to their neighbours
-//! are all the same problem: a set of (query, key) *pairs*, grouped by query. [`Inputs`] holds the arrays
+//! A single query over its neighbours, a dense sequence, a packed batch of sequences of different lengths,
+//! and a graph whose nodes attend to their neighbours are all the same problem: a set of (query, key)
+//! *pairs*, grouped by query. [`Inputs`] holds the arrays
 //! and the pairs; an [`Attention`] maps it to an output with one row per query.
 //!
 //! ```

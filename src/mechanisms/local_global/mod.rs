@@ -56,7 +56,8 @@ const NAME: &str = "local_global";
 /// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). The
 ///   rows of globals are copied; with a dilation also queries, keys, values, and the given mask and bias,
 ///   for one class of positions with the same remainder at a time.
-/// * **Errors** as [`Flash`], and [`Error::InvalidArgument`] if there is no node at a global position.
+/// * **Errors** as [`Flash`], and [`Error::InvalidArgument`] if there is no node at a global position: in
+///   packed inputs, in none of the segments.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
