@@ -9,7 +9,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// Returns the pairs of a query that are not hidden by mask or causal pattern, with their numbers.
     /// Empty for a query that does not exist.
     ///
-    /// (A bias of −∞ also hides a pair, but for one head at a time: [`Bias::at`].)
+    /// (A bias of −∞ also hides a pair, but for one head at a time: [`Bias::at`](super::Bias::at).)
     pub fn row(&self, query: usize) -> impl Iterator<Item = Pair> + use<'a, F> {
         let Self { pattern, pair_mask, .. } = *self;
         let mask = self.shared_mask();
