@@ -142,7 +142,7 @@
 //!
 //! | feature | default | what it does |
 //! |---|---|---|
-//! | `parallel` | yes | runs work of more than about 50 µs on several threads with rayon; results are bitwise identical with and without it, for any number of threads |
+//! | `parallel` | yes | shares large work among threads with rayon; results are bitwise identical with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, with the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: saves and loads parameters and buffers, including files from PyTorch |
 //! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`] and [states](params), in any format |

@@ -13,6 +13,7 @@ use graph_attention::{
 };
 use rand::RngExt;
 use rayon::ThreadPoolBuilder;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// Sequences of all kinds of lengths, some of them empty.
 fn lengths() -> [Vec<usize>; 2] {
@@ -55,6 +56,11 @@ fn the_same_bits_as_a_loop_on_any_number_of_threads() -> Result<()> {
             Ok((out, attention.backward(&packed, &saved, grad.view())?))
         };
         let (out, grads) = run()?;
+        // `.ci/run` compares them with and without the feature `parallel`.
+        let mut hasher = DefaultHasher::new();
+        let numbers = [&out, &grads.query, &grads.key, &grads.value].into_iter().flatten();
+        numbers.for_each(|x| x.to_bits().hash(&mut hasher));
+        println!("bits {name} {:016x}", hasher.finish());
         for threads in [1, 2, 3] {
             let pool = ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             assert!(
