@@ -4,7 +4,7 @@ use crate::inputs::Inputs;
 use crate::params::{self, Params};
 use ndarray::{
     Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis,
-    Dimension, IxDyn, s,
+    Dimension, IxDyn, aview_mut1, s,
 };
 
 /// The gradients of a loss with respect to the inputs and parameters of a mechanism, as returned by
@@ -315,13 +315,16 @@ impl<F: Float> GradientsMut<'_, F> {
     }
 }
 
-/// Returns the gradient of additive logits in the form of [`GradientsMut::bias`].
+/// Returns the gradient of additive logits in the form of [`GradientsMut::bias`]. The field is public, so
+/// the array may have any number of axes: one with more than three gives an empty view, which
+/// [`GradientsMut::check`] refuses.
 fn with_three_axes<F>(bias: &mut ArrayD<F>) -> ArrayViewMut3<'_, F> {
     let mut bias = bias.view_mut();
-    if bias.ndim() == 2 {
+    while bias.ndim() < 3 {
         bias.insert_axis_inplace(Axis(0));
     }
-    bias.into_dimensionality().expect("additive logits have two axes or three")
+    let empty = || aview_mut1(&mut []).insert_axis(Axis(0)).insert_axis(Axis(0));
+    bias.into_dimensionality().unwrap_or_else(|_| empty())
 }
 
 /// Views an entry of [`GradientsMut::params`] with the rank of its parameter. Only for entries that
@@ -372,6 +375,24 @@ mod tests {
         assert!(params.query.is_none() && params.key.is_none() && params.value.is_none());
         let error = all.view_mut().split_params(3).unwrap_err();
         assert_eq!(error, Error::shape("number of grads.params", &[3], &[2]));
+        Ok(())
+    }
+
+    #[test]
+    fn a_bias_gradient_of_any_rank_is_viewed_and_checked() -> Result<()> {
+        let rows = Array2::<f64>::ones((2, 2));
+        let bias = Array2::zeros((2, 2));
+        let inputs =
+            Inputs::dense(rows.view(), rows.view(), rows.view())?.with_bias(bias.view())?;
+        for shape in [vec![], vec![2], vec![2, 2], vec![1, 2, 2], vec![2, 2, 2], vec![1, 1, 2, 2]] {
+            let mut grads = Gradients::zeros(&inputs, &crate::ScaledDotProduct::new())?;
+            grads.bias = Some(ArrayD::zeros(shape.clone()));
+            let checked = grads.view_mut().check("test", &inputs, &crate::ScaledDotProduct::new());
+            match shape.as_slice() {
+                [2, 2] | [1, 2, 2] => checked?,
+                _ => assert!(matches!(checked, Err(Error::Shape { .. })), "{shape:?}: {checked:?}"),
+            }
+        }
         Ok(())
     }
 }
