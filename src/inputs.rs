@@ -4,15 +4,16 @@ mod selected;
 mod visible;
 
 pub use bias::Bias;
-pub(crate) use bias::{BiasAxes, Shown};
+pub(crate) use bias::BiasAxes;
 pub use segments::Segments;
 pub use selected::SelectedInputs;
+pub(crate) use visible::{Shown, hull};
 
 use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
-use bias::{Logits, grid, hide_row, shown_by, slot_of};
+use bias::{Logits, grid, hide_row, slot_of};
 use ndarray::{
     ArrayBase, ArrayView, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix1, Ix2, Ix3,
     ViewRepr, s,
@@ -873,22 +874,6 @@ impl<'a, F: Float> Inputs<'a, F> {
             let mask = mask.slice(s![first.index..first.index + row.len()]);
             let hidden = row.iter_mut().zip(mask).filter(|(_, is_visible)| !**is_visible);
             hidden.for_each(|(logit, _)| *logit = F::neg_infinity());
-        }
-    }
-
-    /// Returns which of consecutive keys of dense inputs masks and bias show to a head, starting at the pair
-    /// `first`. May say `Some` for all.
-    pub(crate) fn shown_by_mask(&self, first: Pair, head: usize, len: usize) -> Shown {
-        match (self.shared_mask(), self.pair_mask, self.bias()) {
-            (Some(mask), None, None) => shown_by(&mask, first, len),
-            (_, _, bias) => {
-                let is_left = |at| {
-                    let pair = Pair { key: first.key + at, index: first.index + at, ..first };
-                    let is_left = |bias: Bias<'_, F>| bias.at(pair, head) != F::neg_infinity();
-                    self.sees(pair) && bias.is_none_or(is_left)
-                };
-                if (0..len).any(is_left) { Shown::Some } else { Shown::Nothing }
-            }
         }
     }
 

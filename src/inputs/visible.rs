@@ -3,6 +3,7 @@
 use super::bias::slot_of;
 use super::{Causal, Inputs, Origin, Pair, Pattern, Segments, View3};
 use crate::float::Float;
+use ndarray::s;
 use std::ops::Range;
 
 impl<'a, F: Float> Inputs<'a, F> {
@@ -252,6 +253,103 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 }
 
+/// The smallest range that contains both.
+pub(crate) fn hull(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    a.start.min(b.start)..a.end.max(b.end)
+}
+
+/// The keys that some queries see under a mask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Shown {
+    /// All keys that any of the queries sees are in this range.
+    pub(crate) keys: Range<usize>,
+    /// Whether each of the queries sees all of them, and there is no bias.
+    pub(crate) is_all: bool,
+}
+
+impl Shown {
+    pub(crate) const NOTHING: Self = Self { keys: 0..0, is_all: true };
+
+    fn all(keys: Range<usize>) -> Self {
+        Self { keys, is_all: true }
+    }
+
+    /// What one query sees of some keys, given which of them it sees.
+    fn of(
+        keys: &Range<usize>,
+        mut seen: impl DoubleEndedIterator<Item = bool> + ExactSizeIterator,
+    ) -> Self {
+        let Some(first) = seen.position(|sees| sees) else { return Self::NOTHING };
+        let after_first = seen.rposition(|sees| sees).map_or(0, |place| place + 1);
+        let start = keys.start + first;
+        Self { keys: start..start + 1 + after_first, is_all: false }
+    }
+
+    /// What one query sees of some keys, given its mask of them.
+    fn by(mask: &[bool], keys: &Range<usize>) -> Self {
+        // Counting is vectorised, as a loop with a way out would not be.
+        let count =
+            |mask: &[bool]| usize::from(mask.iter().map(|&sees| u8::from(sees)).sum::<u8>());
+        match mask.chunks(128).map(count).sum::<usize>() {
+            0 => Self::NOTHING,
+            count if count == mask.len() => Self::all(keys.clone()),
+            count => {
+                let shown = Self::of(keys, mask.iter().copied());
+                Self { is_all: count == shown.keys.len(), ..shown }
+            }
+        }
+    }
+
+    /// What two queries see.
+    pub(crate) fn and(self, other: &Self) -> Self {
+        let keys = match (self.keys.is_empty(), other.keys.is_empty()) {
+            (true, _) => other.keys.clone(),
+            (_, true) => self.keys.clone(),
+            _ => hull(&self.keys, &other.keys),
+        };
+        let is_all = self.is_all && other.is_all && self.keys == other.keys;
+        Self { keys, is_all }
+    }
+}
+
+impl<F: Float> Inputs<'_, F> {
+    /// Passes to `visit`, for each of some ranges of keys, its number and what masks and bias show of it to a
+    /// query of dense inputs and a head.
+    pub(crate) fn for_each_shown(
+        &self,
+        query: usize,
+        head: usize,
+        tiles: impl Iterator<Item = Range<usize>>,
+        mut visit: impl FnMut(usize, Shown),
+    ) {
+        let tiles = tiles.enumerate();
+        let (Some(mask), None, None) = (self.shared_mask(), self.pair_mask, self.bias()) else {
+            // Not the causal pattern and the window, which differ between queries that share a mask.
+            let sees = |key| {
+                let pair = Pair { query, key, index: query * self.num_keys() + key };
+                self.shared_mask().is_none_or(|mask| mask[slot_of(&mask, pair, 0)])
+                    && self.pair_mask.is_none_or(|mask| mask[pair.index])
+                    && self.bias().is_none_or(|bias| bias.at(pair, head) != F::neg_infinity())
+            };
+            return tiles.for_each(|(number, tile)| {
+                visit(number, Shown::of(&tile, tile.clone().map(sees)));
+            });
+        };
+        let [_, row, _] = slot_of(&mask, Pair { query, key: 0, index: 0 }, 0);
+        let mask = mask.slice(s![0usize, row, ..]);
+        let slice = mask.to_slice();
+        tiles.for_each(|(number, tile)| {
+            let shown = match (mask.len(), slice) {
+                (1, _) if mask[0] => Shown::all(tile),
+                (1, _) => Shown::NOTHING,
+                (_, Some(mask)) => Shown::by(&mask[tile.clone()], &tile),
+                (_, None) => Shown::of(&tile, mask.slice(s![tile.clone()]).iter().copied()),
+            };
+            visit(number, shown);
+        });
+    }
+}
+
 /// Returns how many of the ascending `numbers` are below `number`. Takes constant time if they are evenly
 /// spaced, as in a dilated window.
 fn count_below(numbers: &[usize], number: usize) -> usize {
@@ -272,7 +370,75 @@ fn count_below(numbers: &[usize], number: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::count_below;
+    use super::{Shown, count_below};
+    use crate::inputs::Inputs;
+    use ndarray::{Array2, s};
+    use std::ops::Range;
+
+    /// What some queries see of a tile, from the definition.
+    fn shown_to(mask: &Array2<bool>, queries: Range<usize>, tile: Range<usize>) -> Shown {
+        let seen = |key: &usize| queries.clone().any(|query| mask[[query, *key]]);
+        let keys: Vec<usize> = tile.filter(seen).collect();
+        let (Some(&first), Some(&last)) = (keys.first(), keys.last()) else {
+            return Shown::NOTHING;
+        };
+        let block = mask.slice(s![queries, first..=last]);
+        Shown { keys: first..last + 1, is_all: block.iter().all(|&sees| sees) }
+    }
+
+    #[test]
+    fn the_keys_that_masks_show_are_found() {
+        let masks: [fn(usize, usize) -> bool; 5] = [
+            |query, key| query / 3 == key / 5,
+            |query, key| (query * 7 + key * key) % 5 < 2,
+            |_, key| key < 13,
+            |query, _| query != 1,
+            |_, _| true,
+        ];
+        for sees in masks {
+            let mask = Array2::from_shape_fn((6, 20), |(query, key)| sees(query, key));
+            let columns = mask.t().as_standard_layout().into_owned();
+            let x = Array2::<f64>::zeros((20, 2));
+            let inputs = Inputs::dense(x.slice(s![..6, ..]), x.view(), x.view()).unwrap();
+            let bias = mask.mapv(|sees| if sees { 0.0 } else { f64::NEG_INFINITY });
+            let tiles = [0..7, 7..14, 14..20, 9..9];
+            for (inputs, knows_all) in [
+                (inputs.with_mask(mask.view()).unwrap(), true),
+                (inputs.with_mask(columns.t()).unwrap(), false),
+                (inputs.with_bias(bias.view()).unwrap(), false),
+            ] {
+                for queries in [0..6, 0..1, 2..4] {
+                    let mut shown: [Option<Shown>; 4] = Default::default();
+                    for query in queries.clone() {
+                        inputs.for_each_shown(
+                            query,
+                            0,
+                            tiles.iter().cloned(),
+                            |number, of_query| {
+                                let before = shown[number].take();
+                                shown[number] = Some(match before {
+                                    None => of_query,
+                                    Some(before) => of_query.and(&before),
+                                });
+                            },
+                        );
+                    }
+                    for (shown, tile) in shown.iter().zip(&tiles) {
+                        let expected = shown_to(&mask, queries.clone(), tile.clone());
+                        let shown = shown.as_ref().unwrap();
+                        assert_eq!(shown.keys, expected.keys, "{queries:?} {tile:?}");
+                        match knows_all {
+                            true => {
+                                assert_eq!(shown.is_all, expected.is_all, "{queries:?} {tile:?}")
+                            }
+                            // Only a mask whose rows lie in one piece is asked.
+                            false => assert!(expected.is_all || !shown.is_all),
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn numbers_below_are_counted_evenly_spaced_or_not() {

@@ -1,9 +1,10 @@
 use super::{
     BLOCKS_OF_PART, BiasRows, Block, HeadRows, MaskedTiles, PARTS, TileSizes, block, clip,
+    heads_differ,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::inputs::head_columns;
+use crate::inputs::{head_columns, hull};
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
 use crate::kernels::primitives::exp::exp;
@@ -38,7 +39,6 @@ struct BackwardScratch<F> {
     grad_scores: Buffer<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
-    masked: MaskedTiles,
     /// m, 1/l and δ; +∞, 0 and 0 for unused lanes, so that their weights are 0.
     shifts: Buffer<F>,
     inverses: Buffer<F>,
@@ -81,8 +81,6 @@ pub(in super::super) fn backward<F: Float>(
         grad_out: FiniteRows::new(upstream.grad_out, may_hide),
     };
 
-    let panel = panel_len::<F>(level);
-    let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     let blocks = problem.inputs.num_queries().div_ceil(sizes.queries);
     let num_parts = (blocks / BLOCKS_OF_PART).clamp(1, PARTS);
     let parts = parts_of_work(problem.inputs.num_queries(), sizes.queries, num_parts, |block| {
@@ -100,19 +98,9 @@ pub(in super::super) fn backward<F: Float>(
     let grad_biases = BiasRows::split(problem, grads.bias.as_mut(), &parts);
     let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries).zip(grad_biases))
         .map(|((queries, grad_query), grad_bias)| {
-            let start = problem.inputs.first_visible_key(queries.start);
-            let keys = start..problem.inputs.num_visible_keys(queries.end - 1).max(start);
-            let rows = problem.inputs.num_kv_heads() * keys.len();
-            BackwardPart {
-                queries,
-                grad_query,
-                grad_bias,
-                keys: KeyGradients {
-                    keys,
-                    key: Buffer::zeros(rows * padded[0]),
-                    value: Buffer::zeros(rows * padded[1]),
-                },
-            }
+            // Each part finds out which keys it sees.
+            let keys = KeyGradients { keys: 0..0, key: Buffer::zeros(0), value: Buffer::zeros(0) };
+            BackwardPart { queries, grad_query, grad_bias, keys }
         })
         .collect();
     let tasks = parts.iter_mut().collect();
@@ -120,6 +108,8 @@ pub(in super::super) fn backward<F: Float>(
         backward_part(level, problem, &operands, sizes, part);
     });
 
+    let panel = panel_len::<F>(level);
+    let padded = [problem.key_dim, problem.value_dim].map(|dim| dim.next_multiple_of(panel));
     for part in &parts {
         let rows = s![part.keys.keys.clone(), ..];
         if let Some(grad) = &mut grads.key {
@@ -146,7 +136,11 @@ pub(in super::super) fn add_head_rows<F: Float>(
     for (head, rows) in rows.chunks(of_head).enumerate() {
         let mut sum = sum.slice_mut(s![.., head_columns(head, dim)]);
         for (mut sum, row) in sum.rows_mut().into_iter().zip(rows.chunks(padded.max(1))) {
-            sum += &ArrayView1::from(&row[..dim]);
+            match sum.as_slice_mut() {
+                // Faster for a few columns than the sum of two views.
+                Some(sum) => sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x),
+                None => sum += &ArrayView1::from(&row[..dim]),
+            }
         }
     }
 }
@@ -172,17 +166,25 @@ fn backward_part<F: Float>(
         weights: Buffer::zeros(tile),
         grad_scores: Buffer::zeros(tile),
         rows: Vec::new(),
-        masked: MaskedTiles::default(),
         shifts: Buffer::zeros(width),
         inverses: Buffer::zeros(width),
         deltas: Buffer::zeros(width),
         grad_query: Buffer::zeros(problem.key_dim * width),
     };
-    for rows in ranges(part.queries.len(), sizes.queries) {
+    let blocks: Vec<_> = ranges(part.queries.len(), sizes.queries).collect();
+    let mut masked: Vec<_> = blocks.iter().map(|_| MaskedTiles::default()).collect();
+    let keys = visible_keys(level, problem, sizes.keys, &part.queries, &blocks, &mut masked);
+    let num_rows = problem.inputs.num_kv_heads() * keys.len();
+    part.keys = KeyGradients {
+        keys,
+        key: Buffer::zeros(num_rows * padded_key),
+        value: Buffer::zeros(num_rows * padded_value),
+    };
+    for (rows, masked) in blocks.into_iter().zip(&mut masked) {
         for head in 0..problem.heads {
             let block = block(level, problem, head, &part.queries, &rows);
-            scratch.masked.find(&block, sizes.keys);
-            backward_block(&block, operands, sizes.keys, &mut scratch, part);
+            masked.find(&block, sizes.keys);
+            backward_block(&block, operands, sizes.keys, masked, &mut scratch, part);
             // s = scale q·k
             let columns = head_columns(head, problem.key_dim);
             let sum = part.grad_query.slice_mut(s![rows.clone(), columns]);
@@ -191,12 +193,37 @@ fn backward_part<F: Float>(
     }
 }
 
+/// Returns a range of all keys that the blocks of a part see; only their gradients take memory.
+fn visible_keys<F: Float>(
+    level: Level,
+    problem: &Problem<'_, F>,
+    keys_per_tile: usize,
+    queries: &Range<usize>,
+    blocks: &[Range<usize>],
+    masked: &mut [MaskedTiles],
+) -> Range<usize> {
+    let mut seen: Option<Range<usize>> = None;
+    for (rows, masked) in blocks.iter().zip(masked) {
+        let block = block(level, problem, 0, queries, rows);
+        masked.find(&block, keys_per_tile);
+        let keys = match masked.keys().filter(|_| !heads_differ(problem)) {
+            None => block.visible_keys(&(0..rows.len())),
+            Some(keys) => keys,
+        };
+        if !keys.is_empty() {
+            seen = Some(seen.map_or(keys.clone(), |seen| hull(&seen, &keys)));
+        }
+    }
+    seen.unwrap_or(0..0)
+}
+
 /// Writes the gradient of the queries, without the scale, to `scratch`; adds the gradients of keys,
 /// values and bias to the part.
 fn backward_block<F: Float>(
     block: &Block<'_, '_, F>,
     operands: &Operands<'_, F>,
     keys_per_tile: usize,
+    masked: &MaskedTiles,
     scratch: &mut BackwardScratch<F>,
     part: &mut BackwardPart<'_, F>,
 ) {
@@ -244,21 +271,28 @@ fn backward_block<F: Float>(
     scratch.grad_query.fill(F::zero());
 
     for (number, tile) in block.tiles(keys_per_tile).enumerate() {
-        let panels = || (0..width).step_by(panel);
-        if panels().all(|column| scratch.masked.is_hidden(column / panel, number)) {
+        // What each panel sees. Keys and panels at the ends that see nothing are left out.
+        let see = |column| {
+            let lanes = block.lanes(column, panel);
+            let (keys, may_hide) = block.visible_in(masked, &lanes, (number, &tile));
+            (lanes, keys, may_hide)
+        };
+        let seen = (0..width).step_by(panel).map(see).filter(|(_, keys, _)| !keys.is_empty());
+        let Some((tile, columns)) = seen.fold(None, |whole, (lanes, keys, _)| {
+            let columns = lanes.start..lanes.start + panel;
+            Some(match whole {
+                None => (keys, columns),
+                Some((tile, before)) => (hull(&tile, &keys), hull(&before, &columns)),
+            })
+        }) else {
             continue;
-        }
+        };
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
-        for column in panels() {
-            // Causal pattern and window may hide the ends of a tile from whole panels, and masks all of it.
-            let lanes = block.lanes(column, panel);
-            let visible = match scratch.masked.is_hidden(column / panel, number) {
-                true => 0..0,
-                false => block.visible_keys(&lanes),
-            };
-            let start = visible.start.clamp(tile.start, tile.end);
-            let seen = start..visible.end.clamp(start, tile.end);
+        for (lanes, seen, may_hide) in columns.clone().step_by(panel).map(see) {
+            let column = lanes.start;
+            let start = seen.start.clamp(tile.start, tile.end);
+            let seen = start..seen.end.clamp(start, tile.end);
             for k in (tile.start..seen.start).chain(seen.end..tile.end) {
                 let entries = (k - tile.start) * width + column;
                 weights[entries..entries + panel].fill(F::zero());
@@ -280,10 +314,6 @@ fn backward_block<F: Float>(
                 let out = Out::panel(out, width, column, panel);
                 rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
-            let may_hide = match scratch.masked.is_whole(column / panel, number) {
-                true => block.cuts(&lanes, &seen),
-                false => block.may_hide_in(&lanes, &seen),
-            };
             if may_hide {
                 block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
             }
@@ -312,7 +342,9 @@ fn backward_block<F: Float>(
             (&*weights, &scratch.grad_out_rows, padded_value, &mut sums.value),
             (&*grad_scores, &scratch.query_rows, padded_key, &mut sums.key),
         ] {
-            let (left, right) = (Left::new(factors, width), Matrix::new(rows, padded));
+            let left = Matrix::new(factors, width).skip_columns(columns.start);
+            let left = Left { rows: left, len: columns.len() };
+            let right = Matrix::new(&rows[columns.start * padded..], padded);
             let sums = &mut sums[(first_row + tile.start - first_key) * padded..];
             rows_times(level, tile.len(), left, right, Target::Add, Out::new(sums, padded));
         }

@@ -163,29 +163,29 @@ fn write_quotients<S: Simd, F: Float>(
     width: usize,
     mut out: ArrayViewMut2<'_, F>,
 ) {
-    let len = Vector::<S, F>::LEN;
-    let at = |data: &[F], place: usize| Vector::<S, F>::from_slice(simd, &data[place..][..len]);
-    let zero = Vector::<S, F>::splat(simd, F::zero());
-    let one = Vector::<S, F>::splat(simd, F::one());
     let (num_queries, dim) = out.dim();
+    let sums_of_weights = &scratch.sums[dim * width..];
     transposed::<S, F>(
         simd,
         dim,
         num_queries,
         #[inline(always)]
-        |column, lane| {
-            let sum = at(&scratch.sums, dim * width + lane);
-            let mean = at(&scratch.sums, column * width + lane) * (one / sum);
-            // Nothing seen: avoid 0/0.
-            sum.simd_eq(zero).select(zero, mean)
-        },
+        |column| &scratch.sums[column * width..][..width],
         #[inline(always)]
-        |lane, column, entries| {
-            let mut row = out.row_mut(lane);
-            match row.as_slice_mut() {
-                Some(row) => store_part::<S, F>(entries, &mut row[column..]),
-                None => (row.iter_mut().skip(column).zip(entries.as_slice()))
-                    .for_each(|(value, &entry)| *value = entry),
+        |lane, column, rows| {
+            for (lane, &entries) in (lane..).zip(rows) {
+                let sum = sums_of_weights[lane];
+                // Nothing seen: avoid 0/0.
+                let mean = match sum == F::zero() {
+                    true => Vector::<S, F>::splat(simd, F::zero()),
+                    false => entries * Vector::<S, F>::splat(simd, F::one() / sum),
+                };
+                let mut row = out.row_mut(lane);
+                match row.as_slice_mut() {
+                    Some(row) => store_part::<S, F>(mean, &mut row[column..]),
+                    None => (row.iter_mut().skip(column).zip(mean.as_slice()))
+                        .for_each(|(value, &mean)| *value = mean),
+                }
             }
         },
     );
@@ -215,18 +215,12 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             totals.take(level, sums, width);
         }
         for column in (0..width).step_by(panel) {
-            // Causal pattern and window may hide the ends of a tile from whole panels.
             let lanes = block.lanes(column, panel);
-            let visible = block.visible_keys(&lanes);
-            let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
-            if tile.is_empty() || masked.is_hidden(column / panel, number) {
+            let (tile, may_hide) = block.visible_in(masked, &lanes, (number, &tile));
+            if tile.is_empty() {
                 continue;
             }
             let scores = &mut scores[..tile.len() * width];
-            let may_hide = match masked.is_whole(column / panel, number) {
-                true => block.cuts(&lanes, &tile),
-                false => block.may_hide_in(&lanes, &tile),
-            };
 
             // S, and the largest of m and S.
             largest.copy_from_slice(&maxima[column..column + panel]);

@@ -16,10 +16,10 @@ use super::primitives::buffer::Buffer;
 use super::primitives::matmul::{
     Left, Matrix, Out, Vector, panel_len, rows_times_with_max, vector_len,
 };
-use super::primitives::transpose::{load_padded, store_part, transposed};
+use super::primitives::transpose::transposed;
 use super::problem::{Problem, Slices};
 use crate::float::Float;
-use crate::inputs::{Pair, Shown};
+use crate::inputs::{Pair, Shown, hull};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
@@ -110,21 +110,24 @@ impl<F: Float> Block<'_, '_, F> {
         packed: &mut [F],
     ) {
         let rows = HeadRows::new(rows, self.head, dim);
-        let (first, len) = (self.queries.start, self.queries.len());
-        let zero = Vector::<S, F>::splat(simd, F::zero());
+        let (first, len, width) = (self.queries.start, self.queries.len(), self.width);
         let factor = Vector::<S, F>::splat(simd, factor);
+        // Only the last block has lanes that are not queries.
+        if len < width {
+            packed.chunks_exact_mut(width).for_each(|lanes| lanes[len..].fill(F::zero()));
+        }
         transposed::<S, F>(
             simd,
-            self.width,
+            len,
             dim,
             #[inline(always)]
-            |lane, column| match lane < len {
-                true => load_padded::<S, F>(simd, rows.row(first + lane), column) * factor,
-                false => zero,
-            },
+            |lane| rows.row(first + lane),
             #[inline(always)]
-            |column, lane, entries| {
-                store_part::<S, F>(entries, &mut packed[column * self.width + lane..]);
+            |column, lane, columns| {
+                let packed = packed[column * width..].chunks_exact_mut(width);
+                for (packed, &entries) in packed.zip(columns) {
+                    (entries * factor).store_slice(&mut packed[lane..lane + Vector::<S, F>::LEN]);
+                }
             },
         );
     }
@@ -169,6 +172,23 @@ impl<F: Float> Block<'_, '_, F> {
     pub(super) fn cuts(&self, lanes: &Range<usize>, keys: &Range<usize>) -> bool {
         let seen = self.keys_of_all(lanes);
         keys.start < seen.start || keys.end > seen.end
+    }
+
+    /// Returns the keys of a tile that the lanes of a panel may see, and whether any of these pairs may be
+    /// hidden.
+    pub(super) fn visible_in(
+        &self,
+        masked: &MaskedTiles,
+        lanes: &Range<usize>,
+        (number, tile): (usize, &Range<usize>),
+    ) -> (Range<usize>, bool) {
+        // Causal pattern and window may hide the ends of a tile from whole panels.
+        let visible = self.visible_keys(lanes);
+        let keys = tile.start.max(visible.start)..tile.end.min(visible.end);
+        let panel = lanes.start / panel_len::<F>(self.level);
+        let (keys, is_all) = masked.visible(panel, number, keys);
+        let may_hide = self.cuts(lanes, &keys) || self.may_hide_anywhere && !is_all;
+        (keys, may_hide)
     }
 
     /// Returns the lanes of a panel that are queries.
@@ -340,16 +360,19 @@ impl<F: Float> Block<'_, '_, F> {
         rows: &[F],
         mut visit: impl FnMut(usize, Vector<S, F>),
     ) {
-        let len = Vector::<S, F>::LEN;
-        let stride = num_keys.next_multiple_of(len);
+        let stride = num_keys.next_multiple_of(Vector::<S, F>::LEN);
         transposed::<S, F>(
             simd,
             lanes.len(),
             num_keys,
             #[inline(always)]
-            |row, column| Vector::<S, F>::from_slice(simd, &rows[row * stride + column..][..len]),
+            |row| &rows[row * stride..][..stride],
             #[inline(always)]
-            |key, lane, entries| visit(key * self.width + lanes.start + lane, entries),
+            |key, lane, keys| {
+                for (k, &entries) in keys.iter().enumerate() {
+                    visit((key + k) * self.width + lanes.start + lane, entries);
+                }
+            },
         );
     }
 
@@ -386,17 +409,16 @@ impl<F: Float> Block<'_, '_, F> {
             keys.len(),
             lanes.len(),
             #[inline(always)]
-            |key, lane| {
-                let grads = &grads[key * self.width + lanes.start + lane..];
-                load_padded::<S, F>(simd, grads, 0)
-            },
+            |key| &grads[key * self.width..][lanes.clone()],
             #[inline(always)]
-            |lane, key, entries| {
-                let pair = self.pair(lanes.start + lane, keys.start + key);
-                let (query, index) = (pair.query - first, pair.index - first_pair);
-                let len = Vector::<S, F>::LEN.min(keys.len() - key);
-                let entries = &entries.as_slice()[..len];
-                bias.add_row(Pair { query, index, ..pair }, self.head, entries, grad_bias);
+            |lane, key, rows| {
+                for (l, entries) in rows.iter().enumerate() {
+                    let pair = self.pair(lanes.start + lane + l, keys.start + key);
+                    let (query, index) = (pair.query - first, pair.index - first_pair);
+                    let len = Vector::<S, F>::LEN.min(keys.len() - key);
+                    let entries = &entries.as_slice()[..len];
+                    bias.add_row(Pair { query, index, ..pair }, self.head, entries, grad_bias);
+                }
             },
         );
     }
@@ -421,18 +443,16 @@ impl<F: Float> Block<'_, '_, F> {
             dim,
             num_queries,
             #[inline(always)]
-            |column, lane| load_padded::<S, F>(simd, &lanes[column * self.width + lane..], 0),
+            |column| &lanes[column * self.width..][..self.width],
             #[inline(always)]
-            |lane, column, entries| {
-                let mut sum = sum.row_mut(lane);
-                match sum.as_slice_mut() {
-                    Some(sum) => {
-                        for (sum, &x) in sum[column..].iter_mut().zip(entries.as_slice()) {
-                            *sum += factor * x;
-                        }
+            |lane, column, rows| {
+                for (lane, entries) in (lane..).zip(rows) {
+                    let add = |(sum, &x): (&mut F, &F)| *sum += factor * x;
+                    let mut sum = sum.row_mut(lane);
+                    match sum.as_slice_mut() {
+                        Some(sum) => sum[column..].iter_mut().zip(entries.as_slice()).for_each(add),
+                        None => sum.iter_mut().skip(column).zip(entries.as_slice()).for_each(add),
                     }
-                    None => (sum.iter_mut().skip(column).zip(entries.as_slice()))
-                        .for_each(|(sum, &x)| *sum += factor * x),
                 }
             },
         );
@@ -457,8 +477,9 @@ impl<F: Float> Block<'_, '_, F> {
     }
 }
 
-/// What masks and bias show of the tiles of a block, panel by panel. One look at a mask costs less than the
-/// products that it saves where it hides a whole tile, or what it takes to restrict one that it leaves whole.
+/// What masks and bias show of the tiles of a block, panel by panel. A look at a mask costs less than the
+/// products that it saves where it hides a whole tile or the ends of one, and less than masking the scores
+/// where it hides nothing else.
 #[derive(Default)]
 pub(super) struct MaskedTiles {
     /// Panel after panel; empty if there are neither masks nor bias.
@@ -476,8 +497,7 @@ impl MaskedTiles {
             return;
         }
         let first_query = Some(block.queries.start);
-        let heads_differ = block.problem.bias.is_some_and(|bias| bias.num_heads() > 1);
-        if self.first_query == first_query && !heads_differ {
+        if self.first_query == first_query && !heads_differ(block.problem) {
             return;
         }
         self.first_query = first_query;
@@ -491,36 +511,52 @@ impl MaskedTiles {
             if inputs.all_queries_share_mask() {
                 lanes.end = lanes.end.min(lanes.start + 1);
             }
-            for tile in block.tiles(keys_per_tile) {
-                let tile = tile.start.max(visible.start)..tile.end.min(visible.end);
-                let of_lane = |lane| {
-                    inputs.shown_by_mask(block.pair(lane, tile.start), block.head, tile.len())
-                };
-                let shown = match tile.is_empty() {
-                    true => Shown::Nothing,
-                    false => {
-                        lanes.clone().map(of_lane).reduce(Shown::and).unwrap_or(Shown::Nothing)
-                    }
-                };
-                self.shown.push(shown);
+            let first_tile = self.shown.len();
+            // Tiles of the panel, or their ends, may be out of its sight. Query by query, the order of a mask
+            // in memory.
+            self.shown.resize(first_tile + self.tiles_of_panel, Shown::NOTHING);
+            for lane in lanes.clone() {
+                let tiles = block.tiles(keys_per_tile).map(|tile| {
+                    let start = visible.start.clamp(tile.start, tile.end);
+                    start..visible.end.clamp(start, tile.end)
+                });
+                let query = block.queries.start + lane;
+                inputs.for_each_shown(query, block.head, tiles, |number, shown| {
+                    let of_tile = &mut self.shown[first_tile + number];
+                    *of_tile = if lane == lanes.start { shown } else { shown.and(of_tile) };
+                });
             }
         }
     }
 
-    #[inline]
-    pub(super) fn is_hidden(&self, panel: usize, tile: usize) -> bool {
-        self.shown(panel, tile) == Some(Shown::Nothing)
+    /// Returns a range of all keys that masks and bias show to the block, if there are any.
+    pub(super) fn keys(&self) -> Option<Range<usize>> {
+        let keys = self.shown.iter().map(|shown| shown.keys.clone());
+        let seen = keys.filter(|keys| !keys.is_empty()).reduce(|a, b| hull(&a, &b));
+        (!self.shown.is_empty()).then(|| seen.unwrap_or(0..0))
     }
 
-    /// Whether the masks hide nothing, and there is no bias to be added.
+    /// Returns the keys of a tile that masks and bias may show to the queries of a panel, given those that
+    /// causal pattern and window leave, and whether they show all of these and there is no bias.
     #[inline]
-    pub(super) fn is_whole(&self, panel: usize, tile: usize) -> bool {
-        self.shown(panel, tile) == Some(Shown::All)
+    pub(super) fn visible(
+        &self,
+        panel: usize,
+        tile: usize,
+        keys: Range<usize>,
+    ) -> (Range<usize>, bool) {
+        match self.shown.get(panel * self.tiles_of_panel + tile) {
+            None => (keys, false),
+            Some(Shown { keys: shown, is_all }) => {
+                (keys.start.max(shown.start)..keys.end.min(shown.end), *is_all)
+            }
+        }
     }
+}
 
-    fn shown(&self, panel: usize, tile: usize) -> Option<Shown> {
-        self.shown.get(panel * self.tiles_of_panel + tile).copied()
-    }
+/// Whether masks and bias may differ between heads.
+pub(super) fn heads_differ<F: Float>(problem: &Problem<'_, F>) -> bool {
+    problem.bias.is_some_and(|bias| bias.num_heads() > 1)
 }
 
 /// Where a part of the queries adds the gradient of the bias.

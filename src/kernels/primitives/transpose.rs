@@ -6,34 +6,47 @@ use fearless_simd::{Simd, SimdBase, SimdFloatElement};
 /// The largest length of a vector of any instruction set.
 pub(super) const MOST: usize = 16;
 
-/// Passes the transpose of a `num_rows` × `num_columns` matrix to `visit`: column, first row, and a
-/// vector of the column's entries from that row on. `load` returns a vector of a row's entries from some
-/// column on; entries past the last column are ignored. Rows past the last one are not loaded; their
-/// entries are zeros.
+/// Passes the transpose of a `num_rows` × `num_columns` matrix to `visit`, block by block: first column, first
+/// row, and for each column from there on a vector of its entries. `row` returns a row; entries past the
+/// last column are ignored. Entries past the last row are zeros.
 #[inline(always)]
-pub(crate) fn transposed<S: Simd, F: SimdFloatElement + 'static>(
+pub(crate) fn transposed<'a, S: Simd, F: SimdFloatElement + 'static>(
     simd: S,
     num_rows: usize,
     num_columns: usize,
-    mut load: impl FnMut(usize, usize) -> Vector<S, F>,
-    mut visit: impl FnMut(usize, usize, Vector<S, F>),
+    row: impl Fn(usize) -> &'a [F],
+    mut visit: impl FnMut(usize, usize, &[Vector<S, F>]),
 ) {
     let len = Vector::<S, F>::LEN;
-    for row in (0..num_rows).step_by(len) {
-        let rows = len.min(num_rows - row);
-        for column in (0..num_columns).step_by(len) {
-            let mut block = [Vector::<S, F>::splat(simd, F::from(0u8)); MOST];
+    let zeros = [Vector::<S, F>::splat(simd, F::from(0u8)); MOST];
+    for first in (0..num_rows).step_by(len) {
+        let count = len.min(num_rows - first);
+        let mut column = 0;
+        if count == len {
+            // All rows have the same length for the compiler too, so it is checked once for all of them.
+            let mut rows = [&[] as &[F]; MOST];
+            for (r, slice) in rows[..len].iter_mut().enumerate() {
+                *slice = &row(first + r)[..num_columns];
+            }
+            while column + len <= num_columns {
+                let mut block = zeros;
+                for (vector, row) in block[..len].iter_mut().zip(&rows[..len]) {
+                    *vector = Vector::<S, F>::from_slice(simd, &row[column..column + len]);
+                }
+                let block = transpose_block::<S, F>(block);
+                visit(column, first, &block[..len]);
+                column += len;
+            }
+        }
+        for column in (column..num_columns).step_by(len) {
+            let mut block = zeros;
             for (r, vector) in block[..len].iter_mut().enumerate() {
-                if r < rows {
-                    *vector = load(row + r, column);
+                if r < count {
+                    *vector = load_padded::<S, F>(simd, &row(first + r)[column..]);
                 }
             }
-            transpose_block::<S, F>(&mut block);
-            for (c, vector) in block[..len].iter().enumerate() {
-                if c < num_columns - column {
-                    visit(column + c, row, *vector);
-                }
-            }
+            let block = transpose_block::<S, F>(block);
+            visit(column, first, &block[..len.min(num_columns - column)]);
         }
     }
 }
@@ -43,26 +56,25 @@ pub(crate) fn transposed<S: Simd, F: SimdFloatElement + 'static>(
 /// Interleaving the entries of the two halves moves the highest bit of an entry's address, (row, column),
 /// to the lowest position. After as many steps as a row index has bits, columns have become rows.
 #[inline(always)]
-fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(block: &mut [Vector<S, F>; MOST]) {
+fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(
+    mut block: [Vector<S, F>; MOST],
+) -> [Vector<S, F>; MOST] {
     let len = Vector::<S, F>::LEN;
     let mut round = 1;
     while round < len {
-        let halves = *block;
+        let halves = block;
         for r in 0..len / 2 {
             (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + len / 2]);
         }
         round *= 2;
     }
+    block
 }
 
-/// Loads a row's entries from `column` on, with zeros past its end.
+/// Loads the first entries of a row, with zeros past its end.
 #[inline(always)]
-pub(crate) fn load_padded<S: Simd, F: SimdFloatElement + 'static>(
-    simd: S,
-    row: &[F],
-    column: usize,
-) -> Vector<S, F> {
-    let (len, row) = (Vector::<S, F>::LEN, &row[column..]);
+fn load_padded<S: Simd, F: SimdFloatElement + 'static>(simd: S, row: &[F]) -> Vector<S, F> {
+    let len = Vector::<S, F>::LEN;
     match row.get(..len) {
         Some(row) => Vector::<S, F>::from_slice(simd, row),
         None => Vector::<S, F>::from_slice(simd, &padded(row)[..len]),
@@ -112,8 +124,13 @@ mod tests {
             simd,
             num_rows,
             num_columns,
-            |row, column| load_padded::<S, F>(simd, &rows[row], column),
-            |column, row, vector| visited.push((column, row, vector.as_slice().to_vec())),
+            |row| &rows[row],
+            |column, row, vectors| {
+                let vectors = vectors.iter().enumerate();
+                let vectors =
+                    vectors.map(|(c, vector)| (column + c, row, vector.as_slice().to_vec()));
+                visited.extend(vectors);
+            },
         );
         visited.sort_by_key(|&(column, row, _)| (column, row));
         let blocks = |column: usize| (0..num_rows).step_by(len).map(move |row| (column, row));
