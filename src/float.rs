@@ -67,6 +67,16 @@ pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -
     Ok(vec![value; len])
 }
 
+/// 1 / (1 + e⁻ˣ)
+pub(crate) fn sigmoid<F: Float>(x: F) -> F {
+    F::one() / (F::one() + (-x).exp())
+}
+
+/// ln(1 + eˣ)
+pub(crate) fn softplus<F: Float>(x: F) -> F {
+    x.max(F::zero()) + (-x.abs()).exp().ln_1p()
+}
+
 /// Allocates a zero matrix, or returns an error if the allocation fails.
 pub(crate) fn try_zeros<F: Float>(
     what: &'static str,

@@ -3,8 +3,8 @@ use crate::float::{Float, try_array, try_vec, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::{self, Params};
 use ndarray::{
-    Array1, Array2, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis,
-    Dimension, IxDyn, aview_mut1, s,
+    Array1, Array2, Array3, ArrayD, ArrayViewMut, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3,
+    Axis, Dimension, IxDyn, aview_mut1, s,
 };
 
 /// The gradients of a loss with respect to the inputs and parameters of a mechanism, as returned by
@@ -332,6 +332,30 @@ fn with_three_axes<F>(bias: &mut ArrayD<F>) -> ArrayViewMut3<'_, F> {
 pub(crate) fn param_slot<F, D: Dimension>(slot: &mut ArrayD<F>) -> ArrayViewMut<'_, F, D> {
     let slot = slot.view_mut().into_dimensionality();
     slot.expect("the shapes of parameter gradients have been checked")
+}
+
+/// Where one of several parts of the work adds to the gradient of a bias.
+pub(crate) enum PartOfBias<'g, F> {
+    /// Rows or columns that no other part has.
+    Own(ArrayViewMut3<'g, F>),
+    /// A copy of what all parts share. The copies are added up in order at the end.
+    Copy(Array3<F>),
+}
+
+impl<F: Float> PartOfBias<'_, F> {
+    pub(crate) fn view_mut(&mut self) -> ArrayViewMut3<'_, F> {
+        match self {
+            Self::Own(part) => part.view_mut(),
+            Self::Copy(copy) => copy.view_mut(),
+        }
+    }
+
+    pub(crate) fn into_copy(self) -> Option<Array3<F>> {
+        match self {
+            Self::Own(_) => None,
+            Self::Copy(copy) => Some(copy),
+        }
+    }
 }
 
 #[cfg(test)]

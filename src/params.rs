@@ -28,6 +28,7 @@
 use crate::error::{Error, Result, check_shape};
 use crate::float::Float;
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
+use std::fmt::Display;
 use std::sync::Arc;
 
 /// The parameters and buffers of a mechanism, named as in PyTorch and PyG (`out_proj.weight`, `att_src`).
@@ -65,6 +66,34 @@ pub trait Params<F: Float> {
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let _ = visitor;
     }
+}
+
+/// Returns a visitor that puts a prefix and a dot before each name, for a mechanism around others. It serves all
+/// four methods of [`Params`].
+///
+/// ```
+/// use graph_attention::ndarray::{ArrayViewD, ArrayViewMutD};
+/// use graph_attention::{Attention, Params, params::prefixed};
+///
+/// struct Around<A>(A);
+///
+/// impl<A: Attention<f32>> Params<f32> for Around<A> {
+///     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+///         self.0.visit_params(&mut prefixed("inner", visitor));
+///     }
+///     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+///         self.0.visit_params_mut(&mut prefixed("inner", visitor));
+///     }
+///     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, f32>)) {
+///         self.0.visit_buffers(&mut prefixed("inner", visitor));
+///     }
+///     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, f32>)) {
+///         self.0.visit_buffers_mut(&mut prefixed("inner", visitor));
+///     }
+/// }
+/// ```
+pub fn prefixed<V>(prefix: impl Display, visitor: &mut dyn FnMut(&str, V)) -> impl FnMut(&str, V) {
+    move |name, array| visitor(&format!("{prefix}.{name}"), array)
 }
 
 /// Returns copies of all parameters and then of all buffers, with their names: PyTorch's state dict.

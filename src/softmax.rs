@@ -11,7 +11,7 @@ use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 
 /// The weights of softmax attention, computed from the logit of each pair and head.
 ///
@@ -269,6 +269,35 @@ impl<F: Float> Softmax<F> {
         check_shape("saved weights", &[inputs.num_pairs(), heads], self.weights.shape())?;
         self.normalizer.check(inputs.num_queries(), heads)
     }
+}
+
+/// Replaces z by softmax(z); all NaN if one entry is NaN.
+pub(crate) fn softmax<F: Float>(mut row: ArrayViewMut1<'_, F>) {
+    let max = row.iter().copied().fold(F::neg_infinity(), nan_max);
+    row.mapv_inplace(|z| (z - max).exp());
+    let sum = row.sum();
+    row.mapv_inplace(|p| p / sum);
+}
+
+/// Replaces dp by dz = p (dp − Σ p dp), where p = softmax(z).
+pub(crate) fn softmax_vjp<F: Float>(p: ArrayView1<'_, F>, mut grad: ArrayViewMut1<'_, F>) {
+    // Relative to the gradient of the largest p: if p is nearly 1, its difference from the mean would be
+    // lost.
+    let larger = |best: usize, next: usize| if p[next] > p[best] { next } else { best };
+    let Some(largest) = (0..p.len()).reduce(larger) else { return };
+    let reference = grad[largest];
+    grad.mapv_inplace(|grad| grad - reference);
+    let mean = p.dot(&grad);
+    grad.zip_mut_with(&p, |grad, &p| *grad = p * (*grad - mean));
+}
+
+/// ln Σ eᶻ
+pub(crate) fn log_sum_exp(z: impl Iterator<Item = f64> + Clone) -> f64 {
+    let max = z.clone().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        return max;
+    }
+    max + z.map(|z| (z - max).exp()).sum::<f64>().ln()
 }
 
 /// Turns the logits of a row of pairs into weights; returns the normalizer m and l.

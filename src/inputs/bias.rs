@@ -234,16 +234,6 @@ impl<'a, F: Float> Bias<'a, F> {
         sums.into_iter().zip(grads).for_each(|(sum, &grad)| *sum += grad);
     }
 
-    /// Returns the number of rows of the gradient that belong to `num_queries` queries of dense inputs;
-    /// `None` if all queries share one row.
-    pub(crate) fn num_rows(&self, num_queries: usize, num_keys: usize) -> Option<usize> {
-        match &self.logits {
-            Some(Logits::Pairs(_)) => Some(num_queries * num_keys),
-            Some(Logits::Grid { grid, .. }) if grid.shape()[1] > 1 => Some(num_queries),
-            _ => None,
-        }
-    }
-
     /// Returns the number of heads of the bias: 1 if all heads share it.
     #[must_use]
     pub fn num_heads(&self) -> usize {

@@ -7,7 +7,7 @@ use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
 use crate::mechanisms::fill_uniform;
-use crate::params::{self, Params};
+use crate::params::{self, Params, prefixed};
 use ndarray::{
     Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
     Ix1, Ix2, s,
@@ -369,7 +369,7 @@ impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
         if let Some(bias) = &self.out_proj_bias {
             visitor("out_proj.bias", bias.view().into_dyn());
         }
-        self.inner.visit_params(&mut |name, param| visitor(&format!("inner.{name}"), param));
+        self.inner.visit_params(&mut prefixed("inner", visitor));
     }
 
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
@@ -384,15 +384,15 @@ impl<F: Float, A: Attention<F>> Params<F> for MultiHead<F, A> {
         if let Some(bias) = &mut self.out_proj_bias {
             visitor("out_proj.bias", bias.view_mut().into_dyn());
         }
-        self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
+        self.inner.visit_params_mut(&mut prefixed("inner", visitor));
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+        self.inner.visit_buffers(&mut prefixed("inner", visitor));
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+        self.inner.visit_buffers_mut(&mut prefixed("inner", visitor));
     }
 }
 

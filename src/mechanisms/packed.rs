@@ -3,7 +3,7 @@
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
 use crate::float::Float;
-use crate::gradients::GradientsMut;
+use crate::gradients::{GradientsMut, PartOfBias};
 use crate::inputs::{BiasAxes, Inputs, Segments};
 use crate::kernels::parallel::{self, Rest};
 use crate::params;
@@ -135,13 +135,7 @@ struct SegmentGradients<'g, F> {
     distances: Option<ArrayViewMut2<'g, F>>,
     query_positions: Option<ArrayViewMut2<'g, F>>,
     key_positions: Option<ArrayViewMut2<'g, F>>,
-    bias: Option<CowArrayMut<'g, F>>,
-}
-
-/// The part of a segment in the gradient of a bias, or a copy of what all segments share.
-enum CowArrayMut<'g, F> {
-    Part(ArrayViewMut3<'g, F>),
-    Copy(Array3<F>),
+    bias: Option<PartOfBias<'g, F>>,
 }
 
 impl<'g, F: Float> RestOfGradients<'g, F> {
@@ -175,7 +169,7 @@ impl<'g, F: Float> RestOfGradients<'g, F> {
                 BiasAxes::Shared => {
                     let copy = Array3::zeros(grad.raw_dim());
                     self.bias = Some((axes, grad));
-                    return CowArrayMut::Copy(copy);
+                    return PartOfBias::Copy(copy);
                 }
             };
             let (mut part, rest) = grad.split_at(Axis(axis), len);
@@ -183,7 +177,7 @@ impl<'g, F: Float> RestOfGradients<'g, F> {
             if let BiasAxes::Queries { by_key: true } = axes {
                 part.slice_axis_inplace(Axis(2), keys.clone().into());
             }
-            CowArrayMut::Part(part)
+            PartOfBias::Own(part)
         });
         SegmentGradients {
             query: take(&mut self.query, &queries),
@@ -198,8 +192,9 @@ impl<'g, F: Float> RestOfGradients<'g, F> {
     }
 
     /// Adds the gradients of what a segment shares with the others.
-    fn add_shared(&mut self, bias: Option<CowArrayMut<'_, F>>, params: &[ArrayD<F>]) {
-        if let (Some((_, sum)), Some(CowArrayMut::Copy(bias))) = (&mut self.bias, bias) {
+    fn add_shared(&mut self, bias: Option<PartOfBias<'_, F>>, params: &[ArrayD<F>]) {
+        if let (Some((_, sum)), Some(bias)) = (&mut self.bias, bias.and_then(PartOfBias::into_copy))
+        {
             *sum += &bias;
         }
         self.params.iter_mut().zip(params).for_each(|(sum, param)| *sum += param);
@@ -215,10 +210,7 @@ impl<F: Float> SegmentGradients<'_, F> {
             query: view(&mut self.query),
             key: view(&mut self.key),
             value: view(&mut self.value),
-            bias: self.bias.as_mut().map(|bias| match bias {
-                CowArrayMut::Part(part) => part.view_mut(),
-                CowArrayMut::Copy(copy) => copy.view_mut(),
-            }),
+            bias: self.bias.as_mut().map(PartOfBias::view_mut),
             edge_features: view(&mut self.edge_features),
             distances: view(&mut self.distances).map(|rows| rows.index_axis_move(Axis(1), 0)),
             query_positions: view(&mut self.query_positions),

@@ -1,9 +1,9 @@
 use super::{
-    BLOCKS_OF_PART, BiasRows, Block, HeadRows, MaskedTiles, PARTS, TileSizes, block, clip,
-    heads_differ,
+    BLOCKS_OF_PART, Block, HeadRows, MaskedTiles, PARTS, TileSizes, block, clip, heads_differ,
+    split_bias,
 };
 use crate::float::Float;
-use crate::gradients::GradientsMut;
+use crate::gradients::{GradientsMut, PartOfBias};
 use crate::inputs::{head_columns, hull};
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
@@ -59,7 +59,7 @@ struct KeyGradients<F> {
 struct BackwardPart<'g, F> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,
-    grad_bias: Option<BiasRows<'g, F>>,
+    grad_bias: Option<PartOfBias<'g, F>>,
     keys: KeyGradients<F>,
 }
 
@@ -95,7 +95,7 @@ pub(in super::super) fn backward<F: Float>(
         }
     };
     let grad_queries = row_chunks(grad_query, parts.iter().map(Range::len));
-    let grad_biases = BiasRows::split(problem, grads.bias.as_mut(), &parts);
+    let grad_biases = split_bias(problem, grads.bias.as_mut(), &parts);
     let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries).zip(grad_biases))
         .map(|((queries, grad_query), grad_bias)| {
             // Each part finds out which keys it sees.
@@ -119,7 +119,7 @@ pub(in super::super) fn backward<F: Float>(
             add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.slice_mut(rows));
         }
     }
-    let shared: Vec<_> = parts.into_iter().filter_map(|part| part.grad_bias?.shared()).collect();
+    let shared: Vec<_> = parts.into_iter().filter_map(|part| part.grad_bias?.into_copy()).collect();
     if let Some(grad) = &mut grads.bias {
         shared.iter().for_each(|rows| *grad += rows);
     }

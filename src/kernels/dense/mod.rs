@@ -19,7 +19,8 @@ use super::primitives::matmul::{
 use super::primitives::transpose::transposed;
 use super::problem::{Problem, Slices};
 use crate::float::Float;
-use crate::inputs::{Pair, Shown, hull};
+use crate::gradients::PartOfBias;
+use crate::inputs::{BiasAxes, Pair, Shown, hull};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
@@ -559,53 +560,30 @@ pub(super) fn heads_differ<F: Float>(problem: &Problem<'_, F>) -> bool {
     problem.bias.is_some_and(|bias| bias.num_heads() > 1)
 }
 
-/// Where a part of the queries adds the gradient of the bias.
-pub(super) enum BiasRows<'g, F> {
-    /// The rows of these queries.
-    Own(ArrayViewMut3<'g, F>),
-    /// A copy of the rows that all queries share, which are added up at the end.
-    Shared(Array3<F>),
-}
-
-impl<'g, F: Float> BiasRows<'g, F> {
-    /// One for each part of the queries, `None` where no gradient is wanted.
-    pub(super) fn split(
-        problem: &Problem<'_, F>,
-        grad: Option<&'g mut ArrayViewMut3<'_, F>>,
-        parts: &[Range<usize>],
-    ) -> Vec<Option<Self>> {
-        let (Some(grad), Some(bias)) = (grad, problem.bias) else {
-            return parts.iter().map(|_| None).collect();
+/// Splits the gradient of the bias into one for each part of the queries, `None` where none is wanted.
+pub(super) fn split_bias<'g, F: Float>(
+    problem: &Problem<'_, F>,
+    grad: Option<&'g mut ArrayViewMut3<'_, F>>,
+    parts: &[Range<usize>],
+) -> Vec<Option<PartOfBias<'g, F>>> {
+    let (Some(grad), Some(axes)) = (grad, problem.inputs.bias_axes()) else {
+        return parts.iter().map(|_| None).collect();
+    };
+    let shape = grad.raw_dim();
+    let mut rest = Some(grad.view_mut());
+    let part = |queries: &Range<usize>| {
+        let len = match axes {
+            BiasAxes::Pairs => queries.len() * problem.inputs.num_keys(),
+            BiasAxes::Queries { .. } => queries.len(),
+            BiasAxes::Keys | BiasAxes::Shared => {
+                return Some(PartOfBias::Copy(Array3::zeros(shape)));
+            }
         };
-        let shape = grad.raw_dim();
-        let mut rest = Some(grad.view_mut());
-        let rows = |queries: &Range<usize>| {
-            Some(match bias.num_rows(queries.len(), problem.inputs.num_keys()) {
-                Some(len) => {
-                    let (rows, others) = rest.take()?.split_at(Axis(1), len);
-                    rest = Some(others);
-                    Self::Own(rows)
-                }
-                None => Self::Shared(Array3::zeros(shape)),
-            })
-        };
-        parts.iter().map(rows).collect()
-    }
-
-    pub(super) fn view_mut(&mut self) -> ArrayViewMut3<'_, F> {
-        match self {
-            Self::Own(rows) => rows.view_mut(),
-            Self::Shared(rows) => rows.view_mut(),
-        }
-    }
-
-    /// The copies of shared rows.
-    pub(super) fn shared(self) -> Option<Array3<F>> {
-        match self {
-            Self::Own(_) => None,
-            Self::Shared(rows) => Some(rows),
-        }
-    }
+        let (rows, others) = rest.take()?.split_at(Axis(1), len);
+        rest = Some(others);
+        Some(PartOfBias::Own(rows))
+    };
+    parts.iter().map(part).collect()
 }
 
 /// Returns rows `rows` of the queries from `queries.start` on.

@@ -6,10 +6,11 @@ use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
 use crate::float::Float;
+use crate::gradients::PartOfBias;
 use crate::inputs::{Pair, head_columns};
 use crate::kernels::dense::{
-    BLOCKS_OF_PART, BiasRows, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip,
-    pack_rows,
+    BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
+    split_bias,
 };
 use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
@@ -29,7 +30,7 @@ struct Part<'g, F> {
     grad_query: ArrayViewMut2<'g, F>,
     grad_radius: ArrayViewMut2<'g, F>,
     grad_kappa: ArrayViewMut2<'g, F>,
-    grad_bias: Option<BiasRows<'g, F>>,
+    grad_bias: Option<PartOfBias<'g, F>>,
     keys: KeySums<F>,
 }
 
@@ -98,7 +99,7 @@ pub(in super::super) fn dense_backward<F: Float>(
     let mut grad_query = row_chunks(grad_query.view_mut(), lens());
     let mut grad_radius = row_chunks(grad_radius.view_mut(), lens());
     let mut grad_kappa = row_chunks(grads.kappa.view_mut(), lens());
-    let grad_biases = BiasRows::split(softmax, grad_bias.as_mut(), &ranges);
+    let grad_biases = split_bias(softmax, grad_bias.as_mut(), &ranges);
     let mut parts = Vec::with_capacity(ranges.len());
     for (queries, grad_bias) in ranges.iter().cloned().zip(grad_biases) {
         let zeros = |columns: usize| vec![F::zero(); rows * columns];
@@ -122,7 +123,7 @@ pub(in super::super) fn dense_backward<F: Float>(
         backward_part(level, problem, points, upstream, sizes, part);
     });
     let rests =
-        parts.into_iter().map(|part| (part.keys, part.grad_bias.and_then(BiasRows::shared)));
+        parts.into_iter().map(|part| (part.keys, part.grad_bias.and_then(PartOfBias::into_copy)));
     let (sums, shared): (Vec<KeySums<F>>, Vec<_>) = rests.unzip();
     if let Some(grad) = &mut grad_bias {
         shared.iter().flatten().for_each(|rows| *grad += rows);

@@ -9,12 +9,13 @@ pub use search::LatentSearch;
 use crate::attention::{Attention, Saved, check_output};
 use crate::dropout::{Dropout, mix};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, nan_max, try_zeros};
+use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::graph::Graph;
 use crate::inputs::Inputs;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
-use crate::params::{self, Params};
+use crate::params::{self, Params, prefixed};
+use crate::softmax::softmax;
 use ndarray::{
     Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut1, ArrayViewMut2, ArrayViewMutD,
     Axis, s,
@@ -211,7 +212,7 @@ impl<F: Float> DualSpace<F> {
     ) -> Result<Array2<F>> {
         let mut gates = linear(x, self.weight.view(), Some(self.bias.view()))?;
         for (query, gates) in gates.rows_mut().into_iter().enumerate() {
-            softmax(gates, branches_of(inputs, latent_inputs, query));
+            gates_among(gates, branches_of(inputs, latent_inputs, query));
         }
         Ok(gates)
     }
@@ -295,7 +296,7 @@ impl<F: Float> Params<F> for DualSpace<F> {
         visitor(weight, self.weight.view().into_dyn());
         visitor(bias, self.bias.view().into_dyn());
         for (prefix, branch) in BRANCHES.iter().zip(&self.branches) {
-            branch.visit_params(&mut |name, param| visitor(&format!("{prefix}.{name}"), param));
+            branch.visit_params(&mut prefixed(prefix, visitor));
         }
     }
 
@@ -304,21 +305,19 @@ impl<F: Float> Params<F> for DualSpace<F> {
         visitor(weight, self.weight.view_mut().into_dyn());
         visitor(bias, self.bias.view_mut().into_dyn());
         for (prefix, branch) in BRANCHES.iter().zip(&mut self.branches) {
-            branch.visit_params_mut(&mut |name, param| visitor(&format!("{prefix}.{name}"), param));
+            branch.visit_params_mut(&mut prefixed(prefix, visitor));
         }
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         for (prefix, branch) in BRANCHES.iter().zip(&self.branches) {
-            branch.visit_buffers(&mut |name, buffer| visitor(&format!("{prefix}.{name}"), buffer));
+            branch.visit_buffers(&mut prefixed(prefix, visitor));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         for (prefix, branch) in BRANCHES.iter().zip(&mut self.branches) {
-            branch.visit_buffers_mut(&mut |name, buffer| {
-                visitor(&format!("{prefix}.{name}"), buffer);
-            });
+            branch.visit_buffers_mut(&mut prefixed(prefix, visitor));
         }
     }
 }
@@ -462,13 +461,16 @@ fn branches_of<F: Float>(
 }
 
 /// Overwrites the logits in `some` with their softmax and the others with zeros.
-fn softmax<F: Float>(mut logits: ArrayViewMut1<'_, F>, some: &[usize]) {
-    let max = some.iter().fold(F::neg_infinity(), |max, &at| nan_max(max, logits[at]));
-    let weight = |at: &usize| (logits[*at] - max).exp();
-    let sum: F = some.iter().map(weight).sum();
-    let mut weights = [F::zero(); BRANCHES.len()];
-    some.iter().for_each(|at| weights[*at] = weight(at) / sum);
-    logits.iter_mut().zip(weights).for_each(|(logit, weight)| *logit = weight);
+fn gates_among<F: Float>(mut logits: ArrayViewMut1<'_, F>, some: &[usize]) {
+    if some.is_empty() {
+        return logits.fill(F::zero());
+    }
+    for (at, logit) in logits.indexed_iter_mut() {
+        if !some.contains(&at) {
+            *logit = F::neg_infinity();
+        }
+    }
+    softmax(logits);
 }
 
 /// Splits x into the columns of the three branches.

@@ -6,7 +6,7 @@ pub use config::{EdgeGatConfig, Score};
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, sigmoid, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::{EdgeProblem, Logit};
@@ -297,8 +297,7 @@ impl<F: Float> EdgeGat<F> {
         let residual = self.linear(inputs.query(), self.names.residual)?;
         let features = gate_features(&attention, &residual);
         let logits = linear(features.view(), self.weight("lin_beta.weight"), None)?;
-        let beta =
-            logits.index_axis_move(Axis(1), 0).mapv(|logit| F::one() / (F::one() + (-logit).exp()));
+        let beta = logits.index_axis_move(Axis(1), 0).mapv(sigmoid);
         Ok(Some(Gated { attention, residual, beta }))
     }
 

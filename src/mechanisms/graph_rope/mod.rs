@@ -15,7 +15,7 @@ use crate::inputs::Inputs;
 use crate::kernels::level::level;
 use crate::kernels::problem::Rows;
 use crate::kernels::rotary::RotationGradients;
-use crate::params::Params;
+use crate::params::{Params, prefixed};
 use config::Rotation;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
@@ -144,22 +144,22 @@ struct Side<'a, F: Float> {
 impl<F: Float, A: Attention<F>> Params<F> for GraphRope<F, A> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_params(visitor);
-        self.inner.visit_params(&mut |name, param| visitor(&format!("inner.{name}"), param));
+        self.inner.visit_params(&mut prefixed("inner", visitor));
     }
 
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_params_mut(visitor);
-        self.inner.visit_params_mut(&mut |name, param| visitor(&format!("inner.{name}"), param));
+        self.inner.visit_params_mut(&mut prefixed("inner", visitor));
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.rotation.visit_buffers(visitor);
-        self.inner.visit_buffers(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+        self.inner.visit_buffers(&mut prefixed("inner", visitor));
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         self.rotation.visit_buffers_mut(visitor);
-        self.inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("inner.{name}"), buffer));
+        self.inner.visit_buffers_mut(&mut prefixed("inner", visitor));
     }
 }
 

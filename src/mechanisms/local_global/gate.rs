@@ -3,7 +3,7 @@
 use super::{NAME, by_edge_layer};
 use crate::attention::{Attention, Saved};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_array, try_zeros};
+use crate::float::{Float, sigmoid, try_array, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, SelectedInputs, head_columns};
 use crate::params;
@@ -116,8 +116,7 @@ impl<F: Float> Gate<F> {
     fn local_share(&self, inputs: &Inputs<'_, F>, query: usize, head: usize) -> F {
         let columns = head_columns(head, self.weight.ncols());
         let query = inputs.query().slice_move(s![query, columns]);
-        let logit = self.weight.row(head).dot(&query) + self.bias[head];
-        F::one() / (F::one() + (-logit).exp())
+        sigmoid(self.weight.row(head).dot(&query) + self.bias[head])
     }
 
     /// Overwrites `out`, running each side with `forward`.

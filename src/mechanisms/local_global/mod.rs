@@ -17,7 +17,7 @@ use crate::mechanisms::fill_uniform;
 use crate::mechanisms::flash::{Flash, State};
 use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
-use crate::params::Params;
+use crate::params::{Params, prefixed};
 use crate::partial::merge_rows;
 use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
@@ -344,7 +344,7 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
         visitor("gate.weight", gate.weight.view().into_dyn());
         visitor("gate.bias", gate.bias.view().into_dyn());
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
-            inner.visit_params(&mut |name, param| visitor(&format!("{side}.{name}"), param));
+            inner.visit_params(&mut prefixed(side, visitor));
         }
     }
 
@@ -353,21 +353,21 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
         visitor("gate.weight", gate.weight.view_mut().into_dyn());
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
-            inner.visit_params_mut(&mut |name, param| visitor(&format!("{side}.{name}"), param));
+            inner.visit_params_mut(&mut prefixed(side, visitor));
         }
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         let Form::Gated(gate) = &self.form else { return };
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
-            inner.visit_buffers(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
+            inner.visit_buffers(&mut prefixed(side, visitor));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         let Form::Gated(gate) = &mut self.form else { return };
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
-            inner.visit_buffers_mut(&mut |name, buffer| visitor(&format!("{side}.{name}"), buffer));
+            inner.visit_buffers_mut(&mut prefixed(side, visitor));
         }
     }
 }

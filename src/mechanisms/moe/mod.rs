@@ -10,18 +10,18 @@ pub use routing::Routing;
 use crate::attention::{Attention, Saved, check_output};
 use crate::dropout::mix;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, sigmoid, softplus, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
-use crate::params::{self, Params};
+use crate::params::{self, Params, prefixed};
 use ndarray::{
     Array1, Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Zip, s,
 };
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand_distr::{Distribution, StandardNormal};
-use routing::{Served, sigmoid};
+use routing::Served;
 use std::mem::take;
 
 const NAME: &str = "moe";
@@ -349,9 +349,7 @@ impl<F: Float> Params<F> for Moe<F> {
             visitor("router.noise_weight", weight.view().into_dyn());
         }
         for (number, expert) in self.experts.iter().enumerate() {
-            expert.visit_params(&mut |name, param| {
-                visitor(&format!("experts.{number}.{name}"), param);
-            });
+            expert.visit_params(&mut prefixed(format_args!("experts.{number}"), visitor));
         }
     }
 
@@ -362,27 +360,21 @@ impl<F: Float> Params<F> for Moe<F> {
             visitor("router.noise_weight", weight.view_mut().into_dyn());
         }
         for (number, expert) in self.experts.iter_mut().enumerate() {
-            expert.visit_params_mut(&mut |name, param| {
-                visitor(&format!("experts.{number}.{name}"), param);
-            });
+            expert.visit_params_mut(&mut prefixed(format_args!("experts.{number}"), visitor));
         }
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("router.expert_bias", self.expert_bias.view().into_dyn());
         for (number, expert) in self.experts.iter().enumerate() {
-            expert.visit_buffers(&mut |name, buffer| {
-                visitor(&format!("experts.{number}.{name}"), buffer);
-            });
+            expert.visit_buffers(&mut prefixed(format_args!("experts.{number}"), visitor));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
         visitor("router.expert_bias", self.expert_bias.view_mut().into_dyn());
         for (number, expert) in self.experts.iter_mut().enumerate() {
-            expert.visit_buffers_mut(&mut |name, buffer| {
-                visitor(&format!("experts.{number}.{name}"), buffer);
-            });
+            expert.visit_buffers_mut(&mut prefixed(format_args!("experts.{number}"), visitor));
         }
     }
 }
@@ -490,9 +482,4 @@ fn check_expert_bias<F: Float>(num_experts: usize, bias: ArrayView1<'_, F>) -> R
         Some(number) => Err(Error::config("expert_bias", "finite numbers", number)),
         None => Ok(()),
     }
-}
-
-/// ln(1 + eˣ)
-fn softplus<F: Float>(x: F) -> F {
-    x.max(F::zero()) + (-x.abs()).exp().ln_1p()
 }

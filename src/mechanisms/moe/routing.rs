@@ -2,8 +2,9 @@
 
 use super::config::{Gating, MoeConfig, Priority};
 use crate::error::{Result, check_shape};
-use crate::float::{Float, nan_max, try_vec, try_zeros};
+use crate::float::{Float, sigmoid, softplus, try_vec, try_zeros};
 use crate::kernels::primitives::prefetch::prefetch;
+use crate::softmax::{log_sum_exp, softmax, softmax_vjp};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
 
 /// The experts that a [`Moe`](super::Moe) chose for each query, returned by
@@ -296,43 +297,9 @@ impl Gating {
         match self {
             Self::Softmax => z,
             // ln σ(z)
-            Self::Sigmoid => -super::softplus(-z),
+            Self::Sigmoid => -softplus(-z),
         }
     }
-}
-
-/// 1 / (1 + e⁻ᶻ)
-pub(super) fn sigmoid<F: Float>(z: F) -> F {
-    F::one() / (F::one() + (-z).exp())
-}
-
-/// ln Σ exp z
-pub(super) fn log_sum_exp(z: impl Iterator<Item = f64> + Clone) -> f64 {
-    let max = z.clone().fold(f64::NEG_INFINITY, f64::max);
-    if max == f64::NEG_INFINITY {
-        return max;
-    }
-    max + z.map(|z| (z - max).exp()).sum::<f64>().ln()
-}
-
-/// Replaces z by softmax(z); all NaN if one entry is NaN.
-fn softmax<F: Float>(mut row: ArrayViewMut1<'_, F>) {
-    let max = row.iter().copied().fold(F::neg_infinity(), nan_max);
-    row.mapv_inplace(|z| (z - max).exp());
-    let sum = row.sum();
-    row.mapv_inplace(|p| p / sum);
-}
-
-/// Replaces dp by dz = p (dp − Σ p dp), where p = softmax(z).
-pub(super) fn softmax_vjp<F: Float>(p: ArrayView1<'_, F>, mut grad: ArrayViewMut1<'_, F>) {
-    // Relative to the gradient of the largest p: if p is nearly 1, its difference from the mean would be
-    // lost.
-    let larger = |best: usize, next: usize| if p[next] > p[best] { next } else { best };
-    let Some(largest) = (0..p.len()).reduce(larger) else { return };
-    let reference = grad[largest];
-    grad.mapv_inplace(|grad| grad - reference);
-    let mean = p.dot(&grad);
-    grad.zip_mut_with(&p, |grad, &p| *grad = p * (*grad - mean));
 }
 
 /// Chooses the experts with the largest values, largest first; ties go to the lower number.

@@ -12,7 +12,7 @@ pub use config::{Aggregation, Coordinates, PoincareConfig};
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
+use crate::float::{Float, softplus, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::FEW_QUERIES;
@@ -440,10 +440,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
 /// Returns the softplus of a raw parameter, or the fixed value.
 fn value_of<F: Float>(raw: &Option<Array0<F>>, fixed: f64) -> f64 {
     match raw {
-        Some(raw) => {
-            let raw = raw[()].as_f64();
-            raw.max(0.0) + (-raw.abs()).exp().ln_1p()
-        }
+        Some(raw) => softplus(raw[()].as_f64()),
         None => fixed,
     }
 }
