@@ -1,12 +1,13 @@
 //! Exact attention on graphs and for one query: `cargo bench -p benches --bench graph`.
 //!
 //! Throughput is in edges, "Melem/s" means million edges per second; 4 heads of 16 columns, keys drawn
-//! with a power law and numbered at random, as in a social network in its original order.
+//! with a power law and numbered at random, as in a social network in its original order. Then the same on a graph
+//! of communities and on a grid, with 50,000 nodes in no order and reordered.
 
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use graph_attention::{Flash, Inputs};
+use graph_attention::{Flash, Inputs, Reordering};
 use workload::{machine, matrix, power_law_graph};
 
 const COLUMNS: usize = 64;
@@ -31,6 +32,37 @@ fn graphs(c: &mut Criterion) {
     }
 }
 
+fn orders(c: &mut Criterion) {
+    let [(threads, pool), _] = machine::pools();
+    for (kind, graph) in [
+        ("communities", workload::shuffled_communities(500, 100)),
+        ("grid", workload::shuffled_grid(224)),
+    ] {
+        let nodes = graph.num_queries();
+        let [q, k, v] = [2, 3, 4].map(|seed| matrix::<f32>(nodes, COLUMNS, seed));
+        let ordered = |method| {
+            let order = graph.reordering(method).expect("one node set");
+            graph.permute(&order).expect("a permutation").graph
+        };
+        for (order, graph) in [
+            ("no order", graph.clone()),
+            ("reverse Cuthill-McKee", ordered(Reordering::ReverseCuthillMcKee)),
+            ("by communities", ordered(Reordering::Communities)),
+        ] {
+            let inputs = Inputs::graph(q.view(), k.view(), v.view(), &graph)
+                .and_then(|inputs| inputs.with_heads(4))
+                .expect("shapes fit");
+            let id = || BenchmarkId::new("flash", order);
+            let mut group = workload::group(c, format!("{kind}, {threads}"), inputs.num_pairs());
+            workload::forward(&mut group, id(), &pool, &Flash::new(), &inputs);
+            group.finish();
+            let name = format!("training {kind}, {threads}");
+            let mut group = workload::group(c, name, inputs.num_pairs());
+            workload::training(&mut group, id(), &pool, &Flash::new(), &inputs);
+        }
+    }
+}
+
 fn one_query(c: &mut Criterion) {
     let [(threads, pool), _] = machine::pools();
     for neighbours in [32, 256, 4096] {
@@ -46,6 +78,6 @@ fn one_query(c: &mut Criterion) {
 criterion_group! {
     name = all;
     config = workload::criterion();
-    targets = graphs, one_query
+    targets = graphs, orders, one_query
 }
 criterion_main!(all);

@@ -178,7 +178,7 @@ pub use dropout::Dropout;
 pub use error::{Channel, Error, Result};
 pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
-pub use graph::{Graph, LoopFill};
+pub use graph::{Graph, LoopFill, Reordering, Subgraph};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, Segments, SelectedInputs};
 pub use mechanisms::{
     dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare,

@@ -41,6 +41,39 @@ pub(crate) fn matrix<F: Float>(rows: usize, columns: usize, seed: u64) -> Array2
     })
 }
 
+/// Names nodes at random.
+fn shuffled(nodes: usize, edges: Vec<(usize, usize)>) -> Graph {
+    let mut names: Vec<usize> = (0..nodes).collect();
+    names.shuffle(&mut Xoshiro256PlusPlus::seed_from_u64(9));
+    let edges = edges.into_iter().map(|(query, key)| (names[query], names[key]));
+    prepare(Graph::from_edges(nodes, nodes, edges))
+}
+
+/// Builds a graph of groups of nodes, in no order: 16 edges a node, 9 of 10 in the group.
+pub(crate) fn shuffled_communities(groups: usize, size: usize) -> Graph {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(5);
+    let nodes = groups * size;
+    let edges = (0..16 * nodes).map(|edge| {
+        let first = edge / 16 / size * size;
+        let group = if rng.random_bool(0.9) { first..first + size } else { 0..nodes };
+        (edge / 16, rng.random_range(group))
+    });
+    let edges = edges.collect();
+    shuffled(nodes, edges)
+}
+
+/// Builds a square grid, in no order, in which every node has its 8 neighbours.
+pub(crate) fn shuffled_grid(side: usize) -> Graph {
+    let near = |x: usize| x.saturating_sub(1)..(x + 2).min(side);
+    let edges = (0..side * side).flat_map(|node| {
+        let (y, x) = (node / side, node % side);
+        let all = near(y).flat_map(move |y| near(x).map(move |x| y * side + x));
+        all.filter(move |&other| other != node).map(move |other| (node, other))
+    });
+    let edges = edges.collect();
+    shuffled(side * side, edges)
+}
+
 /// Builds a graph in which every node has `degree` random neighbours.
 pub(crate) fn random_graph(nodes: usize, degree: usize, seed: u64) -> Graph {
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);

@@ -1,4 +1,5 @@
 mod hops;
+mod order;
 mod patterns;
 #[cfg(feature = "petgraph")]
 mod petgraph;
@@ -7,6 +8,10 @@ mod serde;
 mod spectral;
 #[cfg(feature = "sprs")]
 mod sprs;
+mod subgraph;
+
+pub use order::Reordering;
+pub use subgraph::Subgraph;
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
@@ -373,12 +378,7 @@ impl Graph {
     fn replace_self_loops(&self) -> Result<(Self, Vec<usize>)> {
         self.check_square("with_self_loops")?;
         let n = self.num_keys;
-        let mut ends = vec![(0, 0); self.num_edges()];
-        for query in 0..n {
-            for (key, edge) in self.row(query) {
-                ends[edge] = (query, key);
-            }
-        }
+        let ends = self.ends()?;
         let kept: Vec<usize> =
             (0..ends.len()).filter(|&edge| ends[edge].0 != ends[edge].1).collect();
         let edges = kept.iter().map(|&edge| ends[edge]).chain((0..n).map(|node| (node, node)));
@@ -412,7 +412,7 @@ impl Graph {
     }
 
     /// Returns the edges for which `keep(query, key, edge number)` is true, and their numbers in `self`.
-    pub(crate) fn select_edges(
+    pub(crate) fn filter_edges(
         &self,
         keep: impl Fn(usize, usize, usize) -> bool,
     ) -> Result<(Self, Vec<usize>)> {

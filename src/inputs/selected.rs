@@ -211,7 +211,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             }
             Pattern::Graph(graph) => {
                 let (graph, pairs) =
-                    graph.select_edges(|query, key, index| keep(Pair { query, key, index }))?;
+                    graph.filter_edges(|query, key, index| keep(Pair { query, key, index }))?;
                 numbers.pairs = Some(pairs);
                 self.gather(numbers, Some(graph))
             }
