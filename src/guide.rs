@@ -7,6 +7,7 @@
 //! | [`training`] | several layers, optimisers, accumulation, checkpointing, saving and loading |
 //! | [`numerics`] | accuracy, reproducibility, NaN and empty rows |
 //! | [`performance`] | what costs time and memory, and what to do about it |
+//! | [`beyond_one_machine`] | keys, queries or edges in shards: what is exact, traffic, order, when not to |
 //! | [`own_mechanism`] | the contract of [`Attention`], and a mechanism with a parameter |
 //!
 //! The [crate page](crate) introduces the concepts (pairs, inputs, heads, training).
@@ -31,6 +32,9 @@ pub mod numerics {}
 
 #[doc = include_str!("guide/performance.md")]
 pub mod performance {}
+
+#[doc = include_str!("guide/beyond_one_machine.md")]
+pub mod beyond_one_machine {}
 
 #[doc = include_str!("guide/own_mechanism.md")]
 pub mod own_mechanism {}

@@ -103,8 +103,8 @@
 //!
 //! [`guide::training`] covers several layers, other optimisers and saving. The [`guide`] also explains
 //! how to [choose a mechanism](guide::choosing), [port from PyTorch or PyG](guide::from_pytorch) and
-//! [write your own mechanism](guide::own_mechanism), and covers [numerics](guide::numerics) and
-//! [performance](guide::performance).
+//! [write your own mechanism](guide::own_mechanism), and covers [numerics](guide::numerics),
+//! [performance](guide::performance) and work [beyond one machine](guide::beyond_one_machine).
 //!
 //! # Mechanisms
 //!
@@ -126,7 +126,8 @@
 //! Numbers such as 1706.03762 are arXiv identifiers.
 //!
 //! Besides the mechanisms, [`neighbors`] finds the keys nearest to each query and returns them as a
-//! [`Graph`] to attend over; [`Partial`] merges outputs over shards of the keys; [`geometry::poincare`]
+//! [`Graph`] to attend over; [`Partial`] merges outputs over shards of the keys, and has gradients;
+//! [`geometry::poincare`]
 //! has the functions of the Poincaré ball; [`testing`] checks your own mechanism.
 //!
 //! # Arrays, speed, randomness
@@ -145,7 +146,7 @@
 //! | `parallel` | yes | shares large work among threads with rayon; results are bitwise identical with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, with the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: saves and loads parameters and buffers, including files from PyTorch |
-//! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`] and [states](params), in any format |
+//! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`], [`Partial`] and [states](params), in any format |
 //! | `petgraph` | no | `Graph::from_petgraph`: converts graphs of the crate `petgraph` 0.8 |
 //! | `sprs` | no | `Graph::from_sprs`: converts sparse matrices of the crate `sprs` 0.11, stored by rows or by columns |
 //! | `hnsw` | no | `neighbors::HnswIndex`, an approximate nearest-neighbour index, from the crate `hnsw_rs` |

@@ -11,6 +11,7 @@ use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
+use crate::partial::{Partial, PartialUpstream};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 
 /// The weights of softmax attention, computed from the logit of each pair and head.
@@ -116,10 +117,6 @@ impl<F: Float> Softmax<F> {
         self.weights
     }
 
-    pub(crate) fn into_normalizer(self) -> Normalizer<F> {
-        self.normalizer
-    }
-
     /// Overwrites `out`, num_queries × (heads · d_v), with the weighted sums of the values, after dropout.
     ///
     /// # Errors
@@ -177,18 +174,40 @@ impl<F: Float> Softmax<F> {
     ) -> Result<()> {
         let shape = [inputs.num_queries(), output_dim(inputs)];
         check_shape("grad_out", &shape, grad_out.shape())?;
-        let dim = inputs.value().ncols() / inputs.num_kv_heads();
-        self.vjp(inputs, grads, logit_vjp, |pair, head, weight, grads| {
-            // oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
-            let multiplier = inputs.dropout_multiplier(pair, head);
-            let grad_out = grad_out.slice(s![pair.query, head_columns(head, dim)]);
-            if let Some(grad) = &mut grads.value {
-                let mut grad = grad.slice_mut(s![pair.key, inputs.value_columns(head)]);
-                grad.scaled_add(weight * multiplier, &grad_out);
-            }
-            let value = inputs.value();
-            let value = value.slice_move(s![pair.key, inputs.value_columns(head)]);
-            multiplier * grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>()
+        self.vjp(inputs, grads, None, logit_vjp, |pair, head, weight, grads| {
+            value_vjp(inputs, grad_out, pair, head, weight, grads)
+        })
+    }
+
+    /// Returns the outputs and their normalizer, so that outputs over several sets of keys can be merged
+    /// with [`Partial::merge`].
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into).
+    pub fn forward_partial(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
+        let Normalizer { shift, sum } = self.normalizer.clone();
+        Partial::new(self.forward(inputs)?, shift, sum)
+    }
+
+    /// Runs [`backward_into`](Self::backward_into) for a result over these and any other pairs: adds what
+    /// these pairs contribute. `grad_log_sum_exp` is the gradient of [`Partial::log_sum_exp`], num_queries ×
+    /// heads; `None` is zeros.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if `partial`, a gradient or the inputs do not fit.
+    pub fn backward_partial_into<'g>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        grads: &mut GradientsMut<'g, F>,
+        logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
+    ) -> Result<()> {
+        partial.check(inputs.num_queries(), output_dim(inputs), inputs.num_heads())?;
+        let upstream = partial.upstream(grad_out, grad_log_sum_exp)?;
+        self.vjp(inputs, grads, Some(upstream), logit_vjp, |pair, head, weight, grads| {
+            value_vjp(inputs, grad_out, pair, head, weight, grads)
         })
     }
 
@@ -206,17 +225,19 @@ impl<F: Float> Softmax<F> {
         logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
     ) -> Result<()> {
         check_shape("grad_weights", self.weights.shape(), grad_weights.shape())?;
-        self.vjp(inputs, grads, logit_vjp, |pair, head, weight, _| {
+        self.vjp(inputs, grads, None, logit_vjp, |pair, head, weight, _| {
             // The entropy of a weight of 0 has an infinite gradient, and none after the softmax.
             if weight == F::zero() { weight } else { grad_weights[[pair.index, head]] }
         })
     }
 
-    /// Computes dsᵢⱼ = pᵢⱼ (dpᵢⱼ − Σⱼ pᵢⱼ dpᵢⱼ), where `weight_vjp` returns dp.
+    /// Computes dsᵢⱼ = pᵢⱼ (dpᵢⱼ − δᵢ), where `weight_vjp` returns dp: with δᵢ = Σⱼ pᵢⱼ dpᵢⱼ, or over more
+    /// pairs, with the weight among all of them and δᵢ = gᵢ·oᵢ − hᵢ.
     fn vjp<'g>(
         &self,
         inputs: &Inputs<'_, F>,
         grads: &mut GradientsMut<'g, F>,
+        over_more: Option<PartialUpstream<'_, F>>,
         mut logit_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>),
         mut weight_vjp: impl FnMut(Pair, usize, F, &mut GradientsMut<'g, F>) -> F,
     ) -> Result<()> {
@@ -226,12 +247,19 @@ impl<F: Float> Softmax<F> {
         for query in 0..inputs.num_queries() {
             for head in 0..inputs.num_heads() {
                 row.clear();
+                let factor = over_more.map_or(F::one(), |upstream| {
+                    F::from_f64(upstream.weight_of_part(&self.normalizer, query, head))
+                });
                 let mut delta = F::zero();
                 self.for_each_pair(inputs, query, head, |pair, weight| {
+                    let weight = factor * weight;
                     let grad_weight = weight_vjp(pair, head, weight, grads);
                     delta += weight * grad_weight;
                     row.push((pair, weight, grad_weight));
                 });
+                if let Some(upstream) = over_more {
+                    delta = upstream.delta(query, head);
+                }
                 for &(pair, weight, grad_weight) in &row {
                     let grad_logit = weight * (grad_weight - delta);
                     if let (Some(grad), Some(bias)) = (&mut grads.bias, bias) {
@@ -269,6 +297,28 @@ impl<F: Float> Softmax<F> {
         check_shape("saved weights", &[inputs.num_pairs(), heads], self.weights.shape())?;
         self.normalizer.check(inputs.num_queries(), heads)
     }
+}
+
+/// Adds the gradient of the value of a pair; returns that of its weight.
+fn value_vjp<F: Float>(
+    inputs: &Inputs<'_, F>,
+    grad_out: ArrayView2<'_, F>,
+    pair: Pair,
+    head: usize,
+    weight: F,
+    grads: &mut GradientsMut<'_, F>,
+) -> F {
+    // oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
+    let dim = inputs.value().ncols() / inputs.num_kv_heads();
+    let multiplier = inputs.dropout_multiplier(pair, head);
+    let grad_out = grad_out.slice_move(s![pair.query, head_columns(head, dim)]);
+    if let Some(grad) = &mut grads.value {
+        let mut grad = grad.slice_mut(s![pair.key, inputs.value_columns(head)]);
+        grad.scaled_add(weight * multiplier, &grad_out);
+    }
+    let value = inputs.value();
+    let value = value.slice_move(s![pair.key, inputs.value_columns(head)]);
+    multiplier * grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>()
 }
 
 /// Replaces z by softmax(z); all NaN if one entry is NaN.

@@ -8,7 +8,7 @@ use graph_attention::ndarray::{Array, Array2, ArrayD, ArrayView1, ArrayView2, Ax
 use graph_attention::ndarray::{Dimension, Ix1, Ix2, ShapeBuilder, s};
 use graph_attention::{
     Attention, Channel, Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Gradients, Graph,
-    Inputs, LoopFill, MoeConfig, MultiHead, MultiHeadConfig, Partial, Result, Saved,
+    Inputs, LocalGlobal, LoopFill, MoeConfig, MultiHead, MultiHeadConfig, Partial, Result, Saved,
     ScaledDotProduct, dual_space::Fusion, edge_gat::Score, params,
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -546,6 +546,81 @@ fn partials_that_do_not_fit() {
     refused(merge([3, 4], [3, 2]), "Shape | partial.out | [2, 4] | [3, 4]");
     refused(merge([2, 6], [2, 2]), "Shape | partial.out | [2, 4] | [2, 6]");
     refused(merge([2, 4], [2, 1]), "Shape | partial.shift | [2, 2] | [2, 1]");
+    let merge_queries = |queries: &[usize], out| {
+        new([2, 4], [2, 2])?.merge_queries(queries, &new(out, [out[0], 2])?)
+    };
+    refused(merge_queries(&[1], [2, 4]), "Shape | partial.out | [1, 4] | [2, 4]");
+    refused(merge_queries(&[1], [1, 6]), "Shape | partial.out | [1, 4] | [1, 6]");
+    refused(merge_queries(&[2], [1, 4]), "InvalidArgument | queries | below 2 | 2");
+    let selected = new([2, 4], [2, 2]).unwrap().select_queries(&[0, 5]);
+    refused(selected, "InvalidArgument | queries | below 2 | 5");
+
+    let merged = new([2, 4], [2, 2]).unwrap();
+    let vjp = |part: [usize; 2], grad_out: [usize; 2], grad_log_sum: [usize; 2]| {
+        let (grad_out, grad_log_sum) = (Array2::zeros(grad_out), Array2::zeros(grad_log_sum));
+        merged.merge_vjp(&new(part, [2, 2])?, grad_out.view(), Some(grad_log_sum.view()))
+    };
+    refused(vjp([2, 6], [2, 4], [2, 2]), "Shape | partial.out | [2, 4] | [2, 6]");
+    refused(vjp([2, 4], [2, 6], [2, 2]), "Shape | grad_out | [2, 4] | [2, 6]");
+    refused(vjp([2, 4], [2, 4], [2, 1]), "Shape | grad_log_sum_exp | [2, 2] | [2, 1]");
+}
+
+#[test]
+fn partials_and_gradients_that_do_not_fit_the_inputs() {
+    let x = Array2::<f64>::zeros((2, 4));
+    let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap().with_heads(2).unwrap();
+    let (good, gat_inputs) = (Partial::empty(2, 4, 2).unwrap(), inputs.with_heads(1).unwrap());
+    let plain = ScaledDotProduct::new();
+    let flash = Flash::new();
+    let local_global = LocalGlobal::joint(Flash::new(), Flash::new());
+    let gat = EdgeGatConfig::new(Score::Gat, 4, 2, 2)
+        .init(&mut Xoshiro256PlusPlus::seed_from_u64(1))
+        .unwrap();
+    let run = |partial: &Partial<f64>, grad: [usize; 2], log_sum: [usize; 2]| {
+        let (grad, log_sum) = (Array2::zeros(grad), Array2::zeros(log_sum));
+        let (grad, log_sum) = (grad.view(), Some(log_sum.view()));
+        [
+            plain.backward_partial(&inputs, partial, grad, log_sum),
+            flash.backward_partial(&inputs, partial, grad, log_sum),
+            local_global.backward_partial(&inputs, partial, grad, log_sum),
+            gat.backward_partial(&gat_inputs, partial, grad, log_sum),
+        ]
+    };
+    let empty = |queries, columns, heads| Partial::empty(queries, columns, heads).unwrap();
+    for (partial, grad, log_sum, expected) in [
+        (empty(3, 4, 2), [2, 4], [2, 2], "Shape | partial.out | [2, 4] | [3, 4]"),
+        (empty(2, 6, 2), [2, 4], [2, 2], "Shape | partial.out | [2, 4] | [2, 6]"),
+        (empty(2, 4, 1), [2, 4], [2, 2], "Shape | partial.shift | [2, 2] | [2, 1]"),
+        (good.clone(), [2, 6], [2, 2], "Shape | grad_out | [2, 4] | [2, 6]"),
+        (good.clone(), [2, 4], [1, 2], "Shape | grad_log_sum_exp | [2, 2] | [1, 2]"),
+    ] {
+        run(&partial, grad, log_sum).into_iter().for_each(|result| refused(result, expected));
+    }
+
+    let finished = |queries: ArrayView2<'_, f64>, partial| {
+        gat.finish_partial(&Inputs::dense(queries, x.view(), x.view())?, partial)
+    };
+    refused(finished(x.slice(s![.., ..3]), &good), "Shape | query | [2, 4] | [2, 3]");
+    refused(finished(x.view(), &empty(2, 6, 2)), "Shape | partial.out | [2, 4] | [2, 6]");
+    let mut grads = Gradients::zeros(&gat_inputs, &gat).unwrap();
+    let grad = Array2::zeros((2, 3));
+    let views = grads.view_mut();
+    let error = gat.finish_partial_backward_into(&gat_inputs, &good, grad.view(), views);
+    refused(error, "Shape | grad_out | [2, 4] | [2, 3]");
+
+    // Two softmaxes are not one.
+    let gated = LocalGlobal::gated(
+        2,
+        2,
+        Flash::new(),
+        Flash::new(),
+        &mut Xoshiro256PlusPlus::seed_from_u64(1),
+    )
+    .unwrap();
+    let inputs = inputs.with_edge_layers(&[0; 4]).unwrap();
+    let expected = "InvalidArgument | local_global | one softmax | gated";
+    refused(gated.forward_partial(&inputs), expected);
+    refused(gated.backward_partial(&inputs, &good, x.view(), None), expected);
 }
 
 #[test]

@@ -10,7 +10,8 @@ use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayView
 use graph_attention::neighbors::Metric;
 use graph_attention::{
     Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
-    LocalGlobal, MoeConfig, MultiHeadConfig, Params, PerformerConfig, PoincareConfig, Result,
+    LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig,
+    Result,
     dual_space::Fusion,
     edge_gat::Score,
     graph_rope::Layout,
@@ -423,6 +424,54 @@ fn reading_a_graph_takes_no_more_memory_than_what_is_read() {
     let rows = format!(r#"{{"num_keys":4294967295,"offsets":[0,{offsets}],"indices":[]}}"#);
     let allocations = measure(|| assert!(serde_json::from_str::<Graph>(&rows).is_err()));
     assert!(allocations.bytes_max < 4 * rows.len() as u64, "{allocations:?}");
+}
+
+fn partial_results_come_back_as<F: Float + Serialize + DeserializeOwned>() -> Result<()> {
+    let query = Array2::from_shape_fn((3, 4), |(i, j)| F::from_f64((i * 7 + j) as f64 / 3.0));
+    // The second query sees no key; its shift is −∞, which JSON does not have.
+    let mask = array![[true, true, false], [false; 3], [true, false, true]];
+    for logit in [0.0, -1e9] {
+        let bias = Array2::from_elem((1, 3), F::from_f64(logit));
+        let inputs = Inputs::dense(query.view(), query.view(), query.view())?
+            .with_heads(2)?
+            .with_mask(mask.view())?
+            .with_bias(bias.view())?;
+        let partial = Flash::new().forward_partial(&inputs)?;
+        assert_eq!(partial.shift()[[1, 0]], F::neg_infinity());
+        comes_back(&partial);
+    }
+    comes_back(&Partial::<F>::empty(0, 0, 1)?);
+    Ok(())
+}
+
+#[test]
+fn partial_results_come_back() -> Result<()> {
+    partial_results_come_back_as::<f32>()?;
+    partial_results_come_back_as::<f64>()
+}
+
+#[test]
+fn invalid_partial_results_are_refused() {
+    let array = |dim: [usize; 2]| {
+        let data = vec![1.0; dim[0] * dim[1]];
+        json!({"v": 1, "dim": dim, "data": data})
+    };
+    let refusal_of = |out, shift, sum| {
+        let json = json!({"out": array(out), "shift": array(shift), "sum": array(sum)});
+        refusal::<Partial<f64>>(&json.to_string())
+    };
+    let message = refusal_of([2, 4], [3, 1], [2, 1]);
+    assert!(message.contains("shift: expected shape [2, 1], got [3, 1]"), "{message}");
+    let message = refusal_of([2, 4], [2, 1], [2, 2]);
+    assert!(message.contains("sum: expected shape [2, 1], got [2, 2]"), "{message}");
+    let message = refusal_of([2, 4], [2, 3], [2, 3]);
+    assert!(message.contains("out: expected columns that split into 3 heads"), "{message}");
+    let mut short = array([2, 4]);
+    short["data"].as_array_mut().unwrap().pop();
+    let json = json!({"out": short, "shift": array([2, 1]), "sum": array([2, 1])}).to_string();
+    assert!(refusal::<Partial<f64>>(&json).contains("data and dimension must match in size"));
+    let message = refusal::<Partial<f64>>("[]");
+    assert!(message.contains("expected a partial result"), "{message}");
 }
 
 /// Returns the names, shapes and bits of a state.

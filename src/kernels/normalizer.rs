@@ -70,6 +70,11 @@ impl<F: Float> Normalizer<F> {
         [self.shift[[query, head]], F::one() / self.sum[[query, head]]]
     }
 
+    /// Returns [m, l] in `f64`.
+    pub(crate) fn terms(&self, query: usize, head: usize) -> [f64; 2] {
+        [self.shift[[query, head]].as_f64(), self.sum[[query, head]].as_f64()]
+    }
+
     /// Returns L = m + log l, or −∞ if no key was seen.
     pub(crate) fn log_sum_exp(&self) -> Array2<F> {
         let mut log_sum_exp = self.shift.clone();

@@ -133,8 +133,24 @@ pub struct Upstream<'u, F> {
     pub(crate) out: Slices<'u, F>,
     pub(crate) normalizer: &'u Normalizer<F>,
     pub(crate) grad_out: Slices<'u, F>,
+    /// With respect to the log-sum-exp, queries × heads; `None` is zeros.
+    pub(crate) grad_log_sum_exp: Option<Slices<'u, F>>,
     /// Only read by the passes that go row by row.
     pub(crate) grad_weights: Option<&'u WeightGradients<F>>,
+}
+
+impl<F: Float> Upstream<'_, F> {
+    /// Returns what is added to g·o in δ of ds = p (dp − δ).
+    ///
+    /// ```text
+    /// ∂L/∂s = p, so a gradient h of L = m + log l adds p h to ds: it is −h in δ
+    /// ```
+    #[inline(always)]
+    pub(crate) fn more_delta(&self, query: usize, head: usize) -> F {
+        let of_weights = self.grad_weights.map(|grads| grads.deltas[[query, head]]);
+        let of_log_sum_exp = self.grad_log_sum_exp.map(|grads| -grads.row(query)[head]);
+        of_weights.unwrap_or(F::zero()) + of_log_sum_exp.unwrap_or(F::zero())
+    }
 }
 
 /// The gradient of a loss with respect to the attention weights before dropout.

@@ -64,6 +64,7 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
             out: out.slices(),
             normalizer: &normalizer,
             grad_out: grad_out.slices(),
+            grad_log_sum_exp: None,
             grad_weights: None,
         };
         if is_dense {

@@ -1,17 +1,17 @@
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
-use crate::gradients::GradientsMut;
+use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pattern};
 use crate::kernels::dense::{FEW_QUERIES, TileSizes};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::problem::{Problem, Rows, Upstream, check_scale, output_dim};
+use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
-use crate::partial::Partial;
-use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use crate::partial::{Partial, PartialUpstream};
+use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
 const NAME: &str = "flash";
 
@@ -72,6 +72,11 @@ impl<F: Float> State<F> {
         check_shape("saved out", &[queries, output_dim(inputs)], self.out.shape())?;
         self.normalizer.check(queries, heads)
     }
+
+    pub(crate) fn upstream<'u>(&'u self, grad_out: ArrayView2<'u, F>) -> PartialUpstream<'u, F> {
+        let Self { out, normalizer } = self;
+        PartialUpstream { out: out.view(), normalizer, grad_out, grad_log_sum_exp: None }
+    }
 }
 
 impl Default for Flash {
@@ -124,6 +129,50 @@ impl Flash {
         Partial::new(out, shift, sum)
     }
 
+    /// Adds to `grads` the gradients that the keys in `inputs` contribute, given a result over these and any
+    /// other keys and its gradients: `grad_out` of the outputs, num_queries × (heads · d_v), and
+    /// `grad_log_sum_exp` of [`Partial::log_sum_exp`], num_queries × heads, where `None` is zeros.
+    ///
+    /// With `partial` merged over all shards, the sum of the gradients over the shards is the gradient of
+    /// attention to all keys. With the [`forward_partial`](Self::forward_partial) of `inputs` alone, this is
+    /// its backward pass. That `partial` includes the keys in `inputs` cannot be checked.
+    ///
+    /// Dropout draws by the number of a pair within its shard, so give each shard a seed of its own, the
+    /// same forwards and backwards.
+    ///
+    /// # Errors
+    /// As [`Attention::backward_into`].
+    pub fn backward_partial_into<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        partial.check(inputs.num_queries(), output_dim(inputs), inputs.num_heads())?;
+        grads.check(NAME, inputs, self)?;
+        let upstream = partial.upstream(grad_out, grad_log_sum_exp)?;
+        self.add_gradients(inputs, upstream, &mut grads)
+    }
+
+    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
+    ///
+    /// # Errors
+    /// As [`Attention::backward_into`].
+    pub fn backward_partial<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+    ) -> Result<Gradients<F>> {
+        let mut grads = Gradients::zeros(inputs, self)?;
+        let views = grads.view_mut();
+        self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
+        Ok(grads)
+    }
+
     /// Whether inputs are processed in tiles, in both passes, so that logits are rounded the same way.
     fn uses_tiles<F: Float>(inputs: &Inputs<'_, F>) -> bool {
         // Only tiles can skip keys outside a window.
@@ -158,36 +207,27 @@ impl Flash {
     pub(crate) fn add_gradients<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
-        out: ArrayView2<'_, F>,
-        normalizer: &Normalizer<F>,
-        grad_out: ArrayView2<'_, F>,
+        upstream: PartialUpstream<'_, F>,
         grads: &mut GradientsMut<'_, F>,
     ) -> Result<()> {
         if let Some(segments) = inputs.packed_segments() {
             let grads = grads.reborrow();
             let run = |number, inputs: &Inputs<'_, F>, mut grads: GradientsMut<'_, F>| {
-                let queries = segments.queries(number);
-                let normalizer = normalizer.rows(queries.clone());
-                let [out, grad_out] =
-                    [&out, &grad_out].map(|rows| rows.slice(s![queries.clone(), ..]));
-                self.add_gradients(inputs, out, &normalizer, grad_out, &mut grads)
+                upstream.with_queries(segments.queries(number), |upstream| {
+                    self.add_gradients(inputs, upstream, &mut grads)
+                })
             };
             return packed::backward_by_segment(self, inputs, segments, grads, run);
         }
         let problem = Problem::new(inputs, self.scale)?;
-        let (out, grad_out) = (Rows::new("out", out)?, Rows::new("grad_out", grad_out)?);
-        let upstream = Upstream {
-            out: out.slices(),
-            normalizer,
-            grad_out: grad_out.slices(),
-            grad_weights: None,
-        };
         let (tiles, level) = (self.tiles, level());
-        match Self::uses_tiles(inputs) {
-            true => F::dense_backward(&problem, tiles, level, upstream, grads),
-            false => F::rows_backward(&problem, tiles.keys, level, upstream, grads),
-        }
-        Ok(())
+        upstream.in_rows(|upstream| {
+            match Self::uses_tiles(inputs) {
+                true => F::dense_backward(&problem, tiles, level, upstream, grads),
+                false => F::rows_backward(&problem, tiles.keys, level, upstream, grads),
+            }
+            Ok(())
+        })
     }
 }
 
@@ -229,8 +269,7 @@ impl<F: Float> Attention<F> for Flash {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         state.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        let State { out, normalizer } = state;
-        self.add_gradients(inputs, out.view(), normalizer, grad_out, &mut grads)
+        self.add_gradients(inputs, state.upstream(grad_out), &mut grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {

@@ -1,9 +1,8 @@
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
-use crate::gradients::GradientsMut;
+use crate::float::Float;
+use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pair, head_columns};
-use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::params::Params;
 use crate::partial::Partial;
@@ -74,9 +73,50 @@ impl ScaledDotProduct {
     /// # Errors
     /// As [`Attention::forward_into`].
     pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
-        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?.into_normalizer();
-        Partial::new(out, shift, sum)
+        self.softmax(inputs)?.forward_partial(inputs)
+    }
+
+    /// Adds to `grads` the gradients that the keys in `inputs` contribute, given a result over these and any
+    /// other keys and its gradients, as
+    /// [`Flash::backward_partial_into`](crate::Flash::backward_partial_into).
+    ///
+    /// # Errors
+    /// As [`Attention::backward_into`].
+    pub fn backward_partial_into<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
+        let problem = Problem::new(inputs, self.scale)?;
+        self.softmax(inputs)?.backward_partial_into(
+            inputs,
+            partial,
+            grad_out,
+            grad_log_sum_exp,
+            &mut grads,
+            |pair, head, grad, grads| dot_logit_vjp(&problem, pair, head, grad, grads),
+        )
+    }
+
+    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
+    ///
+    /// # Errors
+    /// As [`Attention::backward_into`].
+    pub fn backward_partial<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+    ) -> Result<Gradients<F>> {
+        let mut grads = Gradients::zeros(inputs, self)?;
+        let views = grads.view_mut();
+        self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
+        Ok(grads)
     }
 
     fn run<F: Float>(

@@ -268,6 +268,9 @@ fn backward_block<F: Float>(
     // δ = g·o, by the same steps as g·v: with only one visible key o is v, and ds is 0.
     let BackwardScratch { out, grad_out, deltas, .. } = &mut *scratch;
     column_products(level, width, value_dim, [out, grad_out], deltas);
+    for (query, delta) in block.queries.clone().zip(deltas.iter_mut()) {
+        *delta += operands.upstream.more_delta(query, head);
+    }
     scratch.grad_query.fill(F::zero());
 
     for (number, tile) in block.tiles(keys_per_tile).enumerate() {

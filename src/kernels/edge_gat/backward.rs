@@ -28,7 +28,8 @@ pub struct EdgeGradients<F> {
 }
 
 /// Computes the gradients, given the outputs and normalizer of the forward pass; adds the gradient of the
-/// features.
+/// features. Outputs and normalizer may be over more keys than the problem has, but then
+/// `grad_log_sum_exp` must be `Some`.
 pub(in super::super) fn backward<F: Float>(
     problem: &EdgeProblem<'_, F>,
     tile_len: usize,
@@ -234,12 +235,11 @@ impl<F: Float> ByQuery<'_, F> {
                 inverses[head * stride..][..stride].fill(inverse);
                 let columns = head_columns(head, value_dim);
                 let out = &upstream.out.row(query)[columns.clone()];
-                let of_weights =
-                    upstream.grad_weights.map_or(F::zero(), |grads| grads.deltas[[query, head]]);
                 deltas[head * stride..][..stride]
-                    .fill(unrolled_dot(&grad_out[columns], out) + of_weights);
+                    .fill(unrolled_dot(&grad_out[columns], out) + upstream.more_delta(query, head));
             }
-            let is_one_tile = row.slots.len() <= tile.len;
+            // Of all pairs of the query.
+            let is_one_tile = row.slots.len() <= tile.len && upstream.grad_log_sum_exp.is_none();
             if problem.in_values {
                 project(&mut columns, problem, &scorer.rows, grad_out, &mut of_grad_out);
                 value_sums.clear();

@@ -282,8 +282,13 @@ mod tests {
         let [grad_query, grad_key, grad_value, grad_distances] =
             grads.each_mut().map(|grad| grad.view_mut());
         let slices = Slices { data: out.as_slice().unwrap(), columns: heads * value_dim };
-        let upstream =
-            Upstream { out: slices, normalizer: &normalizer, grad_out: slices, grad_weights: None };
+        let upstream = Upstream {
+            out: slices,
+            normalizer: &normalizer,
+            grad_out: slices,
+            grad_log_sum_exp: None,
+            grad_weights: None,
+        };
         let grad_frequencies = f64::rotary_backward(
             &problem,
             8,

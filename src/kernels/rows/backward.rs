@@ -369,7 +369,7 @@ fn terms<F: Float>(
     problem: &Problem<'_, F>,
     upstream: Upstream<'_, F>,
 ) -> Vec<[F; 3]> {
-    let Upstream { out, normalizer, grad_out, grad_weights } = upstream;
+    let Upstream { out, normalizer, grad_out, .. } = upstream;
     let (heads, dim, stride) = (problem.heads, problem.value_dim, vector_len::<F>(level));
     let mut columns = Columns::new(level, heads, dim, |head| [head * dim; 2]);
     let mut deltas = vec![F::zero(); heads * stride];
@@ -379,8 +379,7 @@ fn terms<F: Float>(
         columns.dots(grad_out.row(query), rows, &mut deltas, stride);
         terms.extend((0..heads).map(|head| {
             let [shift, inverse] = normalizer.factors(query, head);
-            let of_weights = grad_weights.map_or(F::zero(), |grads| grads.deltas[[query, head]]);
-            [shift, inverse, deltas[head * stride] + of_weights]
+            [shift, inverse, deltas[head * stride] + upstream.more_delta(query, head)]
         }));
     }
     terms

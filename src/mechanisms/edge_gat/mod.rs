@@ -1,26 +1,29 @@
 //! Graph attention networks with edge features: [`EdgeGat`].
 
 mod config;
+mod finish;
+mod partial;
 
 pub use config::{EdgeGatConfig, Score};
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, sigmoid, try_zeros};
+use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::{EdgeProblem, Logit};
 use crate::kernels::level::level;
-use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
+use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients};
 use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
+use crate::partial::PartialUpstream;
 use config::{Linear, Names};
 use ndarray::{
-    Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
-    Dimension, Ix2, Zip, concatenate, s,
+    Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
+    Dimension, Ix2,
 };
 
 const NAME: &str = "edge_gat";
@@ -101,27 +104,13 @@ struct Projected<F> {
     value: Option<Array2<F>>,
 }
 
-/// The softmax of a forward pass.
-enum Softmax<F> {
-    /// Plain scaled dot-product attention, without edge features.
-    Plain(Saved),
-    Edges(Normalizer<F>),
-}
-
 struct State<F> {
     /// The configuration that made the state: it decides what the arrays mean.
     config: EdgeGatConfig,
     projected: Projected<F>,
     /// Σ p v, heads concatenated.
     context: Array2<F>,
-    softmax: Softmax<F>,
-}
-
-/// The outputs of the heads: o before the residual, the residual, and β.
-struct Gated<F> {
-    attention: Array2<F>,
-    residual: Array2<F>,
-    beta: Array1<F>,
+    normalizer: Normalizer<F>,
 }
 
 impl<F: Float> EdgeGat<F> {
@@ -265,101 +254,30 @@ impl<F: Float> EdgeGat<F> {
         })
     }
 
-    /// Overwrites `context` with the concatenated outputs of all heads; returns the state for their
-    /// backward pass.
-    fn attend(&self, inner: &Inputs<'_, F>, context: ArrayViewMut2<'_, F>) -> Result<Softmax<F>> {
+    /// Overwrites `context` with the concatenated outputs of all heads; returns their normalizer.
+    fn attend(
+        &self,
+        inner: &Inputs<'_, F>,
+        context: ArrayViewMut2<'_, F>,
+    ) -> Result<Normalizer<F>> {
         if self.is_plain() {
-            return Ok(Softmax::Plain(Flash::new().forward_train_into(inner, context)?));
+            return Flash::new().run(inner, context);
         }
         let heads = self.config.num_heads;
         let mut normalizer = Normalizer::empty(inner.num_queries(), heads)?;
         let problem = self.problem(inner)?;
         F::edges_forward(&problem, TILE, level(), context, &mut normalizer);
-        Ok(Softmax::Edges(normalizer))
+        Ok(normalizer)
     }
 
     fn new_context(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        let columns = self.config.num_heads * self.config.head_dim;
-        try_zeros("context", inputs.num_queries(), columns)
-    }
-
-    /// Joins the heads and computes the gate, if there is one.
-    fn gated(
-        &self,
-        inputs: &Inputs<'_, F>,
-        context: ArrayView2<'_, F>,
-    ) -> Result<Option<Gated<F>>> {
-        if !self.config.gate {
-            return Ok(None);
-        }
-        let mut attention = try_zeros("attention", context.nrows(), self.config.output_columns())?;
-        self.join_heads(context, attention.view_mut());
-        let residual = self.linear(inputs.query(), self.names.residual)?;
-        let features = gate_features(&attention, &residual);
-        let logits = linear(features.view(), self.weight("lin_beta.weight"), None)?;
-        let beta = logits.index_axis_move(Axis(1), 0).mapv(sigmoid);
-        Ok(Some(Gated { attention, residual, beta }))
-    }
-
-    fn join_heads(&self, context: ArrayView2<'_, F>, mut joined: ArrayViewMut2<'_, F>) {
-        if !self.config.average_heads {
-            joined.assign(&context);
-            return;
-        }
-        joined.fill(F::zero());
-        let factor = F::one() / F::from_f64(self.config.num_heads as f64);
-        for head in context.axis_chunks_iter(Axis(1), self.config.head_dim) {
-            joined.scaled_add(factor, &head);
-        }
-    }
-
-    /// Overwrites `out` with the result from the heads' outputs.
-    fn finish(
-        &self,
-        inputs: &Inputs<'_, F>,
-        context: ArrayView2<'_, F>,
-        mut out: ArrayViewMut2<'_, F>,
-    ) -> Result<()> {
-        if let Some(Gated { attention, residual, beta }) = self.gated(inputs, context)? {
-            let rows = attention.rows().into_iter().zip(residual.rows()).zip(beta);
-            for (mut out, ((attention, residual), beta)) in out.rows_mut().into_iter().zip(rows) {
-                Zip::from(&mut out).and(attention).and(residual).for_each(|out, &o, &r| {
-                    *out = beta * r + (F::one() - beta) * o;
-                });
-            }
-        } else {
-            self.join_heads(context, out.view_mut());
-            self.add_residual(inputs, out.view_mut())?;
-        }
-        self.add_bias(out);
-        Ok(())
-    }
-
-    fn add_residual(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        if !self.config.residual {
-            return Ok(());
-        }
-        let map = self.names.residual;
-        add_linear(inputs.query(), self.weight(map.weight), self.bias(map), out)
-    }
-
-    fn add_bias(&self, mut out: ArrayViewMut2<'_, F>) {
-        if let Some(bias) = self.param::<ndarray::Ix1>("bias") {
-            out += &bias;
-        }
+        try_zeros("context", inputs.num_queries(), self.context_columns())
     }
 }
 
 /// Whether two views show the same entries in the same order.
 fn same_view<F>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> bool {
     a.as_ptr() == b.as_ptr() && a.shape() == b.shape() && a.strides() == b.strides()
-}
-
-/// \[o, r, o − r\] side by side.
-fn gate_features<F: Float>(attention: &Array2<F>, residual: &Array2<F>) -> Array2<F> {
-    let difference = attention - residual;
-    concatenate(Axis(1), &[attention.view(), residual.view(), difference.view()])
-        .expect("all have one shape")
 }
 
 /// Computes a_hᵀ W_h for each head h, where W has one block of rows per head.
@@ -505,10 +423,10 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         let projected = self.project(inputs)?;
         let mut context = self.new_context(inputs)?;
         let inner = self.inner_inputs(inputs, &projected)?;
-        let softmax = self.attend(&inner, context.view_mut())?;
+        let normalizer = self.attend(&inner, context.view_mut())?;
         self.finish(inputs, context.view(), out)?;
         let config = self.config.clone();
-        Ok(Saved::new(NAME, State { config, projected, context, softmax }))
+        Ok(Saved::new(NAME, State { config, projected, context, normalizer }))
     }
 
     fn backward_into(
@@ -516,64 +434,26 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { config, projected, context, softmax } = saved.state::<State<F>>(NAME)?;
+        let State { config, projected, context, normalizer } = saved.state::<State<F>>(NAME)?;
         if *config != self.config {
             return Err(Error::saved_options(NAME, &self.config, config));
         }
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         self.check_inputs(inputs)?;
-        let columns = self.config.num_heads * self.config.head_dim;
-        check_shape("saved context", &[inputs.num_queries(), columns], context.shape())?;
-        let inner = self.inner_inputs(inputs, projected)?;
-        let mut params = ParamGradients { gat: self, grads: grads.params };
-        let mut grad_query = grads.query;
-
-        // out = o, residual and bias
-        if let Some(mut bias) = params.view::<ndarray::Ix1>("bias") {
-            bias += &grad_out.sum_axis(Axis(0));
-        }
-        let gated = self.gated(inputs, context.view())?;
-        let gate = gated.map(|gated| self.gate_vjp(&gated, grad_out, &mut params)).transpose()?;
-        let (grad_joined, grad_residual) = match &gate {
-            Some([joined, residual]) => (joined.view(), residual.view()),
-            None => (grad_out, grad_out),
+        let shape = [inputs.num_queries(), self.context_columns()];
+        check_shape("saved context", &shape, context.shape())?;
+        let out = context.view();
+        let grad_context = self.finish_vjp(inputs, out, grad_out, &mut grads)?;
+        let upstream = PartialUpstream {
+            out,
+            normalizer,
+            grad_out: grad_context.view(),
+            grad_log_sum_exp: None,
         };
-        if self.config.residual {
-            let map = self.names.residual;
-            let grad_x = grad_query.as_mut().map(|grad| grad.view_mut());
-            params.linear(map, inputs.query(), grad_residual, grad_x)?;
-        }
-        let mut grad_heads;
-        let grad_context = if self.config.average_heads {
-            grad_heads = try_zeros("grad_context", inputs.num_queries(), columns)?;
-            let factor = F::one() / F::from_f64(self.config.num_heads as f64);
-            for mut head in grad_heads.axis_chunks_iter_mut(Axis(1), self.config.head_dim) {
-                head.scaled_add(factor, &grad_joined);
-            }
-            grad_heads.view()
-        } else {
-            grad_joined
-        };
-
-        // o = softmax(e) v
-        let projected = match softmax {
-            Softmax::Plain(saved) => {
-                let Gradients { query, key, value, .. } =
-                    Flash::new().backward(&inner, saved, grad_context)?;
-                [query, key, value]
-            }
-            Softmax::Edges(normalizer) => {
-                let grad_rows = Rows::new("grad_context", grad_context)?;
-                let out = Rows::new("context", context.view())?;
-                let (out, grad_out) = (out.slices(), grad_rows.slices());
-                let upstream = Upstream { out, normalizer, grad_out, grad_weights: None };
-                self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)?
-            }
-        };
-        self.projections_vjp(inputs, projected, [grad_query, grads.key, grads.value], &mut params)
+        self.attend_vjp(inputs, projected, upstream, grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -606,6 +486,7 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
                 out: zeros.slices(),
                 normalizer: &normalizer,
                 grad_out: zeros.slices(),
+                grad_log_sum_exp: None,
                 grad_weights: Some(&grad_weights),
             };
             self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)?
@@ -616,6 +497,36 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
 }
 
 impl<F: Float> EdgeGat<F> {
+    /// The number of columns of all heads, before they are averaged.
+    fn context_columns(&self) -> usize {
+        self.config.num_heads * self.config.head_dim
+    }
+
+    /// Adds the gradients of the softmax and of the projections before it. Outputs and normalizer may be
+    /// over more pairs, but then `grad_log_sum_exp` must be `Some`.
+    fn attend_vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        projected: &Projected<F>,
+        upstream: PartialUpstream<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let inner = self.inner_inputs(inputs, projected)?;
+        let mut params = ParamGradients { gat: self, grads: grads.params };
+        let projected = if self.is_plain() {
+            let flash = Flash::new();
+            let mut of_inner = Gradients::zeros(&inner, &flash)?;
+            flash.add_gradients(&inner, upstream, &mut of_inner.view_mut())?;
+            [of_inner.query, of_inner.key, of_inner.value]
+        } else {
+            upstream.in_rows(|upstream| {
+                self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)
+            })?
+        };
+        let grads = [grads.query, grads.key, grads.value];
+        self.projections_vjp(inputs, projected, grads, &mut params)
+    }
+
     /// Computes the normalizer and the weights of the edges.
     fn edges_weights(
         &self,
@@ -623,9 +534,7 @@ impl<F: Float> EdgeGat<F> {
         inner: &Inputs<'_, F>,
     ) -> Result<(Normalizer<F>, Array2<F>)> {
         let mut context = self.new_context(inputs)?;
-        let Softmax::Edges(normalizer) = self.attend(inner, context.view_mut())? else {
-            return Err(Error::NoWeights { mechanism: NAME });
-        };
+        let normalizer = self.attend(inner, context.view_mut())?;
         let weights = F::edges_weights(&self.problem(inner)?, TILE, level(), &normalizer)?;
         Ok((normalizer, weights))
     }
@@ -680,39 +589,5 @@ impl<F: Float> EdgeGat<F> {
             }
         }
         params.linear(names.value, inputs.value(), value.view(), grad_value)
-    }
-
-    /// Returns the gradients of o and r in out = β r + (1 − β) o; adds the gradient of the gate.
-    fn gate_vjp(
-        &self,
-        Gated { attention, residual, beta }: &Gated<F>,
-        grad_out: ArrayView2<'_, F>,
-        params: &mut ParamGradients<'_, '_, F>,
-    ) -> Result<[Array2<F>; 2]> {
-        let weight = self.weight("lin_beta.weight");
-        let difference = residual - attention;
-        // β = σ(z), so dβ/dz = β (1 − β).
-        let mut grad_logits = try_zeros("gate", attention.nrows(), 1)?;
-        let [mut grad_attention, mut grad_residual] = [grad_out.to_owned(), grad_out.to_owned()];
-        for (row, &beta) in beta.iter().enumerate() {
-            grad_logits[[row, 0]] =
-                beta * (F::one() - beta) * grad_out.row(row).dot(&difference.row(row));
-            grad_attention.row_mut(row).mapv_inplace(|grad| (F::one() - beta) * grad);
-            grad_residual.row_mut(row).mapv_inplace(|grad| beta * grad);
-        }
-        let features = gate_features(attention, residual);
-        let mut grad_features = try_zeros("gate", features.nrows(), features.ncols())?;
-        linear_params_vjp(
-            features.view(),
-            grad_logits.view(),
-            params.weight("lin_beta.weight"),
-            None,
-        )?;
-        linear_input_vjp(weight, grad_logits.view(), grad_features.view_mut())?;
-        let out = attention.ncols();
-        let [a, r, d] = [0, 1, 2].map(|n| grad_features.slice(s![.., n * out..(n + 1) * out]));
-        grad_attention += &(&a + &d);
-        grad_residual += &(&r - &d);
-        Ok([grad_attention, grad_residual])
     }
 }

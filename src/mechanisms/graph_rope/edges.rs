@@ -173,7 +173,11 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         normalizer.check(inputs.num_queries(), inputs.num_heads())?;
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
         let (out, grad_out) = (out.slices(), grad_out.slices());
-        self.vjp(inputs, Upstream { out, normalizer, grad_out, grad_weights: None }, grads)
+        self.vjp(
+            inputs,
+            Upstream { out, normalizer, grad_out, grad_log_sum_exp: None, grad_weights: None },
+            grads,
+        )
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -200,6 +204,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
             out: zeros.slices(),
             normalizer: &normalizer,
             grad_out: zeros.slices(),
+            grad_log_sum_exp: None,
             grad_weights: Some(&grad_weights),
         };
         self.vjp(inputs, upstream, grads)

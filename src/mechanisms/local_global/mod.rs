@@ -1,6 +1,7 @@
 //! Sliding windows with global positions, and local and global edges: [`LocalGlobal`].
 
 mod gate;
+mod partial;
 mod window;
 
 pub use window::Window;
@@ -18,10 +19,10 @@ use crate::mechanisms::flash::{Flash, State};
 use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
 use crate::params::{Params, prefixed};
-use crate::partial::merge_rows;
+use crate::partial::{PartialUpstream, merge_rows};
 use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 use rand::Rng;
 use std::borrow::Cow;
 
@@ -416,7 +417,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        mut grads: GradientsMut<'_, F>,
+        grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
@@ -426,10 +427,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         let state = saved.state::<State<F>>(NAME)?;
         state.check(inputs)?;
         self.check_globals(inputs)?;
-        // The softmax does not read them, and blocks do not contain them.
-        (grads.edge_features, grads.distances) = (None, None);
-        (grads.query_positions, grads.key_positions) = (None, None);
-        self.vjp(inputs, state.out.view(), &state.normalizer, grad_out, grads)
+        self.vjp(inputs, state.upstream(grad_out), grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -503,42 +501,49 @@ impl<F: Float> LocalGlobal<F> {
     fn vjp(
         &self,
         inputs: &Inputs<'_, F>,
-        out: ArrayView2<'_, F>,
-        normalizer: &Normalizer<F>,
-        grad_out: ArrayView2<'_, F>,
+        upstream: PartialUpstream<'_, F>,
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         if let Some(segments) = self.segments_with_windows(inputs) {
             let run = |number, inputs: &Inputs<'_, F>, grads: GradientsMut<'_, F>| {
-                let queries = segments.queries(number);
-                let [out, grad_out] =
-                    [&out, &grad_out].map(|rows| rows.slice(s![queries.clone(), ..]));
-                self.vjp(inputs, out, &normalizer.rows(queries.clone()), grad_out, grads)
+                upstream.with_queries(segments.queries(number), |upstream| {
+                    self.vjp(inputs, upstream, grads)
+                })
             };
             return packed::backward_by_segment(self, inputs, segments, grads, run);
         }
+        // The softmax does not read them, and blocks do not contain them.
+        (grads.edge_features, grads.distances) = (None, None);
+        (grads.query_positions, grads.key_positions) = (None, None);
         // For queries that see nothing all weights are 0.
-        let mut of_others = Cow::Borrowed(normalizer);
+        let mut of_others = Cow::Borrowed(upstream.normalizer);
         for query in self.whole_queries(inputs) {
             of_others.to_mut().clear_row(query);
         }
         self.for_each_part(inputs, |part| {
             // e^{s − m} / l with the normalizer over all parts is the weight among all pairs.
             let is_whole = part.role == Role::Whole;
-            let normalizer = if is_whole { normalizer } else { &*of_others };
+            let normalizer = if is_whole { upstream.normalizer } else { &*of_others };
+            let selected = &part.selected;
             let rows = |array: &Array2<F>| -> Result<Array2<F>> {
-                let rows = part.selected.rows_of_queries("normalizer", array.view())?;
+                let rows = selected.rows_of_queries("normalizer", array.view())?;
                 Ok(rows.view().to_owned())
             };
             let normalizer =
                 Normalizer { shift: rows(&normalizer.shift)?, sum: rows(&normalizer.sum)? };
-            let [out, grad] = [
-                part.selected.rows_of_queries("out", out)?,
-                part.selected.rows_of_queries("grad_out", grad_out)?,
-            ];
+            let out = selected.rows_of_queries("out", upstream.out)?;
+            let grad_out = selected.rows_of_queries("grad_out", upstream.grad_out)?;
+            let of_log_sum = (upstream.grad_log_sum_exp)
+                .map(|grad| selected.rows_of_queries("grad_log_sum_exp", grad))
+                .transpose()?;
             part.selected.backward(grads.reborrow(), |inputs, mut grads| {
-                let inputs = part.in_window(*inputs);
-                part.flash.add_gradients(&inputs, out.view(), &normalizer, grad.view(), &mut grads)
+                let upstream = PartialUpstream {
+                    out: out.view(),
+                    normalizer: &normalizer,
+                    grad_out: grad_out.view(),
+                    grad_log_sum_exp: of_log_sum.as_ref().map(|grad| grad.view()),
+                };
+                part.flash.add_gradients(&part.in_window(*inputs), upstream, &mut grads)
             })
         })
     }

@@ -60,6 +60,8 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// * **Errors** [`Error::Domain`] for a point on or outside the boundary, with its row;
 ///   [`Error::Shape`] if the heads of queries and keys have different sizes. NaN and infinities are not
 ///   errors but give NaN.
+/// * **Shards** Queries can be divided, but there is no [`Partial`](crate::Partial) over some of the keys: see
+///   [`guide::beyond_one_machine`](crate::guide::beyond_one_machine).
 ///
 /// # Accuracy
 ///
