@@ -75,11 +75,17 @@ fn run() -> Result<()> {
         let losses = work(worker, &of_workers, steps, &beat);
         losses.map_err(|error| format!("worker {}: {error}", worker.index()))
     })?;
-    let mut losses = vec![];
+    let (mut losses, mut errors) = (vec![], vec![]);
     for result in guards.join() {
-        losses = result??;
+        match result {
+            Ok(Ok(of_worker)) => losses = of_worker,
+            Ok(Err(error)) | Err(error) => errors.push(error),
+        }
     }
     watch.stop();
+    if !errors.is_empty() {
+        return Err(errors.join("\nerror: ").into());
+    }
     if edges.num_nodes() <= CHECKED_NODES {
         compare(&losses, &train::losses_of_the_whole(&edges, steps)?)?;
         println!("the same losses as in one piece, to 1e-12");
