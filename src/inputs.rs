@@ -772,7 +772,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             Pattern::Graph(graph) => self.segments.is_some() && graph.blocks().is_none(),
             _ => false,
         };
-        self.has(Channel::Mask) || is_cut
+        self.has(Channel::Mask) || self.has_window() || is_cut
     }
 
     /// Returns the dense inputs of one segment of packed inputs, without latent neighbours.

@@ -8,7 +8,7 @@ use common::random::rng;
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, DualSpace, DualSpaceConfig, EdgeRope, Flash, Gradients, Graph, GraphRope,
+    Attention, Causal, DualSpace, DualSpaceConfig, EdgeRope, Flash, Gradients, Graph, GraphRope,
     GraphRopeConfig, Inputs, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer,
     PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
     dual_space::{Fusion, LatentSearch},
@@ -126,6 +126,34 @@ fn a_window_and_globals_train_in_memory_linear_in_n() {
         // Most of it sums of gradients of keys and values, in rows of 32 columns; at 128k a number for
         // each pair would be 800 times as much.
         assert!(peaks[7] < (128 << 10) * 160 * 4, "{attention:?}: {peaks:?}");
+    }
+}
+
+#[test]
+fn a_window_of_one_query_takes_the_same_memory_over_any_number_of_keys() {
+    let bytes = |attention: &dyn Attention<f32>, n: usize, causal: Causal| {
+        let (query, cache) = (matrix(1), matrix(n));
+        let inputs = Inputs::dense(query.view(), cache.view(), cache.view()).unwrap();
+        let inputs = inputs.with_causal_alignment(causal);
+        let mut out = Array2::zeros((1, COLUMNS));
+        on_one_thread(|| attention.forward_into(&inputs, out.view_mut()).unwrap()).bytes_total
+    };
+    let mut mechanisms: Vec<(Box<dyn Attention<f32>>, Causal)> = vec![
+        (Box::new(Flash::new()), Causal::TopLeft),
+        (Box::new(Flash::new()), Causal::Offset(200)),
+    ];
+    for window in [
+        Window::new(100),
+        Window::new(30).dilation(7),
+        Window::new(50).globals(&[0, 1, 2, 3]),
+        Window::new(50).dilation(2).globals(&[0, 3]),
+    ] {
+        let window = LocalGlobal::sliding_window(window, Flash::new()).unwrap();
+        mechanisms.push((Box::new(window), Causal::BottomRight));
+    }
+    for (attention, causal) in mechanisms {
+        let [few, many] = [10_000, 200_000].map(|n| bytes(&*attention, n, causal));
+        assert!(few == many && few > 0, "{attention:?}: {few} {many}");
     }
 }
 

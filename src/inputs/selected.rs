@@ -181,6 +181,20 @@ impl<'a, F: Float> Inputs<'a, F> {
         read.gather(Numbers { queries, keys, ..Numbers::default() }, None)
     }
 
+    /// Selects the keys from the first to the last that causal pattern and window leave to some query of dense
+    /// inputs; `None` if these are all keys. So the cost of a window follows the window, not the number of keys.
+    pub(crate) fn select_visible_keys(&self) -> Result<Option<SelectedInputs<'a, F>>> {
+        let is_limited = self.causal.is_some() || self.has_window();
+        if !self.is_dense() || !is_limited || self.num_queries() == 0 {
+            return Ok(None);
+        }
+        let keys = self.first_visible_key(0)..self.num_visible_keys(self.num_queries() - 1);
+        if keys.len() == self.num_keys() {
+            return Ok(None);
+        }
+        self.select_block(None, Some(keys.collect())).map(Some)
+    }
+
     /// Selects some of the pairs. Dense inputs get a mask and keep all data unchanged.
     pub(crate) fn select_pairs(
         &self,

@@ -55,12 +55,13 @@ pub(crate) struct Columns<F> {
     level: Level,
     /// Columns of a head.
     dim: usize,
+    heads: usize,
     /// The vectors of columns of all heads: in groups of four if they are consecutive in both rows.
     fours: Vec<[Start; 4]>,
     ones: Vec<Start>,
     /// The remaining columns of each head.
     rest: Vec<Start>,
-    /// For [`dots`](Self::dots): a vector of products for each head and lane.
+    /// For [`dots`](Self::dots): a vector of products for each head and lane; empty before.
     scratch: Vec<F>,
 }
 
@@ -72,43 +73,36 @@ impl<F: Float> Columns<F> {
         dim: usize,
         starts: impl Fn(usize) -> [usize; 2],
     ) -> Self {
-        let starts = (0..heads).map(|head| {
-            let [own, other] = starts(head);
-            Start { head, own, other, is_first: true }
-        });
-        Self::of_vectors(level, dim, starts.collect())
-    }
-
-    fn of_vectors(level: Level, dim: usize, heads: Vec<Start>) -> Self {
         let len = vector_len::<F>(level);
-        let skip = |start: &Start, columns: usize| Start {
-            own: start.own + columns,
-            other: start.other + columns,
-            is_first: columns == 0,
-            ..*start
+        let at = |head, columns| {
+            let [own, other] = starts(head);
+            let is_first = columns == 0;
+            Start { head, own: own + columns, other: other + columns, is_first }
         };
-        let of_head = |start| (0..dim / len).map(move |v| skip(start, v * len));
-        let mut vectors = heads.iter().flat_map(of_head).collect::<Vec<_>>();
-        let rest = heads.iter().filter(|_| !dim.is_multiple_of(len));
-        let rest = rest.map(|start| skip(start, dim - dim % len)).collect();
-        let (mut fours, mut ones) = (Vec::with_capacity(vectors.len() / 4), Vec::new());
+        let vectors_of_head = dim / len;
+        let vector = |v: usize| at(v / vectors_of_head, v % vectors_of_head * len);
+        let num_vectors = heads * vectors_of_head;
+        let with_rest = if dim.is_multiple_of(len) { 0 } else { heads };
+        let rest = (0..with_rest).map(|head| at(head, dim - dim % len)).collect();
+        let (mut fours, mut ones) = (Vec::with_capacity(num_vectors / 4), Vec::new());
         // Heads of several vectors one by one, the others side by side.
-        vectors.reverse();
-        while let Some(&first) = vectors.last() {
-            let next = vectors.iter().rev().take(4).copied();
-            let follow = |(n, next): (usize, Start)| {
+        let mut v = 0;
+        while v < num_vectors {
+            let first = vector(v);
+            let follows = |n: usize| {
+                let next = vector(v + n);
                 let is_same = dim == len || next.head == first.head;
                 is_same && [next.own, next.other] == [first.own + n * len, first.other + n * len]
             };
-            if vectors.len() >= 4 && next.clone().enumerate().all(follow) {
-                let four = vectors.split_off(vectors.len() - 4);
-                fours.push([four[3], four[2], four[1], four[0]]);
+            if v + 4 <= num_vectors && (1..4).all(follows) {
+                fours.push([first, vector(v + 1), vector(v + 2), vector(v + 3)]);
+                v += 4;
             } else {
-                ones.extend(vectors.pop());
+                ones.push(first);
+                v += 1;
             }
         }
-        let scratch = vec![F::zero(); heads.len() * len * len];
-        Self { level, dim, fours, ones, rest, scratch }
+        Self { level, dim, heads, fours, ones, rest, scratch: Vec::new() }
     }
 
     /// out[h · stride + t] = own · row t in the columns of head h. Overwrites up to a whole vector of
@@ -146,6 +140,7 @@ impl<F: Float> Columns<F> {
         let len = Vector::<S, F>::LEN;
         let whole = self.dim - self.dim % len;
         let Self { fours, ones, scratch, .. } = self;
+        scratch.resize(self.heads * len * len, F::zero());
         if whole == 0 {
             // Not used in any sum, but values left by a previous tile might be NaN.
             scratch.fill(F::zero());

@@ -175,9 +175,7 @@ impl Flash {
 
     /// Whether inputs are processed in tiles, in both passes, so that logits are rounded the same way.
     fn uses_tiles<F: Float>(inputs: &Inputs<'_, F>) -> bool {
-        // Only tiles can skip keys outside a window.
-        matches!(inputs.pattern(), Pattern::Dense)
-            && (inputs.num_queries() >= FEW_QUERIES || inputs.has_window())
+        matches!(inputs.pattern(), Pattern::Dense) && inputs.num_queries() >= FEW_QUERIES
     }
 
     /// Overwrites `out` and returns the normalizer.
@@ -191,6 +189,9 @@ impl Flash {
             let run = |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out);
             let parts = packed::for_each_segment(inputs, segments, out, run)?;
             return Ok(Normalizer::join(&parts, inputs.num_heads()));
+        }
+        if let Some(visible) = inputs.select_visible_keys()? {
+            return self.run(&visible.inputs(), out);
         }
         let problem = Problem::new(inputs, self.scale)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
@@ -218,6 +219,15 @@ impl Flash {
                 })
             };
             return packed::backward_by_segment(self, inputs, segments, grads, run);
+        }
+        if let Some(visible) = inputs.select_visible_keys()? {
+            let mut of_pairs = grads.reborrow();
+            // The softmax does not read them, and the selection leaves them out.
+            (of_pairs.edge_features, of_pairs.distances) = (None, None);
+            (of_pairs.query_positions, of_pairs.key_positions) = (None, None);
+            return visible.backward(of_pairs, |inputs, mut grads| {
+                self.add_gradients(inputs, out, normalizer, grad_out, &mut grads)
+            });
         }
         let problem = Problem::new(inputs, self.scale)?;
         let (tiles, level) = (self.tiles, level());

@@ -68,11 +68,14 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
     let columns = Columns::new(level, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
     let mut tile = Tile::new(level, heads, tile_len);
     let mut scorer = C::new(level, problem, &tile);
-    let mut maxima = vec![F::zero(); heads];
-    let mut alphas = vec![F::zero(); heads];
-    let ones = vec![F::one(); heads];
-    // For the row and, if it has several tiles, for the last tile: Σ e^{s − m} v of each head, and l.
-    let [mut sums, mut lacks, mut of_tile] = [(); 3].map(|()| vec![F::zero(); heads * (dim + 1)]);
+    // A single query over few keys takes less time than a dozen allocations: one for all numbers of a row.
+    let mut of_row = vec![F::one(); heads * (dim + 4)];
+    let (ones, of_row) = of_row.split_at_mut(heads);
+    let (maxima, of_row) = of_row.split_at_mut(heads);
+    // Σ e^{s − m} v of each head, and l.
+    let (alphas, sums) = of_row.split_at_mut(heads);
+    // The same for the last tile, and the rounding errors of the sums, if a row has several tiles.
+    let [mut of_tile, mut lacks] = [Vec::new(), Vec::new()];
     for (r, mut row) in part.rows(pairs).enumerate() {
         scorer.begin(row.row);
         maxima.fill(F::neg_infinity());
@@ -82,9 +85,16 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
         while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
             scorer.score(&mut tile);
             tile.add_bias(softmax);
-            let target = if is_first { &mut sums } else { &mut of_tile };
+            let target = if is_first {
+                lacks.clear();
+                &mut *sums
+            } else {
+                of_tile.resize(sums.len(), F::zero());
+                lacks.resize(sums.len(), F::zero());
+                &mut of_tile
+            };
             let (values_of, sums_of) = target.split_at_mut(heads * dim);
-            exponentials(&mut tile, &mut maxima, &mut alphas, sums_of);
+            exponentials(&mut tile, maxima, alphas, sums_of);
             if softmax.has_dropout() {
                 for head in 0..heads {
                     let [pairs, _] = tile.of_head(head);
@@ -95,8 +105,8 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
             }
             values_of.fill(F::zero());
             let rows = tile.gather(values.slices());
-            columns.add_weighted(values_of, tile.weights(&ones), rows);
-            scorer.add_values(&tile, &alphas);
+            columns.add_weighted(values_of, tile.weights(ones), rows);
+            scorer.add_values(&tile, alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
                 let values_of = &mut values_of[head_columns(head, dim)];
                 let weights = &tile.weights[head * tile.stride..];
@@ -104,10 +114,8 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
                     (pair.key, softmax.value(pair.key, head), true)
                 });
             }
-            if is_first {
-                lacks.fill(F::zero());
-            } else {
-                add_tile(&mut sums, &mut lacks, &of_tile, &alphas, dim);
+            if !is_first {
+                add_tile(sums, &mut lacks, &of_tile, alphas, dim);
             }
             is_first = false;
         }

@@ -311,6 +311,27 @@ pub(super) struct Row<'g> {
 }
 
 impl Row<'_> {
+    /// Skips the keys of a query of dense or packed inputs that causal pattern and window hide: those before
+    /// and after a range. Returns whether any others may be hidden.
+    #[inline]
+    fn skip_hidden_ends<F: Float>(&mut self, inputs: &Inputs<'_, F>) -> bool {
+        let slots = match self.pairs {
+            Pairs::Dense { num_keys, .. } => 0..num_keys,
+            Pairs::Packed(segments) => segments.keys(segments.of_query(self.row)),
+            _ => return inputs.may_hide_pairs(),
+        };
+        if inputs.causal_alignment().is_some() || inputs.has_window() {
+            let first = self.pairs.slots(self.row).start;
+            let [start, end] = {
+                let visible = inputs.visible_keys(self.row);
+                [visible.start, visible.end.max(visible.start)].map(|key| first + key - slots.start)
+            };
+            self.slots.start = self.slots.start.max(start);
+            self.slots.end = self.slots.end.min(end).max(self.slots.start);
+        }
+        inputs.has_mask()
+    }
+
     /// Appends the pairs of some slots. Uses loops of known length: one by one through a filter would
     /// take as long as the arithmetic on a pair.
     #[inline(always)]
@@ -455,6 +476,8 @@ impl<F: Float> Tile<F> {
     ) -> bool {
         self.pairs.clear();
         self.slots.clear();
+        let inputs = &problem.inputs;
+        let may_hide = row.skip_hidden_ends(inputs);
         while self.pairs.is_empty() && !row.slots.is_empty() {
             let start = row.slots.start;
             let slots = start..row.slots.end.min(start + self.len);
@@ -472,8 +495,8 @@ impl<F: Float> Tile<F> {
             }
             row.list(slots.clone(), &mut self.pairs);
             self.slots.extend(slots);
-            if problem.inputs.may_hide_pairs() {
-                let sees = |pair: &Pair| problem.inputs.sees(*pair);
+            if may_hide {
+                let sees = |pair: &Pair| inputs.sees(*pair);
                 let mut pairs = self.pairs.iter();
                 self.slots.retain(|_| pairs.next().is_some_and(sees));
                 self.pairs.retain(sees);

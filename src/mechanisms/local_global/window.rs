@@ -1,8 +1,9 @@
 //! Local and global pairs by the order of queries and keys.
 
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec};
+use crate::float::Float;
 use crate::inputs::{Inputs, Pair};
+use std::collections::BTreeMap;
 
 /// The pairs that a [`LocalGlobal::sliding_window`](super::LocalGlobal::sliding_window) keeps: a window
 /// around each query, and global positions.
@@ -132,6 +133,30 @@ impl Window {
         self.globals.iter().filter_map(key).collect()
     }
 
+    /// Returns the keys of a class from the first to the last that a window around one of its queries
+    /// contains. The queries have ascending positions.
+    fn keys_of_class<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        class: usize,
+        queries: &[(usize, usize)],
+    ) -> Vec<usize> {
+        let (Some((_, first)), Some((_, last))) = (queries.first(), queries.last()) else {
+            return Vec::new();
+        };
+        let [left, right] = self.reach();
+        let first = match first.checked_sub(left) {
+            Some(first) => first,
+            None => class,
+        };
+        let end = last.saturating_add(right).saturating_add(1).min(inputs.num_positions());
+        let key_at = |number| {
+            let key = inputs.num_keys_before(number);
+            (key < inputs.num_keys() && inputs.key_number(key) == number).then_some(key)
+        };
+        (first..end).step_by(self.dilation).filter_map(key_at).collect()
+    }
+
     /// Visits the kept pairs of dense inputs in blocks. A pair is in only one block, unless its query is
     /// global.
     ///
@@ -160,27 +185,23 @@ impl Window {
             return Ok(());
         }
 
-        // By class: the queries with their positions, and the keys.
-        let num_classes = self.dilation.min(inputs.num_positions().max(1));
-        let mut queries_of = try_vec("dilation", &[num_classes], Vec::new())?;
+        // The queries with their positions, by class.
+        let mut queries_of: BTreeMap<usize, Vec<(usize, usize)>> = BTreeMap::new();
         for query in 0..inputs.num_queries() {
             if let Some(position) = position(inputs, query) {
-                queries_of[position % self.dilation].push((query, position));
+                queries_of.entry(position % self.dilation).or_default().push((query, position));
             }
         }
         if has_gaps {
-            let mut keys_of = try_vec("dilation", &[num_classes], Vec::new())?;
-            for key in 0..inputs.num_keys() {
-                keys_of[inputs.key_number(key) % self.dilation].push(key);
-            }
-            for (queries, keys) in queries_of.iter().zip(keys_of) {
+            for (class, queries) in &queries_of {
+                let keys = self.keys_of_class(inputs, *class, queries);
                 let queries = queries.iter().map(|&(query, _)| query).collect();
                 visit(Some(queries), Some(keys), Kind::Window)?;
             }
         }
 
         let global_keys = self.global_keys(inputs);
-        for (class, queries) in queries_of.into_iter().enumerate() {
+        for (class, queries) in queries_of {
             let mut ends = vec![0, queries.len()];
             for global in self.globals.iter().filter(|&global| global % self.dilation == class) {
                 let [left, right] = self.reach();
