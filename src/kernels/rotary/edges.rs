@@ -165,7 +165,7 @@ impl<'p, F: Float> Scorer<'p, F> for RotaryScorer<'p, F> {
 
 impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
     fn num_extras(problem: &'p Self::Problem) -> [usize; 2] {
-        let sums = if problem.wants_frequencies { problem.rotary.pairs() } else { 0 };
+        let sums = if problem.wants_frequencies { problem.rotary.frequencies.ncols() } else { 0 };
         [usize::from(problem.wants_distances), sums]
     }
 
@@ -223,7 +223,8 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
             if !is_zero(moments) {
                 let query = self.problem.softmax.query(self.row, head);
                 moments.iter_mut().for_each(|moment| *moment *= scale);
-                self.turn.add_cross_products(moments, query, sums);
+                let block = self.turn.block(head, heads);
+                self.turn.add_cross_products(block, moments, query, sums);
                 moments.fill(F::zero());
             }
         }
@@ -270,7 +271,13 @@ mod tests {
         let inputs = inputs.with_distances(distances.column(0)).unwrap();
         let problem = RotaryProblem {
             softmax: Problem::new(&inputs, None).unwrap(),
-            rotary: Rotary { layout, head_dim, frequencies: matrix(1, pairs, 4) },
+            rotary: Rotary {
+                layout,
+                head_dim,
+                pairs,
+                frequencies: matrix(1, 2 * pairs, 4),
+                factor: 1.5,
+            },
             distances: Rows::new("distances", distances.view()).unwrap(),
             wants_distances: true,
             wants_frequencies: true,

@@ -36,14 +36,13 @@ pub struct Rotary {
     pub(crate) layout: Layout,
     /// The number of columns of a head; the first 2 · pairs of them rotate.
     pub(crate) head_dim: usize,
-    /// θ, axes × pairs: the angle of pair p at position x is Σₐ θₐₚ xₐ.
+    /// The number of rotated pairs of a head.
+    pub(crate) pairs: usize,
+    /// θ, axes × (blocks · pairs): the angle of pair p at position x is Σₐ θₐₚ xₐ. All heads share one block
+    /// of pairs, or consecutive heads share each.
     pub(crate) frequencies: Array2<f64>,
-}
-
-impl Rotary {
-    fn pairs(&self) -> usize {
-        self.frequencies.ncols()
-    }
+    /// The factor of sines and cosines.
+    pub(crate) factor: f64,
 }
 
 /// The rotation of one row.
@@ -52,10 +51,13 @@ struct Turn<F> {
     layout: Layout,
     head_dim: usize,
     pairs: usize,
+    factor: f64,
+    blocks: usize,
     /// The number of pairs, rounded up to whole vectors.
     stride: usize,
-    /// Frequencies, and their upper and lower halves, axes × stride each.
+    /// Frequencies, and their upper and lower halves, axes × blocks × stride each.
     frequencies: [Vec<f64>; 3],
+    /// blocks × stride.
     cos: Vec<F>,
     sin: Vec<F>,
 }
@@ -75,18 +77,25 @@ fn halves(x: f64) -> [f64; 2] {
 impl<F: Float> Turn<F> {
     fn new(level: Level, rotary: &Rotary) -> Self {
         let len = vector_len::<f64>(level);
-        let pairs = rotary.pairs();
-        let stride = pairs.next_multiple_of(len);
-        let mut frequencies = [(); 3].map(|()| vec![0.0; rotary.frequencies.nrows() * stride]);
-        for ((axis, pair), &frequency) in rotary.frequencies.indexed_iter() {
+        let Rotary { layout, head_dim, pairs, factor, .. } = *rotary;
+        let (axes, columns) = rotary.frequencies.dim();
+        let (blocks, stride) = (columns / pairs, pairs.next_multiple_of(len));
+        let mut frequencies = [(); 3].map(|()| vec![0.0; axes * blocks * stride]);
+        for ((axis, column), &frequency) in rotary.frequencies.indexed_iter() {
             let [high, low] = halves(frequency);
+            let at = (axis * blocks + column / pairs) * stride + column % pairs;
             for (all, part) in frequencies.iter_mut().zip([frequency, high, low]) {
-                all[axis * stride + pair] = part;
+                all[at] = part;
             }
         }
-        let zeros = || vec![F::zero(); stride];
-        let Rotary { layout, head_dim, .. } = *rotary;
-        Self { level, layout, head_dim, pairs, stride, frequencies, cos: zeros(), sin: zeros() }
+        let [cos, sin] = [(); 2].map(|()| vec![F::zero(); blocks * stride]);
+        Self { level, layout, head_dim, pairs, factor, blocks, stride, frequencies, cos, sin }
+    }
+
+    /// Returns the block of a head.
+    #[inline(always)]
+    fn block(&self, head: usize, num_heads: usize) -> usize {
+        head * self.blocks / num_heads
     }
 
     /// Sets the angles to those of `sign` times a position.
@@ -99,20 +108,22 @@ impl<F: Float> Turn<F> {
     fn set_in_vectors<S: Simd>(&mut self, simd: S, position: &[F], sign: f64) {
         let splat = |x: f64| Vector::<S, f64>::splat(simd, x);
         let len = Vector::<S, f64>::LEN;
-        for at in (0..self.stride).step_by(len) {
+        let columns = self.blocks * self.stride;
+        let factor = splat(self.factor);
+        for at in (0..columns).step_by(len) {
             let [mut angle, mut error] = [splat(0.0); 2];
             for (axis, &x) in position.iter().enumerate() {
                 let x = sign * x.as_f64();
                 let halves = halves(x).map(splat);
                 let frequencies = self.frequencies.each_ref().map(|all| {
-                    Vector::<S, f64>::from_slice(simd, &all[axis * self.stride + at..][..len])
+                    Vector::<S, f64>::from_slice(simd, &all[axis * columns + at..][..len])
                 });
                 let [product, rest] = exact_product::<S>(frequencies, splat(x), halves);
                 let [sum, lost] = exact_sum::<S>(angle, product);
                 angle = sum;
                 error += rest + lost;
             }
-            let [sin, cos] = sin_cos_of_sum(simd, angle, error);
+            let [sin, cos] = sin_cos_of_sum(simd, angle, error).map(|value| value * factor);
             let (cos_of, sin_of) = (&mut self.cos[at..][..len], &mut self.sin[at..][..len]);
             for lane in 0..len {
                 cos_of[lane] = F::from_f64(cos.as_slice()[lane]);
@@ -124,15 +135,25 @@ impl<F: Float> Turn<F> {
     /// Overwrites one head, or several side by side, with the rotated heads.
     #[inline(never)]
     fn apply(&self, heads: &[F], out: &mut [F]) {
-        dispatch!(self.level, _simd => self.rotate(heads, out));
+        let num_heads = heads.len() / self.head_dim;
+        dispatch!(self.level, _simd => {
+            self.rotate(heads, out, #[inline(always)] |head| self.block(head, num_heads));
+        });
+    }
+
+    /// Overwrites one head, which has this block of frequencies.
+    #[inline(never)]
+    fn apply_block(&self, block: usize, head: &[F], out: &mut [F]) {
+        dispatch!(self.level, _simd => self.rotate(head, out, #[inline(always)] |_| block));
     }
 
     #[inline(always)]
-    fn rotate(&self, heads: &[F], out: &mut [F]) {
+    fn rotate(&self, heads: &[F], out: &mut [F], block_of: impl Fn(usize) -> usize) {
         let pairs = self.pairs;
-        let (cos, sin) = (&self.cos[..pairs], &self.sin[..pairs]);
         let heads = heads.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
-        for (head, out) in heads {
+        for (number, (head, out)) in heads.enumerate() {
+            let first = block_of(number) * self.stride;
+            let (cos, sin) = (&self.cos[first..][..pairs], &self.sin[first..][..pairs]);
             let (head, rest) = head.split_at(2 * pairs);
             let (out, out_rest) = out.split_at_mut(2 * pairs);
             out_rest.copy_from_slice(rest);
@@ -159,9 +180,12 @@ impl<F: Float> Turn<F> {
     /// position on one axis.
     fn slope(&self, scale: F, x: &[F], out: &mut [F]) {
         out.fill(F::zero());
+        let num_heads = x.len() / self.head_dim;
         let heads = x.chunks_exact(self.head_dim).zip(out.chunks_exact_mut(self.head_dim));
-        for (x, out) in heads {
-            for (p, &frequency) in self.frequencies[0][..self.pairs].iter().enumerate() {
+        for (head, (x, out)) in heads.enumerate() {
+            let first = self.block(head, num_heads) * self.stride;
+            let frequencies = &self.frequencies[0][first..][..self.pairs];
+            for (p, &frequency) in frequencies.iter().enumerate() {
                 let [a, b] = match self.layout {
                     Layout::Interleaved => [2 * p, 2 * p + 1],
                     Layout::Half => [p, p + self.pairs],
@@ -175,30 +199,28 @@ impl<F: Float> Turn<F> {
     }
 
     /// sums\[p\] += x × y, the cross product of the columns of pair p: the derivative of ⟨y, x⟩ with
-    /// respect to its angle, over one head or several.
+    /// respect to its angle, for one head. The sums of its block follow those of the blocks before.
     #[inline(never)]
-    fn add_cross_products(&self, x: &[F], y: &[F], sums: &mut [F]) {
-        dispatch!(self.level, _simd => self.add_cross(x, y, sums));
+    fn add_cross_products(&self, block: usize, x: &[F], y: &[F], sums: &mut [F]) {
+        dispatch!(self.level, _simd => self.add_cross(x, y, &mut sums[block * self.pairs..]));
     }
 
     #[inline(always)]
     fn add_cross(&self, x: &[F], y: &[F], sums: &mut [F]) {
         let pairs = self.pairs;
         let sums = &mut sums[..pairs];
-        for (x, y) in x.chunks_exact(self.head_dim).zip(y.chunks_exact(self.head_dim)) {
-            let (x, y) = (&x[..2 * pairs], &y[..2 * pairs]);
-            match self.layout {
-                Layout::Interleaved => {
-                    let columns = x.chunks_exact(2).zip(y.chunks_exact(2));
-                    for ((x, y), sum) in columns.zip(sums.iter_mut()) {
-                        *sum += x[0] * y[1] - x[1] * y[0];
-                    }
+        let (x, y) = (&x[..2 * pairs], &y[..2 * pairs]);
+        match self.layout {
+            Layout::Interleaved => {
+                let columns = x.chunks_exact(2).zip(y.chunks_exact(2));
+                for ((x, y), sum) in columns.zip(sums.iter_mut()) {
+                    *sum += x[0] * y[1] - x[1] * y[0];
                 }
-                Layout::Half => {
-                    let ((a, b), (c, d)) = (x.split_at(pairs), y.split_at(pairs));
-                    for p in 0..pairs {
-                        sums[p] += a[p] * d[p] - b[p] * c[p];
-                    }
+            }
+            Layout::Half => {
+                let ((a, b), (c, d)) = (x.split_at(pairs), y.split_at(pairs));
+                for p in 0..pairs {
+                    sums[p] += a[p] * d[p] - b[p] * c[p];
                 }
             }
         }
@@ -280,7 +302,8 @@ mod tests {
                 let positions = array![[1.5, -2.0], [0.0, 0.25], [-3.0, 4.5]];
                 for layout in [Layout::Interleaved, Layout::Half] {
                     let head_dim = 2 * pairs + 1;
-                    let rotary = Rotary { layout, head_dim, frequencies: frequencies.clone() };
+                    let frequencies = frequencies.clone();
+                    let rotary = Rotary { layout, head_dim, pairs, frequencies, factor: 1.0 };
                     let x = Array2::from_shape_fn((3, 2 * head_dim), |(_, c)| {
                         F::from_f64((c + 1) as f64)
                     });
@@ -291,7 +314,7 @@ mod tests {
                     rotate(&rotary, level, &at, &x, out.view_mut());
                     for (out, position) in out.rows().into_iter().zip(positions.rows()) {
                         let expected =
-                            rotated::<F>(layout, &frequencies, position.to_slice().unwrap());
+                            rotated::<F>(layout, &rotary.frequencies, position.to_slice().unwrap());
                         let tolerance = F::from_f64(8.0 * head_dim as f64) * F::epsilon();
                         for (&a, &b) in out.iter().zip(&expected) {
                             assert!(
@@ -316,7 +339,9 @@ mod tests {
         let rotary = Rotary {
             layout: Layout::Half,
             head_dim: 2,
+            pairs: 1,
             frequencies: Array2::from_elem((1, 1), theta),
+            factor: 1.0,
         };
         let mut turn = Turn::<f64>::new(level, &rotary);
         turn.set(&[x], 1.0);

@@ -18,7 +18,7 @@ const BLOCK: usize = 16;
 const WORK_OF_ANGLE: usize = 50;
 
 fn work(rotary: &Rotary, rows: usize, columns: usize) -> usize {
-    rows.saturating_mul(columns + WORK_OF_ANGLE * rotary.pairs())
+    rows.saturating_mul(columns + WORK_OF_ANGLE * rotary.frequencies.ncols())
 }
 
 /// Overwrites `out` with the heads of `x`, each row rotated by its row of `positions`.
@@ -70,9 +70,9 @@ pub(in super::super) fn rotate_vjp<F: Float>(
     let [no_x, no_positions] = unwanted.each_mut().map(|none| none.view_mut());
     let mut rest = Rest::new(grad_x.unwrap_or(no_x));
     let mut rest_of_positions = Rest::new(grad_positions.unwrap_or(no_positions));
-    let (axes, pairs) = rotary.frequencies.dim();
+    let (axes, angles) = rotary.frequencies.dim();
     let count = if frequencies.is_some() { parts.len() } else { 0 };
-    let mut sums = Array3::zeros((count, axes, pairs));
+    let mut sums = Array3::zeros((count, axes, angles));
     let mut sums_of_parts = sums.axis_chunks_iter_mut(Axis(0), 1);
     let tasks = parts.iter().map(|part| {
         let len = part.len();
@@ -116,7 +116,7 @@ impl<F: Float> Backward<'_, F> {
         let head_dim = rotary.head_dim;
         let mut turn = Turn::new(level, rotary);
         let mut back = vec![F::zero(); head_dim];
-        let mut grad_angles = vec![F::zero(); rotary.pairs()];
+        let mut grad_angles = vec![F::zero(); rotary.frequencies.ncols()];
         let wants_positions = grad_positions.ncols() > 0;
         let wants_angles = wants_positions || sums.is_some();
         for (r, row) in self.rows.clone().enumerate() {
@@ -127,12 +127,14 @@ impl<F: Float> Backward<'_, F> {
             }
             turn.set(positions.row(row), -1.0);
             grad_angles.fill(F::zero());
+            let num_heads = grad_out.len() / head_dim;
             let heads = grad_out.chunks_exact(head_dim).zip(x.row(row).chunks_exact(head_dim));
             for (head, (grad_out, x)) in heads.enumerate().filter(|(_, (grad, _))| !is_zero(grad)) {
-                // x' = R x, so the gradient of x is R⁻¹ times the gradient of x'.
-                turn.apply(grad_out, &mut back);
+                // x' = R x, so the gradient of x is Rᵀ times the gradient of x'.
+                let block = turn.block(head, num_heads);
+                turn.apply_block(block, grad_out, &mut back);
                 if wants_angles {
-                    turn.add_cross_products(x, &back, &mut grad_angles);
+                    turn.add_cross_products(block, x, &back, &mut grad_angles);
                 }
                 if grad_x.ncols() > 0 {
                     let grad_x = grad_x.slice_mut(s![r, head_columns(head, head_dim)]);

@@ -2,10 +2,12 @@
 
 mod config;
 mod edges;
+mod scaling;
 
 pub use crate::kernels::rotary::Layout;
 pub use config::GraphRopeConfig;
 pub use edges::EdgeRope;
+pub use scaling::Scaling;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
@@ -28,10 +30,12 @@ const NAME: &str = "graph_rope";
 /// ```text
 /// q'ᵢ = R(xᵢ) qᵢ      k'ⱼ = R(xⱼ) kⱼ      o = inner(q', k', v)
 /// R(x): pair p of the columns of each head turns by αₚ = Σₐ θₐₚ xₐ,
-///       (a, b) ↦ (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
+///       (a, b) ↦ f · (a cos αₚ − b sin αₚ, a sin αₚ + b cos αₚ)
 /// ```
 ///
-/// The rotation preserves norms, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends only on differences of positions.
+/// The attention factor f is 1, unless a [`Scaling`] for longer contexts sets it.
+///
+/// With f = 1 the rotation preserves norms, and q'ᵢ·k'ⱼ = qᵢ·R(xⱼ − xᵢ)kⱼ depends only on differences of positions.
 /// The [`Layout`] determines which columns form a pair, the [`GraphRopeConfig`] determines θ.
 ///
 /// * **Reads** query (n_q × heads·d) and key (n_k × kv_heads·d), d = `head_dim`;
@@ -39,7 +43,7 @@ const NAME: &str = "graph_rope";
 ///   channels are passed to the inner mechanism, including the positions: a second `GraphRope` inside
 ///   rotates by them again.
 /// * **Output** the output of the inner mechanism.
-/// * **Parameters** `frequencies` (axes × pairs) if they are learned; otherwise they are a buffer of
+/// * **Parameters** `frequencies` (axes × pairs, or axes × (heads · pairs)) if they are learned; otherwise they are a buffer of
 ///   that name. Then the parameters of the inner mechanism with the prefix `inner.`.
 /// * **Cost** O(n · d) time per head, and a sine and cosine for each row and pair of columns; memory for
 ///   the rotated queries and keys, but not for a table of angles.
@@ -92,10 +96,16 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
         &self.inner
     }
 
-    /// Returns the frequencies, axes × pairs.
+    /// Returns the frequencies, axes × pairs; with a block of pairs for each head, axes × (heads · pairs).
     #[must_use]
     pub fn frequencies(&self) -> Array2<f64> {
         self.rotation.frequencies()
+    }
+
+    /// Returns the factor of rotated columns: 1, unless a scaling or the configuration sets it.
+    #[must_use]
+    pub fn attention_factor(&self) -> f64 {
+        self.rotation.attention_factor
     }
 
     /// Returns queries and keys with their positions if they fit the configuration.
@@ -111,7 +121,33 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
         Ok([side("query", inputs.query(), query)?, side("key", inputs.key(), key)?])
     }
 
-    fn rotate(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 2]> {
+    /// Rotates rows of one or several heads, n × (heads · d), by their positions, n × axes.
+    ///
+    /// ```
+    /// use graph_attention::{Flash, GraphRopeConfig, graph_rope::Layout};
+    /// use graph_attention::ndarray::array;
+    ///
+    /// let config = GraphRopeConfig::new(2, Layout::Half).frequencies(array![[1.0]]);
+    /// let rope = config.init(Flash::new())?;
+    /// let quarter = array![[std::f64::consts::FRAC_PI_2]];
+    /// let turned = rope.rotate(array![[1.0, 2.0]].view(), quarter.view())?;
+    /// assert!((turned - array![[-2.0, 1.0]]).iter().all(|difference| difference.abs() < 1e-15));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) if the columns are not those of whole heads, or if the positions
+    /// have another number of rows or axes.
+    pub fn rotate(&self, x: ArrayView2<'_, F>, positions: ArrayView2<'_, F>) -> Result<Array2<F>> {
+        self.rotation.check_heads(x)?;
+        check_shape("positions", &[x.nrows(), self.rotation.axes()], positions.shape())?;
+        let mut out = try_zeros("rotated rows", x.nrows(), x.ncols())?;
+        let [x, positions] = [Rows::new("x", x)?, Rows::new("positions", positions)?];
+        F::rotate(&self.rotation.rotary(), level(), &positions, &x, out.view_mut());
+        Ok(out)
+    }
+
+    fn rotate_sides(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 2]> {
         let (rotary, level) = (self.rotation.rotary(), level());
         let [query, key] = self.sides(inputs)?;
         let mut rotated = [
@@ -174,7 +210,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         check_output(self, "out", inputs, out.shape())?;
-        let rotated = self.rotate(inputs)?;
+        let rotated = self.rotate_sides(inputs)?;
         self.inner.forward_into(&self.inner_inputs(inputs, &rotated)?, out)
     }
 
@@ -184,7 +220,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         check_output(self, "out", inputs, out.shape())?;
-        let rotated = self.rotate(inputs)?;
+        let rotated = self.rotate_sides(inputs)?;
         let inner = self.inner.forward_train_into(&self.inner_inputs(inputs, &rotated)?, out)?;
         Ok(Saved::new(NAME, State { rotated, inner }))
     }
@@ -204,7 +240,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        let rotated = self.rotate(inputs)?;
+        let rotated = self.rotate_sides(inputs)?;
         self.inner.attention_weights(&self.inner_inputs(inputs, &rotated)?)
     }
 
@@ -214,7 +250,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         grad_weights: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        self.vjp(inputs, &self.rotate(inputs)?, grads, |inputs, grads| {
+        self.vjp(inputs, &self.rotate_sides(inputs)?, grads, |inputs, grads| {
             self.inner.attention_weights_backward_into(inputs, grad_weights, grads)
         })
     }
