@@ -1,3 +1,4 @@
+use crate::cache::{self, KeyValueCache};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
@@ -148,6 +149,44 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         Ok(gradients)
     }
 
+    /// Computes the next outputs of growing sequences, for inference: appends the new keys and values in
+    /// `inputs` to the caches, and overwrites `out` with the outputs of the new queries over all cached rows.
+    ///
+    /// There is one cache for each sequence: one for dense inputs, and one for each segment of
+    /// [packed](Inputs::packed) inputs, whose projections are shared. A mechanism that transforms
+    /// keys (projects, rotates) transforms the new ones and passes them on; the innermost one appends them. By
+    /// default a mechanism is the innermost: it appends the keys as they are, and computes
+    /// [`forward_into`](Self::forward_into) over all of them.
+    ///
+    /// With a causal pattern the new queries see all earlier rows, and the new rows as in `inputs`.
+    /// Decoding a sequence in any steps therefore gives the outputs of one causal call up to rounding.
+    /// Without a causal pattern the queries see all rows, as in cross-attention. Positions and heads are
+    /// honoured; what counts pairs of new rows (mask, bias, dropout, data of pairs, a graph) is refused.
+    ///
+    /// # Errors
+    /// As [`forward_into`](Self::forward_into); [`Error::Shape`] if there is not one cache for each sequence,
+    /// or if its rows have other numbers of columns; [`Error::Unsupported`] or [`Error::InvalidArgument`] for
+    /// inputs that are refused. The caches are then unchanged.
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        cache::decode(self, inputs, caches, out)
+    }
+
+    /// Runs [`decode_into`](Self::decode_into) and returns a new output array. [`KeyValueCache`] has an
+    /// example.
+    ///
+    /// # Errors
+    /// As [`decode_into`](Self::decode_into).
+    fn decode(&self, inputs: &Inputs<'_, F>, caches: &mut [KeyValueCache<F>]) -> Result<Array2<F>> {
+        let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
+        self.decode_into(inputs, caches, out.view_mut())?;
+        Ok(out)
+    }
+
     /// Runs [`forward_into`](Self::forward_into) and returns a new output array.
     ///
     /// # Errors
@@ -286,6 +325,14 @@ macro_rules! impl_for_pointers {
                 grads: GradientsMut<'_, F>,
             ) -> Result<()> {
                 (**self).attention_weights_backward_into(inputs, grad_weights, grads)
+            }
+            fn decode_into(
+                &self,
+                inputs: &Inputs<'_, F>,
+                caches: &mut [KeyValueCache<F>],
+                out: ArrayViewMut2<'_, F>,
+            ) -> Result<()> {
+                (**self).decode_into(inputs, caches, out)
             }
         }
     )*};

@@ -841,6 +841,41 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
+    /// Returns the same queries over all rows of a cache, whose last rows are the keys of these dense inputs.
+    pub(crate) fn over_cache<'b>(
+        &self,
+        key: ArrayView2<'b, F>,
+        value: ArrayView2<'b, F>,
+        positions: Option<ArrayView2<'b, F>>,
+    ) -> Result<Inputs<'b, F>>
+    where
+        'a: 'b,
+    {
+        let num_earlier = key.nrows() - self.num_keys();
+        let inputs = Inputs::dense(self.query, key, value)?;
+        let inputs = inputs.with_grouped_heads(self.heads, self.kv_heads)?;
+        let inputs = match (self.positions, positions) {
+            (Some(of_new), Some(of_cache)) => inputs.with_positions(of_new.query, of_cache)?,
+            _ => inputs,
+        };
+        let causal = self.causal.map(|causal| match causal {
+            Causal::TopLeft => Causal::Offset(num_earlier),
+            Causal::Offset(offset) => Causal::Offset(num_earlier.saturating_add(offset)),
+            Causal::BottomRight => causal,
+        });
+        Ok(Inputs { causal, ..inputs })
+    }
+
+    /// Returns the positions of the keys, if there are any.
+    pub(crate) fn key_positions(&self) -> Option<ArrayView2<'a, F>> {
+        self.positions.map(|positions| positions.key)
+    }
+
+    /// Returns whether these are selected from other inputs.
+    pub(crate) fn is_selected(&self) -> bool {
+        self.origin.is_some()
+    }
+
     /// Returns whether a mask of any kind may hide pairs.
     pub(crate) fn has_mask(&self) -> bool {
         self.mask.is_some() || self.pair_mask.is_some()

@@ -126,8 +126,8 @@
 //! Numbers such as 1706.03762 are arXiv identifiers.
 //!
 //! Besides the mechanisms, [`neighbors`] finds the keys nearest to each query and returns them as a
-//! [`Graph`] to attend over; [`Partial`] merges outputs over shards of the keys, and has gradients;
-//! [`geometry::poincare`]
+//! [`Graph`] to attend over; [`KeyValueCache`] holds the past of a growing sequence for [`Attention::decode`];
+//! [`Partial`] merges outputs over shards of the keys, and has gradients; [`geometry::poincare`]
 //! has the functions of the Poincaré ball; [`testing`] checks your own mechanism.
 //!
 //! # Arrays, speed, randomness
@@ -152,6 +152,7 @@
 //! | `hnsw` | no | `neighbors::HnswIndex`, an approximate nearest-neighbour index, from the crate `hnsw_rs` |
 
 mod attention;
+mod cache;
 mod dropout;
 mod error;
 mod float;
@@ -175,6 +176,7 @@ pub use ndarray;
 pub use rand;
 
 pub use attention::{Attention, Saved, check_output};
+pub use cache::KeyValueCache;
 pub use dropout::Dropout;
 pub use error::{Channel, Error, Result};
 pub use float::Float;

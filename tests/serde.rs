@@ -10,11 +10,11 @@ use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayView
 use graph_attention::neighbors::Metric;
 use graph_attention::{
     Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
-    LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial, PerformerConfig, PoincareConfig,
-    Result,
+    KeyValueCache, LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial, PerformerConfig,
+    PoincareConfig, Result,
     dual_space::Fusion,
     edge_gat::Score,
-    graph_rope::Layout,
+    graph_rope::{Layout, Scaling},
     local_global::Window,
     moe::{Gating, Priority},
     params,
@@ -112,6 +112,16 @@ fn configurations_come_back() {
     }
     for layout in [Layout::Half, Layout::Interleaved] {
         comes_back(&GraphRopeConfig::new(6, layout).axes(3).base(123.0).rotary_dim(4));
+        let (factor, original_len) = (8.0, 8192.0);
+        for scaling in [
+            Scaling::Linear { factor },
+            Scaling::Ntk { factor },
+            Scaling::yarn(factor, original_len),
+            Scaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original_len },
+        ] {
+            let config = GraphRopeConfig::new(6, layout).scaling(scaling);
+            comes_back(&config.attention_factor(1.0 / 3.0));
+        }
     }
     comes_back(
         &GraphRopeConfig::new(4, Layout::Half).frequencies(array![[0.1, 1e-9], [-3.0, 0.0]]),
@@ -125,6 +135,29 @@ fn configurations_come_back() {
         #[cfg(feature = "hnsw")]
         comes_back(&graph_attention::neighbors::HnswConfig::new(metric).ef_search(7));
     }
+}
+
+#[test]
+fn a_cache_comes_back_without_what_it_forgot() {
+    let rows = Array2::from_shape_fn((9, 3), |(i, j)| 1.0 / (1 + i + j) as f64);
+    let wide = Array2::from_shape_fn((9, 4), |(i, j)| (i * j) as f64);
+    let mut cache = KeyValueCache::new();
+    comes_back(&cache);
+    cache.append(rows.view(), wide.view()).unwrap();
+    comes_back(&cache);
+    cache.truncate(0);
+    cache.append_at(rows.view(), wide.view(), rows.view()).unwrap();
+    cache.remove(1..3).unwrap();
+    cache.keep_last(5);
+    comes_back(&cache);
+    let mut again: KeyValueCache<f64> = serde_json::from_str(&to_json(&cache)).unwrap();
+    again.append_at(rows.view(), wide.view(), rows.view()).unwrap();
+    assert_eq!((again.len(), again.key().row(0)), (14, rows.row(4)));
+
+    let mut json = serde_json::to_value(&cache).unwrap();
+    json["value"] = serde_json::to_value(&wide).unwrap();
+    let message = refusal::<KeyValueCache<f64>>(&json.to_string());
+    assert!(message.contains("value: expected shape [5, 4], got [9, 4]"), "{message}");
 }
 
 #[test]

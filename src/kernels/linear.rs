@@ -3,9 +3,10 @@
 //! The right factor is packed once into rows of whole panels; the rows of the left factor are shared
 //! among threads.
 
+use super::gathered::{Columns, Gather};
 use super::level::level;
 use super::parallel::{self, parts, row_chunks};
-use super::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
+use super::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times, vector_len};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};
@@ -20,6 +21,10 @@ const BLOCK: usize = 96;
 /// A factor is sparse if fewer than one in this many entries are nonzero.
 const SPARSE: usize = 16;
 
+/// Fewer rows are multiplied one by one with the rows of a weight, which is then not copied: the copy would take
+/// longer than the product.
+const FEW_ROWS: usize = 8;
+
 /// The gradient of a weight is a sum over rows, in at most this many parts, which are added in order.
 const SUMS: usize = 4;
 
@@ -30,7 +35,7 @@ pub(crate) fn linear_into<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    product(x, weight.t(), Target::Overwrite, out.view_mut())?;
+    transposed_product(x, weight, Target::Overwrite, out.view_mut())?;
     if let Some(bias) = bias {
         out += &bias;
     }
@@ -55,7 +60,7 @@ pub(crate) fn add_linear<F: Float>(
     bias: Option<ArrayView1<'_, F>>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    product(x, weight.t(), Target::Add, out.view_mut())?;
+    transposed_product(x, weight, Target::Add, out.view_mut())?;
     if let Some(bias) = bias {
         out += &bias;
     }
@@ -105,6 +110,32 @@ fn without_dead_rows<F: Float>(
         }
     }
     Ok(Some(Rows::from(copy)))
+}
+
+/// Computes left · rightᵀ.
+fn transposed_product<F: Float>(
+    left: ArrayView2<'_, F>,
+    right: ArrayView2<'_, F>,
+    target: Target<'_, F>,
+    out: ArrayViewMut2<'_, F>,
+) -> Result<()> {
+    if left.nrows() >= FEW_ROWS || left.is_empty() || right.as_slice().is_none() {
+        return product(left, right.t(), target, out);
+    }
+    let work = left.len().saturating_mul(right.nrows());
+    let (left, right) = (Rows::new("product", left)?, Rows::new("product", right)?);
+    let level = level();
+    let parts = parts(out.ncols(), BLOCK, PARTS);
+    let mut rest = Some(out);
+    let tasks = parts.into_iter().map(|columns| {
+        let (out, others) = rest.take().expect("all columns").split_at(Axis(1), columns.len());
+        rest = Some(others);
+        (columns, out)
+    });
+    parallel::for_each(tasks.collect(), work, |(columns, out)| {
+        F::few_rows(level, &left, &right, columns, target, out);
+    });
+    Ok(())
 }
 
 /// Computes left · right. A sparse `left` is multiplied entry by entry, with the same result unless zeros
@@ -235,6 +266,33 @@ pub(super) fn product_rows<F: Float>(
     }
     if !copy.is_empty() {
         out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
+    }
+}
+
+/// Computes `columns` of left · rightᵀ for few rows of `left`.
+pub(super) fn few_rows<F: Float>(
+    level: Level,
+    left: &Rows<'_, F>,
+    right: &Rows<'_, F>,
+    columns: Range<usize>,
+    target: Target<'_, F>,
+    mut out: ArrayViewMut2<'_, F>,
+) {
+    let mut dots = Columns::new(level, 1, left.slices().columns, |_| [0, 0]);
+    let at: Vec<usize> = columns.collect();
+    let mut products = vec![F::zero(); BLOCK.next_multiple_of(vector_len::<F>(level))];
+    // For a block of the weight at a time, so that all rows find it in the cache.
+    for block in parallel::ranges(at.len(), BLOCK) {
+        let rows = Gather { rows: right.slices(), at: &at[block.clone()] };
+        for (row, mut out) in out.rows_mut().into_iter().enumerate() {
+            dots.dots(left.row(row), rows, &mut products, 0);
+            let mut out = out.slice_mut(s![block.clone()]);
+            let products = ArrayView1::from(&products[..block.len()]);
+            match target {
+                Target::Overwrite => out.assign(&products),
+                _ => out += &products,
+            }
+        }
     }
 }
 

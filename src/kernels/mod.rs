@@ -138,6 +138,16 @@ kernels! {
         out: ArrayViewMut2<'_, Self>,
     ) = linear::product_rows;
 
+    /// [`linear::few_rows`].
+    fn few_rows(
+        level: Level,
+        left: &Rows<'_, Self>,
+        right: &Rows<'_, Self>,
+        columns: Range<usize>,
+        target: Target<'_, Self>,
+        out: ArrayViewMut2<'_, Self>,
+    ) = linear::few_rows;
+
     /// [`linear::add_transposed_product_rows`].
     fn add_transposed_product(
         level: Level,

@@ -1,6 +1,7 @@
 //! Multi-head attention with learned projections: [`MultiHead`].
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::cache::KeyValueCache;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
@@ -224,6 +225,9 @@ impl MultiHeadConfig {
 /// * **Errors** [`Error::Shape`] if the columns of the inputs do not fit the projections, or the inner
 ///   mechanism's output does not fit `out_proj.weight`.
 ///
+/// To decode token by token, use [`decode`](Attention::decode) with a [`KeyValueCache`], which projects only
+/// the new rows.
+///
 /// Unlike in PyTorch, `true` in a mask means that a pair takes part ([`Inputs::with_mask`]), weights are
 /// returned per head, and a query without visible keys gives b_o instead of NaN.
 ///
@@ -328,14 +332,30 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
         Ok(arrays)
     }
 
-    /// Computes q', k' and v'.
-    fn project(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 3]> {
+    /// Computes the projected queries, keys and values: n_q × heads·d, n_k × kv_heads·d and n_k × kv_heads·d_v.
+    /// For a cache or an attention of your own; [`decode`](Attention::decode) does all steps.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the columns of the inputs do not fit the projections, [`Error::Unsupported`] if
+    /// they have several heads.
+    pub fn project(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 3]> {
         let [query, key, value] = self.arrays(inputs)?;
         Ok([
             linear(query, self.in_weight(0), self.in_bias(0))?,
             linear(key, self.in_weight(1), self.in_bias(1))?,
             linear(value, self.in_weight(2), self.in_bias(2))?,
         ])
+    }
+
+    /// Computes the outputs from those of the heads, n_q × heads·d_v: the last step after
+    /// [`project`](Self::project) and attention.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `context` has another number of columns.
+    pub fn project_output(&self, context: ArrayView2<'_, F>) -> Result<Array2<F>> {
+        let expected = [context.nrows(), self.out_proj_weight.ncols()];
+        check_shape("context", &expected, context.shape())?;
+        linear(context, self.out_proj_weight.view(), self.out_bias())
     }
 
     /// Returns the inputs of the inner mechanism.
@@ -454,6 +474,20 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         self.in_proj_vjp(inputs, projected, grads, |inputs, grads| {
             self.inner.backward_into(inputs, inner, grad_context.view(), grads)
         })
+    }
+
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        check_output(self, "out", inputs, out.shape())?;
+        let projected = self.project(inputs)?;
+        let inner_inputs = self.inner_inputs(inputs, &projected)?;
+        let mut context = self.context(&inner_inputs)?;
+        self.inner.decode_into(&inner_inputs, caches, context.view_mut())?;
+        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {

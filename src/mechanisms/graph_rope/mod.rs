@@ -10,6 +10,7 @@ pub use edges::EdgeRope;
 pub use scaling::Scaling;
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::cache::KeyValueCache;
 use crate::error::{Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -121,7 +122,8 @@ impl<F: Float, A: Attention<F>> GraphRope<F, A> {
         Ok([side("query", inputs.query(), query)?, side("key", inputs.key(), key)?])
     }
 
-    /// Rotates rows of one or several heads, n × (heads · d), by their positions, n × axes.
+    /// Rotates rows of one or several heads, n × (heads · d), by their positions, n × axes. For a cache or an
+    /// attention of your own; [`decode`](Attention::decode) rotates each key once.
     ///
     /// ```
     /// use graph_attention::{Flash, GraphRopeConfig, graph_rope::Layout};
@@ -237,6 +239,17 @@ impl<F: Float, A: Attention<F>> Attention<F> for GraphRope<F, A> {
         self.vjp(inputs, rotated, grads, |inputs, grads| {
             self.inner.backward_into(inputs, inner, grad_out, grads)
         })
+    }
+
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        check_output(self, "out", inputs, out.shape())?;
+        let rotated = self.rotate_sides(inputs)?;
+        self.inner.decode_into(&self.inner_inputs(inputs, &rotated)?, caches, out)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {

@@ -8,6 +8,7 @@ pub use window::Window;
 use window::{Block, Kind};
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::cache::{self, KeyValueCache};
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
@@ -58,7 +59,8 @@ const NAME: &str = "local_global";
 ///   rows of globals are copied; with a dilation also queries, keys, values, and the given mask and bias,
 ///   for one class of positions with the same remainder at a time.
 /// * **Errors** as [`Flash`], and [`Error::InvalidArgument`] if there is no node at a global position: in
-///   packed inputs, in none of the segments.
+///   packed inputs, in none of the segments. [`decode`](Attention::decode) needs a causal pattern, which gives the
+///   new queries their positions, and accepts global positions that the sequence has not reached yet.
 ///
 /// ```
 /// use graph_attention::ndarray::Array2;
@@ -428,6 +430,26 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         state.check(inputs)?;
         self.check_globals(inputs)?;
         self.vjp(inputs, state.upstream(grad_out), grads)
+    }
+
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        if !matches!(self.form, Form::SlidingWindow { .. }) {
+            return cache::decode(self, inputs, caches, out);
+        }
+        if inputs.causal_alignment().is_none() {
+            let expected =
+                "a causal pattern, which gives new queries their place after cached keys";
+            return Err(Error::config("inputs", expected, "none"));
+        }
+        // Later rows may be at global positions.
+        let forward =
+            |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out).map(drop);
+        cache::decode_by(self, inputs, caches, out, forward)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
