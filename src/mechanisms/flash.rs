@@ -226,7 +226,7 @@ impl Flash {
             (of_pairs.edge_features, of_pairs.distances) = (None, None);
             (of_pairs.query_positions, of_pairs.key_positions) = (None, None);
             return visible.backward(of_pairs, |inputs, mut grads| {
-                self.add_gradients(inputs, out, normalizer, grad_out, &mut grads)
+                self.add_gradients(inputs, upstream, &mut grads)
             });
         }
         let problem = Problem::new(inputs, self.scale)?;
