@@ -1,14 +1,17 @@
 //! The ten nearest of 20,000 vectors, for all of them: `cargo bench -p benches --bench neighbors`.
 //!
 //! Compared with the product of the same matrices alone, in tiles that are not stored: with the same
-//! kernel and a threshold that no key reaches, and with `ndarray`.
+//! kernel and a threshold that no key reaches, and with `ndarray`. Then the approximate index: the build, and
+//! one query at a time with several numbers of candidates, whose recall is printed.
 
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use graph_attention::ndarray::linalg::general_mat_mul;
 use graph_attention::ndarray::{Array2, s};
-use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+use graph_attention::neighbors::{
+    ExactIndex, HnswConfig, HnswIndex, Metric, NeighborIndex, NeighborSearch,
+};
 use std::hint::black_box;
 use workload::{machine, matrix};
 
@@ -50,9 +53,64 @@ fn all_pairs(c: &mut Criterion) {
     }
 }
 
+/// Rows around 200 centers.
+fn clusters(n: usize, dim: usize, seed: u64) -> Array2<f32> {
+    let centers: Array2<f32> = matrix(200, dim, 7);
+    let mut rows: Array2<f32> = matrix(n, dim, seed);
+    for (i, mut row) in rows.rows_mut().into_iter().enumerate() {
+        // No period of the row's number.
+        let center = (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        row *= 0.5;
+        row.scaled_add(2.0, &centers.row(center as usize % 200));
+    }
+    rows
+}
+
+fn recall(index: &HnswIndex<f32>, keys: &Array2<f32>, queries: &Array2<f32>, k: usize) -> f64 {
+    let exact = ExactIndex::new(keys.view(), index.metric()).expect("it fits");
+    let exact = exact.search(queries.view(), &NeighborSearch::new(k)).expect("it fits").graph;
+    let (mut nearest, mut hits) = (Vec::new(), 0);
+    for (query, row) in queries.rows().into_iter().enumerate() {
+        index.nearest_into(row, k, &mut nearest).expect("the shape is right");
+        let is_near = |key: usize| exact.neighbors(query).contains(&(key as u32));
+        hits += nearest.iter().filter(|found| is_near(found.key)).count();
+    }
+    hits as f64 / exact.num_edges() as f64
+}
+
+fn approximate(c: &mut Criterion) {
+    let (n, dim, k) = (20_000, 64, 10);
+    for (name, metric, keys, queries) in [
+        ("normal", Metric::Cosine, matrix(n, dim, 1), matrix(1000, dim, 2)),
+        ("clusters", Metric::Euclidean, clusters(n, dim, 3), clusters(1000, dim, 4)),
+    ] {
+        let mut group = c.benchmark_group(format!("neighbors, approximate, {name}"));
+        group.sample_size(10);
+        let config = HnswConfig::new(metric);
+        for (threads, pool) in machine::pools() {
+            group.bench_function(format!("build, {threads}"), |bencher| {
+                pool.install(|| bencher.iter(|| config.build(keys.clone())));
+            });
+        }
+        let mut index = config.build(keys.clone()).expect("it fits");
+        // With n candidates it compares with every key.
+        for ef in [10, 20, 40, 70, 100, 150, n] {
+            index.set_ef_search(ef).expect("not 0");
+            println!("{name}, ef {ef}: recall {:.4}", recall(&index, &keys, &queries, k));
+            let (mut nearest, mut number) = (Vec::new(), 0);
+            group.bench_function(format!("one query, ef {ef}"), |bencher| {
+                bencher.iter(|| {
+                    number = (number + 1) % queries.nrows();
+                    index.nearest_into(queries.row(number), k, &mut nearest)
+                });
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = all;
     config = workload::criterion();
-    targets = all_pairs
+    targets = all_pairs, approximate
 }
 criterion_main!(all);

@@ -1,7 +1,7 @@
 //! Local and global attention over the layers of an HNSW index.
 //!
 //! ```sh
-//! cargo run --release -p examples --example hnsw_layers --features hnsw
+//! cargo run --release -p examples --example hnsw_layers
 //! ```
 //!
 //! An index for nearest neighbours is already a graph to attend over: layer 0 links nearby vectors, the

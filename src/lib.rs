@@ -146,10 +146,9 @@
 //! | `parallel` | yes | shares large work among threads with rayon; results are bitwise identical with and without it, for any number of threads |
 //! | `spectral` | no | `Graph::spectral_coordinates`, with the eigensolver of nalgebra (8 crates) |
 //! | `safetensors` | no | the module `safetensors`: saves and loads parameters and buffers, including files from PyTorch |
-//! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`], [`Partial`] and [states](params), in any format |
+//! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`], [`Partial`] and [states](params), in any format; saves an HNSW index with its links |
 //! | `petgraph` | no | `Graph::from_petgraph`: converts graphs of the crate `petgraph` 0.8 |
 //! | `sprs` | no | `Graph::from_sprs`: converts sparse matrices of the crate `sprs` 0.11, stored by rows or by columns |
-//! | `hnsw` | no | `neighbors::HnswIndex`, an approximate nearest-neighbour index, from the crate `hnsw_rs` |
 
 mod attention;
 mod cache;

@@ -9,7 +9,9 @@ use graph_attention::neighbors::{ExactIndex, Metric, Neighbor, NeighborIndex, Ne
 use graph_attention::{Error, Float, Graph, Inputs, Result};
 use rand::RngExt;
 
-const METRICS: [Metric; 3] = [Metric::Cosine, Metric::Dot, Metric::Euclidean];
+/// Normal vectors of up to 64 columns are in this ball.
+const BALL: Metric = Metric::Poincare { curvature: 0.003 };
+const METRICS: [Metric; 4] = [Metric::Cosine, Metric::Dot, Metric::Euclidean, BALL];
 
 /// The oracle's result for a query: keys and similarities, the nearest first.
 type Row = Vec<(usize, f64)>;
@@ -27,7 +29,21 @@ fn similarity(metric: Metric, query: &[f64], key: &[f64]) -> f64 {
             0.0 => 0.0,
             norms => dot(query, key) / norms,
         },
+        Metric::Poincare { curvature: c } => {
+            let distance: f64 = query.iter().zip(key).map(|(q, k)| (q - k).powi(2)).sum();
+            let gaps = (1.0 - c * dot(query, query)) * (1.0 - c * dot(key, key));
+            // d = 2 arsinh(√(c |q − k|² / gaps)) / √c, by the half-angle formula.
+            -2.0 * (c * distance / gaps).sqrt().asinh() / c.sqrt()
+        }
         other => unreachable!("{other:?}"),
+    }
+}
+
+/// Whether a vector is similar to any.
+fn exists(metric: Metric, x: &[f64]) -> bool {
+    match metric {
+        Metric::Poincare { curvature } => curvature * x.iter().map(|x| x * x).sum::<f64>() < 1.0,
+        _ => true,
     }
 }
 
@@ -39,6 +55,7 @@ fn brute_force<F: Float>(
     k: usize,
     admits: impl Fn(usize, usize, f64) -> bool,
 ) -> Vec<Row> {
+    let wide = |row| wide(row).filter(|row| exists(metric, row));
     let keys: Vec<_> = keys.rows().into_iter().map(wide).collect();
     let find = |(i, query): (usize, Option<Vec<f64>>)| {
         let Some(query) = query else { return Vec::new() };
@@ -140,6 +157,65 @@ fn near_points_far_from_the_origin_and_of_all_sizes_are_told_apart() {
                 assert_eq!(keys, expected, "{name} {metric:?}, query {query}");
             }
         }
+    }
+}
+
+#[test]
+fn hyperbolic_neighbours_are_right_near_the_boundary() {
+    use graph_attention::geometry::poincare::distance;
+    let curvature = 0.7;
+    let metric = Metric::Poincare { curvature };
+    // Half of the points are pairs close to each other, and ever closer to the boundary.
+    let mut points = normal::<f64>(160, 5, 17);
+    for (i, mut point) in points.rows_mut().into_iter().enumerate() {
+        let radius = (1.0 - 0.5f64.powf(i as f64 / 8.0 + 0.3)) / curvature.sqrt();
+        let norm = point.dot(&point).sqrt();
+        point *= radius / norm;
+    }
+    for i in (0..160).step_by(4) {
+        let twin = points.row(i).mapv(|x| x * (1.0 - 1e-9));
+        points.row_mut(i + 1).assign(&twin);
+    }
+    let index = ExactIndex::new(points.view(), metric).unwrap();
+    let expected = brute_force(metric, points.view(), points.view(), 9, |_, _, _| true);
+    let found = index.search(points.view(), &NeighborSearch::new(9)).unwrap();
+    for (query, expected) in expected.iter().enumerate() {
+        let keys: Vec<usize> = found.graph.row(query).map(|(key, _)| key).collect();
+        assert_eq!(keys, expected.iter().map(|found| found.0).collect::<Vec<_>>(), "{query}");
+        for found in found.row(query) {
+            let [a, b] = [query, found.key].map(|row| points.row(row).to_vec());
+            let expected = -distance(&a, &b, curvature).unwrap();
+            assert!((found.similarity - expected).abs() < 1e-6 * (1.0 - expected), "{query}");
+        }
+    }
+    // A threshold is a distance; a neighbour at exactly this distance is accepted.
+    for query in 0..160 {
+        let row: Vec<_> = found.row(query).collect();
+        let search = NeighborSearch::new(9).threshold(row[4].similarity);
+        let one = points.slice(s![query..query + 1, ..]);
+        let near = index.search(one, &search).unwrap();
+        let least = row.iter().filter(|found| found.similarity >= row[4].similarity);
+        assert_eq!(near.row(0).collect::<Vec<_>>(), least.copied().collect::<Vec<_>>());
+    }
+    // f32 cannot tell apart points that close to the boundary, but what it stores is searched exactly.
+    let narrow = points.mapv(|x| x as f32);
+    let index = ExactIndex::new(narrow.view(), metric).unwrap();
+    let expected = brute_force(metric, narrow.view(), narrow.view(), 9, |_, _, _| true);
+    let found = index.search(narrow.view(), &NeighborSearch::new(9)).unwrap();
+    for (query, expected) in expected.iter().enumerate() {
+        let keys: Vec<usize> = found.graph.row(query).map(|(key, _)| key).collect();
+        assert_eq!(keys, expected.iter().map(|found| found.0).collect::<Vec<_>>(), "{query}");
+    }
+    // Points on the sphere or outside are similar to none.
+    let few = array![[0.0, 0.5], [1.0, 0.0], [3.0, 4.0], [0.0, 0.0]];
+    let index = ExactIndex::new(few.view(), Metric::Poincare { curvature: 1.0 }).unwrap();
+    let found = index.search(few.view(), &NeighborSearch::new(4)).unwrap().graph;
+    let rows: Vec<_> = (0..4).map(|query| found.neighbors(query).to_vec()).collect();
+    assert_eq!(rows, [vec![0, 3], vec![], vec![], vec![3, 0]]);
+    for curvature in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = ExactIndex::new(few.view(), Metric::Poincare { curvature }).unwrap_err();
+        let expected = format!("curvature: expected a positive finite number, got {curvature}");
+        assert_eq!(error.to_string(), expected);
     }
 }
 
@@ -366,168 +442,4 @@ fn bad_input_is_refused() {
     let index = ExactIndex::from_array(Array2::zeros((7, 0)), Metric::Dot).unwrap();
     assert!(matches!(index.search(nothing, &plain), Err(Error::TooLarge { .. })));
     assert!(matches!(ExactIndex::new(nothing, Metric::Dot), Err(Error::Graph { .. })));
-}
-
-#[cfg(feature = "hnsw")]
-mod hnsw {
-    use super::*;
-    use graph_attention::neighbors::HnswConfig;
-
-    fn recall(found: &Graph, exact: &Graph) -> f64 {
-        let hits = |query| {
-            found.neighbors(query).iter().filter(|key| exact.neighbors(query).contains(key)).count()
-        };
-        let hits: usize = (0..exact.num_queries()).map(hits).sum();
-        hits as f64 / exact.num_edges() as f64
-    }
-
-    #[test]
-    fn what_it_finds_is_what_the_exact_index_says_of_it() {
-        let (queries, keys) = (normal::<f32>(83, 9, 21), normal::<f32>(701, 9, 22));
-        // Norms of all sizes, which matter to the dot product.
-        let keys = keys * normal::<f32>(701, 1, 23).mapv(|x| (0.3 * x).exp());
-        for metric in METRICS {
-            let config = HnswConfig::new(metric);
-            let index = config.build(keys.clone()).unwrap();
-            assert_eq!((index.num_keys(), index.dim(), index.metric()), (701, 9, metric));
-            let exact = ExactIndex::new(keys.view(), metric).unwrap();
-            let search = NeighborSearch::new(10);
-            let found = index.search(queries.view(), &search).unwrap();
-            let exact = exact.search(queries.view(), &search).unwrap();
-            let recall = recall(&found.graph, &exact.graph);
-            let least = if metric == Metric::Dot { 0.95 } else { 0.99 };
-            assert!(recall > least, "{metric:?}: {recall}");
-            for query in 0..83 {
-                let pairs: Vec<_> = found.graph.row(query).collect();
-                assert_eq!(pairs.len(), 10);
-                assert!(
-                    pairs.iter().map(|pair| found.similarities[pair.1]).is_sorted_by(|a, b| a >= b)
-                );
-                for (key, pair) in pairs {
-                    let expected = exact.graph.row(query).find(|&(other, _)| other == key);
-                    if let Some((_, expected)) = expected {
-                        assert_eq!(found.similarities[pair], exact.similarities[expected]);
-                    }
-                }
-            }
-            // The same keys give the same index.
-            let again = config.build(keys.clone()).unwrap();
-            assert_eq!(again.links().unwrap(), index.links().unwrap());
-            assert_eq!(again.search(queries.view(), &search).unwrap(), found);
-        }
-    }
-
-    #[test]
-    fn it_finds_everything_among_few_keys_and_honours_the_search() {
-        let nodes = normal::<f64>(41, 3, 24);
-        let known = excluding(41);
-        for (metric, threshold) in
-            [(Metric::Cosine, 0.2), (Metric::Dot, 0.3), (Metric::Euclidean, -5.0)]
-        {
-            let index = HnswConfig::new(metric).build(nodes.clone()).unwrap();
-            let search = NeighborSearch::new(4).exclude_self(true).exclude(&known);
-            let expected =
-                brute_force(metric, nodes.view(), nodes.view(), 4, |query, key, found| {
-                    found >= threshold
-                        && query != key
-                        && !known.neighbors(query).contains(&(key as u32))
-                });
-            let search = search.threshold(threshold);
-            assert_found(&index, nodes.view(), &search, &expected, &format!("{metric:?}"));
-        }
-    }
-
-    #[test]
-    fn what_is_not_finite_or_not_there_is_left_out() -> Result<()> {
-        let mut keys = normal::<f32>(37, 4, 25);
-        keys[[5, 1]] = f32::NAN;
-        keys[[6, 0]] = f32::INFINITY;
-        keys.row_mut(7).fill(0.0);
-        let mut queries = normal::<f32>(3, 4, 26);
-        queries[[1, 2]] = f32::NAN;
-        queries.row_mut(2).fill(0.0);
-        for metric in METRICS {
-            let index = HnswConfig::new(metric).build(keys.clone())?;
-            let found = index.search(queries.view(), &NeighborSearch::new(37))?.graph;
-            for query in [0, 2] {
-                let mut row = found.neighbors(query).to_vec();
-                row.sort();
-                let expected: Vec<u32> = (0..37).filter(|&key| key != 5 && key != 6).collect();
-                assert_eq!(row, expected, "{metric:?}");
-            }
-            assert!(found.neighbors(1).is_empty());
-            let none = index.search(queries.view(), &NeighborSearch::new(0))?;
-            assert_eq!(none.graph.num_edges(), 0);
-            for len in [0, 1] {
-                let keys = keys.slice(s![..len, ..]).to_owned();
-                let index = HnswConfig::new(metric).build(keys)?;
-                let found = index.search(queries.view(), &NeighborSearch::new(usize::MAX))?;
-                assert_eq!(found.graph.num_edges(), 2 * len);
-                assert_eq!(index.links()?.0.num_edges(), 0);
-            }
-            let huge = keys.mapv(|x| x * 1e38);
-            let index = HnswConfig::new(metric).build(huge)?;
-            assert!(index.search(queries.view(), &NeighborSearch::new(5))?.graph.num_edges() > 0);
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn its_links_lie_in_several_layers_no_more_than_asked_for() -> Result<()> {
-        let index =
-            HnswConfig::new(Metric::Euclidean).connections(5).build(normal::<f32>(997, 3, 27))?;
-        let (links, layers) = index.links()?;
-        assert_eq!((links.num_queries(), links.num_keys()), (997, 997));
-        let top = layers.iter().copied().max().unwrap();
-        assert!(top >= 2);
-        let in_layer =
-            |query, layer| links.row(query).filter(move |&(_, pair)| layers[pair] == layer);
-        for query in 0..997 {
-            assert!(in_layer.clone()(query, 0).count() > 0);
-            for layer in 0..=top {
-                let bound = if layer == 0 { 10 } else { 5 };
-                assert!(in_layer.clone()(query, layer).count() <= bound);
-            }
-            assert!(links.row(query).all(|(key, _)| key != query));
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn bad_settings_are_refused() {
-        let keys = Array2::<f32>::zeros((2, 2));
-        let config = HnswConfig::new(Metric::Dot);
-        let refused = |config: HnswConfig| config.build(keys.clone()).unwrap_err().to_string();
-        for connections in [0, 1, 257, usize::MAX] {
-            let expected =
-                format!("connections: expected a number from 2 to 256, got {connections}");
-            assert_eq!(refused(config.clone().connections(connections)), expected);
-        }
-        let expected = "ef_construction: expected at least 1, got 0";
-        assert_eq!(refused(config.clone().ef_construction(0)), expected);
-        assert_eq!(refused(config.clone().ef_search(0)), "ef_search: expected at least 1, got 0");
-        let largest = config.connections(256).ef_construction(usize::MAX).ef_search(usize::MAX);
-        assert!(largest.build(keys.clone()).is_ok());
-        let index = HnswConfig::new(Metric::Dot).build(keys).unwrap();
-        let error = index.nearest_into(array![1.0].view(), 1, &mut Vec::new());
-        let expected = Error::Shape { what: "query".into(), expected: vec![2], actual: vec![1] };
-        assert_eq!(error, Err(expected));
-    }
-
-    #[test]
-    #[ignore = "minutes without optimisation"]
-    fn recall_on_twenty_thousand_vectors() -> Result<()> {
-        let (n, dim, k, ef) = (20_000, 64, 10, 200);
-        let nodes = normal::<f32>(n, dim, 28);
-        let queries = normal::<f32>(2_003, dim, 29);
-        let search = NeighborSearch::new(k);
-        let exact = ExactIndex::new(nodes.view(), Metric::Cosine)?;
-        let exact = exact.search(queries.view(), &search)?.graph;
-        let config = HnswConfig::new(Metric::Cosine).connections(24).ef_search(ef);
-        let found = config.build(nodes)?.search(queries.view(), &search)?.graph;
-        let recall = recall(&found, &exact);
-        println!("recall of the {k} nearest of {n} x {dim}, ef_search {ef}: {recall:.4}");
-        assert!(recall > 0.9);
-        Ok(())
-    }
 }

@@ -1094,3 +1094,85 @@ fn outputs_and_gradients_are_those_of_performer_pytorch() {
         }
     }
 }
+
+#[test]
+fn a_rest_and_what_was_found_are_attention_over_all_keys() {
+    let mut rng = rng(901);
+    let (queries, keys) = (normal::<f64>(9, 4, 0.8, &mut rng), normal::<f64>(40, 4, 0.8, &mut rng));
+    let values = normal::<f64>(40, 3, 1.0, &mut rng);
+    for features in [Features::Positive, Features::Hyperbolic] {
+        let config = PerformerConfig::new(4, 64).features(features).scale(0.7);
+        let performer = config.init::<f64>(&mut rng).unwrap();
+        let mut state = performer.state(3).unwrap();
+        state.add(keys.view(), values.view()).unwrap();
+        let phi = [queries.view(), keys.view()].map(|x| performer.feature_map(x).unwrap());
+        let estimates = phi[0].dot(&phi[1].t());
+        // Query i sees i keys, those from 3i on; the last sees all.
+        let sees = |query: usize, key: usize| query == 8 || (key + 40 - 3 * query) % 40 < query;
+        let pairs = (0..9).flat_map(|q| (0..40).filter(move |&k| sees(q, k)).map(move |k| (q, k)));
+        let graph = Graph::from_edges(9, 40, pairs).unwrap();
+        let some = Inputs::graph(queries.view(), keys.view(), values.view(), &graph).unwrap();
+        let rest = state.attend_rest(&some).unwrap();
+        let exact = Flash::new().with_scale(0.7).unwrap().forward_partial(&some).unwrap();
+        let merged = exact.merge(&rest).unwrap();
+        for query in 0..9 {
+            // By plain sums over the keys, with the exact weights of those seen.
+            let weight = |key: usize| {
+                let logit = 0.7 * queries.row(query).dot(&keys.row(key));
+                if sees(query, key) { logit.exp() } else { estimates[[query, key]] }
+            };
+            let of_rest: f64 = (0..40).filter(|&key| !sees(query, key)).map(weight).sum();
+            let log_sum = rest.log_sum_exp()[[query, 0]];
+            assert!(
+                query == 8 && log_sum == f64::NEG_INFINITY
+                    || (log_sum - of_rest.ln()).abs() < 1e-10
+            );
+            let total: f64 = (0..40).map(weight).sum();
+            for column in 0..3 {
+                let sum: f64 = (0..40).map(|key| weight(key) * values[[key, column]]).sum();
+                assert!((merged.out()[[query, column]] - sum / total).abs() < 1e-10, "{query}");
+            }
+        }
+        // Query 0 sees none: the state alone.
+        let alone = state.attend(queries.slice(s![..1, ..])).unwrap();
+        assert!((&rest.out().slice(s![..1, ..]) - &alone).iter().all(|e| e.abs() < 1e-12));
+    }
+}
+
+#[test]
+fn a_rest_is_refused_or_empty_where_it_is_not_defined() {
+    let mut rng = rng(902);
+    let x = normal::<f32>(6, 4, 1.0, &mut rng);
+    let graph = Graph::from_edges(6, 6, [(0, 1), (1, 2), (3, 3)]).unwrap();
+    let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
+    for features in [Features::Trigonometric, RELU, Features::Elu] {
+        let num_features = if features == Features::Elu { 4 } else { 8 };
+        let config = PerformerConfig::new(4, num_features).features(features);
+        let state = config.init::<f32>(&mut rng).unwrap().state(4).unwrap();
+        let error = state.attend_rest(&inputs).unwrap_err().to_string();
+        assert!(error.starts_with("features: expected `Features::Positive`"), "{error}");
+    }
+    let performer = PerformerConfig::new(4, 8).init::<f32>(&mut rng).unwrap();
+    let mut state = performer.state(4).unwrap();
+    // Without keys there is no rest.
+    let none = Graph::from_edges(6, 6, []).unwrap();
+    let nothing = Inputs::graph(x.view(), x.view(), x.view(), &none).unwrap();
+    assert!(state.attend_rest(&nothing).unwrap().sum().iter().all(|&sum| sum == 0.0));
+    state.add(x.view(), x.view()).unwrap();
+    let bias = Array2::zeros((3, 1));
+    let error = state.attend_rest(&inputs.with_bias(bias.view()).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }));
+    let other = performer.state(3).unwrap().attend_rest(&inputs).unwrap_err();
+    assert_eq!(
+        other,
+        Error::Shape { what: "value".into(), expected: vec![6, 3], actual: vec![6, 4] }
+    );
+    // NaN stays in its row.
+    let mut queries = x.clone();
+    queries[[3, 1]] = f32::NAN;
+    let inputs = Inputs::graph(queries.view(), x.view(), x.view(), &graph).unwrap();
+    let rest = state.attend_rest(&inputs).unwrap();
+    for (query, row) in rest.out().rows().into_iter().enumerate() {
+        assert!(row.iter().all(|out| out.is_nan() == (query == 3)), "{query}: {row}");
+    }
+}

@@ -6,8 +6,8 @@ mod common;
 
 use allocation_counter::measure;
 use common::parameters::mechanisms;
-use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayViewMutD, array};
-use graph_attention::neighbors::Metric;
+use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayViewMutD, array, s};
+use graph_attention::neighbors::{HnswConfig, HnswIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
     Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
     KeyValueCache, LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial, PerformerConfig,
@@ -130,10 +130,11 @@ fn configurations_come_back() {
     comes_back(&DualSpaceConfig::new(Fusion::Linear { output_dim: 5 }, 6));
     comes_back(&Window::new(3).dilation(2).globals(&[250, 0, 250]));
     comes_back(&Dropout { probability: 0.1, seed: u64::MAX });
-    for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean] {
+    for metric in
+        [Metric::Cosine, Metric::Dot, Metric::Euclidean, Metric::Poincare { curvature: 0.1 }]
+    {
         assert_eq!(from_json::<Metric>(&serde_json::to_value(metric).unwrap()), metric);
-        #[cfg(feature = "hnsw")]
-        comes_back(&graph_attention::neighbors::HnswConfig::new(metric).ef_search(7));
+        comes_back(&HnswConfig::new(metric).ef_search(7));
     }
 }
 
@@ -158,6 +159,65 @@ fn a_cache_comes_back_without_what_it_forgot() {
     json["value"] = serde_json::to_value(&wide).unwrap();
     let message = refusal::<KeyValueCache<f64>>(&json.to_string());
     assert!(message.contains("value: expected shape [5, 4], got [9, 4]"), "{message}");
+}
+
+#[test]
+fn an_index_is_loaded_with_its_links() -> Result<()> {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
+    let mut keys: Array2<f64> = common::random::normal(900, 5, &mut rng);
+    // Copies, and a key without links.
+    let first = keys.row(0).to_owned();
+    keys.slice_mut(s![400..420, ..]).assign(&first);
+    keys.row_mut(500).fill(1e20);
+    let queries = keys.slice(s![..20, ..]);
+    for metric in [Metric::Dot, Metric::Poincare { curvature: 0.02 }] {
+        let config = HnswConfig::new(metric).connections(4).ef_search(10);
+        let mut index = config.build(keys.slice(s![..600, ..]).to_owned())?;
+        index.insert(keys.slice(s![600..800, ..]))?;
+        index.remove(&[0, 7])?;
+        let json = to_json(&index);
+        let mut loaded: HnswIndex<f64> = serde_json::from_str(&json).unwrap();
+        assert_eq!(to_json(&loaded), json);
+        for step in 0..2 {
+            let search = NeighborSearch::new(5);
+            assert_eq!(loaded.search(queries, &search)?, index.search(queries, &search)?);
+            assert_eq!(loaded.links()?, index.links()?);
+            assert_eq!(loaded.num_removed(), 2);
+            // They also grow in the same way.
+            if step == 0 {
+                loaded.insert(keys.slice(s![800.., ..]))?;
+                index.insert(keys.slice(s![800.., ..]))?;
+            }
+        }
+
+        let value: Value = serde_json::from_str(&json).unwrap();
+        let refused = |change: &dyn Fn(&mut Value)| {
+            let mut value = value.clone();
+            change(&mut value);
+            refusal::<HnswIndex<f64>>(&value.to_string())
+        };
+        let links =
+            |value: &mut Value, key: usize, new: Value| value["links"]["links"][key][0] = new;
+        let message = refused(&|value| links(value, 3, json!([1, 900])));
+        assert!(
+            message.contains("links of key 3: expected at most 8 keys of layer 0"),
+            "{message}"
+        );
+        // A copy has no links.
+        assert!(refused(&|value| links(value, 3, json!([1, 405]))).contains("links of key 3"));
+        assert!(refused(&|value| links(value, 3, json!(vec![9; 9]))).contains("links of key 3"));
+        let message = refused(&|value| value["links"]["links"][3] = json!([]));
+        assert!(message.contains("layers of key 3"), "{message}");
+        let message = refused(&|value| value["links"]["kept"] = json!([1]));
+        assert!(message.contains("number of kept links"), "{message}");
+        assert!(refused(&|value| value["links"]["kept"][3] = json!(9)).contains("links of key 3"));
+        let message = refused(&|value| value["removed"] = json!([1, 1]));
+        assert!(message.contains("removed: expected different numbers below 800"), "{message}");
+        let message = refused(&|value| value["config"]["connections"] = json!(1));
+        assert!(message.contains("connections: expected a number from 2 to 256"), "{message}");
+        assert!(refused(&|value| value["colour"] = json!(1)).contains("unknown field `colour`"));
+    }
+    Ok(())
 }
 
 #[test]

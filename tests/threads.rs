@@ -1,8 +1,8 @@
 //! Results have the same bits for any number of threads.
 #![cfg(feature = "parallel")]
 
-use graph_attention::ndarray::{Array1, Array2};
-use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+use graph_attention::ndarray::{Array1, Array2, s};
+use graph_attention::neighbors::{ExactIndex, HnswConfig, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
     Attention, Causal, DualSpaceConfig, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
     LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
@@ -146,6 +146,7 @@ fn neighbours_are_the_same_for_any_number_of_threads() {
     let x: Array2<f32> =
         Array2::from_shape_simple_fn((1_009, 31), || StandardNormal.sample(&mut rng));
     let search = NeighborSearch::new(7).exclude_self(true);
+    let mut one_index = None;
     for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean] {
         let index = ExactIndex::new(x.view(), metric).unwrap();
         let run = |threads| {
@@ -156,18 +157,18 @@ fn neighbours_are_the_same_for_any_number_of_threads() {
         assert_eq!(one, run(2));
         assert_eq!(one, run(7));
     }
-    #[cfg(feature = "hnsw")]
-    {
-        use graph_attention::neighbors::HnswConfig;
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
-                let index = HnswConfig::new(Metric::Cosine).build(x.clone()).unwrap();
-                (index.search(x.view(), &search).unwrap(), index.links().unwrap())
-            })
-        };
-        let one = run(1);
-        assert_eq!(one, run(2));
-        assert_eq!(one, run(7));
+    for threads in [1, 2, 7] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let result = pool.install(|| {
+            let config = HnswConfig::new(Metric::Cosine).connections(4).ef_search(10);
+            let mut index = config.build(x.slice(s![..700, ..]).to_owned()).unwrap();
+            index.insert(x.slice(s![700.., ..])).unwrap();
+            index.remove(&[3, 800]).unwrap();
+            // Few queries at a time follow links.
+            let few = x.slice(s![..20, ..]);
+            let found = index.search(few, &NeighborSearch::new(7)).unwrap();
+            (found, index.search(x.view(), &search).unwrap(), index.links().unwrap())
+        });
+        assert_eq!(one_index.get_or_insert(result.clone()), &result);
     }
 }

@@ -19,7 +19,8 @@
 //! including closures, because a call across the boundary of an instruction set costs ten times the work.
 //!
 //! `linear` computes projections from the products. `nearest` also processes queries × keys in tiles, and
-//! keeps the best keys of each query. All are checked against the plain `ScaledDotProduct` and outputs of
+//! keeps the best keys of each query; `keys` has similarities of single pairs, also for the links of an HNSW
+//! index. All are checked against the plain `ScaledDotProduct` and outputs of
 //! PyG.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
@@ -64,6 +65,7 @@ macro_rules! without_sse2 {
 pub(crate) mod dense;
 pub(crate) mod edge_gat;
 pub(crate) mod gathered;
+pub(crate) mod keys;
 pub(crate) mod level;
 pub(crate) mod linear;
 pub(crate) mod nearest;
@@ -85,8 +87,9 @@ use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
 use edge_gat::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
+use keys::{Keys, Origin};
 use ndarray::{Array1, Array2, ArrayViewMut2, ArrayViewMut3};
-use nearest::{Keys, Lists};
+use nearest::Lists;
 use normalizer::Normalizer;
 use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use poincare::HyperbolicProblem;
@@ -167,9 +170,14 @@ kernels! {
         lists: Lists<'_, Self>,
     ) = nearest::nearest;
 
-    /// [`nearest::squared_distance`].
-    #[cfg(feature = "hnsw")]
-    fn squared_distance(level: Level, a: &[Self], b: &[Self]) -> Self = nearest::squared_distance;
+    /// [`keys::scores`].
+    fn scores(
+        level: Level,
+        keys: &Keys<'_, Self>,
+        origin: Origin<'_, Self>,
+        ids: &[u32],
+        scores: &mut Vec<f32>,
+    ) = keys::scores;
 
     /// [`dense::forward`].
     fn dense_forward(

@@ -6,12 +6,12 @@
 //! similarity is computed again in `f64` in a fixed order, and only this value counts. So neither the
 //! precision nor the instruction set of the tiles affects the result.
 
+use super::keys::{Keys, Query};
 use super::parallel::ranges;
 use super::primitives::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::problem::Rows;
-use crate::error::{Error, Result};
-use crate::float::{Float, all_finite, try_vec};
-use crate::neighbors::{Metric, Neighbor, NeighborSearch};
+use crate::float::Float;
+use crate::neighbors::{Neighbor, NeighborSearch};
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -21,197 +21,6 @@ use std::ops::Range;
 const QUERIES: usize = 64;
 const KEYS: usize = 96;
 
-/// Keys, with the data for their similarities.
-#[derive(Debug)]
-pub struct Keys<'a, F: Float> {
-    rows: Rows<'a, F>,
-    metric: Metric,
-    /// NaN or infinite for keys that are similar to none.
-    norms: Vec<f64>,
-    /// The factors that turn the sums of a tile into similarities; NaN for keys with unreliable sums.
-    factors: Vec<F>,
-    /// The largest finite norm.
-    largest: f64,
-}
-
-impl<'a, F: Float> Keys<'a, F> {
-    pub(crate) fn new(rows: Rows<'a, F>, num_keys: usize, metric: Metric) -> Result<Self> {
-        if u32::try_from(num_keys).is_err() {
-            return Err(Error::graph("num_keys", format!("at most {}", u32::MAX), num_keys));
-        }
-        let mut norms = try_vec("keys", &[num_keys], 0.0)?;
-        let mut factors = try_vec("keys", &[num_keys], F::zero())?;
-        let mut largest = 0.0;
-        // Below this, underflow in a sum may not be negligible.
-        let smallest = (F::min_positive_value() / F::epsilon()).as_f64();
-        for (key, (norm, factor)) in norms.iter_mut().zip(&mut factors).enumerate() {
-            *norm = norm_of(rows.row(key));
-            *factor = match metric {
-                _ if !norm.is_finite() => F::nan(),
-                Metric::Cosine if *norm == 0.0 => F::zero(),
-                Metric::Cosine if *norm < smallest => F::nan(),
-                Metric::Cosine => F::from_f64(norm.recip()),
-                Metric::Dot => F::one(),
-                Metric::Euclidean => -F::one(),
-            };
-            largest = if norm.is_finite() { norm.max(largest) } else { largest };
-        }
-        Ok(Self { rows, metric, norms, factors, largest })
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.norms.len()
-    }
-
-    pub(crate) fn dim(&self) -> usize {
-        self.rows.slices().columns
-    }
-
-    pub(crate) fn metric(&self) -> Metric {
-        self.metric
-    }
-
-    /// Returns a query in the form for [`similarity`](Self::similarity); `None` if it is similar to no
-    /// key.
-    pub(crate) fn prepare(&self, query: &[F]) -> Option<Query> {
-        let norm = norm_of(query);
-        let divisor = if self.metric == Metric::Cosine && norm > 0.0 { norm } else { 1.0 };
-        let values = query.iter().map(|value| value.as_f64() / divisor).collect();
-        norm.is_finite().then_some(Query { values, norm })
-    }
-
-    /// Computes the similarity by which neighbours are chosen, NaN for a key that is similar to none.
-    /// Bitwise identical for every instruction set.
-    #[inline(always)]
-    pub(crate) fn similarity(&self, query: &Query, key: usize) -> f64 {
-        let norm = self.norms[key];
-        if !norm.is_finite() {
-            return f64::NAN;
-        }
-        let key = self.rows.row(key);
-        match self.metric {
-            Metric::Cosine if norm == 0.0 => 0.0,
-            Metric::Cosine => (sum::<_, F, false>(&query.values, key) / norm).clamp(-1.0, 1.0),
-            Metric::Dot => sum::<_, F, false>(&query.values, key),
-            Metric::Euclidean => 0.0 - sum::<_, F, true>(&query.values, key),
-        }
-    }
-
-    /// Returns a point for a key. Its Euclidean distance to the [`query_point`](Self::query_point) of a
-    /// query decreases with their similarity. `None` for a key that is similar to none.
-    #[cfg(feature = "hnsw")]
-    pub(crate) fn key_point(&self, key: usize) -> Option<Vec<F>> {
-        let norm = self.norms[key];
-        if !norm.is_finite() {
-            return None;
-        }
-        // One more coordinate makes all points unit vectors. For a zero vector the point is orthogonal to
-        // all queries, so it is equally far from each.
-        let (divisor, last) = match self.metric {
-            Metric::Cosine if norm == 0.0 => (1.0, Some(1.0)),
-            Metric::Cosine => (norm, Some(0.0)),
-            Metric::Dot if self.largest == 0.0 => (1.0, Some(1.0)),
-            Metric::Dot => {
-                let part = (norm / self.largest).min(1.0);
-                (self.largest, Some((1.0 - part * part).sqrt()))
-            }
-            Metric::Euclidean => (1.0, None),
-        };
-        let values = self.rows.row(key).iter().map(|value| value.as_f64() / divisor);
-        Some(values.chain(last).map(F::from_f64).collect())
-    }
-
-    #[cfg(feature = "hnsw")]
-    pub(crate) fn query_point(&self, query: &Query) -> Vec<F> {
-        // The length of a query does not change the order of dot products.
-        let (divisor, last) = match self.metric {
-            Metric::Dot if query.norm > 0.0 => (query.norm, Some(0.0)),
-            Metric::Cosine | Metric::Dot => (1.0, Some(0.0)),
-            Metric::Euclidean => (1.0, None),
-        };
-        let values = query.values.iter().map(|value| value / divisor);
-        values.chain(last).map(F::from_f64).collect()
-    }
-
-    /// Returns a bound on the absolute error of the similarities of a tile, in addition to the relative
-    /// error [`relative_error`](Self::relative_error). Infinite if a sum may overflow.
-    fn absolute_error(&self, query: &Query) -> f64 {
-        let underflow = self.dim() as f64 * F::min_positive_value().as_f64();
-        // The largest intermediate sum, and the error of the last.
-        let (sum, error) = match self.metric {
-            Metric::Cosine => (self.largest, self.relative_error()),
-            Metric::Dot => {
-                let largest = query.norm * self.largest;
-                (largest, self.relative_error() * largest)
-            }
-            Metric::Euclidean => ((query.norm + self.largest).powi(2), 0.0),
-        };
-        if sum < F::max_value().as_f64() / 8.0 { error + underflow } else { f64::INFINITY }
-    }
-
-    /// A sum of d products rounds at most d + 1 times, each by half an epsilon, plus a few times for its
-    /// factors and the final multiplication. This is twice the required bound.
-    fn relative_error(&self) -> f64 {
-        (self.dim() + 8) as f64 * F::epsilon().as_f64()
-    }
-}
-
-/// A query in `f64`, for cosines divided by its norm.
-#[derive(Debug)]
-pub(crate) struct Query {
-    values: Vec<f64>,
-    norm: f64,
-}
-
-/// Computes the norm; NaN if a value is not finite.
-fn norm_of<F: Float>(row: &[F]) -> f64 {
-    let sum_of_squares =
-        |scale: f64| row.iter().map(|value| (value.as_f64() / scale).powi(2)).sum::<f64>();
-    let sum = sum_of_squares(1.0);
-    if (1e-280..1e300).contains(&sum) {
-        return sum.sqrt();
-    }
-    // In f64, squares may overflow or underflow even if the norm does not.
-    let scale = row.iter().fold(0.0, |max: f64, value| max.max(value.as_f64().abs()));
-    if !all_finite(row) {
-        f64::NAN
-    } else if scale == 0.0 {
-        0.0
-    } else {
-        scale * sum_of_squares(scale).sqrt()
-    }
-}
-
-/// Σ qᵢ kᵢ or Σ (qᵢ − kᵢ)² in eight sums, which compilers vectorise.
-#[inline(always)]
-fn sum<Q: Float, F: Float, const SQUARE: bool>(query: &[Q], key: &[F]) -> Q {
-    let term = |query: Q, key: F| {
-        let key = Q::from_f64(key.as_f64());
-        if SQUARE { (query - key) * (query - key) } else { query * key }
-    };
-    let len = query.len().min(key.len());
-    let (query, key) = (query[..len].chunks_exact(8), key[..len].chunks_exact(8));
-    let rest = query.remainder().iter().zip(key.remainder());
-    let rest = rest.fold(Q::zero(), |sum, (&query, &key)| sum + term(query, key));
-    let mut sums = [Q::zero(); 8];
-    for (query, key) in query.zip(key) {
-        for lane in 0..8 {
-            sums[lane] += term(query[lane], key[lane]);
-        }
-    }
-    sums.into_iter().sum::<Q>() + rest
-}
-
-/// |a − b|² for two rows, bitwise identical for every instruction set.
-#[cfg(feature = "hnsw")]
-pub(super) fn squared_distance<F: Float>(level: Level, a: &[F], b: &[F]) -> F {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(_: S, a: &[F], b: &[F]) -> F {
-        sum::<F, F, true>(a, b)
-    }
-    dispatch!(level, simd => run(simd, a, b))
-}
-
 /// A candidate key; the greatest is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Candidate {
@@ -220,8 +29,10 @@ pub(crate) struct Candidate {
 }
 
 impl Candidate {
-    pub(crate) fn into_neighbor<F: Float>(self) -> Neighbor<F> {
-        Neighbor { key: self.key as usize, similarity: F::from_f64(self.similarity) }
+    /// Returns the neighbour of a query, with its similarity in the units of the metric.
+    pub(crate) fn into_neighbor<F: Float>(self, keys: &Keys<'_, F>, query: &Query) -> Neighbor<F> {
+        let similarity = F::from_f64(keys.reported(query, self.similarity));
+        Neighbor { key: self.key as usize, similarity }
     }
 }
 
@@ -290,8 +101,7 @@ impl<F: Float> Lane<'_, F> {
         if is_full && self.nearest.peek().is_none_or(|worst| candidate >= *worst) {
             return false;
         }
-        let found = Neighbor { key, similarity: F::from_f64(candidate.similarity) };
-        if !self.search.accepts(self.number, found) {
+        if !self.search.accepts(self.number, candidate.into_neighbor(keys, query)) {
             return false;
         }
         if is_full && let Some(mut worst) = self.nearest.peek_mut() {
@@ -306,7 +116,9 @@ impl<F: Float> Lane<'_, F> {
     fn bound(&self, keys: &Keys<'_, F>) -> F {
         let worst = self.nearest.peek().filter(|_| self.nearest.len() >= self.search.k);
         let worst = worst.map_or(f64::NEG_INFINITY, |worst| worst.similarity);
-        let threshold = self.search.threshold.map_or(f64::NEG_INFINITY, Float::as_f64);
+        let threshold = self.search.threshold.zip(self.query.as_ref());
+        let threshold =
+            threshold.map_or(f64::NEG_INFINITY, |(least, query)| keys.needed(query, least));
         let needed = worst.max(threshold);
         if needed.is_infinite() && self.absolute_error.is_finite() {
             // Infinity minus its relative error would be NaN.
@@ -339,7 +151,7 @@ impl<'s, F: Float> Block<'s, F> {
         let lane = |(lane, number)| {
             let query = keys.prepare(queries.row(number));
             if let Some(query) = &query {
-                for (packed, &value) in packed.chunks_exact_mut(width).zip(&query.values) {
+                for (packed, &value) in packed.chunks_exact_mut(width).zip(query.values()) {
                     packed[lane] = F::from_f64(value);
                 }
             }
@@ -376,8 +188,8 @@ impl<'s, F: Float> Block<'s, F> {
         tile: Range<usize>,
     ) {
         let Self { lanes, packed, width, bounds } = self;
-        let factors = &keys.factors[tile.clone()];
-        let (rows, dim) = (keys.rows.rows(tile.clone()), keys.dim());
+        let factors = keys.factors(tile.clone());
+        let (rows, dim) = (keys.rows(tile.clone()), keys.dim());
         let left = Left::new(rows, dim);
         let right = Matrix::new(packed, *width);
         rows_with::<S, F, SQUARE>(
@@ -459,14 +271,19 @@ pub(super) fn nearest<F: Float>(
             let block = rows.start + block.start..rows.start + block.end;
             let mut block = Block::new(simd, keys, queries, block, search);
             for tile in ranges(keys.len(), KEYS) {
-                match keys.metric {
-                    Metric::Euclidean => block.visit::<S, true>(simd, keys, tile),
-                    Metric::Cosine | Metric::Dot => block.visit::<S, false>(simd, keys, tile),
+                if keys.squares() {
+                    block.visit::<S, true>(simd, keys, tile);
+                } else {
+                    block.visit::<S, false>(simd, keys, tile);
                 }
             }
             for lane in block.lanes {
-                let nearest = lane.nearest.into_sorted_vec().into_iter();
-                lists.push(nearest.map(Candidate::into_neighbor));
+                let nearest = lane.nearest.into_sorted_vec();
+                let neighbors = lane
+                    .query
+                    .iter()
+                    .flat_map(|query| nearest.iter().map(|found| found.into_neighbor(keys, query)));
+                lists.push(neighbors);
             }
         }
     }
@@ -477,6 +294,7 @@ pub(super) fn nearest<F: Float>(
 mod tests {
     use super::*;
     use crate::kernels::levels;
+    use crate::neighbors::Metric;
     use ndarray::Array2;
 
     /// Entries from −1 to 1 with ties and zeros among them.
@@ -507,7 +325,8 @@ mod tests {
         for (num_queries, num_keys, dim, k) in
             [(1, 1, 1, 1), (5, 97, 3, 7), (67, 193, 17, 10), (130, 211, 33, 300), (31, 96, 8, 2)]
         {
-            for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean] {
+            let ball = Metric::Poincare { curvature: 0.5 / dim as f64 };
+            for metric in [Metric::Cosine, Metric::Dot, Metric::Euclidean, ball] {
                 let keys = Keys::new(rows::<F>(num_keys, dim, 1), num_keys, metric).unwrap();
                 let queries = rows::<F>(num_queries, dim, 2);
                 let k = k.min(num_keys);
@@ -521,7 +340,10 @@ mod tests {
                         };
                         let mut all: Vec<_> = (0..num_keys).map(candidate).collect();
                         all.sort();
-                        all.into_iter().take(k).map(Candidate::into_neighbor).collect()
+                        all.into_iter()
+                            .take(k)
+                            .map(|found| found.into_neighbor(&keys, &query))
+                            .collect()
                     })
                     .collect();
                 for level in levels() {
@@ -565,14 +387,5 @@ mod tests {
         let worst = lane.nearest.peek().unwrap().similarity;
         let slack = worst - f64::from(lane.bound(&keys));
         assert!(slack > 0.0 && slack < 2e-5, "{slack}");
-    }
-
-    #[test]
-    fn norms_neither_overflow_nor_underflow_on_the_way() {
-        assert_eq!((norm_of(&[3f32, -4.0]), norm_of(&[0.0f32, -0.0])), (5.0, 0.0));
-        for scale in [1e200, 1e-200] {
-            assert!((norm_of(&[3.0 * scale, -4.0 * scale]) / (5.0 * scale) - 1.0).abs() < 1e-15);
-        }
-        assert!(norm_of(&[1.0, f64::NAN]).is_nan() && norm_of(&[f32::INFINITY]).is_nan());
     }
 }

@@ -206,7 +206,7 @@ pub(crate) fn check_scale(scale: f64) -> Result<()> {
 }
 
 /// A matrix as one slice in row-major order: borrowed if it is contiguous, else copied.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Rows<'a, F: Clone> {
     data: Cow<'a, [F]>,
     columns: usize,
@@ -237,6 +237,22 @@ impl<'a, F: Float> Rows<'a, F> {
         let mut copy = try_zeros(what, rows, columns)?;
         copy.assign(&matrix);
         Ok(Self::from(copy))
+    }
+
+    /// Adds rows of the same length after the first `len`.
+    pub(crate) fn extend(
+        &mut self,
+        what: &'static str,
+        len: usize,
+        more: ArrayView2<'_, F>,
+    ) -> Result<()> {
+        let data = self.data.to_mut();
+        if data.try_reserve(more.len()).is_err() {
+            let shape = vec![len + more.nrows(), self.columns];
+            return Err(Error::TooLarge { what, shape });
+        }
+        data.extend(more.iter().copied());
+        Ok(())
     }
 
     #[inline]

@@ -1,8 +1,8 @@
 use super::{Metric, Neighbor, NeighborIndex, NeighborSearch, Neighbors, collect};
 use crate::error::{Result, check_shape};
 use crate::float::Float;
+use crate::kernels::keys::Keys;
 use crate::kernels::level::level;
-use crate::kernels::nearest::Keys;
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 
@@ -46,6 +46,7 @@ impl<'a, F: Float> ExactIndex<'a, F> {
     ///
     /// # Errors
     /// [`Error::Graph`](crate::Error::Graph) if there are more than `u32::MAX` keys,
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if a curvature is not positive and finite,
     /// [`Error::TooLarge`](crate::Error::TooLarge) if memory is refused.
     pub fn new(keys: ArrayView2<'a, F>, metric: Metric) -> Result<Self> {
         Ok(Self { keys: Keys::new(Rows::new("keys", keys)?, keys.nrows(), metric)? })
@@ -97,12 +98,22 @@ impl<F: Float> NeighborIndex<F> for ExactIndex<'_, F> {
     ) -> Result<Neighbors<F>> {
         let num_keys = self.num_keys();
         search.check(queries.dim(), num_keys, self.dim())?;
-        let work = queries.len().saturating_mul(num_keys);
-        let level = level();
         let rows = Rows::new("queries", queries)?;
-        collect(queries.nrows(), num_keys, search.k, work, |queries, lists| {
-            F::nearest(level, &self.keys, &rows, queries, search, lists);
-            Ok(())
-        })
+        search_all(&self.keys, &rows, queries.nrows(), search)
     }
+}
+
+/// Compares every query with every key. The search must have been checked.
+pub(super) fn search_all<F: Float>(
+    keys: &Keys<'_, F>,
+    queries: &Rows<'_, F>,
+    num_queries: usize,
+    search: &NeighborSearch<'_, F>,
+) -> Result<Neighbors<F>> {
+    let work = num_queries.saturating_mul(keys.dim()).saturating_mul(keys.len());
+    let level = level();
+    collect(num_queries, keys.len(), search.k, work, |rows, lists| {
+        F::nearest(level, keys, queries, rows, search, lists);
+        Ok(())
+    })
 }

@@ -5,8 +5,8 @@
 //! [`Inputs::graph`](crate::Inputs::graph) and [`Inputs::with_latent`](crate::Inputs::with_latent), with
 //! the similarity of each pair.
 //!
-//! [`ExactIndex`] compares every query with every key. `HnswIndex` (feature `hnsw`) compares only a few
-//! keys and may miss some neighbours.
+//! [`ExactIndex`] compares every query with every key. [`HnswIndex`] compares only a few keys and may miss
+//! some neighbours.
 //!
 //! ```
 //! use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
@@ -57,11 +57,9 @@
 //! ```
 
 mod exact;
-#[cfg(feature = "hnsw")]
 mod hnsw;
 
 pub use exact::ExactIndex;
-#[cfg(feature = "hnsw")]
 pub use hnsw::{HnswConfig, HnswIndex};
 
 use crate::error::{Error, Result, check_shape};
@@ -98,7 +96,7 @@ use std::ops::Range;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Metric {
     /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
@@ -107,6 +105,16 @@ pub enum Metric {
     Dot,
     /// −|q − k|², the negative of the squared Euclidean distance.
     Euclidean,
+    /// −d(q, k), the negative of the distance in the Poincaré ball of curvature −c, with
+    /// d = arcosh(1 + 2c |q − k|² / ((1 − c |q|²) (1 − c |k|²))) / √c, as in
+    /// [`geometry::poincare::distance`](crate::geometry::poincare::distance).
+    ///
+    /// A vector outside the ball is similar to none. Neighbours are chosen by the quotient, not by Lorentz
+    /// products of lifted points, in which the distance between near points far from the origin cancels.
+    Poincare {
+        /// c, positive.
+        curvature: f64,
+    },
 }
 
 /// A key that was found, and its similarity to the query.
@@ -371,12 +379,22 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
     /// below the threshold.
     #[must_use]
     pub fn accepts(&self, query: usize, Neighbor { key, similarity }: Neighbor<F>) -> bool {
+        let is_near = self.threshold.is_none_or(|threshold| similarity >= threshold);
+        is_near && !similarity.is_nan() && self.admits(query, key)
+    }
+
+    /// Whether a key is not excluded for a query, whatever its similarity.
+    pub(crate) fn admits(&self, query: usize, key: usize) -> bool {
         let is_known = |graph: &Graph| graph.neighbors(query).iter().any(|&k| k as usize == key);
         let number = || self.visible_in.map_or(query, |inputs| inputs.query_number(query));
         let is_excluded =
             (self.exclude_self && number() == key) || self.exclude.is_some_and(is_known);
-        let is_near = self.threshold.is_none_or(|threshold| similarity >= threshold);
-        is_near && !similarity.is_nan() && !is_excluded && self.sees(query, key)
+        !is_excluded && self.sees(query, key)
+    }
+
+    /// Whether more than one key may be excluded for a query.
+    pub(crate) fn may_exclude_many(&self) -> bool {
+        self.exclude.is_some() || self.visible_in.is_some_and(|inputs| inputs.may_hide_keys())
     }
 }
 

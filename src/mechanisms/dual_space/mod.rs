@@ -51,7 +51,9 @@ const CROSS: usize = 2;
 ///   [`Inputs::with_latent`] or, if the inputs have none, those found by a [`LatentSearch`]
 ///   ([`with_search`](Self::with_search)): the k most similar keys except the node itself, optionally
 ///   above a threshold and without N_G. They are constant for the gradient. A query with NaN finds no
-///   neighbours, a key with NaN is never found, and k may exceed the number of keys.
+///   neighbours, a key with NaN is never found, and k may exceed the number of keys. If they come from an
+///   approximate index and queries are distributed differently than keys, as after separate projections,
+///   check its recall: see [`HnswIndex`](crate::neighbors::HnswIndex).
 /// * **Shapes** Every branch returns `branch_dim` columns. The output of the graph branch is the query of
 ///   the cross branch. If keys have a different number of columns, the cross mechanism must project them,
 ///   as [`MultiHead`](crate::MultiHead) does with `key_dim`. All three branches use the heads of the

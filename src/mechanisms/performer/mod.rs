@@ -4,6 +4,7 @@ mod config;
 mod error_estimate;
 mod map;
 mod pairs;
+mod rest;
 mod state;
 
 pub use config::{Features, PerformerConfig, Projection};

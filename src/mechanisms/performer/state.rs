@@ -48,23 +48,23 @@ use std::marker::PhantomData;
 /// ```
 #[derive(Clone, Debug)]
 pub struct PerformerState<F> {
-    map: FeatureMap<f64>,
-    value_dim: usize,
+    pub(super) map: FeatureMap<f64>,
+    pub(super) value_dim: usize,
     num_keys: usize,
     /// The sums of the values and of the columns after them, from [`MAGNITUDE`] on.
-    sums: KeySums<f64>,
+    pub(super) sums: KeySums<f64>,
     float: PhantomData<F>,
 }
 
 /// The columns after the values: the largest magnitude of each value, and the possible rounding errors of
 /// the totals and of the magnitudes.
 const MAGNITUDE: usize = 0;
-const ROUNDING: usize = 1;
+pub(super) const ROUNDING: usize = 1;
 const ROUNDING_OF_MAGNITUDE: usize = 2;
 const MORE_COLUMNS: usize = 3;
 
 /// Three digits of an output are correct.
-const MOST_ROUNDING: f64 = 1e-3;
+pub(super) const MOST_ROUNDING: f64 = 1e-3;
 
 impl<F: Float> Performer<F> {
     /// Creates a state without keys, for values of `value_dim` columns.
