@@ -63,10 +63,11 @@ fn main() -> Result<()> {
 
                 let some = Inputs::graph(row, keys, values, &found.graph)?;
                 let partial = flash.forward_partial(&some)?;
+                let alone = partial.out().to_owned();
                 let merged = partial.merge(&state.attend_rest(&some)?)?;
                 let all = all.row(query);
                 let square = |out: &Array2<f32>| (&out.row(0) - &all).mapv(|e| e * e).sum();
-                squares[0] += square(&partial.out().to_owned());
+                squares[0] += square(&alone);
                 squares[1] += square(&merged.out().to_owned());
                 squares[2] += all.dot(&all);
             }

@@ -311,7 +311,7 @@ fn quick_sum<F: Float, const SQUARE: bool>(query: &[F], key: &[F]) -> F {
     let mut half = LANES / 2;
     while half > 0 {
         for lane in 0..half {
-            sums[lane] = sums[lane] + sums[lane + half];
+            sums[lane] += sums[lane + half];
         }
         half /= 2;
     }
@@ -336,6 +336,10 @@ impl<'o, F: Float> Origin<'o, F> {
     }
 }
 
+/// The number of rows that are prefetched at a time: with all links of a key, but not so many that they leave
+/// the cache before they are used.
+const PREFETCHED: usize = 32;
+
 /// Overwrites `scores` with the similarities of keys in the element's own precision, times the factor.
 /// Bitwise identical for every instruction set.
 pub(super) fn scores<F: Float>(
@@ -353,7 +357,6 @@ pub(super) fn scores<F: Float>(
         ids: &[u32],
         scores: &mut Vec<f32>,
     ) {
-        scores.clear();
         scores.extend(ids.iter().map(
             #[inline(always)]
             |&id| {
@@ -362,12 +365,15 @@ pub(super) fn scores<F: Float>(
             },
         ));
     }
-    // Rows are far apart in memory.
-    ids.iter().for_each(|&id| prefetch(keys.row(id)));
-    if keys.squares() {
-        dispatch!(level, simd => run::<_, F, true>(simd, keys, origin, ids, scores));
-    } else {
-        dispatch!(level, simd => run::<_, F, false>(simd, keys, origin, ids, scores));
+    scores.clear();
+    for ids in ids.chunks(PREFETCHED) {
+        // Rows may be far apart in memory.
+        ids.iter().for_each(|&id| prefetch(keys.row(id)));
+        if keys.squares() {
+            dispatch!(level, simd => run::<_, F, true>(simd, keys, origin, ids, scores));
+        } else {
+            dispatch!(level, simd => run::<_, F, false>(simd, keys, origin, ids, scores));
+        }
     }
 }
 
