@@ -29,8 +29,8 @@ const MOST_KEYS: usize = i32::MAX as usize;
 
 /// Following links costs about as much as comparing with this many keys, for each candidate and
 /// connection: keys in order, for one query, or for many queries in tiles of [`ExactIndex`](super::ExactIndex).
-const KEYS_PER_LINK: f64 = 8.0;
-const KEYS_PER_LINK_IN_TILES: f64 = 40.0;
+const KEYS_PER_LINK: f64 = 4.0;
+const KEYS_PER_LINK_IN_TILES: f64 = 60.0;
 /// The number of queries from which tiles are full.
 const FULL_TILE: usize = 32;
 
@@ -127,12 +127,12 @@ impl HnswConfig {
 /// 0.89 of the ten nearest by cosine.
 ///
 /// * **Small or filtered searches are exact.** If comparing a query with every key that it may find costs
-///   less than following links, that is done: with 16 connections and 100 candidates, for less than 64,000
-///   keys if there are at least 32 queries, otherwise for less than 12,800; also for large k, and for masks
+///   less than following links, that is done: with 16 connections and 100 candidates, for less than 96,000
+///   keys if there are at least 32 queries, otherwise for less than 6400; also for large k, and for masks
 ///   or causal patterns that hide most keys. Else links to excluded keys are followed too, and a search finds
 ///   k keys if there are as many.
-/// * **Every key can be reached.** A tree of links that are never dropped connects all keys, so an outlier
-///   is found by queries near it. Copies of a key share its links and are all found. Keys
+/// * **Every key can be reached.** A tree of links that are never dropped connects all keys, so a search with
+///   enough candidates finds outliers too. Copies of a key share its links and are all found. Keys
 ///   with norms below 10⁻¹⁵ or above 10¹⁵ have no links: every query is compared with them.
 /// * **It can change.** [`insert`](Self::insert) adds keys. [`remove`](Self::remove) hides keys, but
 ///   searches still follow their links, until [`compact`](Self::compact) builds the index again without
