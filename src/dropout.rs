@@ -36,6 +36,11 @@ pub struct Dropout {
     pub seed: u64,
 }
 
+// The kinds of numbers that shift a seed, above all numbers that occur.
+const SEGMENT: u64 = 0;
+const LAYER: u64 = 1 << 62;
+const PLACE: u64 = 2 << 62;
+
 impl Dropout {
     pub(crate) fn validate(&self) -> Result<()> {
         if (0.0..1.0).contains(&self.probability) {
@@ -49,8 +54,25 @@ impl Dropout {
     /// each segment but the first.
     #[must_use]
     pub fn of_segment(self, segment: usize) -> Self {
-        let seed = if segment == 0 { self.seed } else { mix(self.seed ^ mix(segment as u64)) };
-        Self { seed, ..self }
+        self.with_shifted_seed(SEGMENT, segment)
+    }
+
+    /// Returns the dropout of a layer of a [`Stack`](crate::Stack), with a seed of its own for each layer but the
+    /// first. Use it also for layers that you call one after the other yourself.
+    #[must_use]
+    pub fn of_layer(self, layer: usize) -> Self {
+        self.with_shifted_seed(LAYER, layer)
+    }
+
+    /// Returns the dropout of the entries of an array inside a layer; place 0 is that of the attention weights.
+    pub(crate) fn of_place(self, place: usize) -> Self {
+        self.with_shifted_seed(PLACE, place)
+    }
+
+    /// Seeds are shifted by addition, so segments, layers and places may be chosen in any order.
+    fn with_shifted_seed(self, kind: u64, number: usize) -> Self {
+        let shift = if number == 0 { 0 } else { mix(kind ^ number as u64) };
+        Self { seed: self.seed.wrapping_add(shift), ..self }
     }
 
     /// Returns the factor of the weight of this (pair, head): 0 or `1 / (1 − probability)`.
@@ -100,6 +122,21 @@ mod tests {
         }
         let kept: f64 = dropout.multiplier(0, 0);
         assert!(kept == 0.0 || kept == 1.0 / 0.7);
+    }
+
+    #[test]
+    fn segments_layers_and_places_differ_and_commute() {
+        let dropout = Dropout { probability: 0.5, seed: 3 };
+        let mut seeds = vec![];
+        for (segment, layer, place) in (0..27).map(|n| (n / 9, n / 3 % 3, n % 3)) {
+            let one = dropout.of_segment(segment).of_layer(layer).of_place(place);
+            assert_eq!(one, dropout.of_place(place).of_layer(layer).of_segment(segment));
+            seeds.push(one.seed);
+        }
+        assert_eq!(seeds[0], 3);
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!(seeds.len(), 27);
     }
 
     #[test]

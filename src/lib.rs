@@ -121,6 +121,8 @@
 //! | [`Performer`] | linear attention with random features, in O(n) time | O(n) |
 //! | [`GraphRope`] | rotary embeddings of node positions, applied before any mechanism | O(n), plus the inner mechanism's |
 //! | [`EdgeRope`] | softmax attention with rotary embeddings of distances | O(n) |
+//! | [`TransformerLayer`] | attention by any mechanism and a feed-forward network, with residual connections and norms | O(n), plus the inner mechanism's |
+//! | [`Stack`] | layers one after the other, of any mechanisms | O(n); in training O(n · layers), plus the layers' |
 //!
 //! Each page gives the equations, the inputs that the mechanism reads, shapes, cost, errors and sources.
 //! Numbers such as 1706.03762 are arXiv identifiers.
@@ -128,7 +130,8 @@
 //! Besides the mechanisms, [`neighbors`] finds the keys nearest to each query and returns them as a
 //! [`Graph`] to attend over; [`KeyValueCache`] holds the past of a growing sequence for [`Attention::decode`];
 //! [`Partial`] merges outputs over shards of the keys, and has gradients; [`geometry::poincare`]
-//! has the functions of the Poincaré ball; [`testing`] checks your own mechanism.
+//! has the functions of the Poincaré ball; [`rowwise`] has linear maps and norms; [`testing`] checks your
+//! own mechanism.
 //!
 //! # Arrays, speed, randomness
 //!
@@ -166,6 +169,7 @@ mod mechanisms;
 pub mod neighbors;
 pub mod params;
 mod partial;
+pub mod rowwise;
 #[cfg(feature = "safetensors")]
 pub mod safetensors;
 pub mod softmax;
@@ -183,7 +187,8 @@ pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill, Reordering, Subgraph};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, Segments, SelectedInputs};
 pub use mechanisms::{
-    dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare,
+    dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare, stack,
+    transformer,
 };
 
 pub use dual_space::{DualSpace, DualSpaceConfig};
@@ -198,6 +203,9 @@ pub use params::Params;
 pub use partial::Partial;
 pub use performer::{Performer, PerformerConfig};
 pub use poincare::{Poincare, PoincareConfig};
+pub use rowwise::{Linear, LinearConfig};
+pub use stack::{Stack, StackConfig};
+pub use transformer::{TransformerLayer, TransformerLayerConfig};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -7,7 +7,7 @@ use graph_attention::testing::{Report, Shapes, check_attention, check_gradients}
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph,
     GraphRopeConfig, Inputs, LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig,
-    PoincareConfig, ScaledDotProduct,
+    PoincareConfig, ScaledDotProduct, StackConfig, TransformerLayerConfig,
     dual_space::Fusion,
     edge_gat::Score,
     graph_rope::Layout,
@@ -15,6 +15,7 @@ use graph_attention::{
     moe::Gating,
     performer::{Features, Projection},
     poincare::{Aggregation, Coordinates},
+    rowwise::{Activation, NormConfig, Normalization},
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
@@ -284,13 +285,58 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (six(), Box::new(routed)),
     ];
     let duals = duals.into_iter().map(|(shapes, dual)| (shapes.reads_latent(), dual));
+    // Around mechanisms with and without parameters; post-norm with keys of other sizes; inside and around
+    // others. A stack without cross-attention is checked by the laws of its own, in `stack`.
+    let layer = |hidden| TransformerLayerConfig::new(6, hidden);
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(13);
+    let mut heads_of = |config: MultiHeadConfig| config.init(Flash::new(), &mut rng).unwrap();
+    let bipartite = heads_of(MultiHeadConfig::new(6, 2).key_dim(5).value_dim(3));
+    let [a, b, c, d] = [1, 2, 3, 1].map(|heads| heads_of(MultiHeadConfig::new(6, heads)));
+    let swiglu = layer(4).activation(Activation::Silu).gated(true).bias(false).norm_first(true);
+    let swiglu = swiglu.normalization(Normalization::Rms).epsilon(0.01);
+    let geglu = layer(5).activation(Activation::Gelu).gated(true);
+    let gat = EdgeGatConfig::new(Score::GatV2, 6, 3, 2).edge_dim(3).init(&mut rng).unwrap();
+    let positions = GraphRopeConfig::new(6, Layout::Half).axes(2).init(Flash::new()).unwrap();
+    let rows = |shapes: Shapes| shapes.drops_rows();
+    let in_stack = layer(3).norm_first(true).activation(Activation::Gelu);
+    let in_stack = [a, b].map(|inner| in_stack.init(inner, &mut rng).unwrap());
+    let norm = NormConfig::new(Normalization::Rms, 6).epsilon(0.1);
+    let crossing = StackConfig::new().cross_attention(true);
+    let post = layer(3).init(flash(2, 3), &mut rng).unwrap();
+    let mixed: Vec<Box<dyn Attention<F>>> = vec![Box::new(post.clone()), scaled(0.2)];
+    let routed: Vec<Box<dyn Attention<F>>> = vec![Box::new(post.clone()), Box::new(d)];
+    let layers: Vec<Entry<F>> = vec![
+        (rows(six()), Box::new(layer(5).init(flash(3, 2), &mut rng).unwrap())),
+        (rows(six()), Box::new(layer(4).norm_first(true).init(positions, &mut rng).unwrap())),
+        (
+            rows(Shapes::new(6, 5, 3).bias_heads(2)),
+            Box::new(geglu.init(bipartite, &mut rng).unwrap()),
+        ),
+        (rows(six().bias_heads(3)), Box::new(swiglu.init(c, &mut rng).unwrap())),
+        (rows(six()), Box::new(layer(3).activation(Activation::Gelu).init(gat, &mut rng).unwrap())),
+        (rows(six()), Box::new(MoeConfig::new(6, 1).init(routed, &mut rng).unwrap())),
+        (
+            rows(six()),
+            Box::new(crossing.clone().checkpointing(true).norm(norm).init(mixed).unwrap()),
+        ),
+        (rows(six()), Box::new(crossing.clone().init(in_stack).unwrap())),
+        (
+            // One layer: with keys of 1e8 the second would be as steep in the values as in the keys.
+            Shapes::new(6, 6, 6).heads(2),
+            Box::new(crossing.init([flash(2, 3)]).unwrap()),
+        ),
+    ];
     let leaves = others.into_iter().chain(gats).chain(poincare).chain(performers);
-    leaves.chain(moes).chain(ropes).chain(local_globals).chain(duals).collect()
+    let leaves = leaves.chain(moes).chain(ropes).chain(local_globals);
+    leaves.chain(duals).chain(layers).collect()
 }
 
 /// Asserts that nothing was refused, except a bias by mechanisms that take edge features instead.
 fn assert_complete<F: Float>(mechanism: &dyn Attention<F>, report: &Report) {
-    let is_allowed = |case: &&str| mechanism.name() == "edge_gat" && case.contains("bias");
+    let has_gat = mechanism.name() == "edge_gat"
+        || (mechanism.name() == "transformer_layer"
+            && format!("{mechanism:?}").contains("EdgeGat"));
+    let is_allowed = |case: &&str| has_gat && case.contains("bias");
     let refused: Vec<_> = report.refused.iter().filter(|case| !is_allowed(case)).collect();
     assert_eq!(refused, Vec::<&&str>::new(), "{}", mechanism.name());
     assert!(report.checked.len() >= 14, "{report:?}");

@@ -10,8 +10,8 @@ use graph_attention::ndarray::{Array2, ArrayD, ArrayView1, ArrayViewD, ArrayView
 use graph_attention::neighbors::{HnswConfig, HnswIndex, Metric, NeighborIndex, NeighborSearch};
 use graph_attention::{
     Dropout, DualSpaceConfig, EdgeGatConfig, Error, Flash, Float, Graph, GraphRopeConfig, Inputs,
-    KeyValueCache, LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial, PerformerConfig,
-    PoincareConfig, Result,
+    KeyValueCache, LinearConfig, LocalGlobal, MoeConfig, MultiHeadConfig, Params, Partial,
+    PerformerConfig, PoincareConfig, Result, StackConfig, TransformerLayerConfig,
     dual_space::Fusion,
     edge_gat::Score,
     graph_rope::{Layout, Scaling},
@@ -20,6 +20,7 @@ use graph_attention::{
     params,
     performer::{Features, Projection},
     poincare::{Aggregation, Coordinates},
+    rowwise::{Activation, NormConfig, Normalization},
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use serde::de::DeserializeOwned;
@@ -126,6 +127,16 @@ fn configurations_come_back() {
     comes_back(
         &GraphRopeConfig::new(4, Layout::Half).frequencies(array![[0.1, 1e-9], [-3.0, 0.0]]),
     );
+    let norm = NormConfig::new(Normalization::Rms, 6).epsilon(1e-8).bias(false);
+    for activation in [Activation::Relu, Activation::Gelu, Activation::Silu] {
+        let config = TransformerLayerConfig::new(6, 5).activation(activation).gated(true);
+        let config = config.normalization(Normalization::Rms).norm_first(true).bias(false);
+        comes_back(&config.epsilon(0.1));
+    }
+    comes_back(&StackConfig::new());
+    comes_back(&StackConfig::new().norm(norm.clone()).cross_attention(true).checkpointing(true));
+    comes_back(&norm);
+    comes_back(&LinearConfig::new(3, 4).bias(false));
     comes_back(&DualSpaceConfig::new(Fusion::Gated, 6));
     comes_back(&DualSpaceConfig::new(Fusion::Linear { output_dim: 5 }, 6));
     comes_back(&Window::new(3).dilation(2).globals(&[250, 0, 250]));
@@ -274,6 +285,7 @@ fn invalid_configurations_are_refused_by_init() {
     let performer = |config: &PerformerConfig| config.init::<f32>(&mut rng());
     let moe = |config: &MoeConfig| config.init::<f32>(vec![Box::new(Flash::new())], &mut rng());
     let rope = |config: &GraphRopeConfig| config.init::<f32, _>(Flash::new());
+    let layer = |config: &TransformerLayerConfig| config.init::<f32, _>(Flash::new(), &mut rng());
     let dual = |config: &DualSpaceConfig| {
         config.init::<f32>(Flash::new(), Flash::new(), Flash::new(), &mut rng())
     };
@@ -301,6 +313,8 @@ fn invalid_configurations_are_refused_by_init() {
         changed(&rope_config, "spectrum", json!({"Axes": 4}), rope),
         changed(&rope_config, "spectrum", too_few, rope),
         changed(&DualSpaceConfig::new(Fusion::Gated, 6), "branch_dim", json!(0), dual),
+        changed(&TransformerLayerConfig::new(6, 5), "feedforward_dim", json!(0), layer),
+        changed(&TransformerLayerConfig::new(6, 5), "epsilon", json!(-1.0), layer),
         changed(&Window::new(3), "dilation", json!(0), window),
         changed(&Dropout { probability: 0.1, seed: 1 }, "probability", json!(1.0), dropout),
     ];
@@ -321,6 +335,8 @@ fn invalid_configurations_are_refused_by_init() {
         "axes",
         "frequencies",
         "branch_dim",
+        "feedforward_dim",
+        "epsilon",
         "dilation",
         "dropout.probability",
     ];

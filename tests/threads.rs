@@ -6,10 +6,12 @@ use graph_attention::neighbors::{ExactIndex, HnswConfig, Metric, NeighborIndex, 
 use graph_attention::{
     Attention, Causal, DualSpaceConfig, Flash, Gradients, Graph, GraphRopeConfig, Inputs,
     LocalGlobal, MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, ScaledDotProduct,
+    StackConfig, TransformerLayerConfig,
     dual_space::{Fusion, LatentSearch},
     graph_rope::Layout,
     local_global::Window,
     poincare::{Aggregation, Coordinates},
+    rowwise::{Activation, NormConfig, Normalization},
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -107,8 +109,12 @@ fn one_two_and_seven_threads_give_the_same_bits() {
             assert_eq!(one, run(7, attention, &inputs));
         }
     }
+    let layer = TransformerLayerConfig::new(columns, 200).activation(Activation::Gelu).gated(true);
+    let layer = layer.init(multi_head.clone(), &mut rng).unwrap();
+    let config = StackConfig::new().norm(NormConfig::new(Normalization::Layer, columns));
+    let stack = config.init([layer.clone(), layer]).unwrap();
     let plain = ScaledDotProduct::new();
-    for attention in [&multi_head as &dyn Attention<f32>, &moe, &plain] {
+    for attention in [&multi_head as &dyn Attention<f32>, &moe, &plain, &stack] {
         for inputs in [dense, sparse, dense.with_causal()] {
             assert_eq!(run(1, attention, &inputs), run(7, attention, &inputs));
         }

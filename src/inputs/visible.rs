@@ -2,6 +2,7 @@
 
 use super::bias::slot_of;
 use super::{Causal, Inputs, Origin, Pair, Pattern, Segments, View3};
+use crate::dropout::Dropout;
 use crate::float::Float;
 use ndarray::s;
 use std::ops::Range;
@@ -231,6 +232,19 @@ impl<'a, F: Float> Inputs<'a, F> {
         let queries = self.origin.and_then(|origin| origin.queries);
         let number = queries.and_then(|queries| queries.get(query));
         number.map_or(query, |number| number - self.first_number())
+    }
+
+    /// Returns the dropout of the row of a query in an array with one row for each, and the number of the row. Both
+    /// count within the segment of packed inputs, and in the whole inputs if these were selected.
+    pub(crate) fn dropout_of_row(&self, query: usize) -> Option<(Dropout, usize)> {
+        let (dropout, number) = (self.dropout?, self.query_number(query));
+        Some(match (self.pattern, self.whole_segments()) {
+            (Pattern::Packed(segments), Some(whole)) => {
+                let segment = segments.of_query(query);
+                (dropout.of_segment(segment), number - whole.queries(segment).start)
+            }
+            _ => (dropout, number),
+        })
     }
 
     /// Returns the number of a key in the inputs that these were selected from, if they were selected, and

@@ -18,7 +18,7 @@
 //! they are called, not inlined. Everything that they call for each vector is `#[inline(always)]`,
 //! including closures, because a call across the boundary of an instruction set costs ten times the work.
 //!
-//! `linear` computes projections from the products. `nearest` also processes queries × keys in tiles, and
+//! `linear` computes projections from the products, and `norm` normalises rows. `nearest` also processes queries × keys in tiles, and
 //! keeps the best keys of each query; `keys` has similarities of single pairs, also for the links of an HNSW
 //! index. All are checked against the plain `ScaledDotProduct` and outputs of
 //! PyG.
@@ -69,6 +69,7 @@ pub(crate) mod keys;
 pub(crate) mod level;
 pub(crate) mod linear;
 pub(crate) mod nearest;
+pub(crate) mod norm;
 pub(crate) mod normalizer;
 pub(crate) mod parallel;
 pub(crate) mod performer;

@@ -11,6 +11,8 @@ mod packed;
 pub mod performer;
 pub mod poincare;
 pub(crate) mod scaled_dot_product;
+pub mod stack;
+pub mod transformer;
 
 use crate::float::Float;
 use ndarray::{ArrayViewMut, Dimension};
@@ -18,7 +20,7 @@ use rand::Rng;
 use rand_distr::{Distribution, Uniform};
 
 /// Draws initial parameters uniformly in ±`bound`.
-fn fill_uniform<F: Float, D: Dimension>(
+pub(crate) fn fill_uniform<F: Float, D: Dimension>(
     mut param: ArrayViewMut<'_, F, D>,
     bound: f64,
     rng: &mut impl Rng,

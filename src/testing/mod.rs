@@ -50,13 +50,13 @@ pub fn hold_simd() -> crate::Result<String> {
 pub fn compile_here() {
     use crate::{
         Attention, DualSpace, EdgeGat, EdgeRope, Flash, Float, GraphRope, LocalGlobal, Moe,
-        MultiHead, Performer, Poincare, ScaledDotProduct,
+        MultiHead, Performer, Poincare, ScaledDotProduct, Stack, TransformerLayer,
     };
     use std::ptr::null;
 
     fn of<F: Float>() {
         // The vtable of a type contains all of its methods.
-        let mechanisms: [*const dyn Attention<F>; 11] = [
+        let mechanisms: [*const dyn Attention<F>; 13] = [
             null::<ScaledDotProduct>(),
             null::<Flash>(),
             null::<MultiHead<F, Flash>>(),
@@ -68,6 +68,8 @@ pub fn compile_here() {
             null::<EdgeRope<F>>(),
             null::<Moe<F>>(),
             null::<DualSpace<F>>(),
+            null::<TransformerLayer<F, MultiHead<F, Flash>>>(),
+            null::<Stack<F, TransformerLayer<F, MultiHead<F, Flash>>>>(),
         ];
         std::hint::black_box((mechanisms, check_attention::<F> as fn(_, _) -> _));
     }

@@ -17,6 +17,7 @@ pub struct Shapes {
     axes: usize,
     scale: f64,
     whole_queries: bool,
+    drops_rows: bool,
     reads_latent: bool,
 }
 
@@ -36,6 +37,7 @@ impl Shapes {
             axes: 2,
             scale: 1.0,
             whole_queries: false,
+            drops_rows: false,
             reads_latent: false,
         }
     }
@@ -85,6 +87,14 @@ impl Shapes {
         self
     }
 
+    /// Declares that dropout also drops entries of the output of each query, by the number of the query, as a
+    /// [`TransformerLayer`](crate::TransformerLayer) does. With dropout, the order of the queries then matters.
+    #[must_use]
+    pub fn drops_rows(mut self) -> Self {
+        self.drops_rows = true;
+        self
+    }
+
     /// Declares that the mechanism also attends to latent neighbours ([`Inputs::with_latent`]). Queries
     /// are then expected to see those keys too, unless mask or causal pattern hide them.
     #[must_use]
@@ -116,6 +126,8 @@ pub(super) struct Sample<F> {
     pub(super) segments: Option<Segments>,
     /// Whether all heads read whole rows of queries.
     pub(super) whole_queries: bool,
+    /// Whether dropout depends on the numbers of the queries.
+    pub(super) drops_rows: bool,
     /// Whether queries see latent neighbours.
     pub(super) reads_latent: bool,
     /// Whether some rows are zeros.
@@ -172,6 +184,7 @@ impl<F: Float> Sample<F> {
             segments: None,
             has_zeros: false,
             whole_queries: shapes.whole_queries,
+            drops_rows: shapes.drops_rows,
             reads_latent: shapes.reads_latent,
             causal: None,
             heads: shapes.heads,

@@ -13,7 +13,8 @@ use allocation_counter::{AllocationInfo, measure};
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
     MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
-    dual_space::Fusion, edge_gat::Score, graph_rope::Layout, local_global::Window,
+    StackConfig, TransformerLayerConfig, dual_space::Fusion, edge_gat::Score, graph_rope::Layout,
+    local_global::Window,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -68,6 +69,8 @@ pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
         Box::new(PerformerConfig::new(4, 8).init(rng).unwrap()),
         Box::new(rope.init(Flash::new()).unwrap()),
         Box::new(rope.init_edges().unwrap()),
+        Box::new(TransformerLayerConfig::new(4, 3).init(Flash::new(), rng).unwrap()),
+        Box::new(StackConfig::new().init([Flash::new(), Flash::new()]).unwrap()),
     ];
     assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
     mechanisms

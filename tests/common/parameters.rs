@@ -4,8 +4,14 @@ use graph_attention::ndarray::Array1;
 use graph_attention::{
     Attention, DualSpace, DualSpaceConfig, EdgeGat, EdgeGatConfig, Flash, Float, GraphRopeConfig,
     LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer, PerformerConfig, Poincare,
-    PoincareConfig, ScaledDotProduct, dual_space::Fusion, edge_gat::Score, graph_rope::Layout,
-    local_global::Window, moe::Gating, performer::Features,
+    PoincareConfig, ScaledDotProduct, StackConfig, TransformerLayerConfig,
+    dual_space::Fusion,
+    edge_gat::Score,
+    graph_rope::Layout,
+    local_global::Window,
+    moe::Gating,
+    performer::Features,
+    rowwise::{Activation, NormConfig, Normalization},
 };
 
 use super::random::rng;
@@ -39,6 +45,13 @@ fn dual_space<F: Float>(fusion: Fusion, seed: u64) -> DualSpace<F> {
     let branch = |seed| multi_head(&MultiHeadConfig::new(6, 2), Flash::new(), seed);
     let config = DualSpaceConfig::new(fusion, 6);
     config.init(branch(seed + 3), poincare(seed), branch(seed + 4), &mut rng(seed)).unwrap()
+}
+
+/// Returns a transformer layer around a mechanism with a buffer.
+fn layer<F: Float>(config: &TransformerLayerConfig, seed: u64) -> impl Attention<F> + use<F> {
+    let inner = performer(&PerformerConfig::new(3, 4), seed);
+    let heads = multi_head(&MultiHeadConfig::new(6, 2), inner, seed + 1);
+    config.init(heads, &mut rng(seed)).unwrap()
 }
 
 /// Returns a mixture whose experts have buffers, with expert biases as after training.
@@ -110,6 +123,15 @@ pub(crate) fn mechanisms<F: Float>(seed: u64) -> Vec<Box<dyn Attention<F>>> {
         }),
         Box::new(dual_space(Fusion::Linear { output_dim: 5 }, seed)),
         Box::new(dual_space(Fusion::Gated, seed)),
+        Box::new(layer(&TransformerLayerConfig::new(6, 5), seed)),
+        Box::new({
+            let config = TransformerLayerConfig::new(6, 5).activation(Activation::Silu).gated(true);
+            layer(&config.normalization(Normalization::Rms).bias(false), seed)
+        }),
+        Box::new({
+            let layers = (0..2).map(|layer| balanced(seed + layer));
+            StackConfig::new().norm(NormConfig::new(Normalization::Layer, 6)).init(layers).unwrap()
+        }),
     ];
     super::assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
     mechanisms
