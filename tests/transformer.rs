@@ -310,6 +310,33 @@ fn attention_weights_are_those_of_normalised_inputs() -> Result<()> {
 }
 
 #[test]
+fn a_row_without_a_gradient_is_not_read() -> Result<()> {
+    hold_simd();
+    let mut x = random::matrix(4, 6, 3);
+    let mut grad_out = random::matrix(4, 6, 4);
+    x.row_mut(1).fill(f64::NAN);
+    grad_out.row_mut(1).fill(0.0);
+    // Nobody else reads it either.
+    let mask = Array2::from_shape_fn((1, 4), |(_, key)| key != 1);
+    let inputs = Inputs::dense(x.view(), x.view(), x.view())?.with_mask(mask.view())?;
+    for norm_first in [false, true] {
+        let config = TransformerLayerConfig::new(6, 5).activation(Activation::Gelu);
+        let layer = layer_of(&config.gated(true).norm_first(norm_first), 1);
+        let (out, saved) = layer.forward_train(&inputs)?;
+        assert!(out.row(1).iter().all(|y| y.is_nan()) && out.row(0).iter().all(|y| y.is_finite()));
+        let grads = layer.backward(&inputs, &saved, grad_out.view())?;
+        // In a pre-norm layer the gradients of `norm1` come through the attention, which reads the query.
+        let of_sum = if norm_first { "norm2.weight" } else { "norm1.weight" };
+        for name in ["linear1.weight", "linear2.weight", of_sum, "norm2.bias"] {
+            let grad = grads.param(&layer, name)?;
+            assert!(grad.iter().all(|grad| grad.is_finite()), "{name}, {norm_first}");
+            assert!(grad.iter().any(|&grad| grad != 0.0), "{name}, {norm_first}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn bad_layers_and_inputs_are_refused() -> Result<()> {
     let rng = &mut random::rng(1);
     let mut init = |config: TransformerLayerConfig| config.init::<f64, _>(Flash::new(), rng);

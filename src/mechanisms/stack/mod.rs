@@ -8,7 +8,7 @@ use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, Pattern};
 use crate::params::{self, Params, prefixed};
 use crate::rowwise::Norm;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, aview0};
@@ -29,13 +29,13 @@ const NAME: &str = "stack";
 /// layers.
 ///
 /// * **Self-attention** (default): row i of queries and of keys is the same node, so there must be as many keys as
-///   queries, in packed inputs in each segment. For mini-batches with fewer targets than nodes, make the graph
+///   queries, in packed inputs in each segment, and in a block-diagonal graph in each block. For mini-batches with fewer targets than nodes, make the graph
 ///   over all nodes and use the rows of the targets.
 /// * **Cross-attention** ([`StackConfig::cross_attention`]): queries and keys are different rows, in any
 ///   numbers. Keys and values stay as they are, and the queries go through the layers.
 /// * **Output** num_queries × columns of the last layer.
-/// * **Dropout** Each layer has a seed of its own: [`Dropout::of_layer`](crate::Dropout::of_layer). (So layer 2 of
-///   layer 1 of a stack of stacks has that of layer 1 of layer 2.)
+/// * **Dropout** Each layer has a seed of its own: [`Dropout::of_layer`](crate::Dropout::of_layer). (In a
+///   stack of stacks, layer 2 of stack 1 and layer 1 of stack 2 share one.)
 /// * **Weights** [`attention_weights`](Attention::attention_weights) is
 ///   [`Error::NoWeights`], since each layer has its own: [`weights_by_layer`](Self::weights_by_layer).
 /// * **Parameters** those of the layers with the prefixes `layers.0.`, `layers.1.`, …, then `norm.weight` and
@@ -122,7 +122,12 @@ impl<F: Float, A: Attention<F>> Stack<F, A> {
         }
         let keys = "key, which must be the nodes of the queries unless `cross_attention` is set";
         check_shape(keys, &[inputs.num_queries(), inputs.key().ncols()], inputs.key().shape())?;
-        if let Some(segments) = inputs.packed_segments() {
+        let segments = match inputs.pattern() {
+            Pattern::Dense => None,
+            Pattern::Graph(graph) => graph.blocks(),
+            Pattern::Packed(segments) => Some(segments),
+        };
+        if let Some(segments) = segments {
             for segment in 0..segments.len() {
                 let [queries, keys] = [segments.queries(segment), segments.keys(segment)];
                 check_shape(format!("keys of segment {segment}"), &[queries.len()], &[keys.len()])?;

@@ -1,16 +1,12 @@
 //! The feed-forward network.
 
-use super::drop_entries;
+use super::{BLOCK, HIDDEN, PARTS};
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
 use crate::inputs::Inputs;
 use crate::kernels::parallel::{self, parts, row_chunks};
 use crate::rowwise::{Activation, Linear};
-use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
-
-/// The largest number of parts, in whole blocks, in which rows are distributed to threads.
-const PARTS: usize = 16;
-const BLOCK: usize = 8;
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2, Axis};
 
 /// What the activation of an entry costs, in multiplications.
 const WORK: usize = 40;
@@ -46,25 +42,32 @@ impl<F: Float> FeedForward<F> {
         let parts = parts(rows, BLOCK, PARTS);
         let lens = || parts.iter().map(|part| part.len());
         let work = values.len().saturating_mul(WORK);
-        let tasks =
+        let arrays =
             row_chunks(values.view_mut(), lens()).zip(row_chunks(slopes.view_mut(), lens()));
-        parallel::for_each(tasks.collect(), work, |(mut values, mut slopes)| {
-            for (values, slopes) in values.rows_mut().into_iter().zip(slopes.rows_mut()) {
+        let tasks: Vec<_> = parts.iter().cloned().zip(arrays).collect();
+        parallel::for_each(tasks, work, |(queries, (mut values, mut slopes))| {
+            let rows = values.rows_mut().into_iter().zip(slopes.rows_mut());
+            for (query, (mut values, mut slopes)) in queries.zip(rows) {
+                let values = values.as_slice_mut().expect("a row of our own");
+                let slopes = slopes.as_slice_mut().expect("a row of our own");
                 self.activate(values, slopes);
+                let Some((dropout, number)) = inputs.dropout_of_row(query) else { continue };
+                let dropout = dropout.of_place(HIDDEN);
+                for (column, value) in values.iter_mut().enumerate() {
+                    let factor = dropout.multiplier::<F>(number, column);
+                    *value *= factor;
+                    for slope in slopes.iter_mut().skip(column).step_by(columns) {
+                        *slope *= factor;
+                    }
+                }
             }
         });
-        drop_entries(inputs, super::HIDDEN, values.view_mut());
-        for half in halves(&mut slopes, columns) {
-            drop_entries(inputs, super::HIDDEN, half);
-        }
         self.linear2.forward_into(values.view(), out)?;
         Ok(Hidden { values, slopes })
     }
 
     /// Overwrites a row of x W₁ᵀ + b₁ with the slopes, and `values` with the hidden values.
-    fn activate(&self, mut values: ArrayViewMut1<'_, F>, mut slopes: ArrayViewMut1<'_, F>) {
-        let values = values.as_slice_mut().expect("a row of our own");
-        let slopes = slopes.as_slice_mut().expect("a row of our own");
+    fn activate(&self, values: &mut [F], slopes: &mut [F]) {
         let (slopes, gates) = slopes.split_at_mut(values.len());
         if self.is_gated {
             for ((value, slope), gate) in values.iter_mut().zip(slopes).zip(gates) {
@@ -99,8 +102,11 @@ impl<F: Float> FeedForward<F> {
         let grad = Some(grad_hidden.view_mut());
         self.linear2.backward_into(values.view(), grad_out, grad, of_linear2)?;
         let mut grad_before = slopes.clone();
-        for mut half in halves(&mut grad_before, columns) {
-            half *= &grad_hidden;
+        for mut half in grad_before.axis_chunks_iter_mut(Axis(1), columns) {
+            // Where the loss does not depend on a value, a NaN in its slope is not read.
+            half.zip_mut_with(&grad_hidden, |slope, &grad| {
+                *slope = if grad == F::zero() { grad } else { *slope * grad };
+            });
         }
         self.linear1.backward_into(x, grad_before.view(), Some(grad_x), of_linear1)
     }
@@ -115,9 +121,4 @@ impl<F: Float> Hidden<F> {
     pub(super) fn arrays(&self) -> [&Array2<F>; 2] {
         [&self.values, &self.slopes]
     }
-}
-
-/// Splits an array into one or two parts of so many columns.
-fn halves<F>(array: &mut Array2<F>, columns: usize) -> impl Iterator<Item = ArrayViewMut2<'_, F>> {
-    array.axis_chunks_iter_mut(Axis(1), columns)
 }

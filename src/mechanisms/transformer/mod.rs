@@ -10,6 +10,7 @@ use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::parallel::{self, parts, row_chunks};
 use crate::params::{self, Params, prefixed};
 use crate::rowwise::Norm;
 use feed_forward::{FeedForward, Hidden};
@@ -22,6 +23,13 @@ const NAME: &str = "transformer_layer";
 const ATTENTION: usize = 1;
 const HIDDEN: usize = 2;
 const FEED_FORWARD: usize = 3;
+
+/// The largest number of parts, in whole blocks, in which rows are distributed to threads.
+const PARTS: usize = 16;
+const BLOCK: usize = 8;
+
+/// What dropout of an entry costs, in multiplications.
+const DROPOUT_WORK: usize = 8;
 
 /// A transformer layer (Vaswani et al. 2017, 1706.03762; pre-norm Xiong et al. 2020, 2002.04745) around any inner
 /// mechanism: attention and a feed-forward network, each with a residual connection and a norm.
@@ -98,15 +106,25 @@ struct Rows<F> {
     second_sum: Option<Array2<F>>,
 }
 
-/// Multiplies each entry by its factor of dropout: 0 or 1 / (1 − probability).
-fn drop_entries<F: Float>(inputs: &Inputs<'_, F>, place: usize, mut x: ArrayViewMut2<'_, F>) {
-    for (query, mut row) in x.rows_mut().into_iter().enumerate() {
-        let Some((dropout, number)) = inputs.dropout_of_row(query) else { return };
-        let dropout = dropout.of_place(place);
-        for (column, entry) in row.indexed_iter_mut() {
-            *entry *= dropout.multiplier::<F>(number, column);
-        }
+/// Multiplies each entry, which belongs to a query and a column, by its factor of dropout: 0 or
+/// 1 / (1 − probability).
+fn drop_entries<F: Float>(inputs: &Inputs<'_, F>, place: usize, x: ArrayViewMut2<'_, F>) {
+    if inputs.dropout().is_none() {
+        return;
     }
+    let work = x.len().saturating_mul(DROPOUT_WORK);
+    let parts = parts(x.nrows(), BLOCK, PARTS);
+    let chunks = row_chunks(x, parts.iter().map(|part| part.len()));
+    let tasks: Vec<_> = parts.iter().cloned().zip(chunks).collect();
+    parallel::for_each(tasks, work, |(queries, mut x)| {
+        for (query, mut row) in queries.zip(x.rows_mut()) {
+            let Some((dropout, number)) = inputs.dropout_of_row(query) else { return };
+            let dropout = dropout.of_place(place);
+            for (column, entry) in row.indexed_iter_mut() {
+                *entry *= dropout.multiplier::<F>(number, column);
+            }
+        }
+    });
 }
 
 impl<F: Float, A: Attention<F>> TransformerLayer<F, A> {
