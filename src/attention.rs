@@ -153,7 +153,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// `inputs` to the caches, and overwrites `out` with the outputs of the new queries over all cached rows.
     ///
     /// There is one cache for each sequence: one for dense inputs, and one for each segment of
-    /// [packed](Inputs::packed) inputs, whose projections are shared. A mechanism that transforms
+    /// [packed](Inputs::packed) inputs, whose projections are shared. A [`Stack`](crate::Stack) has them for each
+    /// layer, layer by layer. A mechanism that transforms
     /// keys (projects, rotates) transforms the new ones and passes them on; the innermost one appends them. By
     /// default a mechanism is the innermost: it appends the keys as they are, and computes
     /// [`forward_into`](Self::forward_into) over all of them.

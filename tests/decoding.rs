@@ -9,7 +9,7 @@ use graph_attention::ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
 use graph_attention::{
     Attention, Causal, Flash, Float, Gradients, Graph, GraphRopeConfig, Inputs, KeyValueCache,
     LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Result, ScaledDotProduct, Segments,
-    graph_rope::Layout, local_global::Window,
+    StackConfig, TransformerLayerConfig, graph_rope::Layout, local_global::Window,
 };
 use std::ops::Range;
 
@@ -33,12 +33,21 @@ impl<F: Float> Sequence<F> {
 
     /// Decodes all rows in chunks of these lengths.
     fn decode(&self, attention: &dyn Attention<F>, chunks: &[usize]) -> Result<Array2<F>> {
-        let mut cache = [KeyValueCache::new()];
+        self.decode_with(attention, &mut [KeyValueCache::new()], chunks)
+    }
+
+    /// Decodes with the caches of all layers.
+    fn decode_with(
+        &self,
+        attention: &dyn Attention<F>,
+        cache: &mut [KeyValueCache<F>],
+        chunks: &[usize],
+    ) -> Result<Array2<F>> {
         let (mut outs, mut start) = (Vec::new(), 0);
         for &len in chunks {
-            outs.push(attention.decode(&self.inputs(start..start + len), &mut cache)?);
+            outs.push(attention.decode(&self.inputs(start..start + len), cache)?);
             start += len;
-            assert_eq!(cache[0].len(), start);
+            assert!(cache.iter().all(|cache| cache.len() == start));
         }
         assert_eq!(start, self.x.nrows());
         let outs: Vec<ArrayView2<'_, F>> = outs.iter().map(|out| out.view()).collect();
@@ -107,6 +116,53 @@ fn layers_decode_what_they_compute_at_once_in_either_precision() {
 }
 
 #[test]
+fn a_stack_has_caches_for_each_layer() -> Result<()> {
+    let sequence = Sequence::<f64>::new(23, 24, 1);
+    let rng = &mut rng(11);
+    let layers = [false, true, true].map(|norm_first| {
+        let config = TransformerLayerConfig::new(24, 32).norm_first(norm_first);
+        config.init(layer(rope()), rng).unwrap()
+    });
+    let stack = StackConfig::new().init(Vec::from(layers))?;
+    let at_once = stack.forward(&sequence.inputs(0..23))?;
+    for chunks in [&[1; 23][..], &[10, 1, 5, 7]] {
+        let mut caches = [(); 3].map(|()| KeyValueCache::new());
+        let out = sequence.decode_with(&stack, &mut caches, chunks)?;
+        assert_close_in_size(format_args!("{chunks:?}"), 1e-13, 0.1, &out, &at_once);
+    }
+    // Two sequences: the caches of the first layer come first.
+    let (first, second) = (Sequence::<f64>::new(5, 24, 3), Sequence::<f64>::new(3, 24, 4));
+    let x = concatenate(Axis(0), &[first.x.view(), second.x.view()]).unwrap();
+    let at = concatenate(Axis(0), &[first.at.view(), second.at.view()]).unwrap();
+    let segments = Segments::from_lengths(&[5, 3])?;
+    let inputs = Inputs::packed(x.view(), x.view(), x.view(), &segments)?
+        .with_positions(at.view(), at.view())?
+        .with_causal();
+    let mut caches = [(); 6].map(|()| KeyValueCache::new());
+    let out = stack.decode(&inputs, &mut caches)?;
+    assert_eq!(caches.each_ref().map(KeyValueCache::len), [5, 3, 5, 3, 5, 3]);
+    let expected = stack.forward(&inputs)?;
+    assert_close_in_size("packed", 1e-13, 0.1, &out, &expected);
+
+    refused(stack.decode(&sequence.inputs(0..1), &mut caches), "Shape | caches | [3] | [6]");
+    // The second layer refuses its cache, and the first one forgets what it appended.
+    let mut caches = [(); 3].map(|()| KeyValueCache::new());
+    stack.decode(&sequence.inputs(0..2), &mut caches)?;
+    let narrow = array![[0.5]];
+    caches[1] = KeyValueCache::new();
+    caches[1].append_at(narrow.view(), narrow.view(), narrow.view())?;
+    let before = caches.clone();
+    refused(stack.decode(&sequence.inputs(2..3), &mut caches), "Shape | layers.1");
+    assert_eq!(caches, before);
+    let cross = StackConfig::new().cross_attention(true).init(vec![layer(Flash::new())])?;
+    refused(
+        cross.decode(&sequence.inputs(0..1), &mut caches[..1]),
+        "InvalidArgument | cross_attention",
+    );
+    Ok(())
+}
+
+#[test]
 fn every_mechanism_decodes_what_it_computes_at_once_or_says_what_it_lacks() {
     let mut sequence = Sequence::<f64>::new(17, 4, 2);
     sequence.x *= 0.1; // within the Poincaré ball
@@ -118,6 +174,8 @@ fn every_mechanism_decodes_what_it_computes_at_once_or_says_what_it_lacks() {
             "edge_gat" => refused(result, "MissingInput | edge features"),
             "edge_rope" => refused(result, "MissingInput | distances"),
             "dual_space" => refused(result, "MissingInput | latent"),
+            // It needs a cache for each layer.
+            "stack" => refused(result, "Shape | caches | [2] | [1]"),
             name => {
                 let at_once = attention.forward(&sequence.inputs(0..17)).unwrap();
                 assert_close_in_size(name, 1e-12, 0.01, &result.unwrap(), &at_once);

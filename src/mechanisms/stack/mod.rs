@@ -5,6 +5,7 @@ mod config;
 pub use config::StackConfig;
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::cache::KeyValueCache;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -163,7 +164,7 @@ impl<F: Float, A: Attention<F>> Stack<F, A> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
         keep: bool,
-        forward: impl Fn(&A, &Inputs<'_, F>, ArrayViewMut2<'_, F>) -> Result<T>,
+        mut forward: impl FnMut(&A, &Inputs<'_, F>, ArrayViewMut2<'_, F>) -> Result<T>,
     ) -> Result<(Vec<Array2<F>>, Vec<T>)> {
         self.check(inputs)?;
         check_output(self, "out", inputs, out.shape())?;
@@ -251,6 +252,30 @@ impl<F: Float, A: Attention<F>> Attention<F> for Stack<F, A> {
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         self.run(inputs, out, false, A::forward_into).map(drop)
+    }
+
+    /// As for any mechanism, but with a cache for each layer and sequence, layer by layer.
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        if self.cross_attention {
+            let expected = "a stack without `cross_attention`, since its keys are not the outputs";
+            return Err(Error::config("mechanism", expected, NAME));
+        }
+        let sequences = inputs.packed_segments().map_or(1, |segments| segments.len());
+        check_shape("caches", &[self.layers.len() * sequences], &[caches.len()])?;
+        let lens: Vec<usize> = caches.iter().map(KeyValueCache::len).collect();
+        let mut of_layers = caches.chunks_mut(sequences.max(1));
+        let result = self.run(inputs, out, false, |layer, inputs, out| {
+            layer.decode_into(inputs, of_layers.next().unwrap_or_default(), out)
+        });
+        if result.is_err() {
+            caches.iter_mut().zip(lens).for_each(|(cache, len)| cache.truncate(len));
+        }
+        result.map(drop)
     }
 
     fn forward_train_into(

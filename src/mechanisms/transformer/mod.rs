@@ -6,6 +6,7 @@ mod feed_forward;
 pub use config::TransformerLayerConfig;
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::cache::KeyValueCache;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
@@ -314,6 +315,15 @@ impl<F: Float, A: Attention<F>> Attention<F> for TransformerLayer<F, A> {
         self.attention_vjp(inputs, grads, of_norm1, |inputs, grads| {
             self.inner.backward_into(inputs, inner, grad_sum.view(), grads)
         })
+    }
+
+    fn decode_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        caches: &mut [KeyValueCache<F>],
+        out: ArrayViewMut2<'_, F>,
+    ) -> Result<()> {
+        self.run(inputs, out, |inputs, out| self.inner.decode_into(inputs, caches, out)).map(drop)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
