@@ -57,6 +57,8 @@ pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
     let rope = GraphRopeConfig::new(4, Layout::Half);
     let experts = (0..2).map(|_| Box::new(Flash::new()) as Box<dyn Attention<F>>).collect();
     let dual = DualSpaceConfig::new(Fusion::Gated, 4);
+    // The only stack for queries and keys of different numbers.
+    let stack = StackConfig::new().cross_attention(true);
     let mechanisms: Vec<Box<dyn Attention<F>>> = vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -70,7 +72,7 @@ pub(crate) fn mechanisms<F: Float>() -> Vec<Box<dyn Attention<F>>> {
         Box::new(rope.init(Flash::new()).unwrap()),
         Box::new(rope.init_edges().unwrap()),
         Box::new(TransformerLayerConfig::new(4, 3).init(Flash::new(), rng).unwrap()),
-        Box::new(StackConfig::new().init([Flash::new(), Flash::new()]).unwrap()),
+        Box::new(stack.init([Flash::new(), Flash::new()]).unwrap()),
     ];
     assert_every_mechanism(mechanisms.iter().map(|mechanism| mechanism.name()));
     mechanisms

@@ -305,6 +305,9 @@ impl<F: Float, A: Attention<F>> Attention<F> for Stack<F, A> {
         grads.check(NAME, inputs, self)?;
         let num_outputs = self.layers.len() - usize::from(self.norm.is_none());
         check_shape("number of saved outputs", &[num_outputs], &[outputs.len()])?;
+        for output in outputs {
+            check_shape("saved output", &[inputs.num_queries(), output.ncols()], output.shape())?;
+        }
         if let Some(layers) = layers {
             check_shape("number of saved layers", &[self.layers.len()], &[layers.len()])?;
         }
