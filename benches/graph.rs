@@ -42,7 +42,7 @@ fn orders(c: &mut Criterion) {
         let [q, k, v] = [2, 3, 4].map(|seed| matrix::<f32>(nodes, COLUMNS, seed));
         let ordered = |method| {
             let order = graph.reordering(method).expect("one node set");
-            graph.permute(&order).expect("a permutation").graph
+            graph.permute(&order).expect("a permutation").graph().clone()
         };
         for (order, graph) in [
             ("no order", graph.clone()),

@@ -94,7 +94,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             println!(
                 "step {step}: {:.1} % of 40 batches right; {} nodes in the last",
                 100.0 * share,
-                batch.nodes.len()
+                batch.nodes().len()
             );
         }
     }

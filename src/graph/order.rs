@@ -30,7 +30,7 @@ impl Graph {
     /// # use graph_attention::{Graph, Reordering};
     /// # let graph = Graph::local_global(10, 2, &[])?;
     /// let ordered = graph.permute(&graph.reordering(Reordering::Communities)?)?;
-    /// # assert_eq!(ordered.nodes.len(), 10);
+    /// # assert_eq!(ordered.nodes().len(), 10);
     /// # Ok::<(), graph_attention::Error>(())
     /// ```
     ///

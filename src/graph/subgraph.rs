@@ -10,23 +10,42 @@ use std::collections::HashMap;
 /// Some nodes and edges of a graph, numbered from 0, and their numbers in the whole graph.
 ///
 /// Edges are numbered row by row.
-#[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subgraph {
-    /// The edges between the nodes.
-    pub graph: Graph,
-    /// The number of each node in the whole graph.
-    pub nodes: Vec<usize>,
-    /// The number of each edge in the whole graph.
-    pub edges: Vec<usize>,
-    /// The number of nodes at most 0, 1, … hops away from the seeds; these are the first nodes. If there are no
-    /// seeds, the only entry is the number of nodes.
-    pub num_within: Vec<usize>,
+    graph: Graph,
+    nodes: Vec<usize>,
+    edges: Vec<usize>,
+    num_within: Vec<usize>,
     /// The numbers of nodes and edges of the whole graph.
     whole: [usize; 2],
 }
 
 impl Subgraph {
+    /// Returns the edges between the nodes.
+    #[must_use]
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Returns the number of each node in the whole graph.
+    #[must_use]
+    pub fn nodes(&self) -> &[usize] {
+        &self.nodes
+    }
+
+    /// Returns the number of each edge in the whole graph.
+    #[must_use]
+    pub fn edges(&self) -> &[usize] {
+        &self.edges
+    }
+
+    /// Returns the number of nodes at most 0, 1, … hops away from the seeds; these are the first nodes. If there
+    /// are no seeds, the only entry is the number of nodes.
+    #[must_use]
+    pub fn num_within(&self) -> &[usize] {
+        &self.num_within
+    }
+
     /// Returns the graph of one layer of a model, which only computes what later layers read.
     ///
     /// A model of as many layers as there are hops computes the outputs of the seeds. Its layer 0 reads all
@@ -202,8 +221,8 @@ impl Graph {
     /// let ring = Graph::from_edges(4, 4, [(0, 1), (1, 2), (2, 3), (3, 0)])?;
     /// let part = ring.subgraph(&[3, 2])?;
     /// // Node 2 attends to node 3: the new nodes 1 and 0.
-    /// assert_eq!(part.graph, Graph::from_edges(2, 2, [(1, 0)])?);
-    /// assert_eq!(part.edges, [2]);
+    /// assert_eq!(*part.graph(), Graph::from_edges(2, 2, [(1, 0)])?);
+    /// assert_eq!(part.edges(), [2]);
     ///
     /// let features = array![[0.0], [0.1], [0.2], [0.3]];
     /// assert_eq!(part.rows_of_nodes(features.view())?, array![[0.3], [0.2]]);
@@ -249,7 +268,7 @@ impl Graph {
     /// let ordered = path.permute(&path.reordering(Reordering::ReverseCuthillMcKee)?)?;
     /// // Now every edge joins consecutive nodes.
     /// let near = |(node, key): (usize, u32)| node.abs_diff(key as usize) == 1;
-    /// assert!((0..4).all(|node| ordered.graph.neighbors(node).iter().all(|&key| near((node, key)))));
+    /// assert!((0..4).all(|node| ordered.graph().neighbors(node).iter().all(|&key| near((node, key)))));
     ///
     /// let x = array![0.0, 0.1, 0.2, 0.3];
     /// let there = ordered.rows_of_nodes(x.view())?;
@@ -317,12 +336,12 @@ impl Graph {
     /// let graph = Graph::local_global(1000, 50, &[])?;
     /// let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     /// let batch = graph.sample(&[7, 500], &[10, 5], &mut rng)?;
-    /// assert_eq!(batch.nodes[..2], [7, 500]);
-    /// assert!(batch.nodes.len() <= 2 + 20 + 100);
+    /// assert_eq!(batch.nodes()[..2], [7, 500]);
+    /// assert!(batch.nodes().len() <= 2 + 20 + 100);
     ///
     /// // The first layer computes the nodes at most one hop away, the second one the seeds.
     /// let [first, second] = [batch.layer(0)?, batch.layer(1)?];
-    /// assert_eq!(first.num_queries(), batch.num_within[1]);
+    /// assert_eq!(first.num_queries(), batch.num_within()[1]);
     /// assert_eq!((second.num_queries(), second.num_edges()), (2, 20));
     /// # Ok::<(), graph_attention::Error>(())
     /// ```

@@ -205,11 +205,12 @@ fn visible_keys<F: Float>(
     let mut seen: Option<Range<usize>> = None;
     for (rows, masked) in blocks.iter().zip(masked) {
         let block = block(level, problem, 0, queries, rows);
-        masked.find(&block, keys_per_tile);
-        let keys = match masked.keys().filter(|_| !heads_differ(problem)) {
-            None => block.visible_keys(&(0..rows.len())),
-            Some(keys) => keys,
-        };
+        // What one head sees says nothing of the others.
+        let shown = (!heads_differ(problem)).then(|| {
+            masked.find(&block, keys_per_tile);
+            masked.keys()
+        });
+        let keys = shown.flatten().unwrap_or_else(|| block.visible_keys(&(0..rows.len())));
         if !keys.is_empty() {
             seen = Some(seen.map_or(keys.clone(), |seen| hull(&seen, &keys)));
         }

@@ -173,8 +173,8 @@ impl<F: Float, A: Attention<F>> TransformerLayer<F, A> {
         sum += &inputs.query();
 
         let [norm1, norm2] = &self.norms;
-        let normalized =
-            if self.norm_first { norm2.forward(sum.view()) } else { norm1.forward(sum.view()) }?;
+        let norm = if self.norm_first { norm2 } else { norm1 };
+        let normalized = norm.forward(sum.view())?;
         if self.norm_first {
             let hidden =
                 self.feed_forward.forward_into(normalized.view(), inputs, out.view_mut())?;
