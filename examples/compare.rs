@@ -28,6 +28,10 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
     let dual = DualSpaceConfig::new(Fusion::Gated, DIM);
     let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), rng)?;
     let rope = GraphRopeConfig::new(DIM, Layout::Half);
+    let layer = |rng: &mut Xoshiro256PlusPlus| {
+        let heads = MultiHeadConfig::new(DIM, 4).init(Flash::new(), rng)?;
+        TransformerLayerConfig::new(DIM, 4 * DIM).init(heads, rng)
+    };
     Ok(vec![
         Box::new(ScaledDotProduct::new()),
         Box::new(Flash::new()),
@@ -41,6 +45,8 @@ fn mechanisms(rng: &mut Xoshiro256PlusPlus) -> Result<Vec<Box<dyn Attention<f32>
         Box::new(PerformerConfig::new(DIM, 64).init(rng)?),
         Box::new(rope.init(Flash::new())?),
         Box::new(rope.init_edges()?),
+        Box::new(layer(rng)?),
+        Box::new(StackConfig::new().init(vec![layer(rng)?, layer(rng)?])?),
     ])
 }
 

@@ -92,7 +92,7 @@ proptest! {
                 (0..n).filter(|&node| !seeds.is_empty() && distances[[node, 0]] <= hop as f64).collect();
             prop_assert_eq!(part.nodes()[..count].iter().copied().collect::<BTreeSet<_>>(), near);
         }
-        let between = whole.subgraph(&part.nodes()).unwrap();
+        let between = whole.subgraph(part.nodes()).unwrap();
         prop_assert_eq!(part.graph(), between.graph());
     }
 
