@@ -867,6 +867,15 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Returns the positions of the keys, if there are any.
+    pub(crate) fn layers(&self) -> Option<&'a [u8]> {
+        self.layers
+    }
+
+    /// Leaves out the edge layers.
+    pub(crate) fn without_layers(&self) -> Self {
+        Self { layers: None, ..*self }
+    }
+
     pub(crate) fn key_positions(&self) -> Option<ArrayView2<'a, F>> {
         self.positions.map(|positions| positions.key)
     }

@@ -163,6 +163,7 @@ mod gradients;
 mod graph;
 pub mod guide;
 mod inputs;
+#[macro_use]
 mod kernels;
 pub mod layout;
 mod mechanisms;
@@ -172,6 +173,7 @@ mod partial;
 pub mod rowwise;
 #[cfg(feature = "safetensors")]
 pub mod safetensors;
+pub mod score;
 pub mod softmax;
 pub mod testing;
 

@@ -12,6 +12,7 @@ use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::partial::{Partial, PartialUpstream};
+use crate::score::{ScoreFunction, sinks_vjp, with_sink};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 
 /// The weights of softmax attention, computed from the logit of each pair and head.
@@ -289,6 +290,53 @@ impl<F: Float> Softmax<F> {
                 visit(pair, self.weights[[pair.index, head]]);
             }
         }
+    }
+
+    /// Adds the sinks of a score function.
+    pub(crate) fn add_sinks(&mut self, inputs: &Inputs<'_, F>, score: &impl ScoreFunction<F>) {
+        for head in 0..inputs.num_heads() {
+            let sink = score.sink(head);
+            if sink == F::neg_infinity() {
+                continue;
+            }
+            for query in 0..inputs.num_queries() {
+                let of_keys = self.normalizer.terms(query, head);
+                let [factor, shift, sum] = with_sink(sink.as_f64(), of_keys).map(F::from_f64);
+                for pair in inputs.row(query) {
+                    self.weights[[pair.index, head]] *= factor;
+                }
+                self.normalizer.shift[[query, head]] = shift;
+                self.normalizer.sum[[query, head]] = sum;
+            }
+        }
+    }
+
+    /// Adds the gradients of sinks, given Σ p dp of each query and head.
+    pub(crate) fn sinks_vjp(
+        &self,
+        score: &impl ScoreFunction<F>,
+        deltas: &Array2<f64>,
+        grad_params: &mut [f64],
+    ) {
+        sinks_vjp(score, &self.normalizer, deltas, grad_params);
+    }
+
+    /// Returns Σ p dp of each query and head, given the gradient of the weights.
+    pub(crate) fn weight_products(
+        &self,
+        inputs: &Inputs<'_, F>,
+        grad_weights: ArrayView2<'_, F>,
+    ) -> Array2<f64> {
+        Array2::from_shape_fn((inputs.num_queries(), inputs.num_heads()), |(query, head)| {
+            let mut sum = 0.0;
+            self.for_each_pair(inputs, query, head, |pair, weight| {
+                // An infinite gradient of a weight of 0 counts for nothing.
+                if weight != F::zero() {
+                    sum += weight.as_f64() * grad_weights[[pair.index, head]].as_f64();
+                }
+            });
+            sum
+        })
     }
 
     /// Checks that these weights fit the inputs.

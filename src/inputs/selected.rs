@@ -173,7 +173,6 @@ impl<'a, F: Float> Inputs<'a, F> {
         let read = Inputs {
             edge_features: None,
             distances: None,
-            layers: None,
             positions: None,
             latent: None,
             ..*self

@@ -115,20 +115,37 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// Returns the number of keys up to and including a query's own (the diagonal), in the whole inputs.
     pub(crate) fn diagonal(&self, query: usize) -> usize {
+        let (number, [num_queries, num_keys]) = self.query_place(query);
+        let end = number.saturating_add(1);
+        match self.causal {
+            Some(Causal::BottomRight) => end.saturating_add(num_keys).saturating_sub(num_queries),
+            Some(Causal::Offset(offset)) => end.saturating_add(offset),
+            Some(Causal::TopLeft) | None => end,
+        }
+    }
+
+    /// Returns the position of a query, that of its own key; it may be before the first key.
+    pub(crate) fn query_position(&self, query: usize) -> i64 {
+        let (number, [num_queries, num_keys]) = self.query_place(query);
+        let number = number as i64;
+        match self.causal {
+            Some(Causal::BottomRight) => number + num_keys as i64 - num_queries as i64,
+            Some(Causal::Offset(offset)) => number.saturating_add_unsigned(offset as u64),
+            Some(Causal::TopLeft) | None => number,
+        }
+    }
+
+    /// Returns the number of a query, and the numbers of queries and keys: in the whole inputs, or in its
+    /// segment.
+    fn query_place(&self, query: usize) -> (usize, [usize; 2]) {
         let number = self.query_number(query);
-        let (number, [num_queries, num_keys]) = match self.segments.zip(self.whole_segments()) {
+        match self.segments.zip(self.whole_segments()) {
             None => (number, self.whole_sizes()),
             Some((segments, whole)) => {
                 let segment = segments.of_query(query);
                 let queries = whole.queries(segment);
                 (number - queries.start, [queries.len(), whole.keys(segment).len()])
             }
-        };
-        let end = number.saturating_add(1);
-        match self.causal {
-            Some(Causal::BottomRight) => end.saturating_add(num_keys).saturating_sub(num_queries),
-            Some(Causal::Offset(offset)) => end.saturating_add(offset),
-            Some(Causal::TopLeft) | None => end,
         }
     }
 

@@ -78,6 +78,7 @@ pub(crate) mod primitives;
 pub(crate) mod problem;
 pub(crate) mod rotary;
 pub(crate) mod rows;
+pub(crate) mod score;
 #[cfg(test)]
 mod softmax_tests;
 
@@ -196,7 +197,7 @@ kernels! {
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) = dense::backward;
+    ) -> Vec<f64> = dense::backward;
 
     /// [`rows::forward`].
     fn rows_forward(
@@ -214,7 +215,14 @@ kernels! {
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) = rows::dot_backward;
+    ) -> Vec<f64> = rows::dot_backward;
+
+    /// [`tanh::soft_cap`](primitives::tanh::soft_cap).
+    fn soft_cap(level: Level, cap: Self, logits: &mut [Self]) = primitives::tanh::soft_cap;
+
+    /// [`tanh::soft_cap_vjp`](primitives::tanh::soft_cap_vjp).
+    fn soft_cap_vjp(level: Level, cap: Self, logits: &[Self], grads: &mut [Self])
+        = primitives::tanh::soft_cap_vjp;
 
     /// [`rows::forward`] with the logits of [`edge_gat`].
     fn edges_forward(

@@ -1,9 +1,11 @@
 //! The inputs of softmax attention in the form that the kernels take.
 
 use super::normalizer::Normalizer;
+use super::score::Scoring;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
+use crate::score::ScoreFunction;
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -22,6 +24,8 @@ pub struct Problem<'a, F: Float> {
     pub(crate) value_dim: usize,
     pub(crate) scale: F,
     pub(crate) bias: Option<Bias<'a, F>>,
+    /// The function of the logits, if there is one.
+    pub(crate) scoring: Option<Scoring<'a, F>>,
 }
 
 impl<'a, F: Float> Problem<'a, F> {
@@ -47,7 +51,16 @@ impl<'a, F: Float> Problem<'a, F> {
             value_dim: inputs.value().ncols() / inputs.num_kv_heads(),
             scale: F::from_f64(scale),
             bias: inputs.bias(),
+            scoring: None,
         })
+    }
+
+    /// Sets the function of the logits.
+    pub(crate) fn with_score(mut self, score: &'a impl ScoreFunction<F>) -> Result<Self> {
+        if score.changes_logits() {
+            self.scoring = Some(Scoring::new(&self.inputs, score)?);
+        }
+        Ok(self)
     }
 
     /// Returns the head of keys and values that a query head reads.

@@ -2,16 +2,17 @@ use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
-use crate::inputs::{Inputs, Pattern};
+use crate::inputs::{Inputs, Pattern, head_columns};
 use crate::kernels::dense::{FEW_QUERIES, TileSizes};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
-use crate::params::Params;
+use crate::params::{self, Params};
 use crate::partial::{Partial, PartialUpstream};
-use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
+use crate::score::{ScoreFunction, add_entries, add_sinks, num_entries, sinks_vjp};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
 const NAME: &str = "flash";
 
@@ -54,10 +55,11 @@ const NAME: &str = "flash";
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Flash {
+pub struct Flash<S = ()> {
     /// `None` is 1/√d.
     pub(crate) scale: Option<f64>,
     tiles: TileSizes,
+    pub(crate) score: S,
 }
 
 /// The inputs of the backward pass of one softmax.
@@ -82,7 +84,7 @@ impl<F: Float> State<F> {
 impl Default for Flash {
     /// Tiles with scores that stay in the first-level cache.
     fn default() -> Self {
-        Self { scale: None, tiles: TileSizes { queries: 96, keys: 96 } }
+        Self { scale: None, tiles: TileSizes { queries: 96, keys: 96 }, score: () }
     }
 }
 
@@ -91,6 +93,22 @@ impl Flash {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+}
+
+impl<S> Flash<S> {
+    /// Sets a function of the logits, which is applied to scale · q·k before bias and mask: a soft cap, ALiBi, a
+    /// learned table, sinks, or your own. Its parameters become the parameters of the mechanism. The module
+    /// [`score`](crate::score) has the functions and an example.
+    #[must_use]
+    pub fn with_score<T>(self, score: T) -> Flash<T> {
+        let Self { scale, tiles, .. } = self;
+        Flash { scale, tiles, score }
+    }
+
+    /// Returns the function of the logits.
+    pub fn score(&self) -> &S {
+        &self.score
     }
 
     /// Sets the scale of the dot products, 1/√d by default. A larger scale makes the weights sharper.
@@ -119,14 +137,60 @@ impl Flash {
     }
 
     /// Returns the outputs and their normalizer, so that outputs over several sets of keys can be merged
-    /// with [`Partial::merge`].
+    /// with [`Partial::merge`]. [Sinks](crate::score::Sinks) are left out: see
+    /// [`sink_partial`](Self::sink_partial).
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
-    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
+    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>>
+    where
+        S: ScoreFunction<F>,
+    {
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?;
+        let Normalizer { shift, sum } = self.run_pairs(inputs, out.view_mut())?;
         Partial::new(out, shift, sum)
+    }
+
+    /// Returns the sinks of the score function as one more partial result, with outputs of 0, to be merged once with
+    /// those over keys. It is [empty](Partial::empty) if there are no sinks.
+    ///
+    /// [`Partial::merge_vjp`] returns the gradient of its log-sum-exp, for
+    /// [`sink_partial_backward_into`](Self::sink_partial_backward_into).
+    ///
+    /// # Errors
+    /// As [`Attention::forward_into`].
+    pub fn sink_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        self.score.check(inputs)?;
+        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
+        let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.num_heads())?;
+        add_sinks(&self.score, out.view_mut(), &mut normalizer);
+        Partial::new(out, normalizer.shift, normalizer.sum)
+    }
+
+    /// Adds the gradients of the sinks to the gradients of the parameters, given that of the log-sum-exp of
+    /// [`sink_partial`](Self::sink_partial), num_queries × heads.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the gradients are not those of the parameters.
+    pub fn sink_partial_backward_into<F: Float>(
+        &self,
+        grad_log_sum_exp: ArrayView2<'_, F>,
+        grad_params: &mut [ArrayD<F>],
+    ) -> Result<()>
+    where
+        S: ScoreFunction<F>,
+    {
+        params::check_gradients(self, grad_params)?;
+        let mut entries = vec![0.0; num_entries(&self.score)];
+        for (head, of_head) in grad_log_sum_exp.columns().into_iter().enumerate() {
+            let sum = of_head.iter().map(|grad| grad.as_f64()).sum();
+            self.score.sink_vjp(head, sum, &mut entries);
+        }
+        add_entries(&entries, grad_params);
+        Ok(())
     }
 
     /// Adds to `grads` the gradients that the keys in `inputs` contribute, given a result over these and any
@@ -138,7 +202,8 @@ impl Flash {
     /// its backward pass. That `partial` includes the keys in `inputs` cannot be checked.
     ///
     /// Dropout draws by the number of a pair within its shard, so give each shard a seed of its own, the
-    /// same forwards and backwards.
+    /// same forwards and backwards. [Sinks](crate::score::Sinks) are not keys: see
+    /// [`sink_partial`](Self::sink_partial).
     ///
     /// # Errors
     /// As [`Attention::backward_into`].
@@ -149,7 +214,10 @@ impl Flash {
         grad_out: ArrayView2<'_, F>,
         grad_log_sum_exp: Option<ArrayView2<'_, F>>,
         mut grads: GradientsMut<'_, F>,
-    ) -> Result<()> {
+    ) -> Result<()>
+    where
+        S: ScoreFunction<F>,
+    {
         partial.check(inputs.num_queries(), output_dim(inputs), inputs.num_heads())?;
         grads.check(NAME, inputs, self)?;
         let upstream = partial.upstream(grad_out, grad_log_sum_exp)?;
@@ -166,7 +234,10 @@ impl Flash {
         partial: &Partial<F>,
         grad_out: ArrayView2<'_, F>,
         grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>> {
+    ) -> Result<Gradients<F>>
+    where
+        S: ScoreFunction<F>,
+    {
         let mut grads = Gradients::zeros(inputs, self)?;
         let views = grads.view_mut();
         self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
@@ -182,18 +253,38 @@ impl Flash {
     pub(crate) fn run<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Normalizer<F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        let mut normalizer = self.run_pairs(inputs, out.view_mut())?;
+        add_sinks(&self.score, out, &mut normalizer);
+        Ok(normalizer)
+    }
+
+    /// Runs [`run`](Self::run) without sinks.
+    pub(crate) fn run_pairs<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
-    ) -> Result<Normalizer<F>> {
+    ) -> Result<Normalizer<F>>
+    where
+        S: ScoreFunction<F>,
+    {
         check_output(self, "out", inputs, out.shape())?;
+        self.score.check(inputs)?;
+        let inputs = &self.read_inputs(inputs);
         if let Some(segments) = inputs.packed_segments() {
-            let run = |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out);
+            let run =
+                |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run_pairs(inputs, out);
             let parts = packed::for_each_segment(inputs, segments, out, run)?;
             return Ok(Normalizer::join(&parts, inputs.num_heads()));
         }
         if let Some(visible) = inputs.select_visible_keys()? {
-            return self.run(&visible.inputs(), out);
+            return self.run_pairs(&visible.inputs(), out);
         }
-        let problem = Problem::new(inputs, self.scale)?;
+        let problem = self.problem(inputs)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
         let (tiles, level) = (self.tiles, level());
         match Self::uses_tiles(inputs) {
@@ -204,13 +295,19 @@ impl Flash {
     }
 
     /// Adds the gradients, given the outputs and the normalizer. These may be over more keys than
-    /// `inputs` holds; the gradients are then the contribution of the keys in `inputs`.
+    /// `inputs` holds; the gradients are then the contribution of the keys in `inputs`. Those of sinks are left
+    /// out.
     pub(crate) fn add_gradients<F: Float>(
         &self,
         inputs: &Inputs<'_, F>,
         upstream: PartialUpstream<'_, F>,
         grads: &mut GradientsMut<'_, F>,
-    ) -> Result<()> {
+    ) -> Result<()>
+    where
+        S: ScoreFunction<F>,
+    {
+        self.score.check(inputs)?;
+        let inputs = &self.read_inputs(inputs);
         if let Some(segments) = inputs.packed_segments() {
             let grads = grads.reborrow();
             let run = |number, inputs: &Inputs<'_, F>, mut grads: GradientsMut<'_, F>| {
@@ -229,24 +326,87 @@ impl Flash {
                 self.add_gradients(inputs, upstream, &mut grads)
             });
         }
-        let problem = Problem::new(inputs, self.scale)?;
+        let problem = self.problem(inputs)?;
         let (tiles, level) = (self.tiles, level());
         upstream.in_rows(|upstream| {
-            match Self::uses_tiles(inputs) {
+            let of_params = match Self::uses_tiles(inputs) {
                 true => F::dense_backward(&problem, tiles, level, upstream, grads),
                 false => F::rows_backward(&problem, tiles.keys, level, upstream, grads),
-            }
+            };
+            add_entries(&of_params, grads.params);
             Ok(())
         })
     }
+
+    /// Adds the gradients of sinks, given the state of the forward pass.
+    pub(crate) fn add_sink_gradients<F: Float>(
+        &self,
+        state: &State<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_params: &mut [ArrayD<F>],
+    ) where
+        S: ScoreFunction<F>,
+    {
+        let deltas = row_products(grad_out, state.out.view(), state.normalizer.sum.ncols());
+        let mut entries = vec![0.0; num_entries(&self.score)];
+        sinks_vjp(&self.score, &state.normalizer, &deltas, &mut entries);
+        add_entries(&entries, grad_params);
+    }
+
+    pub(crate) fn problem<'a, F: Float>(&'a self, inputs: &Inputs<'a, F>) -> Result<Problem<'a, F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        Problem::new(inputs, self.scale)?.with_score(&self.score)
+    }
+
+    /// Leaves out edge layers that the score function does not read.
+    fn read_inputs<'a, F: Float>(&self, inputs: &Inputs<'a, F>) -> Inputs<'a, F>
+    where
+        S: ScoreFunction<F>,
+    {
+        if self.score.reads_edge_layers() { *inputs } else { inputs.without_layers() }
+    }
+
+    /// The plain form of the mechanism.
+    fn plain(&self) -> ScaledDotProduct<&S> {
+        ScaledDotProduct { scale: self.scale, score: &self.score }
+    }
 }
 
-impl<F: Float> Params<F> for Flash {
-    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
-    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
+/// Returns g·o of each query and head.
+pub(super) fn row_products<F: Float>(
+    grad_out: ArrayView2<'_, F>,
+    out: ArrayView2<'_, F>,
+    heads: usize,
+) -> Array2<f64> {
+    let dim = out.ncols() / heads;
+    Array2::from_shape_fn((out.nrows(), heads), |(query, head)| {
+        let of_head = s![query, head_columns(head, dim)];
+        let products = grad_out.slice_move(of_head).into_iter().zip(out.slice_move(of_head));
+        products.map(|(g, o)| g.as_f64() * o.as_f64()).sum()
+    })
 }
 
-impl<F: Float> Attention<F> for Flash {
+impl<F: Float, S: Params<F>> Params<F> for Flash<S> {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
+        self.score.visit_params(visitor);
+    }
+
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
+        self.score.visit_params_mut(visitor);
+    }
+
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
+        self.score.visit_buffers(visitor);
+    }
+
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
+        self.score.visit_buffers_mut(visitor);
+    }
+}
+
+impl<F: Float, S: ScoreFunction<F>> Attention<F> for Flash<S> {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -279,11 +439,13 @@ impl<F: Float> Attention<F> for Flash {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         state.check(inputs)?;
         grads.check(NAME, inputs, self)?;
-        self.add_gradients(inputs, state.upstream(grad_out), &mut grads)
+        self.add_gradients(inputs, state.upstream(grad_out), &mut grads)?;
+        self.add_sink_gradients(state, grad_out, grads.params);
+        Ok(())
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        ScaledDotProduct { scale: self.scale }.attention_weights(inputs)
+        self.plain().attention_weights(inputs)
     }
 
     fn attention_weights_backward_into(
@@ -292,7 +454,6 @@ impl<F: Float> Attention<F> for Flash {
         grad_weights: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let plain = ScaledDotProduct { scale: self.scale };
-        plain.attention_weights_backward_into(inputs, grad_weights, grads)
+        self.plain().attention_weights_backward_into(inputs, grad_weights, grads)
     }
 }

@@ -4,8 +4,10 @@ use crate::float::Float;
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::problem::{Problem, check_scale, output_dim};
+use crate::mechanisms::flash::row_products;
 use crate::params::Params;
 use crate::partial::Partial;
+use crate::score::{ScoreFunction, add_entries, num_entries};
 use crate::softmax::Softmax;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
@@ -45,9 +47,10 @@ const NAME: &str = "scaled_dot_product";
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct ScaledDotProduct {
+pub struct ScaledDotProduct<S = ()> {
     /// `None` is 1/√d.
     pub(crate) scale: Option<f64>,
+    pub(crate) score: S,
 }
 
 impl ScaledDotProduct {
@@ -55,6 +58,14 @@ impl ScaledDotProduct {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+}
+
+impl<S> ScaledDotProduct<S> {
+    /// Sets a function of the logits, as [`Flash::with_score`](crate::Flash::with_score).
+    #[must_use]
+    pub fn with_score<T>(self, score: T) -> ScaledDotProduct<T> {
+        ScaledDotProduct { scale: self.scale, score }
     }
 
     /// Sets the scale of the dot products, 1/√d by default. A larger scale makes the weights sharper.
@@ -68,12 +79,15 @@ impl ScaledDotProduct {
     }
 
     /// Returns the outputs and their normalizer, so that outputs over several sets of keys can be merged
-    /// with [`Partial::merge`].
+    /// with [`Partial::merge`], without [sinks](crate::score::Sinks).
     ///
     /// # Errors
     /// As [`Attention::forward_into`].
-    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
-        self.softmax(inputs)?.forward_partial(inputs)
+    pub fn forward_partial<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        self.softmax(inputs, &self.problem(inputs)?)?.forward_partial(inputs)
     }
 
     /// Adds to `grads` the gradients that the keys in `inputs` contribute, given a result over these and any
@@ -89,17 +103,24 @@ impl ScaledDotProduct {
         grad_out: ArrayView2<'_, F>,
         grad_log_sum_exp: Option<ArrayView2<'_, F>>,
         mut grads: GradientsMut<'_, F>,
-    ) -> Result<()> {
+    ) -> Result<()>
+    where
+        S: ScoreFunction<F>,
+    {
         grads.check(NAME, inputs, self)?;
-        let problem = Problem::new(inputs, self.scale)?;
-        self.softmax(inputs)?.backward_partial_into(
+        let problem = self.problem(inputs)?;
+        let softmax = self.softmax(inputs, &problem)?;
+        let mut entries = vec![0.0; num_entries(&self.score)];
+        softmax.backward_partial_into(
             inputs,
             partial,
             grad_out,
             grad_log_sum_exp,
             &mut grads,
-            |pair, head, grad, grads| dot_logit_vjp(&problem, pair, head, grad, grads),
-        )
+            |pair, head, grad, grads| logit_vjp(&problem, pair, head, grad, grads, &mut entries),
+        )?;
+        add_entries(&entries, grads.params);
+        Ok(())
     }
 
     /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
@@ -112,7 +133,10 @@ impl ScaledDotProduct {
         partial: &Partial<F>,
         grad_out: ArrayView2<'_, F>,
         grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>> {
+    ) -> Result<Gradients<F>>
+    where
+        S: ScoreFunction<F>,
+    {
         let mut grads = Gradients::zeros(inputs, self)?;
         let views = grads.view_mut();
         self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
@@ -123,17 +147,65 @@ impl ScaledDotProduct {
         &self,
         inputs: &Inputs<'_, F>,
         out: ArrayViewMut2<'_, F>,
-    ) -> Result<Softmax<F>> {
+    ) -> Result<Softmax<F>>
+    where
+        S: ScoreFunction<F>,
+    {
         check_output(self, "out", inputs, out.shape())?;
-        let softmax = self.softmax(inputs)?;
+        let softmax = self.softmax_with_sinks(inputs, &self.problem(inputs)?)?;
         softmax.forward_into(inputs, out)?;
         Ok(softmax)
     }
 
-    fn softmax<F: Float>(&self, inputs: &Inputs<'_, F>) -> Result<Softmax<F>> {
-        let problem = Problem::new(inputs, self.scale)?;
-        Softmax::new(inputs, |pair, head| dot_logit(&problem, pair, head))
+    fn problem<'a, F: Float>(&'a self, inputs: &Inputs<'a, F>) -> Result<Problem<'a, F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        self.score.check(inputs)?;
+        Problem::new(inputs, self.scale)?.with_score(&self.score)
     }
+
+    fn softmax<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        problem: &Problem<'_, F>,
+    ) -> Result<Softmax<F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        Softmax::new(inputs, |pair, head| {
+            problem.score_of(pair, head, dot_logit(problem, pair, head))
+        })
+    }
+
+    fn softmax_with_sinks<F: Float>(
+        &self,
+        inputs: &Inputs<'_, F>,
+        problem: &Problem<'_, F>,
+    ) -> Result<Softmax<F>>
+    where
+        S: ScoreFunction<F>,
+    {
+        let mut softmax = self.softmax(inputs, problem)?;
+        softmax.add_sinks(inputs, &self.score);
+        Ok(softmax)
+    }
+}
+
+/// Adds the gradients of queries, keys and the parameters of the score function, given that of a logit.
+fn logit_vjp<F: Float>(
+    problem: &Problem<'_, F>,
+    pair: Pair,
+    head: usize,
+    grad: F,
+    grads: &mut GradientsMut<'_, F>,
+    entries: &mut [f64],
+) {
+    let grad = match problem.scoring {
+        None => grad,
+        Some(_) => problem.score_vjp(pair, head, dot_logit(problem, pair, head), grad, entries),
+    };
+    dot_logit_vjp(problem, pair, head, grad, grads);
 }
 
 /// scale q·k
@@ -165,12 +237,25 @@ pub(crate) fn dot_logit_vjp<F: Float>(
     }
 }
 
-impl<F: Float> Params<F> for ScaledDotProduct {
-    fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
-    fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
+impl<F: Float, S: Params<F>> Params<F> for ScaledDotProduct<S> {
+    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
+        self.score.visit_params(visitor);
+    }
+
+    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
+        self.score.visit_params_mut(visitor);
+    }
+
+    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
+        self.score.visit_buffers(visitor);
+    }
+
+    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
+        self.score.visit_buffers_mut(visitor);
+    }
 }
 
-impl<F: Float> Attention<F> for ScaledDotProduct {
+impl<F: Float, S: ScoreFunction<F>> Attention<F> for ScaledDotProduct<S> {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -201,14 +286,20 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         let softmax: &Softmax<F> = saved.state(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
-        let problem = Problem::new(inputs, self.scale)?;
+        let problem = self.problem(inputs)?;
+        let mut entries = vec![0.0; num_entries(&self.score)];
         softmax.backward_into(inputs, grad_out, &mut grads, |pair, head, grad, grads| {
-            dot_logit_vjp(&problem, pair, head, grad, grads);
-        })
+            logit_vjp(&problem, pair, head, grad, grads, &mut entries);
+        })?;
+        let out = softmax.forward(inputs)?;
+        let deltas = row_products(grad_out, out.view(), inputs.num_heads());
+        softmax.sinks_vjp(&self.score, &deltas, &mut entries);
+        add_entries(&entries, grads.params);
+        Ok(())
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
-        Ok(self.softmax(inputs)?.into_weights())
+        Ok(self.softmax_with_sinks(inputs, &self.problem(inputs)?)?.into_weights())
     }
 
     fn attention_weights_backward_into(
@@ -218,16 +309,21 @@ impl<F: Float> Attention<F> for ScaledDotProduct {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         grads.check(NAME, inputs, self)?;
-        let problem = Problem::new(inputs, self.scale)?;
-        let softmax = self.softmax(inputs)?;
+        let problem = self.problem(inputs)?;
+        let softmax = self.softmax_with_sinks(inputs, &problem)?;
+        let mut entries = vec![0.0; num_entries(&self.score)];
         softmax.weights_backward_into(
             inputs,
             grad_weights,
             &mut grads,
             |pair, head, grad, grads| {
-                dot_logit_vjp(&problem, pair, head, grad, grads);
+                logit_vjp(&problem, pair, head, grad, grads, &mut entries);
             },
-        )
+        )?;
+        let deltas = softmax.weight_products(inputs, grad_weights);
+        softmax.sinks_vjp(&self.score, &deltas, &mut entries);
+        add_entries(&entries, grads.params);
+        Ok(())
     }
 }
 

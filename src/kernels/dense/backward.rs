@@ -13,6 +13,7 @@ use crate::kernels::primitives::matmul::{
     store,
 };
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
+use crate::kernels::score::{PanelScratch, Scoring};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
 use std::ops::Range;
@@ -39,6 +40,7 @@ struct BackwardScratch<F> {
     grad_scores: Buffer<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
+    panel: PanelScratch<F>,
     /// m, 1/l and δ; +∞, 0 and 0 for unused lanes, so that their weights are 0.
     shifts: Buffer<F>,
     inverses: Buffer<F>,
@@ -61,16 +63,20 @@ struct BackwardPart<'g, F> {
     grad_query: ArrayViewMut2<'g, F>,
     grad_bias: Option<PartOfBias<'g, F>>,
     keys: KeyGradients<F>,
+    /// With respect to the parameters of the score function.
+    params: Vec<f64>,
 }
 
-/// Adds the gradients, given the outputs and normalizer of the forward pass.
+/// Adds the gradients, given the outputs and normalizer of the forward pass. Returns those of the parameters of the
+/// score function.
 pub(in super::super) fn backward<F: Float>(
     problem: &Problem<'_, F>,
     sizes: TileSizes,
     level: Level,
     upstream: Upstream<'_, F>,
     grads: &mut GradientsMut<'_, F>,
-) {
+) -> Vec<f64> {
+    let num_params = problem.scoring.as_ref().map_or(0, Scoring::num_params);
     let sizes = clip(problem, sizes);
     // A query without a visible key hides all of its pairs.
     let may_hide = problem.may_hide() || upstream.normalizer.has_empty_rows();
@@ -100,7 +106,7 @@ pub(in super::super) fn backward<F: Float>(
         .map(|((queries, grad_query), grad_bias)| {
             // Each part finds out which keys it sees.
             let keys = KeyGradients { keys: 0..0, key: Buffer::zeros(0), value: Buffer::zeros(0) };
-            BackwardPart { queries, grad_query, grad_bias, keys }
+            BackwardPart { queries, grad_query, grad_bias, keys, params: vec![0.0; num_params] }
         })
         .collect();
     let tasks = parts.iter_mut().collect();
@@ -119,10 +125,15 @@ pub(in super::super) fn backward<F: Float>(
             add_head_rows(&part.keys.value, padded[1], problem.value_dim, grad.slice_mut(rows));
         }
     }
+    let mut params = vec![0.0; num_params];
+    for part in &parts {
+        params.iter_mut().zip(&part.params).for_each(|(sum, of_part)| *sum += of_part);
+    }
     let shared: Vec<_> = parts.into_iter().filter_map(|part| part.grad_bias?.into_copy()).collect();
     if let Some(grad) = &mut grads.bias {
         shared.iter().for_each(|rows| *grad += rows);
     }
+    params
 }
 
 /// Adds rows of padded length, head after head, to the head's columns of a matrix.
@@ -166,6 +177,7 @@ fn backward_part<F: Float>(
         weights: Buffer::zeros(tile),
         grad_scores: Buffer::zeros(tile),
         rows: Vec::new(),
+        panel: PanelScratch::default(),
         shifts: Buffer::zeros(width),
         inverses: Buffer::zeros(width),
         deltas: Buffer::zeros(width),
@@ -229,7 +241,7 @@ fn backward_block<F: Float>(
     part: &mut BackwardPart<'_, F>,
 ) {
     let Block { level, problem, head, width, .. } = *block;
-    let BackwardPart { queries, keys: sums, grad_bias, .. } = part;
+    let BackwardPart { queries, keys: sums, grad_bias, params, .. } = part;
     let first_query = queries.start;
     let panel = panel_len::<F>(level);
     let kv_head = problem.kv_head(head);
@@ -318,6 +330,9 @@ fn backward_block<F: Float>(
                 let out = Out::panel(out, width, column, panel);
                 rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
+            if let Some(scoring) = &problem.scoring {
+                block.panel(&lanes, &seen).apply(problem, scoring, weights, &mut scratch.panel);
+            }
             if may_hide {
                 block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
             }
@@ -333,7 +348,11 @@ fn backward_block<F: Float>(
             block.drop_out(lanes.clone(), &seen, weights, &mut scratch.rows);
             if let Some(grad) = grad_bias {
                 let grad = &mut grad.view_mut();
-                block.add_bias_gradients(lanes, &seen, grad_scores, first_query, grad);
+                block.add_bias_gradients(lanes.clone(), &seen, grad_scores, first_query, grad);
+            }
+            if let Some(scoring) = &problem.scoring {
+                let panel = block.panel(&lanes, &seen);
+                panel.vjp(problem, scoring, grad_scores, &mut scratch.panel, params);
             }
             // dQ += dS K
             let right = Matrix::new(grad_scores, width).skip_columns(column);

@@ -11,6 +11,7 @@ use crate::kernels::primitives::matmul::{
 };
 use crate::kernels::primitives::transpose::{store_part, transposed};
 use crate::kernels::problem::FiniteRows;
+use crate::kernels::score::PanelScratch;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;
@@ -36,6 +37,7 @@ struct ForwardScratch<F> {
     totals: Totals<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
+    panel: PanelScratch<F>,
     masked: MaskedTiles,
 }
 
@@ -126,6 +128,7 @@ fn forward_part<'p, F: Float, C: TileScorer<'p, F>>(
         alphas: Buffer::zeros(panel),
         totals: Totals { totals: Vec::new(), lacks: Vec::new(), alphas: vec![F::one(); width] },
         rows: Vec::new(),
+        panel: PanelScratch::default(),
         masked: MaskedTiles::default(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
@@ -206,7 +209,8 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
     scorer.begin(block);
     scratch.maxima.fill(F::neg_infinity());
-    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows, masked } = scratch;
+    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows, panel: of_panel, masked } =
+        scratch;
     let sums = &mut sums[..(dim + 1) * width];
     sums.fill(F::zero());
 
@@ -225,8 +229,14 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             // S, and the largest of m and S.
             largest.copy_from_slice(&maxima[column..column + panel]);
             scorer.score(block, &tile, column, largest, scores);
+            if let Some(scoring) = &problem.scoring {
+                let panel = block.panel(&lanes, &tile);
+                panel.apply(problem, scoring, scores, of_panel);
+            }
             if may_hide {
                 block.restrict(lanes.clone(), &tile, scores, rows);
+            }
+            if may_hide || problem.scoring.is_some() {
                 largest.copy_from_slice(&maxima[column..column + panel]);
                 raise(level, width, column, scores, largest);
             }

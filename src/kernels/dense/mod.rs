@@ -18,6 +18,7 @@ use super::primitives::matmul::{
 };
 use super::primitives::transpose::transposed;
 use super::problem::{Problem, Slices};
+use super::score::Panel;
 use crate::float::Float;
 use crate::gradients::PartOfBias;
 use crate::inputs::{BiasAxes, Pair, Shown, hull};
@@ -195,6 +196,14 @@ impl<F: Float> Block<'_, '_, F> {
     /// Returns the lanes of a panel that are queries.
     pub(super) fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
         column..(column + panel).min(self.queries.len())
+    }
+
+    /// Returns some lanes and keys, for a score function.
+    fn panel(&self, lanes: &Range<usize>, keys: &Range<usize>) -> Panel {
+        let Self { level, head, width, .. } = *self;
+        let first = self.queries.start;
+        let queries = first + lanes.start..first + lanes.end;
+        Panel { level, head, queries, keys: keys.clone(), column: lanes.start, width }
     }
 
     pub(super) fn pair(&self, lane: usize, key: usize) -> Pair {

@@ -88,6 +88,30 @@ pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> 
     power::<S, F>(simd, shifted, x.mul_add(log2_e[1], r))
 }
 
+/// e^x − 1 for x ≤ 0, accurate to a few units in its last place also near 0; −1 if e^x is not a normal number,
+/// NaN for NaN.
+///
+/// ```text
+/// e^x = 2^{j + r}      e^x − 1 = 2^j (2^r − 1) + (2^j − 1)
+/// ```
+#[inline(always)]
+pub(crate) fn exp_m1<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
+    let Exp { min_natural, magic, log2_e, shift, coefficients, .. } = F::EXP;
+    let min = Vector::<S, F>::splat(simd, min_natural);
+    let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
+    let x = x.simd_lt(min).select(min, x);
+    let shifted = x.mul_add(log2_e[0], Vector::<S, F>::splat(simd, magic));
+    let r = x.mul_add(log2_e[0], -(shifted - magic));
+    let r = x.mul_add(log2_e[1], r);
+    let (last, rest) = coefficients.split_last().expect("there are coefficients");
+    let mut sum = Vector::<S, F>::splat(simd, *last);
+    for &coefficient in rest.iter().rev() {
+        sum = sum.mul_add(r, Vector::<S, F>::splat(simd, coefficient));
+    }
+    let power = Vector::<S, F>::from_bits(shifted.to_bits() << shift);
+    (sum * r).mul_add(power, power - F::from(1u8))
+}
+
 /// 2^x for x ≤ 0, accurate to 1.5 units in the last place; 0 if 2^x is not a normal number, NaN for NaN.
 /// Also correct for positive x that do not overflow.
 #[inline(always)]

@@ -8,4 +8,5 @@ pub(crate) mod exp;
 pub(crate) mod matmul;
 pub(crate) mod prefetch;
 pub(crate) mod sincos;
+pub(crate) mod tanh;
 pub(crate) mod transpose;

@@ -4,6 +4,7 @@ use super::super::gathered::{Columns, Gather, Weights};
 use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradients};
+use super::super::score::{ScoredRow, Scoring};
 use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part,
     level_for, parts,
@@ -15,8 +16,8 @@ use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
 
 /// Adds the gradients, given the outputs and normalizer of the forward pass; the gradient of the per-pair
-/// data, if the scorer has any, is added to the gradient of the distances. Returns the scorer's sums. The
-/// scaled queries are those of [`scaled_queries`].
+/// data, if the scorer has any, is added to the gradient of the distances. Returns the scorer's sums and the
+/// gradients of the parameters of the score function. The scaled queries are those of [`scaled_queries`].
 pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     of_scorer: &'p C::Problem,
     scaled_queries: &'p [F],
@@ -27,6 +28,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
 ) -> Array1<F> {
     let problem = C::softmax(of_scorer);
     let [num_data, num_sums] = C::num_extras(of_scorer);
+    let num_params = problem.scoring.as_ref().map_or(0, Scoring::num_params);
     let inputs = &problem.inputs;
     let may_hide = problem.bias.is_some() || upstream.normalizer.has_empty_rows();
     let queries = Side::new(problem.query.slices(), upstream.grad_out, false, may_hide);
@@ -40,10 +42,10 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     let mut grad_logits = Array2::zeros((inputs.num_pairs(), columns));
     let mut grad_data = Array2::zeros((inputs.num_pairs(), num_data));
     let parts_by_query = parts(by_query);
-    let mut sums = Array2::zeros((parts_by_query.len(), num_sums));
+    let mut sums = Array2::zeros((parts_by_query.len(), num_sums + num_params));
     let mut unasked = [(); 3].map(|()| Array2::zeros((0, 0)));
     let [for_query, for_key, for_value] = &mut unasked;
-    if grads.query.is_some() || columns + num_data + num_sums > 0 {
+    if grads.query.is_some() || columns + num_data + num_sums + num_params > 0 {
         let tile_len = by_query.tile_len(tile_len);
         let pass: Pass<'_, '_, _, C> = Pass {
             of_scorer,
@@ -121,9 +123,10 @@ pub(in super::super) fn dot_backward<F: Float>(
     level: Level,
     upstream: Upstream<'_, F>,
     grads: &mut GradientsMut<'_, F>,
-) {
+) -> Vec<f64> {
     let scaled = scaled_queries(problem);
-    backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
+    let params = backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
+    params.iter().map(|grad| grad.as_f64()).collect()
 }
 
 /// Returns the queries times the scale.
@@ -174,7 +177,7 @@ impl<'r, F: Float> Side<'r, F> {
 struct OfQuery<'a, F> {
     /// The gradients of the logits and of the data of each pair.
     by_slot: [ArrayViewMut2<'a, F>; 2],
-    /// The scorer's sums for the part.
+    /// For the part, the scorer's sums and the gradients of the parameters of the score function.
     sums: ArrayViewMut2<'a, F>,
 }
 
@@ -221,6 +224,10 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
         let mut grad_data = vec![F::zero(); tile.stride];
         let ones = vec![F::one(); heads];
+        // For a score function: the logits that it is given, the pairs, and the gradients of its parameters. The pass by
+        // key computes these too, for nothing.
+        let (mut raw, mut scored) = (Vec::new(), ScoredRow::default());
+        let mut grad_params = vec![0.0; problem.scoring.as_ref().map_or(0, Scoring::num_params)];
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
         for (r, mut row) in part.rows(self.pairs).enumerate() {
@@ -239,6 +246,10 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             }
             while tile.fill(problem, &mut row, [other.a, other.b]) {
                 scorer.score(&mut tile);
+                if problem.scoring.is_some() {
+                    raw.clone_from(&tile.weights);
+                    tile.apply_score(problem, other.is_keys, &mut scored);
+                }
                 tile.add_bias(problem);
                 // dp = m g·v
                 let stride = tile.stride;
@@ -276,6 +287,24 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                         weights.zip(multipliers()).for_each(|(weight, m)| *weight *= m);
                     }
                 }
+                if let Some(OfQuery { by_slot: [of_logits, _], .. }) = &mut of_query
+                    && of_logits.ncols() > 0
+                {
+                    for (t, slot) in tile.slots.iter().enumerate() {
+                        let of_pair = of_logits.row_mut(slot - part.slots.start);
+                        for (head, grad) in of_pair.into_iter().enumerate() {
+                            *grad = grads[head * stride + t];
+                        }
+                    }
+                }
+                if let Some(scoring) = &problem.scoring {
+                    for head in 0..heads {
+                        let [of_head, _] = tile.of_head(head);
+                        let pairs = (&tile.pairs[..], head, other.is_keys);
+                        let both = [&mut raw[of_head.clone()], &mut grads[of_head]];
+                        scored.vjp(level, scoring, pairs, both, &mut grad_params);
+                    }
+                }
                 // s = scale a·a'
                 let grad_logits = Weights { factors: &ones, weights: &grads, stride };
                 let factors = scorer.factors(&tile, finite_a);
@@ -285,26 +314,28 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     columns_b.add_weighted(&mut sum_b, tile.weights(&ones), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
-                if let Some(OfQuery { by_slot: [of_logits, of_data], .. }) = &mut of_query {
+                if let Some(OfQuery { by_slot: [_, of_data], .. }) = &mut of_query {
                     scorer.logits_vjp(&tile, &grads, &mut grad_data);
-                    let is_wanted = of_logits.ncols() + of_data.ncols() > 0;
+                    let is_wanted = of_data.ncols() > 0;
                     for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
-                        let slot = slot - part.slots.start;
-                        for (head, grad) in of_logits.row_mut(slot).iter_mut().enumerate() {
-                            *grad = grads[head * stride + t];
-                        }
-                        of_data.row_mut(slot).fill(grad_data[t]);
+                        of_data.row_mut(slot - part.slots.start).fill(grad_data[t]);
                     }
                 }
             }
             if let Some(OfQuery { sums, .. }) = &mut of_query {
                 let sums = sums.as_slice_mut().expect("a row of an array of our own");
-                scorer.finish_vjp(sums);
+                let (of_scorer, _) = sums.split_at_mut(sums.len() - grad_params.len());
+                scorer.finish_vjp(of_scorer);
             }
             add_to_row(grad_a.row_mut(r), problem.scale, &sum_a);
             if let Some(grad_b) = &mut grad_b {
                 add_to_row(grad_b.row_mut(r), F::one(), &sum_b);
             }
+        }
+        if let Some(OfQuery { mut sums, .. }) = of_query {
+            let first = sums.len() - grad_params.len();
+            let of_params = sums.iter_mut().skip(first);
+            of_params.zip(&grad_params).for_each(|(sum, &grad)| *sum = F::from_f64(grad));
         }
     }
 

@@ -7,6 +7,7 @@ use super::super::primitives::compensated;
 use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::Vector;
 use super::super::problem::FiniteRows;
+use super::super::score::ScoredRow;
 use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;
 use crate::inputs::head_columns;
@@ -68,6 +69,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
     let columns = Columns::new(level, heads, dim, |head| [head * dim, softmax.kv_head(head) * dim]);
     let mut tile = Tile::new(level, heads, tile_len);
     let mut scorer = C::new(level, problem, &tile);
+    let mut scored = ScoredRow::default();
     // A single query over few keys takes less time than a dozen allocations: one for all numbers of a row.
     let mut of_row = vec![F::one(); heads * (dim + 4)];
     let (ones, of_row) = of_row.split_at_mut(heads);
@@ -84,6 +86,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
 
         while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
             scorer.score(&mut tile);
+            tile.apply_score(softmax, true, &mut scored);
             tile.add_bias(softmax);
             let target = if is_first {
                 lacks.clear();

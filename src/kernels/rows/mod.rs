@@ -22,6 +22,7 @@ use super::parallel::{self, Rest};
 use super::primitives::matmul::vector_len;
 use super::primitives::prefetch::prefetch;
 use super::problem::{FiniteRows, Problem, Slices};
+use super::score::ScoredRow;
 use crate::error::Result;
 use crate::float::{Float, try_vec, try_zeros};
 use crate::graph::Graph;
@@ -550,6 +551,23 @@ impl<F: Float> Tile<F> {
     /// The weights, for sums that are multiplied by `factors` first.
     pub(super) fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
         Weights { factors, weights: &self.weights, stride: self.stride }
+    }
+
+    /// Applies the score function, if there is one, to the logits that a scorer has written.
+    #[inline]
+    pub(super) fn apply_score(
+        &mut self,
+        problem: &Problem<'_, F>,
+        rows_are_queries: bool,
+        scored: &mut ScoredRow,
+    ) {
+        let Some(scoring) = &problem.scoring else { return };
+        scored.load(problem, scoring, &self.pairs, &self.others, rows_are_queries);
+        for head in 0..problem.heads {
+            let [entries, _] = self.of_head(head);
+            let of_head = (&self.pairs[..], head, rows_are_queries);
+            scored.apply(self.level, scoring, of_head, &mut self.weights[entries]);
+        }
     }
 
     /// Completes the logits that a scorer has written for the visible pairs: adds the bias, and writes −∞

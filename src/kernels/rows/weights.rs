@@ -50,6 +50,7 @@ fn run<'p, F: Float, C: Scorer<'p, F>>(
         scorer.begin(row.row);
         while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
             scorer.score(&mut tile);
+            debug_assert!(softmax.scoring.is_none());
             tile.add_bias(softmax);
             for (t, slot) in tile.slots.iter().enumerate() {
                 for head in 0..softmax.heads {

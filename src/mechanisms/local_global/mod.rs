@@ -21,6 +21,7 @@ use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
 use crate::params::{Params, prefixed};
 use crate::partial::{PartialUpstream, merge_rows};
+use crate::score::{ScoreFunction, add_sinks};
 use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
@@ -119,24 +120,24 @@ const NAME: &str = "local_global";
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct LocalGlobal<F: Float> {
-    form: Form<F>,
+pub struct LocalGlobal<F: Float, S = ()> {
+    form: Form<F, S>,
 }
 
 #[derive(Debug)]
-enum Form<F: Float> {
+enum Form<F: Float, S> {
     SlidingWindow {
         window: Window,
-        flash: Flash,
+        flash: Flash<S>,
     },
     /// One softmax over local pairs and global ones.
-    Joint([Flash; 2]),
+    Joint([Flash<S>; 2]),
     Gated(Gate<F>),
 }
 
 /// A part of the pairs of one softmax.
-struct Part<'p, 'a, F: Float> {
-    flash: &'p Flash,
+struct Part<'p, 'a, F: Float, S> {
+    flash: &'p Flash<S>,
     selected: SelectedInputs<'a, F>,
     /// The window that contains these pairs, if not all are kept.
     reach: Option<[usize; 2]>,
@@ -154,7 +155,7 @@ enum Role {
     Whole,
 }
 
-impl<F: Float> Part<'_, '_, F> {
+impl<F: Float, S> Part<'_, '_, F, S> {
     fn inputs(&self) -> Inputs<'_, F> {
         self.in_window(self.selected.inputs())
     }
@@ -164,18 +165,20 @@ impl<F: Float> Part<'_, '_, F> {
     }
 }
 
-impl<F: Float> LocalGlobal<F> {
+impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
     /// Creates attention within a window and to global positions, with scaled dot products that use the
-    /// scale and the tiles of `flash`. Edge layers are ignored, because only the order of the nodes
-    /// matters.
+    /// scale, the tiles and the [score function](crate::score) of `flash`. Edge layers are ignored, unless the
+    /// score function reads them: only the order of the nodes matters.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the dilation is 0.
-    pub fn sliding_window(window: Window, flash: Flash) -> Result<Self> {
+    pub fn sliding_window(window: Window, flash: Flash<S>) -> Result<Self> {
         window.validate()?;
         Ok(Self { form: Form::SlidingWindow { window, flash } })
     }
+}
 
+impl<F: Float> LocalGlobal<F> {
     /// Creates attention with one softmax over local and global pairs, each kind with the scale of its
     /// own [`Flash`].
     #[must_use]
@@ -228,13 +231,15 @@ impl<F: Float> LocalGlobal<F> {
         let inner: [Box<dyn Attention<F>>; 2] = [Box::new(local), Box::new(global)];
         Ok(Self { form: Form::Gated(Gate { weight, bias, inner }) })
     }
+}
 
+impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
     /// Visits the pairs of the single softmax (without a gate), one part at a time, so that only one part
     /// is copied at a time.
     fn for_each_part<'a>(
         &self,
         inputs: &Inputs<'a, F>,
-        mut visit: impl FnMut(&Part<'_, 'a, F>) -> Result<()>,
+        mut visit: impl FnMut(&Part<'_, 'a, F, S>) -> Result<()>,
     ) -> Result<()> {
         match &self.form {
             Form::SlidingWindow { window, flash } => {
@@ -271,10 +276,27 @@ impl<F: Float> LocalGlobal<F> {
         }
     }
 
-    /// Overwrites `out` and returns the normalizer over all parts.
+    /// Overwrites `out` and returns the normalizer over all parts and sinks.
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
+        let mut normalizer = self.run_pairs(inputs, out.view_mut())?;
+        if let Form::SlidingWindow { flash, .. } = &self.form {
+            add_sinks(flash.score(), out, &mut normalizer);
+        }
+        Ok(normalizer)
+    }
+
+    /// Runs [`run`](Self::run) without sinks.
+    fn run_pairs(
+        &self,
+        inputs: &Inputs<'_, F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) -> Result<Normalizer<F>> {
+        if let Form::SlidingWindow { flash, .. } = &self.form {
+            flash.score().check(inputs)?;
+        }
         if let Some(segments) = self.segments_with_windows(inputs) {
-            let run = |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run(inputs, out);
+            let run =
+                |inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>| self.run_pairs(inputs, out);
             let parts = packed::for_each_segment(inputs, segments, out, run)?;
             return Ok(Normalizer::join(&parts, inputs.num_heads()));
         }
@@ -292,7 +314,7 @@ impl<F: Float> LocalGlobal<F> {
                     None => Some(arrays),
                 };
                 if let Some([out, mut shift, mut sum]) = places {
-                    let of_part = part.flash.run(&part.inputs(), out)?;
+                    let of_part = part.flash.run_pairs(&part.inputs(), out)?;
                     shift.assign(&of_part.shift);
                     sum.assign(&of_part.sum);
                     return Ok(());
@@ -315,9 +337,9 @@ impl<F: Float> LocalGlobal<F> {
 }
 
 /// The dot products of local and of global pairs, with the scales of both.
-fn joint_problems<'p, F: Float>(
+fn joint_problems<'p, F: Float, S>(
     inputs: &Inputs<'p, F>,
-    [local, global]: &[Flash; 2],
+    [local, global]: &[Flash<S>; 2],
 ) -> Result<[Problem<'p, F>; 2]> {
     Ok([Problem::new(inputs, local.scale)?, Problem::new(inputs, global.scale)?])
 }
@@ -341,9 +363,13 @@ fn by_edge_layer<'a, F: Float>(inputs: &Inputs<'a, F>) -> Result<[SelectedInputs
     ])
 }
 
-impl<F: Float> Params<F> for LocalGlobal<F> {
+impl<F: Float, S: Params<F>> Params<F> for LocalGlobal<F, S> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Form::Gated(gate) = &self.form else { return };
+        let gate = match &self.form {
+            Form::SlidingWindow { flash, .. } => return flash.visit_params(visitor),
+            Form::Joint(_) => return,
+            Form::Gated(gate) => gate,
+        };
         visitor("gate.weight", gate.weight.view().into_dyn());
         visitor("gate.bias", gate.bias.view().into_dyn());
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
@@ -352,7 +378,11 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Form::Gated(gate) = &mut self.form else { return };
+        let gate = match &mut self.form {
+            Form::SlidingWindow { flash, .. } => return flash.visit_params_mut(visitor),
+            Form::Joint(_) => return,
+            Form::Gated(gate) => gate,
+        };
         visitor("gate.weight", gate.weight.view_mut().into_dyn());
         visitor("gate.bias", gate.bias.view_mut().into_dyn());
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
@@ -361,21 +391,29 @@ impl<F: Float> Params<F> for LocalGlobal<F> {
     }
 
     fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        let Form::Gated(gate) = &self.form else { return };
+        let gate = match &self.form {
+            Form::SlidingWindow { flash, .. } => return flash.visit_buffers(visitor),
+            Form::Joint(_) => return,
+            Form::Gated(gate) => gate,
+        };
         for (side, inner) in SIDES.iter().zip(&gate.inner) {
             inner.visit_buffers(&mut prefixed(side, visitor));
         }
     }
 
     fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        let Form::Gated(gate) = &mut self.form else { return };
+        let gate = match &mut self.form {
+            Form::SlidingWindow { flash, .. } => return flash.visit_buffers_mut(visitor),
+            Form::Joint(_) => return,
+            Form::Gated(gate) => gate,
+        };
         for (side, inner) in SIDES.iter().zip(&mut gate.inner) {
             inner.visit_buffers_mut(&mut prefixed(side, visitor));
         }
     }
 }
 
-impl<F: Float> Attention<F> for LocalGlobal<F> {
+impl<F: Float, S: ScoreFunction<F>> Attention<F> for LocalGlobal<F, S> {
     fn name(&self) -> &'static str {
         NAME
     }
@@ -419,7 +457,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         inputs: &Inputs<'_, F>,
         saved: &Saved,
         grad_out: ArrayView2<'_, F>,
-        grads: GradientsMut<'_, F>,
+        mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
@@ -429,7 +467,11 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
         let state = saved.state::<State<F>>(NAME)?;
         state.check(inputs)?;
         self.check_globals(inputs)?;
-        self.vjp(inputs, state.upstream(grad_out), grads)
+        self.vjp(inputs, state.upstream(grad_out), grads.reborrow())?;
+        if let Form::SlidingWindow { flash, .. } = &self.form {
+            flash.add_sink_gradients(state, grad_out, grads.params);
+        }
+        Ok(())
     }
 
     fn decode_into(
@@ -506,7 +548,7 @@ impl<F: Float> Attention<F> for LocalGlobal<F> {
     }
 }
 
-impl<F: Float> LocalGlobal<F> {
+impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
     /// The segments of packed inputs, each of which has windows of its own.
     fn segments_with_windows<'a>(&self, inputs: &Inputs<'a, F>) -> Option<&'a Segments> {
         inputs.packed_segments().filter(|_| matches!(self.form, Form::SlidingWindow { .. }))

@@ -8,11 +8,12 @@ use crate::inputs::Inputs;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::partial::Partial;
+use crate::score::ScoreFunction;
 use ndarray::ArrayView2;
 
-impl<F: Float> LocalGlobal<F> {
+impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
     /// Returns the outputs of the one softmax and their normalizer, so that outputs over several sets of
-    /// pairs can be merged with [`Partial::merge`].
+    /// pairs can be merged with [`Partial::merge`], without [sinks](crate::score::Sinks).
     ///
     /// A window is defined by the positions of queries and keys in `inputs`. So for a
     /// [`sliding_window`](Self::sliding_window) divide the pairs by a mask or by edges, with all keys in
@@ -26,7 +27,7 @@ impl<F: Float> LocalGlobal<F> {
         self.check_one_softmax()?;
         self.check_globals(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
-        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?;
+        let Normalizer { shift, sum } = self.run_pairs(inputs, out.view_mut())?;
         Partial::new(out, shift, sum)
     }
 

@@ -1,0 +1,123 @@
+//! tanh, for the soft cap of logits.
+
+use super::exp::exp_m1;
+use super::matmul::Vector;
+use crate::float::Float;
+use fearless_simd::{Level, Select, Simd, SimdBase};
+
+/// Returns tanh x and its derivative 1 − tanh² x. NaN for NaN.
+///
+/// ```text
+/// u = e^{−2 |x|} − 1      tanh |x| = −u / (2 + u)      1 − tanh² x = 4 (1 + u) / (2 + u)²
+/// ```
+#[inline(always)]
+fn tanh<S: Simd, F: Float>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
+    let splat = |value: f64| Vector::<S, F>::splat(simd, F::from_f64(value));
+    let u = exp_m1::<S, F>(simd, splat(-2.0) * x.abs());
+    let inverse = splat(1.0) / (splat(2.0) + u);
+    // x of any sign, zeros too.
+    let magnitude = -u * inverse;
+    let tanh = x.simd_lt(splat(0.0)).select(-magnitude, magnitude);
+    [tanh, splat(4.0) * (splat(1.0) + u) * (inverse * inverse)]
+}
+
+/// Replaces each logit s by c tanh(s / c).
+#[inline(never)]
+pub(crate) fn soft_cap<F: Float>(level: Level, cap: F, logits: &mut [F]) {
+    dispatch!(level, simd => cap_in_vectors(simd, cap, logits));
+}
+
+/// Multiplies each gradient by 1 − tanh²(s / c).
+#[inline(never)]
+pub(crate) fn soft_cap_vjp<F: Float>(level: Level, cap: F, logits: &[F], grads: &mut [F]) {
+    #[inline(always)]
+    fn run<S: Simd, F: Float>(simd: S, cap: F, logits: &[F], grads: &mut [F]) {
+        let inverse = F::one() / cap;
+        let len = Vector::<S, F>::LEN;
+        let (chunks, rest) = logits.split_at(logits.len() - logits.len() % len);
+        let (grads, rest_of_grads) = grads.split_at_mut(chunks.len());
+        for (logits, grads) in chunks.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
+            let [_, factor] = tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
+            (Vector::<S, F>::from_slice(simd, grads) * factor).store_slice(grads);
+        }
+        let mut padded = Vector::<S, F>::splat(simd, F::zero());
+        padded.as_mut_slice()[..rest.len()].copy_from_slice(rest);
+        let [_, factors] = tanh::<S, F>(simd, padded * inverse);
+        let factors = factors.as_slice().iter();
+        rest_of_grads.iter_mut().zip(factors).for_each(|(grad, &factor)| *grad *= factor);
+    }
+    dispatch!(level, simd => run(simd, cap, logits, grads));
+}
+
+#[inline(always)]
+fn cap_in_vectors<S: Simd, F: Float>(simd: S, cap: F, logits: &mut [F]) {
+    let inverse = F::one() / cap;
+    let mut chunks = logits.chunks_exact_mut(Vector::<S, F>::LEN);
+    for logits in chunks.by_ref() {
+        let [tanh, _] = tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
+        (tanh * cap).store_slice(logits);
+    }
+    let rest = chunks.into_remainder();
+    let mut padded = Vector::<S, F>::splat(simd, F::zero());
+    padded.as_mut_slice()[..rest.len()].copy_from_slice(rest);
+    let [tanh, _] = tanh::<S, F>(simd, padded * inverse);
+    rest.copy_from_slice(&(tanh * cap).as_slice()[..rest.len()]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::levels;
+
+    /// tanh x, and its derivative.
+    fn both<F: Float>(level: Level, xs: &[F]) -> [Vec<F>; 2] {
+        let (mut tanh, mut slopes) = (xs.to_vec(), vec![F::one(); xs.len()]);
+        soft_cap(level, F::one(), &mut tanh);
+        soft_cap_vjp(level, F::one(), xs, &mut slopes);
+        [tanh, slopes]
+    }
+
+    fn check<F: Float>(units: f64) {
+        let small = (0..4000).map(|i| (f64::from(i) / 100.0 - 30.0).exp2());
+        let large = (0..2001).map(|i| f64::from(i) / 100.0);
+        let positive: Vec<f64> = small.chain(large).collect();
+        let xs: Vec<F> =
+            positive.iter().flat_map(|&x| [x, -x]).map(F::from_f64).collect();
+        for level in levels() {
+            let [tanh, slopes] = both(level, &xs);
+            for ((&x, tanh), slope) in xs.iter().zip(tanh).zip(slopes) {
+                let x = x.as_f64();
+                let epsilon = F::epsilon().as_f64();
+                let error = (tanh.as_f64() - x.tanh()).abs();
+                assert!(error <= units * epsilon * x.tanh().abs(), "{level:?}: tanh {x} = {tanh}");
+                let exact = x.cosh().powi(-2);
+                let error = (slope.as_f64() - exact).abs();
+                // e^{−2 |x|} rounds 2 |x| log₂ e without fused multiply-add.
+                let bound = (units + 4.0 * x.abs()) * epsilon;
+                assert!(error <= bound * exact + 1e-37, "{level:?}: tanh' {x} = {slope}");
+            }
+            // Any remainder after whole vectors.
+            for len in 0..xs.len().min(40) {
+                let [tanh, _] = both(level, &xs[..len]);
+                assert_eq!(tanh, both(level, &xs)[0][..len]);
+            }
+        }
+    }
+
+    #[test]
+    fn good_to_a_few_units_in_the_last_place() {
+        check::<f32>(4.0);
+        check::<f64>(4.0);
+    }
+
+    #[test]
+    fn special_values() {
+        for level in levels() {
+            let [tanh, slopes] =
+                both(level, &[f32::INFINITY, f32::NEG_INFINITY, f32::MIN, 0.0, f32::NAN]);
+            assert_eq!(tanh[..4], [1.0, -1.0, -1.0, 0.0]);
+            assert_eq!(slopes[..4], [0.0, 0.0, 0.0, 1.0]);
+            assert!(tanh[4].is_nan() && slopes[4].is_nan());
+        }
+    }
+}

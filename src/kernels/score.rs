@@ -1,0 +1,279 @@
+//! Score functions on panels of a tile, on rows of pairs, and on one pair.
+
+use super::level::level;
+use super::problem::Problem;
+use crate::error::{Error, Result};
+use crate::float::{Float, try_vec};
+use crate::inputs::{Inputs, Pair};
+use crate::score::{AnyScore, Indices, ScorePairs, Side};
+use fearless_simd::Level;
+use std::ops::Range;
+
+/// A score function, and what it is told of queries and keys.
+#[derive(Debug)]
+pub(crate) struct Scoring<'a, F: Float> {
+    function: &'a dyn AnyScore<F>,
+    queries: Places,
+    keys: Places,
+    layers: Option<&'a [u8]>,
+}
+
+/// The numbers and positions of queries or keys.
+#[derive(Debug, Default)]
+struct Places {
+    numbers: Vec<u32>,
+    positions: Vec<i32>,
+}
+
+impl Places {
+    fn slice(&self, range: Range<usize>) -> Side<'_> {
+        Side { numbers: &self.numbers[range.clone()], positions: &self.positions[range] }
+    }
+
+    fn one(&self, number: usize) -> Side<'_> {
+        self.slice(number..number + 1)
+    }
+
+    /// Overwrites these with those of some queries or keys of `all`.
+    fn gather(&mut self, all: &Self, of: &[usize]) {
+        self.numbers.clear();
+        self.positions.clear();
+        self.numbers.extend(of.iter().map(|&number| all.numbers[number]));
+        self.positions.extend(of.iter().map(|&number| all.positions[number]));
+    }
+
+    fn new(len: usize, place: impl Fn(usize) -> (usize, i64)) -> Result<Self> {
+        let mut places =
+            Self { numbers: try_vec("numbers", &[len], 0)?, positions: try_vec("positions", &[len], 0)? };
+        let both = places.numbers.iter_mut().zip(&mut places.positions);
+        for (at, (number, position)) in both.enumerate() {
+            let (of_place, at_position) = place(at);
+            // Half of the range, so that differences fit too.
+            let limit = i64::from(i32::MAX / 2);
+            let is_small = at_position.abs() <= limit;
+            let found = u32::try_from(of_place).ok().filter(|_| is_small);
+            let too_large = || {
+                let expected = format!("at most {limit} with a score function");
+                Error::config("positions", expected, at_position)
+            };
+            (*number, *position) = (found.ok_or_else(too_large)?, at_position as i32);
+        }
+        Ok(places)
+    }
+}
+
+impl<'a, F: Float> Scoring<'a, F> {
+    pub(crate) fn new(inputs: &Inputs<'a, F>, function: &'a dyn AnyScore<F>) -> Result<Self> {
+        let of_query = |query| (inputs.query_number(query), inputs.query_position(query));
+        let of_key = |key| (inputs.key_number(key), inputs.key_place(key) as i64);
+        Ok(Self {
+            function,
+            queries: Places::new(inputs.num_queries(), of_query)?,
+            keys: Places::new(inputs.num_keys(), of_key)?,
+            layers: inputs.layers(),
+        })
+    }
+
+    /// The number of entries of all parameters.
+    pub(crate) fn num_params(&self) -> usize {
+        self.function.num_params()
+    }
+}
+
+/// A block of keys × queries of dense inputs, of one head.
+pub(crate) struct Panel {
+    pub(crate) level: Level,
+    pub(crate) head: usize,
+    pub(crate) queries: Range<usize>,
+    pub(crate) keys: Range<usize>,
+    /// Where its first entry is in a tile, and how far apart the rows of keys are.
+    pub(crate) column: usize,
+    pub(crate) width: usize,
+}
+
+/// Copies of a panel without gaps.
+#[derive(Debug, Default)]
+pub(crate) struct PanelScratch<F> {
+    logits: Vec<F>,
+    grads: Vec<F>,
+}
+
+impl Panel {
+    fn pairs<'s, F: Float>(&self, scoring: &'s Scoring<'_, F>, inputs: &Inputs<'_, F>) -> ScorePairs<'s> {
+        let num_keys = inputs.num_keys();
+        ScorePairs {
+            level: self.level,
+            head: self.head,
+            outer: scoring.keys.slice(self.keys.clone()),
+            inner: scoring.queries.slice(self.queries.clone()),
+            rows_are_queries: false,
+            indices: Indices::Dense {
+                first: self.queries.start * num_keys + self.keys.start,
+                num_keys,
+                num_keys_of_whole: inputs.whole_sizes()[1],
+            },
+            layers: scoring.layers,
+        }
+    }
+
+    fn gather<F: Float>(&self, tile: &[F], panel: &mut Vec<F>) {
+        let len = self.queries.len();
+        panel.resize(self.keys.len() * len, F::zero());
+        for (row, from) in panel.chunks_exact_mut(len).zip(tile.chunks(self.width)) {
+            row.copy_from_slice(&from[self.column..][..len]);
+        }
+    }
+
+    fn scatter<F: Float>(&self, panel: &[F], tile: &mut [F]) {
+        let len = self.queries.len();
+        for (row, into) in panel.chunks_exact(len).zip(tile.chunks_mut(self.width)) {
+            into[self.column..][..len].copy_from_slice(row);
+        }
+    }
+
+    /// Replaces the logits of the panel, and returns the original ones.
+    pub(crate) fn apply<'s, F: Float>(
+        &self,
+        problem: &Problem<'_, F>,
+        scoring: &Scoring<'_, F>,
+        tile: &mut [F],
+        scratch: &'s mut PanelScratch<F>,
+    ) {
+        let PanelScratch { logits, grads: scored } = scratch;
+        self.gather(tile, logits);
+        scored.clone_from(logits);
+        scoring.function.apply_to(&self.pairs(scoring, &problem.inputs), scored);
+        self.scatter(scored, tile);
+    }
+
+    /// Replaces the gradients of the results by those of the logits, which [`apply`](Self::apply) left in the
+    /// scratch.
+    pub(crate) fn vjp<F: Float>(
+        &self,
+        problem: &Problem<'_, F>,
+        scoring: &Scoring<'_, F>,
+        tile: &mut [F],
+        scratch: &mut PanelScratch<F>,
+        grad_params: &mut [f64],
+    ) {
+        let PanelScratch { logits, grads } = scratch;
+        self.gather(tile, grads);
+        hide(logits, grads);
+        let pairs = self.pairs(scoring, &problem.inputs);
+        scoring.function.add_vjp(&pairs, logits, grads, grad_params);
+        self.scatter(grads, tile);
+    }
+}
+
+/// Sets the logits of pairs without a gradient to 0: hidden pairs, whose keys may be NaN.
+fn hide<F: Float>(logits: &mut [F], grads: &[F]) {
+    for (logit, &grad) in logits.iter_mut().zip(grads) {
+        *logit = if grad == F::zero() { F::zero() } else { *logit };
+    }
+}
+
+/// The pairs of a row, for a score function.
+#[derive(Debug, Default)]
+pub(crate) struct ScoredRow {
+    places: Places,
+    numbers: Vec<usize>,
+}
+
+impl ScoredRow {
+    /// Replaces the logits of some pairs with one query or one key.
+    pub(crate) fn load<F: Float>(
+        &mut self,
+        problem: &Problem<'_, F>,
+        scoring: &Scoring<'_, F>,
+        pairs: &[Pair],
+        others: &[usize],
+        rows_are_queries: bool,
+    ) {
+        let all = if rows_are_queries { &scoring.keys } else { &scoring.queries };
+        self.places.gather(all, others);
+        self.numbers.clear();
+        if problem.inputs.is_selected() {
+            self.numbers.extend(pairs.iter().map(|&pair| problem.inputs.pair_number(pair)));
+        }
+    }
+
+    fn pairs<'s, F: Float>(
+        &'s self,
+        level: Level,
+        scoring: &'s Scoring<'_, F>,
+        pairs: &'s [Pair],
+        head: usize,
+        rows_are_queries: bool,
+    ) -> ScorePairs<'s> {
+        let Pair { query, key, .. } = pairs[0];
+        ScorePairs {
+            level,
+            head,
+            outer: if rows_are_queries { scoring.queries.one(query) } else { scoring.keys.one(key) },
+            inner: self.places.slice(0..pairs.len()),
+            rows_are_queries,
+            indices: Indices::Listed {
+                pairs,
+                numbers: (!self.numbers.is_empty()).then_some(&self.numbers),
+            },
+            layers: scoring.layers,
+        }
+    }
+
+    pub(crate) fn apply<F: Float>(
+        &self,
+        level: Level,
+        scoring: &Scoring<'_, F>,
+        (pairs, head, rows_are_queries): (&[Pair], usize, bool),
+        logits: &mut [F],
+    ) {
+        let pairs = self.pairs(level, scoring, pairs, head, rows_are_queries);
+        scoring.function.apply_to(&pairs, logits);
+    }
+
+    pub(crate) fn vjp<F: Float>(
+        &self,
+        level: Level,
+        scoring: &Scoring<'_, F>,
+        (pairs, head, rows_are_queries): (&[Pair], usize, bool),
+        [logits, grads]: [&mut [F]; 2],
+        grad_params: &mut [f64],
+    ) {
+        hide(logits, grads);
+        let pairs = self.pairs(level, scoring, pairs, head, rows_are_queries);
+        scoring.function.add_vjp(&pairs, logits, grads, grad_params);
+    }
+}
+
+impl<F: Float> Problem<'_, F> {
+    /// Returns f(s) of a pair.
+    pub(crate) fn score_of(&self, pair: Pair, head: usize, logit: F) -> F {
+        let Some(scoring) = &self.scoring else { return logit };
+        let (mut logits, row) = ([logit], self.row_of(scoring, pair));
+        row.apply(level(), scoring, (&[pair], head, true), &mut logits);
+        logits[0]
+    }
+
+    /// Returns the gradient of the logit of a pair, given that of its result, and adds those of the parameters.
+    pub(crate) fn score_vjp(
+        &self,
+        pair: Pair,
+        head: usize,
+        logit: F,
+        grad: F,
+        grad_params: &mut [f64],
+    ) -> F {
+        let Some(scoring) = &self.scoring else { return grad };
+        let (mut logits, mut grads) = ([logit], [grad]);
+        let row = self.row_of(scoring, pair);
+        let of_pair = (&[pair][..], head, true);
+        row.vjp(level(), scoring, of_pair, [&mut logits, &mut grads], grad_params);
+        grads[0]
+    }
+
+    fn row_of(&self, scoring: &Scoring<'_, F>, pair: Pair) -> ScoredRow {
+        let mut row = ScoredRow::default();
+        row.load(self, scoring, &[pair], &[pair.key], true);
+        row
+    }
+}
