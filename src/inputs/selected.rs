@@ -170,13 +170,8 @@ impl<'a, F: Float> Inputs<'a, F> {
         keys: Option<Vec<usize>>,
     ) -> Result<SelectedInputs<'a, F>> {
         debug_assert!(matches!(self.pattern, Pattern::Dense));
-        let read = Inputs {
-            edge_features: None,
-            distances: None,
-            positions: None,
-            latent: None,
-            ..*self
-        };
+        let read =
+            Inputs { edge_features: None, distances: None, positions: None, latent: None, ..*self };
         read.gather(Numbers { queries, keys, ..Numbers::default() }, None)
     }
 

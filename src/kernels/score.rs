@@ -43,8 +43,10 @@ impl Places {
     }
 
     fn new(len: usize, place: impl Fn(usize) -> (usize, i64)) -> Result<Self> {
-        let mut places =
-            Self { numbers: try_vec("numbers", &[len], 0)?, positions: try_vec("positions", &[len], 0)? };
+        let mut places = Self {
+            numbers: try_vec("numbers", &[len], 0)?,
+            positions: try_vec("positions", &[len], 0)?,
+        };
         let both = places.numbers.iter_mut().zip(&mut places.positions);
         for (at, (number, position)) in both.enumerate() {
             let (of_place, at_position) = place(at);
@@ -99,7 +101,11 @@ pub(crate) struct PanelScratch<F> {
 }
 
 impl Panel {
-    fn pairs<'s, F: Float>(&self, scoring: &'s Scoring<'_, F>, inputs: &Inputs<'_, F>) -> ScorePairs<'s> {
+    fn pairs<'s, F: Float>(
+        &self,
+        scoring: &'s Scoring<'_, F>,
+        inputs: &Inputs<'_, F>,
+    ) -> ScorePairs<'s> {
         let num_keys = inputs.num_keys();
         ScorePairs {
             level: self.level,
@@ -209,7 +215,11 @@ impl ScoredRow {
         ScorePairs {
             level,
             head,
-            outer: if rows_are_queries { scoring.queries.one(query) } else { scoring.keys.one(key) },
+            outer: if rows_are_queries {
+                scoring.queries.one(query)
+            } else {
+                scoring.keys.one(key)
+            },
             inner: self.places.slice(0..pairs.len()),
             rows_are_queries,
             indices: Indices::Listed {

@@ -143,11 +143,7 @@ impl<S> ScaledDotProduct<S> {
         Ok(grads)
     }
 
-    fn run<F: Float>(
-        &self,
-        inputs: &Inputs<'_, F>,
-        out: ArrayViewMut2<'_, F>,
-    ) -> Result<Softmax<F>>
+    fn run<F: Float>(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<Softmax<F>>
     where
         S: ScoreFunction<F>,
     {

@@ -37,7 +37,8 @@ impl<F: Float> Alibi<F> {
         }
         let mut slopes = try_vec("slopes", &[heads], F::zero())?;
         let power = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
-        let slope = |number: usize, of: usize| F::from_f64((-8.0 * number as f64 / of as f64).exp2());
+        let slope =
+            |number: usize, of: usize| F::from_f64((-8.0 * number as f64 / of as f64).exp2());
         for (head, of_head) in slopes.iter_mut().enumerate() {
             *of_head = match head.checked_sub(power) {
                 None => slope(head + 1, power),

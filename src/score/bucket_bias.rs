@@ -47,7 +47,9 @@ pub struct Buckets {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
     /// The buckets of the distances −r, …, r; farther ones are in the first and the last of these.
-    Distance { of_distance: Vec<u32> },
+    Distance {
+        of_distance: Vec<u32>,
+    },
     EdgeLayer,
 }
 
@@ -212,7 +214,9 @@ impl<F: Float> ScoreFunction<F> for BucketBias<F> {
                 |pair, logit| *logit += weights[bucket_of(of_distance, pair.distance) as usize],
             ),
             Kind::EdgeLayer => {
-                pairs.for_each(logits, |pair, logit| *logit += weights[usize::from(pairs.layer(pair))]);
+                pairs.for_each(logits, |pair, logit| {
+                    *logit += weights[usize::from(pairs.layer(pair))]
+                });
             }
         }
     }

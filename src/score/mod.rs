@@ -122,13 +122,7 @@ pub trait ScoreFunction<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// g · f'(s), the gradient of s, and adds the gradients of the parameters to `grad_params`: one number for
     /// each entry of each parameter, in the order in which [`Params`] visits them. `logits` are the original
     /// logits s. A hidden pair has the logit 0 and the gradient 0.
-    fn vjp(
-        &self,
-        pairs: &ScorePairs<'_>,
-        logits: &[F],
-        grads: &mut [F],
-        grad_params: &mut [f64],
-    );
+    fn vjp(&self, pairs: &ScorePairs<'_>, logits: &[F], grads: &mut [F], grad_params: &mut [f64]);
 
     /// Checks that the function can be used with these inputs, such as their number of heads. The default
     /// accepts all.

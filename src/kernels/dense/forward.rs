@@ -209,8 +209,17 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
     scorer.begin(block);
     scratch.maxima.fill(F::neg_infinity());
-    let ForwardScratch { scores, sums, maxima, largest, alphas, totals, rows, panel: of_panel, masked } =
-        scratch;
+    let ForwardScratch {
+        scores,
+        sums,
+        maxima,
+        largest,
+        alphas,
+        totals,
+        rows,
+        panel: of_panel,
+        masked,
+    } = scratch;
     let sums = &mut sums[..(dim + 1) * width];
     sums.fill(F::zero());
 

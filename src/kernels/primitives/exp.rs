@@ -88,14 +88,14 @@ pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> 
     power::<S, F>(simd, shifted, x.mul_add(log2_e[1], r))
 }
 
-/// e^x − 1 for x ≤ 0, accurate to a few units in its last place also near 0; −1 if e^x is not a normal number,
-/// NaN for NaN.
+/// e^x and e^x − 1 for x ≤ 0, the second one accurate to a few units in its last place also near 0. 0 and −1 if e^x is
+/// not a normal number, NaN for NaN.
 ///
 /// ```text
-/// e^x = 2^{j + r}      e^x − 1 = 2^j (2^r − 1) + (2^j − 1)
+/// e^x = 2^{j + r} = 2^j (2^r − 1) + 2^j      e^x − 1 = 2^j (2^r − 1) + (2^j − 1)
 /// ```
 #[inline(always)]
-pub(crate) fn exp_m1<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
+pub(crate) fn exp_and_m1<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
     let Exp { min_natural, magic, log2_e, shift, coefficients, .. } = F::EXP;
     let min = Vector::<S, F>::splat(simd, min_natural);
     let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
@@ -109,7 +109,8 @@ pub(crate) fn exp_m1<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, 
         sum = sum.mul_add(r, Vector::<S, F>::splat(simd, coefficient));
     }
     let power = Vector::<S, F>::from_bits(shifted.to_bits() << shift);
-    (sum * r).mul_add(power, power - F::from(1u8))
+    let of_r = sum * r;
+    [of_r.mul_add(power, power), of_r.mul_add(power, power - F::from(1u8))]
 }
 
 /// 2^x for x ≤ 0, accurate to 1.5 units in the last place; 0 if 2^x is not a normal number, NaN for NaN.

@@ -1,6 +1,6 @@
 //! tanh, for the soft cap of logits.
 
-use super::exp::exp_m1;
+use super::exp::exp_and_m1;
 use super::matmul::Vector;
 use crate::float::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase};
@@ -8,17 +8,16 @@ use fearless_simd::{Level, Select, Simd, SimdBase};
 /// Returns tanh x and its derivative 1 − tanh² x. NaN for NaN.
 ///
 /// ```text
-/// u = e^{−2 |x|} − 1      tanh |x| = −u / (2 + u)      1 − tanh² x = 4 (1 + u) / (2 + u)²
+/// e = e^{−2 |x|}      tanh |x| = (1 − e) / (1 + e)      1 − tanh² x = 4 e / (1 + e)²
 /// ```
 #[inline(always)]
 fn tanh<S: Simd, F: Float>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
     let splat = |value: f64| Vector::<S, F>::splat(simd, F::from_f64(value));
-    let u = exp_m1::<S, F>(simd, splat(-2.0) * x.abs());
-    let inverse = splat(1.0) / (splat(2.0) + u);
-    // x of any sign, zeros too.
-    let magnitude = -u * inverse;
+    let [e, less_1] = exp_and_m1::<S, F>(simd, splat(-2.0) * x.abs());
+    let inverse = splat(1.0) / (splat(1.0) + e);
+    let magnitude = -less_1 * inverse;
     let tanh = x.simd_lt(splat(0.0)).select(-magnitude, magnitude);
-    [tanh, splat(4.0) * (splat(1.0) + u) * (inverse * inverse)]
+    [tanh, splat(4.0) * e * (inverse * inverse)]
 }
 
 /// Replaces each logit s by c tanh(s / c).
@@ -37,7 +36,8 @@ pub(crate) fn soft_cap_vjp<F: Float>(level: Level, cap: F, logits: &[F], grads: 
         let (chunks, rest) = logits.split_at(logits.len() - logits.len() % len);
         let (grads, rest_of_grads) = grads.split_at_mut(chunks.len());
         for (logits, grads) in chunks.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
-            let [_, factor] = tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
+            let [_, factor] =
+                tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
             (Vector::<S, F>::from_slice(simd, grads) * factor).store_slice(grads);
         }
         let mut padded = Vector::<S, F>::splat(simd, F::zero());
@@ -81,8 +81,7 @@ mod tests {
         let small = (0..4000).map(|i| (f64::from(i) / 100.0 - 30.0).exp2());
         let large = (0..2001).map(|i| f64::from(i) / 100.0);
         let positive: Vec<f64> = small.chain(large).collect();
-        let xs: Vec<F> =
-            positive.iter().flat_map(|&x| [x, -x]).map(F::from_f64).collect();
+        let xs: Vec<F> = positive.iter().flat_map(|&x| [x, -x]).map(F::from_f64).collect();
         for level in levels() {
             let [tanh, slopes] = both(level, &xs);
             for ((&x, tanh), slope) in xs.iter().zip(tanh).zip(slopes) {

@@ -125,7 +125,8 @@ pub(in super::super) fn dot_backward<F: Float>(
     grads: &mut GradientsMut<'_, F>,
 ) -> Vec<f64> {
     let scaled = scaled_queries(problem);
-    let params = backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
+    let params =
+        backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
     params.iter().map(|grad| grad.as_f64()).collect()
 }
 
