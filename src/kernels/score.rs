@@ -1,12 +1,13 @@
 //! Score functions on panels of a tile, on rows of pairs, and on one pair.
 
 use super::level::level;
+use super::primitives::matmul::{load, panel_width, store};
 use super::problem::Problem;
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec};
 use crate::inputs::{Inputs, Pair};
 use crate::score::{AnyScore, Indices, ScorePairs, Side};
-use fearless_simd::Level;
+use fearless_simd::{Level, Simd, SimdBase};
 use std::ops::Range;
 
 /// A score function, and what it is told of queries and keys.
@@ -122,34 +123,93 @@ impl Panel {
         }
     }
 
-    fn gather<F: Float>(&self, tile: &[F], panel: &mut Vec<F>) {
-        let len = self.queries.len();
-        panel.resize(self.keys.len() * len, F::zero());
-        for (row, from) in panel.chunks_exact_mut(len).zip(tile.chunks(self.width)) {
-            row.copy_from_slice(&from[self.column..][..len]);
-        }
-    }
-
-    fn scatter<F: Float>(&self, panel: &[F], tile: &mut [F]) {
-        let len = self.queries.len();
-        for (row, into) in panel.chunks_exact(len).zip(tile.chunks_mut(self.width)) {
-            into[self.column..][..len].copy_from_slice(row);
-        }
-    }
-
-    /// Replaces the logits of the panel, and returns the original ones.
-    pub(crate) fn apply<'s, F: Float>(
+    /// Replaces the logits of the panel, and raises the maxima of its lanes to the largest results.
+    pub(crate) fn apply_with_max<F: Float>(
         &self,
         problem: &Problem<'_, F>,
         scoring: &Scoring<'_, F>,
         tile: &mut [F],
-        scratch: &'s mut PanelScratch<F>,
+        scratch: &mut PanelScratch<F>,
+        maxima: &mut [F],
+    ) {
+        let logits = &mut scratch.logits;
+        self.gather(tile, logits);
+        scoring.function.apply_to(&self.pairs(scoring, &problem.inputs), logits);
+        self.scatter(logits, tile, maxima);
+    }
+
+    /// Replaces the logits of the panel, and keeps the original ones in the scratch.
+    pub(crate) fn apply<F: Float>(
+        &self,
+        problem: &Problem<'_, F>,
+        scoring: &Scoring<'_, F>,
+        tile: &mut [F],
+        scratch: &mut PanelScratch<F>,
     ) {
         let PanelScratch { logits, grads: scored } = scratch;
         self.gather(tile, logits);
         scored.clone_from(logits);
         scoring.function.apply_to(&self.pairs(scoring, &problem.inputs), scored);
-        self.scatter(scored, tile);
+        self.scatter(scored, tile, &mut []);
+    }
+
+    /// Copies the panel out of a tile.
+    #[inline(never)]
+    fn gather<F: Float>(&self, tile: &[F], panel: &mut Vec<F>) {
+        let len = self.queries.len();
+        panel.resize(self.keys.len() * len, F::zero());
+        dispatch!(self.level, simd => self.gather_rows(simd, tile, panel));
+    }
+
+    #[inline(always)]
+    fn gather_rows<S: Simd, F: Float>(&self, simd: S, tile: &[F], panel: &mut [F]) {
+        let len = self.queries.len();
+        let rows = panel.chunks_exact_mut(len).zip(tile.chunks(self.width));
+        if len == panel_width::<S, F>() {
+            rows.for_each(|(row, from)| {
+                store::<S, F>(load::<S, F>(simd, &from[self.column..]), row)
+            });
+        } else {
+            rows.for_each(|(row, from)| row.copy_from_slice(&from[self.column..][..len]));
+        }
+    }
+
+    /// Copies the panel into a tile, and raises `maxima` to the largest entry of each lane, unless it is empty.
+    #[inline(never)]
+    fn scatter<F: Float>(&self, panel: &[F], tile: &mut [F], maxima: &mut [F]) {
+        dispatch!(self.level, simd => self.scatter_rows(simd, panel, tile, maxima));
+    }
+
+    #[inline(always)]
+    fn scatter_rows<S: Simd, F: Float>(
+        &self,
+        simd: S,
+        panel: &[F],
+        tile: &mut [F],
+        maxima: &mut [F],
+    ) {
+        let len = self.queries.len();
+        let rows = panel.chunks_exact(len).zip(tile.chunks_mut(self.width));
+        if len < panel_width::<S, F>() {
+            for (row, into) in rows {
+                into[self.column..][..len].copy_from_slice(row);
+                for (max, &entry) in maxima.iter_mut().zip(row) {
+                    *max = if entry > *max { entry } else { *max };
+                }
+            }
+        } else if maxima.is_empty() {
+            for (row, into) in rows {
+                store::<S, F>(load::<S, F>(simd, row), &mut into[self.column..]);
+            }
+        } else {
+            let mut max = load::<S, F>(simd, maxima);
+            for (row, into) in rows {
+                let row = load::<S, F>(simd, row);
+                max = [max[0].max(row[0]), max[1].max(row[1])];
+                store::<S, F>(row, &mut into[self.column..]);
+            }
+            store::<S, F>(max, maxima);
+        }
     }
 
     /// Replaces the gradients of the results by those of the logits, which [`apply`](Self::apply) left in the
@@ -167,7 +227,7 @@ impl Panel {
         hide(logits, grads);
         let pairs = self.pairs(scoring, &problem.inputs);
         scoring.function.add_vjp(&pairs, logits, grads, grad_params);
-        self.scatter(grads, tile);
+        self.scatter(grads, tile, &mut []);
     }
 }
 

@@ -239,13 +239,12 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             largest.copy_from_slice(&maxima[column..column + panel]);
             scorer.score(block, &tile, column, largest, scores);
             if let Some(scoring) = &problem.scoring {
-                let panel = block.panel(&lanes, &tile);
-                panel.apply(problem, scoring, scores, of_panel);
+                largest.copy_from_slice(&maxima[column..column + panel]);
+                let lanes = block.panel(&lanes, &tile);
+                lanes.apply_with_max(problem, scoring, scores, of_panel, largest);
             }
             if may_hide {
                 block.restrict(lanes.clone(), &tile, scores, rows);
-            }
-            if may_hide || problem.scoring.is_some() {
                 largest.copy_from_slice(&maxima[column..column + panel]);
                 raise(level, width, column, scores, largest);
             }

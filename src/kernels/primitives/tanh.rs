@@ -3,21 +3,24 @@
 use super::exp::exp_and_m1;
 use super::matmul::Vector;
 use crate::float::Float;
-use fearless_simd::{Level, Select, Simd, SimdBase};
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
-/// Returns tanh x and its derivative 1 − tanh² x. NaN for NaN.
+/// Returns |tanh x| and the derivative 1 − tanh² x, given s and `factor` with −2 x = `factor` · s. NaN for NaN.
 ///
 /// ```text
-/// e = e^{−2 |x|}      tanh |x| = (1 − e) / (1 + e)      1 − tanh² x = 4 e / (1 + e)²
+/// e = e^{−2 |x|}      |tanh x| = (1 − e) / (1 + e)      1 − tanh² x = 4 e / (1 + e)²
 /// ```
 #[inline(always)]
-fn tanh<S: Simd, F: Float>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
+fn tanh<S: Simd, F: Float>(simd: S, s: Vector<S, F>, factor: F) -> [Vector<S, F>; 2] {
     let splat = |value: f64| Vector::<S, F>::splat(simd, F::from_f64(value));
-    let [e, less_1] = exp_and_m1::<S, F>(simd, splat(-2.0) * x.abs());
+    let [e, less_1] = exp_and_m1::<S, F>(simd, s.abs() * factor);
     let inverse = splat(1.0) / (splat(1.0) + e);
-    let magnitude = -less_1 * inverse;
-    let tanh = x.simd_lt(splat(0.0)).select(-magnitude, magnitude);
-    [tanh, splat(4.0) * e * (inverse * inverse)]
+    [less_1.abs() * inverse, splat(4.0) * e * (inverse * inverse)]
+}
+
+/// The factor that [`tanh`] takes for x = s / c.
+fn factor_of<F: Float>(cap: F) -> F {
+    F::from_f64(-2.0) / cap
 }
 
 /// Replaces each logit s by c tanh(s / c).
@@ -26,42 +29,45 @@ pub(crate) fn soft_cap<F: Float>(level: Level, cap: F, logits: &mut [F]) {
     dispatch!(level, simd => cap_in_vectors(simd, cap, logits));
 }
 
-/// Multiplies each gradient by 1 − tanh²(s / c).
-#[inline(never)]
-pub(crate) fn soft_cap_vjp<F: Float>(level: Level, cap: F, logits: &[F], grads: &mut [F]) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float>(simd: S, cap: F, logits: &[F], grads: &mut [F]) {
-        let inverse = F::one() / cap;
-        let len = Vector::<S, F>::LEN;
-        let (chunks, rest) = logits.split_at(logits.len() - logits.len() % len);
-        let (grads, rest_of_grads) = grads.split_at_mut(chunks.len());
-        for (logits, grads) in chunks.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
-            let [_, factor] =
-                tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
-            (Vector::<S, F>::from_slice(simd, grads) * factor).store_slice(grads);
-        }
-        let mut padded = Vector::<S, F>::splat(simd, F::zero());
-        padded.as_mut_slice()[..rest.len()].copy_from_slice(rest);
-        let [_, factors] = tanh::<S, F>(simd, padded * inverse);
-        let factors = factors.as_slice().iter();
-        rest_of_grads.iter_mut().zip(factors).for_each(|(grad, &factor)| *grad *= factor);
-    }
-    dispatch!(level, simd => run(simd, cap, logits, grads));
+/// c tanh(s / c)
+#[inline(always)]
+fn capped<S: Simd, F: Float>(simd: S, s: Vector<S, F>, cap: F) -> Vector<S, F> {
+    let [magnitude, _] = tanh::<S, F>(simd, s, factor_of(cap));
+    (magnitude * cap).copysign(s)
 }
 
 #[inline(always)]
 fn cap_in_vectors<S: Simd, F: Float>(simd: S, cap: F, logits: &mut [F]) {
-    let inverse = F::one() / cap;
     let mut chunks = logits.chunks_exact_mut(Vector::<S, F>::LEN);
     for logits in chunks.by_ref() {
-        let [tanh, _] = tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits) * inverse);
-        (tanh * cap).store_slice(logits);
+        capped::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits), cap).store_slice(logits);
     }
     let rest = chunks.into_remainder();
     let mut padded = Vector::<S, F>::splat(simd, F::zero());
     padded.as_mut_slice()[..rest.len()].copy_from_slice(rest);
-    let [tanh, _] = tanh::<S, F>(simd, padded * inverse);
-    rest.copy_from_slice(&(tanh * cap).as_slice()[..rest.len()]);
+    rest.copy_from_slice(&capped::<S, F>(simd, padded, cap).as_slice()[..rest.len()]);
+}
+
+/// Multiplies each gradient by 1 − tanh²(s / c).
+#[inline(never)]
+pub(crate) fn soft_cap_vjp<F: Float>(level: Level, cap: F, logits: &[F], grads: &mut [F]) {
+    dispatch!(level, simd => vjp_in_vectors(simd, cap, logits, grads));
+}
+
+#[inline(always)]
+fn vjp_in_vectors<S: Simd, F: Float>(simd: S, cap: F, logits: &[F], grads: &mut [F]) {
+    let (factor, len) = (factor_of(cap), Vector::<S, F>::LEN);
+    let (chunks, rest) = logits.split_at(logits.len() - logits.len() % len);
+    let (grads, rest_of_grads) = grads.split_at_mut(chunks.len());
+    for (logits, grads) in chunks.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
+        let [_, slope] = tanh::<S, F>(simd, Vector::<S, F>::from_slice(simd, logits), factor);
+        (Vector::<S, F>::from_slice(simd, grads) * slope).store_slice(grads);
+    }
+    let mut padded = Vector::<S, F>::splat(simd, F::zero());
+    padded.as_mut_slice()[..rest.len()].copy_from_slice(rest);
+    let [_, slopes] = tanh::<S, F>(simd, padded, factor);
+    let slopes = slopes.as_slice().iter();
+    rest_of_grads.iter_mut().zip(slopes).for_each(|(grad, &slope)| *grad *= slope);
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Functions of the logits: laws, an oracle of plain loops, gradients, and the golden answers of PyTorch,
 //! transformers and ONNX.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod golden;
 
 use common::close::{assert_close, assert_close_in_size};
 use common::random::{matrix, normal, rng};
