@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`choosing`] | which mechanism suits which problem, what each one reads, how they compose |
 //! | [`from_pytorch`] | how the names, shapes and conventions of PyTorch and PyG map to this crate |
+//! | [`from_flex_attention`] | score functions: five examples of PyTorch's `flex_attention` translated |
 //! | [`training`] | several layers, optimisers, accumulation, checkpointing, saving and loading |
 //! | [`numerics`] | accuracy, reproducibility, NaN and empty rows |
 //! | [`performance`] | what costs time and memory, and what to do about it |
@@ -23,6 +24,9 @@ pub mod choosing {}
 
 #[doc = include_str!("guide/from_pytorch.md")]
 pub mod from_pytorch {}
+
+#[doc = include_str!("guide/from_flex_attention.md")]
+pub mod from_flex_attention {}
 
 #[doc = include_str!("guide/training.md")]
 pub mod training {}

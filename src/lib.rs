@@ -102,7 +102,8 @@
 //! ```
 //!
 //! [`guide::training`] covers several layers, other optimisers and saving. The [`guide`] also explains
-//! how to [choose a mechanism](guide::choosing), [port from PyTorch or PyG](guide::from_pytorch) and
+//! how to [choose a mechanism](guide::choosing), [port from PyTorch or PyG](guide::from_pytorch) and from
+//! [`flex_attention`](guide::from_flex_attention), and
 //! [write your own mechanism](guide::own_mechanism), and covers [numerics](guide::numerics),
 //! [performance](guide::performance) and work [beyond one machine](guide::beyond_one_machine).
 //!
@@ -129,6 +130,7 @@
 //!
 //! Besides the mechanisms, [`neighbors`] finds the keys nearest to each query and returns them as a
 //! [`Graph`] to attend over; [`KeyValueCache`] holds the past of a growing sequence for [`Attention::decode`];
+//! [`score`] has functions of the logits (soft caps, ALiBi, relative positions, sinks, your own);
 //! [`Partial`] merges outputs over shards of the keys, and has gradients; [`geometry::poincare`]
 //! has the functions of the Poincaré ball; [`rowwise`] has linear maps and norms; [`testing`] checks your
 //! own mechanism.

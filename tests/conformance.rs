@@ -16,6 +16,7 @@ use graph_attention::{
     performer::{Features, Projection},
     poincare::{Aggregation, Coordinates},
     rowwise::{Activation, NormConfig, Normalization},
+    score::{BucketBias, Buckets, SoftCap},
 };
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
@@ -63,6 +64,16 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (heads(), Box::new(flash(2, 3).with_scale(0.3).unwrap())),
         (grouped(), Box::new(flash(1, 1))),
         (heads(), Box::new(flash(3, 2))),
+        // Functions of the logits that the laws allow: not of positions, and without sinks.
+        (heads(), Box::new(flash(3, 2).with_score(SoftCap::new(2.0).unwrap()))),
+        (
+            grouped(),
+            Box::new({
+                let edge_types = BucketBias::new(Buckets::edge_layers(3).unwrap(), 6).unwrap();
+                Flash::new().with_score((SoftCap::new(0.5).unwrap(), edge_types))
+            }),
+        ),
+        (one_head(), Box::new(ScaledDotProduct::new().with_score(SoftCap::new(3.0).unwrap()))),
         (
             Shapes::new(6, 6, 6).bias_heads(3),
             Box::new(MultiHeadConfig::new(6, 3).init(Flash::new(), &mut rng).unwrap()),

@@ -38,6 +38,7 @@ const NAME: &str = "flash";
 ///
 /// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
 ///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
+/// * **Parameters** those of the [score function](crate::score), if one is [set](Self::with_score); otherwise none.
 /// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
 ///   outputs and gradients, plus O(tile). Only [`attention_weights`](Attention::attention_weights) takes
 ///   O(pairs · heads), the size of its result.

@@ -9,8 +9,8 @@
 //!
 //! f comes before bias and mask, the order of Gemma 2 and of ONNX's `Attention`. Its parameters θ are
 //! parameters of the mechanism, and the backward pass is exact. This is what PyTorch's `flex_attention` (Dong et
-//! al. 2024, 2412.05496) calls a `score_mod`; [`guide::from_pytorch`](crate::guide::from_pytorch) translates
-//! some.
+//! al. 2024, 2412.05496) calls a `score_mod`;
+//! [`guide::from_flex_attention`](crate::guide::from_flex_attention) translates five examples.
 //!
 //! | function | f(s) | parameters |
 //! |---|---|---|

@@ -129,7 +129,7 @@ impl<'a> ScorePairs<'a> {
     pub fn for_each<T>(&self, values: &mut [T], mut visit: impl FnMut(ScorePair, &mut T)) {
         for row in self.rows() {
             let values = &mut values[row.entries.clone()];
-            self.visit_row(&row, values.iter_mut(), |pair, value| visit(pair, value));
+            self.visit_row(&row, values.iter_mut(), &mut visit);
         }
     }
 
