@@ -2,6 +2,7 @@
 
 use crate::common::close::{assert_close, assert_close_in_size};
 use crate::common::golden::{array, dynamic, size};
+use crate::common::hold_simd;
 use graph_attention::ndarray::{Array2, ArrayD};
 use graph_attention::score::{Alibi, BucketBias, Buckets, ScoreFunction, Sinks, SoftCap};
 use graph_attention::{Attention, Flash, Float, Inputs, ScaledDotProduct};
@@ -70,12 +71,14 @@ fn check_flex<F: Float>(tolerance: f64) {
 
 #[test]
 fn flex_attention() {
+    hold_simd();
     check_flex::<f64>(2e-15);
     check_flex::<f32>(1e-6);
 }
 
 #[test]
 fn buckets_of_t5() {
+    hold_simd();
     let golden = golden();
     for case in golden["t5"].as_array().unwrap() {
         let (count, max_distance) = (size(&case["count"]), size(&case["max_distance"]));
@@ -99,6 +102,7 @@ fn buckets_of_t5() {
 
 #[test]
 fn softcap_of_onnx_comes_before_the_mask() {
+    hold_simd();
     let golden = golden();
     for case in golden["onnx"].as_array().unwrap() {
         let [query, key, value, expected]: [Array2<f64>; 4] =

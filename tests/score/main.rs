@@ -7,7 +7,7 @@ mod golden;
 
 use common::close::{assert_close, assert_close_in_size};
 use common::random::{matrix, normal, rng};
-use common::refused;
+use common::{hold_simd, refused};
 use graph_attention::local_global::Window;
 use graph_attention::ndarray::{Array1, Array2, Axis, array, aview1, s};
 use graph_attention::score::{
@@ -134,6 +134,7 @@ fn run(attention: &impl Attention<f64>, inputs: &Inputs<'_, f64>) -> (Array2<f64
 
 #[test]
 fn tiles_and_rows_are_the_plain_form() {
+    hold_simd();
     for sample in samples() {
         for inputs in sample.variants() {
             let what = format!("{:?}, {:?}", inputs.pattern(), inputs.causal_alignment());
@@ -151,6 +152,7 @@ fn tiles_and_rows_are_the_plain_form() {
 
 #[test]
 fn single_precision_is_close() {
+    hold_simd();
     let sample = Sample::new(60, 90, "dense");
     let [query, key, value] = sample.arrays.each_ref().map(|array| array.mapv(|x| x as f32));
     let inputs = Inputs::dense(query.view(), key.view(), value.view()).unwrap();
@@ -163,6 +165,7 @@ fn single_precision_is_close() {
 
 #[test]
 fn gradients_are_derivatives() {
+    hold_simd();
     fn check(attention: impl Attention<f64> + 'static, shapes: Shapes) {
         check_gradients(&mut { attention }, &shapes).unwrap();
     }
@@ -203,6 +206,7 @@ fn gradients_are_derivatives() {
 
 #[test]
 fn functions_that_do_nothing_change_no_bit() {
+    hold_simd();
     let minus_infinity = Array1::from_elem(HEADS, f64::NEG_INFINITY);
     for sample in samples() {
         for inputs in sample.variants() {
@@ -226,6 +230,7 @@ fn functions_that_do_nothing_change_no_bit() {
 
 #[test]
 fn a_large_soft_cap_is_none() {
+    hold_simd();
     let sample = Sample::new(37, 61, "dense");
     let (out, grads) = run(&Flash::new(), &sample.inputs());
     // c tanh(s / c) = s − s³ / (3 c²) + …
@@ -257,6 +262,7 @@ fn as_array(
 
 #[test]
 fn tables_are_biases() {
+    hold_simd();
     let buckets = Buckets::t5(12, 20, true).unwrap();
     let weight = matrix(12, HEADS, 5);
     let table = BucketBias::from_weight(buckets.clone(), weight.clone()).unwrap();
@@ -311,6 +317,7 @@ fn tables_are_biases() {
 
 #[test]
 fn packed_batches_and_blocks_count_within_their_segments() {
+    hold_simd();
     let sample = Sample::new(30, 40, "packed");
     let packed = Flash::new().with_score(everything());
     for inputs in sample.variants() {
@@ -372,6 +379,7 @@ fn packed_batches_and_blocks_count_within_their_segments() {
 
 #[test]
 fn selected_queries_keep_their_positions() {
+    hold_simd();
     for pattern in ["dense", "graph"] {
         let sample = Sample::new(50, 50, pattern);
         let attention = Flash::new().with_score(everything());
@@ -387,6 +395,7 @@ fn selected_queries_keep_their_positions() {
 
 #[test]
 fn pairs_have_their_numbers_and_distances() {
+    hold_simd();
     let sample = Sample::new(13, 21, "graph");
     for inputs in [sample.inputs(), Sample::new(13, 21, "dense").inputs()] {
         let known = as_array(&inputs, |pair, head, _| {
@@ -415,6 +424,7 @@ fn pairs_have_their_numbers_and_distances() {
 
 #[test]
 fn sinks_are_keys_without_values() {
+    hold_simd();
     let sample = Sample::new(37, 61, "dense");
     let inputs = sample.inputs().with_causal_alignment(Causal::Offset(0));
     let logits = array![0.5, -1.0, 2.0, 9.0];
@@ -479,6 +489,7 @@ fn sinks_are_keys_without_values() {
 
 #[test]
 fn a_query_without_keys_gets_zeros_beside_a_sink() {
+    hold_simd();
     let x = matrix(3, 2, 1);
     let graph = Graph::from_edges(3, 3, [(0, 1)]).unwrap();
     let inputs = Inputs::graph(x.view(), x.view(), x.view(), &graph).unwrap();
@@ -495,6 +506,7 @@ fn a_query_without_keys_gets_zeros_beside_a_sink() {
 
 #[test]
 fn nan_stays_in_its_rows() {
+    hold_simd();
     let mut sample = Sample::new(40, 40, "dense");
     let attention = Flash::new().with_score(everything());
     let clean = run(&attention, &sample.inputs().with_causal());
@@ -507,6 +519,7 @@ fn nan_stays_in_its_rows() {
 
 #[test]
 fn windows_and_decoding_pass_the_function_on() {
+    hold_simd();
     let sample = Sample::new(120, 120, "dense");
     let inputs = sample.inputs().with_causal();
     let score = (Alibi::new(HEADS).unwrap().learned(), Sinks::new(HEADS).unwrap());
@@ -535,6 +548,7 @@ fn windows_and_decoding_pass_the_function_on() {
 
 #[test]
 fn gradients_of_weights_include_sinks() {
+    hold_simd();
     let sample = Sample::new(9, 12, "dense");
     let inputs = sample.inputs();
     let flash = Flash::new().with_score(everything());
@@ -549,6 +563,7 @@ fn gradients_of_weights_include_sinks() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
+    hold_simd();
     refused(SoftCap::new(0.0), "InvalidArgument | cap | positive");
     refused(SoftCap::new(f64::NAN), "InvalidArgument | cap | NaN");
     refused(Alibi::<f64>::new(0), "InvalidArgument | heads");
