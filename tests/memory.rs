@@ -15,6 +15,7 @@ use graph_attention::{
     graph_rope::Layout,
     local_global::Window,
     poincare::Coordinates,
+    score::{BucketBias, Buckets, SoftCap},
 };
 
 const COLUMNS: usize = 4;
@@ -99,6 +100,11 @@ fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
 #[test]
 fn without_a_number_for_each_pair_they_train_in_memory_linear_in_n() {
     trains_in_memory_linear_in_n(&Flash::new());
+    let scores = (
+        BucketBias::new(Buckets::t5(32, 128, true).unwrap(), 1).unwrap(),
+        SoftCap::new(9.0).unwrap(),
+    );
+    trains_in_memory_linear_in_n(&Flash::new().with_score(scores));
     trains_in_memory_linear_in_n(&multi_head());
     trains_in_memory_linear_in_n(&poincare());
     trains_in_memory_linear_in_n(&performer(COLUMNS));

@@ -77,15 +77,8 @@ impl HasExp for f64 {
 /// overflow.
 #[inline(always)]
 pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> {
-    let Exp { min_natural, magic, log2_e, .. } = F::EXP;
-    let min = Vector::<S, F>::splat(simd, min_natural);
-    let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
-    // A comparison with NaN is false, so NaN stays.
-    let x = x.simd_lt(min).select(min, x);
-    // x log₂ e = j + r: the rounding error of the product is in r.
-    let shifted = x.mul_add(log2_e[0], Vector::<S, F>::splat(simd, magic));
-    let r = x.mul_add(log2_e[0], -(shifted - magic));
-    power::<S, F>(simd, shifted, x.mul_add(log2_e[1], r))
+    let [shifted, r] = reduced::<S, F>(simd, x);
+    power::<S, F>(simd, shifted, r)
 }
 
 /// e^x and e^x − 1 for x ≤ 0, the second one accurate to a few units in its last place also near 0. 0 and −1 if e^x is
@@ -96,21 +89,24 @@ pub(crate) fn exp<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F> 
 /// ```
 #[inline(always)]
 pub(crate) fn exp_and_m1<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
-    let Exp { min_natural, magic, log2_e, shift, coefficients, .. } = F::EXP;
+    let [shifted, r] = reduced::<S, F>(simd, x);
+    let of_r = series::<S, F>(simd, r) * r;
+    let power = Vector::<S, F>::from_bits(shifted.to_bits() << F::EXP.shift);
+    [of_r.mul_add(power, power), of_r.mul_add(power, power - F::from(1u8))]
+}
+
+/// j + magic and r with x log₂ e = j + r and |r| ≤ ½, for x that is not below the smallest.
+#[inline(always)]
+fn reduced<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> [Vector<S, F>; 2] {
+    let Exp { min_natural, magic, log2_e, .. } = F::EXP;
     let min = Vector::<S, F>::splat(simd, min_natural);
     let log2_e = [Vector::<S, F>::splat(simd, log2_e[0]), Vector::<S, F>::splat(simd, log2_e[1])];
+    // A comparison with NaN is false, so NaN stays.
     let x = x.simd_lt(min).select(min, x);
+    // The rounding error of the product is in r.
     let shifted = x.mul_add(log2_e[0], Vector::<S, F>::splat(simd, magic));
     let r = x.mul_add(log2_e[0], -(shifted - magic));
-    let r = x.mul_add(log2_e[1], r);
-    let (last, rest) = coefficients.split_last().expect("there are coefficients");
-    let mut sum = Vector::<S, F>::splat(simd, *last);
-    for &coefficient in rest.iter().rev() {
-        sum = sum.mul_add(r, Vector::<S, F>::splat(simd, coefficient));
-    }
-    let power = Vector::<S, F>::from_bits(shifted.to_bits() << shift);
-    let of_r = sum * r;
-    [of_r.mul_add(power, power), of_r.mul_add(power, power - F::from(1u8))]
+    [shifted, x.mul_add(log2_e[1], r)]
 }
 
 /// 2^x for x ≤ 0, accurate to 1.5 units in the last place; 0 if 2^x is not a normal number, NaN for NaN.
@@ -127,14 +123,19 @@ pub(crate) fn exp2<S: Simd, F: HasExp>(simd: S, x: Vector<S, F>) -> Vector<S, F>
 /// 2^{j + r} for |r| ≤ ½, from j + magic and r.
 #[inline(always)]
 fn power<S: Simd, F: HasExp>(simd: S, shifted: Vector<S, F>, r: Vector<S, F>) -> Vector<S, F> {
-    let Exp { shift, coefficients, .. } = F::EXP;
-    let (last, rest) = coefficients.split_last().expect("there are coefficients");
+    let sum = series::<S, F>(simd, r).mul_add(r, Vector::<S, F>::splat(simd, F::from(1u8)));
+    sum * Vector::<S, F>::from_bits(shifted.to_bits() << F::EXP.shift)
+}
+
+/// (2^r − 1) / r for |r| ≤ ½.
+#[inline(always)]
+fn series<S: Simd, F: HasExp>(simd: S, r: Vector<S, F>) -> Vector<S, F> {
+    let (last, rest) = F::EXP.coefficients.split_last().expect("there are coefficients");
     let mut sum = Vector::<S, F>::splat(simd, *last);
     for &coefficient in rest.iter().rev() {
         sum = sum.mul_add(r, Vector::<S, F>::splat(simd, coefficient));
     }
-    let sum = sum.mul_add(r, Vector::<S, F>::splat(simd, F::from(1u8)));
-    sum * Vector::<S, F>::from_bits(shifted.to_bits() << shift)
+    sum
 }
 
 #[cfg(test)]
