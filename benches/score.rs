@@ -37,15 +37,33 @@ fn all(c: &mut Criterion, workload: &str, inputs: &Inputs<'_, f32>, bias: &Input
     let mechanisms = mechanisms().expect("the options are valid");
     let mut group = workload::group(c, format!("score, {workload}"), inputs.num_pairs());
     for (name, attention) in &mechanisms {
-        workload::forward(&mut group, BenchmarkId::new(*name, ""), &pool, &**attention, inputs);
+        workload::forward(
+            &mut group,
+            BenchmarkId::from_parameter(name),
+            &pool,
+            &**attention,
+            inputs,
+        );
     }
-    workload::forward(&mut group, BenchmarkId::new("array", ""), &pool, &Flash::new(), bias);
+    workload::forward(&mut group, BenchmarkId::from_parameter("array"), &pool, &Flash::new(), bias);
     group.finish();
     let mut group = workload::group(c, format!("training score, {workload}"), inputs.num_pairs());
     for (name, attention) in &mechanisms {
-        workload::training(&mut group, BenchmarkId::new(*name, ""), &pool, &**attention, inputs);
+        workload::training(
+            &mut group,
+            BenchmarkId::from_parameter(name),
+            &pool,
+            &**attention,
+            inputs,
+        );
     }
-    workload::training(&mut group, BenchmarkId::new("array", ""), &pool, &Flash::new(), bias);
+    workload::training(
+        &mut group,
+        BenchmarkId::from_parameter("array"),
+        &pool,
+        &Flash::new(),
+        bias,
+    );
 }
 
 fn benches(c: &mut Criterion) {

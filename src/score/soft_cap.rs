@@ -15,7 +15,7 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 /// use graph_attention::{Attention, Flash, Inputs};
 ///
 /// // Logits 0 and 1000: without a cap the second key has all the weight.
-/// let (q, k) = (array![[1000.0]], array![[0.0], [1.0]]);
+/// let (q, k) = (array![[1000f64]], array![[0.0], [1.0]]);
 /// let inputs = Inputs::dense(q.view(), k.view(), k.view())?;
 /// let capped = Flash::new().with_score(SoftCap::new(3f64.ln())?).forward(&inputs)?;
 /// assert!((capped[[0, 0]] - 0.75).abs() < 1e-15); // e^{ln 3} against e^0
