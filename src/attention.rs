@@ -89,7 +89,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
         grads: GradientsMut<'_, F>,
     ) -> Result<()>;
 
-    /// Returns the attention weights before dropout: num_pairs × heads, in the caller's pair order (in
+    /// Returns the attention weights, before dropout and [weights of
+    /// pairs](crate::Inputs::with_pair_weights): num_pairs × heads, in the caller's pair order (in
     /// dense inputs the weight of query i for key j is in row `i · num_keys + j`). Hidden pairs have weight
     /// 0, and the weights of a query sum to 1, or to 0 if it sees no key.
     ///
@@ -162,7 +163,8 @@ pub trait Attention<F: Float>: Params<F> + fmt::Debug + Send + Sync {
     /// With a causal pattern the new queries see all earlier rows, and the new rows as in `inputs`.
     /// Decoding a sequence in any steps therefore gives the outputs of one causal call up to rounding.
     /// Without a causal pattern the queries see all rows, as in cross-attention. Positions and heads are
-    /// honoured; what counts pairs of new rows (mask, bias, dropout, data of pairs, a graph) is refused.
+    /// honoured; what counts pairs of new rows (mask, bias, dropout, weights and data of pairs, a graph)
+    /// is refused.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into); [`Error::Shape`] if there is not one cache for each sequence,

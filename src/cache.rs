@@ -253,6 +253,7 @@ fn check_channels<F: Float>(mechanism: &'static str, inputs: &Inputs<'_, F>) -> 
     let of_pairs = [
         Channel::Bias,
         Channel::Dropout,
+        Channel::PairWeights,
         Channel::EdgeFeatures,
         Channel::Distances,
         Channel::EdgeLayers,

@@ -255,7 +255,7 @@ pub(crate) fn check_shape(
 
 /// The optional parts of [`Inputs`](crate::Inputs).
 ///
-/// The first four change which pairs attend, or how much: a mechanism honours them or refuses them with
+/// The first five change which pairs attend, or how much: a mechanism honours them or refuses them with
 /// [`Error::Unsupported`]. The others are data that a mechanism may read or ignore, by the rules
 /// described at [`Inputs`](crate::Inputs).
 #[non_exhaustive]
@@ -267,6 +267,8 @@ pub enum Channel {
     Bias,
     /// Dropout on the weights.
     Dropout,
+    /// A factor of each weight.
+    PairWeights,
     /// More than one head in the layout of query, key and value.
     Heads,
     /// One row of features per pair.
@@ -296,6 +298,7 @@ impl Channel {
             Self::Mask => "with_mask",
             Self::Bias => "with_bias",
             Self::Dropout => "with_dropout",
+            Self::PairWeights => "with_pair_weights",
             Self::Heads => "with_heads",
             Self::EdgeFeatures => "with_edge_features",
             Self::Distances => "with_distances",
@@ -312,6 +315,7 @@ impl fmt::Display for Channel {
             Self::Mask => "a mask or causal pattern",
             Self::Bias => "an additive bias",
             Self::Dropout => "dropout",
+            Self::PairWeights => "weights of pairs",
             Self::Heads => "several heads",
             Self::EdgeFeatures => "edge features",
             Self::Distances => "distances",

@@ -21,6 +21,8 @@ pub struct Gradients<F> {
     pub value: Array2<F>,
     /// With respect to the additive logits, if the inputs have them, with as many axes: two or three.
     pub bias: Option<ArrayD<F>>,
+    /// With respect to the weights of pairs, if the inputs have them.
+    pub pair_weights: Option<Array2<F>>,
     /// With respect to the edge features, if the inputs have them.
     pub edge_features: Option<Array2<F>>,
     /// With respect to the distances, if the inputs have them.
@@ -52,6 +54,8 @@ pub struct GradientsMut<'a, F> {
     /// With respect to the additive logits, with a leading axis of length 1 if their array has two axes.
     /// [`Bias::slot`](crate::Bias::slot) returns the index of the gradient of a pair.
     pub bias: Option<ArrayViewMut3<'a, F>>,
+    /// With respect to the weights of pairs.
+    pub pair_weights: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the edge features.
     pub edge_features: Option<ArrayViewMut2<'a, F>>,
     /// With respect to the distances.
@@ -81,6 +85,7 @@ impl<F: Float> Gradients<F> {
             key: zeros("grads.key", shapes.key)?,
             value: zeros("grads.value", shapes.value)?,
             bias: shapes.bias.map(of_bias).transpose()?,
+            pair_weights: optional("grads.pair_weights", shapes.pair_weights)?,
             edge_features: optional("grads.edge_features", shapes.edge_features)?,
             distances: shapes.distances.map(vector).transpose()?.map(Array1::from),
             query_positions: optional("grads.query_positions", shapes.query_positions)?,
@@ -97,6 +102,7 @@ impl<F: Float> Gradients<F> {
             key: Some(self.key.view_mut()),
             value: Some(self.value.view_mut()),
             bias: self.bias.as_mut().map(with_three_axes),
+            pair_weights: self.pair_weights.as_mut().map(|grad| grad.view_mut()),
             edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
             distances: self.distances.as_mut().map(|grad| grad.view_mut()),
             query_positions: self.query_positions.as_mut().map(|grad| grad.view_mut()),
@@ -184,6 +190,7 @@ impl<'a, F> GradientsMut<'a, F> {
             key: None,
             value: None,
             bias: None,
+            pair_weights: None,
             edge_features: None,
             distances: None,
             query_positions: None,
@@ -214,6 +221,7 @@ impl<F: Float> GradientsMut<'_, F> {
             key: self.key.as_mut().map(|grad| grad.view_mut()),
             value: self.value.as_mut().map(|grad| grad.view_mut()),
             bias: self.bias.as_mut().map(|grad| grad.view_mut()),
+            pair_weights: self.pair_weights.as_mut().map(|grad| grad.view_mut()),
             edge_features: self.edge_features.as_mut().map(|grad| grad.view_mut()),
             distances: self.distances.as_mut().map(|grad| grad.view_mut()),
             query_positions: self.query_positions.as_mut().map(|grad| grad.view_mut()),
@@ -287,6 +295,12 @@ impl<F: Float> GradientsMut<'_, F> {
             Channel::Bias,
             shapes.bias.as_deref(),
             self.bias.as_ref().map(|grad| &grad.shape()[first_axis..]),
+        )?;
+        channel(
+            "grads.pair_weights",
+            Channel::PairWeights,
+            shapes.pair_weights.as_ref().map(<[usize; 2]>::as_slice),
+            self.pair_weights.as_ref().map(|grad| grad.shape()),
         )?;
         channel(
             "grads.edge_features",
@@ -370,6 +384,7 @@ mod tests {
             key: rows.clone(),
             value: 10.0 * &rows,
             bias: None,
+            pair_weights: None,
             edge_features: None,
             distances: None,
             query_positions: None,

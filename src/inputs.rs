@@ -41,8 +41,8 @@ type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 /// value are h equal blocks. The blocks attend independently, and their outputs are placed side by side.
 ///
 /// **Channels** are the optional inputs. A mechanism either honours those that change the result (mask,
-/// causal, bias, dropout, heads) or refuses them with [`Error::Unsupported`]. The others (edge features,
-/// distances, layers, positions, latent neighbours) are data:
+/// causal, bias, dropout, weights of pairs, heads) or refuses them with [`Error::Unsupported`]. The others
+/// (edge features, distances, layers, positions, latent neighbours) are data:
 ///
 /// * If data that a mechanism needs is absent, it returns [`Error::MissingInput`].
 /// * Data that a mechanism never reads is ignored and costs nothing, so one `Inputs` can feed a
@@ -81,6 +81,8 @@ pub struct Inputs<'a, F: Float> {
     mask: Option<View3<'a, bool>>,
     pair_mask: Option<View1<'a, bool>>,
     bias: Option<Logits<'a, F>>,
+    /// Pairs × (heads or 1).
+    pair_weights: Option<View2<'a, F>>,
     edge_features: Option<View2<'a, F>>,
     distances: Option<View1<'a, F>>,
     layers: Option<&'a [u8]>,
@@ -292,6 +294,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             mask: None,
             pair_mask: None,
             bias: None,
+            pair_weights: None,
             edge_features: None,
             distances: None,
             layers: None,
@@ -357,16 +360,17 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 
     /// Returns the same queries, keys and values over the latent pairs, which have no data of their
-    /// own: mask of pairs, bias, edge features, distances and layers are left out. Mask, causal pattern
-    /// and dropout stay.
+    /// own: mask of pairs, bias, weights of pairs, edge features, distances and layers are left out. Mask,
+    /// causal pattern and dropout stay.
     ///
     /// # Errors
     /// As [`latent`](Self::latent).
     pub(crate) fn over_latent(&self, mechanism: &'static str) -> Result<Self> {
         let pattern = Pattern::Graph(self.latent(mechanism)?);
         let origin = self.origin.map(|origin| Origin { pairs: origin.latent_pairs, ..origin });
-        let (pair_mask, bias, edge_features, distances, layers) = (None, None, None, None, None);
-        Ok(Self { pattern, origin, pair_mask, bias, edge_features, distances, layers, ..*self })
+        let (pair_mask, bias, pair_weights) = (None, None, None);
+        let whole = Self { pattern, origin, pair_mask, bias, pair_weights, ..*self };
+        Ok(Self { edge_features: None, distances: None, layers: None, ..whole })
     }
 
     /// Splits the columns of query, key and value into `heads` equal blocks, starting with head 0. For
@@ -500,6 +504,46 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// [`Error::Shape`] if the bias has neither form.
     pub fn with_bias<D: Dimension>(mut self, bias: ArrayView<'a, F, D>) -> Result<Self> {
         self.bias = Some(Logits::new(&self, bias)?);
+        Ok(self)
+    }
+
+    /// Multiplies the attention weight of each pair, after the softmax: `weights` is num_pairs × heads, or
+    /// num_pairs × 1, shared by the heads.
+    ///
+    /// ```text
+    /// o_i = Σ_j w_ij p_ij v_j,   p = softmax of the logits, which w does not change
+    /// ```
+    ///
+    /// For edge weights, soft masks of edges that are themselves learned (Ying et al. 2019, 1903.03894), and
+    /// edges that are dropped in training without a change of the others' weights. A pair with weight 0
+    /// contributes nothing to the output, but still takes its share of the softmax: to leave it out of that too,
+    /// use a [mask](Self::with_pair_mask). A weight that multiplies before the softmax normalises is a
+    /// [bias](Self::with_bias) of its logarithm.
+    ///
+    /// The weights may have any sign. [`Gradients::pair_weights`](crate::Gradients::pair_weights) has their shape.
+    /// [`attention_weights`](crate::Attention::attention_weights) are those before dropout and these factors.
+    /// The mechanism checks the number of heads, because it may define its own heads.
+    ///
+    /// ```
+    /// use graph_attention::ndarray::array;
+    /// use graph_attention::{Attention, Flash, Graph, Inputs};
+    ///
+    /// let nodes = array![[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]];
+    /// let graph = Graph::from_edges(3, 3, [(0, 1), (0, 2), (1, 2)])?;
+    /// let weights = array![[1.0], [0.0], [0.5]]; // of the edges (0, 1), (0, 2), (1, 2)
+    /// let inputs = Inputs::self_attention(nodes.view(), &graph)?.with_pair_weights(weights.view())?;
+    /// let out = Flash::new().forward(&inputs)?;
+    /// // Both neighbours of node 0 have half of the softmax, and node 1 has one neighbour.
+    /// assert_eq!(out, array![[0.0, 0.5], [0.0, 0.5], [0.0, 0.0]]);
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there is not one row per pair, or no column.
+    pub fn with_pair_weights(mut self, weights: ArrayView2<'a, F>) -> Result<Self> {
+        let expected = [self.num_pairs(), weights.ncols().max(1)];
+        check_shape("pair_weights", &expected, weights.shape())?;
+        self.pair_weights = Some(weights);
         Ok(self)
     }
 
@@ -826,6 +870,7 @@ impl<'a, F: Float> Inputs<'a, F> {
                     Logits::Grid { grid: of_grid(grid, &queries, &keys), num_axes }
                 }
             }),
+            pair_weights: self.pair_weights.map(|weights| rows(weights, &pairs)),
             edge_features: self.edge_features.map(|features| rows(features, &pairs)),
             distances: self.distances.map(|distances| distances.slice_move(s![pairs.clone()])),
             layers: self.layers.map(|layers| &layers[pairs.clone()]),
@@ -971,6 +1016,50 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
     }
 
+    /// Returns the [weight](Self::with_pair_weights) of a pair, by which a mechanism multiplies its attention
+    /// weight after the softmax; 1 without weights of pairs.
+    ///
+    /// # Panics
+    /// Panics if there is no such pair or head: take pairs from [`row`](Self::row).
+    #[inline]
+    #[must_use]
+    pub fn pair_weight(&self, pair: Pair, head: usize) -> F {
+        self.pair_weights
+            .map_or(F::one(), |weights| weights[pair_weight_slot(weights.ncols(), pair, head)])
+    }
+
+    /// Adds the gradient of the [weight](Self::pair_weight) of a pair and head to those of all, if these are
+    /// wanted.
+    ///
+    /// # Panics
+    /// Panics if there is no such pair or head.
+    #[inline]
+    pub fn add_pair_weight_gradient(
+        &self,
+        pair: Pair,
+        head: usize,
+        grad: F,
+        grads: &mut crate::GradientsMut<'_, F>,
+    ) {
+        if let Some(sums) = &mut grads.pair_weights {
+            let slot = pair_weight_slot(sums.ncols(), pair, head);
+            sums[slot] += grad;
+        }
+    }
+
+    /// Checks that the weights of pairs are shared by all heads or there is one for each of `heads` heads.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they do not fit.
+    pub fn check_pair_weights(&self, heads: usize) -> Result<()> {
+        match self.pair_weights {
+            Some(weights) if ![1, heads].contains(&weights.ncols()) => {
+                check_shape("pair_weights", &[weights.nrows(), heads], weights.shape())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Returns the features of the pairs, one row per pair.
     ///
     /// # Errors
@@ -1022,6 +1111,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             Channel::Mask => self.has_mask() || self.causal.is_some(),
             Channel::Bias => self.bias().is_some(),
             Channel::Dropout => self.dropout.is_some(),
+            Channel::PairWeights => self.pair_weights.is_some(),
             Channel::Heads => self.heads > 1,
             Channel::EdgeFeatures => self.edge_features.is_some(),
             Channel::Distances => self.distances.is_some(),
@@ -1051,6 +1141,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             key: shape(self.key),
             value: shape(self.value),
             bias: self.bias.map(|bias| bias.shape()),
+            pair_weights: self.pair_weights.map(shape),
             edge_features: self.edge_features.map(shape),
             distances: self.distances.map(|view| [view.len()]),
             query_positions: self.positions.map(|positions| shape(positions.query)),
@@ -1065,10 +1156,17 @@ pub(crate) struct GradientShapes {
     pub(crate) value: [usize; 2],
     /// Of two or three axes.
     pub(crate) bias: Option<Vec<usize>>,
+    pub(crate) pair_weights: Option<[usize; 2]>,
     pub(crate) edge_features: Option<[usize; 2]>,
     pub(crate) distances: Option<[usize; 1]>,
     pub(crate) query_positions: Option<[usize; 2]>,
     pub(crate) key_positions: Option<[usize; 2]>,
+}
+
+/// Returns the index of the weight of a pair and head in an array with this number of columns.
+#[inline]
+pub(crate) fn pair_weight_slot(columns: usize, pair: Pair, head: usize) -> [usize; 2] {
+    [pair.index, if columns == 1 { 0 } else { head }]
 }
 
 /// Returns the columns of a head's block.

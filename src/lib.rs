@@ -165,6 +165,7 @@ mod gradients;
 mod graph;
 pub mod guide;
 mod inputs;
+// With the macro that chooses the instruction set.
 #[macro_use]
 mod kernels;
 pub mod layout;

@@ -18,12 +18,12 @@ use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 /// The weights of softmax attention, computed from the logit of each pair and head.
 ///
 /// ```text
-/// sᵢⱼ = logit(i, j) + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ} / Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
+/// sᵢⱼ = logit(i, j) + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ} / Σⱼ e^{sᵢⱼ}      oᵢ = Σⱼ mᵢⱼ wᵢⱼ pᵢⱼ vⱼ
 /// ```
 ///
 /// with j over the visible pairs of query i, for each head. It honours every channel that changes the result:
-/// mask, causal pattern, bias b, dropout m and (grouped) heads, in dense inputs and graphs. You provide the
-/// logits as a function, and its derivative as another one in the backward pass.
+/// mask, causal pattern, bias b, dropout m, weights of pairs w and (grouped) heads, in dense inputs and
+/// graphs. You provide the logits as a function, and its derivative as another one in the backward pass.
 ///
 /// Cost: O(pairs · d_v) time per head, not counting your function; O(pairs · heads) memory.
 ///
@@ -77,6 +77,7 @@ impl<F: Float> Softmax<F> {
         if let Some(bias) = bias {
             bias.check_heads(heads)?;
         }
+        inputs.check_pair_weights(heads)?;
         let mut weights = try_zeros("weights", inputs.num_pairs(), heads)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), heads)?;
         let mut row = Vec::new();
@@ -105,8 +106,8 @@ impl<F: Float> Softmax<F> {
         output_dim(inputs)
     }
 
-    /// Returns the attention weights before dropout, num_pairs × heads, with 0 for hidden pairs, for
-    /// [`Attention::attention_weights`](crate::Attention::attention_weights).
+    /// Returns the attention weights before dropout and weights of pairs, num_pairs × heads, with 0 for
+    /// hidden pairs, for [`Attention::attention_weights`](crate::Attention::attention_weights).
     #[must_use]
     pub fn weights(&self) -> ArrayView2<'_, F> {
         self.weights.view()
@@ -118,7 +119,8 @@ impl<F: Float> Softmax<F> {
         self.weights
     }
 
-    /// Overwrites `out`, num_queries × (heads · d_v), with the weighted sums of the values, after dropout.
+    /// Overwrites `out`, num_queries × (heads · d_v), with the weighted sums of the values, after dropout
+    /// and weights of pairs.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `out` or the inputs do not fit.
@@ -137,7 +139,8 @@ impl<F: Float> Softmax<F> {
             for head in 0..inputs.num_heads() {
                 sums.fill(0.0);
                 self.for_each_pair(inputs, query, head, |pair, weight| {
-                    let weight = (weight * inputs.dropout_multiplier(pair, head)).as_f64();
+                    let weight = weight * inputs.dropout_multiplier(pair, head);
+                    let weight = (weight * inputs.pair_weight(pair, head)).as_f64();
                     let value = inputs.value();
                     let value = value.slice(s![pair.key, inputs.value_columns(head)]);
                     sums.iter_mut().zip(value).for_each(|(sum, v)| *sum += weight * v.as_f64());
@@ -159,10 +162,10 @@ impl<F: Float> Softmax<F> {
         Ok(out)
     }
 
-    /// Adds the gradients of the values and the bias, given the gradient of the output, and calls
-    /// `logit_vjp(pair, head, grad_logit, grads)` for each pair and head that has a logit. For every array or
-    /// parameter x that the logit s depends on, it must add grad_logit · ∂s/∂x to the gradient of x. A pair
-    /// whose own logit is −∞ comes with a `grad_logit` of 0.
+    /// Adds the gradients of the values, the bias and the weights of pairs, given the gradient of the output,
+    /// and calls `logit_vjp(pair, head, grad_logit, grads)` for each pair and head that has a logit. For
+    /// every array or parameter x that the logit s depends on, it must add grad_logit · ∂s/∂x to the gradient
+    /// of x. A pair whose own logit is −∞ comes with a `grad_logit` of 0.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) if `grad_out` or the inputs do not fit.
@@ -356,9 +359,10 @@ fn value_vjp<F: Float>(
     weight: F,
     grads: &mut GradientsMut<'_, F>,
 ) -> F {
-    // oᵢ = Σⱼ mᵢⱼ pᵢⱼ vⱼ
+    // oᵢ = Σⱼ mᵢⱼ wᵢⱼ pᵢⱼ vⱼ
     let dim = inputs.value().ncols() / inputs.num_kv_heads();
-    let multiplier = inputs.dropout_multiplier(pair, head);
+    let dropout = inputs.dropout_multiplier(pair, head);
+    let multiplier = dropout * inputs.pair_weight(pair, head);
     let grad_out = grad_out.slice_move(s![pair.query, head_columns(head, dim)]);
     if let Some(grad) = &mut grads.value {
         let mut grad = grad.slice_mut(s![pair.key, inputs.value_columns(head)]);
@@ -366,7 +370,9 @@ fn value_vjp<F: Float>(
     }
     let value = inputs.value();
     let value = value.slice_move(s![pair.key, inputs.value_columns(head)]);
-    multiplier * grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum::<F>()
+    let product: F = grad_out.iter().zip(value).map(|(&g, &v)| g * v).sum();
+    inputs.add_pair_weight_gradient(pair, head, weight * dropout * product, grads);
+    multiplier * product
 }
 
 /// Replaces z by softmax(z); all NaN if one entry is NaN.

@@ -139,6 +139,9 @@ fn channels_of_other_shapes() {
         (sparse.with_bias(zeros(2, 3)), "bias | [4, 1] | [2, 3]"),
         (sparse.with_bias(zeros(5, 1)), "bias | [4, 1] | [5, 1]"),
         (sparse.with_bias(zeros(4, 0)), "bias | [4, 1] | [4, 0]"),
+        (dense.with_pair_weights(zeros(2, 3)), "pair_weights | [6, 3] | [2, 3]"),
+        (dense.with_pair_weights(zeros(6, 0)), "pair_weights | [6, 1] | [6, 0]"),
+        (sparse.with_pair_weights(zeros(6, 1)), "pair_weights | [4, 1] | [6, 1]"),
         (dense.with_edge_features(zeros(2, 3)), "edge_features | [6, 3] | [2, 3]"),
         (sparse.with_edge_features(zeros(6, 2)), "edge_features | [4, 2] | [6, 2]"),
         (dense.with_distances(zero_row(3)), "distances | [6] | [3]"),
@@ -178,6 +181,7 @@ fn channels_that_are_missing_or_refused() {
         (Channel::Mask, Ok(inputs.with_causal()), "a mask or causal pattern"),
         (Channel::Bias, inputs.with_bias(zeros(2, 3)), "an additive bias"),
         (Channel::Dropout, inputs.with_dropout(dropout), "dropout"),
+        (Channel::PairWeights, inputs.with_pair_weights(zeros(6, 1)), "weights of pairs"),
         (Channel::Heads, inputs.with_heads(2), "several heads"),
         (Channel::EdgeFeatures, inputs.with_edge_features(zeros(6, 1)), "edge features"),
         (Channel::Distances, inputs.with_distances(zero_row(6)), "distances"),
@@ -418,7 +422,7 @@ fn inputs_that_a_mechanism_cannot_take() {
 fn outputs_and_gradients_of_other_shapes() {
     let bare = dense([2, 3, 4, 4]);
     let with_data = suited(bare, None);
-    let spoils: [(Spoil<Gradients<f64>>, _, _); 7] = [
+    let spoils: [(Spoil<Gradients<f64>>, _, _); 8] = [
         (|it| it.query = bad([7, 9]), "query | [2, 4] | [7, 9]", None),
         (|it| it.key = bad([7, 9]), "key | [3, 4] | [7, 9]", None),
         (|it| it.value = bad([7, 9]), "value | [3, 4] | [7, 9]", None),
@@ -428,6 +432,11 @@ fn outputs_and_gradients_of_other_shapes() {
             |it| it.edge_features = Some(bad([7, 9])),
             "edge_features | [6, 2]",
             Some(Channel::EdgeFeatures),
+        ),
+        (
+            |it| it.pair_weights = Some(bad([7, 9])),
+            "pair_weights | [6, 1] | [7, 9]",
+            Some(Channel::PairWeights),
         ),
         (|it| it.distances = Some(bad([7])), "distances | [6] | [7]", Some(Channel::Distances)),
     ];
@@ -449,13 +458,15 @@ fn outputs_and_gradients_of_other_shapes() {
                 spoil(&mut grads);
                 attention.backward_into(inputs, &saved, out.view(), grads.view_mut())
             };
-            let is_bias = channel == Some(Channel::Bias);
-            let with_bias = with_data.with_bias(zeros(2, 3)).unwrap();
-            match backward(if is_bias { &with_bias } else { &with_data }) {
-                result if is_bias && name == "edge_gat" => {
-                    refused(result, "Unsupported | edge_gat | an additive bias");
-                }
-                result => refused(result, &format!("Shape | grads.{words}")),
+            let result = backward(&match channel {
+                Some(Channel::Bias) => with_data.with_bias(zeros(2, 3)).unwrap(),
+                Some(Channel::PairWeights) => with_data.with_pair_weights(zeros(6, 1)).unwrap(),
+                _ => with_data,
+            });
+            if name == "poincare" && channel == Some(Channel::PairWeights) {
+                refused(result, "Unsupported | poincare | weights of pairs");
+            } else {
+                refused(result, &format!("Shape | grads.{words}"));
             }
             if let Some(channel) = channel {
                 let words = format!("{name} needs {channel}: set them with `Inputs::with_");

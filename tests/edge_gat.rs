@@ -7,7 +7,7 @@ use common::close::{assert_close, assert_close_in_size};
 use common::random::{normal, rng};
 use common::{on_one_thread, refused};
 use graph_attention::ndarray::{
-    Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
+    Array2, Array3, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
 };
 use graph_attention::ndarray::{Ix1, IxDyn, concatenate, s};
 use graph_attention::{
@@ -388,7 +388,8 @@ fn inputs_that_do_not_fit_the_configuration() {
     let arrays = zeros(5, 4, 4);
     let bare = dense(&arrays);
     let [features, narrow] = [Array2::zeros((6, 3)), Array2::zeros((6, 2))];
-    let bias = Array2::zeros((2, 3));
+    let bias = Array3::zeros((3, 2, 3));
+    let weights = Array2::zeros((6, 3));
     let of_queries = zeros(4, 4, 4);
     let of_keys = zeros(5, 5, 4);
     let of_values = zeros(5, 4, 5);
@@ -410,7 +411,11 @@ fn inputs_that_do_not_fit_the_configuration() {
                 bare,
                 "MissingInput | edge_gat needs edge features: set them with `Inputs::with_edge_features`",
             ),
-            (full.with_bias(bias.view()).unwrap(), "Unsupported | edge_gat | an additive bias"),
+            (full.with_bias(bias.view()).unwrap(), "Shape | bias | [2, 2, 3] | [3, 2, 3]"),
+            (
+                full.with_pair_weights(weights.view()).unwrap(),
+                "Shape | pair_weights | [6, 2] | [6, 3]",
+            ),
             (dense(&heads).with_heads(2).unwrap(), "Unsupported | edge_gat | several heads"),
         ] {
             refused(gat.forward(&inputs), expected);
@@ -529,6 +534,7 @@ fn gradients_and_states_that_do_not_fit() {
             backward(&|it| it.bias = Some(bad().into_dyn())),
             "MissingInput | an additive bias",
         );
+        refused(backward(&|it| it.pair_weights = Some(bad())), "MissingInput | weights of pairs");
         for (at, (name, value)) in params::state(&gat).iter().enumerate() {
             let grad = backward(&|it| it.params[at] = bad().into_dyn());
             refused(grad, &format!("Shape | grads.params: {name} | {:?} | [7, 9]", value.shape()));

@@ -189,10 +189,19 @@ fn a_permuted_pytorch_bias_needs_no_copy() {
 
 #[test]
 fn graph_convolutions_of_pyg_load_by_name() {
+    check_pyg(&pyg(), 30);
+}
+
+#[test]
+fn weights_and_biases_of_edges_are_those_of_pyg() {
+    check_pyg(&serde_json::from_str(include_str!("golden/pyg_pairs.json")).unwrap(), 16);
+}
+
+/// Checks layers of PyG with their gradients.
+fn check_pyg(golden: &Value, at_least: usize) {
     common::hold_simd();
-    let golden = pyg();
     let cases = golden["cases"].as_array().unwrap();
-    assert!(cases.len() >= 30);
+    assert!(cases.len() >= at_least);
     for case in cases {
         let name = case["name"].as_str().unwrap();
         let flag = |name: &str| case[name].as_bool().unwrap();
@@ -228,6 +237,14 @@ fn graph_convolutions_of_pyg_load_by_name() {
         if let Some(edge_attr) = &edge_attr {
             inputs = inputs.with_edge_features(edge_attr.view()).unwrap();
         }
+        let of_edges = |name: &str| (!case[name].is_null()).then(|| array::<f64, Ix2>(&case[name]));
+        let (pair_weights, edge_bias) = (of_edges("weights"), of_edges("edge_bias"));
+        if let Some(weights) = &pair_weights {
+            inputs = inputs.with_pair_weights(weights.view()).unwrap();
+        }
+        if let Some(bias) = &edge_bias {
+            inputs = inputs.with_bias(bias.view()).unwrap();
+        }
 
         let state = case["params"].as_object().unwrap();
         let gat = config.from_params(state.iter().map(|(n, value)| (n, dynamic(value)))).unwrap();
@@ -254,6 +271,18 @@ fn graph_convolutions_of_pyg_load_by_name() {
         if let Some(grad) = &grads.edge_features {
             let expected = array(&expected["edge_attr"]);
             assert_close_in_size(what("edge_attr"), TOLERANCE, 1.0, grad, &expected);
+        }
+        assert_eq!(
+            [grads.pair_weights.is_some(), grads.bias.is_some()],
+            [pair_weights.is_some(), edge_bias.is_some()]
+        );
+        for (name, grad) in
+            [("weights", grads.pair_weights.map(Array::into_dyn)), ("edge_bias", grads.bias)]
+        {
+            if let Some(grad) = grad {
+                let expected = dynamic(&expected[name]);
+                assert_close_in_size(what(name), TOLERANCE, 1.0, &grad, &expected);
+            }
         }
         let params = params::state(&gat);
         assert_eq!(params.len(), grads.params.len());

@@ -26,6 +26,8 @@ struct Case {
     mask: Option<Array2<bool>>,
     bias: Bias,
     dropout: Option<Dropout>,
+    /// Pairs × (heads or 1): factors of the weights, also in the problem's `keep`.
+    pair_weights: Option<Array2<f64>>,
     explicit_scale: Option<f64>,
 }
 
@@ -104,9 +106,19 @@ fn random_case(seed: u64) -> Case {
         Bias::PerHead => Some((0..pairs.len() * heads).map(|_| logit(rng)).collect()),
     };
     let dropout = rng.random::<bool>().then_some(Dropout { probability: 0.5, seed });
-    let keep = dropout.map(|dropout| {
-        let pairs = 0..pairs.len();
-        pairs.flat_map(|pair| (0..heads).map(move |head| dropout.multiplier(pair, head))).collect()
+    let pair_weights = rng.random::<bool>().then(|| {
+        let columns = pick(&[1, heads], rng);
+        Array2::from_shape_simple_fn((pairs.len(), columns), || normal(1, rng)[0])
+    });
+    let keep = (dropout.is_some() || pair_weights.is_some()).then(|| {
+        let all = (0..pairs.len()).flat_map(|pair| (0..heads).map(move |head| (pair, head)));
+        let factor = |(pair, head)| {
+            let weight = pair_weights.as_ref().map_or(1.0, |weights| {
+                weights[[pair, if weights.ncols() == 1 { 0 } else { head }]]
+            });
+            weight * dropout_of(dropout, pair, head)
+        };
+        all.map(factor).collect()
     });
     let explicit_scale = pick(&[None, Some(0.25), Some(-2.0)], rng);
     let problem = Problem {
@@ -127,7 +139,12 @@ fn random_case(seed: u64) -> Case {
     };
     let grad_out = normal(num_queries * heads * value_dim, rng);
     let graph = (!is_dense).then_some(graph);
-    Case { problem, grad_out, graph, causal, mask, bias: bias_kind, dropout, explicit_scale }
+    let bias = bias_kind;
+    Case { problem, grad_out, graph, causal, mask, bias, dropout, pair_weights, explicit_scale }
+}
+
+fn dropout_of(dropout: Option<Dropout>, pair: usize, head: usize) -> f64 {
+    dropout.map_or(1.0, |dropout| dropout.multiplier(pair, head))
 }
 
 fn matrix<F: Float>(data: &[f64], rows: usize) -> Array2<F> {
@@ -153,6 +170,7 @@ struct Ours {
     /// The gradients of query, key and value.
     grad_inputs: [Vec<f64>; 3],
     grad_bias: Option<Vec<f64>>,
+    grad_pair_weights: Option<Array2<f64>>,
 }
 
 fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
@@ -188,6 +206,10 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
     if let Some(dropout) = case.dropout {
         inputs = inputs.with_dropout(dropout).unwrap();
     }
+    let pair_weights = case.pair_weights.as_ref().map(|weights| weights.mapv(F::from_f64));
+    if let Some(weights) = &pair_weights {
+        inputs = inputs.with_pair_weights(weights.view()).unwrap();
+    }
     let grad_out: Array2<F> = matrix(&case.grad_out, p.num_queries);
     let (partial, attention): (_, Box<dyn Attention<F>>) = match mechanism {
         Mechanism::Plain => {
@@ -214,6 +236,7 @@ fn solve<F: Float>(case: &Case, mechanism: Mechanism) -> Ours {
             log_sum_exp: flat(partial.log_sum_exp().view()),
             weights: flat(attention.attention_weights(&inputs).unwrap().view()),
         },
+        grad_pair_weights: gradients.pair_weights.map(|grad| grad.mapv(F::as_f64)),
         grad_bias: gradients.bias.map(|bias| flat(bias.view().into_dimensionality().unwrap())),
         grad_inputs: [gradients.query, gradients.key, gradients.value]
             .map(|grad| flat(grad.view())),
@@ -228,6 +251,39 @@ fn shared_bias_gradient(case: &Case, per_head: &[f64]) -> Vec<f64> {
             per_head.chunks(case.problem.heads).map(|heads| heads.iter().sum()).collect()
         }
     }
+}
+
+/// Computes the gradients of the weights of pairs, m_ij p_ij (g_i · v_j), summed over heads that share one, and
+/// the bounds of their errors.
+fn pair_weights_gradient<F: num_traits::Float>(
+    case: &Case,
+    expected: &Expected,
+    columns: usize,
+) -> [Vec<f64>; 2] {
+    let p = &case.problem;
+    let unit = (F::epsilon().to_f64().unwrap() + f64::EPSILON) / 2.0;
+    let tiny = F::min_positive_value().to_f64().unwrap();
+    // The sum of value_dim products, three factors, and the sum over heads.
+    let after = ((p.value_dim + 4 + p.heads) as f64 * unit).exp_m1();
+    let mut sums = [0, 1].map(|_| vec![0.0; p.pairs.len() * columns]);
+    for (e, &(i, j)) in p.pairs.iter().enumerate() {
+        for h in 0..p.heads {
+            let kv_head = h * p.kv_heads / p.heads;
+            let product = |c| {
+                let g = case.grad_out[(i * p.heads + h) * p.value_dim + c];
+                g * p.value[(j * p.kv_heads + kv_head) * p.value_dim + c]
+            };
+            let exact: f64 = (0..p.value_dim).map(product).sum();
+            let terms: f64 = (0..p.value_dim).map(|c| product(c).abs()).sum();
+            let keep = dropout_of(case.dropout, e, h);
+            let [weight, error] = [&expected.answer.weights, &expected.bounds.weights]
+                .map(|of_pairs| of_pairs[e * p.heads + h]);
+            let at = e * columns + if columns == 1 { 0 } else { h };
+            sums[0][at] += keep * weight * exact;
+            sums[1][at] += keep * (error + (weight + error) * after) * terms + tiny;
+        }
+    }
+    sums
 }
 
 /// The result of the loops, and the bounds of rounding errors in precision `F`.
@@ -287,6 +343,12 @@ fn check<F: Float + num_traits::Float>(seed: u64, mechanism: Mechanism) -> f64 {
         let [exact, bounds] =
             [&gradients.bias, &bounds.bias].map(|per_head| shared_bias_gradient(&case, per_head));
         all.push(("grad bias", worst(ours, &exact, &bounds)));
+    }
+    assert_eq!(ours.grad_pair_weights.is_some(), case.pair_weights.is_some());
+    if let Some(ours) = &ours.grad_pair_weights {
+        let [exact, bounds] = pair_weights_gradient::<F>(&case, &expected, ours.ncols());
+        let ours: Vec<f64> = ours.iter().copied().collect();
+        all.push(("grad pair weights", worst(&ours, &exact, &bounds)));
     }
     for (array, worst) in &all {
         let bits = 8 * size_of::<F>();

@@ -213,6 +213,20 @@ fn other_dropout_if_packed<'a>(x: &In<'a>) -> Result<In<'a>> {
     }
 }
 
+fn ones_for_pair_weights<'a>(x: &In<'a>) -> Result<In<'a>> {
+    if !x.has(Channel::PairWeights) {
+        return Ok(*x);
+    }
+    let ones: &Out = Box::leak(Box::new(Array2::ones((x.num_pairs(), 1))));
+    x.with_pair_weights(ones.view())
+}
+
+fn double_with_pair_weights(x: &In<'_>, _: &Out, out: &mut Out) {
+    if x.has(Channel::PairWeights) {
+        *out *= 2.0;
+    }
+}
+
 fn visible(x: &In<'_>) -> Vec<usize> {
     (0..x.num_queries()).flat_map(|query| x.row(query)).map(|pair| pair.index).collect()
 }
@@ -368,7 +382,9 @@ const FAULTS: &[(Fault, &str)] = &[
     (Reads(|_, [query, _, _]| nan_to_zero(query)), "NaN in a query reaches its own row"),
     (Computes(|x, _, out| *out += 0.0 * x.query().sum()), "NaN in a query reaches its own row"),
     (Adds(nan_query_leaks), "NaN in a query reaches the gradients"),
-    (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias and dropout change"),
+    (Sees(|x| x.with_dropout(Dropout { probability: 0.0, seed: 0 })), "bias, dropout and weights"),
+    (Sees(ones_for_pair_weights), "bias, dropout and weights"),
+    (Computes(double_with_pair_weights), "weights of pairs that are 1 change nothing"),
     (Computes(divide_by_norms), "finite inputs give finite outputs and gradients"),
     (Sees(other_dropout_if_packed), "packed inputs give what a loop over their segments gives"),
     (Reads(swap_groups), "grouped heads are the same"),
@@ -516,16 +532,25 @@ fn channels_may_be_refused() {
     for (channels, cases) in [
         (
             &[Channel::Mask],
-            "causal, causal bottom right, mask, mask per head, mask of pairs, packed causal, \
-             packed causal bottom right, packed mask, packed mask of pairs, graph mask, \
+            "causal, causal bottom right, mask, mask per head, mask of pairs, \
+             causal weights of pairs, packed causal, packed causal bottom right, packed mask, packed mask of pairs, graph mask, \
              graph mask per head, graph mask of pairs, graph causal",
         ),
         (
             &[Channel::Bias],
-            "bias, bias per head, bias that hides, bias of keys, packed bias, packed bias of keys, \
-             graph bias, graph bias of keys",
+            "bias, bias per head, bias that hides, bias of keys, \
+             weights of pairs under bias and dropout, packed bias, packed bias of keys, graph bias, \
+             graph bias of keys",
         ),
-        (&[Channel::Dropout], "dropout, packed dropout, graph dropout"),
+        (
+            &[Channel::Dropout],
+            "dropout, weights of pairs under bias and dropout, packed dropout, graph dropout",
+        ),
+        (
+            &[Channel::PairWeights],
+            "weights of pairs, weights of pairs under bias and dropout, causal weights of pairs, \
+             packed weights of pairs, graph weights of pairs",
+        ),
     ] {
         let choosy = Wrong(Refuses(channels), Flash::new());
         let report = check_attention(&choosy, &Shapes::new(3, 3, 2)).unwrap();

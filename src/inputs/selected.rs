@@ -32,6 +32,7 @@ pub struct SelectedInputs<'a, F: Float> {
     pair_mask: Option<Array1<bool>>,
     /// Has three axes.
     bias: Option<Gathered<'a, F, Ix3>>,
+    pair_weights: Option<Gathered<'a, F>>,
     edge_features: Option<Gathered<'a, F>>,
     /// Has one column.
     distances: Option<Gathered<'a, F>>,
@@ -275,6 +276,7 @@ impl<'a, F: Float> Inputs<'a, F> {
             mask: self.mask.map_or(Ok(None), |mask| gather_grid("mask", mask, &numbers))?,
             pair_mask,
             bias,
+            pair_weights: of_pairs("pair_weights", self.pair_weights)?,
             edge_features: of_pairs("edge_features", self.edge_features)?,
             distances: of_pairs("distances", distances)?,
             layers,
@@ -289,8 +291,13 @@ impl<'a, F: Float> Inputs<'a, F> {
     /// Returns the rows of the selected pairs in arrays with one row per pair; `None` if all are selected or
     /// there are no such arrays.
     fn rows_of_pairs(&self, numbers: &Numbers) -> Option<Vec<Range<usize>>> {
-        let channels =
-            [Channel::Bias, Channel::EdgeFeatures, Channel::Distances, Channel::EdgeLayers];
+        let channels = [
+            Channel::Bias,
+            Channel::PairWeights,
+            Channel::EdgeFeatures,
+            Channel::Distances,
+            Channel::EdgeLayers,
+        ];
         let is_there = channels.into_iter().any(|channel| self.has(channel));
         if !is_there && self.pair_mask.is_none() {
             return None;
@@ -348,6 +355,7 @@ impl<F: Float> SelectedInputs<'_, F> {
                 Some(logits) => bias.with_grid(logits),
                 None => bias,
             }),
+            pair_weights: view(&self.pair_weights).or(whole.pair_weights),
             edge_features: view(&self.edge_features).or(whole.edge_features),
             distances: view(&self.distances)
                 .map(|distances| distances.index_axis_move(Axis(1), 0))
@@ -445,6 +453,11 @@ impl<F: Float> SelectedInputs<'_, F> {
             key: zeros_like("grads.key", &grads.key, &self.key)?,
             value: zeros_like("grads.value", &grads.value, &self.value)?,
             bias: zeros_like("grads.bias", &grads.bias, &self.bias)?,
+            pair_weights: zeros_like(
+                "grads.pair_weights",
+                &grads.pair_weights,
+                &self.pair_weights,
+            )?,
             edge_features: zeros_like(
                 "grads.edge_features",
                 &grads.edge_features,
@@ -469,6 +482,7 @@ impl<F: Float> SelectedInputs<'_, F> {
             key,
             value,
             bias,
+            pair_weights,
             edge_features,
             distances,
             query_positions,
@@ -491,6 +505,7 @@ impl<F: Float> SelectedInputs<'_, F> {
             (grads.value, value, &columns),
             (grads.query_positions, query_positions, &rows),
             (whole_bias, bias, &pairs),
+            (grads.pair_weights, pair_weights, &pairs),
             (grads.edge_features, edge_features, &pairs),
             (distances_of_whole, distances, &pairs),
         ] {
@@ -508,6 +523,7 @@ struct GatheredGradients<F> {
     key: Option<Array2<F>>,
     value: Option<Array2<F>>,
     bias: Option<Array3<F>>,
+    pair_weights: Option<Array2<F>>,
     edge_features: Option<Array2<F>>,
     distances: Option<Array2<F>>,
     query_positions: Option<Array2<F>>,
@@ -541,6 +557,7 @@ impl<F: Float> GatheredGradients<F> {
             key: lend(&mut self.key, whole.key, columns, 0),
             value: lend(&mut self.value, whole.value, columns, 0),
             bias: lend(&mut self.bias, whole.bias, bias_rows, 1),
+            pair_weights: lend(&mut self.pair_weights, whole.pair_weights, None, 0),
             edge_features: lend(&mut self.edge_features, whole.edge_features, None, 0),
             distances: distances.or(whole.distances),
             query_positions: lend(&mut self.query_positions, whole.query_positions, rows, 0),

@@ -18,6 +18,8 @@
 //! they are called, not inlined. Everything that they call for each vector is `#[inline(always)]`,
 //! including closures, because a call across the boundary of an instruction set costs ten times the work.
 //!
+//! The scores of `EdgeGat` are steps too, in `mechanisms::edge_gat::scores`, each beside its parameters.
+//!
 //! `linear` computes projections from the products, and `norm` normalises rows. `nearest` also processes queries × keys in tiles, and
 //! keeps the best keys of each query; `keys` has similarities of single pairs, also for the links of an HNSW
 //! index. All are checked against the plain `ScaledDotProduct` and outputs of
@@ -239,7 +241,7 @@ kernels! {
         tile_len: usize,
         level: Level,
         upstream: Upstream<'_, Self>,
-        grad_features: Option<ArrayViewMut2<'_, Self>>,
+        grads: &mut GradientsMut<'_, Self>,
     ) -> Result<EdgeGradients<Self>> = edge_gat::backward;
 
     /// [`rows::weights`] with the logits of [`edge_gat`].

@@ -2,7 +2,7 @@
 
 use super::normalizer::Normalizer;
 use super::score::Scoring;
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
 use crate::score::ScoreFunction;
@@ -26,6 +26,8 @@ pub struct Problem<'a, F: Float> {
     pub(crate) bias: Option<Bias<'a, F>>,
     /// The function of the logits, if there is one.
     pub(crate) scoring: Option<Scoring<'a, F>>,
+    /// Whether passes by row leave out pairs that the bias hides from all heads, as they do for a mask.
+    pub(crate) skips_hidden: bool,
 }
 
 impl<'a, F: Float> Problem<'a, F> {
@@ -38,6 +40,7 @@ impl<'a, F: Float> Problem<'a, F> {
         if let Some(bias) = inputs.bias() {
             bias.check_heads(heads)?;
         }
+        inputs.check_pair_weights(heads)?;
         // Without columns every dot product is 0, so any finite scale will do.
         let scale = scale.unwrap_or(1.0 / (key_dim.max(1) as f64).sqrt());
         check_scale(F::from_f64(scale).as_f64())?;
@@ -52,6 +55,7 @@ impl<'a, F: Float> Problem<'a, F> {
             scale: F::from_f64(scale),
             bias: inputs.bias(),
             scoring: None,
+            skips_hidden: false,
         })
     }
 
@@ -128,14 +132,46 @@ impl<'a, F: Float> Problem<'a, F> {
         self.inputs.num_pairs_in_window().saturating_mul(columns)
     }
 
-    /// Returns the factor by which dropout multiplies the weight of a pair.
+    /// Returns the factor of the weight of a pair: that of dropout times the weight of the pair.
     #[inline]
     pub(crate) fn multiplier(&self, pair: Pair, head: usize) -> F {
-        self.inputs.dropout_multiplier(pair, head)
+        let dropout = self.inputs.dropout_multiplier(pair, head);
+        dropout * self.pair_weight(pair, head)
+    }
+
+    /// Returns the weight of a pair, for a product with its attention weight; 1 without weights of pairs.
+    #[inline]
+    pub(crate) fn pair_weight(&self, pair: Pair, head: usize) -> F {
+        self.unless_hidden(self.inputs.pair_weight(pair, head), pair, head)
+    }
+
+    /// Returns a number of a pair and head, or 0 in place of infinities and NaN if the pair is hidden, so that
+    /// a product with its weight, which is 0, is 0.
+    #[inline]
+    pub(crate) fn unless_hidden(&self, number: F, pair: Pair, head: usize) -> F {
+        let may_leak = !number.is_finite();
+        let is_hidden = || !self.inputs.sees(pair) || self.bias_of(pair, head).is_none();
+        if may_leak && is_hidden() { F::zero() } else { number }
+    }
+
+    /// Whether any [`multiplier`](Self::multiplier) may differ from 1.
+    pub(crate) fn has_multipliers(&self) -> bool {
+        self.has_dropout() || self.has_pair_weights()
+    }
+
+    pub(crate) fn has_pair_weights(&self) -> bool {
+        self.inputs.has(Channel::PairWeights)
     }
 
     pub(crate) fn has_dropout(&self) -> bool {
         self.inputs.dropout().is_some()
+    }
+
+    /// Whether a pass by row visits a pair.
+    #[inline]
+    pub(crate) fn visits(&self, pair: Pair) -> bool {
+        let is_shown = |head| self.bias_of(pair, head).is_some();
+        self.inputs.sees(pair) && (!self.skips_hidden || (0..self.heads).any(is_shown))
     }
 }
 

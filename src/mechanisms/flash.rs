@@ -37,7 +37,8 @@ const NAME: &str = "flash";
 /// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and cached).
 ///
 /// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
-///   are never computed), mask, bias and its gradient, dropout, grouped heads, graphs.
+///   are never computed), mask, bias, dropout, weights of pairs and the gradients of both, grouped heads,
+///   graphs.
 /// * **Parameters** those of the [score function](crate::score), if one is [set](Self::with_score); otherwise none.
 /// * **Cost** O(pairs · (d + d_v)) time per head; memory O(n · (d + d_v) · heads) for copies, saved
 ///   outputs and gradients, plus O(tile). Only [`attention_weights`](Attention::attention_weights) takes

@@ -17,13 +17,14 @@ const NAME: &str = "scaled_dot_product";
 /// the weights of all pairs at once.
 ///
 /// ```text
-/// sᵢⱼ = scale · qᵢ·kⱼ + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ − mᵢ} / Σⱼ e^{sᵢⱼ − mᵢ},  mᵢ = maxⱼ sᵢⱼ      oᵢ = Σⱼ pᵢⱼ vⱼ
+/// sᵢⱼ = scale · qᵢ·kⱼ + bᵢⱼ      pᵢⱼ = e^{sᵢⱼ − mᵢ} / Σⱼ e^{sᵢⱼ − mᵢ},  mᵢ = maxⱼ sᵢⱼ      oᵢ = Σⱼ wᵢⱼ pᵢⱼ vⱼ
 /// ```
 ///
-/// with j over the visible pairs of query i, for each head, and scale = 1/√d unless set.
+/// with j over the visible pairs of query i, for each head, scale = 1/√d unless set, and w = 1 without
+/// [weights of pairs](Inputs::with_pair_weights).
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
-///   differ from d); mask, causal, bias, dropout; dense inputs and graphs.
+///   differ from d); mask, causal, bias, dropout, weights of pairs; dense inputs and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys, or without a logit above −∞, gets
 ///   zeros; a logit of +∞ or NaN makes its row NaN, as in PyTorch.
 /// * **Cost** O(pairs · (d + d_v)) time per head, O(pairs · heads) memory. [`Flash`](crate::Flash)

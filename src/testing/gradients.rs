@@ -17,10 +17,10 @@ const FLOOR: f64 = 1e-2;
 const STEP: f64 = 1e-4;
 
 /// Checks the backward pass of a mechanism against central differences in `f64`, on small random inputs of
-/// every kind: the gradients of query, key, value, bias, edge features, distances, positions and of every
-/// parameter, each along two directions to 1e-7 of its largest entry; and the backward pass of its attention
-/// weights, if it has both. Also checks that a saved state can be restored: the same parameters and buffers are
-/// visited for writing and for reading, and
+/// every kind: the gradients of query, key, value, bias, weights of pairs, edge features, distances,
+/// positions and of every parameter, each along two directions to 1e-7 of its largest entry; and the backward
+/// pass of its attention weights, if it has both. Also checks that a saved state can be restored: the same
+/// parameters and buffers are visited for writing and for reading, and
 /// [`params::load_state`](crate::params::load_state) sets them all.
 ///
 /// The parameters are moved a little first, so that equal ones differ. Parameters and buffers are restored at
@@ -198,6 +198,7 @@ fn set(sample: &mut Sample<f64>, name: &str, entry: usize, new: impl Fn(f64) -> 
     let array = match name {
         "key" => &mut sample.key,
         "value" => &mut sample.value,
+        "pair_weights" => sample.pair_weights.as_mut().expect("it has a gradient"),
         "edge_features" => &mut sample.edge_features,
         "query_positions" => &mut sample.query_positions,
         "key_positions" => &mut sample.key_positions,

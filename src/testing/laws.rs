@@ -17,7 +17,8 @@ use rand::seq::SliceRandom;
 /// * Dense, masked, causal and graph inputs with the same visible pairs agree.
 /// * A query without visible keys reads no key, and hidden pairs leak nothing, forward or backward.
 /// * NaN spreads to the rows it touches and no others, forward and backward.
-/// * Bias and dropout change the output or are refused.
+/// * Bias, dropout and weights of pairs change the output or are refused; weights of pairs that are 1 change
+///   nothing.
 /// * A head reads its own columns, and grouped heads read the right ones.
 /// * Weights are non-negative and sum to 1, also in the backward pass and for large logits.
 /// * Parameters and buffers have different names and a fixed order.
@@ -130,6 +131,7 @@ impl<'a, F: Float> Check<'a, F> {
             let mut grads = self.gradients.clone();
             for array in [&mut grads.query, &mut grads.key, &mut grads.value]
                 .into_iter()
+                .chain(&mut grads.pair_weights)
                 .chain(&mut grads.edge_features)
                 .chain(&mut grads.query_positions)
                 .chain(&mut grads.key_positions)
@@ -250,6 +252,7 @@ impl<'a, F: Float> Check<'a, F> {
         visible_pairs(&inputs).for_each(|pair| visible[pair.index] = true);
         for pair in (0..visible.len()).filter(|&pair| !visible[pair]) {
             poisoned.edge_features.row_mut(pair).fill(F::nan());
+            poisoned.pair_weights.iter_mut().for_each(|of| of.row_mut(pair).fill(F::nan()));
             poisoned.distances[pair] = F::nan();
         }
         let unseen: Vec<usize> = (0..inputs.num_keys())
@@ -333,12 +336,15 @@ impl<'a, F: Float> Check<'a, F> {
     }
 
     fn channels_are_honoured(&self) -> Result<(), Broken> {
-        let law = "bias and dropout change the answer, or are refused";
-        if self.sample.bias.is_some() || self.sample.dropout.is_some() {
-            let plain = Sample { bias: None, dropout: None, ..self.sample.clone() };
+        let law = "bias, dropout and weights of pairs change the answer, or are refused";
+        let Sample { bias, dropout, pair_weights, .. } = self.sample;
+        if bias.is_some() || dropout.is_some() || pair_weights.is_some() {
+            let (bias, dropout, pair_weights) = (None, None, None);
+            let plain = Sample { bias, dropout, pair_weights, ..self.sample.clone() };
             let changes = self.forward(law, &plain)? != self.out;
             require(law, changes, || "they change nothing".into())?;
         }
+        self.weights_of_one_change_nothing()?;
         let law = "a head reads its own columns, and no others";
         if self.sample.heads > 1 {
             let mut poisoned = self.sample.clone();
@@ -368,6 +374,24 @@ impl<'a, F: Float> Check<'a, F> {
         Ok(())
     }
 
+    fn weights_of_one_change_nothing(&self) -> Result<(), Broken> {
+        let law = "weights of pairs that are 1 change nothing, or are refused";
+        if self.sample.pair_weights.is_some() {
+            return Ok(());
+        }
+        let weights = Array2::from_elem((self.sample.layers.len(), 1), F::one());
+        let sample = Sample { pair_weights: Some(weights), ..self.sample.clone() };
+        let inputs = succeed(law, sample.inputs())?;
+        let out = match self.mechanism.forward(&inputs) {
+            Err(Error::Unsupported { .. }) => return Ok(()),
+            out => succeed(law, out)?,
+        };
+        close(law, &out, &self.out)?;
+        let mut grads = gradients(self.mechanism, &sample, self.grad_out.view())?;
+        grads.pair_weights = None;
+        close_gradients(law, &grads, &self.gradients)
+    }
+
     fn weights_are_a_distribution(&self) -> Result<(), Broken> {
         self.has_a_distribution(self.sample)
     }
@@ -376,9 +400,9 @@ impl<'a, F: Float> Check<'a, F> {
     /// as a mask: even if rounded, their weights sum to 1. If outputs are sums of values times weights,
     /// the gradients of the values reveal the weights in the backward pass: Σ v·dv = Σ g·o.
     fn large_logits_have_weights_too(&self) -> Result<(), Broken> {
-        let Sample { causal, mask, pair_mask, bias, dropout, .. } = self.sample;
+        let Sample { causal, mask, pair_mask, bias, dropout, pair_weights, .. } = self.sample;
         let is_masked = causal.is_some() || mask.is_some() || pair_mask.is_some();
-        if is_masked || bias.is_some() || dropout.is_some() {
+        if is_masked || bias.is_some() || dropout.is_some() || pair_weights.is_some() {
             return Ok(()); // the plain cases cover it
         }
         let mut samples = vec![];
@@ -471,7 +495,14 @@ impl<'a, F: Float> Check<'a, F> {
 
         let law = "unwanted gradients may be None";
         let inputs_of = ["query", "key", "value"];
-        let others = ["bias", "edge_features", "distances", "query_positions", "key_positions"];
+        let others = [
+            "bias",
+            "pair_weights",
+            "edge_features",
+            "distances",
+            "query_positions",
+            "key_positions",
+        ];
         let all = [&inputs_of[..], &others].concat();
         for names in [&["query"][..], &["key"], &["value"], &inputs_of, &others, &all] {
             let mut rest = succeed(law, Gradients::zeros(&inputs, self.mechanism))?;
@@ -568,6 +599,7 @@ fn leave_out<F>(grads: &mut GradientsMut<'_, F>, name: &str) {
         "key" => grads.key = None,
         "value" => grads.value = None,
         "bias" => grads.bias = None,
+        "pair_weights" => grads.pair_weights = None,
         "edge_features" => grads.edge_features = None,
         "distances" => grads.distances = None,
         "query_positions" => grads.query_positions = None,
@@ -588,6 +620,7 @@ impl<F: Float> Gradients<F> {
             key,
             value,
             bias,
+            pair_weights,
             edge_features,
             distances,
             query_positions,
@@ -599,6 +632,7 @@ impl<F: Float> Gradients<F> {
         let matrices = [query, key, value].into_iter();
         matrices.filter(|_| is_next()).for_each(widen);
         bias.iter_mut().filter(|_| is_next()).for_each(widen);
+        pair_weights.iter_mut().filter(|_| is_next()).for_each(widen);
         edge_features.iter_mut().filter(|_| is_next()).for_each(widen);
         distances.iter_mut().filter(|_| is_next()).for_each(widen);
         let positions = query_positions.iter_mut().chain(key_positions);

@@ -151,6 +151,7 @@ fn arrays<F: Float>(gradients: &Gradients<F>) -> Vec<(&'static str, ArrayViewD<'
         key,
         value,
         bias,
+        pair_weights,
         edge_features,
         distances,
         query_positions,
@@ -163,6 +164,7 @@ fn arrays<F: Float>(gradients: &Gradients<F>) -> Vec<(&'static str, ArrayViewD<'
         ("value", value.view().into_dyn()),
     ];
     arrays.extend(bias.as_ref().map(|grad| ("bias", grad.view())));
+    arrays.extend(pair_weights.as_ref().map(|grad| ("pair_weights", grad.view().into_dyn())));
     arrays.extend(edge_features.as_ref().map(|grad| ("edge_features", grad.view().into_dyn())));
     arrays.extend(distances.as_ref().map(|grad| ("distances", grad.view().into_dyn())));
     arrays.extend(query_positions.as_ref().map(|grad| ("query_positions", grad.view().into_dyn())));

@@ -146,6 +146,8 @@ pub(super) struct Sample<F> {
     pub(super) bias: Option<ArrayD<F>>,
     /// Dropout.
     pub(super) dropout: Option<Dropout>,
+    /// Pairs × heads, or × 1.
+    pub(super) pair_weights: Option<Array2<F>>,
     /// Pairs × columns.
     pub(super) edge_features: Array2<F>,
     /// One per pair, positive.
@@ -193,6 +195,7 @@ impl<F: Float> Sample<F> {
             pair_mask: None,
             bias: None,
             dropout: None,
+            pair_weights: None,
             edge_features: Array2::zeros((0, shapes.edge_dim)),
             distances: Array1::zeros(0),
             layers: Vec::new(),
@@ -250,6 +253,9 @@ impl<F: Float> Sample<F> {
         if let Some(dropout) = self.dropout {
             inputs = inputs.with_dropout(dropout)?;
         }
+        if let Some(weights) = &self.pair_weights {
+            inputs = inputs.with_pair_weights(weights.view())?;
+        }
         Ok(inputs)
     }
 
@@ -268,6 +274,7 @@ impl<F: Float> Sample<F> {
         }
         sample.bias = sample.bias.as_ref().map(|bias| layout.of(bias));
         sample.mask = sample.mask.as_ref().map(|mask| layout.of(mask));
+        sample.pair_weights = sample.pair_weights.as_ref().map(|weights| layout.of(weights));
         let column = layout.of(&sample.distances.clone().insert_axis(Axis(1)));
         sample.distances = column.index_axis_move(Axis(1), 0);
         sample
@@ -275,6 +282,8 @@ impl<F: Float> Sample<F> {
 
     /// Selects rows of all per-pair arrays.
     pub(super) fn select_pairs(&mut self, pairs: &[usize]) {
+        self.pair_weights =
+            self.pair_weights.as_ref().map(|weights| weights.select(Axis(0), pairs));
         self.edge_features = self.edge_features.select(Axis(0), pairs);
         self.distances = self.distances.select(Axis(0), pairs);
         self.layers = pairs.iter().map(|&pair| self.layers[pair]).collect();
@@ -355,6 +364,19 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     let some = |pairs: usize| Array1::from_shape_fn(pairs, |pair| pair % 4 != 1);
     cases.push(("mask of pairs", Sample { pair_mask: Some(some(pairs)), ..dense.clone() }));
     cases.push(("dropout", Sample { dropout, ..dense.clone() }));
+    let mut weights_rng = Xoshiro256PlusPlus::seed_from_u64(2019);
+    let weights = normal([pairs, 1], 1.0, &mut weights_rng);
+    cases.push(("weights of pairs", Sample { pair_weights: Some(weights), ..dense.clone() }));
+    let mut hides = normal([pairs, shapes.bias_heads], 1.0, &mut weights_rng);
+    hide_some(&mut hides, &mut weights_rng);
+    let bias = Some(hides.into_dyn());
+    let mut weights_of_heads =
+        |pairs: usize| Some(normal([pairs, shapes.bias_heads], 1.0, &mut weights_rng));
+    let pair_weights = weights_of_heads(pairs);
+    let weighted = Sample { pair_weights, bias, dropout, ..dense.clone() };
+    cases.push(("weights of pairs under bias and dropout", weighted));
+    let (causal, pair_weights) = (Some(Causal::TopLeft), weights_of_heads(pairs));
+    cases.push(("causal weights of pairs", Sample { causal, pair_weights, ..dense.clone() }));
     let mut zeros = Sample { has_zeros: true, ..dense.clone() };
     zeros.query.row_mut(1).fill(F::zero());
     [3, 5].into_iter().for_each(|key| zeros.key.row_mut(key).fill(F::zero()));
@@ -392,6 +414,8 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     cases.push(("packed mask", Sample { mask: packed_mask, ..packed.clone() }));
     let pair_mask = Some(some(pairs));
     cases.push(("packed mask of pairs", Sample { pair_mask, ..packed.clone() }));
+    let pair_weights = weights_of_heads(pairs);
+    cases.push(("packed weights of pairs", Sample { pair_weights, ..packed.clone() }));
     cases.push(("packed dropout", Sample { dropout, ..packed }));
 
     // Query 3 and key 6 have no edges; some edges are parallel, some are loops.
@@ -413,6 +437,8 @@ pub(super) fn cases<F: Float>(shapes: &Shapes) -> Vec<(&'static str, Sample<F>)>
     edges_to_1.for_each(|(_, edge)| bias.row_mut(edge).fill(F::neg_infinity()));
     cases.push(("graph bias", Sample { bias: Some(bias.into_dyn()), ..graph.clone() }));
     cases.push(("graph bias of keys", Sample { bias: bias_of_keys, ..graph.clone() }));
+    let pair_weights = weights_of_heads(num_edges);
+    cases.push(("graph weights of pairs", Sample { pair_weights, ..graph.clone() }));
     cases.push(("graph dropout", Sample { dropout, ..graph.clone() }));
     cases.push(("graph", graph));
     let empty = Graph::from_edges(num_queries, num_keys, []).expect("no edges");

@@ -5,7 +5,7 @@ use super::{
 use crate::float::Float;
 use crate::gradients::{GradientsMut, PartOfBias};
 use crate::inputs::{head_columns, hull};
-use crate::kernels::parallel::{self, parts_of_work, ranges, row_chunks};
+use crate::kernels::parallel::{self, Rest, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
 use crate::kernels::primitives::exp::exp;
 use crate::kernels::primitives::matmul::{
@@ -38,6 +38,8 @@ struct BackwardScratch<F> {
     /// keys × width: P̃ and dS.
     weights: Buffer<F>,
     grad_scores: Buffer<F>,
+    /// The gradients of the weights of pairs, if wanted.
+    of_pair_weights: Buffer<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
     panel: PanelScratch<F>,
@@ -62,6 +64,7 @@ struct BackwardPart<'g, F> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,
     grad_bias: Option<PartOfBias<'g, F>>,
+    grad_pair_weights: Option<ArrayViewMut2<'g, F>>,
     keys: KeyGradients<F>,
     /// With respect to the parameters of the score function.
     params: Vec<f64>,
@@ -102,11 +105,16 @@ pub(in super::super) fn backward<F: Float>(
     };
     let grad_queries = row_chunks(grad_query, parts.iter().map(Range::len));
     let grad_biases = split_bias(problem, grads.bias.as_mut(), &parts);
+    let num_keys = problem.inputs.num_keys();
+    let mut pair_weights = grads.pair_weights.as_mut().map(|grad| Rest::new(grad.view_mut()));
     let mut parts: Vec<_> = (parts.iter().cloned().zip(grad_queries).zip(grad_biases))
         .map(|((queries, grad_query), grad_bias)| {
+            let num_pairs = queries.len() * num_keys;
+            let grad_pair_weights = pair_weights.as_mut().map(|rest| rest.take(num_pairs));
             // Each part finds out which keys it sees.
             let keys = KeyGradients { keys: 0..0, key: Buffer::zeros(0), value: Buffer::zeros(0) };
-            BackwardPart { queries, grad_query, grad_bias, keys, params: vec![0.0; num_params] }
+            let params = vec![0.0; num_params];
+            BackwardPart { queries, grad_query, grad_bias, grad_pair_weights, keys, params }
         })
         .collect();
     let tasks = parts.iter_mut().collect();
@@ -176,6 +184,7 @@ fn backward_part<F: Float>(
         grad_out_rows: Buffer::zeros(width * padded_value),
         weights: Buffer::zeros(tile),
         grad_scores: Buffer::zeros(tile),
+        of_pair_weights: Buffer::zeros(if part.grad_pair_weights.is_some() { tile } else { 0 }),
         rows: Vec::new(),
         panel: PanelScratch::default(),
         shifts: Buffer::zeros(width),
@@ -241,7 +250,7 @@ fn backward_block<F: Float>(
     part: &mut BackwardPart<'_, F>,
 ) {
     let Block { level, problem, head, width, .. } = *block;
-    let BackwardPart { queries, keys: sums, grad_bias, params, .. } = part;
+    let BackwardPart { queries, keys: sums, grad_bias, grad_pair_weights, params, .. } = part;
     let first_query = queries.start;
     let panel = panel_len::<F>(level);
     let kv_head = problem.kv_head(head);
@@ -337,15 +346,27 @@ fn backward_block<F: Float>(
                 block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
             }
 
-            // dP = m dP̃
+            // dP = m w dP̃, and for now m dP̃ as the gradient of w.
             block.drop_out(lanes.clone(), &seen, grad_scores, &mut scratch.rows);
+            let of_pair_weights = grad_pair_weights.as_ref().map(|_| {
+                let of_pair_weights = &mut scratch.of_pair_weights[..grad_scores.len()];
+                of_pair_weights.copy_from_slice(grad_scores);
+                of_pair_weights
+            });
+            block.multiply_by_pair_weights(lanes.clone(), &seen, grad_scores, &mut scratch.rows);
 
             // P = e^{S − m} / l, dS = P (dP − δ)
             let terms = [&scratch.shifts, &scratch.inverses, &scratch.deltas];
             let terms = terms.map(|terms| &terms[column..column + panel]);
             weights_and_logits_vjp(level, width, column, weights, grad_scores, terms);
-            // P̃ = m P
-            block.drop_out(lanes.clone(), &seen, weights, &mut scratch.rows);
+            // dW = m P dP̃
+            if let (Some(grads), Some(sums)) = (of_pair_weights, &mut *grad_pair_weights) {
+                grads.iter_mut().zip(&*weights).for_each(|(grad, &weight)| *grad *= weight);
+                let lanes = lanes.clone();
+                block.add_pair_weight_gradients(lanes, &seen, grads, first_query, sums);
+            }
+            // P̃ = m w P
+            block.multiply(lanes.clone(), &seen, weights, &mut scratch.rows);
             if let Some(grad) = grad_bias {
                 let grad = &mut grad.view_mut();
                 block.add_bias_gradients(lanes.clone(), &seen, grad_scores, first_query, grad);

@@ -256,7 +256,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
                 let of_panel = totals.alphas[column..].iter_mut().zip(&**alphas);
                 of_panel.for_each(|(of_total, &alpha)| *of_total *= alpha);
             }
-            block.drop_out(lanes.clone(), &tile, scores, rows);
+            block.multiply(lanes.clone(), &tile, scores, rows);
 
             // O ← α O + P̃ V
             let weights = Matrix::new(scores, width).skip_columns(column);

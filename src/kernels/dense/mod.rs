@@ -21,7 +21,7 @@ use super::problem::{Problem, Slices};
 use super::score::Panel;
 use crate::float::Float;
 use crate::gradients::PartOfBias;
-use crate::inputs::{BiasAxes, Pair, Shown, hull};
+use crate::inputs::{BiasAxes, Pair, Shown, hull, pair_weight_slot};
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;
@@ -279,6 +279,67 @@ impl<F: Float> Block<'_, '_, F> {
             [visible.start, visible.end].map(|key| key.clamp(keys.start, keys.end) - keys.start);
         row[..start].fill(F::neg_infinity());
         row[end..].fill(F::neg_infinity());
+    }
+
+    /// Multiplies the entries of some lanes by the factors of their weights, of dropout and of the pairs. `rows`
+    /// is scratch.
+    pub(super) fn multiply(
+        &self,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        entries: &mut [F],
+        rows: &mut Vec<F>,
+    ) {
+        self.drop_out(lanes.clone(), keys, entries, rows);
+        self.multiply_by_pair_weights(lanes, keys, entries, rows);
+    }
+
+    /// Multiplies the entries of some lanes by the weights of the pairs. `rows` is scratch.
+    #[inline(never)]
+    pub(super) fn multiply_by_pair_weights(
+        &self,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        entries: &mut [F],
+        rows: &mut Vec<F>,
+    ) {
+        if !self.problem.has_pair_weights() {
+            return;
+        }
+        self.fill_rows(&lanes, keys.len(), rows, |query, row| {
+            let first = self.problem.dense_pair(query, keys.start);
+            for (at, weight) in row.iter_mut().enumerate() {
+                let pair = Pair { key: first.key + at, index: first.index + at, ..first };
+                *weight = self.problem.pair_weight(pair, self.head);
+            }
+        });
+        dispatch!(self.level, simd => {
+            self.multiply_by_rows(simd, &lanes, keys.len(), rows, entries);
+        });
+    }
+
+    /// Adds the gradients of the weights of the pairs of some lanes, keys × width, to those of the queries
+    /// from `first` on.
+    #[inline(never)]
+    pub(super) fn add_pair_weight_gradients(
+        &self,
+        lanes: Range<usize>,
+        keys: &Range<usize>,
+        grads: &[F],
+        first: usize,
+        sums: &mut ArrayViewMut2<'_, F>,
+    ) {
+        let num_keys = self.problem.inputs.num_keys();
+        for lane in lanes {
+            for (k, key) in keys.clone().enumerate() {
+                let pair = self.pair(lane, key);
+                let grad =
+                    self.problem.unless_hidden(grads[k * self.width + lane], pair, self.head);
+                let of_part = Pair { index: pair.index - first * num_keys, ..pair };
+                let slot = pair_weight_slot(sums.ncols(), of_part, self.head);
+                sums[slot] += grad;
+            }
+        }
     }
 
     /// Multiplies the entries of some lanes by the dropout factors of their weights. `rows` is scratch.

@@ -8,7 +8,7 @@ use crate::inputs::Pair;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// A number for each feature and pair of a tile.
-pub(super) struct FeatureTile<F> {
+pub(crate) struct FeatureTile<F> {
     level: Level,
     dim: usize,
     /// The distance between features, in whole vectors.
@@ -17,20 +17,20 @@ pub(super) struct FeatureTile<F> {
 }
 
 /// A number for each head and feature.
-pub(super) struct Coefficients<F> {
+pub(crate) struct Coefficients<F> {
     /// The distance between heads, in whole vectors.
-    pub(super) stride: usize,
-    pub(super) data: Vec<F>,
+    pub(crate) stride: usize,
+    pub(crate) data: Vec<F>,
 }
 
 impl<F: Float> Coefficients<F> {
-    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+    pub(crate) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
         let stride = dim.next_multiple_of(vector_len::<F>(level));
         Self { stride, data: vec![F::zero(); heads * stride] }
     }
 
     /// Creates it from heads × features without gaps.
-    pub(super) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
+    pub(crate) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
         let mut coefficients = Self::zeros(level, heads, dim);
         for head in 0..heads {
             coefficients.data[head * coefficients.stride..][..dim]
@@ -40,13 +40,13 @@ impl<F: Float> Coefficients<F> {
     }
 
     #[inline(always)]
-    pub(super) fn of_head(&self, head: usize) -> &[F] {
+    pub(crate) fn of_head(&self, head: usize) -> &[F] {
         &self.data[head * self.stride..][..self.stride]
     }
 }
 
 /// Sums over pairs for each head and feature, lane by lane.
-pub(super) struct FeatureSums<F> {
+pub(crate) struct FeatureSums<F> {
     dim: usize,
     /// The number of lanes of a vector.
     len: usize,
@@ -54,17 +54,17 @@ pub(super) struct FeatureSums<F> {
 }
 
 impl<F: Float> FeatureSums<F> {
-    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+    pub(crate) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
         let len = vector_len::<F>(level);
         Self { dim, len, lanes: vec![F::zero(); heads * dim * len] }
     }
 
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.lanes.fill(F::zero());
     }
 
     /// The sums.
-    pub(super) fn store(&self, sums: &mut Coefficients<F>) {
+    pub(crate) fn store(&self, sums: &mut Coefficients<F>) {
         for (at, lanes) in self.lanes.chunks_exact(self.len).enumerate() {
             let (head, feature) = (at / self.dim, at % self.dim);
             sums.data[head * sums.stride + feature] = lanes.iter().copied().sum();
@@ -74,24 +74,24 @@ impl<F: Float> FeatureSums<F> {
 
 impl<F: Float> FeatureTile<F> {
     /// Creates it for tiles with heads `stride` apart.
-    pub(super) fn new(level: Level, dim: usize, stride: usize) -> Self {
+    pub(crate) fn new(level: Level, dim: usize, stride: usize) -> Self {
         Self { level, dim, stride, data: vec![F::zero(); dim * stride] }
     }
 
     /// The weights of a feature in [`Columns::add_weighted`](super::super::gathered::Columns).
     #[inline(always)]
-    pub(super) fn of_feature(&self, feature: usize) -> &[F] {
+    pub(crate) fn of_feature(&self, feature: usize) -> &[F] {
         &self.data[feature * self.stride..][..self.stride]
     }
 
     #[inline(always)]
-    pub(super) fn of_feature_mut(&mut self, feature: usize) -> &mut [F] {
+    pub(crate) fn of_feature_mut(&mut self, feature: usize) -> &mut [F] {
         &mut self.data[feature * self.stride..][..self.stride]
     }
 
     /// Loads the features of some pairs, with zeros up to a whole vector.
     #[inline(never)]
-    pub(super) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
+    pub(crate) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
             return;
         }
@@ -109,20 +109,20 @@ impl<F: Float> FeatureTile<F> {
 
     /// row += the features of a pair in the tile.
     #[inline(always)]
-    pub(super) fn add_to(&self, t: usize, row: &mut [F]) {
+    pub(crate) fn add_to(&self, t: usize, row: &mut [F]) {
         for (value, column) in row.iter_mut().zip(self.data.chunks_exact(self.stride)) {
             *value += column[t];
         }
     }
 
     #[inline(always)]
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.data.fill(F::zero());
     }
 
     /// scores[h · stride + t] += Σ coefficients of head h · features of pair t.
     #[inline(never)]
-    pub(super) fn add_scores(
+    pub(crate) fn add_scores(
         &self,
         heads: usize,
         count: usize,
@@ -189,7 +189,7 @@ impl<F: Float> FeatureTile<F> {
     /// sums ← factors · sums + Σₜ weights[h · stride + t] · features of pair t. The weights past the
     /// end must be 0.
     #[inline(never)]
-    pub(super) fn add_sums(
+    pub(crate) fn add_sums(
         &self,
         factors: &[F],
         weights: &[F],
@@ -260,7 +260,7 @@ impl<F: Float> FeatureTile<F> {
 
     /// Feature c of pair t += Σ_h weights[h · stride + t] · coefficients of head h.
     #[inline(never)]
-    pub(super) fn add_outer(
+    pub(crate) fn add_outer(
         &mut self,
         heads: usize,
         count: usize,

@@ -6,8 +6,8 @@ use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradients};
 use super::super::score::{ScoredRow, Scoring};
 use super::{
-    DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_part,
-    level_for, parts,
+    DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_pair,
+    for_each_part, level_for, multiply, pair_weights_vjp, parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
@@ -41,11 +41,13 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
     let by_query = Pairs::by_query(inputs);
     let mut grad_logits = Array2::zeros((inputs.num_pairs(), columns));
     let mut grad_data = Array2::zeros((inputs.num_pairs(), num_data));
+    let num_weights = if grads.pair_weights.is_some() { problem.heads } else { 0 };
+    let mut of_pair_weights = Array2::zeros((inputs.num_pairs(), num_weights));
     let parts_by_query = parts(by_query);
     let mut sums = Array2::zeros((parts_by_query.len(), num_sums + num_params));
     let mut unasked = [(); 3].map(|()| Array2::zeros((0, 0)));
     let [for_query, for_key, for_value] = &mut unasked;
-    if grads.query.is_some() || columns + num_data + num_sums + num_params > 0 {
+    if grads.query.is_some() || columns + num_data + num_weights + num_sums + num_params > 0 {
         let tile_len = by_query.tile_len(tile_len);
         let pass: Pass<'_, '_, _, C> = Pass {
             of_scorer,
@@ -63,7 +65,7 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
             problem.work(),
             Outputs {
                 by_row: [query],
-                by_slot: [grad_logits.view_mut(), grad_data.view_mut()],
+                by_slot: [grad_logits.view_mut(), grad_data.view_mut(), of_pair_weights.view_mut()],
                 by_part: sums.view_mut(),
             },
             |part, Outputs { by_row: [grad_a], by_slot, by_part }| {
@@ -101,13 +103,14 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
         );
     }
 
-    if let (Some(grad), Some(bias)) = (&mut grads.bias, problem.bias) {
-        for (slot, query, key, index) in by_query.numbered() {
-            for head in 0..problem.heads {
-                grad[bias.slot(Pair { query, key, index }, head)] += grad_logits[[slot, head]];
-            }
-        }
+    if let (Some(grads), Some(bias)) = (&mut grads.bias, problem.bias) {
+        for_each_pair(by_query, &grad_logits, |pair, head, grad| {
+            grads[bias.slot(pair, head)] += grad;
+        });
     }
+    for_each_pair(by_query, &of_pair_weights, |pair, head, grad| {
+        inputs.add_pair_weight_gradient(pair, head, grad, grads);
+    });
     if let (Some(grad), 1) = (&mut grads.distances, num_data) {
         for (slot, _, _, index) in by_query.numbered() {
             grad[index] += grad_data[[slot, 0]];
@@ -176,8 +179,8 @@ impl<'r, F: Float> Side<'r, F> {
 
 /// The outputs of the pass by query besides the gradients of its rows.
 struct OfQuery<'a, F> {
-    /// The gradients of the logits and of the data of each pair.
-    by_slot: [ArrayViewMut2<'a, F>; 2],
+    /// The gradients of the logits, of the data and of the weight of each pair.
+    by_slot: [ArrayViewMut2<'a, F>; 3],
     /// For the part, the scorer's sums and the gradients of the parameters of the score function.
     sums: ArrayViewMut2<'a, F>,
 }
@@ -224,6 +227,9 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let [mut shifts, mut inverses, mut deltas, mut grads] =
             [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
         let mut grad_data = vec![F::zero(); tile.stride];
+        let wants_pair_weights =
+            of_query.as_ref().is_some_and(|grads| grads.by_slot[2].ncols() > 0);
+        let mut of_pair_weights = vec![F::zero(); if wants_pair_weights { grads.len() } else { 0 }];
         let ones = vec![F::one(); heads];
         // For a score function: the logits that it is given, the pairs, and the gradients of its parameters. The pass by
         // key computes these too, for nothing.
@@ -268,10 +274,12 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 for head in 0..heads {
                     let [of_head, vectors] = tile.of_head(head);
                     let Tile { pairs, weights, .. } = &mut tile;
-                    let multipliers = || pairs.iter().map(|&pair| problem.multiplier(pair, head));
-                    if problem.has_dropout() {
-                        let grads = grads[of_head.clone()].iter_mut();
-                        grads.zip(multipliers()).for_each(|(grad, m)| *grad *= m);
+                    if wants_pair_weights {
+                        let of_weights = &mut of_pair_weights[of_head.clone()];
+                        pair_weights_vjp(problem, pairs, head, &grads[of_head.clone()], of_weights);
+                    }
+                    if problem.has_multipliers() {
+                        multiply(problem, pairs, head, &mut grads[of_head.clone()]);
                     }
                     if let Some(of_weights) = self.grad_weights {
                         of_weights.add_to(&mut grads[of_head.clone()], pairs, head);
@@ -282,13 +290,16 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                         [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]),
                         &mut grads[vectors],
                     );
+                    if wants_pair_weights {
+                        let of_weights = of_pair_weights[of_head.clone()].iter_mut();
+                        of_weights.zip(&weights[of_head.clone()]).for_each(|(grad, &p)| *grad *= p);
+                    }
                     // õ = m p v
-                    if problem.has_dropout() && grad_b.is_some() {
-                        let weights = weights[of_head].iter_mut();
-                        weights.zip(multipliers()).for_each(|(weight, m)| *weight *= m);
+                    if problem.has_multipliers() && grad_b.is_some() {
+                        multiply(problem, pairs, head, &mut weights[of_head]);
                     }
                 }
-                if let Some(OfQuery { by_slot: [of_logits, _], .. }) = &mut of_query
+                if let Some(OfQuery { by_slot: [of_logits, ..], .. }) = &mut of_query
                     && of_logits.ncols() > 0
                 {
                     for (t, slot) in tile.slots.iter().enumerate() {
@@ -315,11 +326,15 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     columns_b.add_weighted(&mut sum_b, tile.weights(&ones), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
-                if let Some(OfQuery { by_slot: [_, of_data], .. }) = &mut of_query {
+                if let Some(OfQuery { by_slot: [_, of_data, of_weights], .. }) = &mut of_query {
                     scorer.logits_vjp(&tile, &grads, &mut grad_data);
-                    let is_wanted = of_data.ncols() > 0;
+                    let is_wanted = of_data.ncols() + of_weights.ncols() > 0;
                     for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
-                        of_data.row_mut(slot - part.slots.start).fill(grad_data[t]);
+                        let slot = slot - part.slots.start;
+                        of_data.row_mut(slot).fill(grad_data[t]);
+                        for (head, grad) in of_weights.row_mut(slot).iter_mut().enumerate() {
+                            *grad = of_pair_weights[head * stride + t];
+                        }
                     }
                 }
             }

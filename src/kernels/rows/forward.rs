@@ -8,7 +8,9 @@ use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::Vector;
 use super::super::problem::FiniteRows;
 use super::super::score::ScoredRow;
-use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
+use super::{
+    Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, multiply, parts,
+};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use fearless_simd::{Level, Select, Simd, SimdBase};
@@ -98,12 +100,10 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
             };
             let (values_of, sums_of) = target.split_at_mut(heads * dim);
             exponentials(&mut tile, maxima, alphas, sums_of);
-            if softmax.has_dropout() {
+            if softmax.has_multipliers() {
                 for head in 0..heads {
                     let [pairs, _] = tile.of_head(head);
-                    for (weight, &pair) in tile.weights[pairs].iter_mut().zip(&tile.pairs) {
-                        *weight *= softmax.multiplier(pair, head);
-                    }
+                    multiply(softmax, &tile.pairs, head, &mut tile.weights[pairs]);
                 }
             }
             values_of.fill(F::zero());

@@ -59,7 +59,7 @@ pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
 
 /// The side, queries or keys, that determines the rows of pairs.
 #[derive(Clone, Copy)]
-pub(super) enum Pairs<'g> {
+pub(crate) enum Pairs<'g> {
     /// Queries that see all keys.
     Dense { num_queries: usize, num_keys: usize },
     /// Keys that all queries see.
@@ -87,7 +87,7 @@ impl<'g> Pairs<'g> {
     }
 
     /// Returns the same pairs by key.
-    pub(super) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
+    pub(crate) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
         match Self::by_query(inputs) {
             Pairs::Dense { num_queries, num_keys } => Pairs::DenseByKey { num_queries, num_keys },
             Pairs::ByQuery(graph) => Pairs::ByKey(graph.transpose()),
@@ -436,18 +436,18 @@ impl SlotOfPair {
 }
 
 /// The pairs of a tile of one row, and a number for each head and pair, head by head.
-pub(super) struct Tile<F> {
+pub(crate) struct Tile<F> {
     pub(super) level: Level,
     lanes: usize,
-    pub(super) len: usize,
+    pub(crate) len: usize,
     /// The distance between heads: the length in whole vectors.
-    pub(super) stride: usize,
-    pub(super) pairs: Vec<Pair>,
+    pub(crate) stride: usize,
+    pub(crate) pairs: Vec<Pair>,
     /// The slot of each pair, and its index on the other side.
     pub(super) slots: Vec<usize>,
-    pub(super) others: Vec<usize>,
+    pub(crate) others: Vec<usize>,
     /// Logits, −∞ for hidden pairs and past the end; then weights.
-    pub(super) weights: Vec<F>,
+    pub(crate) weights: Vec<F>,
 }
 
 impl<F: Float> Tile<F> {
@@ -477,8 +477,7 @@ impl<F: Float> Tile<F> {
     ) -> bool {
         self.pairs.clear();
         self.slots.clear();
-        let inputs = &problem.inputs;
-        let may_hide = row.skip_hidden_ends(inputs);
+        let may_hide = row.skip_hidden_ends(&problem.inputs) || problem.skips_hidden;
         while self.pairs.is_empty() && !row.slots.is_empty() {
             let start = row.slots.start;
             let slots = start..row.slots.end.min(start + self.len);
@@ -497,7 +496,7 @@ impl<F: Float> Tile<F> {
             row.list(slots.clone(), &mut self.pairs);
             self.slots.extend(slots);
             if may_hide {
-                let sees = |pair: &Pair| inputs.sees(*pair);
+                let sees = |pair: &Pair| problem.visits(*pair);
                 let mut pairs = self.pairs.iter();
                 self.slots.retain(|_| pairs.next().is_some_and(sees));
                 self.pairs.retain(sees);
@@ -515,13 +514,13 @@ impl<F: Float> Tile<F> {
 
     /// The rows of the other side.
     #[inline(always)]
-    pub(super) fn gather<'r>(&'r self, rows: Slices<'r, F>) -> Gather<'r, F> {
+    pub(crate) fn gather<'r>(&'r self, rows: Slices<'r, F>) -> Gather<'r, F> {
         Gather { rows, at: &self.others }
     }
 
     /// Prefetches the rows of later pairs, unless they are in sequential order anyway.
     #[inline(always)]
-    pub(super) fn prefetch_pairs(
+    pub(crate) fn prefetch_pairs(
         &self,
         pairs: Pairs<'_>,
         rows: Slices<'_, F>,
@@ -543,7 +542,7 @@ impl<F: Float> Tile<F> {
     /// Returns the range of a head's pairs, without and with those past the end that fill the last
     /// vector.
     #[inline(always)]
-    pub(super) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
+    pub(crate) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
         [start..start + len, start..start + len.next_multiple_of(self.lanes)]
     }
@@ -728,6 +727,48 @@ fn add_bad<'r, F: Float>(
                 if !value.is_finite() {
                     *sum += weight * value;
                 }
+            }
+        }
+    }
+}
+
+/// Multiplies numbers of the pairs of a tile for one head by what multiplies their weights.
+pub(super) fn multiply<F: Float>(
+    problem: &Problem<'_, F>,
+    pairs: &[Pair],
+    head: usize,
+    numbers: &mut [F],
+) {
+    for (number, &pair) in numbers.iter_mut().zip(pairs) {
+        *number *= problem.multiplier(pair, head);
+    }
+}
+
+/// Overwrites `grads` with the gradients of the weights of pairs, without the attention weights p as a factor:
+/// those of the weights p̃, which are given, times the factors of dropout.
+pub(super) fn pair_weights_vjp<F: Float>(
+    problem: &Problem<'_, F>,
+    pairs: &[Pair],
+    head: usize,
+    grad_weights: &[F],
+    grads: &mut [F],
+) {
+    for ((grad, &of_weight), &pair) in grads.iter_mut().zip(grad_weights).zip(pairs) {
+        let of_weight = problem.unless_hidden(of_weight, pair, head);
+        *grad = of_weight * problem.inputs.dropout_multiplier(pair, head);
+    }
+}
+
+/// Passes numbers of all pairs and heads, in the order of the rows, to `add`.
+pub(super) fn for_each_pair<F: Float>(
+    pairs: Pairs<'_>,
+    numbers: &Array2<F>,
+    mut add: impl FnMut(Pair, usize, F),
+) {
+    if numbers.ncols() > 0 {
+        for (slot, query, key, index) in pairs.numbered() {
+            for (head, &number) in numbers.row(slot).iter().enumerate() {
+                add(Pair { query, key, index }, head, number);
             }
         }
     }

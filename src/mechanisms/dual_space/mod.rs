@@ -397,7 +397,7 @@ impl<F: Float> Attention<F> for DualSpace<F> {
         let [mut grad_graph, grad_latent, grad_cross] = split(grad_x.view_mut(), dim);
 
         // cross = A_cross(graph; N_L)
-        // Bias, edge features and distances belong to the pairs of the graph.
+        // Bias, weights of pairs, edge features and distances belong to the pairs of the graph.
         let query = Some(grad_graph.view_mut());
         let cross_grads =
             GradientsMut { query, params: of_cross, ..without_pairs(grads.reborrow()) };
@@ -417,7 +417,8 @@ impl<F: Float> Attention<F> for DualSpace<F> {
 
 /// Without the gradients of the data of pairs.
 fn without_pairs<F>(grads: GradientsMut<'_, F>) -> GradientsMut<'_, F> {
-    GradientsMut { bias: None, edge_features: None, distances: None, ..grads }
+    let (bias, pair_weights, edge_features, distances) = (None, None, None, None);
+    GradientsMut { bias, pair_weights, edge_features, distances, ..grads }
 }
 
 /// Returns the inputs of the latent branch, over the neighbours that were found or those of the inputs.

@@ -1,28 +1,13 @@
 //! The configuration, and the parameters that follow from it.
 
 use super::EdgeGat;
+use super::scores::{Linear, Names, Score};
 use crate::error::{Error, Result};
 use crate::float::{Float, try_zeros};
 use crate::mechanisms::fill_uniform;
 use crate::params;
 use ndarray::{ArrayD, Axis};
 use rand::Rng;
-
-/// How [`EdgeGat`] scores a query node i against a neighbour j with edge features x.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Score {
-    /// LeakyReLU(a_dst · W_dst h_i + a_src · W_src h_j + a_edge · W_e x): the graph attention network
-    /// of Veličković et al. 2018, PyG's `GATConv`. Its attention is *static*: within a head, all
-    /// queries rank the same keys in the same order (Brody et al. 2022).
-    Gat,
-    /// a · LeakyReLU(W_dst h_i + W_src h_j + W_e x), of Brody et al. 2022, PyG's `GATv2Conv`: any
-    /// query can prefer any key.
-    GatV2,
-    /// (W_q h_i) · (W_k h_j + W_e x) / √d, of Shi et al. 2021, PyG's `TransformerConv`.
-    DotProduct,
-}
 
 /// The sizes and options of an [`EdgeGat`]. Build one with initial parameters with [`init`](Self::init),
 /// or with given parameters with [`from_params`](Self::from_params).
@@ -55,6 +40,7 @@ impl EdgeGatConfig {
     /// values.
     #[must_use]
     pub fn new(score: Score, input_dim: usize, head_dim: usize, num_heads: usize) -> Self {
+        let form = score.form();
         Self {
             score,
             query_dim: input_dim,
@@ -65,10 +51,10 @@ impl EdgeGatConfig {
             average_heads: false,
             negative_slope: 0.2,
             bias: true,
-            share_weights: score == Score::Gat,
-            residual: score == Score::DotProduct,
+            share_weights: form.shares_weights,
+            residual: form.residual,
             gate: false,
-            edge_values: score == Score::DotProduct,
+            edge_values: form.edge_values,
         }
     }
 
@@ -183,12 +169,13 @@ impl EdgeGatConfig {
         state: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
     ) -> Result<EdgeGat<F>> {
         let mut gat = self.zeros()?;
+        let Linear { weight, bias } = gat.names.residual;
+        let has_spare = self.score.form().spare_residual && !self.residual;
         // With the name under which a value was given.
         let mut known: Vec<(String, String, ArrayD<F>)> = Vec::new();
         for (name, value) in state {
             let came_as = name.as_ref().to_owned();
-            if self.score == Score::DotProduct && !self.residual && came_as.starts_with("lin_skip.")
-            {
+            if has_spare && (came_as == weight || bias == Some(&came_as)) {
                 continue;
             }
             let shared = self.shared_name(&came_as);
@@ -212,12 +199,8 @@ impl EdgeGatConfig {
 
     /// Returns the name of a shared parameter in this crate.
     fn shared_name(&self, name: &str) -> Option<&'static str> {
-        let shared = match (self.score, name) {
-            (Score::Gat, "lin.weight" | "lin_src.weight" | "lin_dst.weight") => "lin.weight",
-            (Score::GatV2, "lin_l.weight" | "lin_r.weight") => "lin_l.weight",
-            (Score::GatV2, "lin_l.bias" | "lin_r.bias") => "lin_l.bias",
-            _ => return None,
-        };
+        let mut aliases = self.score.form().aliases.iter();
+        let shared = aliases.find(|(alias, _)| *alias == name)?.1;
         self.share_weights.then_some(shared)
     }
 
@@ -241,8 +224,10 @@ impl EdgeGatConfig {
         if self.gate && !self.residual {
             return Err(Error::config("gate", "`residual(true)` with the gate", "no residual"));
         }
-        if self.share_weights && self.score == Score::DotProduct {
-            return Err(Error::config("share_weights", "false for Score::DotProduct", true));
+        let form = self.score.form();
+        if self.share_weights && form.shared.is_none() {
+            let expected = format!("false for Score::{:?}", self.score);
+            return Err(Error::config("share_weights", expected, true));
         }
         if self.share_weights && self.key_dim != self.query_dim {
             let expected =
@@ -259,12 +244,12 @@ impl EdgeGatConfig {
         };
         let has_edges = self.edge_dim > 0;
         // In the order of PyG's state dicts. Parameters of rank 1 or 3 get their shape below.
-        for &name in names.attention {
+        for &name in form.attention {
             if has_edges || name != "att_edge" {
                 matrix(name, self.num_heads, self.head_dim)?;
             }
         }
-        if self.bias && self.score != Score::DotProduct {
+        if self.bias && form.output_bias {
             matrix("bias", 1, out)?;
         }
         let ends = [(names.key, self.key_dim), (names.query, self.query_dim)];
@@ -313,60 +298,9 @@ impl EdgeGatConfig {
     }
 
     fn names(&self) -> Names {
-        const fn with_bias(weight: &'static str, bias: &'static str) -> Linear {
-            Linear { weight, bias: Some(bias) }
-        }
-        const fn plain(weight: &'static str) -> Linear {
-            Linear { weight, bias: None }
-        }
-        let share = self.share_weights;
-        match self.score {
-            Score::Gat => {
-                let key = plain(if share { "lin.weight" } else { "lin_src.weight" });
-                Names {
-                    attention: &["att_src", "att_dst", "att_edge"],
-                    key,
-                    query: if share { key } else { plain("lin_dst.weight") },
-                    value: key,
-                    residual: plain("res.weight"),
-                }
-            }
-            Score::GatV2 => {
-                let key = with_bias("lin_l.weight", "lin_l.bias");
-                Names {
-                    attention: &["att"],
-                    key,
-                    query: if share { key } else { with_bias("lin_r.weight", "lin_r.bias") },
-                    value: key,
-                    residual: plain("res.weight"),
-                }
-            }
-            Score::DotProduct => Names {
-                attention: &[],
-                key: with_bias("lin_key.weight", "lin_key.bias"),
-                query: with_bias("lin_query.weight", "lin_query.bias"),
-                value: with_bias("lin_value.weight", "lin_value.bias"),
-                residual: with_bias("lin_skip.weight", "lin_skip.bias"),
-            },
-        }
+        let form = self.score.form();
+        form.shared.filter(|_| self.share_weights).unwrap_or(form.separate)
     }
-}
-
-/// The names of the parameters of a linear map. The bias is optional.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Linear {
-    pub(super) weight: &'static str,
-    pub(super) bias: Option<&'static str>,
-}
-
-/// The linear maps of a score, by the array that each is applied to.
-#[derive(Clone, Debug)]
-pub(super) struct Names {
-    pub(super) attention: &'static [&'static str],
-    pub(super) key: Linear,
-    pub(super) query: Linear,
-    pub(super) value: Linear,
-    pub(super) residual: Linear,
 }
 
 /// Whether two arrays are equal, with NaN equal to NaN.

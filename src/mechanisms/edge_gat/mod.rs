@@ -3,15 +3,17 @@
 mod config;
 mod finish;
 mod partial;
+mod scores;
 
-pub use config::{EdgeGatConfig, Score};
+pub use config::EdgeGatConfig;
+pub use scores::Score;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
-use crate::gradients::{Gradients, GradientsMut};
+use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
-use crate::kernels::edge_gat::{EdgeProblem, Logit};
+use crate::kernels::edge_gat::EdgeProblem;
 use crate::kernels::level::level;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;
@@ -20,11 +22,11 @@ use crate::mechanisms::flash::Flash;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::params::Params;
 use crate::partial::PartialUpstream;
-use config::{Linear, Names};
 use ndarray::{
     Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis,
     Dimension, Ix2,
 };
+use scores::{Linear, Names};
 
 const NAME: &str = "edge_gat";
 
@@ -44,9 +46,9 @@ const TILE: usize = 64;
 ///
 /// * **Reads** queries (the target nodes), keys (the neighbours in the score) and values (the neighbours
 ///   in the sum), usually three times the same array; edge features, num_pairs × `edge_dim`, if
-///   configured; mask, causal pattern and dropout on the weights. Inputs with several heads are refused,
-///   because the heads are made here, and so is an additive bias: use an edge feature instead. Self-loops
-///   must be in the graph:
+///   configured; mask, causal pattern, bias (added to e_ij) and its gradient, dropout, weights of pairs.
+///   Inputs with several heads are refused, because the heads are made here; a bias and weights of pairs have
+///   `num_heads` of them or one that all share. Self-loops must be in the graph:
 ///   [`Graph::with_self_loops_and_features`](crate::Graph::with_self_loops_and_features).
 /// * **Output** num_queries × (`num_heads` · `head_dim`), or × `head_dim` for averaged heads. A node
 ///   without neighbours has o_i = 0.
@@ -65,6 +67,9 @@ const TILE: usize = 64;
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
 ///   [`Error::MissingInput`] if configured edge features are missing, [`Error::MissingSetting`] if the
 ///   inputs have edge features that are not configured.
+///
+/// A bias of −∞ hides a pair, and a pair that is hidden from all heads is not read at all; if it is hidden from
+/// some heads only, NaN in its key or features reaches all heads of its query.
 ///
 /// PyG gives the same result for a node without neighbours. It divides by the sum of exponentials plus
 /// 1e-16, which makes no difference in practice. `lin_edge` never has a bias, as in PyG.
@@ -149,7 +154,7 @@ impl<F: Float> EdgeGat<F> {
 
     /// Checks the inputs against the configuration.
     fn check_inputs(&self, inputs: &Inputs<'_, F>) -> Result<()> {
-        inputs.check_absent(NAME, &[Channel::Heads, Channel::Bias])?;
+        inputs.check_absent(NAME, &[Channel::Heads])?;
         let config = &self.config;
         check_shape("query", &[inputs.num_queries(), config.query_dim], inputs.query().shape())?;
         check_shape("key", &[inputs.num_keys(), config.key_dim], inputs.key().shape())?;
@@ -171,34 +176,11 @@ impl<F: Float> EdgeGat<F> {
 
     fn project(&self, inputs: &Inputs<'_, F>) -> Result<Projected<F>> {
         self.check_inputs(inputs)?;
-        let Names { key, query, value, .. } = self.names;
-        let is_one = same_view(inputs.key(), inputs.value());
-        Ok(match self.config.score {
-            // a · (W h) = (Wᵀ a) · h: the scores do not need W h.
-            Score::Gat => {
-                let folded = |attention, map: Linear| {
-                    fold(self.attention(attention), self.weight(map.weight))
-                };
-                Projected {
-                    query: linear(inputs.query(), folded("att_dst", query).view(), None)?,
-                    key: linear(inputs.key(), folded("att_src", key).view(), None)?,
-                    value: Some(self.linear(inputs.value(), value)?),
-                }
-            }
-            Score::GatV2 => {
-                let values = || self.linear(inputs.value(), value);
-                Projected {
-                    query: self.linear(inputs.query(), query)?,
-                    key: self.linear(inputs.key(), key)?,
-                    value: (!is_one).then(values).transpose()?,
-                }
-            }
-            Score::DotProduct => Projected {
-                query: self.linear(inputs.query(), query)?,
-                key: self.linear(inputs.key(), key)?,
-                value: Some(self.linear(inputs.value(), value)?),
-            },
-        })
+        self.config.score.rules().project(self, inputs)
+    }
+
+    fn negative_slope(&self) -> F {
+        F::from_f64(self.config.negative_slope)
     }
 
     /// Returns the inputs of the softmax.
@@ -216,28 +198,14 @@ impl<F: Float> EdgeGat<F> {
 
     /// Whether this is plain scaled dot-product attention.
     fn is_plain(&self) -> bool {
-        self.config.score == Score::DotProduct && self.config.edge_dim == 0
+        self.config.score.form().is_dot_product && self.config.edge_dim == 0
     }
 
     fn problem<'b>(&self, inner: &Inputs<'b, F>) -> Result<EdgeProblem<'b, F>> {
         let config = &self.config;
         let columns = config.num_heads * config.head_dim;
         let has_edges = config.edge_dim > 0;
-        let slope = F::from_f64(config.negative_slope);
         let edge_weight = self.param::<Ix2>("lin_edge.weight");
-        let logit = match config.score {
-            Score::DotProduct => Logit::DotProduct,
-            Score::Gat => {
-                let attention = || fold(self.attention("att_edge"), self.weight("lin_edge.weight"));
-                let none = || Array2::zeros((config.num_heads, 0));
-                let edge_attention = if has_edges { attention() } else { none() };
-                Logit::Additive { slope, edge_attention }
-            }
-            Score::GatV2 => Logit::Concatenated {
-                slope,
-                attention: self.attention("att").iter().copied().collect(),
-            },
-        };
         let none = ArrayView2::from_shape((inner.num_pairs(), 0), &[]).expect("it is empty");
         let features = if has_edges { inner.edge_features(NAME)? } else { none };
         let mut transposed = try_zeros("lin_edge.weight", config.edge_dim, columns)?;
@@ -245,8 +213,8 @@ impl<F: Float> EdgeGat<F> {
             transposed.assign(&weight.t());
         }
         Ok(EdgeProblem {
-            softmax: Problem::new(inner, None)?,
-            logit,
+            softmax: Problem { skips_hidden: inner.bias().is_some(), ..Problem::new(inner, None)? },
+            score: config.score.rules().score(self),
             features: Rows::new("edge_features", features)?,
             edge_weight: transposed,
             in_values: has_edges && config.edge_values,
@@ -474,10 +442,12 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         grads.check(NAME, inputs, self)?;
         let projected = self.project(inputs)?;
         let inner = self.inner_inputs(inputs, &projected)?;
-        let mut params = ParamGradients { gat: self, grads: grads.params };
+        let (mut params, mut grads) = self.split_params(grads)?;
         let projected = if self.is_plain() {
-            let plain = ScaledDotProduct::new().attention_weights_backward(&inner, grad_weights)?;
-            [plain.query, plain.key, plain.value]
+            self.plain_vjp(&inner, grads.reborrow(), |grads| {
+                let plain = ScaledDotProduct::new();
+                plain.attention_weights_backward_into(&inner, grad_weights, grads)
+            })?
         } else {
             let (normalizer, weights) = self.edges_weights(inputs, &inner)?;
             let grad_weights = WeightGradients::new(&inner, &weights, grad_weights)?;
@@ -489,10 +459,10 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
                 grad_log_sum_exp: None,
                 grad_weights: Some(&grad_weights),
             };
-            self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)?
+            self.edges_vjp(&inner, upstream, &mut grads, &mut params)?
         };
         let grads = [grads.query, grads.key, grads.value];
-        self.projections_vjp(inputs, projected, grads, &mut params)
+        self.config.score.rules().project_vjp(&mut params, inputs, projected, grads)
     }
 }
 
@@ -512,19 +482,17 @@ impl<F: Float> EdgeGat<F> {
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         let inner = self.inner_inputs(inputs, projected)?;
-        let mut params = ParamGradients { gat: self, grads: grads.params };
+        let (mut params, mut grads) = self.split_params(grads)?;
         let projected = if self.is_plain() {
-            let flash = Flash::new();
-            let mut of_inner = Gradients::zeros(&inner, &flash)?;
-            flash.add_gradients(&inner, upstream, &mut of_inner.view_mut())?;
-            [of_inner.query, of_inner.key, of_inner.value]
-        } else {
-            upstream.in_rows(|upstream| {
-                self.edges_vjp(&inner, upstream, grads.edge_features, &mut params)
+            self.plain_vjp(&inner, grads.reborrow(), |mut grads| {
+                Flash::new().add_gradients(&inner, upstream, &mut grads)
             })?
+        } else {
+            upstream
+                .in_rows(|upstream| self.edges_vjp(&inner, upstream, &mut grads, &mut params))?
         };
         let grads = [grads.query, grads.key, grads.value];
-        self.projections_vjp(inputs, projected, grads, &mut params)
+        self.config.score.rules().project_vjp(&mut params, inputs, projected, grads)
     }
 
     /// Computes the normalizer and the weights of the edges.
@@ -539,55 +507,51 @@ impl<F: Float> EdgeGat<F> {
         Ok((normalizer, weights))
     }
 
-    /// Returns the gradients of the projected queries, keys and values; adds those of the edge features and
-    /// of the parameters of the score.
+    /// Splits off the gradients of the parameters.
+    fn split_params<'g>(
+        &self,
+        grads: GradientsMut<'g, F>,
+    ) -> Result<(ParamGradients<'g, '_, F>, GradientsMut<'g, F>)> {
+        let count = grads.params.len();
+        let (params, others) = grads.split_params(count)?;
+        Ok((ParamGradients { gat: self, grads: params }, others))
+    }
+
+    /// Runs a backward pass of plain scaled dot-product attention. Returns the gradients of the projected
+    /// queries, keys and values; adds those of the pairs.
+    fn plain_vjp(
+        &self,
+        inner: &Inputs<'_, F>,
+        of_pairs: GradientsMut<'_, F>,
+        backward: impl FnOnce(GradientsMut<'_, F>) -> Result<()>,
+    ) -> Result<[Array2<F>; 3]> {
+        let zeros = |array: ArrayView2<'_, F>| try_zeros("gradients", array.nrows(), array.ncols());
+        let mut query = zeros(inner.query())?;
+        let [mut key, mut value] = [zeros(inner.key())?, zeros(inner.value())?];
+        backward(GradientsMut {
+            query: Some(query.view_mut()),
+            key: Some(key.view_mut()),
+            value: Some(value.view_mut()),
+            ..of_pairs
+        })?;
+        Ok([query, key, value])
+    }
+
+    /// Returns the gradients of the projected queries, keys and values; adds those of the pairs and of the
+    /// parameters of the score.
     fn edges_vjp(
         &self,
         inner: &Inputs<'_, F>,
         upstream: Upstream<'_, F>,
-        grad_features: Option<ArrayViewMut2<'_, F>>,
+        of_pairs: &mut GradientsMut<'_, F>,
         params: &mut ParamGradients<'_, '_, F>,
     ) -> Result<[Array2<F>; 3]> {
         let problem = self.problem(inner)?;
-        let inner = F::edges_backward(&problem, TILE, level(), upstream, grad_features)?;
-        let heads = self.config.num_heads;
-        let shaped = |columns: usize| {
-            let grad = inner.attention.view().into_shape_with_order((heads, columns));
-            grad.expect("one for each")
-        };
-        match self.config.score {
-            Score::Gat if self.config.edge_dim > 0 => {
-                params.unfold("att_edge", "lin_edge.weight", shaped(self.config.edge_dim));
-            }
-            Score::GatV2 => params.add_attention("att", shaped(self.config.head_dim)),
-            _ => {}
-        }
+        let inner = F::edges_backward(&problem, TILE, level(), upstream, of_pairs)?;
+        self.config.score.rules().score_vjp(params, &inner.attention);
         if let Some(mut weight) = params.view::<Ix2>("lin_edge.weight") {
             weight += &inner.edge_weight.t();
         }
         Ok([inner.query, inner.key, inner.value])
-    }
-
-    /// The backward pass of the projections of query, key and value.
-    fn projections_vjp(
-        &self,
-        inputs: &Inputs<'_, F>,
-        [query, key, value]: [Array2<F>; 3],
-        [grad_query, grad_key, grad_value]: [Option<ArrayViewMut2<'_, F>>; 3],
-        params: &mut ParamGradients<'_, '_, F>,
-    ) -> Result<()> {
-        let names = &self.names;
-        let (inputs_query, inputs_key) = (inputs.query(), inputs.key());
-        match self.config.score {
-            Score::Gat => {
-                params.folded("att_dst", names.query, inputs_query, query.view(), grad_query)?;
-                params.folded("att_src", names.key, inputs_key, key.view(), grad_key)?;
-            }
-            _ => {
-                params.linear(names.query, inputs_query, query.view(), grad_query)?;
-                params.linear(names.key, inputs_key, key.view(), grad_key)?;
-            }
-        }
-        params.linear(names.value, inputs.value(), value.view(), grad_value)
     }
 }

@@ -31,7 +31,8 @@ const TILE: usize = 32;
 /// Build it with [`GraphRopeConfig::init_edges`](crate::GraphRopeConfig::init_edges).
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), d = `head_dim`, value (n_k ×
-///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout; dense inputs and graphs.
+///   kv_heads·d_v); [`Inputs::with_distances`]; mask, causal, bias, dropout, weights of pairs; dense inputs
+///   and graphs.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
 /// * **Parameters** `frequencies` (1 × pairs of columns) if they are learned; otherwise they are a
 ///   buffer of that name. The backward pass also returns the gradient of the distances.

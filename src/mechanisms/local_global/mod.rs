@@ -54,8 +54,8 @@ const NAME: &str = "local_global";
 ///   key i + num_keys − num_queries, and with [`Causal::Offset`](crate::Causal) of key i + offset, so
 ///   windows and globals are also defined if the numbers of queries and keys differ.
 ///   [Selected](Inputs::select_queries) queries keep their original positions.
-/// * **Reads** and **output** as [`Flash`]: mask, causal, bias and its gradient, dropout (the same mask
-///   as over all pairs), grouped heads. On a graph, edges outside the window and the globals are hidden.
+/// * **Reads** and **output** as [`Flash`]: mask, causal, bias, dropout (the same mask as over all pairs),
+///   weights of pairs, grouped heads. On a graph, edges outside the window and the globals are hidden.
 /// * **Cost** O(n · (radius + globals) · (d + d_v)) time per head; memory O(n · (d + d_v) · heads). The
 ///   rows of globals are copied; with a dilation also queries, keys, values, and the given mask and bias,
 ///   for one class of positions with the same remainder at a time.

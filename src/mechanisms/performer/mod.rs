@@ -12,7 +12,7 @@ pub use error_estimate::ErrorEstimate;
 pub use state::PerformerState;
 
 use crate::attention::{Attention, Saved, check_output};
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, head_columns};
@@ -43,8 +43,8 @@ const NAME: &str = "performer";
 /// and z, and lets you add and remove keys.
 ///
 /// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may
-///   differ from d); mask, causal, bias, dropout; dense inputs and graphs. All heads share one
-///   projection.
+///   differ from d); mask, causal, bias, dropout, weights of pairs; dense inputs and graphs. All heads
+///   share one projection.
 /// * **Output** n_q × heads·d_v. A query without visible keys gets zeros.
 /// * **Buffers** `projection_matrix`, projections × d: saved and loaded but not trained, so that features
 ///   remain estimates of a softmax. [`redraw`](Self::redraw) it from time to time.
@@ -55,7 +55,8 @@ const NAME: &str = "performer";
 ///   (prefix sums; one task per head of keys). A mask with the same row for all queries, such as a
 ///   padding mask, leaves keys out of both sums.
 /// * **Pair by pair**, in O(pairs · (m + d_v) + n m) on one thread: graphs, masks that differ between
-///   queries, biases, dropout, [`attention_weights`](Attention::attention_weights). Exact attention is
+///   queries, biases, dropout, weights of pairs,
+///   [`attention_weights`](Attention::attention_weights). Exact attention is
 ///   faster then.
 /// * **Errors** [`Error::Shape`] if heads do not have `head_dim` columns; [`Error::NoWeights`] from
 ///   `attention_weights` with trigonometric features, whose weights may be negative.
@@ -183,7 +184,8 @@ impl<F: Float> Performer<F> {
         if inputs.num_queries() == 0 || inputs.value().ncols() == 0 {
             return Path::Nothing;
         }
-        let reads_pairs = inputs.bias().is_some() || inputs.dropout().is_some();
+        let of_pairs = [Channel::Bias, Channel::Dropout, Channel::PairWeights];
+        let reads_pairs = of_pairs.into_iter().any(|channel| inputs.has(channel));
         let keys = inputs.keys_in_mask().filter(|_| inputs.is_dense() && !reads_pairs);
         let Some(keys) = keys else { return Path::Pairs };
         match inputs.causal_alignment() {

@@ -1,5 +1,5 @@
-//! The same attention computed pair by pair: for graphs, for biases, masks and dropout, which sums over
-//! all keys cannot honour, and for rows with sums that underflowed.
+//! The same attention computed pair by pair: for graphs, for biases, masks, dropout and weights of pairs,
+//! which sums over all keys cannot honour, and for rows with sums that underflowed.
 
 use super::map::FeatureMap;
 use crate::error::Result;
@@ -273,7 +273,7 @@ impl<'p, F: Float> Pairs<'p, F> {
                 let (Term { pair, kernel, .. }, factor) = (term, factor(term));
                 let weight = kernel.kappa * factor;
                 let grad_weight = match upstream {
-                    // oᵢ = Σ mᵢⱼ pᵢⱼ vⱼ
+                    // oᵢ = Σ mᵢⱼ wᵢⱼ pᵢⱼ vⱼ
                     Upstream::Out { grad_out, .. } => {
                         let grad_out = grad_out.slice(s![query, columns.clone()]);
                         let multiplier = problem.multiplier(*pair, head);
@@ -283,7 +283,11 @@ impl<'p, F: Float> Pairs<'p, F> {
                             grad.scaled_add(multiplier * weight, &grad_out);
                         }
                         let products = grad_out.iter().zip(problem.value(pair.key, head));
-                        multiplier * products.map(|(&g, &v)| g * v).sum::<F>()
+                        let product: F = products.map(|(&g, &v)| g * v).sum();
+                        let dropout = problem.inputs.dropout_multiplier(*pair, head);
+                        let of_weight = weight * dropout * product;
+                        problem.inputs.add_pair_weight_gradient(*pair, head, of_weight, grads);
+                        multiplier * product
                     }
                     // A weight of 0 has no gradient, whatever the loss says.
                     Upstream::Weights(_) if weight == F::zero() => delta,

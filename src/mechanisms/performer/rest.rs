@@ -57,7 +57,7 @@ impl<F: Float> PerformerState<F> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Shape`]; [`Error::Unsupported`] for a bias, dropout or several heads;
+    /// [`Error::Shape`]; [`Error::Unsupported`] for a bias, dropout, weights of pairs or several heads;
     /// [`Error::InvalidArgument`] if the features are not [`Features::Positive`] or
     /// [`Features::Hyperbolic`], whose sums are never negative, or if only rounding errors remain of keys
     /// that were removed from the state.
@@ -66,7 +66,8 @@ impl<F: Float> PerformerState<F> {
             let expected = "`Features::Positive` or `Features::Hyperbolic`";
             return Err(Error::config("features", expected, format!("{:?}", self.map.features)));
         }
-        inputs.check_absent(super::NAME, &[Channel::Heads, Channel::Bias, Channel::Dropout])?;
+        let refused = [Channel::Heads, Channel::Bias, Channel::Dropout, Channel::PairWeights];
+        inputs.check_absent(super::NAME, &refused)?;
         let (num_queries, dim) = (inputs.num_queries(), self.map.head_dim);
         check_shape("query", &[num_queries, dim], inputs.query().shape())?;
         check_shape("key", &[inputs.num_keys(), dim], inputs.key().shape())?;

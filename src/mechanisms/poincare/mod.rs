@@ -11,7 +11,7 @@ mod wide;
 pub use config::{Aggregation, Coordinates, PoincareConfig};
 
 use crate::attention::{Attention, Saved, check_output};
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, softplus, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
@@ -47,9 +47,10 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// mean is the weighted gyromidpoint or another [`Aggregation`]. The underlying functions are public:
 /// [`geometry::poincare`](crate::geometry::poincare).
 ///
-/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ
-///   from d, but not for [`Aggregation::TangentAtQuery`]); mask, causal, bias, dropout; dense inputs and
-///   graphs. All are points of the ball, with norm less than 1/√c, or tangent vectors at its center:
+/// * **Reads** query (n_q × heads·d), key (n_k × kv_heads·d), value (n_k × kv_heads·d_v; d_v may differ from
+///   d, but not for [`Aggregation::TangentAtQuery`]); mask, causal, bias, dropout; dense inputs and graphs;
+///   [weights of pairs](Inputs::with_pair_weights) are refused, because a mean has no meaning with weights
+///   below 0. All are points of the ball, with norm less than 1/√c, or tangent vectors at its center:
 ///   [`Coordinates`].
 /// * **Output** n_q × heads·d_v, in the same coordinates. A query without visible keys, or with all pairs
 ///   removed by dropout, gets the center, zeros.
@@ -324,6 +325,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
             return packed::forward_train(self, inputs, segments, out);
         }
         check_output(self, "out", inputs, out.shape())?;
+        inputs.check_absent(NAME, &[Channel::PairWeights])?;
         let embedded = self.embed(inputs)?;
         let attended = if !embedded.is_within_range(self.config.aggregation) {
             Attended::Wide(Wide::new(self, inputs)?.forward(inputs, out)?)

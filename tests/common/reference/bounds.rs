@@ -119,14 +119,15 @@ pub(crate) fn bounds(p: &Problem, grad_out: &[f64], unit: f64, tiny: f64) -> Bou
     });
     let log_sum_exp = log_sum_exp.collect();
 
-    // out_i and dv_j, products of three factors. The terms of out are rescaled as those of Z.
+    // out_i and dv_j, products of three factors, one of which may be a product itself. The terms of out are
+    // rescaled as those of Z.
     let mut out = vec![0.0; answer.out.len()];
     let mut value = vec![0.0; x.value.len()];
     for (e, i, j, h) in live() {
         let keep = x.keep[p.pair_at(e, h)].abs();
-        let in_out = error_of_weight(&rows, e, i, h, of_sum(&rows[p.row_at(i, h)]) + 2.0);
+        let in_out = error_of_weight(&rows, e, i, h, of_sum(&rows[p.row_at(i, h)]) + 3.0);
         let in_value =
-            error_of_weight(&rows, e, i, h, seen_by[j * p.kv_heads + p.kv_head(h)] + 2.0);
+            error_of_weight(&rows, e, i, h, seen_by[j * p.kv_heads + p.kv_head(h)] + 3.0);
         for c in 0..p.value_dim {
             let (o, v) = (p.out_at(i, h, c), p.value_at(j, h, c));
             out[o] += in_out * keep * x.value[v].abs() + tiny;
@@ -134,16 +135,16 @@ pub(crate) fn bounds(p: &Problem, grad_out: &[f64], unit: f64, tiny: f64) -> Bou
         }
     }
 
-    // dp_ij, a sum of value_dim products with keep_ij: itself, and Σ |terms|.
+    // dp_ij, a sum of value_dim products with the two factors of keep_ij: itself, and Σ |terms|.
     let grad_weight = |e, i, j, h| -> [f64; 2] {
         let product = |c| grad_out[p.out_at(i, h, c)] * x.value[p.value_at(j, h, c)];
         let keep = x.keep[p.pair_at(e, h)];
         [
             keep * (0..p.value_dim).map(product).sum::<f64>(),
-            keep * (0..p.value_dim).map(|c| f64::abs(product(c))).sum::<f64>(),
+            keep.abs() * (0..p.value_dim).map(|c| f64::abs(product(c))).sum::<f64>(),
         ]
     };
-    let of_grad_weight = p.value_dim as f64 + 1.0;
+    let of_grad_weight = p.value_dim as f64 + 2.0;
     // delta_i, whichever of the sums over j and c is the inner one.
     for (e, i, j, h) in live() {
         let [exact, terms] = grad_weight(e, i, j, h);

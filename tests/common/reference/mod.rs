@@ -35,7 +35,7 @@ pub(crate) struct Problem {
     pub(crate) visible: Vec<bool>,
     /// pairs × heads, added to the logits; -inf = the pair is skipped for that head.
     pub(crate) bias: Option<Vec<f64>>,
-    /// pairs × heads, dropout multipliers: 0 or 1/(1-rho).
+    /// pairs × heads, factors of the weights: dropout's, which are 0 or 1/(1-rho), times weights of pairs.
     pub(crate) keep: Option<Vec<f64>>,
     /// num_queries × (heads * key_dim)
     pub(crate) query: Vec<f64>,
@@ -250,7 +250,7 @@ struct Inputs<T> {
     scale: T,
     /// pairs × heads; 0 if the problem has no bias.
     bias: Vec<T>,
-    /// pairs × heads; 1 if the problem has no dropout.
+    /// pairs × heads; 1 if the problem has none.
     keep: Vec<T>,
     query: Vec<T>,
     key: Vec<T>,

@@ -1,0 +1,45 @@
+//! Activations inside scores.
+
+use crate::float::Float;
+use crate::kernels::primitives::matmul::Vector;
+use fearless_simd::{Select, Simd, SimdBase};
+use std::fmt::Debug;
+
+/// An activation of vectors of numbers.
+pub(crate) trait Activation<F: Float>: Copy + Debug + Send + Sync + 'static {
+    fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F>;
+
+    /// Returns the derivative, given the result of [`of`](Self::of).
+    fn derivative<S: Simd>(self, simd: S, result: Vector<S, F>) -> Vector<S, F>;
+}
+
+/// LeakyReLU with this slope, of at least 0, on the negative side.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeakyRelu<F>(pub(crate) F);
+
+impl<F: Float> Activation<F> for LeakyRelu<F> {
+    #[inline(always)]
+    fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F> {
+        x * self.derivative(simd, x)
+    }
+
+    /// A result has the sign of its argument.
+    #[inline(always)]
+    fn derivative<S: Simd>(self, simd: S, result: Vector<S, F>) -> Vector<S, F> {
+        let zero = Vector::<S, F>::splat(simd, F::zero());
+        let one = Vector::<S, F>::splat(simd, F::one());
+        result.simd_gt(zero).select(one, Vector::<S, F>::splat(simd, self.0))
+    }
+}
+
+/// Replaces numbers by their activations, in whole vectors.
+#[inline(always)]
+pub(crate) fn activate<S: Simd, F: Float>(
+    simd: S,
+    activation: impl Activation<F>,
+    values: &mut [F],
+) {
+    for values in values.chunks_exact_mut(Vector::<S, F>::LEN) {
+        activation.of(simd, Vector::<S, F>::from_slice(simd, values)).store_slice(values);
+    }
+}
