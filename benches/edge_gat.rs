@@ -1,4 +1,4 @@
-//! The three scores of `EdgeGat`: `cargo bench -p benches --bench edge_gat`.
+//! The scores of `EdgeGat`: `cargo bench -p benches --bench edge_gat`.
 //!
 //! Throughput is in edges. The input is a power-law graph with 50,000 nodes and 800,000 edges in the
 //! order of the targets, 64 features per node and 8 per edge, 4 heads of 16: the same as for PyG's
@@ -20,7 +20,7 @@ fn scores(c: &mut Criterion) {
     let inputs = Inputs::graph(nodes.view(), nodes.view(), nodes.view(), &graph)
         .and_then(|inputs| inputs.with_edge_features(features.view()))
         .expect("shapes fit");
-    for score in [Score::Gat, Score::GatV2, Score::DotProduct] {
+    for score in [Score::Gat, Score::GatV2, Score::Additive, Score::DotProduct] {
         let config = EdgeGatConfig::new(score, 64, 16, 4).edge_dim(8);
         let mut rng = Xoshiro256PlusPlus::seed_from_u64(4);
         let gat: EdgeGat<f32> = config.init(&mut rng).expect("the sizes are positive");

@@ -46,6 +46,8 @@ fn mechanisms<F: Float>() -> Vec<Entry<F>> {
         (edges().bias_heads(2), v2()),
         (edges(), v2().share_weights(true).edge_values(true).average_heads(true)),
         (edges(), gat(Score::GatV2, 19, 1).negative_slope(0.0).residual(true)),
+        (edges().bias_heads(2), gat(Score::Additive, 4, 2)),
+        (edges(), gat(Score::Additive, 19, 1).edge_values(true).residual(true)),
         (edges().bias_heads(2), gat(Score::DotProduct, 4, 2).gate(true)),
         (edges(), gat(Score::DotProduct, 17, 2).edge_values(false).average_heads(true)),
         (edges(), gat(Score::Gat, 2, 3).share_weights(false).bias(false)),

@@ -9,7 +9,7 @@ use common::{on_one_thread, refused};
 use graph_attention::ndarray::{
     Array2, Array3, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
 };
-use graph_attention::ndarray::{Ix1, IxDyn, concatenate, s};
+use graph_attention::ndarray::{Ix1, Ix2, IxDyn, concatenate, s};
 use graph_attention::{
     Attention, EdgeGat, EdgeGatConfig, Flash, Float, Gradients, Graph, Inputs, Params, Result,
     edge_gat::Score, params,
@@ -817,4 +817,48 @@ fn a_slope_that_is_only_finite_in_f64_is_refused_in_f32() {
     assert!(config.init::<f64>(&mut rng).is_ok());
     let error = config.init::<f32>(&mut rng).unwrap_err().to_string();
     assert!(error.contains("negative_slope") && error.contains("1000000"), "{error}");
+}
+
+#[test]
+fn additive_attention_by_hand() {
+    common::hold_simd();
+    for (dim, heads, edge_dim) in [(3, 2, 0), (19, 1, 2), (5, 3, 1)] {
+        let config = EdgeGatConfig::new(Score::Additive, 4, dim, heads).edge_dim(edge_dim);
+        let gat = config.init::<f64>(&mut rng(3)).unwrap();
+        let rng = &mut rng(4);
+        let [q, k]: [Array2<f64>; 2] = [3, 6].map(|rows| 3.0 * normal(rows, 4, rng));
+        let x: Array2<f64> = normal(18, edge_dim, rng);
+        let inputs = Inputs::dense(q.view(), k.view(), k.view()).unwrap();
+        let inputs = inputs.with_edge_features(x.view()).unwrap();
+        let param = |name: &str| params::get(&gat, name).unwrap();
+        let matrix = |name: &str| param(name).into_dimensionality::<Ix2>().unwrap();
+        let project = |x: &Array2<f64>, side: &str| {
+            let bias = param(&format!("lin_{side}.bias")).into_dimensionality::<Ix1>().unwrap();
+            x.dot(&matrix(&format!("lin_{side}.weight")).t()) + &bias
+        };
+        let (of_query, of_key) = (project(&q, "r"), project(&k, "l"));
+        let of_edge = if edge_dim > 0 {
+            x.dot(&matrix("lin_edge.weight").t())
+        } else {
+            Array2::zeros((18, dim * heads))
+        };
+        let attention = param("att");
+        let mut weights = Array2::zeros((18, heads));
+        for ((pair, head), weight) in weights.indexed_iter_mut() {
+            let (query, key) = (pair / 6, pair % 6);
+            for c in 0..dim {
+                let at = head * dim + c;
+                let sum = of_query[[query, at]] + of_key[[key, at]] + of_edge[[pair, at]];
+                *weight += attention[[0, head, c]] * sum.tanh();
+            }
+        }
+        weights.mapv_inplace(f64::exp);
+        for query in 0..3 {
+            let mut rows = weights.slice_mut(s![6 * query..6 * (query + 1), ..]);
+            let sums = rows.sum_axis(Axis(0));
+            rows /= &sums;
+        }
+        let actual = gat.attention_weights(&inputs).unwrap();
+        assert_close(format_args!("{dim} x {heads}"), 1e-14, &actual, &weights);
+    }
 }

@@ -84,7 +84,8 @@ impl EdgeGatConfig {
         self
     }
 
-    /// Sets the slope of LeakyReLU on the negative side; has no effect on [`Score::DotProduct`]. Default: 0.2.
+    /// Sets the slope of LeakyReLU on the negative side; has no effect on [`Score::Additive`] and
+    /// [`Score::DotProduct`]. Default: 0.2.
     #[must_use]
     pub fn negative_slope(mut self, slope: f64) -> Self {
         self.negative_slope = slope;

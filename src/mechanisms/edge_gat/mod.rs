@@ -35,7 +35,7 @@ const NAME: &str = "edge_gat";
 const TILE: usize = 64;
 
 /// Graph attention with edge features (Veličković et al. 2018, 1710.10903; Brody et al. 2022,
-/// 2105.14491; Shi et al. 2021, 2009.03509), one mechanism with three [`Score`]s.
+/// 2105.14491; Shi et al. 2021, 2009.03509), one mechanism with several [`Score`]s.
 ///
 /// ```text
 /// e_ij  = score(h_i, h_j, x_ij)            query node i, neighbour j, edge features x
@@ -53,17 +53,17 @@ const TILE: usize = 64;
 /// * **Output** num_queries × (`num_heads` · `head_dim`), or × `head_dim` for averaged heads. A node
 ///   without neighbours has o_i = 0.
 /// * **Parameters** named as in PyG, whose state dicts can be loaded directly
-///   ([`EdgeGatConfig::from_params`]): `GATConv`: `att_src`, `att_dst`, `att_edge`, `bias`, `lin.weight`
-///   (or `lin_src.weight`, `lin_dst.weight`), `lin_edge.weight`, `res.weight`; `GATv2Conv`: `att`,
-///   `bias`, `lin_l.weight`, `lin_l.bias`, `lin_r.weight`, `lin_r.bias`, `lin_edge.weight`, `res.weight`;
-///   `TransformerConv`: `lin_key`, `lin_query`, `lin_value`, `lin_skip` (each `.weight` and `.bias`),
-///   `lin_edge.weight`, `lin_beta.weight`. Weights are outputs × inputs; a weight shared by both ends is
-///   one parameter, under the first of its names.
+///   ([`EdgeGatConfig::from_params`]): `GATConv`: `att_src`, `att_dst`, `att_edge`, `bias`, `lin.weight` (or
+///   `lin_src.weight`, `lin_dst.weight`), `lin_edge.weight`, `res.weight`; `GATv2Conv`, and `Additive`:
+///   `att`, `bias`, `lin_l.weight`, `lin_l.bias`, `lin_r.weight`, `lin_r.bias`, `lin_edge.weight`,
+///   `res.weight`; `TransformerConv`: `lin_key`, `lin_query`, `lin_value`, `lin_skip` (each `.weight` and
+///   `.bias`), `lin_edge.weight`, `lin_beta.weight`. Weights are outputs × inputs; a weight shared by both
+///   ends is one parameter, under the first of its names.
 /// * **Cost** one projection of every node, O(n · inputs · heads · d), then per pair O(heads · (d +
-///   edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2`. Memory O(n · heads · d),
-///   and in the backward pass two numbers for each pair and head (and, if the edges were not given in the
-///   order of the queries, a second copy of the gradients of their features). Vectors of heads · d
-///   numbers per pair exist only within a tile.
+///   edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2` and `Additive`. Memory O(n ·
+///   heads · d), and in the backward pass two numbers for each pair and head (and, if the edges were not
+///   given in the order of the queries, a second copy of the gradients of their features). Vectors of heads ·
+///   d numbers per pair exist only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
 ///   [`Error::MissingInput`] if configured edge features are missing, [`Error::MissingSetting`] if the
 ///   inputs have edge features that are not configured.

@@ -55,8 +55,7 @@ impl<F: Float> super::Rules<F> for Rules {
     }
 
     fn score(&self, gat: &EdgeGat<F>) -> Box<dyn EdgeScore<F>> {
-        let attention = gat.attention("att").iter().copied().collect();
-        Box::new(Concatenated { activation: LeakyRelu(gat.negative_slope()), attention })
+        score(gat, LeakyRelu(gat.negative_slope()))
     }
 
     fn score_vjp(&self, params: &mut ParamGradients<'_, '_, F>, grad_attention: &Array1<F>) {
@@ -65,6 +64,15 @@ impl<F: Float> super::Rules<F> for Rules {
         let grad = grad_attention.view().into_shape_with_order(shape).expect("one for each");
         params.add_attention("att", grad);
     }
+}
+
+/// Returns the logits a · the activation of q + k + W x.
+pub(super) fn score<F: Float>(
+    gat: &EdgeGat<F>,
+    activation: impl Activation<F>,
+) -> Box<dyn EdgeScore<F>> {
+    let attention = gat.attention("att").iter().copied().collect();
+    Box::new(Concatenated { activation, attention })
 }
 
 /// a · the activation of q + k + W x.

@@ -45,6 +45,9 @@ scores! {
     /// a · LeakyReLU(W_dst h_i + W_src h_j + W_e x), of Brody et al. 2022, PyG's `GATv2Conv`: any
     /// query can prefer any key.
     GatV2 = gat_v2,
+    /// a · tanh(W_dst h_i + W_src h_j + W_e x), the additive attention of Bahdanau et al. 2015, 1409.0473,
+    /// with the parameters of `GatV2`: its logits are bounded by the sum of |a|.
+    Additive = additive,
     /// (W_q h_i) · (W_k h_j + W_e x) / √d, of Shi et al. 2021, PyG's `TransformerConv`.
     DotProduct = dot_product,
 }
