@@ -15,7 +15,7 @@ use graph_attention::score::{
 };
 use graph_attention::testing::{Shapes, check_gradients};
 use graph_attention::{
-    Attention, Causal, Dropout, Flash, Float, Gradients, Graph, GraphRopeConfig, Inputs,
+    Attention, Causal, Channel, Dropout, Flash, Float, Gradients, Graph, GraphRopeConfig, Inputs,
     LocalGlobal, MultiHeadConfig, Pair, ScaledDotProduct, Segments, graph_rope::Layout,
 };
 use rand::RngExt;
@@ -99,6 +99,7 @@ impl Sample {
             plain.with_causal(),
             masked.with_causal_alignment(Causal::BottomRight),
             dropped.with_causal_alignment(Causal::Offset(2)),
+            masked.with_pair_weights(self.bias.view()).unwrap(),
         ]
     }
 }
@@ -118,6 +119,9 @@ fn assert_same_gradients(what: &str, tolerance: f64, a: &Gradients<f64>, b: &Gra
     assert_close(format!("{what}: value"), tolerance, &a.value, &b.value);
     if let (Some(a), Some(b)) = (&a.bias, &b.bias) {
         assert_close(format!("{what}: bias"), tolerance, a, b);
+    }
+    if let (Some(a), Some(b)) = (&a.pair_weights, &b.pair_weights) {
+        assert_close(format!("{what}: weights of pairs"), tolerance, a, b);
     }
     for (number, (a, b)) in a.params.iter().zip(&b.params).enumerate() {
         assert_close_in_size(format!("{what}: parameter {number}"), tolerance, 1.0, a, b);
@@ -341,7 +345,11 @@ fn packed_batches_and_blocks_count_within_their_segments() {
             let mut alone = alone.unwrap().with_grouped_heads(HEADS, 2).unwrap();
             alone = alone.with_edge_layers(&sample.layers[pairs.clone()]).unwrap();
             if inputs.bias().is_some() {
-                alone = alone.with_bias(sample.bias.slice(s![pairs.clone(), ..])).unwrap();
+                let of_pairs = sample.bias.slice(s![pairs.clone(), ..]);
+                alone = alone.with_bias(of_pairs).unwrap();
+                if inputs.has(Channel::PairWeights) {
+                    alone = alone.with_pair_weights(of_pairs).unwrap();
+                }
                 alone = alone.with_pair_mask(aview1(&sample.mask[pairs])).unwrap();
             }
             if let Some(causal) = inputs.causal_alignment() {
