@@ -12,6 +12,7 @@ use graph_attention::{
     local_global::Window,
     poincare::{Aggregation, Coordinates},
     rowwise::{Activation, NormConfig, Normalization},
+    score::{Alibi, BucketBias, Buckets, Sinks, SoftCap},
 };
 use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use rand_distr::{Distribution, StandardNormal};
@@ -56,6 +57,18 @@ fn one_two_and_seven_threads_give_the_same_bits() {
         let one = run(1, &Flash::new(), &inputs);
         assert_eq!(one, run(2, &Flash::new(), &inputs));
         assert_eq!(one, run(7, &Flash::new(), &inputs));
+    }
+    // With gradients of parameters of a score function.
+    let score = (
+        (Alibi::new(4).unwrap().learned(), SoftCap::new(3.0).unwrap()),
+        (BucketBias::new(Buckets::clipped(20).unwrap(), 4).unwrap(), Sinks::new(4).unwrap()),
+    );
+    let attention = Flash::new().with_score(score);
+    for inputs in [dense.with_causal(), sparse] {
+        let inputs = inputs.with_heads(4).unwrap();
+        let one = run(1, &attention, &inputs);
+        assert_eq!(one, run(2, &attention, &inputs));
+        assert_eq!(one, run(7, &attention, &inputs));
     }
     // In tiles and in rows; far from the center, where sums are taken a second time, and near it.
     for (factor, inputs) in [(1.0, dense), (1.0, sparse), (0.1, dense.with_causal())] {
