@@ -6,6 +6,8 @@
 //! cargo run --release -p examples --example attention_maps               # target/attention_maps.svg
 //! cargo run --release -p examples --example attention_maps -- maps.svg
 //! ```
+//!
+//! Beside it, `karate_club.svg` has four of the graphs.
 
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
@@ -74,7 +76,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         (Box::new(gat), "friends: learned from friends in common", sharing),
     ];
 
-    let mut picture = String::new();
+    let (mut picture, mut four) = (String::new(), String::new());
     println!("share of the weight on other members that goes to the same side:");
     println!("mechanism              uniform   here");
     for (at, (mut attention, sees, inputs)) in maps.into_iter().enumerate() {
@@ -96,7 +98,21 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         assert!(share > even + 0.05, "{name} prefers the same side");
         let share =
             format!("{:.0}% to the same side; {:.0}% if uniform", 100.0 * share, 100.0 * even);
-        picture += &map(at, [name, sees, &share], &inputs, &weights);
+        let [graph, matrix] = map(&inputs, &weights);
+        let (left, top) = (24 + 250 * (at % 4), 28 + 428 * (at / 4));
+        picture += &format!(
+            "<g transform='translate({left},{top})'><text font-weight='bold'>{name}</text>
+            <text y='17'>{sees}</text><text y='391'>{share}</text><g transform='translate(2,34)'>{graph}</g>
+            <g transform='translate(0,172)'>{matrix}</g></g>"
+        );
+        if ["scaled_dot_product", "poincare", "edge_rope", "edge_gat"].contains(&name) {
+            let at = four.matches("bold").count();
+            let (left, top) = (8 + 262 * (at % 2), 20 + 192 * (at / 2));
+            four += &format!(
+                "<g transform='translate({left},{top})'><text font-weight='bold'>{name}</text>
+                <text y='17'>{sees}</text><g transform='translate(2,34)'>{graph}</g></g>"
+            );
+        }
     }
     std::fs::create_dir_all("target")?;
     let path = std::env::args().nth(1).unwrap_or("target/attention_maps.svg".into());
@@ -111,7 +127,14 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         sides.</text></svg>"
     );
     std::fs::write(&path, svg)?;
-    println!("picture: {path}");
+    // Greys that are readable on light and dark pages.
+    let four = format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 520 384' font-family='sans-serif'
+        font-size='12' fill='#768390'>{four}</svg>\n"
+    );
+    let beside = std::path::Path::new(&path).with_file_name("karate_club.svg");
+    std::fs::write(&beside, four)?;
+    println!("pictures: {path}, {}", beside.display());
     Ok(())
 }
 
@@ -133,8 +156,8 @@ fn learn(
     Ok(())
 }
 
-/// Draws the weights at a position in the picture, as a graph and as a matrix with Mr. Hi's side first.
-fn map(at: usize, text: [&str; 3], inputs: &Inputs<'_, f64>, weights: &Array2<f64>) -> String {
+/// Draws the weights as a graph and as a matrix with Mr. Hi's side first.
+fn map(inputs: &Inputs<'_, f64>, weights: &Array2<f64>) -> [String; 2] {
     let color = |u, v| match side(u) == side(v) {
         true => ["#2563eb", "#ea580c"][side(u)],
         false => "#64748b",
@@ -158,14 +181,12 @@ fn map(at: usize, text: [&str; 3], inputs: &Inputs<'_, f64>, weights: &Array2<f6
         let (radius, fill) = (2.0 + 2.2 * received[u].sqrt(), color(u, u));
         dots += &format!("<circle cx='{x}' cy='{y}' r='{radius:.1}' fill='{fill}' stroke='#fff'/>");
     }
-    let ([name, sees, share], left, top) = (text, 24 + 250 * (at % 4), 28 + 428 * (at / 4));
-    format!(
-        "<g transform='translate({left},{top})'><text font-weight='bold'>{name}</text>
-        <text y='17'>{sees}</text><text y='391'>{share}</text>
-        <g transform='translate(2,34)' stroke-opacity='0.6'>{lines}{dots}</g>
-        <g transform='translate(0,172)'>{cells}<path d='M0 0h204v204h-204zM102 0v204M0 102h204'
-        fill='none' stroke='#cbd5e1'/></g></g>"
-    )
+    [
+        format!("<g stroke-opacity='0.6'>{lines}{dots}</g>"),
+        format!(
+            "{cells}<path d='M0 0h204v204h-204zM102 0v204M0 102h204' fill='none' stroke='#cbd5e1'/>"
+        ),
+    ]
 }
 
 fn side(member: usize) -> usize {

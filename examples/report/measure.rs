@@ -42,6 +42,8 @@ pub(crate) struct Approximation {
 }
 
 pub(crate) struct Report {
+    /// The CPU, its instruction set, and the number of threads.
+    pub(crate) machine: String,
     pub(crate) rows: Vec<Row>,
     pub(crate) approximations: Vec<Approximation>,
 }
@@ -59,7 +61,14 @@ impl Row {
 }
 
 impl Report {
-    pub(crate) fn measure(dense: &[usize], graph: &[usize], keys: &[usize]) -> Result<Self> {
+    /// Writes its progress to the standard error, since it takes a while.
+    pub(crate) fn measure(
+        simd: &str,
+        dense: &[usize],
+        graph: &[usize],
+        keys: &[usize],
+    ) -> Result<Self> {
+        let start = Instant::now();
         let largest = dense[dense.len() - 1];
         let of_sizes = |sizes: &[usize], make: fn(usize) -> Result<Workload<f32>>| {
             sizes.iter().map(|&size| make(size)).collect::<Result<Vec<_>>>()
@@ -70,8 +79,12 @@ impl Report {
         let small = Workload::graph(500)?;
         let wide_small = small.widen();
         let mut rows = Vec::new();
-        for (mechanism, mut wide) in mechanisms()?.into_iter().zip(mechanisms::<f64>()?) {
+        let all = mechanisms()?;
+        let number = all.len();
+        for (at, (mechanism, mut wide)) in all.into_iter().zip(mechanisms::<f64>()?).enumerate() {
             let attention = &*mechanism.attention;
+            let seconds = start.elapsed().as_secs();
+            eprintln!("{seconds:>4} s  {:>2} of {number}  {}", at + 1, attention.name());
             let costs = |loads: &[Workload<f32>]| -> Result<Vec<Cost>> {
                 loads.iter().map(|load| cost(attention, load)).collect()
             };
@@ -90,13 +103,28 @@ impl Report {
             let rounding = relative_error(&out, &wide.attention.forward(&wide_small.inputs()?)?);
             rows.push(Row { mechanism, dense, graph, one_query, rounding });
         }
-        Ok(Self { rows, approximations: approximations(&Workload::dense(largest)?)? })
+        eprintln!("{:>4} s  errors of approximations", start.elapsed().as_secs());
+        Ok(Self {
+            machine: machine(simd),
+            rows,
+            approximations: approximations(&Workload::dense(largest)?)?,
+        })
     }
 
     pub(crate) fn find(&self, name: &str) -> &Row {
         let row = self.rows.iter().find(|row| row.mechanism.attention.name() == name);
         row.unwrap_or_else(|| panic!("{name} is in the list"))
     }
+}
+
+/// As in "AMD EPYC 7B13, AVX2, 2 threads".
+fn machine(simd: &str) -> String {
+    // Only Linux has this file; elsewhere the architecture must do.
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or(std::env::consts::ARCH, |(_, model)| model.trim());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{model}, {}, {threads} threads", simd.to_uppercase())
 }
 
 /// Nodes and pairs, with positions and distances for the mechanisms that read them.

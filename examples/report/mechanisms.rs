@@ -6,6 +6,7 @@ use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
     Attention, DualSpaceConfig, EdgeGatConfig, Flash, Float, GraphRopeConfig, LocalGlobal,
     MoeConfig, MultiHeadConfig, PerformerConfig, PoincareConfig, Result, ScaledDotProduct,
+    StackConfig, TransformerLayerConfig,
     dual_space::{Fusion, LatentSearch},
     edge_gat::Score,
     graph_rope::Layout,
@@ -32,6 +33,12 @@ pub(crate) fn mechanisms<F: Float>() -> Result<Vec<Mechanism<F>>> {
     let dual = dual.init(Flash::new(), Flash::new(), Flash::new(), rng)?;
     let search = LatentSearch::new(DEGREE, Metric::Cosine).exclude_self(false);
     let rope = GraphRopeConfig::new(COLUMNS, Layout::Half);
+    let layer = |rng: &mut Xoshiro256PlusPlus| {
+        let heads = MultiHeadConfig::new(COLUMNS, 4).init(Flash::new(), rng)?;
+        TransformerLayerConfig::new(COLUMNS, 4 * COLUMNS).init(heads, rng)
+    };
+    // The only stack for queries and keys of different numbers.
+    let stack = StackConfig::new().cross_attention(true);
     let of = |attention, color, when, unless| Mechanism { attention, when, unless, color };
     Ok(vec![
         of(
@@ -99,6 +106,18 @@ pub(crate) fn mechanisms<F: Float>() -> Result<Vec<Mechanism<F>>> {
             "#a8703c",
             "distances between pairs: hops, lengths, layers",
             "inputs are dense and large: it rotates every pair",
+        ),
+        of(
+            Box::new(layer(rng)?),
+            "#14b8a6",
+            "a whole layer: attention (here Flash), feed-forward, norms",
+            "your model has its own residual connections",
+        ),
+        of(
+            Box::new(stack.init([layer(rng)?, layer(rng)?])?),
+            "#f472b6",
+            "several layers, one after the other (here 2 over the same keys)",
+            "activations of a layer are needed between the layers",
         ),
     ])
 }

@@ -2,13 +2,21 @@
 
 use crate::measure::{Cost, Report, Row};
 use crate::mechanisms::{FEATURES, RADIUS};
-use crate::plot::{Line, plot};
+use crate::plot::{Line, figure, plot};
 
 pub(crate) fn page(report: &Report) -> String {
     let flash = report.find("flash");
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    // A line and the rows of its mechanism light up together.
+    let names = report.rows.iter().map(|row| row.mechanism.attention.name());
+    let light = names.map(|name| {
+        format!(
+            "body:has(.{name}:is(:hover, :focus-within, :focus)) .line:not(.{name}) {{ opacity: .15; }}\n\
+             body:has(.{name}:is(:hover, :focus-within, :focus)) .line.{name} polyline {{ stroke-width: 3; }}\n"
+        )
+    });
     include_str!("page.html")
-        .replace("{threads}", &threads.to_string())
+        .replace("/* lines that light up */", &light.collect::<String>())
+        .replace("{machine}", &report.machine)
         .replace("{n}", &flash.dense().size.to_string())
         .replace("{nodes}", &flash.graph().size.to_string())
         .replace("{radius}", &RADIUS.to_string())
@@ -21,16 +29,6 @@ pub(crate) fn page(report: &Report) -> String {
         .replace("{choose}", &report.rows.iter().map(|row| choose(row, report)).collect::<String>())
         .replace("{costs}", &report.rows.iter().map(costs).collect::<String>())
         .replace("{figures}", &figures(report))
-}
-
-/// Formats a number with about three digits.
-fn figure(value: f64) -> String {
-    match value {
-        value if value >= 100.0 => format!("{value:.0}"),
-        value if value >= 10.0 => format!("{value:.1}"),
-        value if value >= 0.1 => format!("{value:.2}"),
-        value => format!("{value:.3}"),
-    }
 }
 
 fn cells(figures: impl IntoIterator<Item = String>) -> String {
@@ -64,7 +62,8 @@ fn choose(row: &Row, report: &Report) -> String {
         known += &format!(". Here {overtakes}; error {errors}");
     }
     let (head, ratios) = (head(row), cells(ratios.map(figure)));
-    format!("<tr>{head}<td>{when}</td>{ratios}<td class='known'>{known}</td></tr>")
+    let name = row.mechanism.attention.name();
+    format!("<tr class='{name}'>{head}<td>{when}<small>{known}</small></td>{ratios}</tr>")
 }
 
 /// Describes from which size on a mechanism is faster than Flash.
@@ -86,46 +85,73 @@ fn costs(row: &Row) -> String {
         one_query.map_or(String::new(), |cost| figure(1e3 * cost.forward)),
         figure(dense.forward),
         figure(dense.training),
-        format!("n<sup>{growth:.1}</sup>"),
+        format!("n^{growth:.1}"),
         figure(dense.forward_memory),
         figure(dense.training_memory),
         figure(graph.forward),
         figure(graph.training),
         format!("{:.0e}", row.rounding),
     ];
-    format!("<tr>{}{}</tr>", head(row), cells(figures))
+    let name = row.mechanism.attention.name();
+    format!("<tr class='{name}'>{}{}</tr>", head(row), cells(figures))
 }
 
 fn figures(report: &Report) -> String {
     type Costs = fn(&Row) -> &[Cost];
-    type Plot = (&'static str, &'static str, Costs, fn(&Cost) -> f64);
+    type Plot = (&'static str, [&'static str; 2], Costs, fn(&Cost) -> f64);
     let (dense, graph): (Costs, Costs) = (|row| &row.dense, |row| &row.graph);
     let one_query: Costs = |row| &row.one_query;
+    let [dense_time, dense_memory] = [["keys and queries n", "ms"], ["keys and queries n", "MiB"]];
+    let graph_time = ["nodes", "ms"];
     let plots: [Plot; 7] = [
-        ("Dense, forward: ms", "keys and queries n", dense, |cost| cost.forward),
-        ("Dense, training: ms", "keys and queries n", dense, |cost| cost.training),
-        ("Dense, forward: peak MiB", "keys and queries n", dense, |cost| cost.forward_memory),
-        ("Dense, training: peak MiB", "keys and queries n", dense, |cost| cost.training_memory),
-        ("Graph, 16 neighbours per node, forward: ms", "nodes", graph, |cost| cost.forward),
-        ("Graph, 16 neighbours per node, training: ms", "nodes", graph, |cost| cost.training),
-        ("One query, forward: ms", "keys", one_query, |cost| cost.forward),
+        ("Dense, forward: time", dense_time, dense, |cost| cost.forward),
+        ("Dense, training: time", dense_time, dense, |cost| cost.training),
+        ("Dense, forward: peak memory", dense_memory, dense, |cost| cost.forward_memory),
+        ("Dense, training: peak memory", dense_memory, dense, |cost| cost.training_memory),
+        ("Graph, 16 neighbours per node, forward: time", graph_time, graph, |cost| cost.forward),
+        ("Graph, 16 neighbours per node, training: time", graph_time, graph, |cost| cost.training),
+        ("One query, forward: time", ["keys", "ms"], one_query, |cost| cost.forward),
     ];
     let mut figures = String::new();
-    for (caption, x_name, costs, y) in plots {
-        let line = |row: &Row| Line {
-            name: row.mechanism.attention.name(),
-            color: row.mechanism.color,
-            points: costs(row).iter().map(|cost| (cost.size as f64, y(cost), "")).collect(),
-        };
-        let lines: Vec<_> = report.rows.iter().map(line).collect();
-        let sizes: Vec<_> = lines[0].points.iter().map(|point| point.0).collect();
-        let plot = plot(x_name, Some(&sizes), &lines);
+    for (caption, names, costs, y) in plots {
+        let plot = of_sizes(report, names, costs, y);
         figures += &format!("<figure><figcaption>{caption}</figcaption>{plot}</figure>");
     }
     let n = report.find("flash").dense().size;
-    let plot = plot("forward: ms", None, &errors(report));
-    let caption = format!("Relative error, {n} keys; m features, r keys on either side");
+    let plot = plot(["forward, ms", "|out − exact| / |exact|"], None, &errors(report));
+    let caption = format!("Error against time, {n} keys; m features, r keys on either side");
     figures + &format!("<figure><figcaption>{caption}</figcaption>{plot}</figure>")
+}
+
+/// Plots a cost of every mechanism as inputs grow.
+fn of_sizes(
+    report: &Report,
+    names: [&str; 2],
+    costs: fn(&Row) -> &[Cost],
+    y: fn(&Cost) -> f64,
+) -> String {
+    let line = |row: &Row| Line {
+        name: row.mechanism.attention.name(),
+        color: row.mechanism.color,
+        points: costs(row).iter().map(|cost| (cost.size as f64, y(cost), "")).collect(),
+    };
+    let lines: Vec<_> = report.rows.iter().map(line).collect();
+    let sizes: Vec<_> = lines[0].points.iter().map(|point| point.0).collect();
+    plot(names, Some(&sizes), &lines)
+}
+
+/// The time of dense attention as a picture of its own, readable on light and dark pages.
+pub(crate) fn picture(report: &Report) -> String {
+    let names = ["keys and queries n", "ms, forward, dense, 64 columns of f32"];
+    let style = "<style>svg { font: 13px sans-serif; color: #768390 } text { fill: currentColor } \
+                 .axes path { stroke: #768390; opacity: .3 } .line polyline { fill: none; stroke: \
+                 currentColor; stroke-width: 1.8 } .line path { stroke: currentColor; opacity: .45 } \
+                 .line circle { fill: currentColor } .line.flash polyline { stroke-width: 3.5 }</style>";
+    of_sizes(report, names, |row| &row.dense, |cost| cost.forward).replacen(
+        '>',
+        &format!(">{style}"),
+        1,
+    )
 }
 
 /// Plots errors against milliseconds; exact attention is a vertical line, beyond which no approximation

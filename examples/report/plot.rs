@@ -1,4 +1,8 @@
 //! Line plots with logarithmic axes, as SVG.
+//!
+//! Written here, because the page needs elements with classes: colours that follow light and dark mode, names
+//! at the ends of lines, lines that light up, and titles of points. The SVG of `plotters` has fixed colours and
+//! no classes, and `charming` draws with a script from the network or with V8.
 
 /// A name, a colour, and points with labels.
 pub(crate) struct Line<'a> {
@@ -7,13 +11,13 @@ pub(crate) struct Line<'a> {
     pub(crate) points: Vec<(f64, f64, &'a str)>,
 }
 
-// The edges of the axes in a picture of 560 × 350; names are to the right of them.
-const LEFT: f64 = 48.0;
-const RIGHT: f64 = 400.0;
-const TOP: f64 = 12.0;
-const BOTTOM: f64 = 310.0;
+// The edges of the axes in a picture of 580 × 370; names are to the right of them.
+const LEFT: f64 = 52.0;
+const RIGHT: f64 = 404.0;
+const TOP: f64 = 30.0;
+const BOTTOM: f64 = 328.0;
 /// The distance between two names.
-const LINE_HEIGHT: f64 = 16.0;
+const LINE_HEIGHT: f64 = 17.0;
 
 /// A logarithmic axis between two ends in the picture.
 struct Axis {
@@ -42,7 +46,17 @@ impl Axis {
     }
 }
 
-/// Formats a number like 0.05, 20, 16k.
+/// Formats a number with about three digits.
+pub(crate) fn figure(value: f64) -> String {
+    match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value if value >= 0.1 => format!("{value:.2}"),
+        value => format!("{value:.3}"),
+    }
+}
+
+/// Formats the number of a tick, like 0.05, 20, 16k.
 fn number(value: f64) -> String {
     match value {
         value if value >= 1e4 => format!("{:.0}k", value / 1e3),
@@ -51,12 +65,19 @@ fn number(value: f64) -> String {
     }
 }
 
-/// `x_ticks` are for an axis of sizes; without them the axis chooses its ticks.
-pub(crate) fn plot(x_name: &str, x_ticks: Option<&[f64]>, lines: &[Line<'_>]) -> String {
+/// Names of axes include units. `x_ticks` are for an axis of sizes; without them the axis chooses its ticks.
+pub(crate) fn plot(
+    [x_name, y_name]: [&str; 2],
+    x_ticks: Option<&[f64]>,
+    lines: &[Line<'_>],
+) -> String {
     let points = lines.iter().flat_map(|line| &line.points);
     let x_axis = Axis::over(points.clone().map(|point| point.0), 1.04, [LEFT, RIGHT]);
     let y_axis = Axis::over(points.map(|point| point.1), 1.2, [BOTTOM, TOP]);
-    let mut svg = String::from("<svg viewBox='0 0 560 350'><g class='axes'>");
+    let mut svg = String::from(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 580 370'><g class='axes'>",
+    );
+    svg += &format!("<text x='4' y='{}'>{y_name}</text>", TOP - 14.0);
     for tick in x_ticks.map_or_else(|| x_axis.ticks(), <[f64]>::to_vec) {
         let (x, label) = (x_axis.at(tick), number(tick));
         svg += &format!(
@@ -73,19 +94,22 @@ pub(crate) fn plot(x_name: &str, x_ticks: Option<&[f64]>, lines: &[Line<'_>]) ->
         );
     }
     let middle = (LEFT + RIGHT) / 2.0;
-    svg += &format!("<text x='{middle}' y='346' text-anchor='middle'>{x_name}</text></g>");
+    svg += &format!("<text x='{middle}' y='366' text-anchor='middle'>{x_name}</text></g>");
 
     let mut ends: Vec<_> =
         lines.iter().filter_map(|line| Some((line, *line.points.last()?))).collect();
     ends.sort_by(|(_, a), (_, b)| b.1.total_cmp(&a.1));
     let ys: Vec<_> = ends.iter().map(|(_, (_, y, _))| y_axis.at(*y)).collect();
-    for ((line, (end, ..)), (y, name_y)) in ends.iter().zip(ys.iter().zip(spread(&ys))) {
+    for ((line, (end, last, _)), (y, name_y)) in ends.iter().zip(ys.iter().zip(spread(&ys))) {
         let Line { name, color, points } = line;
         let places = points.iter().map(|(x, y, _)| (x_axis.at(*x), y_axis.at(*y)));
         let path: Vec<_> = places.clone().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
         svg += &format!(
-            "<g class='line {name}' style='color:{color}'><polyline points='{}'/>\
+            "<g class='line {name}' style='color:{color}' tabindex='0' role='img' \
+             aria-label='{name}: {y_name} = {} at {x_name} = {}'><polyline points='{}'/>\
              <path d='M{:.1} {y:.1}L{} {name_y:.1}'/><text x='{}' y='{:.1}'>{name}</text>",
+            figure(*last),
+            figure(*end),
             path.join(" "),
             x_axis.at(*end) + 5.0,
             RIGHT + 26.0,
@@ -94,8 +118,12 @@ pub(crate) fn plot(x_name: &str, x_ticks: Option<&[f64]>, lines: &[Line<'_>]) ->
         );
         for ((x, y), (x_value, y_value, beside)) in places.zip(points) {
             svg += &format!(
-                "<circle cx='{x:.1}' cy='{y:.1}' r='3'><title>{name} {beside}: {x_value:.4}, \
-                 {y_value:.4}</title></circle><text class='beside' x='{:.1}' y='{:.1}'>{beside}</text>",
+                "<circle cx='{x:.1}' cy='{y:.1}' r='3'><title>{name}{}{beside}: {} = {}, {y_name} \
+                 = {}</title></circle><text class='beside' x='{:.1}' y='{:.1}'>{beside}</text>",
+                if beside.is_empty() { "" } else { " " },
+                x_name,
+                figure(*x_value),
+                figure(*y_value),
                 x + 5.0,
                 y - 9.0
             );
