@@ -138,8 +138,9 @@
 //! # Arrays, speed, randomness
 //!
 //! Arrays are those of [`ndarray`], re-exported here. Inner loops use the widest SIMD units that the CPU
-//! has (AVX-512, AVX2, SSE2, NEON, WebAssembly SIMD), found at run time without compiler flags and,
-//! except for one prefetch instruction, without unsafe code in this crate. Results are bitwise identical
+//! has (AVX-512, AVX2, SSE2, NEON), found at run time without compiler flags and,
+//! except for one prefetch instruction, without unsafe code in this crate. WebAssembly has no such search: build
+//! with `-C target-feature=+simd128`, and without the feature `parallel`, as the example `browser` does. Results are bitwise identical
 //! on every run and for any number of threads; another instruction set rounds differently. There is no C
 //! and no OS entropy: randomness comes from an `rng` argument, which can be any generator of [`rand`] 0.10
 //! (also re-exported), or from an explicit seed.
@@ -154,6 +155,9 @@
 //! | `serde` | no | `Serialize` and `Deserialize` for configurations, [`Graph`], [`Partial`] and [states](params), in any format; saves an HNSW index with its links |
 //! | `petgraph` | no | `Graph::from_petgraph`: converts graphs of the crate `petgraph` 0.8 |
 //! | `sprs` | no | `Graph::from_sprs`: converts sparse matrices of the crate `sprs` 0.11, stored by rows or by columns |
+
+// docs.rs marks what needs a feature.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod attention;
 mod cache;
