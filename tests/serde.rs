@@ -128,7 +128,7 @@ fn configurations_come_back() {
         &GraphRopeConfig::new(4, Layout::Half).frequencies(array![[0.1, 1e-9], [-3.0, 0.0]]),
     );
     let norm = NormConfig::new(Normalization::Rms, 6).epsilon(1e-8).bias(false);
-    for activation in [Activation::Relu, Activation::Gelu, Activation::Silu] {
+    for activation in [Activation::Relu, Activation::Gelu, Activation::Silu, Activation::Elu] {
         let config = TransformerLayerConfig::new(6, 5).activation(activation).gated(true);
         let config = config.normalization(Normalization::Rms).norm_first(true).bias(false);
         comes_back(&config.epsilon(0.1));

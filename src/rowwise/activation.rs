@@ -13,6 +13,9 @@ pub enum Activation {
     Gelu,
     /// x / (1 + e⁻ˣ), also called swish (Ramachandran et al. 2017, 1710.05941).
     Silu,
+    /// x if x > 0, else eˣ − 1 (Clevert et al. 2016, 1511.07289): the activation between the layers of a graph
+    /// attention network.
+    Elu,
 }
 
 impl Activation {
@@ -44,6 +47,8 @@ impl Activation {
                 let share = 1.0 / (1.0 + (-x).exp());
                 [x * share, share * (1.0 + x * (1.0 - share))]
             }
+            Self::Elu if x > 0.0 => [x, 1.0],
+            Self::Elu => [x.exp_m1(), x.exp()],
         }
     }
 }
@@ -52,20 +57,27 @@ impl Activation {
 mod tests {
     use super::*;
 
-    const ALL: [Activation; 3] = [Activation::Relu, Activation::Gelu, Activation::Silu];
+    const ALL: [Activation; 4] =
+        [Activation::Relu, Activation::Gelu, Activation::Silu, Activation::Elu];
 
     #[test]
     fn values_are_known() {
-        // From mpmath: x·ncdf(x) and x/(1 + exp(−x)).
-        for (x, gelu, silu) in [
-            (1.0, 0.841_344_746_068_542_9, 0.731_058_578_630_004_9),
-            (-1.0, -0.158_655_253_931_457_05, -0.268_941_421_369_995_1),
-            (-10.0, -7.619_853_024_160_527e-23, -0.000_453_978_687_024_343_95),
-            (30.0, 30.0, 29.999_999_999_997_193),
+        // From mpmath: x·ncdf(x), x/(1 + exp(−x)), and expm1(x) below 0.
+        for (x, gelu, silu, elu) in [
+            (1.0, 0.841_344_746_068_542_9, 0.731_058_578_630_004_9, 1.0),
+            (-1.0, -0.158_655_253_931_457_05, -0.268_941_421_369_995_1, -0.632_120_558_828_557_7),
+            (
+                -10.0,
+                -7.619_853_024_160_527e-23,
+                -0.000_453_978_687_024_343_95,
+                -0.999_954_600_070_237_5,
+            ),
+            (30.0, 30.0, 29.999_999_999_997_193, 30.0),
         ] {
             let close = |a: f64, b: f64| assert!((a - b).abs() <= 1e-14 * b.abs(), "{x}: {a}, {b}");
             close(Activation::Gelu.value(x), gelu);
             close(Activation::Silu.value(x), silu);
+            close(Activation::Elu.value(x), elu);
         }
     }
 

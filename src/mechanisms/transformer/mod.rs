@@ -151,8 +151,13 @@ impl<F: Float, A: Attention<F>> TransformerLayer<F, A> {
             return Ok(None);
         }
         let [norm, _] = &self.norms;
-        let (query, key) = (norm.forward(inputs.query())?, norm.forward(inputs.key())?);
-        Ok(Some([query, key, norm.forward(inputs.value())?]))
+        let query = norm.forward(inputs.query())?;
+        // In self-attention all three are the same rows.
+        let normalized = |array: ArrayView2<'_, F>| {
+            if is_same(array, inputs.query()) { Ok(query.clone()) } else { norm.forward(array) }
+        };
+        let (key, value) = (normalized(inputs.key())?, normalized(inputs.value())?);
+        Ok(Some([query, key, value]))
     }
 
     /// The forward pass, given that of the inner mechanism. Overwrites `out`.
@@ -190,6 +195,11 @@ impl<F: Float, A: Attention<F>> TransformerLayer<F, A> {
         norm2.forward_into(second_sum.view(), out)?;
         Ok((answer, Rows { first_sum: sum, hidden, second_sum: Some(second_sum) }))
     }
+}
+
+/// Whether two views show the same memory in the same way.
+fn is_same<F>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> bool {
+    a.as_ptr() == b.as_ptr() && a.dim() == b.dim() && a.strides() == b.strides()
 }
 
 /// Returns the inputs of the inner mechanism: normalised, if they are.
