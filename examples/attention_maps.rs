@@ -9,6 +9,7 @@
 //!
 //! Beside it, `karate_club.svg` has four of the graphs.
 
+use examples::data::Nodes;
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{
@@ -16,14 +17,14 @@ use graph_attention::{
     PerformerConfig, PoincareConfig, Result, ScaledDotProduct, edge_gat::Score, graph_rope::Layout,
     local_global::Window, params, poincare::Coordinates,
 };
-use std::f64::consts::PI;
+use std::{f64::consts::PI, sync::LazyLock};
 
 const N: usize = 34;
+static CLUB: LazyLock<Nodes> = LazyLock::new(Nodes::karate_club);
 const LEADERS: [usize; 2] = [0, 33];
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let both_ways = KARATE_CLUB.iter().flat_map(|&(u, v)| [(u, v), (v, u)]);
-    let friends = Graph::from_edges(N, N, both_ways)?;
+    let friends = &CLUB.graph;
     let is_friend = |u: usize, v: usize| u == v || friends.neighbors(u).contains(&(v as u32));
 
     // Members are similar if they have the same friends: scores are 4 times the cosine of two rows.
@@ -48,13 +49,13 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     // Or they learn which friends to attend to, to predict their own side: from the sides that their
     // friends took, or from the number of friends in common.
     let sides = Array2::from_shape_fn((N, 1), |(u, _)| [1.0, -1.0][side(u)]);
-    let told = Inputs::graph(x.view(), x.view(), sides.view(), &friends)?;
+    let told = Inputs::graph(x.view(), x.view(), sides.view(), friends)?;
     let mut shared = Array2::zeros((friends.num_edges(), 1));
     for (u, v, edge) in (0..N).flat_map(|u| friends.row(u).map(move |(v, edge)| (u, v, edge))) {
         let both = (0..N).filter(|&w| is_friend(u, w) && is_friend(v, w));
         shared[[edge, 0]] = 0.3 * both.count() as f64;
     }
-    let sharing = Inputs::graph(x.view(), x.view(), x.view(), &friends)?;
+    let sharing = Inputs::graph(x.view(), x.view(), x.view(), friends)?;
     let sharing = sharing.with_edge_features(shared.view())?;
 
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1);
@@ -189,12 +190,10 @@ fn map(inputs: &Inputs<'_, f64>, weights: &Array2<f64>) -> [String; 2] {
     ]
 }
 
+/// The side that a member took when the club split: 0 is Mr Hi's.
 fn side(member: usize) -> usize {
-    usize::from(!MR_HI.contains(&member))
+    CLUB.class(member)
 }
-
-/// The members who stayed with Mr. Hi when the club split.
-const MR_HI: [usize; 17] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 16, 17, 19, 21];
 
 /// The positions of the members in the picture, with distances roughly proportional to hops.
 #[rustfmt::skip]
@@ -203,17 +202,4 @@ const PLACES: [[u8; 2]; N] = [
     [138, 9], [37, 75], [54, 102], [23, 24], [84, 56], [197, 61], [200, 38], [0, 109], [35, 44],
     [158, 6], [84, 80], [186, 22], [39, 10], [178, 0], [170, 90], [139, 122], [160, 120], [197,
     85], [150, 87], [136, 57], [178, 68], [132, 32], [130, 81], [160, 37], [156, 60],
-];
-
-/// Friendships in a karate club (Zachary 1977, doi 10.1086/jar.33.4.3629752).
-#[rustfmt::skip]
-const KARATE_CLUB: [(usize, usize); 78] = [
-    (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (0, 10), (0, 11), (0, 12),
-    (0, 13), (0, 17), (0, 19), (0, 21), (0, 31), (1, 2), (1, 3), (1, 7), (1, 13), (1, 17), (1, 19),
-    (1, 21), (1, 30), (2, 3), (2, 7), (2, 8), (2, 9), (2, 13), (2, 27), (2, 28), (2, 32), (3, 7),
-    (3, 12), (3, 13), (4, 6), (4, 10), (5, 6), (5, 10), (5, 16), (6, 16), (8, 30), (8, 32), (8, 33),
-    (9, 33), (13, 33), (14, 32), (14, 33), (15, 32), (15, 33), (18, 32), (18, 33), (19, 33),
-    (20, 32), (20, 33), (22, 32), (22, 33), (23, 25), (23, 27), (23, 29), (23, 32), (23, 33),
-    (24, 25), (24, 27), (24, 31), (25, 31), (26, 29), (26, 33), (27, 33), (28, 31), (28, 33),
-    (29, 32), (29, 33), (30, 32), (30, 33), (31, 32), (31, 33), (32, 33),
 ];

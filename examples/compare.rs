@@ -9,6 +9,7 @@
 //! hops from node 0. Longer than 100 lines, because it contains all mechanisms and a data set.
 //! Dev-dependencies: `peak_alloc`, `rand_distr`.
 
+use examples::data;
 use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use graph_attention::{dual_space::*, edge_gat::*, graph_rope::*, local_global::*, poincare::*};
 use graph_attention::{ndarray::Array2, neighbors::Metric, *};
@@ -54,14 +55,15 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     // The best instruction set of the CPU, or the one in the environment variable GRAPH_ATTENTION_SIMD.
     let simd = graph_attention::testing::hold_simd()?;
     let file = std::env::args().nth(1);
-    let text = file.map_or(Ok(KARATE_CLUB.to_owned()), std::fs::read_to_string)?;
-    let mut edges: Vec<(usize, usize)> = Vec::new();
-    for edge in text.split_whitespace().filter(|&edge| edge != "u,v") {
-        let (u, v) = edge.split_once(',').ok_or_else(|| format!("expected u,v, got {edge}"))?;
-        edges.extend([(u.parse()?, v.parse()?), (v.parse()?, u.parse()?)]);
-    }
-    let n = edges.iter().map(|&(u, _)| u + 1).max().unwrap_or(0);
-    let graph = Graph::from_edges(n, n, edges)?.with_self_loops()?;
+    let graph = match file {
+        None => data::Nodes::karate_club().graph,
+        Some(file) => {
+            let edges = data::pairs(&data::text(file)?)?;
+            let n = edges.iter().map(|&(u, v)| u.max(v) + 1).max().unwrap_or(0);
+            data::undirected(n, &edges)?
+        }
+    };
+    let (n, graph) = (graph.num_queries(), graph.with_self_loops()?);
     println!("{n} nodes, {} pairs, {DIM} columns of f32; {simd}", graph.num_edges());
     let rng = &mut Xoshiro256PlusPlus::seed_from_u64(1977);
     let x = Array2::from_shape_simple_fn((n, DIM), || 0.5 * rng.sample::<f32, _>(StandardNormal));
@@ -117,11 +119,3 @@ fn entropy(graph: &Graph, weights: &Array2<f32>) -> String {
     let max = entropies.fold(0f32, |max, &entropy| max.max(entropy));
     format!("{:.3} / {max:.3}", entropies.mean().unwrap_or(0.0))
 }
-
-/// Friendships in a karate club (Zachary 1977, doi 10.1086/jar.33.4.3629752).
-const KARATE_CLUB: &str = "
-    0,1 0,2 0,3 0,4 0,5 0,6 0,7 0,8 0,10 0,11 0,12 0,13 0,17 0,19 0,21 0,31 1,2 1,3 1,7 1,13 1,17
-    1,19 1,21 1,30 2,3 2,7 2,8 2,9 2,13 2,27 2,28 2,32 3,7 3,12 3,13 4,6 4,10 5,6 5,10 5,16 6,16
-    8,30 8,32 8,33 9,33 13,33 14,32 14,33 15,32 15,33 18,32 18,33 19,33 20,32 20,33 22,32 22,33
-    23,25 23,27 23,29 23,32 23,33 24,25 24,27 24,31 25,31 26,29 26,33 27,33 28,31 28,33 29,32
-    29,33 30,32 30,33 31,32 31,33 32,33";

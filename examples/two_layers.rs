@@ -6,16 +6,16 @@
 //! cargo run --release -p examples --example two_layers
 //! ```
 
+use examples::data::Nodes;
 use graph_attention::ndarray::Array2;
 use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
-use graph_attention::{Attention, EdgeGatConfig, Graph, Inputs, Result, edge_gat::Score, params};
+use graph_attention::{Attention, EdgeGatConfig, Inputs, Result, edge_gat::Score, params};
 
 fn main() -> Result<()> {
-    let n = SIDES.len();
-    let both_ways = KARATE_CLUB.iter().flat_map(|&(u, v)| [(u, v), (v, u)]);
-    let graph = Graph::from_edges(n, n, both_ways)?.with_self_loops()?;
-    let members = Array2::<f32>::eye(n); // each member has its own column
-    let inputs = Inputs::self_attention(members.view(), &graph)?;
+    let club = Nodes::karate_club();
+    let graph = club.graph.with_self_loops()?;
+    let n = club.features.ncols(); // each member has its own column
+    let inputs = Inputs::self_attention(club.features.view(), &graph)?;
     // The two members who quarrelled, and the target signs of their outputs.
     let known = [(0, 1.0), (33, -1.0)];
 
@@ -51,8 +51,8 @@ fn main() -> Result<()> {
         params::update(&mut first, &grads, |_, mut param, grad| param.scaled_add(-0.03, &grad))?;
 
         if step % 50 == 0 {
-            let right = |(&out, side): (&f32, u8)| (out > 0.0) == (side == b'h');
-            let right = out.iter().zip(SIDES.bytes()).filter(|&pair| right(pair)).count();
+            let is_right = |&member: &usize| (out[[member, 0]] > 0.0) == (club.class(member) == 0);
+            let right = (0..n).filter(is_right).count();
             println!("step {step:3}: loss {loss:.3}, {right} of {n} sides right");
             assert!(step < 300 || right >= 31, "friends take sides together");
         }
@@ -60,19 +60,3 @@ fn main() -> Result<()> {
     assert!(losses[300] < losses[0] / 2.0, "it learns");
     Ok(())
 }
-
-/// The side that each member took: Mr Hi's (member 0) or the officer's (member 33).
-const SIDES: &str = "hhhhhhhhhohhhhoohhohohoooooooooooo";
-
-/// Friendships in a karate club (Zachary 1977, doi 10.1086/jar.33.4.3629752).
-#[rustfmt::skip]
-const KARATE_CLUB: [(usize, usize); 78] = [
-    (0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (0, 10), (0, 11), (0, 12),
-    (0, 13), (0, 17), (0, 19), (0, 21), (0, 31), (1, 2), (1, 3), (1, 7), (1, 13), (1, 17), (1, 19),
-    (1, 21), (1, 30), (2, 3), (2, 7), (2, 8), (2, 9), (2, 13), (2, 27), (2, 28), (2, 32), (3, 7),
-    (3, 12), (3, 13), (4, 6), (4, 10), (5, 6), (5, 10), (5, 16), (6, 16), (8, 30), (8, 32), (8, 33),
-    (9, 33), (13, 33), (14, 32), (14, 33), (15, 32), (15, 33), (18, 32), (18, 33), (19, 33),
-    (20, 32), (20, 33), (22, 32), (22, 33), (23, 25), (23, 27), (23, 29), (23, 32), (23, 33),
-    (24, 25), (24, 27), (24, 31), (25, 31), (26, 29), (26, 33), (27, 33), (28, 31), (28, 33),
-    (29, 32), (29, 33), (30, 32), (30, 33), (31, 32), (31, 33), (32, 33),
-];

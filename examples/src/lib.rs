@@ -1,1 +1,15 @@
-//! The examples of `graph-attention`: `cargo run --release -p examples --example compare`.
+//! What several examples of `graph-attention` share: data, models, an optimiser and metrics.
+//!
+//! ```sh
+//! cargo run --release -p examples --example compare
+//! ```
+
+mod adam;
+mod args;
+pub mod data;
+pub mod metrics;
+mod models;
+
+pub use adam::Adam;
+pub use args::Args;
+pub use models::{Between, Gat, GatPassed, Passed};

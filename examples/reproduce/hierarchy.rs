@@ -1,40 +1,33 @@
-//! Learns positions of the nodes of a hierarchy in the Poincaré ball from its (descendant, ancestor)
-//! pairs, as in Nickel & Kiela 2017, arXiv:1705.08039, with the gradients of hyperbolic attention.
-//!
-//! ```sh
-//! cargo run --release -p examples --features csv --example learn_hierarchy                      # a tree of 40 nodes, 2 dimensions
-//! cargo run --release -p examples --features csv --example learn_hierarchy -- <folder> --dim 5  # WordNet's mammals: mAP 0.96
-//! ```
-//!
-//! The folder contains `closure.csv` with the columns `descendant` and `ancestor`, nodes numbered from 0.
-//! mAP is the mean average precision of ancestors among all nodes ranked by attention. Dev-dependency:
-//! `csv`.
+//! Positions of the nodes of a hierarchy in the Poincaré ball, learned from its (descendant, ancestor) pairs as in
+//! Nickel & Kiela 2017, 1705.08039, with the gradients of hyperbolic attention: 5 columns and 300 epochs as in the
+//! script of its authors for WordNet's mammals.
 
+use examples::{data, metrics};
 use graph_attention::geometry::poincare::{conformal_factor, exp_map, project};
 use graph_attention::ndarray::{Array1, Array2, Axis};
 use graph_attention::rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use graph_attention::{Attention, Graph, Inputs, PoincareConfig, poincare::Aggregation};
-use std::{collections::BTreeMap, env, error::Error, iter};
+use std::{collections::BTreeMap, error::Error, iter, path::PathBuf};
 
-const KEYS: usize = 1 + 50; // for each descendant: an ancestor, then nodes that are not ancestors
+/// For each descendant: an ancestor, then nodes that are not ancestors.
+const KEYS: usize = 1 + 50;
+const COLUMNS: usize = 5;
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let args: Vec<String> = env::args().skip(1).collect();
-    let dim = args.get(2).map_or(Ok(2), |dim| dim.parse())?;
+/// Returns the mean average precision of ancestors among all nodes ranked by attention, in percent. The folder
+/// contains `closure.csv` with the columns `descendant` and `ancestor`.
+pub fn run(folder: Option<PathBuf>, seed: u64) -> Result<f64, Box<dyn Error>> {
     // Without a folder, a tree in which every node has three children.
     let parent = |&node: &usize| Some(node.checked_sub(1)? / 3);
     let ancestors = |node| iter::successors(Some(node), parent).skip(1);
-    let file = args.first().map(|folder| csv::Reader::from_path(format!("{folder}/closure.csv")));
-    let mut pairs: Vec<(usize, usize)> = match file {
-        Some(file) => file?.into_deserialize().collect::<Result<_, _>>()?,
+    let mut pairs = match folder {
+        Some(folder) => data::pairs(&data::text(folder.join("closure.csv"))?)?,
         None => (1..40).flat_map(|node| ancestors(node).map(move |up| (node, up))).collect(),
     };
     let n = pairs.iter().map(|&(u, v)| u.max(v) + 1).max().unwrap_or(0);
     let mut is_ancestor = Array2::from_elem((n, n), false);
     pairs.iter().for_each(|&pair| is_ancestor[pair] = true);
-    println!("{n} nodes, {} pairs, {dim} dimensions", pairs.len());
-    let mut rng = Xoshiro256PlusPlus::seed_from_u64(2017);
-    let mut points = Array2::from_shape_simple_fn((n, dim), || rng.random_range(-1e-3..1e-3));
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(seed);
+    let mut points = Array2::from_shape_simple_fn((n, COLUMNS), || rng.random_range(-1e-3..1e-3));
     let before = precision(&points, &is_ancestor)?;
     let attention = PoincareConfig::new().aggregation(Aggregation::TangentAtOrigin).init()?;
     for epoch in 0..300 {
@@ -65,11 +58,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             let mut sums = BTreeMap::new();
             let rows = grads.query.rows().into_iter().chain(grads.key.rows());
             for (node, grad) in descendants.into_iter().chain(others).zip(rows) {
-                *sums.entry(node).or_insert(Array1::zeros(dim)) += &grad;
+                *sums.entry(node).or_insert(Array1::zeros(COLUMNS)) += &grad;
             }
             for (node, sum) in sums {
                 // The metric of the ball is λ² times the flat metric, and steps follow geodesics.
-                let (x, mut end) = (points.row(node).to_vec(), vec![0.0; dim]);
+                let (x, mut end) = (points.row(node).to_vec(), vec![0.0; COLUMNS]);
                 let v = sum * (-rate / conformal_factor(&x, 1.0)?.powi(2));
                 exp_map(&x, &v.to_vec(), 1.0, &mut end)?;
                 project(&end, 1.0, 1e-5, points.row_mut(node).as_slice_mut().expect("contiguous"))?;
@@ -77,12 +70,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     let learned = precision(&points, &is_ancestor)?;
-    let mut order: Vec<_> = (0..n).collect();
-    order.sort_by_key(|&node| points.row(node).dot(&points.row(node)).to_bits());
-    println!("mAP of ancestors: random positions {before:.3}, learned {learned:.3}");
-    println!("nearest to the origin: nodes {:?}", &order[..n.min(4)]);
-    assert!(learned > 5.0 * before, "it learns");
-    Ok(())
+    assert!(learned > 4.0 * before, "it learns");
+    Ok(100.0 * learned)
 }
 
 fn precision(points: &Array2<f64>, is_ancestor: &Array2<bool>) -> graph_attention::Result<f64> {
@@ -90,11 +79,15 @@ fn precision(points: &Array2<f64>, is_ancestor: &Array2<bool>) -> graph_attentio
     let weights = PoincareConfig::new().init()?.attention_weights(&Inputs::dense(x, x, x)?)?;
     let mut precisions = Vec::new();
     for node in 0..n {
+        let total = is_ancestor.row(node).iter().filter(|&&is| is).count();
+        if total == 0 {
+            continue; // the root
+        }
         let mut others: Vec<_> = (0..n).filter(|&other| other != node).collect();
         others.sort_by(|&a, &b| weights[[node * n + b, 0]].total_cmp(&weights[[node * n + a, 0]]));
-        let places = (1..).zip(others).filter(|&(_, other)| is_ancestor[[node, other]]);
-        let found = (1..).zip(places).map(|(k, (place, _))| f64::from(k) / f64::from(place));
-        precisions.extend(Array1::from_iter(found).mean());
+        let ranking = others.into_iter().map(|other| is_ancestor[[node, other]]);
+        precisions.push(metrics::average_precision(ranking, total));
     }
-    Ok(precisions.iter().sum::<f64>() / precisions.len() as f64)
+    let [mean, _] = metrics::mean_and_std(&precisions);
+    Ok(mean)
 }
