@@ -1,12 +1,13 @@
 //! Keys and their similarities to queries: exact ones in `f64`, and quick ones for a list of keys.
 
+use super::primitives::matmul::Vector;
 use super::primitives::prefetch::prefetch;
 use super::problem::Rows;
 use crate::dropout::mix;
 use crate::error::{Error, Result};
 use crate::float::{Float, all_finite};
 use crate::neighbors::Metric;
-use fearless_simd::{Level, Simd};
+use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayView2};
 use std::ops::Range;
 
@@ -293,29 +294,44 @@ fn term<Q: Float, F: Float, const SQUARE: bool>(query: Q, key: F) -> Q {
     if SQUARE { (query - key) * (query - key) } else { query * key }
 }
 
-/// The number of sums of [`quick_sum`]: two of the widest vectors of `f32`.
-const LANES: usize = 32;
+/// The number of sums of [`quick_sum`]: at least one vector of every instruction set. A constant, so that the
+/// result does not depend on the set.
+const LANES: usize = 16;
 
 /// As [`sum`], in the element's own precision, and faster for long rows.
 #[inline(always)]
-fn quick_sum<F: Float, const SQUARE: bool>(query: &[F], key: &[F]) -> F {
+fn quick_sum<S: Simd, F: Float, const SQUARE: bool>(simd: S, query: &[F], key: &[F]) -> F {
     let len = query.len().min(key.len());
     let (query, key) = (query[..len].chunks_exact(LANES), key[..len].chunks_exact(LANES));
     let rest = sum::<_, _, SQUARE>(query.remainder(), key.remainder());
-    let mut sums = [F::zero(); LANES];
+    let width = Vector::<S, F>::LEN;
+    let mut count = LANES / width;
+    let mut sums = [Vector::<S, F>::splat(simd, F::zero()); LANES];
     for (query, key) in query.zip(key) {
-        for lane in 0..LANES {
-            sums[lane] += term::<_, _, SQUARE>(query[lane], key[lane]);
+        for (i, sum) in sums[..count].iter_mut().enumerate() {
+            let query = Vector::<S, F>::from_slice(simd, &query[i * width..][..width]);
+            let key = Vector::<S, F>::from_slice(simd, &key[i * width..][..width]);
+            let term = if SQUARE { (query - key) * (query - key) } else { query * key };
+            *sum += term;
         }
     }
-    let mut half = LANES / 2;
+    // The upper half of the lanes is added to the lower half until one is left.
+    while count > 1 {
+        count /= 2;
+        for i in 0..count {
+            sums[i] = sums[i] + sums[i + count];
+        }
+    }
+    let mut lanes = [F::zero(); LANES];
+    sums[0].store_slice(&mut lanes[..width]);
+    let mut half = width / 2;
     while half > 0 {
         for lane in 0..half {
-            sums[lane] += sums[lane + half];
+            lanes[lane] += lanes[lane + half];
         }
         half /= 2;
     }
-    sums[0] + rest
+    lanes[0] + rest
 }
 
 /// A vector that is compared with keys, and a positive factor of its scores.
@@ -351,29 +367,28 @@ pub(super) fn scores<F: Float>(
 ) {
     #[inline(always)]
     fn run<S: Simd, F: Float, const SQUARE: bool>(
-        _: S,
+        simd: S,
         keys: &Keys<'_, F>,
         origin: Origin<'_, F>,
         ids: &[u32],
-        scores: &mut Vec<f32>,
+        scores: &mut [f32],
     ) {
-        scores.extend(ids.iter().map(
-            #[inline(always)]
-            |&id| {
-                let sum = quick_sum::<F, SQUARE>(origin.values, keys.row(id));
-                (keys.factors[id as usize] * origin.factor * sum).as_f64() as f32
-            },
-        ));
-    }
-    scores.clear();
-    for ids in ids.chunks(PREFETCHED) {
-        // Rows may be far apart in memory.
-        ids.iter().for_each(|&id| prefetch(keys.row(id)));
-        if keys.squares() {
-            dispatch!(level, simd => run::<_, F, true>(simd, keys, origin, ids, scores));
-        } else {
-            dispatch!(level, simd => run::<_, F, false>(simd, keys, origin, ids, scores));
+        for (ids, scores) in ids.chunks(PREFETCHED).zip(scores.chunks_mut(PREFETCHED)) {
+            // Rows may be far apart in memory.
+            for &id in ids {
+                prefetch(keys.row(id));
+            }
+            for (&id, score) in ids.iter().zip(scores) {
+                let sum = quick_sum::<S, F, SQUARE>(simd, origin.values, keys.row(id));
+                *score = (keys.factors[id as usize] * origin.factor * sum).as_f64() as f32;
+            }
         }
+    }
+    scores.resize(ids.len(), 0.0);
+    if keys.squares() {
+        dispatch!(level, simd => run::<_, F, true>(simd, keys, origin, ids, scores));
+    } else {
+        dispatch!(level, simd => run::<_, F, false>(simd, keys, origin, ids, scores));
     }
 }
 
