@@ -1,12 +1,14 @@
 //! The ten nearest of 20,000 vectors, for all of them: `cargo bench -p benches --bench neighbors`.
 //!
 //! Compared with the product of the same matrices alone, in tiles that are not stored: with the same
-//! kernel and a threshold that no key reaches, and with `ndarray`. Then the approximate index: the build, and
-//! one query at a time with several numbers of candidates, whose recall is printed.
+//! kernel and a threshold that no key reaches, and with `ndarray`. Then the approximate index: the build, one
+//! query at a time with several numbers of candidates, whose recall is printed, and searches that hide keys,
+//! compared with the exact index. `neighbors.py` measures hnswlib and faiss on such keys.
 
 mod workload;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use graph_attention::Inputs;
 use graph_attention::ndarray::linalg::general_mat_mul;
 use graph_attention::ndarray::{Array2, s};
 use graph_attention::neighbors::{
@@ -80,9 +82,15 @@ fn recall(index: &HnswIndex<f32>, keys: &Array2<f32>, queries: &Array2<f32>, k: 
 
 fn approximate(c: &mut Criterion) {
     let (n, dim, k) = (20_000, 64, 10);
-    for (name, metric, keys, queries) in [
-        ("normal", Metric::Cosine, matrix(n, dim, 1), matrix(1000, dim, 2)),
-        ("clusters", Metric::Euclidean, clusters(n, dim, 3), clusters(1000, dim, 4)),
+    let normal = || -> [Array2<f32>; 2] { [matrix(n, dim, 1), matrix(1000, dim, 2)] };
+    let [mut long, short] = normal();
+    long *= &matrix::<f32>(n, 1, 5).mapv(|x| (0.2 * x).exp());
+    for (name, metric, [keys, queries]) in [
+        ("normal, cosine", Metric::Cosine, normal()),
+        ("normal, products", Metric::Dot, normal()),
+        ("normal, Euclidean", Metric::Euclidean, normal()),
+        ("lognormal norms, products", Metric::Dot, [long, short]),
+        ("clusters, Euclidean", Metric::Euclidean, [clusters(n, dim, 3), clusters(1000, dim, 4)]),
     ] {
         let mut group = c.benchmark_group(format!("neighbors, approximate, {name}"));
         group.sample_size(10);
@@ -94,7 +102,7 @@ fn approximate(c: &mut Criterion) {
         }
         let mut index = config.build(keys.clone()).expect("it fits");
         // With n candidates it compares with every key.
-        for ef in [10, 20, 40, 70, 100, 150, n] {
+        for ef in [10, 20, 40, 70, 100, 150, 200, 300, n] {
             index.set_ef_search(ef).expect("not 0");
             println!("{name}, ef {ef}: recall {:.4}", recall(&index, &keys, &queries, k));
             let (mut nearest, mut number) = (Vec::new(), 0);
@@ -108,9 +116,39 @@ fn approximate(c: &mut Criterion) {
     }
 }
 
+fn filtered(c: &mut Criterion) {
+    let keys: Array2<f32> = matrix(14_000, 64, 1);
+    let queries: Array2<f32> = matrix(20, 64, 2);
+    // No period of the key's number.
+    let is_visible = |(query, key): (usize, usize)| {
+        (query * 14_000 + key).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 & 0xffff < 0xffff * 3 / 100
+    };
+    let mask = Array2::from_shape_fn((20, 14_000), is_visible);
+    let inputs = Inputs::dense(queries.view(), keys.view(), keys.view());
+    let masked = inputs.and_then(|inputs| inputs.with_mask(mask.view())).expect("it fits");
+    let nodes = keys.slice(s![..2000, ..]);
+    let causal = Inputs::dense(nodes, nodes, nodes).expect("it fits").with_causal();
+    for (name, inputs) in [("3 % of 14,000 visible, 20 queries", masked), ("causal, 2000", causal)]
+    {
+        let (queries, keys) = (inputs.query(), inputs.key());
+        let search = NeighborSearch::new(10).visible_in(&inputs);
+        let exact = ExactIndex::new(keys, Metric::Cosine).expect("it fits");
+        let index = HnswConfig::new(Metric::Cosine).build(keys.to_owned()).expect("it fits");
+        for (threads, pool) in machine::pools() {
+            let mut group = c.benchmark_group(format!("neighbors, {name}, {threads}"));
+            group.bench_function("exact", |bencher| {
+                pool.install(|| bencher.iter(|| exact.search(queries, &search)));
+            });
+            group.bench_function("approximate", |bencher| {
+                pool.install(|| bencher.iter(|| index.search(queries, &search)));
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = all;
     config = workload::criterion();
-    targets = all_pairs, approximate
+    targets = all_pairs, approximate, filtered
 }
 criterion_main!(all);

@@ -14,6 +14,11 @@ use std::ops::Range;
 const BATCH: usize = 64;
 /// The number of keys of a batch that one task searches for.
 const PER_TASK: usize = 8;
+/// The number of keys in front whose links are prefetched.
+const AHEAD: usize = 8;
+/// The number of links that a key keeps to others below it in the tree. Few, since they are not the best links;
+/// two are enough that most keys have room.
+const CHILDREN: usize = 2;
 /// The largest number of layers.
 const MAX_LAYERS: usize = 16;
 
@@ -234,11 +239,15 @@ impl Links {
             if is_followed {
                 continue;
             }
-            ids.clear();
-            ids.extend(self.of(key, layer).iter().filter(|&&key| visit(key)));
-            if let Some(later) = pool.get(next).filter(|_| layer == 0) {
-                prefetch(&self.ground[later.key() as usize * self.stride()..][..self.stride()]);
+            let links = self.of(key, layer);
+            ids.resize(links.len(), 0);
+            let mut count = 0;
+            for &link in links {
+                // Without a branch, which no CPU could predict.
+                ids[count] = link;
+                count += usize::from(visit(link));
             }
+            ids.truncate(count);
             F::scores(level(), keys, origin, ids, scores);
             for (&key, &score) in ids.iter().zip(scores.iter()) {
                 let found = Packed::new(key, score);
@@ -249,6 +258,10 @@ impl Links {
                 let place = pool.partition_point(|&other| other < found);
                 pool.insert(place, found);
                 next = next.min(place);
+                // The links of those in front will soon be followed.
+                if layer == 0 && place < next + AHEAD {
+                    prefetch(&self.ground[key as usize * self.stride()..][..self.stride()]);
+                }
                 accepted += usize::from(accepts(key));
                 if accepted > ef {
                     pool.pop();
@@ -360,7 +373,7 @@ impl Links {
         let mut parent = root;
         while let Some(next) = parents.pop_front() {
             parent = next;
-            if self.num_kept(parent, 0) <= self.connections {
+            if self.num_kept(parent, 0) <= CHILDREN {
                 break;
             }
             if parents.is_empty() {

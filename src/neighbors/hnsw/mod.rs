@@ -29,8 +29,8 @@ const MOST_KEYS: usize = i32::MAX as usize;
 
 /// Following links costs about as much as comparing with this many keys, for each candidate and
 /// connection: keys in order, for one query, or for many queries in tiles of [`ExactIndex`](super::ExactIndex).
-const KEYS_PER_LINK: f64 = 4.0;
-const KEYS_PER_LINK_IN_TILES: f64 = 60.0;
+const KEYS_PER_LINK: f64 = 3.0;
+const KEYS_PER_LINK_IN_TILES: f64 = 25.0;
 /// The number of queries from which tiles are full.
 const FULL_TILE: usize = 32;
 
@@ -127,8 +127,8 @@ impl HnswConfig {
 /// 0.89 of the ten nearest by cosine.
 ///
 /// * **Small or filtered searches are exact.** If comparing a query with every key that it may find costs
-///   less than following links, that is done: with 16 connections and 100 candidates, for less than 96,000
-///   keys if there are at least 32 queries, otherwise for less than 6400; also for large k, and for masks
+///   less than following links, that is done: with 16 connections and 100 candidates, for less than 40,000
+///   keys if there are at least 32 queries, otherwise for less than 4800; also for large k, and for masks
 ///   or causal patterns that hide most keys. Else links to excluded keys are followed too, and a search finds
 ///   k keys if there are as many.
 /// * **Every key can be reached.** A tree of links that are never dropped connects all keys, so a search with
@@ -368,7 +368,8 @@ impl<F: Float> HnswIndex<F> {
         if k == 0 {
             return;
         }
-        let accepts = |key: u32| self.keys.is_visible(key as usize) && accepts(key as usize);
+        let admits = |key: u32| accepts(key as usize);
+        let accepts = |key: u32| self.keys.is_visible(key as usize) && admits(key);
         let follows = visible as f64 > KEYS_PER_LINK * self.cost_of_links(k, visible);
         let point = query.point(&self.keys).filter(|_| follows);
         let Buffers { scratch, ids, .. } = buffers;
@@ -378,6 +379,9 @@ impl<F: Float> HnswIndex<F> {
             return self.best(query, k, buffers, nearest);
         };
         let later = |key: &u32| self.copies.later.get(key).into_iter().flatten();
+        // Keys with links, and their copies, are visible unless they were removed. Nothing is read then.
+        let is_whole = self.removed.is_empty();
+        let accepts = |key: u32| (is_whole || self.keys.is_visible(key as usize)) && admits(key);
         let accepts_any = |key: u32| accepts(key) || later(&key).any(|&copy| accepts(copy));
         let ef = self.config.ef_search.max(k);
         let found = self.links.search(&self.keys, &point, ef, accepts_any, scratch);
