@@ -137,9 +137,10 @@ fn it_honours_the_search() {
         [(Metric::Cosine, 0.9), (Metric::Dot, 0.3), (Metric::Euclidean, -0.05)]
     {
         let index =
-            HnswConfig::new(metric).connections(4).ef_search(30).build(nodes.clone()).unwrap();
+            HnswConfig::new(metric).connections(4).ef_search(12).build(nodes.clone()).unwrap();
         let exact = ExactIndex::new(nodes.view(), metric).unwrap();
-        // Visible shares for which links are followed, and for which they are not.
+        // Visible shares for which links are followed, since there are few candidates, and for which they are
+        // not.
         for share in [100, 95, 3] {
             let mask = Array2::from_shape_fn((n, n), |(query, key)| sees(query, key, share));
             let inputs = Inputs::dense(nodes.view(), nodes.view(), nodes.view()).unwrap();
@@ -173,6 +174,22 @@ fn it_honours_the_search() {
             }
         }
     }
+}
+
+#[test]
+fn hidden_keys_take_no_place_among_the_candidates() -> Result<()> {
+    let (keys, queries) = (normal::<f32>(3000, 8, 63), normal::<f32>(20, 8, 64));
+    let config = HnswConfig::new(Metric::Euclidean).connections(4).ef_search(1);
+    let mut index = config.build(keys.clone())?;
+    // Few enough candidates that links are followed, and that one too few is noticed.
+    let mask = Array2::from_shape_fn((20, 3000), |(query, key)| (query + key) % 2 == 0);
+    let inputs = Inputs::dense(queries.view(), keys.view(), keys.view())?.with_mask(mask.view())?;
+    let search = NeighborSearch::new(5).visible_in(&inputs);
+    let found = index.search(queries.view(), &search)?.graph;
+    assert!((0..20).all(|query| found.neighbors(query).len() == 5));
+    index.remove(&(0..1500).collect::<Vec<_>>())?;
+    assert!(one_by_one(&index, queries.view(), 5).iter().all(|found| found.len() == 5));
+    Ok(())
 }
 
 #[test]
@@ -277,6 +294,21 @@ fn outliers_are_found() {
         let found: Vec<_> = found.iter().map(|found| found[0].key).collect();
         assert_eq!(found, (0..8).map(|far| 300 * far + 299).collect::<Vec<_>>(), "{metric:?}");
         assert_eq!(assert_connected(&index), 3000);
+    }
+}
+
+#[test]
+fn keys_without_links_are_found() {
+    let mut keys = normal::<f32>(3000, 8, 33);
+    keys.row_mut(100).assign(&array![1e18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    keys.row_mut(200).assign(&array![0.0, 1e-18, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    let mut query = Array2::zeros((1, 8));
+    for (metric, x, nearest) in [(Metric::Dot, 1.0, 100), (Metric::Euclidean, 0.0, 200)] {
+        query[[0, 0]] = x;
+        let index = HnswConfig::new(metric).connections(4).ef_search(10).build(keys.clone());
+        let index = index.unwrap();
+        assert_eq!(one_by_one(&index, query.view(), 1)[0][0].key, nearest);
+        assert_eq!(assert_connected(&index), 2998);
     }
 }
 

@@ -391,11 +391,6 @@ impl<'a, F: Float> NeighborSearch<'a, F> {
             (self.exclude_self && number() == key) || self.exclude.is_some_and(is_known);
         !is_excluded && self.sees(query, key)
     }
-
-    /// Whether more than one key may be excluded for a query.
-    pub(crate) fn may_exclude_many(&self) -> bool {
-        self.exclude.is_some() || self.visible_in.is_some_and(|inputs| inputs.may_hide_keys())
-    }
 }
 
 /// The largest number of parts, in whole blocks, in which queries are distributed to threads.

@@ -32,7 +32,7 @@ const MOST_KEYS: usize = i32::MAX as usize;
 const KEYS_PER_LINK: f64 = 3.0;
 const KEYS_PER_LINK_IN_TILES: f64 = 25.0;
 /// The number of queries from which tiles are full.
-const FULL_TILE: usize = 32;
+const FULL_TILE: usize = 16;
 
 /// The options for building and searching an [`HnswIndex`].
 ///
@@ -128,7 +128,7 @@ impl HnswConfig {
 ///
 /// * **Small or filtered searches are exact.** If comparing a query with every key that it may find costs
 ///   less than following links, that is done: with 16 connections and 100 candidates, for less than 40,000
-///   keys if there are at least 32 queries, otherwise for less than 4800; also for large k, and for masks
+///   keys if there are at least 16 queries, otherwise for less than 4800; also for large k, and for masks
 ///   or causal patterns that hide most keys. Else links to excluded keys are followed too, and a search finds
 ///   k keys if there are as many.
 /// * **Every key can be reached.** A tree of links that are never dropped connects all keys, so a search with
@@ -463,8 +463,7 @@ impl<F: Float> NeighborIndex<F> for HnswIndex<F> {
         search.check(queries.dim(), num_keys, self.dim())?;
         let left = num_keys - self.removed.len();
         let cost_of_links = KEYS_PER_LINK_IN_TILES * self.cost_of_links(search.k, left);
-        let fits_tiles = queries.nrows() >= FULL_TILE && !search.may_exclude_many();
-        if fits_tiles && num_keys as f64 <= cost_of_links {
+        if queries.nrows() >= FULL_TILE && num_keys as f64 <= cost_of_links {
             let rows = Rows::new("queries", queries)?;
             return super::exact::search_all(&self.keys, &rows, queries.nrows(), search);
         }
