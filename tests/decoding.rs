@@ -8,7 +8,7 @@ use common::{mechanisms, refused};
 use graph_attention::ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
 use graph_attention::{
     Attention, Causal, Flash, Float, Gradients, Graph, GraphRopeConfig, Inputs, KeyValueCache,
-    LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Result, ScaledDotProduct, Segments,
+    LocalGlobal, MoeConfig, MultiHead, MultiHeadConfig, Params, Result, ScaledDotProduct, Segments,
     StackConfig, TransformerLayerConfig, graph_rope::Layout, local_global::Window,
 };
 use std::ops::Range;
@@ -56,7 +56,14 @@ impl<F: Float> Sequence<F> {
 }
 
 fn layer<F: Float, A: Attention<F>>(inner: A) -> MultiHead<F, A> {
-    MultiHeadConfig::new(24, 6).kv_heads(2).init(inner, &mut rng(5)).unwrap()
+    let mut layer = MultiHeadConfig::new(24, 6).kv_heads(2).init(inner, &mut rng(5)).unwrap();
+    // They are zeros at first.
+    layer.visit_params_mut(&mut |name, mut param| {
+        if name.ends_with("bias") {
+            param.iter_mut().zip(1..).for_each(|(bias, at)| *bias = F::from_f64(0.01 * at as f64));
+        }
+    });
+    layer
 }
 
 fn rope<F: Float>() -> impl Attention<F> {
@@ -322,6 +329,23 @@ fn forgotten_rows_are_as_if_never_seen() -> Result<()> {
     refused(cache.remove(3..2), "InvalidArgument | rows | 3..2");
     cache.keep_last(0);
     assert!(cache.is_empty() && cache.key().dim() == (0, 8));
+    Ok(())
+}
+
+#[test]
+fn a_window_that_moves_keeps_its_rows() -> Result<()> {
+    // The memory of rows that were removed is used again.
+    let rows = matrix(200, 3, 1);
+    let mut cache = KeyValueCache::new();
+    for row in 0..200 {
+        let new = rows.slice(s![row..row + 1, ..]);
+        cache.append_at(new, new.slice(s![.., 1..]), new.slice(s![.., ..1]))?;
+        cache.keep_last(5);
+        let kept = rows.slice(s![(row + 1usize).saturating_sub(5)..row + 1, ..]);
+        assert_eq!(cache.key(), kept);
+        assert_eq!(cache.value(), kept.slice(s![.., 1..]));
+        assert_eq!(cache.positions().unwrap(), kept.slice(s![.., ..1]));
+    }
     Ok(())
 }
 

@@ -91,6 +91,22 @@ fn frequencies_and_rotated_rows_are_those_of_transformers() -> Result<()> {
 }
 
 #[test]
+fn scalings_are_defined_at_their_ends() -> Result<()> {
+    // YaRN with so few positions that both ends of its ramp are pair 0: a step after that pair.
+    let config = GraphRopeConfig::new(16, Layout::Half).scaling(Scaling::yarn(4.0, 6.0));
+    let frequencies = config.init::<f64, _>(Flash::new())?.frequencies();
+    let expected = Array2::from_shape_fn((1, 8), |(_, pair)| {
+        let theta = 10_000f64.powf(-(pair as f64) / 8.0);
+        if pair == 0 { theta } else { theta / 4.0 }
+    });
+    assert_close("yarn", 1e-15, &frequencies, &expected);
+    // NTK-aware scaling of a single pair, which is the highest frequency.
+    let config = GraphRopeConfig::new(2, Layout::Half).scaling(Scaling::Ntk { factor: 4.0 });
+    assert_eq!(config.init::<f64, _>(Flash::new())?.frequencies(), array![[1.0]]);
+    Ok(())
+}
+
+#[test]
 fn an_attention_factor_multiplies_logits_of_rotated_columns_by_its_square() -> Result<()> {
     let x = matrix(9, 12, 1);
     let at = Array2::from_shape_fn((9, 1), |(row, _)| row as f64 * 3.0);

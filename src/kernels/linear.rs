@@ -3,14 +3,14 @@
 //! The right factor is packed once into rows of whole panels; the rows of the left factor are shared
 //! among threads.
 
-use super::gathered::{Columns, Gather};
+use super::gathered::plain_dot;
 use super::level::level;
 use super::parallel::{self, parts, row_chunks};
-use super::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times, vector_len};
+use super::primitives::matmul::{Left, Matrix, Out, Target, Vector, columns_times, rows_times};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};
-use fearless_simd::Level;
+use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
@@ -276,24 +276,71 @@ pub(super) fn few_rows<F: Float>(
     right: &Rows<'_, F>,
     columns: Range<usize>,
     target: Target<'_, F>,
+    out: ArrayViewMut2<'_, F>,
+) {
+    dispatch!(level, simd => few_rows_in_vectors(simd, left, right, columns, target, out));
+}
+
+/// A row takes as long as reading the weight. Its rows are read in order, a few at a time, so that the CPU fetches
+/// them ahead and no sum waits for another; further rows of `left` find them in the cache.
+#[inline(always)]
+fn few_rows_in_vectors<S: Simd, F: Float>(
+    simd: S,
+    left: &Rows<'_, F>,
+    right: &Rows<'_, F>,
+    columns: Range<usize>,
+    target: Target<'_, F>,
     mut out: ArrayViewMut2<'_, F>,
 ) {
-    let mut dots = Columns::new(level, 1, left.slices().columns, |_| [0, 0]);
-    let at: Vec<usize> = columns.collect();
-    let mut products = vec![F::zero(); BLOCK.next_multiple_of(vector_len::<F>(level))];
-    // For a block of the weight at a time, so that all rows find it in the cache.
-    for block in parallel::ranges(at.len(), BLOCK) {
-        let rows = Gather { rows: right.slices(), at: &at[block.clone()] };
-        for (row, mut out) in out.rows_mut().into_iter().enumerate() {
-            dots.dots(left.row(row), rows, &mut products, 0);
-            let mut out = out.slice_mut(s![block.clone()]);
-            let products = ArrayView1::from(&products[..block.len()]);
-            match target {
-                Target::Overwrite => out.assign(&products),
-                _ => out += &products,
+    const AT_ONCE: usize = 4;
+    let first = columns.start;
+    let is_added = !matches!(target, Target::Overwrite);
+    for start in columns.clone().step_by(AT_ONCE) {
+        let count = AT_ONCE.min(columns.end - start);
+        for row in 0..out.nrows() {
+            let own = left.row(row);
+            let mut sums = [F::zero(); AT_ONCE];
+            if count == AT_ONCE {
+                let mut rows = [own; AT_ONCE];
+                for (row, at) in rows.iter_mut().zip(start..) {
+                    *row = right.row(at);
+                }
+                sums = dots(simd, own, rows);
+            } else {
+                for (sum, at) in sums.iter_mut().zip(start..start + count) {
+                    [*sum] = dots(simd, own, [right.row(at)]);
+                }
+            }
+            for n in 0..count {
+                let out = &mut out[[row, start - first + n]];
+                *out = if is_added { *out + sums[n] } else { sums[n] };
             }
         }
     }
+}
+
+/// Σ aᵢ bᵢ for N rows b, each in two vectors of sums. The same for any N.
+#[inline(always)]
+fn dots<S: Simd, F: Float, const N: usize>(simd: S, own: &[F], rows: [&[F]; N]) -> [F; N] {
+    let len = Vector::<S, F>::LEN;
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let (mut even, mut odd) = ([zero; N], [zero; N]);
+    let whole = own.len() - own.len() % (2 * len);
+    for at in (0..whole).step_by(2 * len) {
+        let a = Vector::<S, F>::from_slice(simd, &own[at..][..len]);
+        let b = Vector::<S, F>::from_slice(simd, &own[at + len..][..len]);
+        for n in 0..N {
+            let row = &rows[n][at..][..2 * len];
+            even[n] = Vector::<S, F>::from_slice(simd, &row[..len]).mul_add(a, even[n]);
+            odd[n] = Vector::<S, F>::from_slice(simd, &row[len..]).mul_add(b, odd[n]);
+        }
+    }
+    let mut sums = [F::zero(); N];
+    for n in 0..N {
+        let rest = plain_dot(&own[whole..], &rows[n][whole..]);
+        sums[n] = (even[n] + odd[n]).reduce_sum() + rest;
+    }
+    sums
 }
 
 /// sum += leftᵀ · right for some rows of both; `sum` in whole panels.
