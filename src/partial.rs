@@ -6,8 +6,34 @@ use crate::float::{Float, try_zeros};
 use crate::inputs::head_columns;
 use crate::kernels::normalizer::{Normalizer, Part, merge};
 use crate::kernels::problem::{Rows, Upstream};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
+
+/// `backward_partial` of a mechanism, from its `backward_partial_into`.
+macro_rules! backward_partial {
+    ($partial:ident $(, $float:ident, $score:ident: $bound:path)?) => {
+        /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
+        ///
+        /// # Errors
+        /// As [`backward_partial_into`](Self::backward_partial_into).
+        pub fn backward_partial$(<$float: Float>)?(
+            &self,
+            inputs: &Inputs<'_, F>,
+            partial: &$partial<F>,
+            grad_out: ArrayView2<'_, F>,
+            grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        ) -> Result<Gradients<F>>
+        $(where
+            $score: $bound,)?
+        {
+            let mut grads = Gradients::zeros(inputs, self)?;
+            let views = grads.view_mut();
+            self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
+            Ok(grads)
+        }
+    };
+}
+pub(crate) use backward_partial;
 
 /// The result of softmax attention over some of the keys: the outputs o and their normalizer (m, l).
 /// Results over disjoint sets of keys can be merged into the exact result over all keys, and the backward
@@ -30,8 +56,10 @@ use std::ops::Range;
 ///
 /// `forward_partial` and `backward_partial` of [`Flash`](crate::Flash::forward_partial),
 /// [`ScaledDotProduct`](crate::ScaledDotProduct::forward_partial),
-/// [`LocalGlobal`](crate::LocalGlobal::forward_partial) and [`EdgeGat`](crate::EdgeGat::forward_partial)
-/// return and take it. [`guide::beyond_one_machine`](crate::guide::beyond_one_machine) explains how to
+/// [`LocalGlobal`](crate::LocalGlobal::forward_partial), [`EdgeGat`](crate::EdgeGat::forward_partial) and
+/// [`EdgeRope`](crate::EdgeRope::forward_partial) return and take it. Those of
+/// [`Poincare`](crate::Poincare::forward_partial) have [`PartialMean`](crate::poincare::PartialMean), and a
+/// [`Performer`](crate::Performer) has [`PerformerState`](crate::performer::PerformerState). [`guide::beyond_one_machine`](crate::guide::beyond_one_machine) explains how to
 /// share keys, queries or edges among machines.
 ///
 /// ```
@@ -172,9 +200,7 @@ impl<F: Float> Partial<F> {
     /// # Errors
     /// [`Error::Shape`] if the numbers of queries, heads or columns differ.
     pub fn merge(mut self, other: &Self) -> Result<Self> {
-        let rows = 0..self.out.nrows();
-        self.check_like(rows.len(), other)?;
-        merge_rows(self.out.view_mut(), &mut self.normalizer, other, rows);
+        self.merge_with(None, other, &|_, _, _| {})?;
         Ok(self)
     }
 
@@ -185,10 +211,28 @@ impl<F: Float> Partial<F> {
     /// [`Error::Shape`] if `other` has another number of rows than `queries`, or other numbers of heads or
     /// columns than `self`; [`Error::InvalidArgument`] for a query that does not exist.
     pub fn merge_queries(mut self, queries: &[usize], other: &Self) -> Result<Self> {
-        self.check_like(queries.len(), other)?;
-        self.check_queries(queries)?;
-        merge_rows(self.out.view_mut(), &mut self.normalizer, other, queries.iter().copied());
+        self.merge_with(Some(queries), other, &|_, _, _| {})?;
         Ok(self)
+    }
+
+    /// Merges a result of these queries, `None` for all, and passes the two parts and the merged row of each query
+    /// and head to `adjust`.
+    pub(crate) fn merge_with(
+        &mut self,
+        queries: Option<&[usize]>,
+        other: &Self,
+        adjust: &Adjust<'_, F>,
+    ) -> Result<()> {
+        self.check_like(queries.map_or(self.out.nrows(), <[_]>::len), other)?;
+        self.check_queries(queries.unwrap_or_default())?;
+        let (out, normalizer) = (self.out.view_mut(), &mut self.normalizer);
+        match queries {
+            None => merge_rows(out, normalizer, other, 0..other.out.nrows(), adjust),
+            Some(queries) => {
+                merge_rows(out, normalizer, other, queries.iter().copied(), adjust);
+            }
+        }
+        Ok(())
     }
 
     /// Returns the results of some of the queries, in their order.
@@ -256,6 +300,11 @@ impl<F: Float> Partial<F> {
             grad_part.slice_mut(at).zip_mut_with(&grad, scaled);
         }
         Ok((grad_part, grad_log_sum))
+    }
+
+    /// Returns the shifts and sums.
+    pub(crate) fn normalizer(&self) -> &Normalizer<F> {
+        &self.normalizer
     }
 
     /// Returns the inputs of a backward pass.
@@ -358,12 +407,17 @@ impl<F: Float> PartialUpstream<'_, F> {
     }
 }
 
+/// Changes the merged outputs of a query and head, given its two parts and the merged shift and sum.
+pub(crate) type Adjust<'a, F> =
+    dyn Fn(&[Part<ArrayView1<'_, F>, F>; 2], [F; 2], ArrayViewMut1<'_, F>) + 'a;
+
 /// Merges another part into outputs and their normalizer; `rows` are the target rows.
 pub(crate) fn merge_rows<F: Float>(
     mut out: ArrayViewMut2<'_, F>,
     normalizer: &mut Normalizer<F>,
     other: &Partial<F>,
     rows: impl IntoIterator<Item = usize>,
+    adjust: &Adjust<'_, F>,
 ) {
     let heads = normalizer.shift.ncols();
     let dim = out.ncols() / heads;
@@ -383,8 +437,9 @@ pub(crate) fn merge_rows<F: Float>(
                 part(before.view(), normalizer, into),
                 part(other.out.slice(s![row, columns]), &other.normalizer, row),
             ];
-            [normalizer.shift[[into, head]], normalizer.sum[[into, head]]] =
-                merge(&parts, out.view_mut());
+            let merged = merge(&parts, out.view_mut());
+            adjust(&parts, merged, out);
+            [normalizer.shift[[into, head]], normalizer.sum[[into, head]]] = merged;
         }
     }
 }

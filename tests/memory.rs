@@ -8,10 +8,11 @@ use common::random::rng;
 use graph_attention::ndarray::{Array1, Array2};
 use graph_attention::neighbors::Metric;
 use graph_attention::{
-    Attention, Causal, DualSpace, DualSpaceConfig, EdgeRope, Flash, Gradients, Graph, GraphRope,
-    GraphRopeConfig, Inputs, LocalGlobal, Moe, MoeConfig, MultiHead, MultiHeadConfig, Performer,
-    PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
+    Attention, Causal, DualSpace, DualSpaceConfig, EdgeGatConfig, EdgeRope, Flash, Gradients,
+    Graph, GraphRope, GraphRopeConfig, Inputs, LocalGlobal, Moe, MoeConfig, MultiHead,
+    MultiHeadConfig, Performer, PerformerConfig, Poincare, PoincareConfig, ScaledDotProduct,
     dual_space::{Fusion, LatentSearch},
+    edge_gat::Score,
     graph_rope::Layout,
     local_global::Window,
     poincare::Coordinates,
@@ -160,6 +161,44 @@ fn a_window_of_one_query_takes_the_same_memory_over_any_number_of_keys() {
     for (attention, causal) in mechanisms {
         let [few, many] = [10_000, 200_000].map(|n| bytes(&*attention, n, causal));
         assert!(few == many && few > 0, "{attention:?}: {few} {many}");
+    }
+}
+
+/// The causal pattern of a preallocated cache, and a graph, show the query 32 keys.
+#[test]
+fn a_query_of_few_keys_takes_the_same_memory_over_any_number_of_keys() {
+    let gat = EdgeGatConfig::new(Score::GatV2, COLUMNS, 2, 2).init::<f32>(&mut rng(1)).unwrap();
+    let mechanisms: [&dyn Attention<f32>; 5] =
+        [&Flash::new(), &gat, &poincare(), &performer(COLUMNS), &edge_rope(1)];
+    for attention in mechanisms {
+        for what in ["causal", "graph", "graph with a bias"] {
+            if what == "graph with a bias" && attention.name() == "edge_gat" {
+                continue; // refuses a bias
+            }
+            let bytes = |n: usize| {
+                let (query, cache) = (matrix(1), matrix(n));
+                let edges = (0..32).map(|edge| (0, edge * n / 32));
+                let graph = Graph::from_edges(1, n, edges).unwrap();
+                let inputs = match what {
+                    "causal" => Inputs::dense(query.view(), cache.view(), cache.view())
+                        .unwrap()
+                        .with_causal_alignment(Causal::Offset(31)),
+                    _ => Inputs::graph(query.view(), cache.view(), cache.view(), &graph).unwrap(),
+                };
+                let distances = Array1::ones(inputs.num_pairs());
+                let bias = Array2::zeros((32, 1));
+                let inputs = inputs.with_distances(distances.view()).unwrap();
+                let inputs = match what {
+                    "graph with a bias" => inputs.with_bias(bias.view()).unwrap(),
+                    _ => inputs,
+                };
+                let mut out = Array2::zeros((1, COLUMNS));
+                on_one_thread(|| attention.forward_into(&inputs, out.view_mut()).unwrap())
+                    .bytes_total
+            };
+            let [few, many] = [10_000, 200_000].map(bytes);
+            assert!(few == many && few > 0, "{}, {what}: {few} {many}", attention.name());
+        }
     }
 }
 

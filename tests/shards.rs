@@ -9,9 +9,9 @@ use graph_attention::ndarray::{
     Array1, Array2, Array3, ArrayD, ArrayView2, ArrayViewMut2, Axis, Ix2, Ix3, s,
 };
 use graph_attention::{
-    Attention, Causal, Dropout, EdgeGat, EdgeGatConfig, Flash, Float, Gradients, Graph, Inputs,
-    LocalGlobal, Partial, Result, ScaledDotProduct, Segments, edge_gat::Score,
-    local_global::Window,
+    Attention, Causal, Dropout, EdgeGat, EdgeGatConfig, EdgeRope, Flash, Float, Gradients, Graph,
+    GraphRopeConfig, Inputs, LocalGlobal, Partial, Result, ScaledDotProduct, Segments,
+    edge_gat::Score, graph_rope::Layout, local_global::Window,
 };
 use rand::RngExt;
 use std::ops::Range;
@@ -51,7 +51,7 @@ macro_rules! impl_divisible {
     )*};
 }
 
-impl_divisible!(Flash, ScaledDotProduct, LocalGlobal<F>, EdgeGat<F>);
+impl_divisible!(Flash, ScaledDotProduct, LocalGlobal<F>, EdgeGat<F>, EdgeRope<F>);
 
 /// Some of the pairs of whole inputs: the numbers of their queries, keys and pairs in the whole.
 struct Shard<'a, F: Float> {
@@ -81,6 +81,9 @@ impl<F: Float> Shard<'_, F> {
                 }
             }
         }
+        if let (Some(whole), Some(grads)) = (&mut whole.distances, &grads.distances) {
+            self.pairs.iter().zip(grads).for_each(|(&pair, &grad)| whole[pair] += grad);
+        }
         for (whole, grad) in whole.params.iter_mut().zip(&grads.params) {
             *whole += grad;
         }
@@ -104,6 +107,7 @@ fn named<F: Float>(grads: Gradients<F>) -> Vec<(String, ArrayD<F>)> {
     ];
     all.extend(grads.bias.map(|grad| ("bias".to_owned(), grad)));
     all.extend(grads.edge_features.map(|grad| ("edge_features".to_owned(), grad.into_dyn())));
+    all.extend(grads.distances.map(|grad| ("distances".to_owned(), grad.into_dyn())));
     let params = grads.params.into_iter().enumerate();
     all.extend(params.map(|(number, grad)| (format!("param {number}"), grad)));
     all
@@ -243,6 +247,14 @@ fn softmaxes<F: Float>() -> [Box<dyn Divisible<F>>; 3] {
     ]
 }
 
+/// The softmaxes, and that of rotated keys.
+fn softmaxes_and_rope<F: Float>() -> Vec<Box<dyn Divisible<F>>> {
+    let config = GraphRopeConfig::new(3, Layout::Half).rotary_dim(2).learn_frequencies(true);
+    let mut all: Vec<Box<dyn Divisible<F>>> = softmaxes().into();
+    all.push(Box::new(config.init_edges().unwrap()));
+    all
+}
+
 /// Consecutive keys in shards, one of them empty and one of a single key.
 fn cuts(num_keys: usize) -> Vec<Range<usize>> {
     let at = [0, num_keys / 3, num_keys / 3, num_keys / 3 + 1, num_keys];
@@ -262,27 +274,33 @@ fn dense_keys<F: Float>() -> Result<()> {
             .into_shape_with_order((HEADS, queries, keys))
             .unwrap();
         bias.iter_mut().step_by(7).for_each(|bias| *bias = F::neg_infinity());
+        let distances: Array2<F> = normal(queries * keys, 1, rng);
+        let pairs_of = |keys_of: &Range<usize>| dense_pairs(&(0..queries), keys_of, keys);
+        let distances_of =
+            |keys: Range<usize>| distances.select(Axis(0), &pairs_of(&keys)).remove_axis(Axis(1));
+        let of_shards: Vec<_> = cuts(keys).into_iter().map(distances_of).collect();
+        let of_whole = distances_of(0..keys);
         for what in ["all keys", "masked keys"] {
-            let inputs = |keys: Range<usize>| {
-                let inputs = arrays.dense(0..queries, keys.clone())?;
+            let inputs = |keys: Range<usize>, distances| {
+                let inputs = arrays.dense(0..queries, keys.clone())?.with_distances(distances)?;
                 if what == "all keys" {
                     return Ok(inputs);
                 }
                 let inputs = inputs.with_mask(mask.slice(s![.., keys.clone()]))?;
                 inputs.with_bias(bias.slice(s![.., .., keys]))
             };
-            let shards = cuts(keys).into_iter().map(|of_shard| {
+            let shards = cuts(keys).into_iter().zip(&of_shards).map(|(of_shard, distances)| {
                 Ok(Shard {
                     queries: numbers(0..queries),
                     keys: numbers(of_shard.clone()),
-                    pairs: dense_pairs(&(0..queries), &of_shard, keys),
-                    inputs: inputs(of_shard)?,
+                    pairs: pairs_of(&of_shard),
+                    inputs: inputs(of_shard, distances.view())?,
                 })
             });
             let shards = shards.collect::<Result<Vec<_>>>()?;
-            for mechanism in softmaxes() {
+            for mechanism in softmaxes_and_rope() {
                 let what = format!("{what}, {queries} x {keys}");
-                check(&what, &*mechanism, &inputs(0..keys)?, &shards)?;
+                check(&what, &*mechanism, &inputs(0..keys, of_whole.view())?, &shards)?;
             }
         }
     }
@@ -391,22 +409,29 @@ fn graph_edges<F: Float>() -> Result<()> {
         Inputs::graph(query.view(), key.view(), value.view(), graph)?
             .with_grouped_heads(HEADS, HEADS / 2)
     };
-    let whole = inputs(&graph)?.with_bias(bias.view())?.with_causal_alignment(Causal::Offset(20));
+    let distances = Array1::from_iter((0..edges.len()).map(|edge| F::from_f64((edge % 11) as f64)));
+    let whole = inputs(&graph)?
+        .with_bias(bias.view())?
+        .with_distances(distances.view())?
+        .with_causal_alignment(Causal::Offset(20));
     let parts = (0..4).map(|owner| edges_of(&edges, keys, queries, |edge| owners[edge] == owner));
     let parts = parts.collect::<Result<Vec<_>>>()?;
-    let biases: Vec<_> = parts.iter().map(|(_, own)| bias.select(Axis(0), own)).collect();
-    let shards = parts.iter().zip(&biases).map(|((graph, own), bias)| {
+    let of_parts: Vec<_> = (parts.iter())
+        .map(|(_, own)| (bias.select(Axis(0), own), distances.select(Axis(0), own)))
+        .collect();
+    let shards = parts.iter().zip(&of_parts).map(|((graph, own), (bias, distances))| {
         Ok(Shard {
             queries: numbers(0..queries),
             keys: numbers(0..keys),
             pairs: own.clone(),
             inputs: inputs(graph)?
                 .with_bias(bias.view())?
+                .with_distances(distances.view())?
                 .with_causal_alignment(Causal::Offset(20)),
         })
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
-    for mechanism in softmaxes() {
+    for mechanism in softmaxes_and_rope() {
         check("edges", &*mechanism, &whole, &shards)?;
     }
     Ok(())
@@ -554,10 +579,13 @@ fn masked_pairs<F: Float>() -> Result<()> {
     let dropout = Dropout { probability: 0.3, seed: 4 };
     let all = || arrays.dense(0..n, 0..n);
     let mut mechanisms: Vec<Box<dyn Divisible<F>>> = vec![window(), joint()];
-    mechanisms.extend(softmaxes());
+    mechanisms.extend(softmaxes_and_rope());
+    let distances = Array1::from_iter((0..n * n).map(|pair| F::from_f64((pair % 11) as f64)));
     for mechanism in mechanisms {
         let dense = all()?.with_dropout(dropout)?.with_edge_layers(&layers)?;
+        let dense = dense.with_distances(distances.view())?;
         let packed = packed()?.with_dropout(dropout)?.with_edge_layers(&layers[..num_packed])?;
+        let packed = packed.with_distances(distances.slice(s![..num_packed]))?;
         for (what, inputs) in [
             ("dense pairs", dense),
             ("causal pairs", dense.with_causal()),

@@ -426,6 +426,26 @@ impl Graph {
         Ok((graph, edges))
     }
 
+    /// Returns the same edges over only the keys that have any, and the numbers of these, ascending.
+    pub(crate) fn select_linked_keys(&self) -> Result<(Self, Vec<usize>)> {
+        let mut keys = try_vec("graph", &[self.indices.len()], 0)?;
+        keys.copy_from_slice(&self.indices);
+        keys.sort_unstable();
+        keys.dedup();
+        let place = |key: &u32| keys.partition_point(|other| other < key) as u32;
+        let mut indices = try_vec("graph", &[self.indices.len()], 0)?;
+        indices.iter_mut().zip(&self.indices).for_each(|(index, key)| *index = place(key));
+        let graph = Self {
+            num_keys: keys.len(),
+            offsets: self.offsets.clone(),
+            indices,
+            edge_ids: self.edge_ids.clone(),
+            transposed: OnceLock::new(),
+            blocks: None,
+        };
+        Ok((graph, keys.into_iter().map(|key| key as usize).collect()))
+    }
+
     /// Builds a graph row by row: `fill` appends the keys of a query to the list of all keys. `num_edges`
     /// is their final number if known, else 0.
     fn from_rows(

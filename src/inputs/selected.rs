@@ -171,14 +171,17 @@ impl<'a, F: Float> Inputs<'a, F> {
         keys: Option<Vec<usize>>,
     ) -> Result<SelectedInputs<'a, F>> {
         debug_assert!(matches!(self.pattern, Pattern::Dense));
-        let read =
-            Inputs { edge_features: None, distances: None, positions: None, latent: None, ..*self };
+        let read = self.with_only(&[Channel::EdgeLayers]);
         read.gather(Numbers { queries, keys, ..Numbers::default() }, None)
     }
 
     /// Selects the keys from the first to the last that causal pattern and window leave to some query of dense
     /// inputs; `None` if these are all keys. So the cost of a window follows the window, not the number of keys.
-    pub(crate) fn select_visible_keys(&self) -> Result<Option<SelectedInputs<'a, F>>> {
+    /// Of data of pairs, keeps what is read; positions and latent neighbours are left out.
+    pub(crate) fn select_visible_keys(
+        &self,
+        reads: &[Channel],
+    ) -> Result<Option<SelectedInputs<'a, F>>> {
         let is_limited = self.causal.is_some() || self.has_window();
         if !self.is_dense() || !is_limited || self.num_queries() == 0 {
             return Ok(None);
@@ -187,7 +190,37 @@ impl<'a, F: Float> Inputs<'a, F> {
         if keys.len() == self.num_keys() {
             return Ok(None);
         }
-        self.select_block(None, Some(keys.collect())).map(Some)
+        let numbers = Numbers { keys: Some(keys.collect()), ..Numbers::default() };
+        self.with_only(reads).gather(numbers, None).map(Some)
+    }
+
+    /// As [`select_visible_keys`](Self::select_visible_keys), and also selects the keys of a graph with few edges:
+    /// for mechanisms that first compute something of each key.
+    pub(crate) fn select_seen_keys(
+        &self,
+        reads: &[Channel],
+    ) -> Result<Option<SelectedInputs<'a, F>>> {
+        let Pattern::Graph(graph) = self.pattern else { return self.select_visible_keys(reads) };
+        // The segments count keys in the whole inputs.
+        if graph.num_edges() >= self.num_keys() / 2 || self.segments.is_some() {
+            return Ok(None);
+        }
+        let (graph, keys) = graph.select_linked_keys()?;
+        let numbers = Numbers { keys: Some(keys), ..Numbers::default() };
+        self.with_only(reads).gather(numbers, Some(graph)).map(Some)
+    }
+
+    /// Returns the same inputs without the data of pairs that are not read, positions and latent neighbours.
+    fn with_only(&self, reads: &[Channel]) -> Self {
+        let reads = |channel| reads.contains(&channel);
+        Inputs {
+            edge_features: self.edge_features.filter(|_| reads(Channel::EdgeFeatures)),
+            distances: self.distances.filter(|_| reads(Channel::Distances)),
+            layers: self.layers.filter(|_| reads(Channel::EdgeLayers)),
+            positions: None,
+            latent: None,
+            ..*self
+        }
     }
 
     /// Selects some of the pairs. Dense inputs get a mask and keep all data unchanged.
@@ -304,6 +337,9 @@ impl<'a, F: Float> Inputs<'a, F> {
         }
         if let Some(pairs) = &numbers.pairs {
             return Some(runs(pairs));
+        }
+        if let Pattern::Graph(_) = self.pattern {
+            return None;
         }
         if let Pattern::Packed(segments) = self.pattern {
             let queries = numbers.queries.as_deref()?.iter();
@@ -431,6 +467,30 @@ impl<F: Float> SelectedInputs<'_, F> {
                 total[[index, head]] += factor(pair.query, head) * weight;
             }
         }
+    }
+
+    /// Returns an error about a selected key as one about the same key of the whole inputs.
+    pub(crate) fn in_whole(&self, error: Error) -> Error {
+        match (error, &self.numbers.keys) {
+            (Error::Domain { what, row, norm, limit }, Some(keys)) if !what.ends_with("query") => {
+                Error::Domain { what, row: keys[row], norm, limit }
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// Runs [`backward`](Self::backward) for inputs from which data of pairs and positions may have been left out,
+    /// because the mechanism does not read them. Their gradients stay as they are.
+    pub(crate) fn backward_of_read(
+        &self,
+        mut grads: GradientsMut<'_, F>,
+        backward: impl FnOnce(&Inputs<'_, F>, GradientsMut<'_, F>) -> Result<()>,
+    ) -> Result<()> {
+        let mut read = grads.reborrow();
+        read.edge_features = read.edge_features.filter(|_| self.whole.edge_features.is_some());
+        read.distances = read.distances.filter(|_| self.whole.distances.is_some());
+        (read.query_positions, read.key_positions) = (None, None);
+        self.backward(read, backward)
     }
 
     /// Runs a backward pass on [`inputs`](Self::inputs) with gradients of their shapes, and adds the result

@@ -227,6 +227,7 @@ impl<'a, F: Float> Inputs<'a, F> {
         match self.origin {
             None => pair.index,
             Some(Origin { pairs: Some(pairs), .. }) => pairs[pair.index],
+            Some(_) if matches!(self.pattern, Pattern::Graph(_)) => pair.index,
             Some(origin) => {
                 self.query_number(pair.query) * origin.num_keys + self.key_number(pair.key)
             }

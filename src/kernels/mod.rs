@@ -324,6 +324,22 @@ kernels! {
         level: Level,
     ) -> Result<FeatureGradients<Self>> = performer::backward;
 
+    /// [`performer::queries_backward`].
+    fn features_queries_backward(
+        problem: &FeatureProblem<'_, Self>,
+        sums: &[KeySums<Self>],
+        upstream: &FeatureUpstream<'_, Self>,
+        level: Level,
+    ) -> Result<(FeatureGradients<Self>, Vec<KeySums<Self>>)> = performer::queries_backward;
+
+    /// [`performer::keys_backward`].
+    fn features_keys_backward(
+        problem: &FeatureProblem<'_, Self>,
+        sums: &[KeySums<Self>],
+        grad_sums: &[KeySums<Self>],
+        level: Level,
+    ) -> Result<FeatureGradients<Self>> = performer::keys_backward;
+
     /// [`performer::causal_forward`].
     fn causal_features_forward(
         problem: &FeatureProblem<'_, Self>,

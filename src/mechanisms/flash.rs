@@ -1,5 +1,5 @@
 use crate::attention::{Attention, Saved, check_output};
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pattern, head_columns};
@@ -7,10 +7,10 @@ use crate::kernels::dense::{FEW_QUERIES, TileSizes};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
-use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
+use crate::mechanisms::{packed, seen_keys};
 use crate::params::{self, Params};
-use crate::partial::{Partial, PartialUpstream};
+use crate::partial::{Partial, PartialUpstream, backward_partial};
 use crate::score::{ScoreFunction, add_entries, add_sinks, num_entries, sinks_vjp};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
 
@@ -226,25 +226,7 @@ impl<S> Flash<S> {
         self.add_gradients(inputs, upstream, &mut grads)
     }
 
-    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
-    ///
-    /// # Errors
-    /// As [`Attention::backward_into`].
-    pub fn backward_partial<F: Float>(
-        &self,
-        inputs: &Inputs<'_, F>,
-        partial: &Partial<F>,
-        grad_out: ArrayView2<'_, F>,
-        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>>
-    where
-        S: ScoreFunction<F>,
-    {
-        let mut grads = Gradients::zeros(inputs, self)?;
-        let views = grads.view_mut();
-        self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
-        Ok(grads)
-    }
+    backward_partial!(Partial, F, S: ScoreFunction<F>);
 
     /// Whether inputs are processed in tiles, in both passes, so that logits are rounded the same way.
     fn uses_tiles<F: Float>(inputs: &Inputs<'_, F>) -> bool {
@@ -283,8 +265,8 @@ impl<S> Flash<S> {
             let parts = packed::for_each_segment(inputs, segments, out, run)?;
             return Ok(Normalizer::join(&parts, inputs.num_heads()));
         }
-        if let Some(visible) = inputs.select_visible_keys()? {
-            return self.run_pairs(&visible.inputs(), out);
+        if let Some(seen) = seen_keys(inputs, &[Channel::EdgeLayers])? {
+            return self.run_pairs(&seen.inputs(), out);
         }
         let problem = self.problem(inputs)?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), problem.heads)?;
@@ -319,12 +301,8 @@ impl<S> Flash<S> {
             };
             return packed::backward_by_segment(self, inputs, segments, grads, run);
         }
-        if let Some(visible) = inputs.select_visible_keys()? {
-            let mut of_pairs = grads.reborrow();
-            // The softmax does not read them, and the selection leaves them out.
-            (of_pairs.edge_features, of_pairs.distances) = (None, None);
-            (of_pairs.query_positions, of_pairs.key_positions) = (None, None);
-            return visible.backward(of_pairs, |inputs, mut grads| {
+        if let Some(seen) = seen_keys(inputs, &[Channel::EdgeLayers])? {
+            return seen.backward_of_read(grads.reborrow(), |inputs, mut grads| {
                 self.add_gradients(inputs, upstream, &mut grads)
             });
         }

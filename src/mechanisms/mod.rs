@@ -14,10 +14,24 @@ pub(crate) mod scaled_dot_product;
 pub mod stack;
 pub mod transformer;
 
+use crate::error::{Channel, Result};
 use crate::float::Float;
+use crate::inputs::{Inputs, SelectedInputs};
 use ndarray::{ArrayViewMut, Dimension};
 use rand::Rng;
 use rand_distr::{Distribution, Uniform};
+
+/// Selects the keys that some query may see, for exact softmax attention that reads keys as they are. These of a
+/// graph are only selected if there is a bias: then all values are searched for infinities and NaN.
+fn seen_keys<'a, F: Float>(
+    inputs: &Inputs<'a, F>,
+    reads: &[Channel],
+) -> Result<Option<SelectedInputs<'a, F>>> {
+    match inputs.bias() {
+        Some(_) => inputs.select_seen_keys(reads),
+        None => inputs.select_visible_keys(reads),
+    }
+}
 
 /// Draws initial parameters uniformly in ±`bound`.
 pub(crate) fn fill_uniform<F: Float, D: Dimension>(

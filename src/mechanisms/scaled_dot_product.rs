@@ -6,7 +6,7 @@ use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::flash::row_products;
 use crate::params::Params;
-use crate::partial::Partial;
+use crate::partial::{Partial, backward_partial};
 use crate::score::{ScoreFunction, add_entries, num_entries};
 use crate::softmax::Softmax;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
@@ -124,25 +124,7 @@ impl<S> ScaledDotProduct<S> {
         Ok(())
     }
 
-    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
-    ///
-    /// # Errors
-    /// As [`Attention::backward_into`].
-    pub fn backward_partial<F: Float>(
-        &self,
-        inputs: &Inputs<'_, F>,
-        partial: &Partial<F>,
-        grad_out: ArrayView2<'_, F>,
-        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>>
-    where
-        S: ScoreFunction<F>,
-    {
-        let mut grads = Gradients::zeros(inputs, self)?;
-        let views = grads.view_mut();
-        self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
-        Ok(grads)
-    }
+    backward_partial!(Partial, F, S: ScoreFunction<F>);
 
     fn run<F: Float>(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<Softmax<F>>
     where

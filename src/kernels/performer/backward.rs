@@ -148,18 +148,29 @@ pub(in super::super) fn backward<F: Float>(
     upstream: &FeatureUpstream<'_, F>,
     level: Level,
 ) -> Result<FeatureGradients<F>> {
+    let (mut grads, grad_sums) = queries_backward(problem, sums, upstream, level)?;
+    add_keys_backward(problem, sums, &grad_sums, level, &mut grads);
+    Ok(grads)
+}
+
+/// The first half of [`backward`]: the gradients of queries and projection, and of the sums of each head of keys,
+/// relative to their shifts.
+pub(in super::super) fn queries_backward<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    sums: &[KeySums<F>],
+    upstream: &FeatureUpstream<'_, F>,
+    level: Level,
+) -> Result<(FeatureGradients<F>, Vec<KeySums<F>>)> {
     let num_queries = problem.inputs.num_queries();
     let stride = value_stride(level, problem);
     let mut grads = FeatureGradients::zeros(problem)?;
+    let zeros = || vec![KeySums::zeros(problem.num_features(), stride); problem.kv_heads];
 
     let ranges = parts(num_queries, CHUNK, PARTS);
     let chunks = row_chunks(grads.query.view_mut(), ranges.iter().map(Range::len));
     type QueryTask<'g, F> = (Range<usize>, ArrayViewMut2<'g, F>, Sums<F>);
     let mut tasks: Vec<QueryTask<'_, F>> = (ranges.iter().cloned().zip(chunks))
-        .map(|(range, chunk)| {
-            let keys = vec![KeySums::zeros(problem.num_features(), stride); problem.kv_heads];
-            (range, chunk, Sums { keys, projection: Vec::new() })
-        })
+        .map(|(range, chunk)| (range, chunk, Sums { keys: zeros(), projection: Vec::new() }))
         .collect();
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (queries, grad, of_task): &mut QueryTask<'_, F> = task;
@@ -168,9 +179,32 @@ pub(in super::super) fn backward<F: Float>(
         };
     });
     let mut tasks = tasks.into_iter().map(|(_, _, sums)| sums);
-    let Some(mut total) = tasks.next() else { return Ok(grads) };
+    let Some(mut total) = tasks.next() else { return Ok((grads, zeros())) };
     tasks.for_each(|sums| total.add(&sums));
+    grads.add_projection(padded_dim(level, problem), &total.projection);
+    Ok((grads, total.keys))
+}
 
+/// The second half of [`backward`]: the gradients of keys, values and projection, given those of the sums, which may
+/// be over more keys.
+pub(in super::super) fn keys_backward<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    sums: &[KeySums<F>],
+    grad_sums: &[KeySums<F>],
+    level: Level,
+) -> Result<FeatureGradients<F>> {
+    let mut grads = FeatureGradients::zeros(problem)?;
+    add_keys_backward(problem, sums, grad_sums, level, &mut grads);
+    Ok(grads)
+}
+
+fn add_keys_backward<F: Float>(
+    problem: &FeatureProblem<'_, F>,
+    sums: &[KeySums<F>],
+    grad_sums: &[KeySums<F>],
+    level: Level,
+    grads: &mut FeatureGradients<F>,
+) {
     let ranges = parts(problem.keys.len(), CHUNK, PARTS);
     let keys = row_chunks(grads.key.view_mut(), ranges.iter().map(Range::len));
     let values = row_chunks(grads.value.view_mut(), ranges.iter().map(Range::len));
@@ -181,14 +215,11 @@ pub(in super::super) fn backward<F: Float>(
     parallel::for_each(tasks.iter_mut().collect(), problem.work(), |task: &mut _| {
         let (keys, grads, projection): &mut KeyTask<'_, F> = task;
         {
-            *projection = key_part(level, problem, sums, &total.keys, keys.clone(), grads);
+            *projection = key_part(level, problem, sums, grad_sums, keys.clone(), grads);
         };
     });
     let of_keys: Vec<_> = tasks.into_iter().map(|(_, _, projection)| projection).collect();
-    of_keys.iter().for_each(|sums| add_scaled(&mut total.projection, F::one(), sums));
-    let padded_dim = padded_dim(level, problem);
-    grads.add_projection(padded_dim, &total.projection);
-    Ok(grads)
+    of_keys.iter().for_each(|sums| grads.add_projection(padded_dim(level, problem), sums));
 }
 
 pub(super) fn padded_dim<F: Float>(level: Level, problem: &FeatureProblem<'_, F>) -> usize {

@@ -1,6 +1,6 @@
 //! The features of a chunk of rows.
 
-use super::products::product;
+use super::products::{product, transposed};
 use super::{FeatureProblem, KeySums, Map};
 use crate::float::Float;
 use crate::kernels::gathered::unrolled_dot;
@@ -53,10 +53,15 @@ impl<F: Float> Chunk<F> {
         let (dim, columns) = problem.projection.dim();
         let padded = columns.next_multiple_of(panel);
         let stride = problem.num_features().next_multiple_of(panel);
-        let mut projection = vec![F::zero(); dim * padded];
-        let rows = problem.projection.rows().into_iter().zip(projection.chunks_mut(padded.max(1)));
-        for (row, padded) in rows {
-            row.iter().zip(padded).for_each(|(&entry, padded)| *padded = entry);
+        let mut projection = Vec::new();
+        match problem.projection.t().as_slice() {
+            Some(rows) => transposed(rows, dim, padded, &mut projection),
+            None => {
+                projection.resize(dim * padded, F::zero());
+                for ((row, column), &entry) in problem.projection.indexed_iter() {
+                    projection[row * padded + column] = entry;
+                }
+            }
         }
         Self {
             level,
@@ -66,15 +71,15 @@ impl<F: Float> Chunk<F> {
             padded,
             columns,
             map: problem.map,
-            inputs: vec![F::zero(); CHUNK * problem.dim],
+            inputs: Vec::new(),
             dim: problem.dim,
             square_scale: problem.square_scale,
-            products: vec![F::zero(); CHUNK * padded],
-            squares: vec![F::zero(); CHUNK],
-            features: vec![F::zero(); CHUNK * stride],
-            shifts: vec![F::zero(); CHUNK],
-            grad_products: vec![F::zero(); CHUNK * padded],
-            grad_squares: vec![F::zero(); CHUNK],
+            products: Vec::new(),
+            squares: Vec::new(),
+            features: Vec::new(),
+            shifts: Vec::new(),
+            grad_products: Vec::new(),
+            grad_squares: Vec::new(),
             largest: vec![F::zero(); stride],
             projection,
         }
@@ -116,6 +121,7 @@ impl<F: Float> Chunk<F> {
         F: 'r,
     {
         self.len = len;
+        self.reserve(len);
         self.grad_products[..len * self.padded].fill(F::zero());
         self.grad_squares[..len].fill(F::zero());
         for at in 0..len {
@@ -138,6 +144,23 @@ impl<F: Float> Chunk<F> {
             Target::Overwrite,
             &mut self.products,
         );
+    }
+
+    /// Makes room for rows. A few rows get little memory, because clearing it would take longer than their features.
+    fn reserve(&mut self, len: usize) {
+        for (buffer, columns) in [
+            (&mut self.inputs, self.dim),
+            (&mut self.products, self.padded),
+            (&mut self.squares, 1),
+            (&mut self.features, self.stride),
+            (&mut self.shifts, 1),
+            (&mut self.grad_products, self.padded),
+            (&mut self.grad_squares, 1),
+        ] {
+            if buffer.len() < len * columns {
+                buffer.resize(len * columns, F::zero());
+            }
+        }
     }
 
     /// h of each row.

@@ -50,8 +50,15 @@ pub(in super::super) fn sum_keys<F: Float>(
             add_keys(problem, *head, &problem.keys[range.clone()], &mut chunk, sums);
         };
     });
-    let mut sums: Vec<KeySums<F>> = (0..problem.kv_heads).map(|_| zeros()).collect();
-    tasks.iter().for_each(|(head, _, part)| sums[*head].add(part, F::one()));
+    let mut sums: Vec<KeySums<F>> = Vec::with_capacity(problem.kv_heads);
+    for (head, _, part) in tasks {
+        match sums.get_mut(head) {
+            Some(sums) => sums.add(&part, F::one()),
+            None => sums.push(part),
+        }
+    }
+    // Without keys there are no tasks.
+    sums.resize_with(problem.kv_heads, zeros);
     sums
 }
 

@@ -16,7 +16,7 @@ mod forward;
 mod products;
 
 pub(crate) use backward::FeatureGradients;
-pub(super) use backward::backward;
+pub(super) use backward::{backward, keys_backward, queries_backward};
 pub(super) use causal::{backward as causal_backward, forward as causal_forward};
 pub(super) use forward::{forward, sum_keys};
 

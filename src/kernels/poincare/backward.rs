@@ -37,6 +37,9 @@ pub struct Upstream<F: Float> {
     pub(crate) terms: Vec<Terms<F>>,
     /// Whether all spreads are 0, so that distances to û are not needed.
     pub(crate) is_linear: bool,
+    /// The smallest weight of a dominant pair; infinite if the sums are over more pairs than the problem has: the
+    /// gradients of its logits then do not sum to zero.
+    pub(crate) dominant: F,
 }
 
 /// The gradients of points in polar form. The gradient of a direction u is `directions` times sinh R / 2,
@@ -414,7 +417,7 @@ impl<'p, F: Float> Pass<'p, F> {
                 value,
                 factor,
                 mut dominates,
-            } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+            } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor(), upstream.dominant);
             if !OWN_IS_KEY {
                 sum_of_logits += logit;
                 while dominates != 0 {

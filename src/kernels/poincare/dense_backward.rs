@@ -70,6 +70,8 @@ struct Scratch<F> {
     grad_logits: Buffer<F>,
     /// The key with nearly all weight.
     dominant: Vec<Option<usize>>,
+    /// [`Upstream::dominant`].
+    least_dominant: F,
 }
 
 /// [`backward`](super::backward) for dense inputs.
@@ -170,6 +172,7 @@ fn backward_part<F: Float>(
         grad_kappa: Buffer::zeros(width),
         grad_logits: Buffer::zeros(width),
         dominant: vec![None; width],
+        least_dominant: upstream.dominant,
     };
     for rows in ranges(part.queries.len(), sizes.queries) {
         for head in 0..softmax.heads {
@@ -423,7 +426,13 @@ fn differentiate<F: Float>(
                     value,
                     factor,
                     mut dominates,
-                } = vjp::<S, F>(simd, &pairs, problem.kappa, problem.factor());
+                } = vjp::<S, F>(
+                    simd,
+                    &pairs,
+                    problem.kappa,
+                    problem.factor(),
+                    scratch.least_dominant,
+                );
                 grad_logits += logit;
                 while dominates != 0 {
                     let lane = dominates.trailing_zeros() as usize;

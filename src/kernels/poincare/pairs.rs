@@ -1,7 +1,6 @@
 //! The vectorised computations for each pair: the logit, and everything that depends on it in the
 //! backward pass.
 
-use super::dominant::DOMINANT;
 use super::{Mass, Radius};
 use crate::float::Float;
 use crate::kernels::primitives::asinh::asinh;
@@ -169,6 +168,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     pairs: &Pairs<Vector<S, F>>,
     kappa: F,
     factor: F,
+    dominant: F,
 ) -> PairGradients<Vector<S, F>> {
     let Pairs { query, key, mass, terms, .. } = *pairs;
     let splat = |value: F| Vector::<S, F>::splat(simd, value);
@@ -198,7 +198,7 @@ pub(super) fn vjp<S: Simd, F: Float>(
     let along = terms.radial * sinh;
     let grad_weight = mass.sinh.mul_add(tangential, along);
     let grad_logit = is_hidden.select(zero, kept * grad_weight - weight * terms.delta);
-    let dominates = weight.simd_gt(splat(F::from_f64(DOMINANT)));
+    let dominates = weight.simd_gt(splat(dominant));
     let grad_logit = dominates.select(pairs.dominant_logit, grad_logit);
     let along = terms.radial.mul_add(cosh_1, terms.radial);
     let grad_value = is_hidden.select(zero, kept * mass.cosh.mul_add(tangential, along));

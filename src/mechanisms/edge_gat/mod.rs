@@ -30,6 +30,9 @@ use scores::{Linear, Names};
 
 const NAME: &str = "edge_gat";
 
+/// The data of pairs that it reads.
+const READS: &[Channel] = &[Channel::EdgeFeatures];
+
 /// The number of pairs of a row processed at a time, so that the intermediate results of
 /// [`Score::GatV2`] stay in the first levels of the cache.
 const TILE: usize = 64;
@@ -375,6 +378,9 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         }
         // The heads' outputs are the output and are not needed afterwards.
         check_output(self, "out", inputs, out.shape())?;
+        if let Some(seen) = inputs.select_seen_keys(READS)? {
+            return self.forward_into(&seen.inputs(), out);
+        }
         let projected = self.project(inputs)?;
         self.attend(&self.inner_inputs(inputs, &projected)?, out.view_mut())?;
         self.add_residual(inputs, out.view_mut())?;
@@ -388,6 +394,9 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
         check_output(self, "out", inputs, out.shape())?;
+        if let Some(seen) = inputs.select_seen_keys(READS)? {
+            return self.forward_train_into(&seen.inputs(), out);
+        }
         let projected = self.project(inputs)?;
         let mut context = self.new_context(inputs)?;
         let inner = self.inner_inputs(inputs, &projected)?;
@@ -411,6 +420,11 @@ impl<F: Float> Attention<F> for EdgeGat<F> {
         check_output(self, "grad_out", inputs, grad_out.shape())?;
         grads.check(NAME, inputs, self)?;
         self.check_inputs(inputs)?;
+        if let Some(seen) = inputs.select_seen_keys(READS)? {
+            return seen.backward_of_read(grads, |inputs, grads| {
+                self.backward_into(inputs, saved, grad_out, grads)
+            });
+        }
         let shape = [inputs.num_queries(), self.context_columns()];
         check_shape("saved context", &shape, context.shape())?;
         let out = context.view();

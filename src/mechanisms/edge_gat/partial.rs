@@ -7,7 +7,7 @@ use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::normalizer::Normalizer;
-use crate::partial::Partial;
+use crate::partial::{Partial, backward_partial};
 use ndarray::{Array2, ArrayView2};
 
 /// Edges in several shards: each shard computes the softmax over its edges, the results are merged, and what
@@ -131,22 +131,7 @@ impl<F: Float> EdgeGat<F> {
         self.attend_vjp(inputs, &self.project(inputs)?, upstream, grads)
     }
 
-    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
-    ///
-    /// # Errors
-    /// As [`Attention::backward_into`](crate::Attention::backward_into).
-    pub fn backward_partial(
-        &self,
-        inputs: &Inputs<'_, F>,
-        partial: &Partial<F>,
-        grad_partial: ArrayView2<'_, F>,
-        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>> {
-        let mut grads = Gradients::zeros(inputs, self)?;
-        let views = grads.view_mut();
-        self.backward_partial_into(inputs, partial, grad_partial, grad_log_sum_exp, views)?;
-        Ok(grads)
-    }
+    backward_partial!(Partial);
 
     fn check_partial(&self, inputs: &Inputs<'_, F>, partial: &Partial<F>) -> Result<()> {
         let query = [inputs.num_queries(), self.config.query_dim];

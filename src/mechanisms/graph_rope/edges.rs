@@ -1,20 +1,26 @@
 use super::config::Rotation;
 use crate::attention::{Attention, Saved, check_output};
-use crate::error::Result;
+use crate::error::{Channel, Result};
 use crate::float::{Float, try_zeros};
-use crate::gradients::GradientsMut;
+use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients, output_dim};
 use crate::kernels::rotary::RotaryProblem;
+use crate::mechanisms::flash::State;
+use crate::mechanisms::seen_keys;
 use crate::params::Params;
+use crate::partial::{Partial, PartialUpstream, backward_partial};
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Axis};
 
 const NAME: &str = "edge_rope";
 
 /// The number of pairs in a tile, small enough for their rotated keys to stay in the first-level cache.
 const TILE: usize = 32;
+
+/// The data of pairs that it reads.
+const READS: &[Channel] = &[Channel::Distances];
 
 /// Rotary embeddings of distances (Su et al. 2021, 2104.09864; on graphs Reid et al. 2025, 2509.22259):
 /// the key of each pair is rotated by the distance of the pair, which can be any number (hops, a layer, a
@@ -63,12 +69,6 @@ pub struct EdgeRope<F> {
     pub(super) rotation: Rotation<F>,
 }
 
-/// The state saved by a forward pass.
-struct State<F> {
-    out: Array2<F>,
-    normalizer: Normalizer<F>,
-}
-
 impl<F: Float> EdgeRope<F> {
     /// Returns the frequencies, 1 × pairs of columns.
     #[must_use]
@@ -88,26 +88,48 @@ impl<F: Float> EdgeRope<F> {
         })
     }
 
-    /// The backward pass.
-    fn vjp(
-        &self,
-        inputs: &Inputs<'_, F>,
-        upstream: Upstream<'_, F>,
-        mut grads: GradientsMut<'_, F>,
-    ) -> Result<()> {
-        grads.check(NAME, inputs, self)?;
-        let problem = RotaryProblem {
-            wants_distances: grads.distances.is_some(),
-            wants_frequencies: !grads.params.is_empty(),
-            ..self.problem(inputs)?
-        };
-        let grad = F::rotary_backward(&problem, TILE, level(), upstream, &mut grads);
-        self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
-        Ok(())
+    /// Returns the outputs and their normalizer, so that outputs over several sets of keys or edges can be merged
+    /// with [`Partial::merge`].
+    ///
+    /// # Errors
+    /// As [`Attention::forward_into`].
+    pub fn forward_partial(&self, inputs: &Inputs<'_, F>) -> Result<Partial<F>> {
+        let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
+        let Normalizer { shift, sum } = self.run(inputs, out.view_mut())?;
+        Partial::new(out, shift, sum)
     }
 
+    /// Adds to `grads` the gradients that the pairs in `inputs` contribute, given a result over these and any
+    /// other pairs and its gradients, as
+    /// [`Flash::backward_partial_into`](crate::Flash::backward_partial_into).
+    ///
+    /// # Errors
+    /// As [`Attention::backward_into`].
+    pub fn backward_partial_into(
+        &self,
+        inputs: &Inputs<'_, F>,
+        partial: &Partial<F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        partial.check(inputs.num_queries(), output_dim(inputs), inputs.num_heads())?;
+        grads.check(NAME, inputs, self)?;
+        self.add_gradients(inputs, partial.upstream(grad_out, grad_log_sum_exp)?, grads)
+    }
+
+    backward_partial!(Partial);
+
     /// Overwrites `out` and returns the normalizer.
-    fn run(
+    fn run(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
+        check_output(self, "out", inputs, out.shape())?;
+        if let Some(seen) = seen_keys(inputs, READS)? {
+            return self.run(&seen.inputs(), out);
+        }
+        self.attend(&self.problem(inputs)?, out)
+    }
+
+    fn attend(
         &self,
         problem: &RotaryProblem<'_, F>,
         out: ArrayViewMut2<'_, F>,
@@ -116,6 +138,37 @@ impl<F: Float> EdgeRope<F> {
         let mut normalizer = Normalizer::empty(softmax.inputs.num_queries(), softmax.heads)?;
         F::rotary_forward(problem, TILE, level(), out, &mut normalizer);
         Ok(normalizer)
+    }
+
+    /// Adds the gradients, given outputs and a normalizer that may be over more pairs.
+    fn add_gradients(
+        &self,
+        inputs: &Inputs<'_, F>,
+        upstream: PartialUpstream<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        if let Some(seen) = seen_keys(inputs, READS)? {
+            return seen.backward_of_read(grads, |inputs, grads| {
+                self.add_gradients(inputs, upstream, grads)
+            });
+        }
+        upstream.in_rows(|upstream| self.vjp(inputs, upstream, grads))
+    }
+
+    fn vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        upstream: Upstream<'_, F>,
+        mut grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let problem = RotaryProblem {
+            wants_distances: grads.distances.is_some(),
+            wants_frequencies: !grads.params.is_empty(),
+            ..self.problem(inputs)?
+        };
+        let grad = F::rotary_backward(&problem, TILE, level(), upstream, &mut grads);
+        self.rotation.params_vjp(&grad.insert_axis(Axis(0)).mapv(F::as_f64), grads.params);
+        Ok(())
     }
 }
 
@@ -147,8 +200,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        check_output(self, "out", inputs, out.shape())?;
-        self.run(&self.problem(inputs)?, out).map(drop)
+        self.run(inputs, out).map(drop)
     }
 
     fn forward_train_into(
@@ -156,8 +208,7 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         inputs: &Inputs<'_, F>,
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Saved> {
-        check_output(self, "out", inputs, out.shape())?;
-        let normalizer = self.run(&self.problem(inputs)?, out.view_mut())?;
+        let normalizer = self.run(inputs, out.view_mut())?;
         Ok(Saved::new(NAME, State { out: out.to_owned(), normalizer }))
     }
 
@@ -168,23 +219,17 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         grad_out: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let State { out, normalizer } = saved.state::<State<F>>(NAME)?;
+        let state = saved.state::<State<F>>(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;
-        check_output(self, "saved out", inputs, out.shape())?;
-        normalizer.check(inputs.num_queries(), inputs.num_heads())?;
-        let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("grad_out", grad_out)?);
-        let (out, grad_out) = (out.slices(), grad_out.slices());
-        self.vjp(
-            inputs,
-            Upstream { out, normalizer, grad_out, grad_log_sum_exp: None, grad_weights: None },
-            grads,
-        )
+        state.check(inputs)?;
+        grads.check(NAME, inputs, self)?;
+        self.add_gradients(inputs, state.upstream(grad_out), grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
         let problem = self.problem(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
-        let normalizer = self.run(&problem, out.view_mut())?;
+        let normalizer = self.attend(&problem, out.view_mut())?;
         F::rotary_weights(&problem, TILE, level(), &normalizer)
     }
 
@@ -194,9 +239,10 @@ impl<F: Float> Attention<F> for EdgeRope<F> {
         grad_weights: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
+        grads.check(NAME, inputs, self)?;
         let problem = self.problem(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), self.output_dim(inputs))?;
-        let normalizer = self.run(&problem, out.view_mut())?;
+        let normalizer = self.attend(&problem, out.view_mut())?;
         let weights = F::rotary_weights(&problem, TILE, level(), &normalizer)?;
         let grad_weights = WeightGradients::new(inputs, &weights, grad_weights)?;
         out.fill(F::zero());

@@ -329,7 +329,7 @@ impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
                     normalizer.clear_row(query);
                 }
             }
-            merge_rows(out.view_mut(), &mut normalizer, &partial, into);
+            merge_rows(out.view_mut(), &mut normalizer, &partial, into, &|_, _, _| {});
             Ok(())
         })?;
         Ok(normalizer)

@@ -7,7 +7,7 @@ use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
-use crate::partial::Partial;
+use crate::partial::{Partial, backward_partial};
 use crate::score::ScoreFunction;
 use ndarray::ArrayView2;
 
@@ -53,22 +53,7 @@ impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
         self.vjp(inputs, partial.upstream(grad_out, grad_log_sum_exp)?, grads)
     }
 
-    /// Runs [`backward_partial_into`](Self::backward_partial_into) and returns new gradients.
-    ///
-    /// # Errors
-    /// As [`backward_partial_into`](Self::backward_partial_into).
-    pub fn backward_partial(
-        &self,
-        inputs: &Inputs<'_, F>,
-        partial: &Partial<F>,
-        grad_out: ArrayView2<'_, F>,
-        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
-    ) -> Result<Gradients<F>> {
-        let mut grads = Gradients::zeros(inputs, self)?;
-        let views = grads.view_mut();
-        self.backward_partial_into(inputs, partial, grad_out, grad_log_sum_exp, views)?;
-        Ok(grads)
-    }
+    backward_partial!(Partial);
 
     fn check_one_softmax(&self) -> Result<()> {
         match self.form {

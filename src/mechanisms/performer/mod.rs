@@ -9,7 +9,7 @@ mod state;
 
 pub use config::{Features, PerformerConfig, Projection};
 pub use error_estimate::ErrorEstimate;
-pub use state::PerformerState;
+pub use state::{PerformerState, StateGradient};
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
@@ -190,6 +190,10 @@ impl<F: Float> Performer<F> {
         let Some(keys) = keys else { return Path::Pairs };
         match inputs.causal_alignment() {
             _ if keys.is_empty() => Path::Nothing,
+            // The next token sees all keys that are selected for it.
+            Some(_) if keys.last().is_some_and(|&last| last < inputs.num_visible_keys(0)) => {
+                Path::Sums(keys)
+            }
             None => Path::Sums(keys),
             Some(_) => Path::Causal(keys),
         }
@@ -317,10 +321,13 @@ impl<F: Float> Attention<F> for Performer<F> {
     }
 
     fn forward_into(&self, inputs: &Inputs<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
-        match inputs.packed_segments() {
-            Some(segments) => packed::forward(self, inputs, segments, out),
-            None => self.run(inputs, out).map(drop),
+        if let Some(segments) = inputs.packed_segments() {
+            return packed::forward(self, inputs, segments, out);
         }
+        if let Some(seen) = inputs.select_seen_keys(&[])? {
+            return self.forward_into(&seen.inputs(), out);
+        }
+        self.run(inputs, out).map(drop)
     }
 
     fn forward_train_into(
@@ -330,6 +337,9 @@ impl<F: Float> Attention<F> for Performer<F> {
     ) -> Result<Saved> {
         if let Some(segments) = inputs.packed_segments() {
             return packed::forward_train(self, inputs, segments, out);
+        }
+        if let Some(seen) = inputs.select_seen_keys(&[])? {
+            return self.forward_train_into(&seen.inputs(), out);
         }
         let attended = self.run(inputs, out.view_mut())?;
         let mut copy = try_zeros("saved output", out.nrows(), out.ncols())?;
@@ -346,6 +356,12 @@ impl<F: Float> Attention<F> for Performer<F> {
     ) -> Result<()> {
         if let Some(segments) = inputs.packed_segments() {
             return packed::backward(self, inputs, segments, saved, grad_out, grads);
+        }
+        if let Some(seen) = inputs.select_seen_keys(&[])? {
+            grads.check(NAME, inputs, self)?;
+            return seen.backward_of_read(grads, |inputs, grads| {
+                self.backward_into(inputs, saved, grad_out, grads)
+            });
         }
         let State { out, num_keys, attended }: &State<F> = saved.state(NAME)?;
         check_output(self, "grad_out", inputs, grad_out.shape())?;

@@ -4,11 +4,12 @@ use super::Performer;
 use super::map::FeatureMap;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, all_finite, try_zeros};
+use crate::gradients::param_slot;
 use crate::inputs::Inputs;
 use crate::kernels::Kernels;
 use crate::kernels::level::level;
-use crate::kernels::performer::{KeySums, Map};
-use ndarray::{Array2, ArrayView2, Axis};
+use crate::kernels::performer::{FeatureUpstream, KeySums, Map};
+use ndarray::{Array2, ArrayD, ArrayView2, Axis, Ix2, s};
 use std::marker::PhantomData;
 
 /// The running sums of a [`Performer`] head over keys and values that can be added and removed, for an
@@ -150,11 +151,16 @@ impl<F: Float> PerformerState<F> {
     pub fn attend(&self, queries: ArrayView2<'_, F>) -> Result<Array2<F>> {
         check_shape("queries", &[queries.nrows(), self.map.head_dim], queries.shape())?;
         let mut out = try_zeros("out", queries.nrows(), self.value_dim)?;
-        if self.num_keys == 0 {
-            return Ok(out);
+        if self.num_keys > 0 {
+            let (quotients, _) = self.quotients(&queries.mapv(F::as_f64))?;
+            out.zip_mut_with(&quotients, |out, &value| *out = F::from_f64(value));
         }
+        Ok(out)
+    }
+
+    /// Computes numerators / denominators of queries, n × value_dim, and the denominators, n × 1.
+    fn quotients(&self, queries: &Array2<f64>) -> Result<(Array2<f64>, Array2<f64>)> {
         let columns = self.value_dim + MORE_COLUMNS;
-        let queries = queries.mapv(F::as_f64);
         let keys = Array2::zeros((0, self.map.head_dim));
         let values = Array2::zeros((0, columns));
         let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
@@ -166,7 +172,7 @@ impl<F: Float> PerformerState<F> {
         for (row, (quotients, denominator)) in
             quotients.rows().into_iter().zip(&denominators).enumerate()
         {
-            let (values, more) = quotients.split_at(Axis(0), self.value_dim);
+            let (_, more) = quotients.split_at(Axis(0), self.value_dim);
             let [of_keys, of_values] = match self.map.map() {
                 // Cosines are at most 1 and would cancel.
                 Map::Circular => self.largest_rounding().map(|sum| sum / denominator),
@@ -182,9 +188,148 @@ impl<F: Float> PerformerState<F> {
                     format!("smaller sums for query {row}"),
                 ));
             }
-            out.row_mut(row).zip_mut_with(&values, |out, &value| *out = F::from_f64(value));
         }
-        Ok(out)
+        quotients.slice_collapse(s![.., ..self.value_dim]);
+        Ok((quotients, denominators))
+    }
+
+    /// Runs the backward pass of [`attend`](Self::attend): returns the gradients of the queries, n × head_dim, and of
+    /// the sums of the state, given that of the output, n × value_dim.
+    ///
+    /// So queries and keys can be on different machines, in both passes: queries need the merged states, and keys the
+    /// sum of the gradients of the states, both of O(m value_dim) numbers, whatever the numbers of queries and keys.
+    /// [`add_vjp`](Self::add_vjp) turns the gradient of the state into those of keys and values.
+    ///
+    /// `grad_params` has the gradient of `projection_matrix` if it is
+    /// [learned](super::PerformerConfig::learn_projection), to which that through the queries is added, or is empty.
+    ///
+    /// ```
+    /// use graph_attention::{Attention, Inputs, PerformerConfig};
+    /// use graph_attention::ndarray::{Array2, s};
+    /// use graph_attention::rand::{SeedableRng, rngs::Xoshiro256PlusPlus};
+    ///
+    /// let performer = PerformerConfig::new(4, 16).init::<f64>(&mut Xoshiro256PlusPlus::seed_from_u64(1))?;
+    /// let x = Array2::from_shape_fn((8, 4), |(i, j)| ((i * 7 + j * 3) as f64).sin());
+    /// let shards = [x.slice(s![..3, ..]), x.slice(s![3.., ..])]; // of keys and values, and of queries
+    ///
+    /// let mut all = performer.state(4)?;
+    /// for keys in shards {
+    ///     let mut state = performer.state(4)?;
+    ///     state.add(keys, keys)?;
+    ///     all.merge(&state)?;
+    /// }
+    /// // Of the loss |out|²/2.
+    /// let (_, mut grad_state) = all.attend_vjp(shards[0], all.attend(shards[0])?.view(), &mut [])?;
+    /// let (_, other) = all.attend_vjp(shards[1], all.attend(shards[1])?.view(), &mut [])?;
+    /// grad_state.add(&other)?;
+    /// let [_, grad_values] = performer.state(4)?.add_vjp(shards[0], shards[0], &grad_state, &mut [])?;
+    ///
+    /// let inputs = Inputs::dense(x.view(), x.view(), x.view())?;
+    /// let (out, saved) = performer.forward_train(&inputs)?;
+    /// let whole = performer.backward(&inputs, &saved, out.view())?.value;
+    /// let difference = grad_values - whole.slice(s![..3, ..]);
+    /// assert!(difference.iter().all(|difference| difference.abs() < 1e-13));
+    /// # Ok::<(), graph_attention::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend); [`Error::Shape`] if `grad_out` or the gradient of the projection does not fit.
+    pub fn attend_vjp(
+        &self,
+        queries: ArrayView2<'_, F>,
+        grad_out: ArrayView2<'_, F>,
+        grad_params: &mut [ArrayD<F>],
+    ) -> Result<(Array2<F>, StateGradient<F>)> {
+        check_shape("queries", &[queries.nrows(), self.map.head_dim], queries.shape())?;
+        check_shape("grad_out", &[queries.nrows(), self.value_dim], grad_out.shape())?;
+        self.check_params(grad_params)?;
+        let mut grad_queries = try_zeros("gradients", queries.nrows(), self.map.head_dim)?;
+        let zeros = KeySums::zeros(self.sums.shifts.len(), self.sums.stride);
+        let of_no_keys = StateGradient { sums: zeros, float: PhantomData };
+        if self.num_keys == 0 {
+            return Ok((grad_queries, of_no_keys));
+        }
+        let queries = queries.mapv(F::as_f64);
+        let (quotients, denominators) = self.quotients(&queries)?;
+        let columns = self.value_dim + MORE_COLUMNS;
+        // Nothing flows through the other columns.
+        let mut padded = [(); 2].map(|()| Array2::zeros((queries.nrows(), columns)));
+        padded[0].slice_mut(s![.., ..self.value_dim]).assign(&quotients);
+        padded[1].slice_mut(s![.., ..self.value_dim]).assign(&grad_out.mapv(F::as_f64));
+        let [out, grad_out] = padded.each_ref().map(|array| array.view());
+        let (keys, values) = (Array2::zeros((0, self.map.head_dim)), Array2::zeros((0, columns)));
+        let inputs = Inputs::dense(queries.view(), keys.view(), values.view())?;
+        let mut problem = self.map.problem(&inputs, Vec::new())?;
+        problem.wants_projection = !grad_params.is_empty();
+        let upstream = FeatureUpstream { out, denominators: &denominators, grad_out };
+        let sums = std::slice::from_ref(&self.sums);
+        let (grads, of_sums) = f64::features_queries_backward(&problem, sums, &upstream, level())?;
+        grad_queries.zip_mut_with(&grads.query, |grad, &of_query| *grad = F::from_f64(of_query));
+        self.add_projection(&grads.projection, grad_params);
+        let mut sums = of_sums.into_iter().next().unwrap_or(of_no_keys.sums);
+        sums.shifts.clone_from(&self.sums.shifts);
+        Ok((grad_queries, StateGradient { sums, float: PhantomData }))
+    }
+
+    /// Runs the backward pass of [`add`](Self::add): returns the gradients of keys and values, given that of a state
+    /// to which they were added, also by [`merge`](Self::merge). Does not read the sums of `self`, so every state of
+    /// the mechanism will do. `grad_params` as for [`attend_vjp`](Self::attend_vjp).
+    ///
+    /// # Errors
+    /// As [`add`](Self::add); [`Error::Shape`] if the gradients do not fit; [`Error::InvalidArgument`] for keys that
+    /// are larger than any in the state that the gradient belongs to. (Other keys that are not in it cannot be
+    /// recognised.)
+    pub fn add_vjp(
+        &self,
+        keys: ArrayView2<'_, F>,
+        values: ArrayView2<'_, F>,
+        grad_state: &StateGradient<F>,
+        grad_params: &mut [ArrayD<F>],
+    ) -> Result<[Array2<F>; 2]> {
+        let StateGradient { sums: of_state, .. } = grad_state;
+        let own = self.checked_sums(keys, values)?;
+        let expected = [own.shifts.len(), own.stride];
+        check_shape("grad_state", &expected, &[of_state.shifts.len(), of_state.stride])?;
+        self.check_params(grad_params)?;
+        if own.shifts.iter().zip(&of_state.shifts).any(|(own, of_state)| own > of_state) {
+            let expected = "keys in the state that grad_state belongs to";
+            return Err(Error::config("keys", expected, "larger keys"));
+        }
+        let queries = Array2::zeros((0, self.map.head_dim));
+        let mut padded = Array2::zeros((values.nrows(), self.value_dim + MORE_COLUMNS));
+        padded.slice_mut(s![.., ..self.value_dim]).assign(&values.mapv(F::as_f64));
+        let keys = keys.mapv(F::as_f64);
+        let inputs = Inputs::dense(queries.view(), keys.view(), padded.view())?;
+        let mut problem = self.map.problem(&inputs, (0..keys.nrows()).collect())?;
+        problem.wants_projection = !grad_params.is_empty();
+        let of_state = std::slice::from_ref(of_state);
+        let grads = f64::features_keys_backward(&problem, of_state, of_state, level())?;
+        self.add_projection(&grads.projection, grad_params);
+        let of_values = grads.value.slice(s![.., ..self.value_dim]);
+        Ok([grads.key.mapv(F::from_f64), of_values.mapv(F::from_f64)])
+    }
+
+    /// Checks the gradient of the projection, if it is wanted.
+    fn check_params(&self, grad_params: &[ArrayD<F>]) -> Result<()> {
+        match (grad_params, &self.map.projection) {
+            ([], _) => Ok(()),
+            ([grad], Some(projection)) => {
+                check_shape("grad_params", projection.shape(), grad.shape())
+            }
+            (more, _) => {
+                let expected = usize::from(self.map.projection.is_some());
+                check_shape("number of grad_params", &[expected], &[more.len()])
+            }
+        }
+    }
+
+    fn add_projection(&self, grad_weight: &Array2<f64>, grad_params: &mut [ArrayD<F>]) {
+        if let Some(grad) = grad_params.first_mut() {
+            let factor = self.map.weight_factor();
+            param_slot::<F, Ix2>(grad).zip_mut_with(grad_weight, |grad, &of_weight| {
+                *grad += F::from_f64(factor * of_weight);
+            });
+        }
     }
 
     fn checked_sums(
@@ -240,5 +385,31 @@ impl<F: Float> PerformerState<F> {
     fn largest_rounding(&self) -> [f64; 2] {
         let rows = || self.sums.sums.chunks_exact(self.sums.stride);
         [ROUNDING, ROUNDING_OF_MAGNITUDE].map(|c| rows().map(|row| row[self.value_dim + c]).sum())
+    }
+}
+
+/// The gradient of a loss with respect to the sums of a [`PerformerState`], from
+/// [`attend_vjp`](PerformerState::attend_vjp): one number for each of its sums.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateGradient<F> {
+    /// Relative to the shifts of the state.
+    sums: KeySums<f64>,
+    float: PhantomData<F>,
+}
+
+impl<F: Float> StateGradient<F> {
+    /// Adds the gradient of the same state from other queries.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the states have different sizes; [`Error::InvalidArgument`] if their largest keys differ.
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        let shape = |sums: &KeySums<f64>| [sums.shifts.len(), sums.stride];
+        check_shape("other", &shape(&self.sums), &shape(&other.sums))?;
+        if self.sums.shifts != other.sums.shifts {
+            let expected = "the gradient of the same state";
+            return Err(Error::config("other", expected, "that of a state with other keys"));
+        }
+        self.sums.add(&other.sums, 1.0);
+        Ok(())
     }
 }

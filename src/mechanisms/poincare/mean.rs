@@ -1,6 +1,7 @@
 //! The means that weighted sums represent, and the gradients of the sums.
 
 use super::deep::DeepRow;
+use super::partial::PartialMean;
 use super::polar::{Space, zero_nan};
 use super::{Coordinates, TILES};
 use crate::error::{Result, check_shape};
@@ -9,7 +10,9 @@ use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::poincare::{HyperbolicProblem, PointGradients, Points, Terms, Upstream};
+use crate::kernels::poincare::{
+    DOMINANT, HyperbolicProblem, PointGradients, Points, Terms, Upstream,
+};
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, s};
 
@@ -94,6 +97,49 @@ impl<F: Float> Sums<F> {
         }
     }
 
+    /// Creates the sums of a merged result, given S and T − |S| of each head.
+    pub(super) fn of_partial(partial: &PartialMean<F>) -> Result<Self> {
+        let is_linear = partial.is_linear();
+        let normalizer = partial.normalizer();
+        let (num_queries, heads) = normalizer.sum.dim();
+        let dim = partial.dim();
+        let columns = if is_linear { dim } else { dim + 2 };
+        let mut sums = try_zeros("sums", num_queries, heads * columns)?;
+        let mut gaps = try_zeros("gaps", num_queries, if is_linear { 0 } else { heads })?;
+        for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
+        {
+            let (sum, gap) = partial.sum_and_gap(query, head);
+            sums.slice_mut(s![query, head * columns..head * columns + dim]).assign(&sum);
+            if let Some(gap) = gap {
+                gaps[[query, head]] = gap;
+            }
+        }
+        Ok(Self { is_linear, sums, gaps, normalizer, deep: Vec::new() })
+    }
+
+    /// Returns S and T − |S| of each head side by side, and the normalizer.
+    pub(super) fn into_partial(self) -> Result<(Array2<F>, Normalizer<F>)> {
+        if self.is_linear {
+            return Ok((self.sums, self.normalizer));
+        }
+        let (num_queries, heads) = self.gaps.dim();
+        let dim = self.dim();
+        let mut out = try_zeros("sums", num_queries, heads * (dim + 1))?;
+        for ((query, head), &gap) in self.gaps.indexed_iter() {
+            let first = head * (dim + 1);
+            let sum = self.sums.slice(s![query, head_columns(head, dim + 2)]);
+            out.slice_mut(s![query, first..first + dim]).assign(&sum.slice(s![..dim]));
+            out[[query, first + dim]] = gap;
+        }
+        Ok((out, self.normalizer))
+    }
+
+    /// Returns the number of columns of S for a head.
+    fn dim(&self) -> usize {
+        let columns = self.sums.ncols() / self.normalizer.sum.ncols();
+        if self.is_linear { columns } else { columns - 2 }
+    }
+
     /// Checks that the shapes fit the inputs.
     pub(super) fn check(&self, inputs: &Inputs<'_, F>) -> Result<()> {
         let shape = [inputs.num_queries(), inputs.num_heads()];
@@ -113,15 +159,11 @@ impl<F: Float> Sums<F> {
     }
 
     /// Overwrites `out` with the points.
-    pub(super) fn finish(
-        &self,
-        space: Space,
-        inputs: &Inputs<'_, F>,
-        mut out: ArrayViewMut2<'_, F>,
-    ) {
-        let dim = inputs.value().ncols() / inputs.num_kv_heads();
-        for query in 0..inputs.num_queries() {
-            for head in 0..inputs.num_heads() {
+    pub(super) fn finish(&self, space: Space, mut out: ArrayViewMut2<'_, F>) {
+        let (num_queries, heads) = self.normalizer.sum.dim();
+        let dim = self.dim();
+        for query in 0..num_queries {
+            for head in 0..heads {
                 let center = self.center(query, head, dim);
                 let factor = center.factor(space);
                 let out = out.slice_mut(s![query, head_columns(head, dim)]);
@@ -132,7 +174,8 @@ impl<F: Float> Sums<F> {
     }
 
     /// Returns the gradients of the sums, and the part of the gradient of c that does not go through
-    /// them.
+    /// them. If the sums are over more pairs than the pass visits, `is_part` is true and no logit may be
+    /// corrected by the others; `grad_log_sum_exp` is the gradient of m + log l, `None` for zeros.
     ///
     /// A change of the sums moves the mean by its component orthogonal to the mean, on the hyperboloid:
     ///
@@ -142,11 +185,12 @@ impl<F: Float> Sums<F> {
     pub(super) fn upstream(
         &self,
         space: Space,
-        inputs: &Inputs<'_, F>,
         grad_out: ArrayView2<'_, F>,
+        grad_log_sum_exp: Option<ArrayView2<'_, F>>,
+        is_part: bool,
     ) -> Result<(Upstream<F>, f64)> {
-        let (num_queries, heads) = (inputs.num_queries(), inputs.num_heads());
-        let dim = inputs.value().ncols() / inputs.num_kv_heads();
+        let (num_queries, heads) = self.normalizer.sum.dim();
+        let dim = self.dim();
         let zeros = || try_zeros("gradients", num_queries, heads * dim);
         let (mut weights, mut directions, mut sums) = (zeros()?, zeros()?, zeros()?);
         let mut terms = Vec::with_capacity(num_queries * heads);
@@ -154,8 +198,14 @@ impl<F: Float> Sums<F> {
         for (query, head) in (0..num_queries).flat_map(|query| (0..heads).map(move |h| (query, h)))
         {
             let center = self.center(query, head, dim);
+            let grad_log_sum = grad_log_sum_exp.map_or(0.0, |grad| grad[[query, head]].as_f64());
             if self.normalizer.is_empty(query, head) || center.is_empty() {
-                terms.push(Terms::none());
+                let mut none = Terms::none();
+                if grad_log_sum != 0.0 {
+                    [none.shift, none.inverse] = self.normalizer.factors(query, head);
+                    none.delta = F::from_f64(-grad_log_sum);
+                }
+                terms.push(none);
                 continue;
             }
             let is_deep = self.deep.binary_search(&[query, head]).is_ok();
@@ -200,7 +250,7 @@ impl<F: Float> Sums<F> {
                 half_inverse: F::from_f64(0.5 / (1.0 + expm1)),
                 shift,
                 inverse,
-                delta: F::from_f64(delta),
+                delta: F::from_f64(delta - grad_log_sum),
             });
         }
         zero_nan(&mut sums);
@@ -210,6 +260,7 @@ impl<F: Float> Sums<F> {
             sums: Rows::from(sums),
             terms,
             is_linear: self.is_linear,
+            dominant: F::from_f64(if is_part { f64::INFINITY } else { DOMINANT }),
         };
         Ok((upstream, grad_c))
     }

@@ -4,11 +4,13 @@ mod config;
 mod deep;
 mod hessian;
 mod mean;
+mod partial;
 mod plain;
 mod polar;
 mod wide;
 
 pub use config::{Aggregation, Coordinates, PoincareConfig};
+pub use partial::PartialMean;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
@@ -19,7 +21,7 @@ use crate::kernels::dense::FEW_QUERIES;
 use crate::kernels::dense::TileSizes;
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
-use crate::kernels::poincare::{HyperbolicProblem, Mass, Points};
+use crate::kernels::poincare::{HyperbolicProblem, Mass, Points, Upstream};
 use crate::kernels::problem::{Problem, Rows, output_dim};
 use crate::mechanisms::packed;
 use crate::params::Params;
@@ -58,11 +60,10 @@ const TILES: TileSizes = TileSizes { queries: 96, keys: 96 };
 /// * **Cost** O(pairs · (d + d_v)) time per head, O(n · (d + d_v) · heads) memory. The weights are not
 ///   stored, except by means that are computed pair by pair and by
 ///   [`attention_weights`](Attention::attention_weights).
-/// * **Errors** [`Error::Domain`] for a point on or outside the boundary, with its row;
-///   [`Error::Shape`] if the heads of queries and keys have different sizes. NaN and infinities are not
+/// * **Errors** [`Error::Domain`] for a point on or outside the boundary, with its row (a key that no query
+///   sees may not be checked); [`Error::Shape`] if the heads of queries and keys have different sizes. NaN and infinities are not
 ///   errors but give NaN.
-/// * **Shards** Queries can be divided, but there is no [`Partial`](crate::Partial) over some of the keys: see
-///   [`guide::beyond_one_machine`](crate::guide::beyond_one_machine).
+/// * **Shards** [`PartialMean`] holds the sums over some of the keys, for midpoints and for means at the origin.
 ///
 /// # Accuracy
 ///
@@ -236,6 +237,62 @@ impl<F: Float> Poincare<F> {
         }
         Sums::new(&problem, self.is_linear(), sums, normalizer)
     }
+
+    /// The backward pass of the sums, which may be over more pairs. `grad_c` is the part of the gradient of c that
+    /// does not go through them.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the arguments of a backward pass, and what precedes it"
+    )]
+    fn sums_vjp(
+        &self,
+        inputs: &Inputs<'_, F>,
+        embedded: &Embedded<F>,
+        sums: &Sums<F>,
+        upstream: Upstream<F>,
+        mut grad_c: f64,
+        grad_out: ArrayView2<'_, F>,
+        grads: GradientsMut<'_, F>,
+    ) -> Result<()> {
+        let polar = embedded.inputs(inputs)?;
+        let problem = embedded.problem(&polar, self.is_linear())?;
+        let points = Points {
+            query: embedded.query.half_sinh_directions()?,
+            key: embedded.key.half_sinh_directions()?,
+        };
+        let GradientsMut { query, key, value, mut bias, params, .. } = grads;
+        let is_learned = !params.is_empty();
+        let wanted =
+            [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
+        let level = level();
+        let of_bias = bias.as_mut().map(|bias| bias.view_mut());
+        let mut grads = match inputs.pattern() {
+            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
+                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, of_bias)?
+            }
+            _ => F::hyperbolic_rows_backward(
+                &problem, &points, &upstream, TILES.keys, level, wanted, of_bias,
+            )?,
+        };
+        // All gradients are allocated, also unwanted ones.
+        sums.deep_vjp(&problem, &points, embedded.space, grad_out, &mut grads, bias);
+        let space = embedded.space;
+        if wanted[0] {
+            grad_c += space.vjp(&embedded.query, &grads.query, DirectionFactor::HalfSinh, query);
+        }
+        if wanted[1] {
+            let of_value =
+                if self.is_linear() { DirectionFactor::Radius } else { DirectionFactor::Sinh };
+            grad_c += space.vjp(&embedded.key, &grads.key, DirectionFactor::HalfSinh, key);
+            grad_c += space.vjp(&embedded.value, &grads.value, of_value, value);
+        }
+        // κ = 2/(√c τ)
+        let grad_kappa: f64 = grads.kappa.iter().map(|grad| grad.as_f64()).sum();
+        grad_c -= grad_kappa * embedded.kappa / (2.0 * space.c);
+        let grad_temperature = -grad_kappa * embedded.kappa / self.temperature();
+        self.params_vjp(grad_c, grad_temperature, params);
+        Ok(())
+    }
 }
 
 impl<F: Float> Embedded<F> {
@@ -324,6 +381,10 @@ impl<F: Float> Attention<F> for Poincare<F> {
         if let Some(segments) = inputs.packed_segments() {
             return packed::forward_train(self, inputs, segments, out);
         }
+        if let Some(seen) = inputs.select_seen_keys(&[])? {
+            let saved = self.forward_train_into(&seen.inputs(), out);
+            return saved.map_err(|error| seen.in_whole(error));
+        }
         check_output(self, "out", inputs, out.shape())?;
         inputs.check_absent(NAME, &[Channel::PairWeights])?;
         let embedded = self.embed(inputs)?;
@@ -335,7 +396,7 @@ impl<F: Float> Attention<F> for Poincare<F> {
             Attended::Pairs(softmax)
         } else {
             let sums = self.run(inputs, &embedded)?;
-            sums.finish(embedded.space, inputs, out);
+            sums.finish(embedded.space, out);
             Attended::Sums(sums)
         };
         Ok(Saved::new(NAME, State { config: self.config.clone(), attended }))
@@ -350,6 +411,13 @@ impl<F: Float> Attention<F> for Poincare<F> {
     ) -> Result<()> {
         if let Some(segments) = inputs.packed_segments() {
             return packed::backward(self, inputs, segments, saved, grad_out, grads);
+        }
+        if let Some(seen) = inputs.select_seen_keys(&[])? {
+            grads.check(NAME, inputs, self)?;
+            let backward = |inputs: &Inputs<'_, F>, grads: GradientsMut<'_, F>| {
+                self.backward_into(inputs, saved, grad_out, grads)
+            };
+            return seen.backward_of_read(grads, backward).map_err(|error| seen.in_whole(error));
         }
         let State { config, attended } = saved.state::<State<F>>(NAME)?;
         if *config != self.config {
@@ -373,45 +441,8 @@ impl<F: Float> Attention<F> for Poincare<F> {
         };
         sums.check(inputs)?;
         let embedded = self.embed(inputs)?;
-        let polar = embedded.inputs(inputs)?;
-        let problem = embedded.problem(&polar, self.is_linear())?;
-        let (upstream, mut grad_c) = sums.upstream(embedded.space, inputs, grad_out)?;
-        let points = Points {
-            query: embedded.query.half_sinh_directions()?,
-            key: embedded.key.half_sinh_directions()?,
-        };
-        let GradientsMut { query, key, value, mut bias, params, .. } = grads;
-        let is_learned = !params.is_empty();
-        let wanted =
-            [is_learned || query.is_some(), is_learned || key.is_some() || value.is_some()];
-        let level = level();
-        let of_bias = bias.as_mut().map(|bias| bias.view_mut());
-        let mut grads = match inputs.pattern() {
-            Pattern::Dense if inputs.num_queries() >= FEW_QUERIES => {
-                F::hyperbolic_dense_backward(&problem, &points, &upstream, TILES, level, of_bias)?
-            }
-            _ => F::hyperbolic_rows_backward(
-                &problem, &points, &upstream, TILES.keys, level, wanted, of_bias,
-            )?,
-        };
-        // All gradients are allocated, also unwanted ones.
-        sums.deep_vjp(&problem, &points, embedded.space, grad_out, &mut grads, bias);
-        let space = embedded.space;
-        if wanted[0] {
-            grad_c += space.vjp(&embedded.query, &grads.query, DirectionFactor::HalfSinh, query);
-        }
-        if wanted[1] {
-            let of_value =
-                if self.is_linear() { DirectionFactor::Radius } else { DirectionFactor::Sinh };
-            grad_c += space.vjp(&embedded.key, &grads.key, DirectionFactor::HalfSinh, key);
-            grad_c += space.vjp(&embedded.value, &grads.value, of_value, value);
-        }
-        // κ = 2/(√c τ)
-        let grad_kappa: f64 = grads.kappa.iter().map(|grad| grad.as_f64()).sum();
-        grad_c -= grad_kappa * embedded.kappa / (2.0 * space.c);
-        let grad_temperature = -grad_kappa * embedded.kappa / self.temperature();
-        self.params_vjp(grad_c, grad_temperature, params);
-        Ok(())
+        let (upstream, grad_c) = sums.upstream(embedded.space, grad_out, None, false)?;
+        self.sums_vjp(inputs, &embedded, sums, upstream, grad_c, grad_out, grads)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
