@@ -405,7 +405,7 @@ fn refusals_and_wrong_numbers_of_heads_are_named() -> Result<()> {
     );
     for mechanism in sums() {
         let result = mechanism.forward(&inputs.with_pair_weights(three.view())?);
-        common::refused(result, "Shape | pair_weights | [150, 2] | [150, 3]");
+        common::refused(result, "Shape | pair_weights | , 2] | , 3]");
     }
     let (out, saved) = Flash::new().forward_train(&inputs.with_pair_weights(one.view())?)?;
     let mut grads = Gradients::zeros(&inputs, &Flash::new())?;
