@@ -834,7 +834,7 @@ fn additive_attention_by_hand() {
         let matrix = |name: &str| param(name).into_dimensionality::<Ix2>().unwrap();
         let project = |x: &Array2<f64>, side: &str| {
             let bias = param(&format!("lin_{side}.bias")).into_dimensionality::<Ix1>().unwrap();
-            x.dot(&matrix(&format!("lin_{side}.weight")).t()) + &bias
+            x.dot(&matrix(&format!("lin_{side}.weight")).t()) + bias
         };
         let (of_query, of_key) = (project(&q, "r"), project(&k, "l"));
         let of_edge = if edge_dim > 0 {
