@@ -319,7 +319,7 @@ fn quick_sum<S: Simd, F: Float, const SQUARE: bool>(simd: S, query: &[F], key: &
     while count > 1 {
         count /= 2;
         for i in 0..count {
-            sums[i] = sums[i] + sums[i + count];
+            sums[i] += sums[i + count];
         }
     }
     let mut lanes = [F::zero(); LANES];
