@@ -244,7 +244,8 @@ impl<F: Float> ByQuery<'_, F> {
                 for (by_slot, numbers) in
                     [(&mut grad_bias, &grads), (&mut grad_pair_weights, &of_pair_weights)]
                 {
-                    for (t, slot) in tile.slots.iter().enumerate() {
+                    let is_wanted = by_slot.ncols() > 0;
+                    for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
                         let mut row = by_slot.row_mut(slot - part.slots.start);
                         let of_pair = row.iter_mut().enumerate();
                         of_pair.for_each(|(head, grad)| *grad = numbers[head * stride + t]);
