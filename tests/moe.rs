@@ -1319,11 +1319,12 @@ fn bad_calls_are_refused() {
     let all = |experts| with_logits(MoeConfig::new(6, 3), experts, &[0.0; 3]);
     let third = all(vec![scaled(1.0), scaled(2.0), gat(6)]);
     refused(third.forward(&bare), "MissingInput | expert 2 (edge_gat) | edge features");
-    let with_bias = bare
-        .with_edge_features(data.features.view())
-        .and_then(|inputs| inputs.with_bias(data.bias[0].view()))
-        .unwrap();
-    refused(third.forward_train(&with_bias), "Unsupported | expert 2 (edge_gat) | additive bias");
+    let tangent = PoincareConfig::new().coordinates(Coordinates::Tangent);
+    let hyperbolic = all(vec![scaled(1.0), scaled(2.0), Box::new(tangent.init().unwrap())]);
+    let weights = Array2::ones((bare.num_pairs(), 1));
+    let weighted = bare.with_pair_weights(weights.view()).unwrap();
+    let words = "Unsupported | expert 2 (poincare) | weights of pairs";
+    refused(hyperbolic.forward_train(&weighted), words);
     // An expert inside a mixture inside a mixture.
     let inner = Box::new(all(vec![gat(6), gat(6), gat(6)]));
     let outer = all(vec![scaled(1.0), inner, scaled(2.0)]);

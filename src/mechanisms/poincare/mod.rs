@@ -446,6 +446,11 @@ impl<F: Float> Attention<F> for Poincare<F> {
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
+        // As in the forward pass, points that no query of a graph sees are not looked at.
+        if let (Pattern::Graph(_), Some(seen)) = (inputs.pattern(), inputs.select_seen_keys(&[])?) {
+            let weights = self.attention_weights(&seen.inputs());
+            return weights.map_err(|error| seen.in_whole(error));
+        }
         let embedded = self.embed(inputs)?;
         if !embedded.is_within_range(self.config.aggregation) {
             return Wide::new(self, inputs)?.attention_weights(inputs);
@@ -460,6 +465,12 @@ impl<F: Float> Attention<F> for Poincare<F> {
         mut grads: GradientsMut<'_, F>,
     ) -> Result<()> {
         grads.check(NAME, inputs, self)?;
+        if let (Pattern::Graph(_), Some(seen)) = (inputs.pattern(), inputs.select_seen_keys(&[])?) {
+            let backward = |inputs: &Inputs<'_, F>, grads: GradientsMut<'_, F>| {
+                self.attention_weights_backward_into(inputs, grad_weights, grads)
+            };
+            return seen.backward_of_read(grads, backward).map_err(|error| seen.in_whole(error));
+        }
         let embedded = self.embed(inputs)?;
         if !embedded.is_within_range(self.config.aggregation) {
             return Wide::new(self, inputs)?.weights_backward(inputs, grad_weights, grads);
