@@ -306,34 +306,38 @@ fn check_writable(writable: usize, count: usize) -> Result<()> {
     Err(Error::config("params", expected, format!("{writable} writable, the rest are shared")))
 }
 
+/// The methods of an implementation of [`Params`] that has those of another value, as in
+/// `params_of!(self => self.score);`.
+macro_rules! params_of {
+    ($self:ident => $inner:expr) => {
+        fn visit_params<'a>(&'a $self, visitor: &mut dyn FnMut(&str, ndarray::ArrayViewD<'a, F>)) {
+            $inner.visit_params(visitor);
+        }
+        fn visit_params_mut<'a>(
+            &'a mut $self,
+            visitor: &mut dyn FnMut(&str, ndarray::ArrayViewMutD<'a, F>),
+        ) {
+            $inner.visit_params_mut(visitor);
+        }
+        fn visit_buffers<'a>(&'a $self, visitor: &mut dyn FnMut(&str, ndarray::ArrayViewD<'a, F>)) {
+            $inner.visit_buffers(visitor);
+        }
+        fn visit_buffers_mut<'a>(
+            &'a mut $self,
+            visitor: &mut dyn FnMut(&str, ndarray::ArrayViewMutD<'a, F>),
+        ) {
+            $inner.visit_buffers_mut(visitor);
+        }
+    };
+}
+pub(crate) use params_of;
+
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for Box<P> {
-    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        (**self).visit_params(visitor);
-    }
-    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        (**self).visit_params_mut(visitor);
-    }
-    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        (**self).visit_buffers(visitor);
-    }
-    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        (**self).visit_buffers_mut(visitor);
-    }
+    params_of!(self => (**self));
 }
 
 impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
-    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        (**self).visit_params(visitor);
-    }
-    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        (**self).visit_params_mut(visitor);
-    }
-    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        (**self).visit_buffers(visitor);
-    }
-    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        (**self).visit_buffers_mut(visitor);
-    }
+    params_of!(self => (**self));
 }
 
 /// A shared reference gives no access for writing, so [`load_state`] and [`update`] refuse it.

@@ -51,6 +51,6 @@ fn named(best: Level, name: &str) -> Option<Level> {
     if name == "scalar" {
         return Some(Level::fallback());
     }
-    let _ = best;
+    let _ = (best, name);
     None
 }

@@ -9,10 +9,10 @@ use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::mechanisms::{packed, seen_keys};
-use crate::params::{self, Params};
+use crate::params::{self, Params, params_of};
 use crate::partial::{Partial, PartialUpstream, backward_partial};
 use crate::score::{ScoreFunction, add_entries, add_sinks, num_entries, sinks_vjp};
-use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2, s};
 
 const NAME: &str = "flash";
 
@@ -369,21 +369,7 @@ pub(super) fn row_products<F: Float>(
 }
 
 impl<F: Float, S: Params<F>> Params<F> for Flash<S> {
-    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        self.score.visit_params(visitor);
-    }
-
-    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        self.score.visit_params_mut(visitor);
-    }
-
-    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        self.score.visit_buffers(visitor);
-    }
-
-    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        self.score.visit_buffers_mut(visitor);
-    }
+    params_of!(self => self.score);
 }
 
 impl<F: Float, S: ScoreFunction<F>> Attention<F> for Flash<S> {

@@ -5,11 +5,11 @@ use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::flash::row_products;
-use crate::params::Params;
+use crate::params::{Params, params_of};
 use crate::partial::{Partial, backward_partial};
 use crate::score::{ScoreFunction, add_entries, num_entries};
 use crate::softmax::Softmax;
-use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 const NAME: &str = "scaled_dot_product";
 
@@ -217,21 +217,7 @@ pub(crate) fn dot_logit_vjp<F: Float>(
 }
 
 impl<F: Float, S: Params<F>> Params<F> for ScaledDotProduct<S> {
-    fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        self.score.visit_params(visitor);
-    }
-
-    fn visit_params_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        self.score.visit_params_mut(visitor);
-    }
-
-    fn visit_buffers<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
-        self.score.visit_buffers(visitor);
-    }
-
-    fn visit_buffers_mut<'a>(&'a mut self, visitor: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {
-        self.score.visit_buffers_mut(visitor);
-    }
+    params_of!(self => self.score);
 }
 
 impl<F: Float, S: ScoreFunction<F>> Attention<F> for ScaledDotProduct<S> {

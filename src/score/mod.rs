@@ -15,7 +15,7 @@
 //! | function | f(s) | parameters |
 //! |---|---|---|
 //! | [`SoftCap`] | c tanh(s / c) | none |
-//! | [`Alibi`] | s − slope · ⎸i − j⎹ | `slopes`, if they are learned |
+//! | [`Alibi`] | s − slope · abs(i − j) | `slopes`, if they are learned |
 //! | [`BucketBias`] | s + weight of the pair's bucket: relative positions (T5), hops, edge types | `weight` |
 //! | [`Sinks`] | s; adds a logit per head to the softmax that has no value | `sinks` |
 //! | [`Elementwise`] | your closure, with your derivative | none |

@@ -27,7 +27,7 @@ use crate::error::Result;
 use crate::float::{Float, try_vec, try_zeros};
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, Pattern, Segments};
-use fearless_simd::{Level, Simd};
+use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use std::ops::Range;
 
@@ -51,7 +51,7 @@ const PREFETCH_FROM: usize = 1 << 19;
 pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     #[cfg(target_arch = "x86_64")]
     if dims[0].max(dims[1]) * size_of::<F>() < 64 {
-        return level.as_avx2().map_or(level, Simd::level);
+        return level.as_avx2().map_or(level, fearless_simd::Simd::level);
     }
     let _ = dims;
     level
