@@ -9,7 +9,7 @@ use common::{on_one_thread, refused};
 use graph_attention::ndarray::{
     Array2, Array3, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMutD, Axis,
 };
-use graph_attention::ndarray::{Ix1, Ix2, IxDyn, concatenate, s};
+use graph_attention::ndarray::{Ix1, Ix2, IxDyn, array, concatenate, s};
 use graph_attention::{
     Attention, EdgeGat, EdgeGatConfig, Flash, Float, Gradients, Graph, Inputs, Params, Result,
     edge_gat::Score, params,
@@ -860,5 +860,29 @@ fn additive_attention_by_hand() {
         }
         let actual = gat.attention_weights(&inputs).unwrap();
         assert_close(format_args!("{dim} x {heads}"), 1e-14, &actual, &weights);
+    }
+}
+
+#[test]
+fn nan_in_a_key_that_a_bias_hides_from_one_head_stays_in_the_others() {
+    for score in [Score::Gat, Score::GatV2, Score::DotProduct, Score::Additive] {
+        let layer = EdgeGatConfig::new(score, 2, 3, 2).init::<f64>(&mut rng(5)).unwrap();
+        let query = array![[0.5, -0.3]];
+        let key = array![[0.1, 0.9], [f64::NAN, 0.4], [-0.7, 0.2]];
+        let graph = Graph::from_edges(1, 3, [(0, 0), (0, 1), (0, 2)]).unwrap();
+        let bias = array![[0.0, 0.3], [f64::NEG_INFINITY, 0.1], [0.2, 0.0]];
+        let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph).unwrap();
+        let inputs = inputs.with_bias(bias.view()).unwrap();
+        let (out, saved) = layer.forward_train(&inputs).unwrap();
+        let is_nan: Vec<bool> = out.iter().map(|x| x.is_nan()).collect();
+        assert_eq!(is_nan, [false, false, false, true, true, true], "{score:?}");
+        let grad_out = array![[1.0, -2.0, 0.5, 1.0, 1.0, 1.0]];
+        let grads = layer.backward(&inputs, &saved, grad_out.view()).unwrap();
+        let of_bias = grads.bias.unwrap();
+        for pair in 0..3 {
+            let expected = if pair == 1 { 0.0 } else { of_bias[[pair, 0]] };
+            assert!(of_bias[[pair, 0]].is_finite() && of_bias[[pair, 0]] == expected, "{score:?}");
+            assert!(of_bias[[pair, 1]].is_nan(), "{score:?}");
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! tanh, for the soft cap of logits.
+//! tanh, for the soft cap of logits and for scores of edges.
 
 use super::exp::exp_and_m1;
 use super::matmul::Vector;
@@ -11,7 +11,7 @@ use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 /// e = e^{−2 |x|}      |tanh x| = (1 − e) / (1 + e)      1 − tanh² x = 4 e / (1 + e)²
 /// ```
 #[inline(always)]
-fn tanh<S: Simd, F: Float>(simd: S, s: Vector<S, F>, factor: F) -> [Vector<S, F>; 2] {
+pub(crate) fn tanh<S: Simd, F: Float>(simd: S, s: Vector<S, F>, factor: F) -> [Vector<S, F>; 2] {
     let splat = |value: f64| Vector::<S, F>::splat(simd, F::from_f64(value));
     let [e, less_1] = exp_and_m1::<S, F>(simd, s.abs() * factor);
     let inverse = splat(1.0) / (splat(1.0) + e);

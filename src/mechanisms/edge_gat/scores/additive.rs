@@ -10,9 +10,9 @@ use crate::float::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::EdgeScore;
 use crate::kernels::edge_gat::activation::Activation;
-use crate::kernels::primitives::exp::exp;
 use crate::kernels::primitives::matmul::Vector;
-use fearless_simd::{Select, Simd, SimdBase};
+use crate::kernels::primitives::tanh::tanh;
+use fearless_simd::{Simd, SimdBase, SimdFloat};
 use ndarray::Array1;
 
 pub(super) struct Rules;
@@ -35,15 +35,10 @@ impl<F: Float> super::Rules<F> for Rules {
 struct Tanh;
 
 impl<F: Float> Activation<F> for Tanh {
-    /// (1 − e^{−2|x|})/(1 + e^{−2|x|}), with the sign of x.
     #[inline(always)]
     fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F> {
-        let zero = Vector::<S, F>::splat(simd, F::zero());
-        let one = Vector::<S, F>::splat(simd, F::one());
-        let minus_two = Vector::<S, F>::splat(simd, F::from_f64(-2.0));
-        let exponential = exp::<S, F>(simd, x.abs() * minus_two);
-        let tanh = (one - exponential) / (one + exponential);
-        x.simd_gt(zero).select(tanh, -tanh)
+        let [magnitude, _] = tanh::<S, F>(simd, x, F::from_f64(-2.0));
+        magnitude.copysign(x)
     }
 
     #[inline(always)]
