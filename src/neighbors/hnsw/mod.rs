@@ -134,6 +134,10 @@ impl HnswConfig {
 /// * **Every key can be reached.** A tree of links that are never dropped connects all keys, so a search with
 ///   enough candidates finds outliers too. Copies of a key share its links and are all found. Keys
 ///   with norms below 10⁻¹⁵ or above 10¹⁵ have no links: every query is compared with them.
+/// * **A weak case** are inner products with many neighbours of keys that are nearly of low rank: the search stays
+///   among the longest keys. Of 20,000 × 64 normal keys of rank 4 it finds 0.998 of the ten nearest but 0.80 of the
+///   400 nearest, of rank 2 only 0.46 of these; use [`ExactIndex`](super::ExactIndex) for them. Cosine and Euclidean
+///   distance find all.
 /// * **It can change.** [`insert`](Self::insert) adds keys. [`remove`](Self::remove) hides keys, but
 ///   searches still follow their links, until [`compact`](Self::compact) builds the index again without
 ///   them. With the feature `serde` an index can be saved, with its links, and loaded.
