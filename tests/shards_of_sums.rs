@@ -411,6 +411,12 @@ fn means_without_sums_and_parts_that_do_not_fit_are_refused() -> Result<()> {
     let result = midpoint.finish_partial_backward_into(&partial, grad.view(), &mut []);
     refused(result, "Shape | number of grads.params | [2] | [0]");
 
+    let weights = Array2::ones((inputs.num_pairs(), 1));
+    let weighted = inputs.with_pair_weights(weights.view())?;
+    let words = "Unsupported | poincare | weights of pairs";
+    refused(midpoint.forward_partial(&weighted), words);
+    refused(midpoint.backward_partial(&weighted, &partial, grad.view(), None), words);
+
     // In `f32` farther out than sums of `f32` can represent.
     let far = Points::<f32>::new(2, 3, 30.0, 7);
     let narrow = poincare::<f32>(Aggregation::Midpoint);

@@ -3,7 +3,7 @@
 use super::config::radii_within;
 use super::mean::Sums;
 use super::{Aggregation, Embedded, NAME, Poincare};
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, head_columns};
@@ -370,6 +370,7 @@ impl<F: Float> Poincare<F> {
     fn embed_for_partial(&self, inputs: &Inputs<'_, F>) -> Result<Embedded<F>> {
         let aggregation = self.config.aggregation;
         check_aggregation(aggregation)?;
+        inputs.check_absent(NAME, &[Channel::PairWeights])?;
         let embedded = self.embed(inputs)?;
         if !embedded.is_within_range(aggregation) {
             let [radius, of_values] = radii_within::<F>(aggregation);
