@@ -590,7 +590,8 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// Sets a layer number for each pair, such as the layer of a link in an HNSW index, the hops of
     /// [`Graph::k_hop`] or the pattern of [`Graph::union`]. Read by
-    /// [`LocalGlobal::joint`](crate::LocalGlobal::joint) and `gated`: 0 is local, anything above is global.
+    /// [`LocalGlobal::joint`](crate::LocalGlobal::joint) and `gated`: 0 is local, anything above is global; and by
+    /// [`score::BucketBias`](crate::score::BucketBias), where the numbers can also be types of edges.
     ///
     /// # Errors
     /// [`Error::Shape`] if there is not one layer per pair.
