@@ -176,15 +176,19 @@ impl<S> Flash<S> {
     /// [`sink_partial`](Self::sink_partial), num_queries × heads.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the gradients are not those of the parameters.
+    /// As [`Attention::backward_into`].
     pub fn sink_partial_backward_into<F: Float>(
         &self,
+        inputs: &Inputs<'_, F>,
         grad_log_sum_exp: ArrayView2<'_, F>,
         grad_params: &mut [ArrayD<F>],
     ) -> Result<()>
     where
         S: ScoreFunction<F>,
     {
+        self.score.check(inputs)?;
+        let shape = [inputs.num_queries(), inputs.num_heads()];
+        check_shape("grad_log_sum_exp", &shape, grad_log_sum_exp.shape())?;
         params::check_gradients(self, grad_params)?;
         let mut entries = vec![0.0; num_entries(&self.score)];
         for (head, of_head) in grad_log_sum_exp.columns().into_iter().enumerate() {

@@ -492,8 +492,13 @@ fn sinks_are_keys_without_values() {
     assert_close("query", 1e-14, &sum, &grads.query);
     let (_, of_log_sum) = merged.merge_vjp(&of_sinks, grad_out.view(), None).unwrap();
     let mut params = vec![Array1::zeros(HEADS).into_dyn()];
-    attention.sink_partial_backward_into(of_log_sum.view(), &mut params).unwrap();
+    attention.sink_partial_backward_into(&whole, of_log_sum.view(), &mut params).unwrap();
     assert_close("sinks", 1e-14, &params[0], &grads.params[0]);
+    let wider = Array2::zeros((37, HEADS + 1));
+    refused(
+        attention.sink_partial_backward_into(&whole, wider.view(), &mut params),
+        "Shape | grad_log_sum_exp | [37, 4] | [37, 5]",
+    );
 }
 
 #[test]
