@@ -1,21 +1,21 @@
 //! Affine maps of rows, for mechanisms with projections.
 //!
-//! The right factor is packed once into rows of whole panels; the rows of the left factor are shared
-//! among threads.
+//! The products are those of `ndarray`, in parts that threads share. Few rows and sparse rows are multiplied
+//! here, where that is faster.
 
 use super::gathered::plain_dot;
 use super::level::level;
 use super::parallel::{self, parts, row_chunks};
-use super::primitives::matmul::{Left, Matrix, Out, Target, Vector, columns_times, rows_times};
+use super::primitives::matmul::Vector;
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, all_finite, try_zeros};
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
+use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};
 use std::ops::Range;
 
-/// The largest number of parts, in whole blocks, in which rows of a product are distributed to threads.
-const PARTS: usize = 16;
+/// The rows of a product are distributed to threads in whole blocks.
 const BLOCK: usize = 96;
 
 /// A factor is sparse if fewer than one in this many entries are nonzero.
@@ -27,6 +27,13 @@ const FEW_ROWS: usize = 8;
 
 /// The gradient of a weight is a sum over rows, in at most this many parts, which are added in order.
 const SUMS: usize = 4;
+
+/// Whether a product overwrites numbers or is added to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    Overwrite,
+    Add,
+}
 
 /// Overwrites `out` with x Wᵀ + b, for a `weight` W of outputs × inputs as in PyTorch.
 pub(crate) fn linear_into<F: Float>(
@@ -86,9 +93,12 @@ pub(crate) fn linear_params_vjp<F: Float>(
     grad_weight: ArrayViewMut2<'_, F>,
     grad_bias: Option<ArrayViewMut1<'_, F>>,
 ) -> Result<()> {
-    let x = Rows::new("product", x)?;
-    let finite = without_dead_rows(&x, grad_out)?;
-    add_transposed_product(grad_out, finite.as_ref().unwrap_or(&x), grad_weight)?;
+    let finite = without_dead_rows(x, grad_out)?;
+    add_transposed_product(
+        grad_out,
+        finite.as_ref().map_or(x, |finite| finite.view()),
+        grad_weight,
+    )?;
     if let Some(mut grad_bias) = grad_bias {
         grad_bias += &grad_out.sum_axis(Axis(0));
     }
@@ -97,26 +107,26 @@ pub(crate) fn linear_params_vjp<F: Float>(
 
 /// Returns the rows without those that are not finite and have no gradient, if there are any.
 fn without_dead_rows<F: Float>(
-    x: &Rows<'_, F>,
+    x: ArrayView2<'_, F>,
     grad: ArrayView2<'_, F>,
-) -> Result<Option<Rows<'static, F>>> {
-    if all_finite(x.slices().data) {
+) -> Result<Option<Array2<F>>> {
+    if is_finite(x) {
         return Ok(None);
     }
-    let mut copy = try_zeros("product", grad.nrows(), x.slices().columns)?;
-    for ((row, mut copy), grad) in (0..).zip(copy.rows_mut()).zip(grad.rows()) {
-        if all_finite(x.row(row)) || grad.iter().any(|&grad| grad != F::zero()) {
-            copy.assign(&ArrayView1::from(x.row(row)));
+    let mut copy = try_zeros("product", x.nrows(), x.ncols())?;
+    for ((row, mut copy), grad) in x.rows().into_iter().zip(copy.rows_mut()).zip(grad.rows()) {
+        if row.iter().all(|value| value.is_finite()) || grad.iter().any(|&grad| grad != F::zero()) {
+            copy.assign(&row);
         }
     }
-    Ok(Some(Rows::from(copy)))
+    Ok(Some(copy))
 }
 
 /// Computes left · rightᵀ.
 fn transposed_product<F: Float>(
     left: ArrayView2<'_, F>,
     right: ArrayView2<'_, F>,
-    target: Target<'_, F>,
+    target: Target,
     out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
     if left.nrows() >= FEW_ROWS || left.is_empty() || right.as_slice().is_none() {
@@ -125,7 +135,7 @@ fn transposed_product<F: Float>(
     let work = left.len().saturating_mul(right.nrows());
     let (left, right) = (Rows::new("product", left)?, Rows::new("product", right)?);
     let level = level();
-    let parts = parts(out.ncols(), BLOCK, PARTS);
+    let parts = parts(out.ncols(), BLOCK, parallel::shares(work));
     let mut rest = Some(out);
     let tasks = parts.into_iter().map(|columns| {
         let (out, others) = rest.take().expect("all columns").split_at(Axis(1), columns.len());
@@ -143,23 +153,23 @@ fn transposed_product<F: Float>(
 fn product<F: Float>(
     left: ArrayView2<'_, F>,
     right: ArrayView2<'_, F>,
-    target: Target<'_, F>,
+    target: Target,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
-    let (inner, work) = (right.nrows(), left.len().saturating_mul(right.ncols()));
-    let left = Rows::new("product", left)?;
-    let right = Rows::new("product", right)?;
-    let is_sparse = is_sparse(&left) && all_finite(right.slices().data);
-    if matches!(target, Target::Overwrite) && (work == 0 || is_sparse) {
+    let work = left.len().saturating_mul(right.ncols());
+    let is_sparse = is_sparse(left) && is_finite(right);
+    if target == Target::Overwrite && (work == 0 || is_sparse) {
         out.fill(F::zero());
     }
     if work == 0 {
         return Ok(());
     }
-    let parts = parts(out.nrows(), BLOCK, PARTS);
+    // Each part copies the right factor.
+    let parts = parts(out.nrows(), BLOCK, parallel::shares(work));
     let outs = row_chunks(out, parts.iter().map(|part| part.len()));
     let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
     if is_sparse {
+        let (left, right) = (Rows::new("product", left)?, Rows::new("product", right)?);
         parallel::for_each(tasks, work / SPARSE, |(rows, mut out)| {
             for (mut out, row) in out.rows_mut().into_iter().zip(rows) {
                 for (inner, &factor) in non_zeros(left.row(row)) {
@@ -169,10 +179,9 @@ fn product<F: Float>(
         });
         return Ok(());
     }
-    let level = level();
-    let right = pack(level, &right, inner)?;
-    parallel::for_each(tasks, work, |(rows, out)| {
-        F::product_rows(level, &left, rows, &right, target, out)
+    let beta = if target == Target::Add { F::one() } else { F::zero() };
+    parallel::for_each(tasks, work, |(rows, mut out)| {
+        general_mat_mul(F::one(), &left.slice(s![rows, ..]), &right, beta, &mut out);
     });
     Ok(())
 }
@@ -180,45 +189,55 @@ fn product<F: Float>(
 /// out += leftᵀ · right; a sparse `right` as in [`product`].
 fn add_transposed_product<F: Float>(
     left: ArrayView2<'_, F>,
-    right: &Rows<'_, F>,
+    right: ArrayView2<'_, F>,
     mut out: ArrayViewMut2<'_, F>,
 ) -> Result<()> {
     let work = left.len().saturating_mul(out.ncols());
     if work == 0 {
         return Ok(());
     }
-    let num_rows = left.nrows();
-    let left = Rows::new("product", left)?;
-    if is_sparse(right) && all_finite(left.slices().data) {
+    if is_sparse(right) && is_finite(left) {
+        let right = Rows::new("product", right)?;
         let mut transposed = try_zeros("product", out.ncols(), out.nrows())?;
-        for row in 0..num_rows {
+        for (row, left) in left.rows().into_iter().enumerate() {
             for (column, &factor) in non_zeros(right.row(row)) {
-                let left = ArrayView1::from(left.row(row));
                 transposed.row_mut(column).scaled_add(factor, &left);
             }
         }
         out += &transposed.t();
         return Ok(());
     }
-    let level = level();
-    let parts = parts(num_rows, BLOCK, SUMS);
-    let columns = out.ncols().next_multiple_of(F::panel_len(level));
-    let mut sums = try_zeros("product", parts.len() * out.nrows(), columns)?;
+    let parts = parts(left.nrows(), BLOCK, SUMS);
+    let mut sums = try_zeros("product", parts.len() * out.nrows(), out.ncols())?;
     let lens = parts.iter().map(|_| out.nrows());
     let tasks: Vec<_> = parts.iter().cloned().zip(row_chunks(sums.view_mut(), lens)).collect();
-    parallel::for_each(tasks, work, |(rows, sum)| {
-        F::add_transposed_product(level, &left, right, rows, sum);
+    parallel::for_each(tasks, work, |(rows, mut sum)| {
+        let [left, right] = [left, right].map(|factor| factor.slice_move(s![rows.clone(), ..]));
+        general_mat_mul(F::one(), &left.t(), &right, F::zero(), &mut sum);
     });
-    for sum in sums.axis_chunks_iter(Axis(0), out.nrows()) {
-        out += &sum.slice(s![.., ..out.ncols()]);
-    }
+    sums.axis_chunks_iter(Axis(0), out.nrows()).for_each(|sum| out += &sum);
     Ok(())
 }
 
 /// Whether so few entries are nonzero that skipping the zeros is faster, for example words in a document.
-fn is_sparse<F: Float>(rows: &Rows<'_, F>) -> bool {
-    let data = rows.slices().data;
-    data.iter().filter(|&&value| value != F::zero()).count() < data.len() / SPARSE
+fn is_sparse<F: Float>(matrix: ArrayView2<'_, F>) -> bool {
+    let most = matrix.len() / SPARSE;
+    let mut count = 0;
+    // Most rows of a dense matrix are not read.
+    for row in matrix.rows() {
+        if count >= most {
+            return false;
+        }
+        count += row.iter().filter(|&&value| value != F::zero()).count();
+    }
+    count < most
+}
+
+fn is_finite<F: Float>(matrix: ArrayView2<'_, F>) -> bool {
+    match matrix.as_slice() {
+        Some(values) => all_finite(values),
+        None => matrix.iter().all(|value| value.is_finite()),
+    }
 }
 
 /// Iterates over the nonzero entries of a row, with their positions. Skips runs of zeros at once.
@@ -230,52 +249,13 @@ fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
     entries.filter(|&(_, &value)| value != F::zero())
 }
 
-/// A right factor in rows of whole panels, with zeros past its columns.
-fn pack<F: Float>(level: Level, right: &Rows<'_, F>, num_rows: usize) -> Result<Array2<F>> {
-    let num_columns = right.slices().columns;
-    let columns = num_columns.next_multiple_of(F::panel_len(level));
-    let mut packed = try_zeros("product", num_rows, columns)?;
-    for (row, mut packed) in packed.rows_mut().into_iter().enumerate() {
-        packed.slice_mut(s![..num_columns]).assign(&ArrayView1::from(right.row(row)));
-    }
-    Ok(packed)
-}
-
-/// left · right for some rows; `right` in whole panels.
-pub(super) fn product_rows<F: Float>(
-    level: Level,
-    left: &Rows<'_, F>,
-    rows: Range<usize>,
-    right: &Array2<F>,
-    target: Target<'_, F>,
-    mut out: ArrayViewMut2<'_, F>,
-) {
-    let right = Matrix::new(right.as_slice().expect("packed"), right.ncols());
-    let left = left.slices();
-    let columns = out.ncols();
-    // Rows that are not contiguous are copied.
-    let mut copy = match out.as_slice_mut() {
-        Some(_) => Vec::new(),
-        None => out.iter().copied().collect(),
-    };
-    let data_of_out = out.as_slice_mut().unwrap_or(&mut copy);
-    for block in parallel::ranges(rows.len(), BLOCK) {
-        let data = &left.data[(rows.start + block.start) * left.columns..];
-        let out = Out::new(&mut data_of_out[block.start * columns..], columns);
-        rows_times(level, block.len(), Left::new(data, left.columns), right, target, out);
-    }
-    if !copy.is_empty() {
-        out.iter_mut().zip(copy).for_each(|(out, value)| *out = value);
-    }
-}
-
 /// Computes `columns` of left · rightᵀ for few rows of `left`.
 pub(super) fn few_rows<F: Float>(
     level: Level,
     left: &Rows<'_, F>,
     right: &Rows<'_, F>,
     columns: Range<usize>,
-    target: Target<'_, F>,
+    target: Target,
     out: ArrayViewMut2<'_, F>,
 ) {
     dispatch!(level, simd => few_rows_in_vectors(simd, left, right, columns, target, out));
@@ -289,12 +269,12 @@ fn few_rows_in_vectors<S: Simd, F: Float>(
     left: &Rows<'_, F>,
     right: &Rows<'_, F>,
     columns: Range<usize>,
-    target: Target<'_, F>,
+    target: Target,
     mut out: ArrayViewMut2<'_, F>,
 ) {
     const AT_ONCE: usize = 4;
     let first = columns.start;
-    let is_added = !matches!(target, Target::Overwrite);
+    let is_added = target == Target::Add;
     for start in columns.clone().step_by(AT_ONCE) {
         let count = AT_ONCE.min(columns.end - start);
         for row in 0..out.nrows() {
@@ -341,29 +321,6 @@ fn dots<S: Simd, F: Float, const N: usize>(simd: S, own: &[F], rows: [&[F]; N]) 
         sums[n] = (even[n] + odd[n]).reduce_sum() + rest;
     }
     sums
-}
-
-/// sum += leftᵀ · right for some rows of both; `sum` in whole panels.
-pub(super) fn add_transposed_product_rows<F: Float>(
-    level: Level,
-    left: &Rows<'_, F>,
-    right: &Rows<'_, F>,
-    rows: Range<usize>,
-    mut sum: ArrayViewMut2<'_, F>,
-) {
-    let (num_rows, stride) = sum.dim();
-    let sum = sum.as_slice_mut().expect("a matrix of our own");
-    let mut packed = vec![F::zero(); BLOCK.min(rows.len()) * stride];
-    for block in parallel::ranges(rows.len(), BLOCK) {
-        let block = rows.start + block.start..rows.start + block.end;
-        for (packed, row) in packed.chunks_exact_mut(stride).zip(block.clone()) {
-            let row = right.row(row);
-            packed[..row.len()].copy_from_slice(row);
-        }
-        let left = Left::new(left.rows(block.clone()), num_rows);
-        let right = Matrix::new(&packed[..block.len() * stride], stride);
-        columns_times(level, left, right, Target::Add, Out::new(&mut *sum, stride));
-    }
 }
 
 #[cfg(test)]
@@ -426,7 +383,7 @@ mod tests {
             0 => (i % 5) as f32 - 2.0,
             _ => 0.0,
         });
-        assert!(is_sparse(&Rows::new("x", x.view())?));
+        assert!(is_sparse(x.view()));
         let mut weight = entries(9, 40, 1);
         let grad_out = entries(50, 9, 2);
         let mut grad_weight = weight.clone();

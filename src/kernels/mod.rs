@@ -20,10 +20,10 @@
 //!
 //! The scores of `EdgeGat` are steps too, in `mechanisms::edge_gat::scores`, each beside its parameters.
 //!
-//! `linear` computes projections from the products, and `norm` normalises rows. `nearest` also processes queries × keys in tiles, and
-//! keeps the best keys of each query; `keys` has similarities of single pairs, also for the links of an HNSW
-//! index. All are checked against the plain `ScaledDotProduct` and outputs of
-//! PyG.
+//! `linear` computes projections with `ndarray`'s products, and `norm` normalises rows. `nearest` also
+//! processes queries × keys in tiles, and keeps the best keys of each query; `keys` has similarities of
+//! single pairs, also for the links of an HNSW index. All are checked against the plain `ScaledDotProduct`
+//! and outputs of PyG.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///
@@ -97,7 +97,6 @@ use nearest::Lists;
 use normalizer::Normalizer;
 use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use poincare::HyperbolicProblem;
-use primitives::matmul::Target;
 use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
@@ -132,37 +131,15 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// [`primitives::matmul::panel_len`].
-    fn panel_len(level: Level) -> usize = primitives::matmul::panel_len::<Self>;
-
-    /// [`linear::product_rows`].
-    fn product_rows(
-        level: Level,
-        left: &Rows<'_, Self>,
-        rows: Range<usize>,
-        right: &Array2<Self>,
-        target: Target<'_, Self>,
-        out: ArrayViewMut2<'_, Self>,
-    ) = linear::product_rows;
-
     /// [`linear::few_rows`].
     fn few_rows(
         level: Level,
         left: &Rows<'_, Self>,
         right: &Rows<'_, Self>,
         columns: Range<usize>,
-        target: Target<'_, Self>,
+        target: linear::Target,
         out: ArrayViewMut2<'_, Self>,
     ) = linear::few_rows;
-
-    /// [`linear::add_transposed_product_rows`].
-    fn add_transposed_product(
-        level: Level,
-        left: &Rows<'_, Self>,
-        right: &Rows<'_, Self>,
-        rows: Range<usize>,
-        sum: ArrayViewMut2<'_, Self>,
-    ) = linear::add_transposed_product_rows;
 
     /// [`nearest::nearest`].
     fn nearest(

@@ -26,6 +26,16 @@ pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Se
     parts.into_iter().for_each(run);
 }
 
+/// Returns the number of threads that would share this work.
+pub(crate) fn shares(work: usize) -> usize {
+    #[cfg(feature = "parallel")]
+    if work >= WORTH_SHARING {
+        return rayon::current_num_threads();
+    }
+    let _ = work;
+    1
+}
+
 /// Not generic, so that the code that shares work among threads is compiled once, not for every task.
 #[cfg(feature = "parallel")]
 fn for_each_index(len: usize, run: &(dyn Fn(usize) + Sync)) {

@@ -144,7 +144,7 @@ impl<'l, F> Left<'l, F> {
 
 /// How a product is combined with the existing numbers.
 #[derive(Clone, Copy, Debug)]
-pub enum Target<'t, F> {
+pub(crate) enum Target<'t, F> {
     Add,
     /// Overwrites without reading: an untouched page of zeros is not allocated yet, and reading would
     /// fault twice.
