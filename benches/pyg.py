@@ -87,6 +87,7 @@ def main(folder):
         print(f"{name}: PyG {forward}; with backward {measure(train)}", flush=True)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
+        options.log_severity_level = 3
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         error = np.abs(session.run(None, inputs)[0] - out).max()
         print(f"{name}: onnxruntime {measure(lambda: session.run(None, inputs))}, error {error:.1e}")

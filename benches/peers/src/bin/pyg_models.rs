@@ -1,5 +1,5 @@
 //! Layers that were trained in PyG, in this crate and in rten, which reads their ONNX models: milliseconds, the fastest of
-//! several rounds in turns, by how much the resident memory grows at most (on Linux), and the difference to PyG's outputs.
+//! several rounds, the peak of memory beside inputs and parameters, and the difference to PyG's outputs.
 //!
 //! ```sh
 //! python benches/pyg.py FOLDER
@@ -10,17 +10,22 @@
 use graph_attention::ndarray::{Array2, ArrayD, Ix2};
 use graph_attention::{Attention, EdgeGatConfig, Gradients, Graph, Inputs, edge_gat::Score};
 use graph_attention::{safetensors, testing::hold_simd};
+use peak_alloc::PeakAlloc;
 use rten::{Model, Value, ValueOrView};
 use rten_tensor::NdTensor;
 use std::path::{Path, PathBuf};
-use std::{env, error::Error, fs, time::Instant};
+use std::{env, error::Error, time::Instant};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const ROUNDS: usize = 5;
 
+#[global_allocator]
+static PEAK: PeakAlloc = PeakAlloc;
+
 fn main() -> Result<()> {
-    let folder = PathBuf::from(env::args().nth(1).ok_or("the folder that pyg.py wrote is missing")?);
+    let folder =
+        PathBuf::from(env::args().nth(1).ok_or("the folder that pyg.py wrote is missing")?);
     println!("{}", hold_simd()?);
     let file = folder.join("graph.safetensors");
     let (x, edge_attr) = (array(&file, "x")?, array(&file, "edge_attr")?);
@@ -79,17 +84,10 @@ fn measure(mut run: impl FnMut() -> Result<()>) -> Result<String> {
         run()?;
         best = best.min(start.elapsed().as_secs_f64() * 1e3);
     }
-    let before = resident("VmRSS:")?;
-    fs::write("/proc/self/clear_refs", "5")?;
+    PEAK.reset_peak_usage();
+    let before = PEAK.current_usage();
     run()?;
-    Ok(format!("{best:.0} ms, {} MB", (resident("VmHWM:")? - before) / 1000))
-}
-
-/// Returns a line of Linux's report on this process, in kB.
-fn resident(key: &str) -> Result<usize> {
-    let status = fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix(key)).ok_or("not Linux")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    Ok(format!("{best:.0} ms, {} MB", (PEAK.peak_usage() - before) / 1_000_000))
 }
 
 fn tensor<F: graph_attention::Float>(file: &Path, name: &str) -> Result<ArrayD<F>> {
@@ -102,7 +100,10 @@ fn array(file: &Path, name: &str) -> Result<Array2<f32>> {
 }
 
 fn to_rten(matrix: &Array2<f32>) -> NdTensor<f32, 2> {
-    NdTensor::from_data([matrix.nrows(), matrix.ncols()], matrix.iter().copied().collect::<Vec<_>>())
+    NdTensor::from_data(
+        [matrix.nrows(), matrix.ncols()],
+        matrix.iter().copied().collect::<Vec<_>>(),
+    )
 }
 
 fn difference(a: &Array2<f32>, b: &Array2<f32>) -> f32 {
