@@ -377,6 +377,30 @@ mod tests {
         Ok(())
     }
 
+    /// The shares of threads are rows, so each sum is the same.
+    #[cfg(feature = "parallel")]
+    #[test]
+    fn products_do_not_depend_on_the_threads() -> Result<()> {
+        let numbers = |rows, columns| entries(rows, columns, 1).mapv(|x| (x * 0.7).sin());
+        let (x, weight, grad_out) = (numbers(701, 200), numbers(67, 200), numbers(701, 67));
+        assert!(parallel::shares(x.len() * weight.nrows()) == rayon::current_num_threads());
+        let results = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.expect("threads").install(|| -> Result<_> {
+                let y = linear(x.view(), weight.view(), None)?;
+                let (mut grad_x, mut grad_weight) = (numbers(701, 200), numbers(67, 200));
+                linear_input_vjp(weight.view(), grad_out.view(), grad_x.view_mut())?;
+                linear_params_vjp(x.view(), grad_out.view(), grad_weight.view_mut(), None)?;
+                Ok([y, grad_x, grad_weight])
+            })
+        };
+        let expected = results(1)?;
+        for threads in [2, 3, 8] {
+            assert_eq!(results(threads)?, expected);
+        }
+        Ok(())
+    }
+
     #[test]
     fn sparse_factors_change_nothing() -> Result<()> {
         let x = Array2::from_shape_fn((50, 40), |(i, j)| match (i * 40 + j) % 23 {

@@ -32,7 +32,8 @@ use ndarray::ArrayViewD;
 
 /// Limits the instruction set of the kernels to the one in the environment variable
 /// `GRAPH_ATTENTION_SIMD` (`avx512`, `avx2`, `sse2`; `scalar` with the feature of that name), and returns
-/// its name. Call it before anything else; for the tests, benches and examples of this crate.
+/// its name. `ndarray`'s products, which projections use, are not limited. Call it before anything else; for the
+/// tests, benches and examples of this crate.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the CPU does not have this instruction set, or another one is already in
