@@ -12,4 +12,4 @@ mod models;
 
 pub use adam::Adam;
 pub use args::Args;
-pub use models::{Between, Gat, GatPassed, Passed};
+pub use models::{Between, Gat, GatPassed, Passed, dropped, with_dropout};
