@@ -1,4 +1,4 @@
-//! What several examples of `graph-attention` share: data, models, an optimiser and metrics.
+//! What several examples of `graph-attention` share: data, models, an optimiser, metrics and a tree.
 //!
 //! ```sh
 //! cargo run --release -p examples --example compare
@@ -9,6 +9,7 @@ mod args;
 pub mod data;
 pub mod metrics;
 mod models;
+pub mod tree;
 
 pub use adam::Adam;
 pub use args::Args;
