@@ -7,10 +7,10 @@
 //!
 //! Sarkar's construction (2011; De Sa et al. 2018, arXiv:1804.03329) places a tree with edges of equal
 //! length, at equal angles around each node. Distortion: the largest ratio of distance to hops divided by
-//! the smallest. mAP: the mean average precision of tree neighbours, ranked by attention. No
-//! dev-dependency.
+//! the smallest. mAP: the mean average precision of tree neighbours, ranked by attention.
 
-use graph_attention::geometry::poincare::{distance, exp_map, exp_map_origin, log_map};
+use examples::{metrics, tree};
+use graph_attention::geometry::poincare::distance;
 use graph_attention::ndarray::Array2;
 use graph_attention::{Attention, Graph, Inputs, PoincareConfig, Result};
 use std::f64::consts::TAU;
@@ -19,11 +19,11 @@ use std::f64::consts::TAU;
 const NODES: usize = 63;
 
 fn main() -> Result<()> {
-    let edges = (1..NODES).flat_map(|child| [(child, (child - 1) / 2), ((child - 1) / 2, child)]);
-    let tree = Graph::from_edges(NODES, NODES, edges)?;
+    let tree = tree::binary(NODES)?;
     println!("layout                               distortion    mAP");
     for (length, known) in (1..).zip([2.493, 1.199, 1.102, 1.070, 1.054]) {
-        let (distortion, precision) = quality(&tree, &sarkar(&tree, f64::from(length))?, 1.0)?;
+        let (distortion, precision) =
+            quality(&tree, &tree::sarkar(&tree, f64::from(length))?, 1.0)?;
         println!("Poincaré disk, edges of length {length}     {distortion:>10.3}  {precision:.3}");
         assert!((distortion - known).abs() < 5e-4 && precision == 1.0, "agrees with the theory");
     }
@@ -38,22 +38,6 @@ fn main() -> Result<()> {
     println!("Euclidean plane, levels on circles   {distortion:>10.3}  {precision:.3}");
     assert!(distortion > 7.0 && precision < 0.7, "the tree does not fit into the plane");
     Ok(())
-}
-
-fn sarkar(tree: &Graph, length: f64) -> Result<Vec<[f64; 2]>> {
-    let mut points = vec![[0.0; 2]; NODES];
-    exp_map_origin(&[length / 2.0, 0.0], 1.0, &mut points[1])?;
-    for node in 0..NODES {
-        // The first neighbour is already placed: the parent, or a child for the root.
-        let (point, neighbors, mut v) = (points[node], tree.neighbors(node), [0.0; 2]);
-        log_map(&point, &points[neighbors[0] as usize], 1.0, &mut v)?;
-        for (turn, &neighbor) in neighbors.iter().enumerate().skip(1) {
-            let (sin, cos) = (TAU * turn as f64 / neighbors.len() as f64).sin_cos();
-            let turned = [cos * v[0] - sin * v[1], sin * v[0] + cos * v[1]];
-            exp_map(&point, &turned, 1.0, &mut points[neighbor as usize])?;
-        }
-    }
-    Ok(points)
 }
 
 /// Returns distortion and mAP.
@@ -71,10 +55,8 @@ fn quality(tree: &Graph, points: &[[f64; 2]], curvature: f64) -> Result<(f64, f6
         }
         let weight = |other: usize| weights[[node * NODES + other, 0]];
         others.sort_by(|&a, &b| weight(b).total_cmp(&weight(a)));
-        let places = (1..).zip(others).filter(|&(_, other)| hops[[node, other]] == 1.0);
-        let found =
-            (1..).zip(places).map(|(found, (place, _))| f64::from(found) / f64::from(place));
-        precision += found.sum::<f64>() / tree.neighbors(node).len() as f64;
+        let is_neighbor = others.into_iter().map(|other| hops[[node, other]] == 1.0);
+        precision += metrics::average_precision(is_neighbor, tree.neighbors(node).len());
     }
     Ok((most / least, precision / NODES as f64))
 }

@@ -6,22 +6,21 @@
 //! ```
 //!
 //! Nodes get smaller towards the boundary, as all lengths do: in hyperbolic length, all edges are equal.
-//! The layout is the same as in `hyperbolic_tree`. No dev-dependency.
+//! The layout is the same as in `hyperbolic_tree`.
 
-use graph_attention::geometry::poincare::{conformal_factor, exp_map, exp_map_origin, log_map};
+use examples::tree;
+use graph_attention::geometry::poincare::{conformal_factor, exp_map, log_map};
 use graph_attention::ndarray::Array2;
-use graph_attention::{Attention, Graph, Inputs, PoincareConfig, Result};
-use std::{env, f64::consts::TAU, fmt::Write, fs, path::PathBuf};
+use graph_attention::{Attention, Inputs, PoincareConfig};
+use std::{env, error::Error, fmt::Write, fs, path::PathBuf};
 
 /// The complete binary tree of depth 5: node i has the children 2i + 1 and 2i + 2.
 const NODES: usize = 63;
 /// The node with the attention to draw.
 const QUERY: usize = 4;
 
-fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let edges = (1..NODES).flat_map(|child| [(child, (child - 1) / 2), ((child - 1) / 2, child)]);
-    let tree = Graph::from_edges(NODES, NODES, edges)?;
-    let points = sarkar(&tree, 1.0)?;
+fn main() -> Result<(), Box<dyn Error>> {
+    let points = tree::sarkar(&tree::binary(NODES)?, 1.0)?;
     let (query, keys) = (Array2::from(vec![points[QUERY]]), Array2::from(points.clone()));
     let attention = PoincareConfig::new().temperature(0.25).init()?;
     let weights =
@@ -63,7 +62,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The start of an SVG element: the shortest line in the disk.
-fn geodesic(from: &[f64], to: &[f64]) -> std::result::Result<String, Box<dyn std::error::Error>> {
+fn geodesic(from: &[f64], to: &[f64]) -> Result<String, Box<dyn Error>> {
     let (mut v, mut at) = ([0.0; 2], [0.0; 2]);
     log_map(from, to, 1.0, &mut v)?;
     let mut line = "<polyline fill='none' points='".to_owned();
@@ -72,21 +71,4 @@ fn geodesic(from: &[f64], to: &[f64]) -> std::result::Result<String, Box<dyn std
         write!(line, "{:.4},{:.4} ", at[0], at[1])?;
     }
     Ok(line + "'")
-}
-
-/// Places the nodes with edges of equal length, at equal angles around each node.
-fn sarkar(tree: &Graph, length: f64) -> Result<Vec<[f64; 2]>> {
-    let mut points = vec![[0.0; 2]; NODES];
-    exp_map_origin(&[length / 2.0, 0.0], 1.0, &mut points[1])?;
-    for node in 0..NODES {
-        // The first neighbour is already placed: the parent, or a child for the root.
-        let (point, neighbors, mut v) = (points[node], tree.neighbors(node), [0.0; 2]);
-        log_map(&point, &points[neighbors[0] as usize], 1.0, &mut v)?;
-        for (turn, &neighbor) in neighbors.iter().enumerate().skip(1) {
-            let (sin, cos) = (TAU * turn as f64 / neighbors.len() as f64).sin_cos();
-            let turned = [cos * v[0] - sin * v[1], sin * v[0] + cos * v[1]];
-            exp_map(&point, &turned, 1.0, &mut points[neighbor as usize])?;
-        }
-    }
-    Ok(points)
 }

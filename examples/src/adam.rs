@@ -36,8 +36,9 @@ impl Adam {
     pub fn step(&mut self, model: &mut impl Params<f32>, grads: &[ArrayD<f32>]) -> Result<()> {
         self.step += 1.0;
         let unbiased = [0.9f64, 0.999].map(|beta| 1.0 - beta.powf(f64::from(self.step[[]])));
-        let [mean_factor, square_factor] = unbiased.map(|factor| 1.0 / factor as f32);
-        let Self { rate, weight_decay, moments, .. } = self;
+        // The means are unbiased in the step size, so ε is the ε̂ of the paper's section 2, as in TensorFlow.
+        let rate = self.rate * (unbiased[1].sqrt() / unbiased[0]) as f32;
+        let Self { weight_decay, moments, .. } = self;
         let mut moments = moments.iter_mut();
         params::update(model, grads, |_name, param, grad| {
             let Some([mean, square]) = moments.next() else { return };
@@ -46,8 +47,7 @@ impl Adam {
                     let grad = grad + *weight_decay * *param;
                     *mean += 0.1 * (grad - *mean);
                     *square += 0.001 * (grad * grad - *square);
-                    let slope = (*square * square_factor).sqrt() + 1e-8;
-                    *param -= *rate * *mean * mean_factor / slope;
+                    *param -= rate * *mean / (square.sqrt() + 1e-8);
                 },
             );
         })

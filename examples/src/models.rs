@@ -2,8 +2,8 @@ use graph_attention::ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayView
 use graph_attention::rand::Rng;
 use graph_attention::rowwise::Activation;
 use graph_attention::{
-    Attention, EdgeGat, EdgeGatConfig, Inputs, Linear, LinearConfig, Params, Result, Saved,
-    edge_gat::Score, params::prefixed,
+    Attention, Dropout, EdgeGat, EdgeGatConfig, Inputs, Linear, LinearConfig, Params, Result,
+    Saved, edge_gat::Score, params::prefixed,
 };
 
 /// A mechanism for self-attention between two linear maps: `project` from the columns of the data, and `head` to
@@ -106,9 +106,9 @@ impl Gat {
     }
 
     pub fn forward_train(&self, inputs: &Inputs<'_, f32>) -> Result<(Array2<f32>, GatPassed)> {
-        let x = dropped(inputs.query(), inputs, 0);
+        let x = rows_of_layer(inputs.query(), inputs, 0);
         let (hidden, first) = self.conv1.forward_train(&of_layer(inputs, &x, 0)?)?;
-        let h = dropped(hidden.mapv(|x| Activation::Elu.value(x)).view(), inputs, 1);
+        let h = rows_of_layer(hidden.mapv(|x| Activation::Elu.value(x)).view(), inputs, 1);
         let (out, second) = self.conv2.forward_train(&of_layer(inputs, &h, 1)?)?;
         Ok((out, GatPassed { rows: [x, h], saved: [first, second], hidden }))
     }
@@ -122,7 +122,7 @@ impl Gat {
     ) -> Result<Vec<ArrayD<f32>>> {
         let of_second = self.conv2.backward(&of_layer(inputs, h, 1)?, second, grad_out)?;
         // The backward pass of dropout drops the same entries.
-        let mut grad = dropped(of_second.self_attention()?.view(), inputs, 1);
+        let mut grad = rows_of_layer(of_second.self_attention()?.view(), inputs, 1);
         grad.zip_mut_with(hidden, |grad, &x| *grad *= Activation::Elu.slope(x));
         let inputs = of_layer(inputs, x, 0)?;
         let of_first = self.conv1.backward_params(&inputs, first, grad.view())?;
@@ -147,17 +147,27 @@ fn of_layer<'a>(
     x: &'a Array2<f32>,
     layer: usize,
 ) -> Result<Inputs<'a, f32>> {
-    let of_layer = with_rows(inputs, x)?;
-    match inputs.dropout() {
-        Some(dropout) => of_layer.with_dropout(dropout.of_layer(layer)),
-        None => Ok(of_layer),
-    }
+    let dropout = inputs.dropout().map(|dropout| dropout.of_layer(layer));
+    with_dropout(with_rows(inputs, x)?, dropout)
 }
 
-/// Dropout of the rows that a layer gets, with the hash that the crate uses for attention weights but another seed.
-fn dropped(x: ArrayView2<'_, f32>, inputs: &Inputs<'_, f32>, layer: usize) -> Array2<f32> {
-    let Some(dropout) = inputs.dropout() else { return x.to_owned() };
-    let dropout = dropout.of_layer(2 + layer);
+/// Returns the rows that a layer gets, of which the dropout of the inputs drops entries.
+fn rows_of_layer(x: ArrayView2<'_, f32>, inputs: &Inputs<'_, f32>, layer: usize) -> Array2<f32> {
+    dropped(x, inputs.dropout().map(|dropout| dropout.of_layer(2 + layer)))
+}
+
+/// Sets the dropout of attention weights, if there is one.
+pub fn with_dropout<'a>(
+    inputs: Inputs<'a, f32>,
+    dropout: Option<Dropout>,
+) -> Result<Inputs<'a, f32>> {
+    dropout.map_or(Ok(inputs), |dropout| inputs.with_dropout(dropout))
+}
+
+/// Dropout of the entries of an array, with the hash that the crate uses for attention weights: give it another
+/// seed. Its backward pass is itself.
+pub fn dropped(x: ArrayView2<'_, f32>, dropout: Option<Dropout>) -> Array2<f32> {
+    let Some(dropout) = dropout else { return x.to_owned() };
     Array2::from_shape_fn(x.raw_dim(), |(row, column)| match x[[row, column]] {
         0.0 => 0.0, // most words of a text; the hash would take longer than the rest
         x => x * dropout.multiplier::<f32>(row, column),
