@@ -415,14 +415,15 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize>(
     let count = rows.at.len();
     let mut of_head = [weights.weights; H];
     let factors = &weights.factors[group.head..][..H];
-    for h in 0..H {
+    for (h, of_head) in of_head.iter_mut().enumerate() {
         assert!(group.other[h] + N * len <= rows.rows.columns);
-        of_head[h] = weights.of_head(group.head + h, count);
+        *of_head = weights.of_head(group.head + h, count);
     }
     for start in (0..count.max(1)).step_by(ROWS_OF_SUM) {
         let mut sums = [[Vector::<S, F>::splat(simd, F::zero()); N]; H];
-        for t in start..count.min(start + ROWS_OF_SUM) {
-            let row = rows.row(t);
+        let end = count.min(start + ROWS_OF_SUM);
+        for (t, &row) in (start..end).zip(&rows.at[start..end]) {
+            let row = rows.rows.row(row);
             for h in 0..H {
                 let weight = Vector::<S, F>::splat(simd, of_head[h][t]);
                 let row = &row[group.other[h]..group.other[h] + N * len];
