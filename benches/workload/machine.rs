@@ -1,6 +1,7 @@
 //! The limits of the machine, measured in the same run as the benches that are compared with them.
 
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, dispatch};
+use rand::{RngExt, SeedableRng, rngs::Xoshiro256PlusPlus};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -51,6 +52,27 @@ pub(crate) fn read_bandwidth() -> f64 {
         }
         black_box(sums);
         (8 * data.len()) as f64 / start.elapsed().as_secs_f64()
+    });
+    best.fold(0.0, f64::max)
+}
+
+/// Measures reading rows of a matrix in random order, each from its first byte to its last: rows/s of one
+/// thread, the best of several runs.
+pub(crate) fn random_reads(num_rows: usize, bytes: usize) -> f64 {
+    let len = bytes.div_ceil(64) * 8;
+    let data = vec![1u64; num_rows * len];
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(7);
+    let rows: Vec<usize> = (0..200_000).map(|_| rng.random_range(0..num_rows)).collect();
+    let best = (0..5).map(|_| {
+        let start = Instant::now();
+        let mut sums = [0u64; 8];
+        for row in &rows {
+            for chunk in data[row * len..][..len].chunks_exact(8) {
+                sums.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum = sum.wrapping_add(x));
+            }
+        }
+        black_box(sums);
+        rows.len() as f64 / start.elapsed().as_secs_f64()
     });
     best.fold(0.0, f64::max)
 }

@@ -81,6 +81,12 @@ pub(crate) fn random_graph(nodes: usize, degree: usize, seed: u64) -> Graph {
     prepare(Graph::from_edges(nodes, nodes, edges))
 }
 
+/// Builds a graph of one query with 500,000 edges to random keys.
+pub(crate) fn hub(keys: usize) -> Graph {
+    let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
+    prepare(Graph::from_edges(1, keys, (0..500_000).map(|_| (0, rng.random_range(0..keys)))))
+}
+
 /// Builds a graph with keys drawn with a power law and numbered at random, as in a social network in its
 /// original order; the edges are in the order of their queries or in random order.
 pub(crate) fn power_law_graph(nodes: usize, degree: usize, sorted: bool) -> Graph {
