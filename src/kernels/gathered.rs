@@ -57,6 +57,15 @@ struct Group {
     other: [usize; VECTORS],
 }
 
+impl Group {
+    /// Returns the first column of head h of a group in other rows, for `N` vectors per head. Heads of one vector
+    /// are adjacent: there are not enough registers for eight columns beside eight pointers to weights.
+    #[inline(always)]
+    fn first_of<const N: usize>(&self, h: usize, len: usize) -> usize {
+        if N == 1 { self.other[0] + h * len } else { self.other[h] }
+    }
+}
+
 /// The columns of heads in own and other rows.
 #[derive(Clone, Debug)]
 pub(crate) struct Columns<F> {
@@ -101,7 +110,9 @@ impl<F: Float> Columns<F> {
         let mut head = 0;
         while head < heads && vectors_of_head > 0 {
             let together = VECTORS / vectors_of_head;
-            if matches!(vectors_of_head, 1 | 2 | 4) && head + together <= heads {
+            let is_next = |h: usize| starts(head + h)[1] == starts(head)[1] + h * len;
+            let fits = matches!(vectors_of_head, 1 | 2 | 4) && head + together <= heads;
+            if fits && (vectors_of_head > 1 || (1..together).all(is_next)) {
                 groups.push(group(head, 0, together, vectors_of_head));
                 head += together;
                 continue;
@@ -242,7 +253,7 @@ fn add_products<S: Simd, F: Float, const H: usize, const N: usize, const SQUARE:
     let zero = Vector::<S, F>::splat(simd, F::zero());
     let mut own_vectors = [[zero; N]; H];
     for h in 0..H {
-        assert!(group.other[h] + N * len <= rows.rows.columns);
+        assert!(group.first_of::<N>(h, len) + N * len <= rows.rows.columns);
         let own = &own[group.own[h]..][..N * len];
         for n in 0..N {
             own_vectors[h][n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
@@ -252,7 +263,8 @@ fn add_products<S: Simd, F: Float, const H: usize, const N: usize, const SQUARE:
     for (t, &row) in rows.at.iter().enumerate().take(len) {
         let row = rows.rows.row(row);
         for h in 0..H {
-            let row = &row[group.other[h]..group.other[h] + N * len];
+            let first = group.first_of::<N>(h, len);
+            let row = &row[first..first + N * len];
             let products = &mut products[(h * len + t) * len..][..len];
             let mut sum = zero;
             if H == 1 && !group.is_first {
@@ -416,7 +428,7 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize>(
     let mut of_head = [weights.weights; H];
     let factors = &weights.factors[group.head..][..H];
     for (h, of_head) in of_head.iter_mut().enumerate() {
-        assert!(group.other[h] + N * len <= rows.rows.columns);
+        assert!(group.first_of::<N>(h, len) + N * len <= rows.rows.columns);
         *of_head = weights.of_head(group.head + h, count);
     }
     for start in (0..count.max(1)).step_by(ROWS_OF_SUM) {
@@ -426,7 +438,8 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize>(
             let row = rows.rows.row(row);
             for h in 0..H {
                 let weight = Vector::<S, F>::splat(simd, of_head[h][t]);
-                let row = &row[group.other[h]..group.other[h] + N * len];
+                let first = group.first_of::<N>(h, len);
+                let row = &row[first..first + N * len];
                 for n in 0..N {
                     let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
                     sums[h][n] = weight.mul_add(row, sums[h][n]);
