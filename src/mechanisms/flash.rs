@@ -331,11 +331,8 @@ impl<S> Flash<S> {
     ) where
         S: ScoreFunction<F>,
     {
-        let mut entries = vec![0.0; num_entries(&self.score)];
-        if entries.is_empty() {
-            return;
-        }
         let deltas = row_products(grad_out, state.out.view(), state.normalizer.sum.ncols());
+        let mut entries = vec![0.0; num_entries(&self.score)];
         sinks_vjp(&self.score, &state.normalizer, &deltas, &mut entries);
         add_entries(&entries, grad_params);
     }

@@ -189,7 +189,7 @@ impl<F: Float> ByQuery<'_, F> {
                 columns.project(grad_out, &mut of_grad_out);
                 value_sums.clear();
             }
-            while tile.fill(softmax, &mut row, &[keys, values]) {
+            while tile.fill(softmax, &mut row, [keys, values]) {
                 let count = tile.pairs.len();
                 scorer.score(&mut tile);
                 tile.add_bias(softmax);
@@ -346,7 +346,7 @@ impl<F: Float> ByKey<'_, F> {
             let key = row.row;
             sum_key.fill(F::zero());
             sum_value.fill(F::zero());
-            while tile.fill(softmax, &mut row, &[queries, grads_out]) {
+            while tile.fill(softmax, &mut row, [queries, grads_out]) {
                 let stride = tile.stride;
                 let all_states = Slices { data: states, columns: 2 * heads };
                 tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));

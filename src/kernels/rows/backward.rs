@@ -237,9 +237,6 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let mut grad_params = vec![0.0; problem.scoring.as_ref().map_or(0, Scoring::num_params)];
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
-        let terms_of_queries = Slices { data: terms.as_flattened(), columns: 3 * heads };
-        let soon = [other.a, other.b, terms_of_queries];
-        let soon = if other.is_keys { &soon[..2] } else { &soon[..] };
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             scorer.begin(row.row);
             let own_b = own.b.row(row.row);
@@ -247,15 +244,14 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             sum_b.fill(F::zero());
             if other.is_keys {
                 let terms = &terms[row.row * heads..][..heads];
-                let len = row.slots.len().next_multiple_of(vector_len::<F>(level));
                 for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
-                    let of_head = head * tile.stride..head * tile.stride + len.min(tile.stride);
+                    let of_head = head * tile.stride..(head + 1) * tile.stride;
                     shifts[of_head.clone()].fill(shift);
                     inverses[of_head.clone()].fill(inverse);
                     deltas[of_head].fill(delta);
                 }
             }
-            while tile.fill(problem, &mut row, soon) {
+            while tile.fill(problem, &mut row, [other.a, other.b]) {
                 scorer.score(&mut tile);
                 if problem.scoring.is_some() {
                     raw.clone_from(&tile.weights);
@@ -266,13 +262,12 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 let stride = tile.stride;
                 columns_b.dots(own_b, tile.gather(other.b), &mut grads, stride);
                 if !other.is_keys {
-                    for head in 0..heads {
-                        let [of_head, _] = tile.of_head(head);
-                        let (shifts, inverses) =
-                            (&mut shifts[of_head.clone()], &mut inverses[of_head.clone()]);
-                        let columns = shifts.iter_mut().zip(inverses).zip(&mut deltas[of_head]);
-                        for (((shift, inverse), delta), query) in columns.zip(&tile.others) {
-                            [*shift, *inverse, *delta] = terms[query * heads + head];
+                    for (t, pair) in tile.pairs.iter().enumerate() {
+                        let terms = &terms[pair.query * heads..][..heads];
+                        for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
+                            shifts[head * stride + t] = shift;
+                            inverses[head * stride + t] = inverse;
+                            deltas[head * stride + t] = delta;
                         }
                     }
                 }

@@ -86,7 +86,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
         sums.fill(F::zero());
         let mut is_first = true;
 
-        while tile.fill(softmax, &mut row, &[softmax.key.slices(), values.slices()]) {
+        while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
             scorer.score(&mut tile);
             tile.apply_score(softmax, true, &mut scored);
             tile.add_bias(softmax);
@@ -157,26 +157,21 @@ fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[
 #[inline(never)]
 fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F], sums: &mut [F]) {
     dispatch!(tile.level, simd => {
-        // Step by step for all heads: their chains of dependent instructions run side by side.
-        for (head, max) in alphas.iter_mut().enumerate() {
+        for (head, sum) in sums.iter_mut().enumerate() {
             let [_, vectors] = tile.of_head(head);
-            *max = largest(simd, maxima[head], &tile.weights[vectors]);
-        }
-        for (alpha, old_max) in alphas.iter_mut().zip(&mut *maxima) {
-            let max = if *alpha > *old_max + F::from_f64(SLACK) { *alpha } else { *old_max };
-            *alpha = match *old_max {
-                _ if *old_max == max => F::one(),
-                // Before the first key there is nothing to rescale.
-                _ if *old_max == F::neg_infinity() => F::zero(),
-                _ => (*old_max - max).exp(),
-            };
-            *old_max = max;
-        }
-        for (head, (sum, &max)) in sums.iter_mut().zip(&*maxima).enumerate() {
-            let [_, vectors] = tile.of_head(head);
-            // Before the first key there is no maximum.
+            let logits = &mut tile.weights[vectors];
+            let old_max = maxima[head];
+            let max = largest(simd, old_max, logits);
+            let max = if max > old_max + F::from_f64(SLACK) { max } else { old_max };
+            // Before the first key there is no maximum for the shift, and nothing to rescale.
             let shift = if max == F::neg_infinity() { F::zero() } else { max };
-            *sum = exponentials_of(simd, &mut tile.weights[vectors], shift);
+            alphas[head] = match old_max {
+                _ if old_max == max => F::one(),
+                _ if old_max == F::neg_infinity() => F::zero(),
+                _ => (old_max - shift).exp(),
+            };
+            maxima[head] = max;
+            *sum = exponentials_of(simd, logits, shift);
         }
     });
 }

@@ -473,7 +473,7 @@ impl<F: Float> Tile<F> {
         &mut self,
         problem: &Problem<'_, F>,
         row: &mut Row<'_>,
-        soon: &[Slices<'_, F>],
+        soon: [Slices<'_, F>; 2],
     ) -> bool {
         self.pairs.clear();
         self.slots.clear();
