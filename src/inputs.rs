@@ -1,11 +1,9 @@
 mod bias;
-mod segments;
 mod selected;
 mod visible;
 
 pub use bias::Bias;
 pub(crate) use bias::BiasAxes;
-pub use segments::Segments;
 pub use selected::SelectedInputs;
 pub(crate) use visible::{Shown, hull};
 
@@ -13,6 +11,7 @@ use crate::dropout::Dropout;
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
+use crate::segments::Segments;
 use bias::{Logits, grid, hide_row, slot_of};
 use ndarray::{
     ArrayBase, ArrayView, ArrayView1, ArrayView2, ArrayView3, Axis, Dimension, Ix1, Ix2, Ix3,

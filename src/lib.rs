@@ -181,6 +181,7 @@ pub mod rowwise;
 #[cfg(feature = "safetensors")]
 pub mod safetensors;
 pub mod score;
+mod segments;
 pub mod softmax;
 pub mod testing;
 
@@ -194,7 +195,7 @@ pub use error::{Channel, Error, Result};
 pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill, Reordering, Subgraph};
-pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, Segments, SelectedInputs};
+pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
 pub use mechanisms::{
     dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare, stack,
     transformer,
@@ -213,6 +214,7 @@ pub use partial::Partial;
 pub use performer::{Performer, PerformerConfig};
 pub use poincare::{Poincare, PoincareConfig};
 pub use rowwise::{Linear, LinearConfig};
+pub use segments::Segments;
 pub use stack::{Stack, StackConfig};
 pub use transformer::{TransformerLayer, TransformerLayerConfig};
 

@@ -12,7 +12,7 @@ use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::partial::{Partial, PartialUpstream};
-use crate::score::{ScoreFunction, sinks_vjp, with_sink};
+use crate::score::{ScoreFunction, with_sink};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 
 /// The weights of softmax attention, computed from the logit of each pair and head.
@@ -321,7 +321,7 @@ impl<F: Float> Softmax<F> {
         deltas: &Array2<f64>,
         grad_params: &mut [f64],
     ) {
-        sinks_vjp(score, &self.normalizer, deltas, grad_params);
+        self.normalizer.sinks_vjp(score, deltas, grad_params);
     }
 
     /// Returns Σ p dp of each query and head, given the gradient of the weights.

@@ -15,7 +15,7 @@ pub use subgraph::Subgraph;
 
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
-use crate::inputs::Segments;
+use crate::segments::Segments;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::fmt;
 use std::ops::Range;

@@ -1,6 +1,6 @@
 use super::Graph;
 use crate::error::{Error, Result};
-use crate::inputs::Segments;
+use crate::segments::Segments;
 use ::serde::Deserialize;
 
 /// The serialised form of a [`Graph`], not yet validated.

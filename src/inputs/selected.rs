@@ -1,12 +1,13 @@
 //! Selection of queries, keys or pairs of inputs as new inputs.
 
 use super::bias::{Logits, slot_of};
-use super::{Inputs, Origin, Pair, Pattern, Positions, Segments, View2, View3};
+use super::{Inputs, Origin, Pair, Pattern, Positions, View2, View3};
 use crate::error::{Channel, Error, Result};
 use crate::float::{Float, try_array};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::kernels::primitives::prefetch::prefetch;
+use crate::segments::Segments;
 use ndarray::{
     Array, Array1, Array2, Array3, ArrayBase, ArrayView2, ArrayViewMut, ArrayViewMut2,
     ArrayViewMut3, Axis, Dim, Dimension, Ix2, Ix3, Slice, ViewRepr, s,

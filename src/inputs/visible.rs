@@ -1,9 +1,10 @@
 //! Which pairs a query sees, and by which numbers.
 
 use super::bias::slot_of;
-use super::{Causal, Inputs, Origin, Pair, Pattern, Segments, View3};
+use super::{Causal, Inputs, Origin, Pair, Pattern, View3};
 use crate::dropout::Dropout;
 use crate::float::Float;
+use crate::segments::Segments;
 use ndarray::s;
 use std::ops::Range;
 

@@ -6,10 +6,54 @@ use super::problem::Rows;
 use crate::dropout::mix;
 use crate::error::{Error, Result};
 use crate::float::{Float, all_finite};
-use crate::neighbors::Metric;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayView2};
 use std::ops::Range;
+
+/// The measure of similarity of two vectors; larger is nearer.
+///
+/// A vector with NaN or an infinity, or with a norm that is not finite, is similar to none: as a key it
+/// is never found, as a query it has no neighbours.
+///
+/// ```
+/// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
+/// use graph_attention::ndarray::array;
+///
+/// let keys = array![[1.0, 0.0], [3.0, 3.0]];
+/// let query = array![[2.0, 0.0]];
+/// for (metric, similarities) in [
+///     (Metric::Cosine, [1.0, 0.5f64.sqrt()]),
+///     (Metric::Dot, [2.0, 6.0]),
+///     (Metric::Euclidean, [-1.0, -10.0]),
+/// ] {
+///     let index = ExactIndex::new(keys.view(), metric)?;
+///     for neighbor in index.search(query.view(), &NeighborSearch::new(2))?.row(0) {
+///         assert!((neighbor.similarity - similarities[neighbor.key]).abs() < 1e-12);
+///     }
+/// }
+/// # Ok::<(), graph_attention::Error>(())
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Metric {
+    /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
+    Cosine,
+    /// q · k.
+    Dot,
+    /// −|q − k|², the negative of the squared Euclidean distance.
+    Euclidean,
+    /// −d(q, k), the negative of the distance in the Poincaré ball of curvature −c, with
+    /// d = arcosh(1 + 2c |q − k|² / ((1 − c |q|²) (1 − c |k|²))) / √c, as in
+    /// [`geometry::poincare::distance`](crate::geometry::poincare::distance).
+    ///
+    /// A vector outside the ball is similar to none. Neighbours are chosen by the quotient, not by Lorentz
+    /// products of lifted points, in which the distance between near points far from the origin cancels.
+    Poincare {
+        /// c, positive.
+        curvature: f64,
+    },
+}
 
 /// Keys, with the data for their similarities.
 #[derive(Clone, Debug)]
@@ -174,11 +218,11 @@ impl<'a, F: Float> Keys<'a, F> {
     }
 
     /// Converts to the units of the metric.
-    pub(crate) fn reported(&self, query: &Query, similarity: f64) -> f64 {
-        let Metric::Poincare { curvature } = self.metric else { return similarity };
+    pub(crate) fn reported(&self, query: &Query, similarity: f64) -> F {
+        let Metric::Poincare { curvature } = self.metric else { return F::from_f64(similarity) };
         // arcosh(1 + x) without cancellation.
         let x = -2.0 * curvature * similarity / self.gap(query.norm);
-        0.0 - (x + (x * (x + 2.0)).sqrt()).ln_1p() / curvature.sqrt()
+        F::from_f64(0.0 - (x + (x * (x + 2.0)).sqrt()).ln_1p() / curvature.sqrt())
     }
 
     /// Converts the smallest accepted similarity back. The result may be slightly too small.

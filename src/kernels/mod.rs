@@ -24,6 +24,11 @@
 //! processes queries × keys in tiles, and keeps the best keys of each query; `keys` has similarities of
 //! single pairs, also for the links of an HNSW index. All are checked against the plain `ScaledDotProduct`
 //! and outputs of PyG.
+//!
+//! Kernels import `Float`, the description of a problem (`Inputs`, `Graph`, score functions), and the
+//! `GradientsMut` that they add to. A `Graph` is plain data: it imports `Segments`, `Float` and errors only.
+//! Kernels import nothing from `neighbors`, `partial` or the mechanisms, which pass on what they know as numbers,
+//! slices and closures. In the other direction, `Float` requires [`Kernels`], so that mechanisms can call them.
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///
@@ -87,7 +92,6 @@ mod softmax_tests;
 use crate::error::Result;
 use crate::float::Float;
 use crate::gradients::GradientsMut;
-use crate::neighbors::NeighborSearch;
 use dense::TileSizes;
 use edge_gat::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
@@ -147,7 +151,8 @@ kernels! {
         keys: &Keys<'_, Self>,
         queries: &Rows<'_, Self>,
         rows: Range<usize>,
-        search: &NeighborSearch<'_, Self>,
+        threshold: Option<Self>,
+        accepts: &(dyn Fn(usize, u32, Self) -> bool + Sync),
         lists: Lists<'_, Self>,
     ) = nearest::nearest;
 

@@ -11,7 +11,6 @@ use super::parallel::ranges;
 use super::primitives::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::problem::Rows;
 use crate::float::Float;
-use crate::neighbors::{Neighbor, NeighborSearch};
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -21,19 +20,19 @@ use std::ops::Range;
 const QUERIES: usize = 64;
 const KEYS: usize = 96;
 
+/// The arguments of [`nearest`] that decide which keys a query has.
+#[derive(Clone, Copy)]
+struct Search<'s, F> {
+    k: usize,
+    threshold: Option<F>,
+    accepts: &'s (dyn Fn(usize, u32, F) -> bool + Sync),
+}
+
 /// A candidate key; the greatest is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Candidate {
     pub(crate) similarity: f64,
     pub(crate) key: u32,
-}
-
-impl Candidate {
-    /// Returns the neighbour of a query, with its similarity in the units of the metric.
-    pub(crate) fn into_neighbor<F: Float>(self, keys: &Keys<'_, F>, query: &Query) -> Neighbor<F> {
-        let similarity = F::from_f64(keys.reported(query, self.similarity));
-        Neighbor { key: self.key as usize, similarity }
-    }
 }
 
 impl Eq for Candidate {}
@@ -62,20 +61,18 @@ pub struct Lists<'l, F> {
 }
 
 impl<F: Float> Lists<'_, F> {
-    /// Adds the neighbours of the next query, at most k.
+    /// Adds the keys and similarities of the next query, at most k.
     ///
     /// # Panics
     /// If there is no next query.
-    pub(crate) fn push(&mut self, neighbors: impl Iterator<Item = Neighbor<F>>) {
+    pub(crate) fn push(&mut self, found: impl Iterator<Item = (u32, F)>) {
         let (keys, rest) = std::mem::take(&mut self.keys).split_at_mut(self.k);
         self.keys = rest;
         let (similarities, rest) = std::mem::take(&mut self.similarities).split_at_mut(self.k);
         self.similarities = rest;
         let len = self.lens.next().expect("one list for each query");
-        for (place, found) in keys.iter_mut().zip(similarities).zip(neighbors) {
-            // A key out of range stays out of range.
-            *place.0 = u32::try_from(found.key).unwrap_or(u32::MAX);
-            *place.1 = found.similarity;
+        for ((key, similarity), found) in keys.iter_mut().zip(similarities).zip(found) {
+            (*key, *similarity) = found;
             *len += 1;
         }
     }
@@ -86,7 +83,7 @@ struct Lane<'s, F: Float> {
     number: usize,
     /// `None` for a query that is similar to no key.
     query: Option<Query>,
-    search: &'s NeighborSearch<'s, F>,
+    search: Search<'s, F>,
     nearest: BinaryHeap<Candidate>,
     absolute_error: f64,
 }
@@ -101,7 +98,8 @@ impl<F: Float> Lane<'_, F> {
         if is_full && self.nearest.peek().is_none_or(|worst| candidate >= *worst) {
             return false;
         }
-        if !self.search.accepts(self.number, candidate.into_neighbor(keys, query)) {
+        let reported = keys.reported(query, candidate.similarity);
+        if !(self.search.accepts)(self.number, candidate.key, reported) {
             return false;
         }
         if is_full && let Some(mut worst) = self.nearest.peek_mut() {
@@ -144,7 +142,7 @@ impl<'s, F: Float> Block<'s, F> {
         keys: &Keys<'_, F>,
         queries: &Rows<'_, F>,
         rows: Range<usize>,
-        search: &'s NeighborSearch<'s, F>,
+        search: Search<'s, F>,
     ) -> Self {
         let width = rows.len().next_multiple_of(panel_width::<S, F>());
         let mut packed = vec![F::zero(); keys.dim() * width];
@@ -249,13 +247,15 @@ fn offer<S: Simd, F: Float>(
     );
 }
 
-/// Pushes the neighbours of some queries.
+/// Pushes the neighbours of some queries. `accepts` is given the numbers of a query and a key, and their
+/// similarity; what is below the threshold, it must refuse. Both similarities are in the units of the metric.
 pub(super) fn nearest<F: Float>(
     level: Level,
     keys: &Keys<'_, F>,
     queries: &Rows<'_, F>,
     rows: Range<usize>,
-    search: &NeighborSearch<'_, F>,
+    threshold: Option<F>,
+    accepts: &(dyn Fn(usize, u32, F) -> bool + Sync),
     mut lists: Lists<'_, F>,
 ) {
     #[inline(always)]
@@ -264,7 +264,7 @@ pub(super) fn nearest<F: Float>(
         keys: &Keys<'_, F>,
         queries: &Rows<'_, F>,
         rows: Range<usize>,
-        search: &NeighborSearch<'_, F>,
+        search: Search<'_, F>,
         lists: &mut Lists<'_, F>,
     ) {
         for block in ranges(rows.len(), QUERIES) {
@@ -279,22 +279,21 @@ pub(super) fn nearest<F: Float>(
             }
             for lane in block.lanes {
                 let nearest = lane.nearest.into_sorted_vec();
-                let neighbors = lane
-                    .query
-                    .iter()
-                    .flat_map(|query| nearest.iter().map(|found| found.into_neighbor(keys, query)));
-                lists.push(neighbors);
+                lists.push(lane.query.iter().flat_map(|query| {
+                    nearest.iter().map(|found| (found.key, keys.reported(query, found.similarity)))
+                }));
             }
         }
     }
+    let search = Search { k: lists.k, threshold, accepts };
     dispatch!(level, simd => run(simd, keys, queries, rows, search, &mut lists));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::keys::Metric;
     use crate::kernels::levels;
-    use crate::neighbors::Metric;
     use ndarray::Array2;
 
     /// Entries from −1 to 1 with ties and zeros among them.
@@ -309,14 +308,13 @@ mod tests {
         queries: &Rows<'_, F>,
         len: usize,
         k: usize,
-    ) -> Vec<Vec<Neighbor<F>>> {
+    ) -> Vec<Vec<(u32, F)>> {
         let (mut lens, mut found) = (vec![0; len], vec![0; len * k]);
         let mut similarities = vec![F::nan(); len * k];
         let lists =
             Lists { k, lens: lens.iter_mut(), keys: &mut found, similarities: &mut similarities };
-        nearest(level, keys, queries, 0..len, &NeighborSearch::new(k), lists);
-        let neighbor =
-            |at: usize| Neighbor { key: found[at] as usize, similarity: similarities[at] };
+        nearest(level, keys, queries, 0..len, None, &|_, _, _| true, lists);
+        let neighbor = |at: usize| (found[at], similarities[at]);
         let list = |(query, &len): (usize, &usize)| (query * k..query * k + len).map(neighbor);
         lens.iter().enumerate().map(|list_of| list(list_of).collect()).collect()
     }
@@ -331,7 +329,7 @@ mod tests {
                 let queries = rows::<F>(num_queries, dim, 2);
                 let k = k.min(num_keys);
                 // Every key offered, without tiles and bounds.
-                let expected: Vec<Vec<Neighbor<F>>> = (0..num_queries)
+                let expected: Vec<Vec<(u32, F)>> = (0..num_queries)
                     .map(|query| {
                         let query = keys.prepare(queries.row(query)).unwrap();
                         let candidate = |key| {
@@ -342,7 +340,7 @@ mod tests {
                         all.sort();
                         all.into_iter()
                             .take(k)
-                            .map(|found| found.into_neighbor(&keys, &query))
+                            .map(|found| (found.key, keys.reported(&query, found.similarity)))
                             .collect()
                     })
                     .collect();
@@ -369,18 +367,17 @@ mod tests {
         let (len, k) = (4000, 5);
         let keys = Keys::new(rows::<f32>(len, 16, 1), len, Metric::Cosine).unwrap();
         let queries = rows::<f32>(1, 16, 7);
-        let search = NeighborSearch::new(k);
-        let unreachable = search.threshold(f32::INFINITY);
+        let search = Search { k, threshold: None, accepts: &|_, _, _| true };
+        let unreachable = Search { threshold: Some(f32::INFINITY), ..search };
         let query = keys.prepare(queries.row(0)).unwrap();
         let absolute_error = keys.absolute_error(&query);
         assert!(absolute_error < 1e-5);
         let nearest = BinaryHeap::new();
-        let mut lane =
-            Lane { number: 0, query: Some(query), search: &search, nearest, absolute_error };
+        let mut lane = Lane { number: 0, query: Some(query), search, nearest, absolute_error };
         assert_eq!(lane.bound(&keys), f32::NEG_INFINITY);
-        lane.search = &unreachable;
+        lane.search = unreachable;
         assert_eq!(lane.bound(&keys), f32::INFINITY);
-        lane.search = &search;
+        lane.search = search;
         for key in 0..len {
             lane.offer(&keys, key);
         }

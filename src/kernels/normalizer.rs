@@ -2,7 +2,9 @@
 
 use crate::error::{Result, check_shape};
 use crate::float::{Float, nan_max, try_array};
-use ndarray::{Array2, ArrayView1, ArrayViewMut1, Axis, Ix2, s};
+use crate::inputs::head_columns;
+use crate::score::{ScoreFunction, with_sink};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1, ArrayViewMut2, Axis, Ix2, s};
 use std::ops::Range;
 
 /// The normalizer of the softmax of each query and head, in two parts:
@@ -86,6 +88,52 @@ impl<F: Float> Normalizer<F> {
     pub(crate) fn clear_row(&mut self, query: usize) {
         self.shift.row_mut(query).fill(F::neg_infinity());
         self.sum.row_mut(query).fill(F::zero());
+    }
+
+    /// Adds the sinks of a score function to the outputs and to this normalizer.
+    pub(crate) fn add_sinks(
+        &mut self,
+        score: &impl ScoreFunction<F>,
+        mut out: ArrayViewMut2<'_, F>,
+    ) {
+        let heads = self.sum.ncols();
+        let dim = out.ncols() / heads;
+        for head in 0..heads {
+            let sink = score.sink(head);
+            if sink == F::neg_infinity() {
+                continue;
+            }
+            let mut out = out.slice_mut(s![.., head_columns(head, dim)]);
+            for (query, mut row) in out.rows_mut().into_iter().enumerate() {
+                let [factor, shift, sum] =
+                    with_sink(sink.as_f64(), self.terms(query, head)).map(F::from_f64);
+                row.iter_mut().for_each(|out| *out *= factor);
+                self.shift[[query, head]] = shift;
+                self.sum[[query, head]] = sum;
+            }
+        }
+    }
+
+    /// Adds the gradients of the sinks: −p δ for each query, where p is the weight of the sink and δ = g·o,
+    /// num_queries × heads.
+    pub(crate) fn sinks_vjp(
+        &self,
+        score: &impl ScoreFunction<F>,
+        deltas: &Array2<f64>,
+        grad_params: &mut [f64],
+    ) {
+        for head in 0..self.sum.ncols() {
+            let sink = score.sink(head);
+            if sink == F::neg_infinity() {
+                continue;
+            }
+            let of_query = |(query, &delta): (usize, &f64)| {
+                let [shift, sum] = self.terms(query, head);
+                (sink.as_f64() - shift).exp() / sum * delta
+            };
+            let sum: f64 = deltas.column(head).iter().enumerate().map(of_query).sum();
+            score.sink_vjp(head, -sum, grad_params);
+        }
     }
 }
 

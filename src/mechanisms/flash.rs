@@ -11,7 +11,7 @@ use crate::mechanisms::scaled_dot_product::ScaledDotProduct;
 use crate::mechanisms::{packed, seen_keys};
 use crate::params::{self, Params, params_of};
 use crate::partial::{Partial, PartialUpstream, backward_partial};
-use crate::score::{ScoreFunction, add_entries, add_sinks, num_entries, sinks_vjp};
+use crate::score::{ScoreFunction, add_entries, num_entries};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2, s};
 
 const NAME: &str = "flash";
@@ -168,7 +168,7 @@ impl<S> Flash<S> {
         self.score.check(inputs)?;
         let mut out = try_zeros("out", inputs.num_queries(), output_dim(inputs))?;
         let mut normalizer = Normalizer::empty(inputs.num_queries(), inputs.num_heads())?;
-        add_sinks(&self.score, out.view_mut(), &mut normalizer);
+        normalizer.add_sinks(&self.score, out.view_mut());
         Partial::new(out, normalizer.shift, normalizer.sum)
     }
 
@@ -247,7 +247,7 @@ impl<S> Flash<S> {
         S: ScoreFunction<F>,
     {
         let mut normalizer = self.run_pairs(inputs, out.view_mut())?;
-        add_sinks(&self.score, out, &mut normalizer);
+        normalizer.add_sinks(&self.score, out);
         Ok(normalizer)
     }
 
@@ -333,7 +333,7 @@ impl<S> Flash<S> {
     {
         let deltas = row_products(grad_out, state.out.view(), state.normalizer.sum.ncols());
         let mut entries = vec![0.0; num_entries(&self.score)];
-        sinks_vjp(&self.score, &state.normalizer, &deltas, &mut entries);
+        state.normalizer.sinks_vjp(&self.score, &deltas, &mut entries);
         add_entries(&entries, grad_params);
     }
 

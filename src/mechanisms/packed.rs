@@ -4,9 +4,10 @@ use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
 use crate::float::Float;
 use crate::gradients::{GradientsMut, PartOfBias};
-use crate::inputs::{BiasAxes, Inputs, Segments};
+use crate::inputs::{BiasAxes, Inputs};
 use crate::kernels::parallel::{self, Rest};
 use crate::params;
+use crate::segments::Segments;
 use ndarray::{Array3, ArrayD, ArrayView2, ArrayViewMut2, ArrayViewMut3, Axis, s};
 use std::ops::Range;
 

@@ -112,8 +112,11 @@ pub(super) fn search_all<F: Float>(
 ) -> Result<Neighbors<F>> {
     let work = num_queries.saturating_mul(keys.dim()).saturating_mul(keys.len());
     let level = level();
+    let accepts = |query, key: u32, similarity| {
+        search.accepts(query, Neighbor { key: key as usize, similarity })
+    };
     collect(num_queries, keys.len(), search.k, work, |rows, lists| {
-        F::nearest(level, keys, queries, rows, search, lists);
+        F::nearest(level, keys, queries, rows, search.threshold, &accepts, lists);
         Ok(())
     })
 }

@@ -59,6 +59,7 @@
 mod exact;
 mod hnsw;
 
+pub use crate::kernels::keys::Metric;
 pub use exact::ExactIndex;
 pub use hnsw::{HnswConfig, HnswIndex};
 
@@ -72,51 +73,6 @@ use ndarray::{Array1, ArrayView1, ArrayView2};
 use std::fmt;
 use std::ops::Range;
 
-/// The measure of similarity of two vectors; larger is nearer.
-///
-/// A vector with NaN or an infinity, or with a norm that is not finite, is similar to none: as a key it
-/// is never found, as a query it has no neighbours.
-///
-/// ```
-/// use graph_attention::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
-/// use graph_attention::ndarray::array;
-///
-/// let keys = array![[1.0, 0.0], [3.0, 3.0]];
-/// let query = array![[2.0, 0.0]];
-/// for (metric, similarities) in [
-///     (Metric::Cosine, [1.0, 0.5f64.sqrt()]),
-///     (Metric::Dot, [2.0, 6.0]),
-///     (Metric::Euclidean, [-1.0, -10.0]),
-/// ] {
-///     let index = ExactIndex::new(keys.view(), metric)?;
-///     for neighbor in index.search(query.view(), &NeighborSearch::new(2))?.row(0) {
-///         assert!((neighbor.similarity - similarities[neighbor.key]).abs() < 1e-12);
-///     }
-/// }
-/// # Ok::<(), graph_attention::Error>(())
-/// ```
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Metric {
-    /// q · k / (|q| |k|), from −1 to 1. A zero vector has similarity 0 to all.
-    Cosine,
-    /// q · k.
-    Dot,
-    /// −|q − k|², the negative of the squared Euclidean distance.
-    Euclidean,
-    /// −d(q, k), the negative of the distance in the Poincaré ball of curvature −c, with
-    /// d = arcosh(1 + 2c |q − k|² / ((1 − c |q|²) (1 − c |k|²))) / √c, as in
-    /// [`geometry::poincare::distance`](crate::geometry::poincare::distance).
-    ///
-    /// A vector outside the ball is similar to none. Neighbours are chosen by the quotient, not by Lorentz
-    /// products of lifted points, in which the distance between near points far from the origin cancels.
-    Poincare {
-        /// c, positive.
-        curvature: f64,
-    },
-}
-
 /// A key that was found, and its similarity to the query.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Neighbor<F> {
@@ -124,6 +80,13 @@ pub struct Neighbor<F> {
     pub key: usize,
     /// The similarity; larger is nearer.
     pub similarity: F,
+}
+
+impl<F: Float> Neighbor<F> {
+    /// Returns the key in the form of the kernels, and its similarity. A key out of range stays out of range.
+    fn entry(&self) -> (u32, F) {
+        (u32::try_from(self.key).unwrap_or(u32::MAX), self.similarity)
+    }
 }
 
 /// The result of [`NeighborIndex::search`].
@@ -234,7 +197,7 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
                 let k = search.k.saturating_add(search.num_excluded(query)).min(num_keys);
                 self.nearest_into(queries.row(query), k, &mut nearest)?;
                 let accepted = nearest.iter().filter(|found| search.accepts(query, **found));
-                lists.push(accepted.copied());
+                lists.push(accepted.map(Neighbor::entry));
             }
             Ok(())
         })
@@ -260,7 +223,7 @@ pub trait NeighborIndex<F: Float>: fmt::Debug + Send + Sync {
 #[derive(Clone, Copy, Debug)]
 pub struct NeighborSearch<'a, F: Float> {
     pub(crate) k: usize,
-    pub(crate) threshold: Option<F>,
+    threshold: Option<F>,
     exclude_self: bool,
     exclude: Option<&'a Graph>,
     visible_in: Option<Inputs<'a, F>>,

@@ -51,7 +51,7 @@ pub use elementwise::Elementwise;
 pub(crate) use pairs::{Indices, Side};
 pub use pairs::{ScorePair, ScorePairs};
 pub use sinks::Sinks;
-pub(crate) use sinks::{add_sinks, sinks_vjp, with_sink};
+pub(crate) use sinks::with_sink;
 pub use soft_cap::SoftCap;
 
 use crate::error::Result;

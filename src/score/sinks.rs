@@ -1,10 +1,9 @@
 use super::{ScoreFunction, ScorePairs};
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec};
-use crate::inputs::{Inputs, head_columns};
-use crate::kernels::normalizer::Normalizer;
+use crate::inputs::Inputs;
 use crate::params::Params;
-use ndarray::{Array1, Array2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, s};
+use ndarray::{Array1, ArrayViewD, ArrayViewMutD};
 
 /// Attention sinks: a learned logit for each head that takes part in the softmax and has no value (gpt-oss, OpenAI
 /// 2025, 2508.10925; Miller 2023 with the logit 0; Xiao et al. 2023, 2309.17453, on why). A head can so attend to
@@ -108,49 +107,4 @@ pub(crate) fn with_sink(sink: f64, [shift, sum]: [f64; 2]) -> [f64; 3] {
     let of_keys = (shift - larger).exp() * sum;
     let of_all = of_keys + (sink - larger).exp();
     [of_keys / of_all, larger, of_all]
-}
-
-/// Adds the sinks of a score function to outputs and their normalizer.
-pub(crate) fn add_sinks<F: Float>(
-    score: &impl ScoreFunction<F>,
-    mut out: ArrayViewMut2<'_, F>,
-    normalizer: &mut Normalizer<F>,
-) {
-    let dim = out.ncols() / normalizer.sum.ncols();
-    for head in 0..normalizer.sum.ncols() {
-        let sink = score.sink(head);
-        if sink == F::neg_infinity() {
-            continue;
-        }
-        let mut out = out.slice_mut(s![.., head_columns(head, dim)]);
-        for (query, mut row) in out.rows_mut().into_iter().enumerate() {
-            let [factor, shift, sum] =
-                with_sink(sink.as_f64(), normalizer.terms(query, head)).map(F::from_f64);
-            row.iter_mut().for_each(|out| *out *= factor);
-            normalizer.shift[[query, head]] = shift;
-            normalizer.sum[[query, head]] = sum;
-        }
-    }
-}
-
-/// Adds the gradients of the sinks: −p δ for each query, where p is the weight of the sink and δ = g·o, num_queries
-/// × heads.
-pub(crate) fn sinks_vjp<F: Float>(
-    score: &impl ScoreFunction<F>,
-    normalizer: &Normalizer<F>,
-    deltas: &Array2<f64>,
-    grad_params: &mut [f64],
-) {
-    for head in 0..normalizer.sum.ncols() {
-        let sink = score.sink(head);
-        if sink == F::neg_infinity() {
-            continue;
-        }
-        let of_query = |(query, &delta): (usize, &f64)| {
-            let [shift, sum] = normalizer.terms(query, head);
-            (sink.as_f64() - shift).exp() / sum * delta
-        };
-        let sum: f64 = deltas.column(head).iter().enumerate().map(of_query).sum();
-        score.sink_vjp(head, -sum, grad_params);
-    }
 }

@@ -12,7 +12,7 @@ use crate::cache::{self, KeyValueCache};
 use crate::error::{Error, Result};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
-use crate::inputs::{Inputs, Pattern, Segments, SelectedInputs};
+use crate::inputs::{Inputs, Pattern, SelectedInputs};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, output_dim};
 use crate::mechanisms::fill_uniform;
@@ -21,7 +21,8 @@ use crate::mechanisms::packed;
 use crate::mechanisms::scaled_dot_product::{dot_logit, dot_logit_vjp};
 use crate::params::{Params, prefixed};
 use crate::partial::{PartialUpstream, merge_rows};
-use crate::score::{ScoreFunction, add_sinks};
+use crate::score::ScoreFunction;
+use crate::segments::Segments;
 use crate::softmax::Softmax;
 use gate::{Gate, SIDES};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
@@ -280,7 +281,7 @@ impl<F: Float, S: ScoreFunction<F>> LocalGlobal<F, S> {
     fn run(&self, inputs: &Inputs<'_, F>, mut out: ArrayViewMut2<'_, F>) -> Result<Normalizer<F>> {
         let mut normalizer = self.run_pairs(inputs, out.view_mut())?;
         if let Form::SlidingWindow { flash, .. } = &self.form {
-            add_sinks(flash.score(), out, &mut normalizer);
+            normalizer.add_sinks(flash.score(), out);
         }
         Ok(normalizer)
     }

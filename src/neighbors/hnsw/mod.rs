@@ -397,6 +397,12 @@ impl<F: Float> HnswIndex<F> {
         self.best(query, k, buffers, nearest);
     }
 
+    /// Returns a candidate with its similarity in the units of the metric.
+    fn neighbor(&self, query: &Query, found: &Candidate) -> Neighbor<F> {
+        let similarity = self.keys.reported(query, found.similarity);
+        Neighbor { key: found.key as usize, similarity }
+    }
+
     /// Adds the k nearest of the keys in `buffers.ids`, exactly: scores exclude most of them, with a margin
     /// for their rounding error.
     fn best(&self, query: &Query, k: usize, buffers: &mut Buffers, nearest: &mut Vec<Candidate>) {
@@ -453,7 +459,7 @@ impl<F: Float> NeighborIndex<F> for HnswIndex<F> {
         if let Some(query) = self.keys.prepare_row(query) {
             let mut found = Vec::new();
             self.nearest(&query, k, 0, |_| true, &mut Buffers::default(), &mut found);
-            nearest.extend(found.iter().map(|found| found.into_neighbor(&self.keys, &query)));
+            nearest.extend(found.iter().map(|found| self.neighbor(&query, found)));
         }
         Ok(())
     }
@@ -483,9 +489,10 @@ impl<F: Float> NeighborIndex<F> for HnswIndex<F> {
                     self.nearest(query, search.k, hidden, accepts, &mut buffers, &mut found);
                 }
                 lists.push(query.iter().flat_map(|query| {
-                    let neighbors =
-                        found.iter().map(|found| found.into_neighbor(&self.keys, query));
-                    neighbors.filter(|found| search.accepts(number, *found))
+                    let neighbors = found.iter().map(|found| self.neighbor(query, found));
+                    neighbors
+                        .filter(|found| search.accepts(number, *found))
+                        .map(|found| found.entry())
                 }));
             }
             Ok(())
