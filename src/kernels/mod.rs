@@ -96,7 +96,7 @@ use dense::TileSizes;
 use edge_gat::{EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use keys::{Keys, Origin};
-use ndarray::{Array1, Array2, ArrayViewMut2, ArrayViewMut3};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3};
 use nearest::Lists;
 use normalizer::Normalizer;
 use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
@@ -164,6 +164,23 @@ kernels! {
         ids: &[u32],
         scores: &mut Vec<f32>,
     ) = keys::scores;
+
+    /// [`norm::normalize_into`].
+    fn normalize_into(
+        norm: norm::RowNorm<'_, Self>,
+        x: ArrayView2<'_, Self>,
+        out: ArrayViewMut2<'_, Self>,
+    ) -> Result<()> = norm::normalize_into;
+
+    /// [`norm::normalize_vjp`].
+    fn normalize_vjp(
+        norm: norm::RowNorm<'_, Self>,
+        x: ArrayView2<'_, Self>,
+        grad_out: ArrayView2<'_, Self>,
+        grad_x: Option<ArrayViewMut2<'_, Self>>,
+        grad_weight: ArrayViewMut1<'_, Self>,
+        grad_bias: Option<ArrayViewMut1<'_, Self>>,
+    ) -> Result<()> = norm::normalize_vjp;
 
     /// [`dense::forward`].
     fn dense_forward(

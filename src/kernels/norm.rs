@@ -3,11 +3,13 @@
 //! Statistics and results are computed in `f64`, and rows of huge numbers are scaled down first, so no sum
 //! overflows.
 
+use super::gathered::unrolled_dot;
+use super::level::level;
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
 use crate::error::Result;
 use crate::float::{Float, try_zeros};
-use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 
 /// The largest number of parts, in whole blocks, in which rows are distributed to threads.
 const PARTS: usize = 16;
@@ -21,7 +23,7 @@ const WORK: usize = 8;
 
 /// y = γ x̂ + β, where x̂ is x divided by its root mean square, after its mean was subtracted if `is_centred`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RowNorm<'a, F> {
+pub struct RowNorm<'a, F> {
     pub(crate) is_centred: bool,
     /// Added to the mean square.
     pub(crate) epsilon: f64,
@@ -39,17 +41,17 @@ struct Statistics {
 }
 
 impl Statistics {
+    #[inline(always)]
     fn of<F: Float>(row: &[F], is_centred: bool, epsilon: f64) -> Self {
-        let largest = row.iter().fold(0.0, |largest: f64, x| largest.max(x.as_f64().abs()));
-        // A power of two, so that scaling does not round.
-        let scale = if largest > 2f64.powi(400) { 2f64.powi(-600) } else { 1.0 };
-        let len = row.len() as f64;
-        let mean = if is_centred { sum(row, |x| scale * x) / len } else { 0.0 };
-        let square = |x: f64| (scale * x - mean) * (scale * x - mean);
-        let mut mean_square = sum(row, square) / len + epsilon * scale * scale;
-        if mean_square < f64::MIN_POSITIVE {
-            mean_square = f64::MIN_POSITIVE; // equal huge numbers; a NaN stays
+        let [mean, mean_square] = moments(row, is_centred, 1.0);
+        if mean_square.is_finite() {
+            let mean_square = at_least(mean_square + epsilon);
+            return Self { scale: 1.0, mean, inverse: 1.0 / mean_square.sqrt() };
         }
+        // A power of two, so that scaling does not round.
+        let scale = 2f64.powi(-600);
+        let [mean, mean_square] = moments(row, is_centred, scale);
+        let mean_square = at_least(mean_square + epsilon * scale * scale);
         Self { scale, mean, inverse: 1.0 / mean_square.sqrt() }
     }
 
@@ -57,6 +59,22 @@ impl Statistics {
     fn normalized(&self, x: f64) -> f64 {
         (self.scale * x - self.mean) * self.inverse
     }
+}
+
+/// Returns the mean of the scaled numbers, or 0 for rows that are not centred, and the mean square of their distances
+/// to it.
+#[inline(always)]
+fn moments<F: Float>(row: &[F], is_centred: bool, scale: f64) -> [f64; 2] {
+    let len = row.len() as f64;
+    let mean = if is_centred { sum(row, |x| scale * x) / len } else { 0.0 };
+    let square = |x: f64| (scale * x - mean) * (scale * x - mean);
+    [mean, sum(row, square) / len]
+}
+
+/// Not 0, if all numbers are equal; a NaN stays.
+#[inline(always)]
+fn at_least(mean_square: f64) -> f64 {
+    if mean_square < f64::MIN_POSITIVE { f64::MIN_POSITIVE } else { mean_square }
 }
 
 /// Σ term(x), in several sums that do not wait for each other.
@@ -86,23 +104,31 @@ pub(crate) fn normalize_into<F: Float>(
     let parts = parts(out.nrows(), BLOCK, PARTS);
     let outs = row_chunks(out, parts.iter().map(|part| part.len()));
     let tasks: Vec<_> = parts.iter().cloned().zip(outs).collect();
-    parallel::for_each(tasks, work, |(rows, mut out)| {
-        for (row, out) in rows.zip(out.rows_mut()) {
-            normalize_row(norm, x.row(row), out);
-        }
+    parallel::for_each(tasks, work, |(rows, out)| {
+        let rows = rows.map(|row| x.row(row));
+        dispatch!(level(), _simd => normalize_rows(norm, rows, out));
     });
     Ok(())
 }
 
-fn normalize_row<F: Float>(norm: RowNorm<'_, F>, x: &[F], out: ArrayViewMut1<'_, F>) {
-    let statistics = Statistics::of(x, norm.is_centred, norm.epsilon);
-    let entry = |x: F, weight: F| statistics.normalized(x.as_f64()) * weight.as_f64();
-    let entries = out.into_iter().zip(x.iter().zip(norm.weight));
-    match norm.bias {
-        None => entries.for_each(|(out, (&x, &weight))| *out = F::from_f64(entry(x, weight))),
-        Some(bias) => entries.zip(bias).for_each(|((out, (&x, &weight)), bias)| {
-            *out = F::from_f64(entry(x, weight) + bias.as_f64());
-        }),
+#[inline(always)]
+fn normalize_rows<'r, F: Float>(
+    norm: RowNorm<'_, F>,
+    rows: impl Iterator<Item = &'r [F]>,
+    mut out: ArrayViewMut2<'_, F>,
+) {
+    let mut normalized = vec![F::zero(); norm.weight.len()];
+    for (x, mut out) in rows.zip(out.rows_mut()) {
+        let statistics = Statistics::of(x, norm.is_centred, norm.epsilon);
+        let entry = |x: F, weight: F| statistics.normalized(x.as_f64()) * weight.as_f64();
+        let entries = normalized.iter_mut().zip(x.iter().zip(norm.weight));
+        match norm.bias {
+            None => entries.for_each(|(y, (&x, &weight))| *y = F::from_f64(entry(x, weight))),
+            Some(bias) => entries.zip(bias).for_each(|((y, (&x, &weight)), bias)| {
+                *y = F::from_f64(entry(x, weight) + bias.as_f64());
+            }),
+        }
+        out.assign(&ArrayView1::from(&normalized));
     }
 }
 
@@ -136,16 +162,11 @@ pub(crate) fn normalize_vjp<F: Float>(
     };
     let tasks: Vec<_> =
         parts.iter().cloned().zip(of_x).zip(sums.axis_chunks_iter_mut(Axis(0), 2)).collect();
-    parallel::for_each(tasks, work, |((rows, mut grad_x), sums)| {
-        let (mut of_weight, mut of_bias) = sums.split_at(Axis(0), 1);
-        let mut sums = [of_weight.row_mut(0), of_bias.row_mut(0)];
-        for (at, row) in rows.enumerate() {
-            let grad = grad_out.row(row);
-            if grad.iter().any(|&grad| grad != F::zero()) {
-                let grad_x = grad_x.as_mut().map(|grad_x| grad_x.row_mut(at));
-                normalize_row_vjp(norm, x.row(row), grad, grad_x, &mut sums);
-            }
-        }
+    parallel::for_each(tasks, work, |((rows, grad_x), sums)| {
+        let sums = sums.into_slice().expect("rows of an array of our own");
+        let sums = sums.split_at_mut(columns);
+        let rows = rows.map(|row| [x.row(row), grad_out.row(row)]);
+        dispatch!(level(), _simd => rows_vjp(norm, rows, grad_x, [sums.0, sums.1]));
     });
     let add = |mut grad: ArrayViewMut1<'_, F>, first: usize| {
         for part in 0..parts.len() {
@@ -159,36 +180,43 @@ pub(crate) fn normalize_vjp<F: Float>(
     Ok(())
 }
 
-fn normalize_row_vjp<F: Float>(
+/// Adds the gradients of some rows, given x and g of each, and the terms of γ and β to their sums.
+#[inline(always)]
+fn rows_vjp<'r, F: Float>(
     norm: RowNorm<'_, F>,
-    x: &[F],
-    grad: &[F],
-    grad_x: Option<ArrayViewMut1<'_, F>>,
-    [of_weight, of_bias]: &mut [ArrayViewMut1<'_, f64>; 2],
+    rows: impl Iterator<Item = [&'r [F]; 2]>,
+    mut grad_x: Option<ArrayViewMut2<'_, F>>,
+    [of_weight, of_bias]: [&mut [f64]; 2],
 ) {
-    let statistics = Statistics::of(x, norm.is_centred, norm.epsilon);
-    let entries = || {
-        let entries = x.iter().zip(grad).zip(norm.weight);
-        entries.map(|((x, grad), weight)| {
-            let (normalized, grad) = (statistics.normalized(x.as_f64()), grad.as_f64());
-            (normalized, grad, grad * weight.as_f64())
-        })
-    };
-    let (mut mean, mut mean_product) = (0.0, 0.0);
-    for ((normalized, grad, weighted), (of_weight, of_bias)) in
-        entries().zip(of_weight.iter_mut().zip(of_bias.iter_mut()))
-    {
-        *of_weight += grad * normalized;
-        *of_bias += grad;
-        mean += weighted;
-        mean_product += weighted * normalized;
-    }
-    let Some(grad_x) = grad_x else { return };
-    let len = x.len() as f64;
-    (mean, mean_product) = (if norm.is_centred { mean / len } else { 0.0 }, mean_product / len);
-    for (grad_x, (normalized, _, weighted)) in grad_x.into_iter().zip(entries()) {
-        let grad = (weighted - mean - normalized * mean_product) * statistics.inverse;
-        *grad_x += F::from_f64(grad * statistics.scale);
+    let columns = norm.weight.len();
+    // x̂ and ĝ, and then the gradient of x.
+    let [mut normalized, mut weighted] = [(); 2].map(|()| vec![0.0; columns]);
+    for (at, [x, grad]) in rows.enumerate() {
+        if grad.iter().all(|&grad| grad == F::zero()) {
+            continue;
+        }
+        let statistics = Statistics::of(x, norm.is_centred, norm.epsilon);
+        for (normalized, x) in normalized.iter_mut().zip(x) {
+            *normalized = statistics.normalized(x.as_f64());
+        }
+        let sums = of_weight.iter_mut().zip(&mut *of_bias);
+        for ((normalized, grad), (of_weight, of_bias)) in normalized.iter().zip(grad).zip(sums) {
+            *of_weight += grad.as_f64() * normalized;
+            *of_bias += grad.as_f64();
+        }
+        let Some(grad_x) = &mut grad_x else { continue };
+        for (weighted, (grad, weight)) in weighted.iter_mut().zip(grad.iter().zip(norm.weight)) {
+            *weighted = grad.as_f64() * weight.as_f64();
+        }
+        let mean = |total: f64| total / columns as f64;
+        let mean_product = mean(unrolled_dot(&weighted, &normalized));
+        let mean = if norm.is_centred { mean(sum(&weighted, |x| x)) } else { 0.0 };
+        let factor = statistics.inverse * statistics.scale;
+        for (weighted, normalized) in weighted.iter_mut().zip(&normalized) {
+            *weighted = (*weighted - mean - normalized * mean_product) * factor;
+        }
+        let add = |sum: &mut F, &grad: &f64| *sum += F::from_f64(grad);
+        grad_x.row_mut(at).zip_mut_with(&ArrayView1::from(&weighted), add);
     }
 }
 

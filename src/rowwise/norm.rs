@@ -2,7 +2,7 @@ use super::RowGradients;
 use crate::error::{Error, Result, check_shape};
 use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::param_slot;
-use crate::kernels::norm::{RowNorm, normalize_into, normalize_vjp};
+use crate::kernels::norm::RowNorm;
 use crate::params::{self, Params};
 use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};
 
@@ -139,7 +139,7 @@ impl<F: Float> Norm<F> {
     pub fn forward_into(&self, x: ArrayView2<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         check_shape("x", &[x.nrows(), self.weight.len()], x.shape())?;
         check_shape("out", x.shape(), out.shape())?;
-        normalize_into(self.kernel(), x, out)
+        F::normalize_into(self.kernel(), x, out)
     }
 
     /// Returns the gradients of ⟨grad_out, y⟩ with respect to x and the parameters.
@@ -177,7 +177,7 @@ impl<F: Float> Norm<F> {
         params::check_gradients(self, grad_params)?;
         let (weight, bias) = grad_params.split_at_mut(1);
         let (weight, bias) = (param_slot(&mut weight[0]), bias.first_mut().map(param_slot));
-        normalize_vjp(self.kernel(), x, grad_out, grad_x, weight, bias)
+        F::normalize_vjp(self.kernel(), x, grad_out, grad_x, weight, bias)
     }
 
     fn kernel(&self) -> RowNorm<'_, F> {
