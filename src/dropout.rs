@@ -82,11 +82,36 @@ impl Dropout {
     #[inline]
     #[must_use]
     pub fn multiplier<F: Float>(&self, pair: usize, head: usize) -> F {
-        let hash = mix(mix(mix(self.seed) ^ pair as u64) ^ head as u64);
-        // Whether the upper 53 bits, as a number in [0, 1), are less than the probability; compared as
-        // integers, which can be vectorised.
-        let dropped = (self.probability * (1u64 << 53) as f64).ceil() as u64;
-        if hash >> 11 < dropped { F::zero() } else { F::from_f64(1.0 / (1.0 - self.probability)) }
+        self.of_pair(pair).multiplier(head)
+    }
+
+    /// Returns the dropout of a pair, for the factors of several heads.
+    #[inline]
+    pub(crate) fn of_pair<F: Float>(&self, pair: usize) -> PairDropout<F> {
+        // The upper 53 bits of a hash, as a number in [0, 1), are less than the probability; compared as integers, which
+        // can be vectorised. Rounded up by hand: `ceil` is a call on CPUs without SSE4.1.
+        let bound = self.probability * (1u64 << 53) as f64;
+        let dropped = bound as u64 + u64::from((bound as u64 as f64) < bound);
+        let hash = mix(mix(self.seed) ^ pair as u64);
+        PairDropout { hash, dropped, kept: F::from_f64(1.0 / (1.0 - self.probability)) }
+    }
+}
+
+/// The [`Dropout`] of one pair.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PairDropout<F> {
+    hash: u64,
+    /// Hashes whose upper 53 bits are less than this are dropped.
+    dropped: u64,
+    /// The factor of the others.
+    kept: F,
+}
+
+impl<F: Float> PairDropout<F> {
+    /// Returns the factor of the weight of a head.
+    #[inline]
+    pub(crate) fn multiplier(self, head: usize) -> F {
+        if mix(self.hash ^ head as u64) >> 11 < self.dropped { F::zero() } else { self.kept }
     }
 }
 

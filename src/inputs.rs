@@ -7,7 +7,7 @@ pub(crate) use bias::BiasAxes;
 pub use selected::SelectedInputs;
 pub(crate) use visible::{Shown, hull};
 
-use crate::dropout::Dropout;
+use crate::dropout::{Dropout, PairDropout};
 use crate::error::{Channel, Error, Result, check_shape};
 use crate::float::Float;
 use crate::graph::Graph;
@@ -987,14 +987,17 @@ impl<'a, F: Float> Inputs<'a, F> {
     #[inline]
     #[must_use]
     pub fn dropout_multiplier(&self, pair: Pair, head: usize) -> F {
-        let Some(dropout) = self.dropout else { return F::one() };
-        match self.pattern {
-            Pattern::Packed(segments) => {
-                let dropout = dropout.of_segment(segments.of_query(pair.query));
-                dropout.multiplier(self.pair_number(pair), head)
-            }
-            _ => dropout.multiplier(self.pair_number(pair), head),
+        self.pair_dropout(pair).map_or(F::one(), |dropout| dropout.multiplier(head))
+    }
+
+    /// Returns the dropout of a pair, if there is any, for the factors of several heads.
+    #[inline]
+    pub(crate) fn pair_dropout(&self, pair: Pair) -> Option<PairDropout<F>> {
+        let mut dropout = self.dropout?;
+        if let Pattern::Packed(segments) = self.pattern {
+            dropout = dropout.of_segment(segments.of_query(pair.query));
         }
+        Some(dropout.of_pair(self.pair_number(pair)))
     }
 
     /// Computes the [`dropout_multiplier`](Self::dropout_multiplier) of consecutive keys of dense inputs,

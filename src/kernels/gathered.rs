@@ -10,7 +10,7 @@
 use super::primitives::matmul::{ROWS_OF_SUM, Vector, vector_len};
 use super::problem::Slices;
 use crate::float::Float;
-use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, SimdMask};
 
 /// Σ aᵢ bᵢ over the common length, without SIMD.
 #[inline]
@@ -25,7 +25,7 @@ fn plain_squared_distance<F: Float>(a: &[F], b: &[F]) -> F {
 }
 
 /// Σ aᵢ bᵢ over the common length in eight sums, which compilers vectorise.
-#[inline]
+#[inline(always)]
 pub(crate) fn unrolled_dot<F: Float>(a: &[F], b: &[F]) -> F {
     let len = a.len().min(b.len());
     let (a, b) = (a[..len].chunks_exact(8), b[..len].chunks_exact(8));
@@ -39,14 +39,31 @@ pub(crate) fn unrolled_dot<F: Float>(a: &[F], b: &[F]) -> F {
     sums.into_iter().sum::<F>() + rest
 }
 
-/// The start of the columns of each head.
+/// Sums in registers at a time: as many as keep both units for multiply-add busy.
+const SUMS: usize = 8;
+
+/// Some vectors of columns of some heads, which are summed together: [`SUMS`], 4 or 1.
 #[derive(Clone, Copy, Debug)]
-struct Start {
+struct Group {
+    /// The first head, and the number of heads.
     head: usize,
-    own: usize,
-    other: usize,
-    /// Whether it is the first vector of the head.
+    heads: usize,
+    /// Vectors of each head.
+    vectors: usize,
+    /// Whether they are the first vectors of the heads.
     is_first: bool,
+    /// The first column of each head in own and other rows.
+    own: [usize; SUMS],
+    other: [usize; SUMS],
+}
+
+impl Group {
+    /// Returns the first column of head h of a group of `H` heads in other rows. Heads of a group of eight are
+    /// adjacent: there are not enough registers for eight columns beside eight pointers to weights.
+    #[inline(always)]
+    fn first_of<const H: usize>(&self, h: usize, len: usize) -> usize {
+        if H == SUMS { self.other[0] + h * len } else { self.other[h] }
+    }
 }
 
 /// The columns of heads in own and other rows.
@@ -56,11 +73,10 @@ pub(crate) struct Columns<F> {
     /// Columns of a head.
     dim: usize,
     heads: usize,
-    /// The vectors of columns of all heads: in groups of four if they are consecutive in both rows.
-    fours: Vec<[Start; 4]>,
-    ones: Vec<Start>,
-    /// The remaining columns of each head.
-    rest: Vec<Start>,
+    /// The whole vectors of columns of all heads.
+    groups: Vec<Group>,
+    /// The other columns of each head, in own and other rows.
+    rest: Vec<[usize; 2]>,
     /// For [`dots`](Self::dots): a vector of products for each head and lane; empty before.
     scratch: Vec<F>,
 }
@@ -74,42 +90,20 @@ impl<F: Float> Columns<F> {
         starts: impl Fn(usize) -> [usize; 2],
     ) -> Self {
         let len = vector_len::<F>(level);
-        let at = |head, columns| {
-            let [own, other] = starts(head);
-            let is_first = columns == 0;
-            Start { head, own: own + columns, other: other + columns, is_first }
-        };
-        let vectors_of_head = dim / len;
-        let vector = |v: usize| at(v / vectors_of_head, v % vectors_of_head * len);
-        let num_vectors = heads * vectors_of_head;
-        let with_rest = if dim.is_multiple_of(len) { 0 } else { heads };
-        let rest = (0..with_rest).map(|head| at(head, dim - dim % len)).collect();
-        let (mut fours, mut ones) = (Vec::with_capacity(num_vectors / 4), Vec::new());
-        // Heads of several vectors one by one, the others side by side.
-        let mut v = 0;
-        while v < num_vectors {
-            let first = vector(v);
-            let follows = |n: usize| {
-                let next = vector(v + n);
-                let is_same = dim == len || next.head == first.head;
-                is_same && [next.own, next.other] == [first.own + n * len, first.other + n * len]
-            };
-            if v + 4 <= num_vectors && (1..4).all(follows) {
-                fours.push([first, vector(v + 1), vector(v + 2), vector(v + 3)]);
-                v += 4;
-            } else {
-                ones.push(first);
-                v += 1;
-            }
-        }
-        Self { level, dim, heads, fours, ones, rest, scratch: Vec::new() }
+        let starts: Vec<_> = (0..heads).map(starts).collect();
+        let groups = groups(&starts, dim / len, len);
+        let rest_len = dim % len;
+        let with_rest = if rest_len > 0 { heads } else { 0 };
+        let first_of_rest = |start: &[usize; 2]| start.map(|start| start + dim - rest_len);
+        let rest = starts[..with_rest].iter().map(first_of_rest).collect();
+        Self { level, dim, heads, groups, rest, scratch: Vec::new() }
     }
 
     /// out[h · stride + t] = own · row t in the columns of head h. Overwrites up to a whole vector of
     /// `out` with meaningless values.
     ///
     /// The products of as many rows as a vector has lanes are kept as vectors and folded into one vector
-    /// of sums, which takes a quarter of the shuffles of one row at a time.
+    /// of sums, which takes a third of the shuffles of one row at a time.
     #[inline(never)]
     pub(crate) fn dots(&mut self, own: &[F], rows: Gather<'_, F>, out: &mut [F], stride: usize) {
         dispatch!(self.level, simd => self.sums::<_, false>(simd, own, rows, out, stride));
@@ -136,32 +130,25 @@ impl<F: Float> Columns<F> {
         out: &mut [F],
         stride: usize,
     ) {
-        let count = rows.at.len();
         let len = Vector::<S, F>::LEN;
-        let whole = self.dim - self.dim % len;
-        let Self { fours, ones, scratch, .. } = self;
+        let Self { groups, scratch, .. } = self;
         scratch.resize(self.heads * len * len, F::zero());
-        if whole == 0 {
+        if groups.is_empty() {
             // Not used in any sum, but values left by a previous tile might be NaN.
             scratch.fill(F::zero());
         }
-
-        for start in (0..count).step_by(len) {
-            let rows = Gather { at: &rows.at[start..count.min(start + len)], ..rows };
-            if whole == len {
-                for &vectors in fours.iter() {
-                    multiply::<S, F, 4, SQUARE>(simd, vectors, own, rows, scratch);
-                }
-                for &vector in ones.iter() {
-                    multiply::<S, F, 1, SQUARE>(simd, [vector], own, rows, scratch);
-                }
-            } else {
-                // A head's fours come before its ones.
-                for &vectors in fours.iter() {
-                    add_products::<S, F, 4, SQUARE>(simd, vectors, own, rows, scratch);
-                }
-                for &vector in ones.iter() {
-                    add_products::<S, F, 1, SQUARE>(simd, [vector], own, rows, scratch);
+        for (at, start) in rows.at.chunks(len).zip((0..).step_by(len)) {
+            let rows = Gather { at, ..rows };
+            for group in groups.iter() {
+                match [group.heads, group.vectors] {
+                    [1, 8] => add_products::<S, F, 1, 8, SQUARE>(simd, group, own, rows, scratch),
+                    [2, 4] => add_products::<S, F, 2, 4, SQUARE>(simd, group, own, rows, scratch),
+                    [4, 2] => add_products::<S, F, 4, 2, SQUARE>(simd, group, own, rows, scratch),
+                    [8, 1] => add_products::<S, F, 8, 1, SQUARE>(simd, group, own, rows, scratch),
+                    [1, 4] => add_products::<S, F, 1, 4, SQUARE>(simd, group, own, rows, scratch),
+                    [2, 2] => add_products::<S, F, 2, 2, SQUARE>(simd, group, own, rows, scratch),
+                    [4, 1] => add_products::<S, F, 4, 1, SQUARE>(simd, group, own, rows, scratch),
+                    _ => add_products::<S, F, 1, 1, SQUARE>(simd, group, own, rows, scratch),
                 }
             }
             for (head, products) in scratch.chunks_exact(len * len).enumerate() {
@@ -169,10 +156,11 @@ impl<F: Float> Columns<F> {
                 sums.store_slice(&mut out[head * stride + start..][..len]);
             }
         }
-        for rest in &self.rest {
-            let len = self.dim - whole;
-            for (t, out) in out[rest.head * stride..][..count].iter_mut().enumerate() {
-                let (own, row) = (&own[rest.own..][..len], &rows.row(t)[rest.other..][..len]);
+        let len = self.dim % len;
+        for (head, &[first_own, first_other]) in self.rest.iter().enumerate() {
+            let own = &own[first_own..][..len];
+            for (t, out) in out[head * stride..][..rows.at.len()].iter_mut().enumerate() {
+                let row = &rows.row(t)[first_other..][..len];
                 *out += if SQUARE { plain_squared_distance(own, row) } else { plain_dot(own, row) };
             }
         }
@@ -180,7 +168,7 @@ impl<F: Float> Columns<F> {
 
     /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row t in the columns of each head h.
     ///
-    /// The sum stays in registers over all rows, four vectors of it at a time.
+    /// The sum stays in registers over many rows: [`SUMS`] vectors of it, or fewer, with even and odd rows apart.
     #[inline(never)]
     pub(crate) fn add_weighted(&self, sum: &mut [F], weights: Weights<'_, F>, rows: Gather<'_, F>) {
         dispatch!(self.level, simd => self.weighted_sums(simd, sum, weights, rows));
@@ -194,129 +182,212 @@ impl<F: Float> Columns<F> {
         weights: Weights<'_, F>,
         rows: Gather<'_, F>,
     ) {
-        for &vectors in &self.fours {
-            add_weighted_vectors(simd, vectors, sum, weights, rows);
-        }
-        for &vector in &self.ones {
-            add_weighted_vectors(simd, [vector], sum, weights, rows);
-        }
-        for rest in &self.rest {
-            let len = self.dim % Vector::<S, F>::LEN;
-            let sum = &mut sum[rest.own..][..len];
-            for sum in sum.iter_mut() {
-                *sum *= weights.factors[rest.head];
+        for group in &self.groups {
+            match [group.heads, group.vectors] {
+                [1, 8] => add_weighted_group::<S, F, 1, 8, 1>(simd, group, sum, weights, rows),
+                [2, 4] => add_weighted_group::<S, F, 2, 4, 1>(simd, group, sum, weights, rows),
+                [4, 2] => add_weighted_group::<S, F, 4, 2, 1>(simd, group, sum, weights, rows),
+                [8, 1] => add_weighted_group::<S, F, 8, 1, 1>(simd, group, sum, weights, rows),
+                [1, 4] => add_weighted_group::<S, F, 1, 4, 2>(simd, group, sum, weights, rows),
+                [2, 2] => add_weighted_group::<S, F, 2, 2, 2>(simd, group, sum, weights, rows),
+                [4, 1] => add_weighted_group::<S, F, 4, 1, 2>(simd, group, sum, weights, rows),
+                _ => add_weighted_group::<S, F, 1, 1, 2>(simd, group, sum, weights, rows),
             }
-            for (t, &weight) in weights.of_head(rest.head, rows.at.len()).iter().enumerate() {
-                let row = &rows.row(t)[rest.other..][..len];
+        }
+        let len = self.dim % Vector::<S, F>::LEN;
+        for (head, &[first_own, first_other]) in self.rest.iter().enumerate() {
+            let sum = &mut sum[first_own..][..len];
+            for sum in sum.iter_mut() {
+                *sum *= weights.factors[head];
+            }
+            for (t, &weight) in weights.of_head(head, rows.at.len()).iter().enumerate() {
+                let row = &rows.row(t)[first_other..][..len];
                 sum.iter_mut().zip(row).for_each(|(sum, &value)| *sum += weight * value);
             }
         }
     }
 }
 
-/// Computes products of heads of one vector each.
-#[inline(always)]
-fn multiply<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
-    simd: S,
-    vectors: [Start; N],
-    own: &[F],
-    rows: Gather<'_, F>,
-    products: &mut [F],
-) {
-    let len = Vector::<S, F>::LEN;
-    let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
-    let own = &own[vectors[0].own..][..N * len];
-    for n in 0..N {
-        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
-    }
-    let products = &mut products[vectors[0].head * len * len..][..N * len * len];
-    for t in 0..rows.at.len() {
-        let row = &rows.row(t)[vectors[0].other..][..N * len];
-        for n in 0..N {
-            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-            let difference = row - own_vectors[n];
-            let product = if SQUARE { difference * difference } else { row * own_vectors[n] };
-            product.store_slice(&mut products[(n * len + t) * len..][..len]);
+/// Splits the whole vectors of columns of all heads into groups. `starts` are the heads' first columns in own and
+/// other rows.
+fn groups(starts: &[[usize; 2]], vectors_of_head: usize, len: usize) -> Vec<Group> {
+    let group = |head: usize, first: usize, heads: usize, vectors: usize| {
+        let [mut own, mut other] = [[0; SUMS]; 2];
+        for (h, start) in starts[head..head + heads].iter().enumerate() {
+            [own[h], other[h]] = start.map(|start| start + first * len);
         }
-    }
-}
-
-/// Adds the products of vectors of one head to the previous ones, unless they are the first.
-#[inline(always)]
-fn add_products<S: Simd, F: Float, const N: usize, const SQUARE: bool>(
-    simd: S,
-    vectors: [Start; N],
-    own: &[F],
-    rows: Gather<'_, F>,
-    products: &mut [F],
-) {
-    let len = Vector::<S, F>::LEN;
-    let Start { head, is_first, .. } = vectors[0];
-    let products = &mut products[head * len * len..][..rows.at.len() * len];
-    let mut own_vectors = [Vector::<S, F>::splat(simd, F::zero()); N];
-    let own = &own[vectors[0].own..][..N * len];
-    for n in 0..N {
-        own_vectors[n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
-    }
-    for (t, products) in products.chunks_exact_mut(len).enumerate() {
-        let row = &rows.row(t)[vectors[0].other..][..N * len];
-        let mut sum = match is_first {
-            true => Vector::<S, F>::splat(simd, F::zero()),
-            false => Vector::<S, F>::from_slice(simd, products),
+        Group { head, heads, vectors, is_first: first == 0, own, other }
+    };
+    let mut groups = Vec::with_capacity((starts.len() * vectors_of_head).div_ceil(SUMS));
+    let mut head = 0;
+    while head < starts.len() && vectors_of_head > 0 {
+        let next = &starts[head..];
+        let fit = |&heads: &usize| {
+            let is_next = |h: usize| next[h][1] == next[0][1] + h * len;
+            let are_enough = matches!(vectors_of_head, 1 | 2 | 4) && heads <= next.len();
+            are_enough && (heads < SUMS || (1..heads).all(is_next))
         };
-        for n in 0..N {
-            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-            let difference = row - own_vectors[n];
-            sum = match SQUARE {
-                true => difference.mul_add(difference, sum),
-                false => row.mul_add(own_vectors[n], sum),
-            };
+        if let Some(heads) = [SUMS, 4].map(|sums| sums / vectors_of_head).into_iter().find(fit) {
+            groups.push(group(head, 0, heads, vectors_of_head));
+            head += heads;
+            continue;
         }
-        sum.store_slice(products);
+        let mut first = 0;
+        while first < vectors_of_head {
+            let vectors = match vectors_of_head - first {
+                SUMS.. => SUMS,
+                4.. => 4,
+                _ => 1,
+            };
+            groups.push(group(head, first, 1, vectors));
+            first += vectors;
+        }
+        head += 1;
+    }
+    groups
+}
+
+/// Adds the products of N vectors of each of H heads to those of the previous vectors, if there are any.
+#[inline(always)]
+fn add_products<S: Simd, F: Float, const H: usize, const N: usize, const SQUARE: bool>(
+    simd: S,
+    group: &Group,
+    own: &[F],
+    rows: Gather<'_, F>,
+    products: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let mut own_vectors = [[zero; N]; H];
+    for h in 0..H {
+        assert!(group.first_of::<H>(h, len) + N * len <= rows.rows.columns);
+        let own = &own[group.own[h]..][..N * len];
+        for n in 0..N {
+            own_vectors[h][n] = Vector::<S, F>::from_slice(simd, &own[n * len..][..len]);
+        }
+    }
+    let products = &mut products[group.head * len * len..][..H * len * len];
+    for (t, &row) in rows.at.iter().enumerate().take(len) {
+        let row = rows.rows.row(row);
+        for h in 0..H {
+            let first = group.first_of::<H>(h, len);
+            let row = &row[first..first + N * len];
+            let products = &mut products[(h * len + t) * len..][..len];
+            let mut sum = zero;
+            if H == 1 && !group.is_first {
+                sum = Vector::<S, F>::from_slice(simd, products);
+            }
+            for n in 0..N {
+                let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
+                let difference = row - own_vectors[h][n];
+                sum = match SQUARE {
+                    true => difference.mul_add(difference, sum),
+                    false => row.mul_add(own_vectors[h][n], sum),
+                };
+            }
+            sum.store_slice(products);
+        }
     }
 }
 
-/// Returns a vector whose lane t is the sum of the lanes of vector t.
+/// Returns a vector whose lane t is the sum of the lanes of vector t. Every lane adds in the same order, so
+/// that a product does not depend on its place among the rows.
+///
+/// In registers of blocks of 16 bytes: first within blocks, then across them.
 #[inline(always)]
 fn fold_lanes<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
     let len = Vector::<S, F>::LEN;
     let vectors = &vectors[..len * len];
-    match len {
-        2 => fold_two(simd, vectors),
-        4 => fold_four(simd, vectors),
-        8 => fold_eight(simd, vectors),
-        16 => {
-            let (first, second) = vectors.split_at(8 * len);
-            fold::<S, F>(fold_eight(simd, first), fold_eight(simd, second))
+    match (len, size_of::<F>()) {
+        (2, _) => fold_two(simd, vectors, 0),
+        (4, 4) => fold_four(simd, vectors, 0),
+        (4, _) => {
+            let low = fold_two(simd, vectors, 0);
+            fold_halves::<S, F>(simd, low, fold_two(simd, vectors, 2))
+        }
+        (8, 4) => {
+            let low = fold_four(simd, vectors, 0);
+            fold_halves::<S, F>(simd, low, fold_four(simd, vectors, 4))
+        }
+        (8, _) => {
+            let (a, b) = (fold_two(simd, vectors, 0), fold_two(simd, vectors, 2));
+            let (c, d) = (fold_two(simd, vectors, 4), fold_two(simd, vectors, 6));
+            fold_quarters::<S, F>(simd, [a, b, c, d])
+        }
+        (16, _) => {
+            let (a, b) = (fold_four(simd, vectors, 0), fold_four(simd, vectors, 4));
+            let (c, d) = (fold_four(simd, vectors, 8), fold_four(simd, vectors, 12));
+            fold_quarters::<S, F>(simd, [a, b, c, d])
         }
         _ => unreachable!("no CPU has vectors of {len} numbers"),
     }
 }
 
-/// Returns the sums of adjacent lanes: those of `a`, then those of `b`.
+/// Returns vector t.
 #[inline(always)]
-fn fold<S: Simd, F: Float>(a: Vector<S, F>, b: Vector<S, F>) -> Vector<S, F> {
-    a.unzip_low(b) + a.unzip_high(b)
+fn vector<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F> {
+    let len = Vector::<S, F>::LEN;
+    Vector::<S, F>::from_slice(simd, &vectors[t * len..][..len])
 }
 
-// Depth first, so that few vectors are live at a time; functions, because a closure would not be inlined.
+/// A mask that takes lanes from its first operand where the bit is set.
 #[inline(always)]
-fn fold_two<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
-    let (a, b) = vectors.split_at(Vector::<S, F>::LEN);
-    let a = Vector::<S, F>::from_slice(simd, a);
-    fold::<S, F>(a, Vector::<S, F>::from_slice(simd, &b[..Vector::<S, F>::LEN]))
+fn mask<S: Simd, F: Float>(simd: S, bits: u64) -> <Vector<S, F> as SimdBase<S>>::Mask {
+    SimdMask::from_bitmask(simd, bits)
 }
 
+/// For blocks of two lanes: in each block the sums of that block of vectors t and t + 1.
 #[inline(always)]
-fn fold_four<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
-    let (a, b) = vectors.split_at(2 * Vector::<S, F>::LEN);
-    fold::<S, F>(fold_two(simd, a), fold_two(simd, b))
+fn fold_two<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F> {
+    let (a, b) = (vector::<S, F>(simd, vectors, t), vector::<S, F>(simd, vectors, t + 1));
+    mask::<S, F>(simd, 0b0101_0101).select(a, b) + a.slide_within_blocks::<1>(b)
 }
 
+/// For blocks of four lanes: in each block the sums of that block of vectors t to t + 3.
+///
+/// ```text
+/// a₀₂ a₁₃ c₀₂ c₁₃   of vectors t and t + 2
+/// d₀₂ b₁₃ b₀₂ d₁₃   of t + 1 and t + 3: one shuffle more, so that the second one is a rotation
+/// a   b   c   d
+/// ```
 #[inline(always)]
-fn fold_eight<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
-    let (a, b) = vectors.split_at(4 * Vector::<S, F>::LEN);
-    fold::<S, F>(fold_four(simd, a), fold_four(simd, b))
+fn fold_four<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F> {
+    let (a, c) = (vector::<S, F>(simd, vectors, t), vector::<S, F>(simd, vectors, t + 2));
+    let ac = mask::<S, F>(simd, 0x3333).select(a, c) + a.slide_within_blocks::<2>(c);
+    let (b, d) = (vector::<S, F>(simd, vectors, t + 1), vector::<S, F>(simd, vectors, t + 3));
+    let middle = mask::<S, F>(simd, 0x6666);
+    let swapped = middle.select(d, b);
+    let bd = middle.select(b, d) + swapped.slide_within_blocks::<2>(swapped);
+    let even = mask::<S, F>(simd, 0x5555);
+    let swapped = even.select(bd, ac);
+    even.select(ac, bd) + swapped.slide_within_blocks::<1>(swapped)
+}
+
+/// For two blocks: their sum in `a`, then in `b`.
+#[inline(always)]
+fn fold_halves<S: Simd, F: Float>(simd: S, a: Vector<S, F>, b: Vector<S, F>) -> Vector<S, F> {
+    match Vector::<S, F>::LEN {
+        4 => mask::<S, F>(simd, 0b0011).select(a, b) + a.slide::<2>(b),
+        _ => mask::<S, F>(simd, 0b0000_1111).select(a, b) + a.slide::<4>(b),
+    }
+}
+
+/// For four blocks: their sums in each vector, like [`fold_four`] with blocks in place of lanes.
+#[inline(always)]
+fn fold_quarters<S: Simd, F: Float>(simd: S, [a, b, c, d]: [Vector<S, F>; 4]) -> Vector<S, F> {
+    // For eight lanes in blocks of two, and for sixteen in blocks of four.
+    let is_short = Vector::<S, F>::LEN == 8;
+    let [first, middle, even] =
+        if is_short { [0x0f, 0x3c, 0x33] } else { [0x00ff, 0x0ff0, 0x0f0f] };
+    let [first, middle, even] =
+        [mask::<S, F>(simd, first), mask::<S, F>(simd, middle), mask::<S, F>(simd, even)];
+    let swapped = middle.select(d, b);
+    let rotated = if is_short { swapped.slide::<4>(swapped) } else { swapped.slide::<8>(swapped) };
+    let ac = first.select(a, c) + if is_short { a.slide::<4>(c) } else { a.slide::<8>(c) };
+    let bd = middle.select(b, d) + rotated;
+    let swapped = even.select(bd, ac);
+    let rotated = if is_short { swapped.slide::<2>(swapped) } else { swapped.slide::<4>(swapped) };
+    even.select(ac, bd) + rotated
 }
 
 /// Some rows of a matrix, in some order.
@@ -330,12 +401,6 @@ impl<'r, F: Copy> Gather<'r, F> {
     #[inline(always)]
     fn row(self, t: usize) -> &'r [F] {
         self.rows.row(self.at[t])
-    }
-
-    /// Returns the given columns of a row.
-    #[inline(always)]
-    fn columns(self, t: usize, [first, len]: [usize; 2]) -> &'r [F] {
-        &self.row(t)[first..][..len]
     }
 }
 
@@ -356,52 +421,72 @@ impl<'w, F> Weights<'w, F> {
     }
 }
 
+/// sum ← factors · sum + Σₜ weights · row t for N vectors of each of H heads; R rows in turn are summed apart, so that an
+/// addition need not wait for the previous one.
 #[inline(always)]
-fn add_weighted_vectors<S: Simd, F: Float, const N: usize>(
+fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize, const R: usize>(
     simd: S,
-    vectors: [Start; N],
+    group: &Group,
     sum: &mut [F],
     weights: Weights<'_, F>,
     rows: Gather<'_, F>,
 ) {
     let len = Vector::<S, F>::LEN;
     let count = rows.at.len();
-    let zero = Vector::<S, F>::splat(simd, F::zero());
-    let mut of_head = [weights.weights; N];
-    let mut total = [zero; N];
-    let sum = &mut sum[vectors[0].own..][..N * len];
-    for n in 0..N {
-        let factor = Vector::<S, F>::splat(simd, weights.factors[vectors[n].head]);
-        total[n] = Vector::<S, F>::from_slice(simd, &sum[n * len..][..len]) * factor;
-        of_head[n] = weights.of_head(vectors[n].head, count);
+    let mut of_head = [weights.weights; H];
+    let factors = &weights.factors[group.head..][..H];
+    for (h, of_head) in of_head.iter_mut().enumerate() {
+        assert!(group.first_of::<H>(h, len) + N * len <= rows.rows.columns);
+        *of_head = weights.of_head(group.head + h, count);
     }
-    let columns = [vectors[0].other, N * len];
-    for start in (0..count).step_by(2 * ROWS_OF_SUM) {
-        let end = count.min(start + 2 * ROWS_OF_SUM);
-        // Two sums in turn, so that an addition need not wait for the previous one.
-        let (mut even, mut odd) = ([zero; N], [zero; N]);
-        for t in (start..end - (end - start) % 2).step_by(2) {
-            let (even_row, odd_row) = (rows.columns(t, columns), rows.columns(t + 1, columns));
-            for n in 0..N {
-                let a = Vector::<S, F>::from_slice(simd, &even_row[n * len..][..len]);
-                let b = Vector::<S, F>::from_slice(simd, &odd_row[n * len..][..len]);
-                even[n] = Vector::<S, F>::splat(simd, of_head[n][t]).mul_add(a, even[n]);
-                odd[n] = Vector::<S, F>::splat(simd, of_head[n][t + 1]).mul_add(b, odd[n]);
+    for start in (0..count.max(1)).step_by(R * ROWS_OF_SUM) {
+        let mut sums = [[[Vector::<S, F>::splat(simd, F::zero()); N]; H]; R];
+        let end = count.min(start + R * ROWS_OF_SUM);
+        let whole = end - (end - start) % R;
+        for t in (start..whole).step_by(R) {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                add_row::<S, F, H, N>(simd, group, sums, (of_head, t + r), rows);
             }
         }
-        if (end - start) % 2 == 1 {
-            let row = rows.columns(end - 1, columns);
+        for t in whole..end {
+            add_row::<S, F, H, N>(simd, group, &mut sums[0], (of_head, t), rows);
+        }
+        for h in 0..H {
+            let factor = if start == 0 { factors[h] } else { F::one() };
+            let factor = Vector::<S, F>::splat(simd, factor);
+            let sum = &mut sum[group.own[h]..][..N * len];
             for n in 0..N {
-                let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
-                even[n] = Vector::<S, F>::splat(simd, of_head[n][end - 1]).mul_add(row, even[n]);
+                let mut of_rows = sums[0][h][n];
+                for sums in &sums[1..] {
+                    of_rows += sums[h][n];
+                }
+                let sum = &mut sum[n * len..][..len];
+                let total = Vector::<S, F>::from_slice(simd, sum).mul_add(factor, of_rows);
+                total.store_slice(sum);
             }
         }
+    }
+}
+
+/// Adds row t, times its weight for each head, to the sums.
+#[inline(always)]
+fn add_row<S: Simd, F: Float, const H: usize, const N: usize>(
+    simd: S,
+    group: &Group,
+    sums: &mut [[Vector<S, F>; N]; H],
+    (weights, t): ([&[F]; H], usize),
+    rows: Gather<'_, F>,
+) {
+    let len = Vector::<S, F>::LEN;
+    let row = rows.row(t);
+    for h in 0..H {
+        let weight = Vector::<S, F>::splat(simd, weights[h][t]);
+        let first = group.first_of::<H>(h, len);
+        let row = &row[first..first + N * len];
         for n in 0..N {
-            total[n] += even[n] + odd[n];
+            let row = Vector::<S, F>::from_slice(simd, &row[n * len..][..len]);
+            sums[h][n] = weight.mul_add(row, sums[h][n]);
         }
-    }
-    for n in 0..N {
-        total[n].store_slice(&mut sum[n * len..][..len]);
     }
 }
 
@@ -427,12 +512,12 @@ mod tests {
         let gather = |data, columns| Gather { rows: Slices { data, columns }, at: &at };
 
         let mut columns = Columns::new(level, heads, dim, |head| [head * dim, kv_head(head) * dim]);
+        let mut products = vec![F::nan(); heads * stride];
         // What a tile before left behind must not matter.
         columns.scratch.fill(F::nan());
-        let mut products = vec![F::nan(); heads * stride];
         columns.dots(&own, gather(&others, other_len), &mut products, stride);
-        columns.scratch.fill(F::nan());
         let mut squares = vec![F::nan(); heads * stride];
+        columns.scratch.fill(F::nan());
         columns.squared_distances(&own, gather(&others, other_len), &mut squares, stride);
         let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
         let mut sum: Vec<F> = entries(own_len, 5);

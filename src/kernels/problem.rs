@@ -139,6 +139,19 @@ impl<'a, F: Float> Problem<'a, F> {
         dropout * self.pair_weight(pair, head)
     }
 
+    /// Overwrites the [`multiplier`](Self::multiplier)s of some pairs, at their places after those of other heads:
+    /// `stride` factors for each head.
+    #[inline(never)]
+    pub(crate) fn multipliers(&self, pairs: &[Pair], multipliers: &mut [F], stride: usize) {
+        for (t, &pair) in pairs.iter().enumerate() {
+            let dropout = self.inputs.pair_dropout(pair);
+            for (head, multiplier) in multipliers[t..].iter_mut().step_by(stride).enumerate() {
+                let dropout = dropout.map_or(F::one(), |dropout| dropout.multiplier(head));
+                *multiplier = dropout * self.pair_weight(pair, head);
+            }
+        }
+    }
+
     /// Returns the weight of a pair, for a product with its attention weight; 1 without weights of pairs.
     #[inline]
     pub(crate) fn pair_weight(&self, pair: Pair, head: usize) -> F {

@@ -331,8 +331,11 @@ impl<S> Flash<S> {
     ) where
         S: ScoreFunction<F>,
     {
-        let deltas = row_products(grad_out, state.out.view(), state.normalizer.sum.ncols());
         let mut entries = vec![0.0; num_entries(&self.score)];
+        if entries.is_empty() {
+            return;
+        }
+        let deltas = row_products(grad_out, state.out.view(), state.normalizer.sum.ncols());
         state.normalizer.sinks_vjp(&self.score, &deltas, &mut entries);
         add_entries(&entries, grad_params);
     }

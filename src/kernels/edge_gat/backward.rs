@@ -5,7 +5,7 @@ use super::super::gathered::unrolled_dot;
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
     Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_pair, for_each_part,
-    level_for, multiply, pair_weights_vjp, parts, weights_and_logits_vjp, weights_of,
+    level_for, pair_weights_vjp, parts, weights_and_logits_vjp, weights_of,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{EdgeColumns, EdgeProblem, EdgeScorer, ScoreSums};
@@ -189,7 +189,7 @@ impl<F: Float> ByQuery<'_, F> {
                 columns.project(grad_out, &mut of_grad_out);
                 value_sums.clear();
             }
-            while tile.fill(softmax, &mut row, [keys, values]) {
+            while tile.fill(softmax, &mut row, &[keys, values]) {
                 let count = tile.pairs.len();
                 scorer.score(&mut tile);
                 tile.add_bias(softmax);
@@ -198,6 +198,7 @@ impl<F: Float> ByQuery<'_, F> {
                 if problem.in_values {
                     scorer.features.add_scores(heads, count, &of_grad_out, &mut grads);
                 }
+                tile.load_multipliers(softmax);
                 for head in 0..heads {
                     let [pairs, vectors] = tile.of_head(head);
                     if wants_pair_weights {
@@ -205,9 +206,7 @@ impl<F: Float> ByQuery<'_, F> {
                         let grads = &grads[pairs.clone()];
                         pair_weights_vjp(softmax, &tile.pairs, head, grads, of_weights);
                     }
-                    if softmax.has_multipliers() {
-                        multiply(softmax, &tile.pairs, head, &mut grads[pairs.clone()]);
-                    }
+                    tile.multiply(head, &mut grads[pairs.clone()]);
                     if let Some(of_weights) = upstream.grad_weights {
                         of_weights.add_to(&mut grads[pairs.clone()], &tile.pairs, head);
                     }
@@ -233,13 +232,11 @@ impl<F: Float> ByQuery<'_, F> {
                     }
                     if wants_pair_weights {
                         let of_weights = of_pair_weights[pairs.clone()].iter_mut();
-                        let weights = &tile.weights[pairs.clone()];
+                        let weights = &tile.weights[pairs];
                         of_weights.zip(weights).for_each(|(grad, &weight)| *grad *= weight);
                     }
-                    if softmax.has_multipliers() {
-                        multiply(softmax, &tile.pairs, head, &mut tile.weights[pairs]);
-                    }
                 }
+                tile.multiply_weights();
                 // Before the scores change the gradients of the logits.
                 for (by_slot, numbers) in
                     [(&mut grad_bias, &grads), (&mut grad_pair_weights, &of_pair_weights)]
@@ -346,7 +343,7 @@ impl<F: Float> ByKey<'_, F> {
             let key = row.row;
             sum_key.fill(F::zero());
             sum_value.fill(F::zero());
-            while tile.fill(softmax, &mut row, [queries, grads_out]) {
+            while tile.fill(softmax, &mut row, &[queries, grads_out]) {
                 let stride = tile.stride;
                 let all_states = Slices { data: states, columns: 2 * heads };
                 tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));

@@ -237,7 +237,7 @@ impl<'p, F: Float> Pass<'p, F> {
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             let query = row.row;
             sum.fill(F::zero());
-            while scratch.tile.fill(softmax, &mut row, [others[0], others[1]]) {
+            while scratch.tile.fill(softmax, &mut row, &others[..2]) {
                 self.products(own.map(|rows| rows.row(query)), others, &mut scratch);
                 for head in 0..softmax.heads {
                     let [radius, kappa] = self.differentiate::<false>(query, head, &mut scratch);
@@ -294,7 +294,7 @@ impl<'p, F: Float> Pass<'p, F> {
             let key = row.row;
             sum.fill(F::zero());
             value_sum.fill(F::zero());
-            while scratch.tile.fill(softmax, &mut row, [others[0], others[1]]) {
+            while scratch.tile.fill(softmax, &mut row, &others[..2]) {
                 self.products(own.map(|rows| rows.row(key)), others, &mut scratch);
                 for head in 0..softmax.heads {
                     let [radius, value] = self.differentiate::<true>(key, head, &mut scratch);

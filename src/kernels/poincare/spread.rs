@@ -84,7 +84,7 @@ impl<F: Float> Task<'_, F> {
                 continue;
             }
             scorer.begin(query);
-            while tile.fill(softmax, &mut row, [softmax.key.slices(), problem.directions.slices()])
+            while tile.fill(softmax, &mut row, &[softmax.key.slices(), problem.directions.slices()])
             {
                 scorer.score(&mut tile);
                 tile.add_bias(softmax);

@@ -7,9 +7,8 @@ const LINE: usize = 64;
 /// Prefetches the first lines of a row. Only affects the time that reading it takes.
 #[inline(always)]
 pub(crate) fn prefetch<F>(row: &[F]) {
-    let lines = size_of_val(row).div_ceil(LINE).min(MOST_LINES);
-    for line in 0..lines {
-        prefetch_line(&row[line * LINE / size_of::<F>()]);
+    for line in row.chunks(LINE / size_of::<F>()).take(MOST_LINES) {
+        prefetch_line(&line[0]);
     }
 }
 

@@ -7,7 +7,7 @@ use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradien
 use super::super::score::{ScoredRow, Scoring};
 use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_pair,
-    for_each_part, level_for, multiply, pair_weights_vjp, parts,
+    for_each_part, level_for, pair_weights_vjp, parts,
 };
 use crate::float::Float;
 use crate::gradients::GradientsMut;
@@ -237,6 +237,9 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
         let mut grad_params = vec![0.0; problem.scoring.as_ref().map_or(0, Scoring::num_params)];
         let mut sum_a = vec![F::zero(); own.a.columns];
         let mut sum_b = vec![F::zero(); own.b.columns];
+        let terms_of_queries = Slices { data: terms.as_flattened(), columns: 3 * heads };
+        let soon = [other.a, other.b, terms_of_queries];
+        let soon = if other.is_keys { &soon[..2] } else { &soon[..] };
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             scorer.begin(row.row);
             let own_b = own.b.row(row.row);
@@ -244,14 +247,15 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             sum_b.fill(F::zero());
             if other.is_keys {
                 let terms = &terms[row.row * heads..][..heads];
+                let len = row.slots.len().next_multiple_of(vector_len::<F>(level));
                 for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
-                    let of_head = head * tile.stride..(head + 1) * tile.stride;
+                    let of_head = head * tile.stride..head * tile.stride + len.min(tile.stride);
                     shifts[of_head.clone()].fill(shift);
                     inverses[of_head.clone()].fill(inverse);
                     deltas[of_head].fill(delta);
                 }
             }
-            while tile.fill(problem, &mut row, [other.a, other.b]) {
+            while tile.fill(problem, &mut row, soon) {
                 scorer.score(&mut tile);
                 if problem.scoring.is_some() {
                     raw.clone_from(&tile.weights);
@@ -262,43 +266,41 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 let stride = tile.stride;
                 columns_b.dots(own_b, tile.gather(other.b), &mut grads, stride);
                 if !other.is_keys {
-                    for (t, pair) in tile.pairs.iter().enumerate() {
-                        let terms = &terms[pair.query * heads..][..heads];
-                        for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
-                            shifts[head * stride + t] = shift;
-                            inverses[head * stride + t] = inverse;
-                            deltas[head * stride + t] = delta;
+                    for head in 0..heads {
+                        let [of_head, _] = tile.of_head(head);
+                        let (shifts, inverses) =
+                            (&mut shifts[of_head.clone()], &mut inverses[of_head.clone()]);
+                        let columns = shifts.iter_mut().zip(inverses).zip(&mut deltas[of_head]);
+                        for (((shift, inverse), delta), query) in columns.zip(&tile.others) {
+                            [*shift, *inverse, *delta] = terms[query * heads + head];
                         }
                     }
                 }
+                tile.load_multipliers(problem);
                 for head in 0..heads {
                     let [of_head, vectors] = tile.of_head(head);
-                    let Tile { pairs, weights, .. } = &mut tile;
                     if wants_pair_weights {
                         let of_weights = &mut of_pair_weights[of_head.clone()];
-                        pair_weights_vjp(problem, pairs, head, &grads[of_head.clone()], of_weights);
+                        let of_head = &grads[of_head.clone()];
+                        pair_weights_vjp(problem, &tile.pairs, head, of_head, of_weights);
                     }
-                    if problem.has_multipliers() {
-                        multiply(problem, pairs, head, &mut grads[of_head.clone()]);
-                    }
+                    tile.multiply(head, &mut grads[of_head.clone()]);
                     if let Some(of_weights) = self.grad_weights {
-                        of_weights.add_to(&mut grads[of_head.clone()], pairs, head);
+                        of_weights.add_to(&mut grads[of_head.clone()], &tile.pairs, head);
                     }
                     weights_and_logits_vjp(
                         level,
-                        &mut weights[vectors.clone()],
+                        &mut tile.weights[vectors.clone()],
                         [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]),
                         &mut grads[vectors],
                     );
                     if wants_pair_weights {
                         let of_weights = of_pair_weights[of_head.clone()].iter_mut();
-                        of_weights.zip(&weights[of_head.clone()]).for_each(|(grad, &p)| *grad *= p);
-                    }
-                    // õ = m p v
-                    if problem.has_multipliers() && grad_b.is_some() {
-                        multiply(problem, pairs, head, &mut weights[of_head]);
+                        of_weights.zip(&tile.weights[of_head]).for_each(|(grad, &p)| *grad *= p);
                     }
                 }
+                // õ = m p v
+                tile.multiply_weights();
                 if let Some(OfQuery { by_slot: [of_logits, ..], .. }) = &mut of_query
                     && of_logits.ncols() > 0
                 {

@@ -8,9 +8,7 @@ use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::Vector;
 use super::super::problem::FiniteRows;
 use super::super::score::ScoredRow;
-use super::{
-    Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, multiply, parts,
-};
+use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
 use crate::float::Float;
 use crate::inputs::head_columns;
 use fearless_simd::{Level, Select, Simd, SimdBase};
@@ -86,7 +84,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
         sums.fill(F::zero());
         let mut is_first = true;
 
-        while tile.fill(softmax, &mut row, [softmax.key.slices(), values.slices()]) {
+        while tile.fill(softmax, &mut row, &[softmax.key.slices(), values.slices()]) {
             scorer.score(&mut tile);
             tile.apply_score(softmax, true, &mut scored);
             tile.add_bias(softmax);
@@ -100,12 +98,8 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
             };
             let (values_of, sums_of) = target.split_at_mut(heads * dim);
             exponentials(&mut tile, maxima, alphas, sums_of);
-            if softmax.has_multipliers() {
-                for head in 0..heads {
-                    let [pairs, _] = tile.of_head(head);
-                    multiply(softmax, &tile.pairs, head, &mut tile.weights[pairs]);
-                }
-            }
+            tile.load_multipliers(softmax);
+            tile.multiply_weights();
             values_of.fill(F::zero());
             let rows = tile.gather(values.slices());
             columns.add_weighted(values_of, tile.weights(ones), rows);
@@ -157,21 +151,26 @@ fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[
 #[inline(never)]
 fn exponentials<F: Float>(tile: &mut Tile<F>, maxima: &mut [F], alphas: &mut [F], sums: &mut [F]) {
     dispatch!(tile.level, simd => {
-        for (head, sum) in sums.iter_mut().enumerate() {
+        // Step by step for all heads: their chains of dependent instructions run side by side.
+        for (head, max) in alphas.iter_mut().enumerate() {
             let [_, vectors] = tile.of_head(head);
-            let logits = &mut tile.weights[vectors];
-            let old_max = maxima[head];
-            let max = largest(simd, old_max, logits);
-            let max = if max > old_max + F::from_f64(SLACK) { max } else { old_max };
-            // Before the first key there is no maximum for the shift, and nothing to rescale.
-            let shift = if max == F::neg_infinity() { F::zero() } else { max };
-            alphas[head] = match old_max {
-                _ if old_max == max => F::one(),
-                _ if old_max == F::neg_infinity() => F::zero(),
-                _ => (old_max - shift).exp(),
+            *max = largest(simd, maxima[head], &tile.weights[vectors]);
+        }
+        for (alpha, old_max) in alphas.iter_mut().zip(&mut *maxima) {
+            let max = if *alpha > *old_max + F::from_f64(SLACK) { *alpha } else { *old_max };
+            *alpha = match *old_max {
+                _ if *old_max == max => F::one(),
+                // Before the first key there is nothing to rescale.
+                _ if *old_max == F::neg_infinity() => F::zero(),
+                _ => (*old_max - max).exp(),
             };
-            maxima[head] = max;
-            *sum = exponentials_of(simd, logits, shift);
+            *old_max = max;
+        }
+        for (head, (sum, &max)) in sums.iter_mut().zip(&*maxima).enumerate() {
+            let [_, vectors] = tile.of_head(head);
+            // Before the first key there is no maximum.
+            let shift = if max == F::neg_infinity() { F::zero() } else { max };
+            *sum = exponentials_of(simd, &mut tile.weights[vectors], shift);
         }
     });
 }

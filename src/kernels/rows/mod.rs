@@ -48,11 +48,16 @@ const SEGMENT: usize = 16_384;
 const PREFETCH_AHEAD: usize = 24;
 const PREFETCH_FROM: usize = 1 << 19;
 
-/// Returns the instruction set for heads of these sizes: shorter vectors for short heads.
+/// Returns the instruction set for heads of these sizes: vectors of half the length if a head fills only one long
+/// vector, or leaves so much of the last one empty.
 pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     #[cfg(target_arch = "x86_64")]
-    if dims[0].max(dims[1]) * size_of::<F>() < 64 {
-        return level.as_avx2().map_or(level, fearless_simd::Simd::level);
+    {
+        let longest = 64 / size_of::<F>();
+        let is_short = dims.iter().all(|&dim| dim <= longest);
+        if is_short || dims.iter().any(|dim| dim % longest >= longest / 2) {
+            return level.as_avx2().map_or(level, fearless_simd::Simd::level);
+        }
     }
     let _ = dims;
     level
@@ -449,6 +454,8 @@ pub(crate) struct Tile<F> {
     pub(crate) others: Vec<usize>,
     /// Logits, −∞ for hidden pairs and past the end; then weights.
     pub(crate) weights: Vec<F>,
+    /// The factors of the weights, by dropout and weights of pairs; empty if there are none.
+    multipliers: Vec<F>,
 }
 
 impl<F: Float> Tile<F> {
@@ -464,6 +471,7 @@ impl<F: Float> Tile<F> {
             slots: Vec::with_capacity(len),
             others: Vec::with_capacity(len),
             weights: vec![F::zero(); heads * stride],
+            multipliers: Vec::new(),
         }
     }
 
@@ -474,7 +482,7 @@ impl<F: Float> Tile<F> {
         &mut self,
         problem: &Problem<'_, F>,
         row: &mut Row<'_>,
-        soon: [Slices<'_, F>; 2],
+        soon: &[Slices<'_, F>],
     ) -> bool {
         self.pairs.clear();
         self.slots.clear();
@@ -546,6 +554,32 @@ impl<F: Float> Tile<F> {
     pub(crate) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
         [start..start + len, start..start + len.next_multiple_of(self.lanes)]
+    }
+
+    /// Computes the factors for [`multiply`](Self::multiply) of the loaded pairs.
+    #[inline]
+    pub(super) fn load_multipliers(&mut self, problem: &Problem<'_, F>) {
+        if problem.has_multipliers() {
+            self.multipliers.resize(self.weights.len(), F::one());
+            problem.multipliers(&self.pairs, &mut self.multipliers, self.stride);
+        }
+    }
+
+    /// Multiplies numbers of the pairs for one head by the factors of their weights, if there are any.
+    #[inline]
+    pub(super) fn multiply(&self, head: usize, numbers: &mut [F]) {
+        let multipliers = self.multipliers.get(head * self.stride..).unwrap_or_default();
+        numbers.iter_mut().zip(multipliers).for_each(|(number, &multiplier)| *number *= multiplier);
+    }
+
+    /// Multiplies the weights by their factors, if there are any.
+    #[inline]
+    pub(super) fn multiply_weights(&mut self) {
+        let heads = self.weights.chunks_exact_mut(self.stride);
+        for (weights, multipliers) in heads.zip(self.multipliers.chunks_exact(self.stride)) {
+            let weights = weights.iter_mut().zip(multipliers).take(self.pairs.len());
+            weights.for_each(|(weight, &multiplier)| *weight *= multiplier);
+        }
     }
 
     /// The weights, for sums that are multiplied by `factors` first.
@@ -730,18 +764,6 @@ fn add_bad<'r, F: Float>(
                 }
             }
         }
-    }
-}
-
-/// Multiplies numbers of the pairs of a tile for one head by what multiplies their weights.
-pub(super) fn multiply<F: Float>(
-    problem: &Problem<'_, F>,
-    pairs: &[Pair],
-    head: usize,
-    numbers: &mut [F],
-) {
-    for (number, &pair) in numbers.iter_mut().zip(pairs) {
-        *number *= problem.multiplier(pair, head);
     }
 }
 

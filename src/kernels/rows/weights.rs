@@ -48,7 +48,7 @@ fn run<'p, F: Float, C: Scorer<'p, F>>(
     let mut scorer = C::new(level, problem, &tile);
     for mut row in part.rows(pairs) {
         scorer.begin(row.row);
-        while tile.fill(softmax, &mut row, [softmax.key.slices(); 2]) {
+        while tile.fill(softmax, &mut row, &[softmax.key.slices()]) {
             scorer.score(&mut tile);
             debug_assert!(softmax.scoring.is_none());
             tile.add_bias(softmax);

@@ -52,9 +52,9 @@ impl<F: Float> FeedForward<F> {
                 let slopes = slopes.as_slice_mut().expect("a row of our own");
                 self.activate(values, slopes);
                 let Some((dropout, number)) = inputs.dropout_of_row(query) else { continue };
-                let dropout = dropout.of_place(HIDDEN);
+                let dropout = dropout.of_place(HIDDEN).of_pair::<F>(number);
                 for (column, value) in values.iter_mut().enumerate() {
-                    let factor = dropout.multiplier::<F>(number, column);
+                    let factor = dropout.multiplier(column);
                     *value *= factor;
                     for slope in slopes.iter_mut().skip(column).step_by(columns) {
                         *slope *= factor;

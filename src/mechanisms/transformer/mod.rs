@@ -120,9 +120,9 @@ fn drop_entries<F: Float>(inputs: &Inputs<'_, F>, place: usize, x: ArrayViewMut2
     parallel::for_each(tasks, work, |(queries, mut x)| {
         for (query, mut row) in queries.zip(x.rows_mut()) {
             let Some((dropout, number)) = inputs.dropout_of_row(query) else { return };
-            let dropout = dropout.of_place(place);
-            for (column, entry) in row.indexed_iter_mut() {
-                *entry *= dropout.multiplier::<F>(number, column);
+            let dropout = dropout.of_place(place).of_pair::<F>(number);
+            for (column, entry) in row.iter_mut().enumerate() {
+                *entry *= dropout.multiplier(column);
             }
         }
     });
