@@ -139,8 +139,7 @@ impl<'a, F: Float> Problem<'a, F> {
         dropout * self.pair_weight(pair, head)
     }
 
-    /// Overwrites the [`multiplier`](Self::multiplier)s of some pairs, at their places after those of other heads:
-    /// `stride` factors for each head.
+    /// Overwrites the [`multiplier`](Self::multiplier)s of some pairs, head by head: a head has `stride` places.
     #[inline(never)]
     pub(crate) fn multipliers(&self, pairs: &[Pair], multipliers: &mut [F], stride: usize) {
         for (t, &pair) in pairs.iter().enumerate() {
