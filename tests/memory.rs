@@ -86,33 +86,35 @@ fn dual() -> DualSpace<f32> {
     dual.with_search(LatentSearch::new(4, Metric::Cosine))
 }
 
-fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>) {
+/// For a mechanism with so many heads.
+fn trains_in_memory_linear_in_n(attention: &dyn Attention<f32>, heads: u64) {
     let peaks: Vec<u64> =
         [1, 2, 4, 8].map(|k| dense_training_peak(attention, k * 1024)).into_iter().collect();
     // From 2k on the queries are split into a fixed number of parts, below into fewer.
-    assert!(peaks[0] <= peaks[1], "{peaks:?}");
+    assert!(peaks[0] <= peaks[1], "{}: {peaks:?}", attention.name());
     for doubled in peaks[1..].windows(2) {
-        assert!(doubled[1] <= doubled[0] * 21 / 10, "{peaks:?}");
+        assert!(doubled[1] <= doubled[0] * 21 / 10, "{}: {peaks:?}", attention.name());
     }
-    // Far less than one number per pair: at 8k by a factor of twenty.
-    assert!(peaks[3] < 8 * 1024 * 8 * 1024 * 4 / 20, "{peaks:?}");
+    // Far less than one number per pair and head: at 8k by a factor of twenty. Most of it are sums of gradients, in rows
+    // of two vectors for each head.
+    assert!(peaks[3] < 8 * 1024 * 8 * 1024 * 4 * heads / 20, "{}: {peaks:?}", attention.name());
 }
 
 #[test]
 fn without_a_number_for_each_pair_they_train_in_memory_linear_in_n() {
-    trains_in_memory_linear_in_n(&Flash::new());
+    trains_in_memory_linear_in_n(&Flash::new(), 1);
     let scores = (
         BucketBias::new(Buckets::t5(32, 128, true).unwrap(), 1).unwrap(),
         SoftCap::new(9.0).unwrap(),
     );
-    trains_in_memory_linear_in_n(&Flash::new().with_score(scores));
-    trains_in_memory_linear_in_n(&multi_head());
-    trains_in_memory_linear_in_n(&poincare());
-    trains_in_memory_linear_in_n(&performer(COLUMNS));
+    trains_in_memory_linear_in_n(&Flash::new().with_score(scores), 1);
+    trains_in_memory_linear_in_n(&multi_head(), 2);
+    trains_in_memory_linear_in_n(&poincare(), 1);
+    trains_in_memory_linear_in_n(&performer(COLUMNS), 1);
     // The causal pattern of selected queries needs no quadratic memory either.
-    trains_in_memory_linear_in_n(&moe());
-    trains_in_memory_linear_in_n(&rope(1));
-    trains_in_memory_linear_in_n(&dual());
+    trains_in_memory_linear_in_n(&moe(), 1);
+    trains_in_memory_linear_in_n(&rope(1), 1);
+    trains_in_memory_linear_in_n(&dual(), 1);
 }
 
 #[test]
