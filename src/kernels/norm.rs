@@ -43,15 +43,17 @@ struct Statistics {
 impl Statistics {
     #[inline(always)]
     fn of<F: Float>(row: &[F], is_centred: bool, epsilon: f64) -> Self {
-        let [mean, mean_square] = moments(row, is_centred, 1.0);
-        if mean_square.is_finite() {
-            let mean_square = at_least(mean_square + epsilon);
-            return Self { scale: 1.0, mean, inverse: 1.0 / mean_square.sqrt() };
+        let mut scale = 1.0;
+        let [mut mean, mut mean_square] = moments(row, is_centred, scale);
+        if !mean_square.is_finite() {
+            // A power of two, so that scaling does not round.
+            scale = 2f64.powi(-600);
+            [mean, mean_square] = moments(row, is_centred, scale);
         }
-        // A power of two, so that scaling does not round.
-        let scale = 2f64.powi(-600);
-        let [mean, mean_square] = moments(row, is_centred, scale);
-        let mean_square = at_least(mean_square + epsilon * scale * scale);
+        mean_square += epsilon * scale * scale;
+        if mean_square < f64::MIN_POSITIVE {
+            mean_square = f64::MIN_POSITIVE; // equal huge numbers; a NaN stays
+        }
         Self { scale, mean, inverse: 1.0 / mean_square.sqrt() }
     }
 
@@ -69,12 +71,6 @@ fn moments<F: Float>(row: &[F], is_centred: bool, scale: f64) -> [f64; 2] {
     let mean = if is_centred { sum(row, |x| scale * x) / len } else { 0.0 };
     let square = |x: f64| (scale * x - mean) * (scale * x - mean);
     [mean, sum(row, square) / len]
-}
-
-/// Not 0, if all numbers are equal; a NaN stays.
-#[inline(always)]
-fn at_least(mean_square: f64) -> f64 {
-    if mean_square < f64::MIN_POSITIVE { f64::MIN_POSITIVE } else { mean_square }
 }
 
 /// Σ term(x), in several sums that do not wait for each other.

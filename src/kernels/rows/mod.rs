@@ -48,8 +48,8 @@ const SEGMENT: usize = 16_384;
 const PREFETCH_AHEAD: usize = 24;
 const PREFETCH_FROM: usize = 1 << 19;
 
-/// Returns the instruction set for heads of these sizes: vectors of half the length if a head fills only one long
-/// vector, or leaves so much of the last one empty.
+/// Returns the instruction set for heads of these sizes: vectors of half the length if no head has more columns than a
+/// long vector, or if the columns after the last long vector fill a short one.
 pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
     #[cfg(target_arch = "x86_64")]
     {
