@@ -1,8 +1,9 @@
 use crate::cache::{self, KeyValueCache};
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::params::{self, Params};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2};
 use std::any::{Any, type_name};

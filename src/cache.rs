@@ -2,8 +2,8 @@
 
 use crate::attention::{Attention, check_output};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::Float;
 use crate::inputs::{Inputs, Pattern};
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, Rest};
 use ndarray::{ArrayView2, ArrayViewMut2, s};
 use std::ops::Range;

@@ -1,5 +1,5 @@
+use crate::element::Element;
 use crate::error::{Error, Result};
-use crate::float::Float;
 
 /// Dropout on attention weights: each weight is kept with probability `1 − probability` and then divided
 /// by that probability (Srivastava et al. 2014; as in Vaswani et al. 2017, 1706.03762).
@@ -81,13 +81,13 @@ impl Dropout {
     /// graph; in packed inputs, of the segment's dropout and as in dense inputs of the segment.
     #[inline]
     #[must_use]
-    pub fn multiplier<F: Float>(&self, pair: usize, head: usize) -> F {
+    pub fn multiplier<F: Element>(&self, pair: usize, head: usize) -> F {
         self.of_pair(pair).multiplier(head)
     }
 
     /// Returns the dropout of a pair, for the factors of several heads.
     #[inline]
-    pub(crate) fn of_pair<F: Float>(&self, pair: usize) -> PairDropout<F> {
+    pub(crate) fn of_pair<F: Element>(&self, pair: usize) -> PairDropout<F> {
         // The upper 53 bits of a hash, as a number in [0, 1), are less than the probability; compared as integers, which
         // can be vectorised. Rounded up by hand: `ceil` is a call on CPUs without SSE4.1.
         let bound = self.probability * (1u64 << 53) as f64;
@@ -107,7 +107,7 @@ pub(crate) struct PairDropout<F> {
     kept: F,
 }
 
-impl<F: Float> PairDropout<F> {
+impl<F: Element> PairDropout<F> {
     /// Returns the factor of the weight of a head.
     #[inline]
     pub(crate) fn multiplier(self, head: usize) -> F {

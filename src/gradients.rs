@@ -1,5 +1,5 @@
+use crate::element::{Element, try_array, try_vec, try_zeros};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_array, try_vec, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::{self, Params};
 use ndarray::{
@@ -69,7 +69,7 @@ pub struct GradientsMut<'a, F> {
     pub params: &'a mut [ArrayD<F>],
 }
 
-impl<F: Float> Gradients<F> {
+impl<F: Element> Gradients<F> {
     /// Creates zeros for all arrays of `inputs` and all parameters of `params`.
     ///
     /// # Errors
@@ -212,7 +212,7 @@ impl<'a, F> GradientsMut<'a, F> {
     }
 }
 
-impl<F: Float> GradientsMut<'_, F> {
+impl<F: Element> GradientsMut<'_, F> {
     /// Reborrows the views, so that they can be passed on more than once, say to several inner mechanisms
     /// in turn.
     pub fn reborrow(&mut self) -> GradientsMut<'_, F> {
@@ -356,7 +356,7 @@ pub(crate) enum PartOfBias<'g, F> {
     Copy(Array3<F>),
 }
 
-impl<F: Float> PartOfBias<'_, F> {
+impl<F: Element> PartOfBias<'_, F> {
     pub(crate) fn view_mut(&mut self) -> ArrayViewMut3<'_, F> {
         match self {
             Self::Own(part) => part.view_mut(),

@@ -8,8 +8,8 @@ pub use selected::SelectedInputs;
 pub(crate) use visible::{Shown, hull};
 
 use crate::dropout::{Dropout, PairDropout};
+use crate::element::Element;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::Float;
 use crate::graph::Graph;
 use crate::segments::Segments;
 use bias::{Logits, grid, hide_row, slot_of};
@@ -68,7 +68,7 @@ type View3<'a, A> = ArrayBase<ViewRepr<&'a A>, Ix3, A>;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a, F: Float> {
+pub struct Inputs<'a, F: Element> {
     query: View2<'a, F>,
     key: View2<'a, F>,
     value: View2<'a, F>,
@@ -160,7 +160,7 @@ struct Positions<'a, F> {
     key: View2<'a, F>,
 }
 
-impl<'a, F: Float> Inputs<'a, F> {
+impl<'a, F: Element> Inputs<'a, F> {
     /// Creates inputs of one query over all keys: `query` of length d, `key` n × d, `value` n × d_v.
     ///
     /// # Errors
@@ -329,7 +329,7 @@ impl<'a, F: Float> Inputs<'a, F> {
 
     /// Returns the same pairs, heads and channels that change the result, over arrays of another
     /// precision. `bias` is the bias in that precision, if there is one; data channels are left out.
-    pub(crate) fn in_precision<'b, G: Float>(
+    pub(crate) fn in_precision<'b, G: Element>(
         &self,
         query: ArrayView2<'b, G>,
         key: ArrayView2<'b, G>,

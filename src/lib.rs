@@ -162,8 +162,8 @@
 mod attention;
 mod cache;
 mod dropout;
+mod element;
 mod error;
-mod float;
 pub mod geometry;
 mod gradients;
 mod graph;
@@ -177,6 +177,7 @@ mod mechanisms;
 pub mod neighbors;
 pub mod params;
 mod partial;
+mod prefetch;
 pub mod rowwise;
 #[cfg(feature = "safetensors")]
 pub mod safetensors;
@@ -191,11 +192,12 @@ pub use rand;
 pub use attention::{Attention, Saved, check_output};
 pub use cache::KeyValueCache;
 pub use dropout::Dropout;
+pub use element::Element;
 pub use error::{Channel, Error, Result};
-pub use float::Float;
 pub use gradients::{Gradients, GradientsMut};
 pub use graph::{Graph, LoopFill, Reordering, Subgraph};
 pub use inputs::{Bias, Causal, Inputs, Pair, Pattern, SelectedInputs};
+pub use kernels::Float;
 pub use mechanisms::{
     dual_space, edge_gat, graph_rope, local_global, moe, multi_head, performer, poincare, stack,
     transformer,

@@ -25,8 +25,8 @@
 //! In JSON, numbers are restored exactly only with the feature `float_roundtrip` of `serde_json`. NaN and
 //! infinity cannot be restored: they are written as `null`, which is refused on reading.
 
+use crate::element::Element;
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
 use std::fmt::Display;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ use std::sync::Arc;
 /// **A mechanism around others must forward all four methods.** The compiler does not notice if the
 /// methods for buffers are missing, and the inner buffers are then not saved.
 /// [`guide::training`](crate::guide::training) implements the trait for a model of several layers.
-pub trait Params<F: Float> {
+pub trait Params<F: Element> {
     /// Visits every parameter with its name. The views outlive the call.
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>));
 
@@ -109,7 +109,7 @@ pub fn prefixed<V>(prefix: impl Display, visitor: &mut dyn FnMut(&str, V)) -> im
 /// assert_eq!(shapes[0], ("att".to_owned(), vec![1, 2, 4]));
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
-pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
+pub fn state<F: Element>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
     let mut state = Vec::new();
     params.visit_params(&mut |name, param| state.push((name.to_owned(), param.to_owned())));
     state.extend(buffers(params));
@@ -135,7 +135,7 @@ pub fn state<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Array
 /// params::load_state(&mut layer, state)?;
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
-pub fn buffers<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
+pub fn buffers<F: Element>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, ArrayD<F>)> {
     let mut buffers = Vec::new();
     params.visit_buffers(&mut |name, buffer| buffers.push((name.to_owned(), buffer.to_owned())));
     buffers
@@ -154,7 +154,7 @@ pub fn buffers<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<(String, Arr
 /// assert!(params::get(&gat, "attention").is_none());
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
-pub fn get<'a, F: Float>(
+pub fn get<'a, F: Element>(
     params: &'a (impl Params<F> + ?Sized),
     name: &str,
 ) -> Option<ArrayViewD<'a, F>> {
@@ -170,14 +170,14 @@ pub fn get<'a, F: Float>(
 }
 
 /// Returns the names of the parameters, in order.
-pub(crate) fn names<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<String> {
+pub(crate) fn names<F: Element>(params: &(impl Params<F> + ?Sized)) -> Vec<String> {
     let mut names = Vec::new();
     params.visit_params(&mut |name, _| names.push(name.to_owned()));
     names
 }
 
 /// Returns zeros in the shapes of the parameters, in order, as gradients to add to.
-pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
+pub fn zeros<F: Element>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
     let mut zeros = Vec::new();
     params.visit_params(&mut |_, param| zeros.push(ArrayD::zeros(param.raw_dim())));
     zeros
@@ -190,7 +190,7 @@ pub fn zeros<F: Float>(params: &(impl Params<F> + ?Sized)) -> Vec<ArrayD<F>> {
 /// appears twice, [`Error::MissingParam`] for a parameter or buffer that is not in the state,
 /// [`Error::Shape`] for a value with a wrong shape, and [`Error::InvalidArgument`] if the parameters are
 /// shared and so cannot be written.
-pub fn load_state<F: Float, P: Params<F> + ?Sized>(
+pub fn load_state<F: Element, P: Params<F> + ?Sized>(
     params: &mut P,
     new: impl IntoIterator<Item = (impl AsRef<str>, ArrayD<F>)>,
 ) -> Result<()> {
@@ -253,7 +253,7 @@ pub fn load_state<F: Float, P: Params<F> + ?Sized>(
 /// # Errors
 /// [`Error::Shape`] if the gradients do not fit the parameters, [`Error::InvalidArgument`] if the
 /// parameters are shared and so cannot be written.
-pub fn update<F: Float, P: Params<F> + ?Sized>(
+pub fn update<F: Element, P: Params<F> + ?Sized>(
     params: &mut P,
     gradients: &[ArrayD<F>],
     mut step: impl FnMut(&str, ArrayViewMutD<'_, F>, ArrayViewD<'_, F>),
@@ -270,14 +270,14 @@ pub fn update<F: Float, P: Params<F> + ?Sized>(
 }
 
 /// Returns the number of parameter arrays, not counting buffers.
-pub(crate) fn count<F: Float>(params: &(impl Params<F> + ?Sized)) -> usize {
+pub(crate) fn count<F: Element>(params: &(impl Params<F> + ?Sized)) -> usize {
     let mut count = 0;
     params.visit_params(&mut |_, _| count += 1);
     count
 }
 
 /// Checks that there is one gradient of the right shape for each parameter.
-pub(crate) fn check_gradients<F: Float>(
+pub(crate) fn check_gradients<F: Element>(
     params: &(impl Params<F> + ?Sized),
     gradients: &[ArrayD<F>],
 ) -> Result<()> {
@@ -292,7 +292,7 @@ pub(crate) fn check_gradients<F: Float>(
     result
 }
 
-fn count_writable<F: Float>(params: &mut (impl Params<F> + ?Sized)) -> usize {
+fn count_writable<F: Element>(params: &mut (impl Params<F> + ?Sized)) -> usize {
     let mut writable = 0;
     params.visit_params_mut(&mut |_, _| writable += 1);
     writable
@@ -332,16 +332,16 @@ macro_rules! params_of {
 }
 pub(crate) use params_of;
 
-impl<F: Float, P: Params<F> + ?Sized> Params<F> for Box<P> {
+impl<F: Element, P: Params<F> + ?Sized> Params<F> for Box<P> {
     params_of!(self => (**self));
 }
 
-impl<F: Float, P: Params<F> + ?Sized> Params<F> for &mut P {
+impl<F: Element, P: Params<F> + ?Sized> Params<F> for &mut P {
     params_of!(self => (**self));
 }
 
 /// A shared reference gives no access for writing, so [`load_state`] and [`update`] refuse it.
-impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
+impl<F: Element, P: Params<F> + ?Sized> Params<F> for &P {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }
@@ -354,7 +354,7 @@ impl<F: Float, P: Params<F> + ?Sized> Params<F> for &P {
 
 /// Gives access for writing only if this is the only reference; otherwise [`load_state`] and [`update`]
 /// refuse it.
-impl<F: Float, P: Params<F> + ?Sized> Params<F> for Arc<P> {
+impl<F: Element, P: Params<F> + ?Sized> Params<F> for Arc<P> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         (**self).visit_params(visitor);
     }

@@ -1,9 +1,10 @@
 #[cfg(feature = "serde")]
 mod serde;
 
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::kernels::normalizer::{Normalizer, Part, merge};
 use crate::kernels::problem::{Rows, Upstream};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, s};

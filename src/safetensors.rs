@@ -37,7 +37,7 @@
 //! proportional to its size. The whole file is read into memory.
 
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::params::{self, Params};
 use ::safetensors::tensor::{Dtype, Metadata, View};
 use ndarray::{ArrayD, ArrayViewD};

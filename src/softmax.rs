@@ -4,11 +4,12 @@
 //! Both are plain loops that store the weights of all pairs, for mechanisms that have no kernel;
 //! [`guide::own_mechanism`](crate::guide::own_mechanism) shows one.
 
+use crate::element::{nan_max, try_vec, try_zeros};
 use crate::error::{Result, check_shape};
-use crate::float::{Float, nan_max, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::partial::{Partial, PartialUpstream};

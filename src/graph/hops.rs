@@ -1,6 +1,6 @@
 use super::Graph;
+use crate::element::{Element, try_vec, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
 use ndarray::{Array1, Array2};
 
 impl Graph {
@@ -69,7 +69,7 @@ impl Graph {
     /// # Errors
     /// [`Error::Graph`] if the numbers of queries and keys differ, or if an anchor is not a node;
     /// [`Error::TooLarge`] if the result does not fit in memory.
-    pub fn hops_from<F: Float, A: AsRef<[usize]>>(
+    pub fn hops_from<F: Element, A: AsRef<[usize]>>(
         &self,
         anchors: &[A],
         unreachable: F,
@@ -121,7 +121,7 @@ impl Graph {
     /// # Errors
     /// [`Error::Graph`] if the numbers of queries and keys differ; [`Error::Shape`] if `pattern` is not
     /// over the same nodes; [`Error::TooLarge`] if the result does not fit in memory.
-    pub fn hop_distances<F: Float>(
+    pub fn hop_distances<F: Element>(
         &self,
         pattern: &Graph,
         max_hops: usize,
@@ -171,7 +171,7 @@ impl Graph {
     /// # Errors
     /// [`Error::Graph`] if the numbers of queries and keys differ; [`Error::Shape`] if there is not one
     /// layer per edge; [`Error::TooLarge`] if the result does not fit in memory.
-    pub fn levels<F: Float>(&self, layers: &[u8]) -> Result<Array2<F>> {
+    pub fn levels<F: Element>(&self, layers: &[u8]) -> Result<Array2<F>> {
         self.check_square("levels")?;
         check_shape("layers", &[self.num_edges()], &[layers.len()])?;
         let mut levels = try_zeros("levels", self.num_keys, 1)?;

@@ -13,8 +13,8 @@ mod subgraph;
 pub use order::Reordering;
 pub use subgraph::Subgraph;
 
+use crate::element::{Element, try_vec, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
 use crate::segments::Segments;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::fmt;
@@ -347,7 +347,7 @@ impl Graph {
     /// # Errors
     /// As [`with_self_loops`](Self::with_self_loops); [`Error::Shape`] if `features` does not have one
     /// row per edge.
-    pub fn with_self_loops_and_features<F: Float>(
+    pub fn with_self_loops_and_features<F: Element>(
         &self,
         features: ArrayView2<'_, F>,
         fill: LoopFill<F>,

@@ -1,8 +1,8 @@
 //! Orders of the nodes in which near nodes have near numbers.
 
 use super::Graph;
+use crate::element::try_vec;
 use crate::error::Result;
-use crate::float::try_vec;
 
 /// A method of [`Graph::reordering`].
 #[non_exhaustive]

@@ -1,6 +1,6 @@
 use super::{Graph, check_num_edges, check_sizes, too_large};
+use crate::element::try_vec;
 use crate::error::{Error, Result, check_shape};
-use crate::float::try_vec;
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt};
 

@@ -1,11 +1,11 @@
 use super::Graph;
+use crate::element::try_vec;
 use crate::error::{Error, Result};
-use crate::float::try_vec;
 
 #[cfg(feature = "spectral")]
-use crate::error::check_shape;
+use crate::element::{Element, try_zeros};
 #[cfg(feature = "spectral")]
-use crate::float::{Float, try_zeros};
+use crate::error::check_shape;
 #[cfg(feature = "spectral")]
 use nalgebra::{DMatrix, SymmetricEigen};
 #[cfg(feature = "spectral")]
@@ -155,7 +155,7 @@ impl Graph {
     /// [`Error::InvalidArgument`] if `num_axes` is above n − 1; [`Error::Shape`] if there is not one
     /// weight per edge; [`Error::TooLarge`] if the Laplacian does not fit in memory.
     #[cfg(feature = "spectral")]
-    pub fn spectral_coordinates<F: Float>(
+    pub fn spectral_coordinates<F: Element>(
         &self,
         num_axes: usize,
         weights: Option<ArrayView1<'_, F>>,
@@ -202,7 +202,7 @@ impl Graph {
 
     /// Returns the dense Laplacian.
     #[cfg(feature = "spectral")]
-    fn laplacian<F: Float>(&self, weights: Option<ArrayView1<'_, F>>) -> Result<DMatrix<f64>> {
+    fn laplacian<F: Element>(&self, weights: Option<ArrayView1<'_, F>>) -> Result<DMatrix<f64>> {
         let n = self.num_keys;
         if let Some(weights) = weights {
             check_shape("weights", &[self.num_edges()], weights.shape())?;

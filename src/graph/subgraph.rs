@@ -1,8 +1,8 @@
 //! Parts of a graph, and a graph with its nodes in another order.
 
 use super::Graph;
+use crate::element::try_vec;
 use crate::error::{Error, Result, check_shape};
-use crate::float::try_vec;
 use ndarray::{Array, ArrayView, ArrayViewMut, Axis, RemoveAxis, Zip};
 use rand::Rng;
 use std::collections::HashMap;

@@ -1,8 +1,8 @@
 //! Additive logits, and masks that differ between heads.
 
 use super::{Inputs, Pair, View2, View3};
+use crate::element::Element;
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
 use ndarray::{ArrayView, ArrayView1, ArrayView3, ArrayViewMut3, Axis, Dimension, Ix2, Ix3, s};
 
 /// The additive logits of inputs, as returned by [`Inputs::bias`]. If a [mask](Inputs::with_mask) differs
@@ -38,7 +38,7 @@ pub(super) enum Logits<'a, F> {
     Grid { grid: View3<'a, F>, num_axes: usize },
 }
 
-impl<'a, F: Float> Logits<'a, F> {
+impl<'a, F: Element> Logits<'a, F> {
     /// Creates logits from an array in one of the forms of [`Inputs::with_bias`].
     pub(super) fn new<D: Dimension>(
         inputs: &Inputs<'a, F>,
@@ -76,7 +76,7 @@ impl<'a, F: Float> Logits<'a, F> {
     }
 
     /// Returns other logits, given as three axes, in the same form.
-    pub(super) fn with_grid<'b, G: Float>(&self, logits: ArrayView3<'b, G>) -> Logits<'b, G> {
+    pub(super) fn with_grid<'b, G: Element>(&self, logits: ArrayView3<'b, G>) -> Logits<'b, G> {
         match *self {
             Self::Pairs(_) => Logits::Pairs(logits.index_axis_move(Axis(0), 0)),
             Self::Grid { num_axes, .. } => Logits::Grid { grid: logits, num_axes },
@@ -121,7 +121,7 @@ pub(super) fn slot_of<T>(grid: &View3<'_, T>, pair: Pair, head: usize) -> [usize
 
 /// Views an array of two or three axes as heads × queries × keys, each of full length or 1. The number of
 /// heads is checked by the mechanism.
-pub(super) fn grid<'a, F: Float, T, D: Dimension>(
+pub(super) fn grid<'a, F: Element, T, D: Dimension>(
     what: &'static str,
     inputs: &Inputs<'a, F>,
     array: ArrayView<'a, T, D>,
@@ -142,7 +142,7 @@ pub(super) fn grid<'a, F: Float, T, D: Dimension>(
     Ok(array.into_dimensionality::<Ix3>().expect("it has three axes"))
 }
 
-impl<'a, F: Float> Bias<'a, F> {
+impl<'a, F: Element> Bias<'a, F> {
     /// Returns `None` if there is neither.
     pub(super) fn new(
         logits: Option<Logits<'a, F>>,
@@ -184,7 +184,7 @@ impl<'a, F: Float> Bias<'a, F> {
     /// Overwrites `row` with the logits of consecutive keys of dense inputs, starting at the pair `first`.
     #[inline]
     pub(crate) fn write_row(&self, first: Pair, head: usize, row: &mut [F]) {
-        fn copy<F: Float>(from: ArrayView1<'_, F>, row: &mut [F]) {
+        fn copy<F: Element>(from: ArrayView1<'_, F>, row: &mut [F]) {
             match from.to_slice() {
                 Some(from) => row.copy_from_slice(from),
                 None => row.iter_mut().zip(from).for_each(|(logit, &bias)| *logit = bias),
@@ -267,8 +267,13 @@ impl<'a, F: Float> Bias<'a, F> {
 /// Sets to −∞ the logits of those keys that the mask hides. `row` holds the logits of consecutive keys,
 /// starting at the pair `first`.
 #[inline]
-pub(super) fn hide_row<F: Float>(mask: &View3<'_, bool>, first: Pair, head: usize, row: &mut [F]) {
-    fn hide<F: Float>(logit: &mut F, is_visible: bool) {
+pub(super) fn hide_row<F: Element>(
+    mask: &View3<'_, bool>,
+    first: Pair,
+    head: usize,
+    row: &mut [F],
+) {
+    fn hide<F: Element>(logit: &mut F, is_visible: bool) {
         *logit = if is_visible { *logit } else { F::neg_infinity() };
     }
     let [head, query, key] = slot_of(mask, first, head);

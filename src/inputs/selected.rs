@@ -2,11 +2,11 @@
 
 use super::bias::{Logits, slot_of};
 use super::{Inputs, Origin, Pair, Pattern, Positions, View2, View3};
+use crate::element::{Element, try_array};
 use crate::error::{Channel, Error, Result};
-use crate::float::{Float, try_array};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
-use crate::kernels::primitives::prefetch::prefetch;
+use crate::prefetch::prefetch;
 use crate::segments::Segments;
 use ndarray::{
     Array, Array1, Array2, Array3, ArrayBase, ArrayView2, ArrayViewMut, ArrayViewMut2,
@@ -18,7 +18,7 @@ use std::ops::Range;
 /// copied and borrows the others: keys and values, and evenly spaced queries.
 /// [`inputs`](Self::inputs) returns them as [`Inputs`].
 #[derive(Debug)]
-pub struct SelectedInputs<'a, F: Float> {
+pub struct SelectedInputs<'a, F: Element> {
     whole: Inputs<'a, F>,
     numbers: Numbers,
     /// The numbers in the inputs that `whole` was selected from, if it was.
@@ -117,7 +117,7 @@ struct Numbers {
     latent_pairs: Option<Vec<usize>>,
 }
 
-impl<'a, F: Float> Inputs<'a, F> {
+impl<'a, F: Element> Inputs<'a, F> {
     /// Selects some queries: query i of the result is query `queries[i]`, with its pairs and all channels.
     /// For mechanisms that pass different queries to different mechanisms, such as a mixture of experts.
     ///
@@ -363,7 +363,7 @@ impl<'a, F: Float> Inputs<'a, F> {
     }
 }
 
-impl<F: Float> SelectedInputs<'_, F> {
+impl<F: Element> SelectedInputs<'_, F> {
     /// Returns the selected inputs, to run a mechanism on.
     #[must_use]
     pub fn inputs(&self) -> Inputs<'_, F> {
@@ -590,7 +590,7 @@ struct GatheredGradients<F> {
     query_positions: Option<Array2<F>>,
 }
 
-impl<F: Float> GatheredGradients<F> {
+impl<F: Element> GatheredGradients<F> {
     /// Returns views of these gradients, and of `whole` for the missing ones.
     fn lend<'g>(
         &'g mut self,
@@ -629,7 +629,7 @@ impl<F: Float> GatheredGradients<F> {
 }
 
 /// Creates zeros for the gradient of a copied array, if it is wanted.
-fn zeros_like<F: Float, D: Dimension, G>(
+fn zeros_like<F: Element, D: Dimension, G>(
     what: &'static str,
     wanted: &Option<G>,
     copy: &Option<Gathered<'_, F, D>>,
@@ -702,7 +702,7 @@ fn gather_rows<'a, T: Copy>(
 }
 
 /// Adds gathered rows to the rows that they came from.
-fn scatter_rows<F: Float>(
+fn scatter_rows<F: Element>(
     gathered: &Array2<F>,
     runs: &[Range<usize>],
     mut matrix: ArrayViewMut2<'_, F>,
@@ -775,7 +775,11 @@ fn of_grid<'n>(shape: &[usize], numbers: &'n Numbers) -> [Option<&'n [usize]>; 2
 }
 
 /// Adds gathered entries to the entries that they came from.
-fn scatter_grid<F: Float>(gathered: &Array3<F>, numbers: &Numbers, mut grid: ArrayViewMut3<'_, F>) {
+fn scatter_grid<F: Element>(
+    gathered: &Array3<F>,
+    numbers: &Numbers,
+    mut grid: ArrayViewMut3<'_, F>,
+) {
     let [queries, keys] = of_grid(grid.shape(), numbers);
     for ((head, row, column), &grad) in gathered.indexed_iter() {
         let query = queries.map_or(row, |queries| queries[row]);

@@ -3,12 +3,12 @@
 use super::bias::slot_of;
 use super::{Causal, Inputs, Origin, Pair, Pattern, View3};
 use crate::dropout::Dropout;
-use crate::float::Float;
+use crate::element::Element;
 use crate::segments::Segments;
 use ndarray::s;
 use std::ops::Range;
 
-impl<'a, F: Float> Inputs<'a, F> {
+impl<'a, F: Element> Inputs<'a, F> {
     /// Returns the pairs of a query that are not hidden by mask or causal pattern, with their numbers.
     /// Empty for a query that does not exist.
     ///
@@ -345,7 +345,7 @@ impl Shown {
     }
 }
 
-impl<F: Float> Inputs<'_, F> {
+impl<F: Element> Inputs<'_, F> {
     /// Passes to `visit`, for each of some ranges of keys, its number and what masks and bias show of it to a
     /// query of dense inputs and a head.
     pub(crate) fn for_each_shown(

@@ -9,7 +9,7 @@
 
 use super::primitives::matmul::{ROWS_OF_SUM, Vector, vector_len};
 use super::problem::Slices;
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, SimdMask};
 
 /// Σ aᵢ bᵢ over the common length, without SIMD.

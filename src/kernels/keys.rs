@@ -1,11 +1,12 @@
 //! Keys and their similarities to queries: exact ones in `f64`, and quick ones for a list of keys.
 
 use super::primitives::matmul::Vector;
-use super::primitives::prefetch::prefetch;
 use super::problem::Rows;
 use crate::dropout::mix;
+use crate::element::all_finite;
 use crate::error::{Error, Result};
-use crate::float::{Float, all_finite};
+use crate::kernels::Float;
+use crate::prefetch::prefetch;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayView2};
 use std::ops::Range;

@@ -25,10 +25,10 @@
 //! single pairs, also for the links of an HNSW index. All are checked against the plain `ScaledDotProduct`
 //! and outputs of PyG.
 //!
-//! Kernels import `Float`, the description of a problem (`Inputs`, `Graph`, score functions), and the
-//! `GradientsMut` that they add to. A `Graph` is plain data: it imports `Segments`, `Float` and errors only.
-//! Kernels import nothing from `neighbors`, `partial` or the mechanisms, which pass on what they know as numbers,
-//! slices and closures. In the other direction, `Float` requires [`Kernels`], so that mechanisms can call them.
+//! Kernels import `Element`, the description of a problem (`Inputs`, `Graph`, score functions), and the
+//! `GradientsMut` that they add to: plain data, which imports nothing from here. Kernels import nothing from
+//! `neighbors`, `partial` or the mechanisms, which pass on what they know as numbers, slices and closures.
+//! Mechanisms call the kernels as methods of [`Float`].
 
 /// Calls `$op` with the token `$simd` of an instruction set, compiled for it.
 ///
@@ -89,8 +89,8 @@ pub(crate) mod score;
 #[cfg(test)]
 mod softmax_tests;
 
+use crate::element::Element;
 use crate::error::Result;
-use crate::float::Float;
 use crate::gradients::GradientsMut;
 use dense::TileSizes;
 use edge_gat::{EdgeGradients, EdgeProblem};
@@ -105,13 +105,25 @@ use problem::{Problem, Rows, Slices, Upstream};
 use rotary::{Rotary, RotaryProblem};
 use std::ops::Range;
 
+/// The element types that mechanisms compute with: `f32` and `f64`.
+///
+/// `Inputs`, `Gradients` and other data need only [`Element`]. The kernels are what this trait adds.
+pub trait Float: Kernels {}
+impl Float for f32 {}
+impl Float for f64 {}
+
 /// Generates the trait and both implementations from one list.
 macro_rules! kernels {
     ($($(#[$attribute:meta])*
     fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $kernel:expr;)*) => {
         /// The kernels as methods of their element type, so that they are compiled in this crate, once
         /// for each type and instruction set, and not again in every crate that calls a mechanism.
-        pub trait Kernels: primitives::exp::HasExp + primitives::asinh::HasAsinh + primitives::sincos::HasSinCos {
+        pub trait Kernels:
+            Element
+            + primitives::exp::HasExp
+            + primitives::asinh::HasAsinh
+            + primitives::sincos::HasSinCos
+        {
             $($(#[$attribute])*
             fn $name($($argument: $type),*) $(-> $result)?
             where

@@ -10,7 +10,7 @@ use super::keys::{Keys, Query};
 use super::parallel::ranges;
 use super::primitives::matmul::{Left, Matrix, PanelRow, Vector, load, panel_width, rows_with};
 use super::problem::Rows;
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;

@@ -7,8 +7,9 @@ use super::gathered::unrolled_dot;
 use super::level::level;
 use super::parallel::{self, parts, row_chunks};
 use super::problem::Rows;
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
+use crate::kernels::Float;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 
 /// The largest number of parts, in whole blocks, in which rows are distributed to threads.

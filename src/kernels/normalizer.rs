@@ -1,8 +1,9 @@
 //! The divisor of the exponentials of a softmax.
 
+use crate::element::{nan_max, try_array};
 use crate::error::{Result, check_shape};
-use crate::float::{Float, nan_max, try_array};
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::score::{ScoreFunction, with_sink};
 use ndarray::{Array2, ArrayView1, ArrayViewMut1, ArrayViewMut2, Axis, Ix2, s};
 use std::ops::Range;

@@ -2,9 +2,10 @@
 
 use super::normalizer::Normalizer;
 use super::score::Scoring;
+use crate::element::{all_finite, try_zeros};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, all_finite, try_zeros};
 use crate::inputs::{Bias, Inputs, Pair, Pattern, head_columns};
+use crate::kernels::Float;
 use crate::score::ScoreFunction;
 use ndarray::{Array2, ArrayView2};
 use std::borrow::Cow;

@@ -3,9 +3,10 @@
 use super::level::level;
 use super::primitives::matmul::{load, panel_width, store};
 use super::problem::Problem;
+use crate::element::try_vec;
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec};
 use crate::inputs::{Inputs, Pair};
+use crate::kernels::Float;
 use crate::score::{AnyScore, Indices, ScorePairs, Side};
 use fearless_simd::{Level, Simd, SimdBase};
 use std::ops::Range;

@@ -1,8 +1,9 @@
 use crate::attention::{Attention, Saved, check_output};
+use crate::element::try_zeros;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pattern, head_columns};
+use crate::kernels::Float;
 use crate::kernels::dense::{FEW_QUERIES, TileSizes};
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;

@@ -15,8 +15,8 @@ pub mod stack;
 pub mod transformer;
 
 use crate::error::{Channel, Result};
-use crate::float::Float;
 use crate::inputs::{Inputs, SelectedInputs};
+use crate::kernels::Float;
 use ndarray::{ArrayViewMut, Dimension};
 use rand::Rng;
 use rand_distr::{Distribution, Uniform};

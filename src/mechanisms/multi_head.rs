@@ -2,10 +2,11 @@
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::cache::KeyValueCache;
+use crate::element::try_zeros;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
 use crate::mechanisms::fill_uniform;
 use crate::params::{self, Params, prefixed};

@@ -2,9 +2,9 @@
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::{Result, check_shape};
-use crate::float::Float;
 use crate::gradients::{GradientsMut, PartOfBias};
 use crate::inputs::{BiasAxes, Inputs};
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, Rest};
 use crate::params;
 use crate::segments::Segments;

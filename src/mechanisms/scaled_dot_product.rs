@@ -1,8 +1,8 @@
 use crate::attention::{Attention, Saved, check_output};
 use crate::error::Result;
-use crate::float::Float;
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::problem::{Problem, check_scale, output_dim};
 use crate::mechanisms::flash::row_products;
 use crate::params::{Params, params_of};

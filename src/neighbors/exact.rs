@@ -1,6 +1,6 @@
 use super::{Metric, Neighbor, NeighborIndex, NeighborSearch, Neighbors, collect};
 use crate::error::{Result, check_shape};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::keys::Keys;
 use crate::kernels::level::level;
 use crate::kernels::problem::Rows;

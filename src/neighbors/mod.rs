@@ -63,10 +63,11 @@ pub use crate::kernels::keys::Metric;
 pub use exact::ExactIndex;
 pub use hnsw::{HnswConfig, HnswIndex};
 
+use crate::element::try_vec;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec};
 use crate::graph::Graph;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::nearest::Lists;
 use crate::kernels::parallel::{self, parts};
 use ndarray::{Array1, ArrayView1, ArrayView2};

@@ -1,5 +1,5 @@
 use super::Partial;
-use crate::float::Float;
+use crate::kernels::Float;
 use ::serde::{Deserialize, Deserializer, Serialize, Serializer};
 use ndarray::{Array2, ArrayView2};
 

@@ -1,4 +1,4 @@
-use crate::float::Float;
+use crate::kernels::Float;
 use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
 /// The nonlinear function of a feed-forward network, applied to each entry.

@@ -1,7 +1,8 @@
 use super::RowGradients;
+use crate::element::{try_vec, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::param_slot;
+use crate::kernels::Float;
 use crate::kernels::linear::{linear_input_vjp, linear_into, linear_params_vjp};
 use crate::mechanisms::fill_uniform;
 use crate::params::{self, Params};

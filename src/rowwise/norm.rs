@@ -1,7 +1,8 @@
 use super::RowGradients;
+use crate::element::{try_vec, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::param_slot;
+use crate::kernels::Float;
 use crate::kernels::norm::RowNorm;
 use crate::params::{self, Params};
 use ndarray::{Array1, Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD};

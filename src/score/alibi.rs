@@ -1,6 +1,6 @@
 use super::{ScoreFunction, ScorePairs, dot};
+use crate::element::{Element, try_vec};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec};
 use crate::inputs::Inputs;
 use crate::params::Params;
 use ndarray::{Array1, ArrayViewD, ArrayViewMutD};
@@ -26,7 +26,7 @@ pub struct Alibi<F> {
     is_learned: bool,
 }
 
-impl<F: Float> Alibi<F> {
+impl<F: Element> Alibi<F> {
     /// Creates the slopes of the paper for this number of heads.
     ///
     /// # Errors
@@ -67,7 +67,7 @@ impl<F: Float> Alibi<F> {
     }
 }
 
-impl<F: Float> Params<F> for Alibi<F> {
+impl<F: Element> Params<F> for Alibi<F> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         if self.is_learned {
             visitor("slopes", self.slopes.view().into_dyn());
@@ -93,7 +93,7 @@ impl<F: Float> Params<F> for Alibi<F> {
     }
 }
 
-impl<F: Float> ScoreFunction<F> for Alibi<F> {
+impl<F: Element> ScoreFunction<F> for Alibi<F> {
     #[inline]
     fn apply(&self, pairs: &ScorePairs<'_>, logits: &mut [F]) {
         let slope = self.slopes[pairs.head()];
@@ -123,6 +123,6 @@ impl<F: Float> ScoreFunction<F> for Alibi<F> {
 }
 
 #[inline(always)]
-fn length<F: Float>(distance: i32) -> F {
+fn length<F: Element>(distance: i32) -> F {
     F::from_f64(f64::from(distance.abs()))
 }

@@ -1,6 +1,6 @@
 use super::{ScoreFunction, ScorePairs, dot};
+use crate::element::{Element, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::inputs::Inputs;
 use crate::params::Params;
 use ndarray::{Array2, ArrayViewD, ArrayViewMutD};
@@ -149,7 +149,7 @@ fn bucket_of(of_distance: &[u32], distance: i32) -> u32 {
     of_distance[at.min(last)]
 }
 
-impl<F: Float> BucketBias<F> {
+impl<F: Element> BucketBias<F> {
     /// Creates zeros.
     ///
     /// # Errors
@@ -189,7 +189,7 @@ impl<F: Float> BucketBias<F> {
     }
 }
 
-impl<F: Float> Params<F> for BucketBias<F> {
+impl<F: Element> Params<F> for BucketBias<F> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("weight", self.weight.view().into_dyn());
     }
@@ -199,7 +199,7 @@ impl<F: Float> Params<F> for BucketBias<F> {
     }
 }
 
-impl<F: Float> ScoreFunction<F> for BucketBias<F> {
+impl<F: Element> ScoreFunction<F> for BucketBias<F> {
     #[inline]
     fn apply(&self, pairs: &ScorePairs<'_>, logits: &mut [F]) {
         if let Some(bucket) = self.common_bucket(pairs) {

@@ -1,5 +1,5 @@
 use super::{ScoreFunction, ScorePair, ScorePairs};
-use crate::float::Float;
+use crate::element::Element;
 use crate::params::Params;
 use ndarray::{ArrayViewD, ArrayViewMutD};
 use std::fmt;
@@ -31,7 +31,7 @@ pub struct Elementwise<S, D> {
 
 impl<S, D> Elementwise<S, D> {
     /// Creates a score function from f(s, pair) and ∂f/∂s(s, pair).
-    pub fn new<F: Float>(score: S, derivative: D) -> Self
+    pub fn new<F: Element>(score: S, derivative: D) -> Self
     where
         S: Fn(F, ScorePair) -> F,
         D: Fn(F, ScorePair) -> F,
@@ -46,12 +46,12 @@ impl<S, D> fmt::Debug for Elementwise<S, D> {
     }
 }
 
-impl<F: Float, S, D> Params<F> for Elementwise<S, D> {
+impl<F: Element, S, D> Params<F> for Elementwise<S, D> {
     fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
     fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
-impl<F: Float, S, D> ScoreFunction<F> for Elementwise<S, D>
+impl<F: Element, S, D> ScoreFunction<F> for Elementwise<S, D>
 where
     S: Fn(F, ScorePair) -> F + Send + Sync,
     D: Fn(F, ScorePair) -> F + Send + Sync,

@@ -54,8 +54,8 @@ pub use sinks::Sinks;
 pub(crate) use sinks::with_sink;
 pub use soft_cap::SoftCap;
 
+use crate::element::Element;
 use crate::error::Result;
-use crate::float::Float;
 use crate::inputs::Inputs;
 use crate::params::Params;
 use ndarray::{ArrayD, ArrayViewD, ArrayViewMutD};
@@ -78,7 +78,7 @@ use std::fmt;
 /// #[derive(Debug)]
 /// struct Temperature<F>(Array0<F>);
 ///
-/// impl<F: Float> Params<F> for Temperature<F> {
+/// impl<F: Element> Params<F> for Temperature<F> {
 ///     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
 ///         visitor("temperature", self.0.view().into_dyn());
 ///     }
@@ -87,7 +87,7 @@ use std::fmt;
 ///     }
 /// }
 ///
-/// impl<F: Float> ScoreFunction<F> for Temperature<F> {
+/// impl<F: Element> ScoreFunction<F> for Temperature<F> {
 ///     #[inline]
 ///     fn apply(&self, _: &ScorePairs<'_>, logits: &mut [F]) {
 ///         let temperature = self.0[()];
@@ -114,7 +114,7 @@ use std::fmt;
 /// assert!(grads.params[0][[]] != 0.0);
 /// # Ok::<(), graph_attention::Error>(())
 /// ```
-pub trait ScoreFunction<F: Float>: Params<F> + fmt::Debug + Send + Sync {
+pub trait ScoreFunction<F: Element>: Params<F> + fmt::Debug + Send + Sync {
     /// Replaces each logit s by f(s).
     fn apply(&self, pairs: &ScorePairs<'_>, logits: &mut [F]);
 
@@ -158,7 +158,7 @@ pub trait ScoreFunction<F: Float>: Params<F> + fmt::Debug + Send + Sync {
 }
 
 /// No function: logits stay as they are.
-impl<F: Float> ScoreFunction<F> for () {
+impl<F: Element> ScoreFunction<F> for () {
     fn apply(&self, _: &ScorePairs<'_>, _: &mut [F]) {}
 
     fn vjp(&self, _: &ScorePairs<'_>, _: &[F], _: &mut [F], _: &mut [f64]) {}
@@ -168,12 +168,12 @@ impl<F: Float> ScoreFunction<F> for () {
     }
 }
 
-impl<F: Float> Params<F> for () {
+impl<F: Element> Params<F> for () {
     fn visit_params<'a>(&'a self, _: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {}
     fn visit_params_mut<'a>(&'a mut self, _: &mut dyn FnMut(&str, ArrayViewMutD<'a, F>)) {}
 }
 
-impl<F: Float, S: ScoreFunction<F> + ?Sized> ScoreFunction<F> for &S {
+impl<F: Element, S: ScoreFunction<F> + ?Sized> ScoreFunction<F> for &S {
     #[inline]
     fn apply(&self, pairs: &ScorePairs<'_>, logits: &mut [F]) {
         (**self).apply(pairs, logits);
@@ -207,14 +207,14 @@ impl<F: Float, S: ScoreFunction<F> + ?Sized> ScoreFunction<F> for &S {
 
 /// A score function as the kernels call it: chosen at run time once for each tile, and compiled for each
 /// instruction set.
-pub(crate) trait AnyScore<F: Float>: fmt::Debug + Send + Sync {
+pub(crate) trait AnyScore<F: Element>: fmt::Debug + Send + Sync {
     fn apply_to(&self, pairs: &ScorePairs<'_>, logits: &mut [F]);
     fn add_vjp(&self, pairs: &ScorePairs<'_>, logits: &[F], grads: &mut [F], params: &mut [f64]);
     /// The number of entries of all parameters.
     fn num_params(&self) -> usize;
 }
 
-impl<F: Float, S: ScoreFunction<F>> AnyScore<F> for S {
+impl<F: Element, S: ScoreFunction<F>> AnyScore<F> for S {
     fn apply_to(&self, pairs: &ScorePairs<'_>, logits: &mut [F]) {
         dispatch!(pairs.level, _simd => self.apply(pairs, logits));
     }
@@ -229,21 +229,21 @@ impl<F: Float, S: ScoreFunction<F>> AnyScore<F> for S {
 }
 
 /// The number of entries of all parameters.
-pub(crate) fn num_entries<F: Float>(params: &(impl Params<F> + ?Sized)) -> usize {
+pub(crate) fn num_entries<F: Element>(params: &(impl Params<F> + ?Sized)) -> usize {
     let mut count = 0;
     params.visit_params(&mut |_, param| count += param.len());
     count
 }
 
 /// Adds the gradients of all entries to the gradients of the parameters.
-pub(crate) fn add_entries<F: Float>(entries: &[f64], params: &mut [ArrayD<F>]) {
+pub(crate) fn add_entries<F: Element>(entries: &[f64], params: &mut [ArrayD<F>]) {
     let all = params.iter_mut().flat_map(|param| param.iter_mut());
     all.zip(entries).for_each(|(sum, &entry)| *sum += F::from_f64(entry));
 }
 
 /// Returns Σ aᵢ bᵢ. The sums over up to 64 rows of 16 are in `F`, and vectorised; they are added in `f64`.
 #[inline(always)]
-fn dot<F: Float>(a: &[F], b: impl Fn(usize) -> F) -> f64 {
+fn dot<F: Element>(a: &[F], b: impl Fn(usize) -> F) -> f64 {
     const LANES: usize = 16;
     let mut sum = 0.0;
     for (number, block) in a.chunks(64 * LANES).enumerate() {

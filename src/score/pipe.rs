@@ -1,13 +1,13 @@
 //! Score functions one after the other.
 
 use super::{ScoreFunction, ScorePairs, num_entries};
+use crate::element::Element;
 use crate::error::Result;
-use crate::float::Float;
 use crate::inputs::Inputs;
 use crate::params::{Params, prefixed};
 use ndarray::{ArrayViewD, ArrayViewMutD};
 
-impl<F: Float, A: Params<F>, B: Params<F>> Params<F> for (A, B) {
+impl<F: Element, A: Params<F>, B: Params<F>> Params<F> for (A, B) {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         self.0.visit_params(&mut prefixed(0, visitor));
         self.1.visit_params(&mut prefixed(1, visitor));
@@ -30,7 +30,7 @@ impl<F: Float, A: Params<F>, B: Params<F>> Params<F> for (A, B) {
 }
 
 /// s ↦ B(A(s)). The sinks of both take part.
-impl<F: Float, A: ScoreFunction<F>, B: ScoreFunction<F>> ScoreFunction<F> for (A, B) {
+impl<F: Element, A: ScoreFunction<F>, B: ScoreFunction<F>> ScoreFunction<F> for (A, B) {
     #[inline]
     fn apply(&self, pairs: &ScorePairs<'_>, logits: &mut [F]) {
         self.0.apply(pairs, logits);
@@ -76,7 +76,7 @@ impl<F: Float, A: ScoreFunction<F>, B: ScoreFunction<F>> ScoreFunction<F> for (A
 
     fn sink_vjp(&self, head: usize, grad: f64, grad_params: &mut [f64]) {
         let (of_first, of_second) = grad_params.split_at_mut(num_entries(&self.0));
-        let [a, b] = [self.0.sink(head), self.1.sink(head)].map(Float::as_f64);
+        let [a, b] = [self.0.sink(head), self.1.sink(head)].map(Element::as_f64);
         let share = |of: f64, other: f64| match of {
             f64::NEG_INFINITY => 0.0,
             _ => 1.0 / (1.0 + (other - of).exp()),

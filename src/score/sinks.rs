@@ -1,6 +1,6 @@
 use super::{ScoreFunction, ScorePairs};
+use crate::element::{Element, try_vec};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_vec};
 use crate::inputs::Inputs;
 use crate::params::Params;
 use ndarray::{Array1, ArrayViewD, ArrayViewMutD};
@@ -37,7 +37,7 @@ pub struct Sinks<F> {
     sinks: Array1<F>,
 }
 
-impl<F: Float> Sinks<F> {
+impl<F: Element> Sinks<F> {
     /// Creates sinks with the logit 0.
     ///
     /// # Errors
@@ -58,7 +58,7 @@ impl<F: Float> Sinks<F> {
     }
 }
 
-impl<F: Float> Params<F> for Sinks<F> {
+impl<F: Element> Params<F> for Sinks<F> {
     fn visit_params<'a>(&'a self, visitor: &mut dyn FnMut(&str, ArrayViewD<'a, F>)) {
         visitor("sinks", self.sinks.view().into_dyn());
     }
@@ -68,7 +68,7 @@ impl<F: Float> Params<F> for Sinks<F> {
     }
 }
 
-impl<F: Float> ScoreFunction<F> for Sinks<F> {
+impl<F: Element> ScoreFunction<F> for Sinks<F> {
     fn apply(&self, _: &ScorePairs<'_>, _: &mut [F]) {}
 
     fn vjp(&self, _: &ScorePairs<'_>, _: &[F], _: &mut [F], _: &mut [f64]) {}

@@ -1,6 +1,6 @@
 use super::{ScoreFunction, ScorePairs};
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::params::Params;
 use ndarray::{ArrayViewD, ArrayViewMutD};
 

@@ -1,7 +1,7 @@
 //! The ball: its curvature, its points, and sums over coordinates.
 
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// The checked curvature: c and its square root.
 #[derive(Clone, Copy)]

@@ -4,7 +4,7 @@ use super::ball::{Ball, add, check_lengths, dot, norm, norm_of, stretch, sum};
 use super::radial::{asinh_ratio, log_ratio, tanh_ratio};
 use super::transport::Gyration;
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// Computes the point at time t on the geodesic that is at x at time 0 and at y at time 1.
 ///

@@ -2,7 +2,7 @@
 
 use super::ball::{Ball, add, check_lengths, norm, norm_of, sum};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// x ⊕ y for any source of coordinates, with the norms and the α = 1 − c|·|² of both; for y they may be
 /// more accurate than its coordinates.

@@ -7,7 +7,7 @@ use super::radial::{
     tanh_ratio_derivative,
 };
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// Computes the point at time 1 on the geodesic that starts at x with velocity v.
 ///

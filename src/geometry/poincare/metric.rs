@@ -3,7 +3,7 @@
 use super::ball::{Ball, add, check_lengths, norm, norm_of};
 use super::radial::{asinh_ratio, asinh_ratio_derivative};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// Computes the conformal factor λ: the length of a vector at x is λ times its Euclidean norm.
 ///

@@ -2,7 +2,7 @@
 
 use super::ball::{Ball, check_lengths, norm, power_of_two_below, sum};
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
+use crate::kernels::Float;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Computes the weighted gyromidpoint: the weighted mean of the points on the hyperboloid, projected back

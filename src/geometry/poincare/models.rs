@@ -2,7 +2,7 @@
 
 use super::ball::{Ball, add, assign, check_lengths, dot, norm, norm_of, stretch, sum};
 use crate::error::{Error, Result, check_shape};
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// Converts a point to the Klein ball, in which geodesics are straight lines.
 ///

@@ -2,7 +2,7 @@
 
 use super::ball::{Ball, add, assign, check_lengths, dot, norm_of, stretch};
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// Computes the nearest point of the ball that is at least `margin` times the radius inside the boundary.
 ///

@@ -6,7 +6,7 @@ use super::radial::{
     artanh_ratio, artanh_ratio_derivative, sech2, tanh_ratio, tanh_ratio_derivative,
 };
 use crate::error::{Result, check_shape};
-use crate::float::Float;
+use crate::kernels::Float;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Computes r ⊗ x, the point r times as far from the origin as x, in the same direction.

@@ -2,7 +2,7 @@
 
 use super::ball::{Ball, add, assign, check_lengths, norm, sum};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// gyr[a, b] v for any source of coordinates; z = a + b may be more accurate than the coordinates of a
 /// and b.

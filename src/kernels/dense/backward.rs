@@ -2,9 +2,9 @@ use super::{
     BLOCKS_OF_PART, Block, HeadRows, MaskedTiles, PARTS, TileSizes, block, clip, heads_differ,
     split_bias,
 };
-use crate::float::Float;
 use crate::gradients::{GradientsMut, PartOfBias};
 use crate::inputs::{head_columns, hull};
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, Rest, parts_of_work, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
 use crate::kernels::primitives::exp::exp;

@@ -1,6 +1,6 @@
 use super::{Block, HeadRows, MaskedTiles, PARTS, TileScorer, TileSizes, block, clip};
-use crate::float::Float;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;

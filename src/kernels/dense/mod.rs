@@ -19,9 +19,9 @@ use super::primitives::matmul::{
 use super::primitives::transpose::transposed;
 use super::problem::{Problem, Slices};
 use super::score::Panel;
-use crate::float::Float;
 use crate::gradients::PartOfBias;
 use crate::inputs::{BiasAxes, Pair, Shown, hull, pair_weight_slot};
+use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::ops::Range;

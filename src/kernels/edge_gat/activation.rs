@@ -1,6 +1,6 @@
 //! Activations inside scores.
 
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::primitives::matmul::Vector;
 use fearless_simd::{Select, Simd, SimdBase};
 use std::fmt::Debug;

@@ -9,10 +9,11 @@ use super::super::rows::{
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{EdgeColumns, EdgeProblem, EdgeScorer, ScoreSums};
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use fearless_simd::Level;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
 

@@ -3,8 +3,8 @@
 
 use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::Slices;
-use crate::float::Float;
 use crate::inputs::Pair;
+use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// A number for each feature and pair of a tile.

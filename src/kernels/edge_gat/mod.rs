@@ -18,7 +18,7 @@ pub(crate) use backward::{EdgeGradients, add_outer};
 use super::gathered::{Columns, Gather, Weights};
 use super::problem::{Problem, Rows, Slices};
 use super::rows::{Pairs, Scorer, Tile};
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::Level;
 use features::{Coefficients, FeatureSums, FeatureTile};
 use ndarray::Array2;

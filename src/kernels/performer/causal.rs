@@ -16,7 +16,7 @@ use super::forward::{QuotientGradients, pack_values, value_stride, write_quotien
 use super::products::{add_outer, product, scale_rows, transposed, transposed_product};
 use super::{FeatureProblem, FeatureUpstream, KeySums, SumsOfChunk};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, ranges};
 use crate::kernels::primitives::matmul::{Left, Target, panel_len};
 use fearless_simd::Level;

@@ -2,7 +2,7 @@
 
 use super::products::{product, transposed};
 use super::{FeatureProblem, KeySums, Map};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::gathered::unrolled_dot;
 use crate::kernels::primitives::exp::exp2;
 use crate::kernels::primitives::matmul::{Left, Target, Vector, panel_len};

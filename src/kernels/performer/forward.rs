@@ -3,8 +3,8 @@
 use super::chunk::{CHUNK, Chunk};
 use super::products::product;
 use super::{FeatureProblem, KeySums, SumsOfChunk};
-use crate::float::Float;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::primitives::matmul::{Left, Target, panel_len};
 use fearless_simd::Level;

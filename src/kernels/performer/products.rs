@@ -1,6 +1,6 @@
 //! Products of chunks, with right factors and results in rows of whole panels.
 
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::primitives::matmul::{Left, Matrix, Out, Target, columns_times, rows_times};
 use fearless_simd::Level;
 

@@ -3,9 +3,10 @@
 use super::dominant::{PairDistance, add_point};
 use super::pairs::{MASS, PairGradients, Pairs as VectorOfPairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
 use crate::inputs::{Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::gathered::{Columns, Gather, Weights};
 use crate::kernels::primitives::matmul::Vector;
 use crate::kernels::problem::{Rows, Slices};

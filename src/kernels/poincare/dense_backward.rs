@@ -5,9 +5,9 @@ use super::dominant::{PairDistance, add_point};
 use super::pairs::{PairGradients, Pairs, RADIUS, TERMS, Terms, vjp};
 use super::{HyperbolicProblem, Lanes, Mass, Radius, splat_all};
 use crate::error::Result;
-use crate::float::Float;
 use crate::gradients::PartOfBias;
 use crate::inputs::{Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::dense::{
     BLOCKS_OF_PART, Block, HeadRows, PARTS, TileSizes, add_head_rows, block, clip, pack_rows,
     split_bias,

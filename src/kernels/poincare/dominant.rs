@@ -5,8 +5,8 @@
 //! other gradients is accurate. So this pair is left out until all pairs of its query have been seen.
 
 use super::{HyperbolicProblem, Radius};
-use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
+use crate::kernels::Float;
 
 /// The smallest weight of a dominant pair. It exceeds a half by enough that two pairs cannot both have
 /// it, however weights are rounded; for a pair with less weight the difference is accurate to a few ulps.
@@ -45,7 +45,7 @@ impl PairDistance {
         let u = &softmax.query.slices().row(pair.query)[columns(head)];
         let v = &softmax.key.slices().row(pair.key)[columns(softmax.kv_head(head))];
         let squared = u.iter().zip(v).map(|(&u, &v)| (u.as_f64() - v.as_f64()).powi(2)).sum();
-        let wide = |radius: Radius<F>| Radius::of(radius.array().map(Float::as_f64));
+        let wide = |radius: Radius<F>| Radius::of(radius.array().map(F::as_f64));
         let query = wide(problem.query(pair.query, head));
         let key = wide(problem.key[problem.key_at(pair.key, head)]);
         let radial = (query.expm1 - key.expm1) * (query.half_inverse + key.half_inverse);

@@ -33,7 +33,7 @@ use super::primitives::buffer::Buffer;
 use super::primitives::matmul::{Matrix, Out, Vector, load, panel_len, squared_distances, store};
 use super::problem::{Problem, Rows};
 use super::rows::{Scorer, Tile};
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase};
 use pairs::{RADIUS, logit};
 use std::f64::consts::LN_2;

@@ -2,7 +2,7 @@
 //! backward pass.
 
 use super::{Mass, Radius};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::primitives::asinh::asinh;
 use crate::kernels::primitives::exp::exp;
 use crate::kernels::primitives::matmul::Vector;

@@ -1,8 +1,8 @@
 //! The sum that determines the midpoint of distant points, computed accurately.
 
 use super::{DistanceScorer, DistanceTiles, HyperbolicProblem, Lanes};
-use crate::float::Float;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::kernels::dense::{
     Block, FEW_QUERIES, HeadRows, PARTS, TileScorer, TileSizes, block, clip,
 };

@@ -1,6 +1,6 @@
 //! Scratch memory.
 
-use crate::float::Float;
+use crate::kernels::Float;
 use std::ops::{Deref, DerefMut};
 
 /// The size of a cache line, and of the longest vector, in bytes.

@@ -1,6 +1,6 @@
 //! Sums with compensation (Kahan 1965): their error does not grow with the number of terms.
 
-use crate::float::Float;
+use crate::kernels::Float;
 
 /// sum ← factor · sum + term. `lack` is the accumulated rounding error of the sum.
 #[inline(always)]

@@ -10,7 +10,7 @@
 //! zipped iterators, which have no bounds checks; with one index for six rows, each step of twelve
 //! multiply-adds would have six of them.
 
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::primitives::transpose::MOST as MOST_LANES;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, SimdFloatElement};
 

@@ -6,7 +6,6 @@ pub(crate) mod buffer;
 pub(crate) mod compensated;
 pub(crate) mod exp;
 pub(crate) mod matmul;
-pub(crate) mod prefetch;
 pub(crate) mod sincos;
 pub(crate) mod tanh;
 pub(crate) mod transpose;

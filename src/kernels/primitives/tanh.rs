@@ -2,7 +2,7 @@
 
 use super::exp::exp_and_m1;
 use super::matmul::Vector;
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// Returns |tanh x| and the derivative 1 − tanh² x, given s and `factor` with −2 x = `factor` · s. NaN for NaN.

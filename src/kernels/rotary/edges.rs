@@ -9,9 +9,9 @@ use super::super::gathered::{Columns, Gather, Weights};
 use super::super::problem::{Problem, Rows, Slices, Upstream};
 use super::super::rows::{self, Pairs, Scorer, Tile, TwoSided, key_columns};
 use super::{Rotary, Turn, is_zero};
-use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use fearless_simd::Level;
 use ndarray::Array1;
 
@@ -325,7 +325,7 @@ mod tests {
                         run(level, layout, pairs).iter().zip(&expected).enumerate()
                     {
                         let error =
-                            (a - b).mapv(f64::abs).into_iter().fold(0.0, crate::float::nan_max);
+                            (a - b).mapv(f64::abs).into_iter().fold(0.0, crate::element::nan_max);
                         assert!(error < 1e-12, "{level:?} {layout:?} {pairs} {array}: {error:e}");
                     }
                 }

@@ -14,7 +14,7 @@ pub(super) use nodes::{rotate, rotate_vjp};
 
 use super::primitives::matmul::{Vector, vector_len};
 use super::primitives::sincos::sin_cos;
-use crate::float::Float;
+use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdMask};
 use ndarray::Array2;
 

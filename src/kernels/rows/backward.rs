@@ -9,9 +9,9 @@ use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_pair,
     for_each_part, level_for, pair_weights_vjp, parts,
 };
-use crate::float::Float;
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
+use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{Array1, Array2, ArrayViewMut2, Axis};
 

@@ -9,8 +9,8 @@ use super::super::primitives::matmul::Vector;
 use super::super::problem::FiniteRows;
 use super::super::score::ScoredRow;
 use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
-use crate::float::Float;
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase};
 use ndarray::{ArrayView1, ArrayViewMut2, s};
 

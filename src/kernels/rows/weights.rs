@@ -2,8 +2,9 @@
 
 use super::super::normalizer::Normalizer;
 use super::{Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, for_each_part, level_for, parts};
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
+use crate::kernels::Float;
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayViewMut2};
 

@@ -1,9 +1,9 @@
 //! The search for latent neighbours, if the inputs have none.
 
 use crate::error::{Result, check_shape};
-use crate::float::Float;
 use crate::graph::Graph;
 use crate::inputs::{Inputs, Pattern};
+use crate::kernels::Float;
 use crate::neighbors::{ExactIndex, Metric, NeighborIndex, NeighborSearch};
 
 /// A search for the latent neighbours of a [`DualSpace`](crate::DualSpace): the k keys most similar to

@@ -2,8 +2,9 @@
 
 use super::EdgeGat;
 use super::scores::{Linear, Names, Score};
+use crate::element::try_zeros;
 use crate::error::{Error, Result};
-use crate::float::{Float, try_zeros};
+use crate::kernels::Float;
 use crate::mechanisms::fill_uniform;
 use crate::params;
 use ndarray::{ArrayD, Axis};

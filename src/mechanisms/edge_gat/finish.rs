@@ -1,10 +1,11 @@
 //! What follows the softmax: averaged heads, residual, gate and bias.
 
 use super::{EdgeGat, ParamGradients};
+use crate::element::{sigmoid, try_zeros};
 use crate::error::Result;
-use crate::float::{Float, sigmoid, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use ndarray::{
     Array1, Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix1, Ix2, Zip, concatenate, s,

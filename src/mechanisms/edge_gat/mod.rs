@@ -9,10 +9,11 @@ pub use config::EdgeGatConfig;
 pub use scores::Score;
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::element::try_zeros;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::edge_gat::EdgeProblem;
 use crate::kernels::level::level;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};

@@ -2,10 +2,11 @@
 
 use super::{EdgeGat, NAME};
 use crate::attention::check_output;
+use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::partial::{Partial, backward_partial};
 use ndarray::{Array2, ArrayView2};

@@ -3,10 +3,11 @@
 use super::scaling::Scaling;
 use super::{EdgeRope, GraphRope};
 use crate::attention::Attention;
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::param_slot;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::rotary::{Layout, Rotary};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewD, ArrayViewMutD, Ix2, Zip, s};
 

@@ -1,9 +1,10 @@
 use super::config::Rotation;
 use crate::attention::{Attention, Saved, check_output};
+use crate::element::try_zeros;
 use crate::error::{Channel, Result};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients, output_dim};

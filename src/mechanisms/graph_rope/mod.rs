@@ -11,10 +11,11 @@ pub use scaling::Scaling;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::cache::KeyValueCache;
+use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::level::level;
 use crate::kernels::problem::Rows;
 use crate::kernels::rotary::RotationGradients;

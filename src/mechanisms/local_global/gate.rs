@@ -2,10 +2,11 @@
 
 use super::{NAME, by_edge_layer};
 use crate::attention::{Attention, Saved};
+use crate::element::{sigmoid, try_array, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, sigmoid, try_array, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, SelectedInputs, head_columns};
+use crate::kernels::Float;
 use crate::params;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut2, Ix1, Ix2, s};
 use std::mem::take;

@@ -9,10 +9,11 @@ use window::{Block, Kind};
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::cache::{self, KeyValueCache};
+use crate::element::{try_vec, try_zeros};
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern, SelectedInputs};
+use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, output_dim};
 use crate::mechanisms::fill_uniform;

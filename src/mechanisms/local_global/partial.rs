@@ -1,10 +1,11 @@
 //! Sliding windows and both kinds of edges over some of the pairs.
 
 use super::{Form, LocalGlobal, NAME};
+use crate::element::try_zeros;
 use crate::error::{Error, Result};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::output_dim;
 use crate::partial::{Partial, backward_partial};

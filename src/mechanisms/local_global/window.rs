@@ -1,8 +1,8 @@
 //! Local and global pairs by the order of queries and keys.
 
 use crate::error::{Error, Result};
-use crate::float::Float;
 use crate::inputs::{Inputs, Pair};
+use crate::kernels::Float;
 use std::collections::BTreeMap;
 
 /// The pairs that a [`LocalGlobal::sliding_window`](super::LocalGlobal::sliding_window) keeps: a window

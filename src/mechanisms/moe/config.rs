@@ -2,8 +2,9 @@
 
 use super::Moe;
 use crate::attention::Attention;
+use crate::element::{try_vec, try_zeros};
 use crate::error::{Error, Result};
-use crate::float::{Float, try_vec, try_zeros};
+use crate::kernels::Float;
 use crate::mechanisms::fill_uniform;
 use crate::params;
 use ndarray::{Array1, ArrayD};

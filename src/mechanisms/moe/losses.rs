@@ -1,8 +1,9 @@
 //! Losses that balance the experts and keep the logits small.
 
 use super::Routing;
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
+use crate::kernels::Float;
 use crate::softmax::{log_sum_exp, softmax_vjp};
 use ndarray::{Array1, Array2, Axis, Zip};
 

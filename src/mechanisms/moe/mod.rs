@@ -9,10 +9,11 @@ pub use routing::Routing;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::dropout::mix;
+use crate::element::{sigmoid, softplus, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, sigmoid, softplus, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::params::{self, Params, prefixed};
 use ndarray::{

@@ -1,9 +1,10 @@
 //! The assignment of queries to experts, with weights.
 
 use super::config::{Gating, MoeConfig, Priority};
+use crate::element::{sigmoid, softplus, try_vec, try_zeros};
 use crate::error::{Result, check_shape};
-use crate::float::{Float, sigmoid, softplus, try_vec, try_zeros};
-use crate::kernels::primitives::prefetch::prefetch;
+use crate::kernels::Float;
+use crate::prefetch::prefetch;
 use crate::softmax::{log_sum_exp, softmax, softmax_vjp};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, Zip};
 

@@ -3,7 +3,7 @@
 use super::Performer;
 use super::map::FeatureMap;
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::params;
 use ndarray::ArrayD;
 use rand::Rng;

@@ -2,9 +2,10 @@
 
 use super::config::Features;
 use super::{Path, Performer};
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::inputs::{Inputs, head_columns};
+use crate::kernels::Float;
 use crate::kernels::level::level;
 use ndarray::{Array2, ArrayView1};
 
@@ -130,7 +131,7 @@ impl<F: Float> Performer<F> {
                 self.map.exponents_or_features(x, products, row.view_mut());
                 if problem.map.is_exponential() {
                     row.iter_mut().zip(&sums.shifts).for_each(|(entry, &shift)| *entry += shift);
-                    let max = row.iter().copied().fold(F::neg_infinity(), crate::float::nan_max);
+                    let max = row.iter().copied().fold(F::neg_infinity(), crate::element::nan_max);
                     row.mapv_inplace(|exponent| (exponent - max).exp2());
                 }
                 // The terms of the projections, one per row; the last column is the denominator.

@@ -1,9 +1,10 @@
 //! The feature map φ and its projection.
 
 use super::config::{Features, PerformerConfig, Projection};
+use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::linear::linear;
 use crate::kernels::performer::{FeatureProblem, Map};
 use crate::kernels::problem::Rows;

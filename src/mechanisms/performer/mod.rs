@@ -12,10 +12,11 @@ pub use error_estimate::ErrorEstimate;
 pub use state::{PerformerState, StateGradient};
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::element::{all_finite, try_zeros};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::{Inputs, head_columns};
+use crate::kernels::Float;
 use crate::kernels::level::level;
 use crate::kernels::performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
 use crate::kernels::problem::output_dim;

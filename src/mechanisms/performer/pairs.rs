@@ -2,10 +2,11 @@
 //! which sums over all keys cannot honour, and for rows with sums that underflowed.
 
 use super::map::FeatureMap;
+use crate::element::{nan_max, try_zeros};
 use crate::error::Result;
-use crate::float::{Float, nan_max, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::gathered::unrolled_dot;
 use crate::kernels::linear::{linear_input_vjp, linear_params_vjp};
 use crate::kernels::performer::Map;

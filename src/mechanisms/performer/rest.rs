@@ -2,9 +2,10 @@
 
 use super::config::Features;
 use super::state::{MOST_ROUNDING, PerformerState, ROUNDING};
+use crate::element::{nan_max, try_zeros};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, nan_max, try_zeros};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::partial::Partial;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::f64::consts::LN_2;

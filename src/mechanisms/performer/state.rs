@@ -2,10 +2,11 @@
 
 use super::Performer;
 use super::map::FeatureMap;
+use crate::element::{all_finite, try_zeros};
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, all_finite, try_zeros};
 use crate::gradients::param_slot;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::Kernels;
 use crate::kernels::level::level;
 use crate::kernels::performer::{FeatureUpstream, KeySums, Map};

@@ -2,7 +2,7 @@
 
 use super::Poincare;
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use ndarray::Array0;
 
 /// The coordinates of input and output points.

@@ -13,8 +13,8 @@
 //! û − r = (a + (M − |S|) r)/|S|
 //! ```
 
-use crate::float::Float;
 use crate::inputs::{Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::poincare::{
     DOMINANT, HyperbolicProblem, OfLogit, PairDistance, PointGradients, Points, add_point,
 };

@@ -4,10 +4,11 @@ use super::deep::DeepRow;
 use super::partial::PartialMean;
 use super::polar::{Space, zero_nan};
 use super::{Coordinates, TILES};
+use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::norm_of;
 use crate::inputs::{Inputs, head_columns};
+use crate::kernels::Float;
 use crate::kernels::level::level;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::poincare::{

@@ -13,10 +13,11 @@ pub use config::{Aggregation, Coordinates, PoincareConfig};
 pub use partial::PartialMean;
 
 use crate::attention::{Attention, Saved, check_output};
+use crate::element::{softplus, try_zeros};
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, softplus, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
+use crate::kernels::Float;
 use crate::kernels::dense::FEW_QUERIES;
 use crate::kernels::dense::TileSizes;
 use crate::kernels::level::level;

@@ -3,10 +3,11 @@
 use super::config::radii_within;
 use super::mean::Sums;
 use super::{Aggregation, Embedded, NAME, Poincare};
+use crate::element::try_zeros;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::{Inputs, head_columns};
+use crate::kernels::Float;
 use crate::kernels::normalizer::{Normalizer, Part};
 use crate::mechanisms::packed;
 use crate::params;

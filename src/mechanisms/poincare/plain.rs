@@ -4,8 +4,8 @@
 use super::hessian::{Hessian, add_difference};
 use super::polar::Space;
 use super::{Aggregation, Coordinates, Poincare};
+use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::geometry::poincare::ball::{dot, norm_of};
 use crate::geometry::poincare::{
     conformal_factor, distance, distance_vjp, exp_map, exp_map_origin, exp_map_origin_vjp,
@@ -13,6 +13,7 @@ use crate::geometry::poincare::{
 };
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
+use crate::kernels::Float;
 use crate::kernels::poincare::HyperbolicProblem;
 use crate::softmax::Softmax;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut2, s};
@@ -75,7 +76,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
         let space = poincare.space()?;
         let Space { c, coordinates, .. } = space;
         let points = |array: ArrayView2<'_, F>, heads: usize| -> Result<Array2<f64>> {
-            let mut points = array.mapv(Float::as_f64).as_standard_layout().into_owned();
+            let mut points = array.mapv(F::as_f64).as_standard_layout().into_owned();
             if coordinates == Coordinates::Tangent {
                 for_each_point(&mut points, heads, |_, point| {
                     space.shorten(point);
@@ -523,7 +524,7 @@ impl<'i, 'a, F: Float> Plain<'i, 'a, F> {
     ) -> Result<f64> {
         let mut grad_c = 0.0;
         if self.coordinates == Coordinates::Tangent {
-            let tangents = input.mapv(Float::as_f64).as_standard_layout().into_owned();
+            let tangents = input.mapv(F::as_f64).as_standard_layout().into_owned();
             let dim = tangents.ncols() / heads;
             for_each_point(&mut grad, heads, |at, grad| {
                 let grad_point = grad.to_vec();

@@ -2,10 +2,11 @@
 //! cancellation, neither small ones nor those far from the origin.
 
 use super::Coordinates;
+use crate::element::{all_finite, try_vec, try_zeros};
 use crate::error::{Error, Result};
-use crate::float::{Float, all_finite, try_vec, try_zeros};
 use crate::geometry::poincare::ball::{norm_of, one_minus_c_norm2};
 use crate::inputs::head_columns;
+use crate::kernels::Float;
 use crate::kernels::poincare::{Mass, Radius};
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};

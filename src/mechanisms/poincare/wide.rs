@@ -2,10 +2,11 @@
 
 use super::Poincare;
 use crate::attention::{Attention, Saved};
+use crate::element::try_array;
 use crate::error::Result;
-use crate::float::{Float, try_array};
 use crate::gradients::{Gradients, GradientsMut};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use ndarray::{
     Array, Array2, Array3, ArrayView, ArrayView2, ArrayViewMut, ArrayViewMut2, Dimension,
 };
@@ -24,9 +25,8 @@ impl Wide {
         Ok(Self {
             poincare: Poincare {
                 config: poincare.config.clone(),
-                raw_curvature: poincare.raw_curvature.as_ref().map(|raw| raw.mapv(Float::as_f64)),
-                raw_temperature: (poincare.raw_temperature.as_ref())
-                    .map(|raw| raw.mapv(Float::as_f64)),
+                raw_curvature: poincare.raw_curvature.as_ref().map(|raw| raw.mapv(F::as_f64)),
+                raw_temperature: (poincare.raw_temperature.as_ref()).map(|raw| raw.mapv(F::as_f64)),
             },
             query: wide("query", inputs.query())?,
             key: wide("key", inputs.key())?,
@@ -62,7 +62,7 @@ impl Wide {
         grad_out: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let grad_out = grad_out.mapv(Float::as_f64);
+        let grad_out = grad_out.mapv(F::as_f64);
         let wide = self.poincare.backward(&self.inputs(inputs)?, saved, grad_out.view())?;
         add_all(grads, wide);
         Ok(())
@@ -74,7 +74,7 @@ impl Wide {
         grad_weights: ArrayView2<'_, F>,
         grads: GradientsMut<'_, F>,
     ) -> Result<()> {
-        let grad_weights = grad_weights.mapv(Float::as_f64);
+        let grad_weights = grad_weights.mapv(F::as_f64);
         let inputs = self.inputs(inputs)?;
         let wide = self.poincare.attention_weights_backward(&inputs, grad_weights.view())?;
         add_all(grads, wide);

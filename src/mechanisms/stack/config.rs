@@ -3,7 +3,7 @@
 use super::Stack;
 use crate::attention::Attention;
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::params;
 use crate::rowwise::NormConfig;
 use ndarray::ArrayD;

@@ -6,10 +6,11 @@ pub use config::StackConfig;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::cache::KeyValueCache;
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pattern};
+use crate::kernels::Float;
 use crate::params::{self, Params, prefixed};
 use crate::rowwise::Norm;
 use ndarray::{Array2, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, aview0};

@@ -4,7 +4,7 @@ use super::TransformerLayer;
 use super::feed_forward::FeedForward;
 use crate::attention::Attention;
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::params;
 use crate::rowwise::{Activation, Linear, LinearConfig, NormConfig, Normalization};
 use ndarray::ArrayD;

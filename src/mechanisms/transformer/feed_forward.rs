@@ -1,9 +1,10 @@
 //! The feed-forward network.
 
 use super::{BLOCK, HIDDEN, PARTS};
+use crate::element::try_zeros;
 use crate::error::Result;
-use crate::float::{Float, try_zeros};
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, parts, row_chunks};
 use crate::rowwise::{Activation, Linear};
 use ndarray::{Array2, ArrayD, ArrayView2, ArrayViewMut2, Axis};

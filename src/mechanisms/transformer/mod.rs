@@ -7,10 +7,11 @@ pub use config::TransformerLayerConfig;
 
 use crate::attention::{Attention, Saved, check_output};
 use crate::cache::KeyValueCache;
+use crate::element::try_zeros;
 use crate::error::{Channel, Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::parallel::{self, parts, row_chunks};
 use crate::params::{self, Params, prefixed};
 use crate::rowwise::Norm;

@@ -1,11 +1,11 @@
 //! The links of an HNSW index: how they are set, and how a search follows them.
 
 use crate::dropout::mix;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::keys::{Keys, Origin};
 use crate::kernels::level::level;
 use crate::kernels::parallel::{self, ranges};
-use crate::kernels::primitives::prefetch::prefetch;
+use crate::prefetch::prefetch;
 use std::collections::VecDeque;
 use std::ops::Range;
 

@@ -10,9 +10,10 @@ mod links;
 mod saved;
 
 use super::{Metric, Neighbor, NeighborIndex, NeighborSearch, Neighbors, collect};
+use crate::element::try_zeros;
 use crate::error::{Error, Result, check_shape};
-use crate::float::{Float, try_zeros};
 use crate::graph::Graph;
+use crate::kernels::Float;
 use crate::kernels::keys::{Keys, Origin, Query};
 use crate::kernels::level::level;
 use crate::kernels::nearest::Candidate;

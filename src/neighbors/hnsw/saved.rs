@@ -3,7 +3,7 @@
 use super::links::Links;
 use super::{HnswConfig, HnswIndex};
 use crate::error::{Error, Result};
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::kernels::keys::Keys;
 use crate::kernels::problem::Rows;
 use crate::neighbors::NeighborIndex;

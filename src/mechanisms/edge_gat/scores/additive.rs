@@ -6,7 +6,7 @@ pub(super) use super::gat_v2::FORM;
 use super::super::{EdgeGat, ParamGradients, Projected};
 use super::gat_v2;
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::EdgeScore;
 use crate::kernels::edge_gat::activation::Activation;

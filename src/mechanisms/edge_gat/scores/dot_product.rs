@@ -3,7 +3,7 @@
 use super::super::{EdgeGat, Projected};
 use super::{Form, Linear, Names};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::features::{Coefficients, FeatureSums, FeatureTile};
 use crate::kernels::edge_gat::{EdgeColumns, EdgeProblem, EdgeScore, ScoreSums, ScoreTiles, add_outer};

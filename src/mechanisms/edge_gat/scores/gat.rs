@@ -4,7 +4,7 @@
 use super::super::{EdgeGat, ParamGradients, Projected, fold};
 use super::{Form, Linear, Names};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::activation::{Activation, LeakyRelu, activate};
 use crate::kernels::edge_gat::features::{Coefficients, FeatureSums, FeatureTile};

@@ -3,7 +3,7 @@
 use super::super::{EdgeGat, ParamGradients, Projected, same_view};
 use super::{Form, Linear, Names};
 use crate::error::Result;
-use crate::float::Float;
+use crate::kernels::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::activation::{Activation, LeakyRelu, activate};
 use crate::kernels::edge_gat::features::FeatureTile;

@@ -3,8 +3,8 @@
 
 use super::{EdgeGat, ParamGradients, Projected};
 use crate::error::Result;
-use crate::float::Float;
 use crate::inputs::Inputs;
+use crate::kernels::Float;
 use crate::kernels::edge_gat::EdgeScore;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 

@@ -2,24 +2,24 @@ use crate::error::{Error, Result};
 use ndarray::{Array, Array2, Dimension, Ix2, NdFloat};
 
 mod sealed {
-    /// Sealed, to hide the kernels.
-    pub trait Sealed: crate::kernels::Kernels {}
+    /// Sealed, because the kernels exist only for these two types.
+    pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for f64 {}
 }
 
-/// The element types of this crate: `f32` and `f64`.
+/// An element of an array: `f32` or `f64`.
 ///
-/// The trait is sealed, because the kernels exist only for these two types. Generic code gets arithmetic
-/// from [`NdFloat`] and constants from [`from_f64`](Self::from_f64).
-pub trait Float: sealed::Sealed + NdFloat + std::iter::Sum + Default {
+/// The trait is sealed. Generic code gets arithmetic from [`NdFloat`] and constants from
+/// [`from_f64`](Self::from_f64). Code that calls a mechanism needs [`Float`](crate::Float), which includes this trait.
+pub trait Element: sealed::Sealed + NdFloat + std::iter::Sum + Default {
     /// Converts from `f64`, rounding to the nearest value.
     fn from_f64(value: f64) -> Self;
     /// Converts to `f64`, exactly.
     fn as_f64(self) -> f64;
 }
 
-impl Float for f32 {
+impl Element for f32 {
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value as f32
@@ -30,7 +30,7 @@ impl Float for f32 {
     }
 }
 
-impl Float for f64 {
+impl Element for f64 {
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         value
@@ -45,12 +45,12 @@ impl Float for f64 {
 ///
 /// `Float::max` would drop a NaN, the only trace of an invalid logit.
 #[inline(always)]
-pub(crate) fn nan_max<F: Float>(a: F, b: F) -> F {
+pub(crate) fn nan_max<F: Element>(a: F, b: F) -> F {
     if b > a || b.is_nan() { b } else { a }
 }
 
 /// Whether all are finite.
-pub(crate) fn all_finite<F: Float>(values: &[F]) -> bool {
+pub(crate) fn all_finite<F: Element>(values: &[F]) -> bool {
     // No early exit within a chunk, so that it can be vectorised.
     let chunk = |values: &[F]| values.iter().fold(true, |all, value| all & value.is_finite());
     values.chunks(1024).all(chunk)
@@ -68,17 +68,17 @@ pub(crate) fn try_vec<T: Clone>(what: &'static str, shape: &[usize], value: T) -
 }
 
 /// 1 / (1 + e⁻ˣ)
-pub(crate) fn sigmoid<F: Float>(x: F) -> F {
+pub(crate) fn sigmoid<F: Element>(x: F) -> F {
     F::one() / (F::one() + (-x).exp())
 }
 
 /// ln(1 + eˣ)
-pub(crate) fn softplus<F: Float>(x: F) -> F {
+pub(crate) fn softplus<F: Element>(x: F) -> F {
     x.max(F::zero()) + (-x.abs()).exp().ln_1p()
 }
 
 /// Allocates a zero matrix, or returns an error if the allocation fails.
-pub(crate) fn try_zeros<F: Float>(
+pub(crate) fn try_zeros<F: Element>(
     what: &'static str,
     rows: usize,
     columns: usize,
