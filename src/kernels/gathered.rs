@@ -7,7 +7,8 @@
 //! head may have different positions in the own row and the others, because heads of queries may share
 //! heads of keys.
 
-use super::primitives::matmul::{ROWS_OF_SUM, Vector, vector_len};
+use super::primitives::compensated::TERMS_OF_SUM;
+use super::primitives::matmul::{Vector, vector_len};
 use super::problem::Slices;
 use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, SimdMask};
@@ -439,9 +440,9 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize, const R
         assert!(group.first_of::<H>(h, len) + N * len <= rows.rows.columns);
         *of_head = weights.of_head(group.head + h, count);
     }
-    for start in (0..count.max(1)).step_by(R * ROWS_OF_SUM) {
+    for start in (0..count.max(1)).step_by(R * TERMS_OF_SUM) {
         let mut sums = [[[Vector::<S, F>::splat(simd, F::zero()); N]; H]; R];
-        let end = count.min(start + R * ROWS_OF_SUM);
+        let end = count.min(start + R * TERMS_OF_SUM);
         let whole = end - (end - start) % R;
         for t in (start..whole).step_by(R) {
             for (r, sums) in sums.iter_mut().enumerate() {

@@ -1,6 +1,7 @@
 //! Score functions on panels of a tile, on rows of pairs, and on one pair.
 
 use super::level::level;
+use super::parallel::ranges;
 use super::primitives::matmul::{load, panel_width, store};
 use super::problem::Problem;
 use crate::element::try_vec;
@@ -85,7 +86,7 @@ impl<'a, F: Float> Scoring<'a, F> {
 }
 
 /// A block of keys × queries of dense inputs, of one head.
-pub(crate) struct Panel {
+pub(crate) struct Strip {
     pub(crate) level: Level,
     pub(crate) head: usize,
     pub(crate) queries: Range<usize>,
@@ -95,14 +96,14 @@ pub(crate) struct Panel {
     pub(crate) width: usize,
 }
 
-/// Copies of a panel without gaps.
+/// Copies of a strip without gaps.
 #[derive(Debug, Default)]
-pub(crate) struct PanelScratch<F> {
+pub(crate) struct StripScratch<F> {
     logits: Vec<F>,
     grads: Vec<F>,
 }
 
-impl Panel {
+impl Strip {
     fn pairs<'s, F: Float>(
         &self,
         scoring: &'s Scoring<'_, F>,
@@ -124,13 +125,13 @@ impl Panel {
         }
     }
 
-    /// Replaces the logits of the panel, and raises the maxima of its lanes to the largest results.
+    /// Replaces the logits of the strip, and raises the maxima of its lanes to the largest results.
     pub(crate) fn apply_with_max<F: Float>(
         &self,
         problem: &Problem<'_, F>,
         scoring: &Scoring<'_, F>,
         tile: &mut [F],
-        scratch: &mut PanelScratch<F>,
+        scratch: &mut StripScratch<F>,
         maxima: &mut [F],
     ) {
         let logits = &mut scratch.logits;
@@ -139,77 +140,84 @@ impl Panel {
         self.scatter(logits, tile, maxima);
     }
 
-    /// Replaces the logits of the panel, and keeps the original ones in the scratch.
+    /// Replaces the logits of the strip, and keeps the original ones in the scratch.
     pub(crate) fn apply<F: Float>(
         &self,
         problem: &Problem<'_, F>,
         scoring: &Scoring<'_, F>,
         tile: &mut [F],
-        scratch: &mut PanelScratch<F>,
+        scratch: &mut StripScratch<F>,
     ) {
-        let PanelScratch { logits, grads: scored } = scratch;
+        let StripScratch { logits, grads: scored } = scratch;
         self.gather(tile, logits);
         scored.clone_from(logits);
         scoring.function.apply_to(&self.pairs(scoring, &problem.inputs), scored);
         self.scatter(scored, tile, &mut []);
     }
 
-    /// Copies the panel out of a tile.
+    /// Copies the strip out of a tile.
     #[inline(never)]
-    fn gather<F: Float>(&self, tile: &[F], panel: &mut Vec<F>) {
+    fn gather<F: Float>(&self, tile: &[F], strip: &mut Vec<F>) {
         let len = self.queries.len();
-        panel.resize(self.keys.len() * len, F::zero());
-        dispatch!(self.level, simd => self.gather_rows(simd, tile, panel));
+        strip.resize(self.keys.len() * len, F::zero());
+        dispatch!(self.level, simd => self.gather_rows(simd, tile, strip));
     }
 
     #[inline(always)]
-    fn gather_rows<S: Simd, F: Float>(&self, simd: S, tile: &[F], panel: &mut [F]) {
+    fn gather_rows<S: Simd, F: Float>(&self, simd: S, tile: &[F], strip: &mut [F]) {
         let len = self.queries.len();
-        let rows = panel.chunks_exact_mut(len).zip(tile.chunks(self.width));
-        if len == panel_width::<S, F>() {
-            rows.for_each(|(row, from)| {
-                store::<S, F>(load::<S, F>(simd, &from[self.column..]), row)
-            });
-        } else {
-            rows.for_each(|(row, from)| row.copy_from_slice(&from[self.column..][..len]));
+        for lanes in ranges(len, panel_width::<S, F>()) {
+            let rows = strip.chunks_exact_mut(len).zip(tile.chunks(self.width));
+            let rows = rows
+                .map(|(row, from)| (&mut row[lanes.clone()], &from[self.column..][lanes.clone()]));
+            if lanes.len() == panel_width::<S, F>() {
+                rows.for_each(|(row, from)| store::<S, F>(load::<S, F>(simd, from), row));
+            } else {
+                rows.for_each(|(row, from)| row.copy_from_slice(from));
+            }
         }
     }
 
-    /// Copies the panel into a tile, and raises `maxima` to the largest entry of each lane, unless it is empty.
+    /// Copies the strip into a tile, and raises `maxima` to the largest entry of each lane, unless it is empty.
     #[inline(never)]
-    fn scatter<F: Float>(&self, panel: &[F], tile: &mut [F], maxima: &mut [F]) {
-        dispatch!(self.level, simd => self.scatter_rows(simd, panel, tile, maxima));
+    fn scatter<F: Float>(&self, strip: &[F], tile: &mut [F], maxima: &mut [F]) {
+        dispatch!(self.level, simd => self.scatter_rows(simd, strip, tile, maxima));
     }
 
     #[inline(always)]
     fn scatter_rows<S: Simd, F: Float>(
         &self,
         simd: S,
-        panel: &[F],
+        strip: &[F],
         tile: &mut [F],
         maxima: &mut [F],
     ) {
         let len = self.queries.len();
-        let rows = panel.chunks_exact(len).zip(tile.chunks_mut(self.width));
-        if len < panel_width::<S, F>() {
-            for (row, into) in rows {
-                into[self.column..][..len].copy_from_slice(row);
-                for (max, &entry) in maxima.iter_mut().zip(row) {
-                    *max = if entry > *max { entry } else { *max };
+        for lanes in ranges(len, panel_width::<S, F>()) {
+            let rows = strip.chunks_exact(len).zip(tile.chunks_mut(self.width));
+            let rows = rows
+                .map(|(row, into)| (&row[lanes.clone()], &mut into[self.column..][lanes.clone()]));
+            let maxima = maxima.get_mut(lanes.clone()).unwrap_or_default();
+            if lanes.len() < panel_width::<S, F>() {
+                for (row, into) in rows {
+                    into.copy_from_slice(row);
+                    for (max, &entry) in maxima.iter_mut().zip(row) {
+                        *max = if entry > *max { entry } else { *max };
+                    }
                 }
+            } else if maxima.is_empty() {
+                for (row, into) in rows {
+                    store::<S, F>(load::<S, F>(simd, row), into);
+                }
+            } else {
+                let mut max = load::<S, F>(simd, maxima);
+                for (row, into) in rows {
+                    let row = load::<S, F>(simd, row);
+                    max = [max[0].max(row[0]), max[1].max(row[1])];
+                    store::<S, F>(row, into);
+                }
+                store::<S, F>(max, maxima);
             }
-        } else if maxima.is_empty() {
-            for (row, into) in rows {
-                store::<S, F>(load::<S, F>(simd, row), &mut into[self.column..]);
-            }
-        } else {
-            let mut max = load::<S, F>(simd, maxima);
-            for (row, into) in rows {
-                let row = load::<S, F>(simd, row);
-                max = [max[0].max(row[0]), max[1].max(row[1])];
-                store::<S, F>(row, &mut into[self.column..]);
-            }
-            store::<S, F>(max, maxima);
         }
     }
 
@@ -220,10 +228,10 @@ impl Panel {
         problem: &Problem<'_, F>,
         scoring: &Scoring<'_, F>,
         tile: &mut [F],
-        scratch: &mut PanelScratch<F>,
+        scratch: &mut StripScratch<F>,
         grad_params: &mut [f64],
     ) {
-        let PanelScratch { logits, grads } = scratch;
+        let StripScratch { logits, grads } = scratch;
         self.gather(tile, grads);
         hide(logits, grads);
         let pairs = self.pairs(scoring, &problem.inputs);

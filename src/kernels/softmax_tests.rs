@@ -12,6 +12,8 @@ use approx::abs_diff_eq;
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 const TILE: usize = 12;
+/// More queries than a panel of any instruction set has, so that two panels are a strip where there are strips.
+const STRIP: usize = 48;
 
 /// Entries between −1 and 1, different for all arrays.
 fn matrix<F: Float>(rows: usize, columns: usize, seed: usize) -> Array2<F> {
@@ -45,10 +47,11 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     let grad_out = matrix(expected.nrows(), expected.ncols(), 9);
     let expected_grads = Attention::<F>::backward(&plain, inputs, &saved, grad_out.view())?;
     let problem = Problem::new(inputs, None)?;
-    let sizes = TileSizes { queries: TILE, keys: TILE };
     let is_dense = matches!(inputs.pattern(), Pattern::Dense);
-    for level in levels() {
-        let case = &format!("{case}, {level:?}");
+    let blocks = if inputs.num_queries() > 2 * TILE { vec![TILE, STRIP] } else { vec![TILE] };
+    for (level, queries) in levels().into_iter().flat_map(|l| blocks.iter().map(move |&b| (l, b))) {
+        let sizes = TileSizes { queries, keys: TILE };
+        let case = &format!("{case}, {level:?}, blocks of {queries}");
         let mut out = Array2::from_elem(expected.raw_dim(), F::nan());
         let nan = Array2::from_elem((inputs.num_queries(), inputs.num_heads()), F::nan());
         let mut normalizer = Normalizer { shift: nan.clone(), sum: nan };
@@ -120,8 +123,8 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         let grid = inputs.with_mask(mask.view())?.with_causal();
         check(&grid, &format!("{case}, mask {shape:?}"))?;
     }
-    // Whole tiles are hidden, from all panels and from some.
-    for rows in [TILE, 5] {
+    // Whole tiles are hidden, from all strips and from some.
+    for rows in [TILE, 5, 33] {
         let blocks = Array2::from_shape_fn((num_queries, num_keys), |(i, j)| {
             (i / rows + j / TILE).is_multiple_of(2)
         });
@@ -149,10 +152,11 @@ fn check_all<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
 
 fn check_sizes<F: Float>() -> Result<()> {
     let sizes = [0, 1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5];
+    let num_queries = [&sizes[..], &[STRIP - 3]].concat();
     // Heads of the queries, of keys and values; columns of both.
     let heads = [(1, 1, 1, 1), (1, 1, 16, 7), (2, 2, 5, 17), (4, 2, 3, 2), (3, 1, 33, 1)];
     for (number, (num_queries, num_keys)) in
-        sizes.iter().flat_map(|&q| sizes.iter().map(move |&k| (q, k))).enumerate()
+        num_queries.iter().flat_map(|&q| sizes.iter().map(move |&k| (q, k))).enumerate()
     {
         let (heads, kv_heads, dim, value_dim) = heads[number % heads.len()];
         let q = scattered(&matrix::<F>(num_queries, heads * dim, 1));

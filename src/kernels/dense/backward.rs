@@ -13,7 +13,7 @@ use crate::kernels::primitives::matmul::{
     store,
 };
 use crate::kernels::problem::{FiniteRows, Problem, Slices, Upstream};
-use crate::kernels::score::{PanelScratch, Scoring};
+use crate::kernels::score::{Scoring, StripScratch};
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{Array2, ArrayView1, ArrayViewMut2, s};
 use std::ops::Range;
@@ -42,7 +42,7 @@ struct BackwardScratch<F> {
     of_pair_weights: Buffer<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
-    panel: PanelScratch<F>,
+    strip: StripScratch<F>,
     /// m, 1/l and δ; +∞, 0 and 0 for unused lanes, so that their weights are 0.
     shifts: Buffer<F>,
     inverses: Buffer<F>,
@@ -186,7 +186,7 @@ fn backward_part<F: Float>(
         grad_scores: Buffer::zeros(tile),
         of_pair_weights: Buffer::zeros(if part.grad_pair_weights.is_some() { tile } else { 0 }),
         rows: Vec::new(),
-        panel: PanelScratch::default(),
+        strip: StripScratch::default(),
         shifts: Buffer::zeros(width),
         inverses: Buffer::zeros(width),
         deltas: Buffer::zeros(width),
@@ -296,15 +296,14 @@ fn backward_block<F: Float>(
     scratch.grad_query.fill(F::zero());
 
     for (number, tile) in block.tiles(keys_per_tile).enumerate() {
-        // What each panel sees. Keys and panels at the ends that see nothing are left out.
-        let see = |column| {
-            let lanes = block.lanes(column, panel);
+        // What each strip sees. Keys and strips at the ends that see nothing are left out.
+        let see = |columns| {
+            let lanes = block.lanes(&columns);
             let (keys, may_hide) = block.visible_in(masked, &lanes, (number, &tile));
-            (lanes, keys, may_hide)
+            (columns, lanes, keys, may_hide)
         };
-        let seen = (0..width).step_by(panel).map(see).filter(|(_, keys, _)| !keys.is_empty());
-        let Some((tile, columns)) = seen.fold(None, |whole, (lanes, keys, _)| {
-            let columns = lanes.start..lanes.start + panel;
+        let seen = block.strips().map(see).filter(|(_, _, keys, _)| !keys.is_empty());
+        let Some((tile, whole)) = seen.fold(None, |whole, (columns, _, keys, _)| {
             Some(match whole {
                 None => (keys, columns),
                 Some((tile, before)) => (hull(&tile, &keys), hull(&before, &columns)),
@@ -314,14 +313,15 @@ fn backward_block<F: Float>(
         };
         let weights = &mut scratch.weights[..tile.len() * width];
         let grad_scores = &mut scratch.grad_scores[..tile.len() * width];
-        for (lanes, seen, may_hide) in columns.clone().step_by(panel).map(see) {
-            let column = lanes.start;
+        let strips = block.strips().filter(|columns| whole.contains(&columns.start));
+        for (columns, lanes, seen, may_hide) in strips.map(see) {
+            let column = columns.start;
             let start = seen.start.clamp(tile.start, tile.end);
             let seen = start..seen.end.clamp(start, tile.end);
             for k in (tile.start..seen.start).chain(seen.end..tile.end) {
-                let entries = (k - tile.start) * width + column;
-                weights[entries..entries + panel].fill(F::zero());
-                grad_scores[entries..entries + panel].fill(F::zero());
+                let first = (k - tile.start) * width;
+                weights[first..][columns.clone()].fill(F::zero());
+                grad_scores[first..][columns.clone()].fill(F::zero());
             }
             if seen.is_empty() {
                 continue;
@@ -336,11 +336,11 @@ fn backward_block<F: Float>(
                 (values, &scratch.grad_out, &mut *grad_scores),
             ] {
                 let right = Matrix::new(packed, width).skip_columns(column);
-                let out = Out::panel(out, width, column, panel);
+                let out = Out::columns(out, width, columns.clone());
                 rows_times(level, seen.len(), rows.left(seen.start), right, Target::Overwrite, out);
             }
             if let Some(scoring) = &problem.scoring {
-                block.panel(&lanes, &seen).apply(problem, scoring, weights, &mut scratch.panel);
+                block.strip(&lanes, &seen).apply(problem, scoring, weights, &mut scratch.strip);
             }
             if may_hide {
                 block.restrict(lanes.clone(), &seen, weights, &mut scratch.rows);
@@ -357,7 +357,7 @@ fn backward_block<F: Float>(
 
             // P = e^{S − m} / l, dS = P (dP − δ)
             let terms = [&scratch.shifts, &scratch.inverses, &scratch.deltas];
-            let terms = terms.map(|terms| &terms[column..column + panel]);
+            let terms = terms.map(|terms| &terms[columns.clone()]);
             weights_and_logits_vjp(level, width, column, weights, grad_scores, terms);
             // dW = m P dP̃
             if let (Some(grads), Some(sums)) = (of_pair_weights, &mut *grad_pair_weights) {
@@ -372,12 +372,12 @@ fn backward_block<F: Float>(
                 block.add_bias_gradients(lanes.clone(), &seen, grad_scores, first_query, grad);
             }
             if let Some(scoring) = &problem.scoring {
-                let panel = block.panel(&lanes, &seen);
-                panel.vjp(problem, scoring, grad_scores, &mut scratch.panel, params);
+                let strip = block.strip(&lanes, &seen);
+                strip.vjp(problem, scoring, grad_scores, &mut scratch.strip, params);
             }
             // dQ += dS K
             let right = Matrix::new(grad_scores, width).skip_columns(column);
-            let out = Out::panel(&mut scratch.grad_query, width, column, panel);
+            let out = Out::columns(&mut scratch.grad_query, width, columns);
             columns_times(level, finite_keys.left(seen.start), right, Target::Add, out);
         }
 
@@ -386,9 +386,9 @@ fn backward_block<F: Float>(
             (&*weights, &scratch.grad_out_rows, padded_value, &mut sums.value),
             (&*grad_scores, &scratch.query_rows, padded_key, &mut sums.key),
         ] {
-            let left = Matrix::new(factors, width).skip_columns(columns.start);
-            let left = Left { rows: left, len: columns.len() };
-            let right = Matrix::new(&rows[columns.start * padded..], padded);
+            let left = Matrix::new(factors, width).skip_columns(whole.start);
+            let left = Left { rows: left, len: whole.len() };
+            let right = Matrix::new(&rows[whole.start * padded..], padded);
             let sums = &mut sums[(first_row + tile.start - first_key) * padded..];
             rows_times(level, tile.len(), left, right, Target::Add, Out::new(sums, padded));
         }
@@ -459,7 +459,7 @@ fn column_products<F: Float>(
     dispatch!(level, simd => run(simd, width, num_rows, [a, b], sums));
 }
 
-/// Replaces the scores S of a panel by P = e^{S − m} / l, and dP by dS = P (dP − δ). Hidden pairs have S =
+/// Replaces the scores S of a strip by P = e^{S − m} / l, and dP by dS = P (dP − δ). Hidden pairs have S =
 /// −∞ and get zeros, whatever dP.
 #[inline(never)]
 fn weights_and_logits_vjp<F: Float>(
@@ -479,9 +479,26 @@ fn weights_and_logits_vjp<F: Float>(
         grads: &mut [F],
         [shifts, inverses, deltas]: [&[F]; 3],
     ) {
-        let shifts = load::<S, F>(simd, shifts);
-        let inverses = load::<S, F>(simd, inverses);
-        let deltas = load::<S, F>(simd, deltas);
+        let panel = panel_width::<S, F>();
+        let terms = shifts.chunks_exact(panel).zip(inverses.chunks_exact(panel));
+        let terms = terms.zip(deltas.chunks_exact(panel));
+        for (column, ((shifts, inverses), deltas)) in (column..).step_by(panel).zip(terms) {
+            of_panel(simd, (width, column), scores, grads, [shifts, inverses, deltas]);
+        }
+    }
+
+    #[inline(always)]
+    fn of_panel<S: Simd, F: Float>(
+        simd: S,
+        (width, column): (usize, usize),
+        scores: &mut [F],
+        grads: &mut [F],
+        terms: [&[F]; 3],
+    ) {
+        let [shifts, inverses, deltas] = terms.map(
+            #[inline(always)]
+            |terms| load::<S, F>(simd, terms),
+        );
         let [zero, _] = splat::<S, F>(simd, F::zero());
         let [lowest, _] = splat::<S, F>(simd, F::neg_infinity());
         let [highest, _] = splat::<S, F>(simd, F::infinity());

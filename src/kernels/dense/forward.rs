@@ -4,14 +4,15 @@ use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::parallel::{self, parts, ranges, row_chunks};
 use crate::kernels::primitives::buffer::Buffer;
-use crate::kernels::primitives::compensated;
+use crate::kernels::primitives::compensated::{self, TERMS_OF_SUM};
 use crate::kernels::primitives::exp::exp;
 use crate::kernels::primitives::matmul::{
-    Matrix, Out, ROWS_OF_SUM, Target, Vector, columns_times, load, panel_len, splat, store,
+    Matrix, Out, Target, Vector, columns_times, load, panel_len, panel_width, splat, store,
+    strip_len,
 };
 use crate::kernels::primitives::transpose::{store_part, transposed};
 use crate::kernels::problem::FiniteRows;
-use crate::kernels::score::PanelScratch;
+use crate::kernels::score::StripScratch;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 use ndarray::{ArrayViewMut2, s};
 use std::ops::Range;
@@ -31,13 +32,13 @@ struct ForwardScratch<F> {
     sums: Buffer<F>,
     /// m, the shift of the exponentials.
     maxima: Buffer<F>,
-    /// For a panel: the largest scores and the previous m, and the factors that rescale the sums.
+    /// For a strip: the largest scores and the previous m, and the factors that rescale the sums.
     largest: Buffer<F>,
     alphas: Buffer<F>,
     totals: Totals<F>,
     /// For numbers that are added to scores or multiply weights.
     rows: Vec<F>,
-    panel: PanelScratch<F>,
+    strip: StripScratch<F>,
     masked: MaskedTiles,
 }
 
@@ -117,18 +118,18 @@ fn forward_part<'p, F: Float, C: TileScorer<'p, F>>(
 ) {
     let problem = C::softmax(whole);
     let dim = problem.value_dim;
-    let panel = panel_len::<F>(level);
-    let width = sizes.queries.next_multiple_of(panel);
+    let width = sizes.queries.next_multiple_of(panel_len::<F>(level));
+    let strip = strip_len::<F>(level);
     let mut scorer = C::new(whole, width);
     let mut scratch = ForwardScratch {
         scores: Buffer::zeros(sizes.keys * width),
         sums: Buffer::zeros((dim + 1) * width),
         maxima: Buffer::zeros(width),
-        largest: Buffer::zeros(panel),
-        alphas: Buffer::zeros(panel),
+        largest: Buffer::zeros(strip),
+        alphas: Buffer::zeros(strip),
         totals: Totals { totals: Vec::new(), lacks: Vec::new(), alphas: vec![F::one(); width] },
         rows: Vec::new(),
-        panel: PanelScratch::default(),
+        strip: StripScratch::default(),
         masked: MaskedTiles::default(),
     };
     for rows in ranges(queries.len(), sizes.queries) {
@@ -203,7 +204,6 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     scratch: &mut ForwardScratch<F>,
 ) {
     let Block { level, problem, head, width, .. } = *block;
-    let panel = panel_len::<F>(level);
     let kv_head = problem.kv_head(head);
     let dim = problem.value_dim;
     let values_of_head = HeadRows::new(values.slices(), kv_head, dim);
@@ -217,7 +217,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
         alphas,
         totals,
         rows,
-        panel: of_panel,
+        strip: scratch_of_strip,
         masked,
     } = scratch;
     let sums = &mut sums[..(dim + 1) * width];
@@ -227,41 +227,42 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
         if number % TILES_OF_SUM == TILES_OF_SUM - 1 {
             totals.take(level, sums, width);
         }
-        for column in (0..width).step_by(panel) {
-            let lanes = block.lanes(column, panel);
+        for columns in block.strips() {
+            let lanes = block.lanes(&columns);
             let (tile, may_hide) = block.visible_in(masked, &lanes, (number, &tile));
             if tile.is_empty() {
                 continue;
             }
+            let column = columns.start;
+            let (largest, alphas) = (&mut largest[..columns.len()], &mut alphas[..columns.len()]);
             let scores = &mut scores[..tile.len() * width];
 
             // S, and the largest of m and S.
-            largest.copy_from_slice(&maxima[column..column + panel]);
+            largest.copy_from_slice(&maxima[columns.clone()]);
             scorer.score(block, &tile, column, largest, scores);
             if let Some(scoring) = &problem.scoring {
-                largest.copy_from_slice(&maxima[column..column + panel]);
-                let lanes = block.panel(&lanes, &tile);
-                lanes.apply_with_max(problem, scoring, scores, of_panel, largest);
+                largest.copy_from_slice(&maxima[columns.clone()]);
+                let lanes = block.strip(&lanes, &tile);
+                lanes.apply_with_max(problem, scoring, scores, scratch_of_strip, largest);
             }
             if may_hide {
                 block.restrict(lanes.clone(), &tile, scores, rows);
-                largest.copy_from_slice(&maxima[column..column + panel]);
+                largest.copy_from_slice(&maxima[columns.clone()]);
                 raise(level, width, column, scores, largest);
             }
-            let maxima = &mut maxima[column..column + panel];
-            let sums_of_weights = &mut sums[dim * width + column..][..panel];
-            let lanes_of_panel = [maxima, &mut **alphas, sums_of_weights];
-            exponentials(level, (width, column), scores, largest, lanes_of_panel);
+            let sums_of_weights = &mut sums[dim * width + column..][..columns.len()];
+            let of_strip = [&mut maxima[columns.clone()], &mut *alphas, sums_of_weights];
+            exponentials(level, (width, column), scores, largest, of_strip);
             if !totals.totals.is_empty() {
-                let of_panel = totals.alphas[column..].iter_mut().zip(&**alphas);
-                of_panel.for_each(|(of_total, &alpha)| *of_total *= alpha);
+                let of_strip = totals.alphas[column..].iter_mut().zip(&*alphas);
+                of_strip.for_each(|(of_total, &alpha)| *of_total *= alpha);
             }
             block.multiply(lanes.clone(), &tile, scores, rows);
 
             // O ← α O + P̃ V
             let weights = Matrix::new(scores, width).skip_columns(column);
             let left = values_of_head.left(tile.start);
-            let out = Out::panel(&mut *sums, width, column, panel);
+            let out = Out::columns(&mut *sums, width, columns);
             columns_times(level, left, weights, Target::Rescale(alphas), out);
             let bad_keys = values.bad.iter().copied().filter(|key| tile.contains(key));
             block.for_each_visible(lanes, bad_keys, |lane, key| {
@@ -277,7 +278,7 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
     totals.finish(level, sums, width);
 }
 
-/// Raises `largest` to the largest scores of a panel.
+/// Raises `largest` to the largest scores of a strip.
 #[inline(never)]
 fn raise<F: Float>(level: Level, width: usize, column: usize, scores: &[F], largest: &mut [F]) {
     #[inline(always)]
@@ -288,18 +289,21 @@ fn raise<F: Float>(level: Level, width: usize, column: usize, scores: &[F], larg
         scores: &[F],
         largest: &mut [F],
     ) {
-        let mut max = load::<S, F>(simd, largest);
-        for scores in scores.chunks_exact(width) {
-            let score = load::<S, F>(simd, &scores[column..]);
-            max = [max[0].max(score[0]), max[1].max(score[1])];
+        let panel = panel_width::<S, F>();
+        for (column, largest) in (column..).step_by(panel).zip(largest.chunks_exact_mut(panel)) {
+            let mut max = load::<S, F>(simd, largest);
+            for scores in scores.chunks_exact(width) {
+                let score = load::<S, F>(simd, &scores[column..]);
+                max = [max[0].max(score[0]), max[1].max(score[1])];
+            }
+            store::<S, F>(max, largest);
         }
-        store::<S, F>(max, largest);
     }
     dispatch!(level, simd => run(simd, width, column, scores, largest));
 }
 
 /// m' = `largest` if that is larger than m by more than the slack, α = e^{m − m'}, l ← α l + Σ P, and
-/// replaces the scores S of the panel at (width, column) by P = e^{S − m'}. The lanes are m, α and l.
+/// replaces the scores S of the strip at (width, column) by P = e^{S − m'}. The lanes are m, α and l.
 #[inline(never)]
 fn exponentials<F: Float>(
     level: Level,
@@ -310,6 +314,23 @@ fn exponentials<F: Float>(
 ) {
     #[inline(always)]
     fn run<S: Simd, F: Float>(
+        simd: S,
+        (width, column): (usize, usize),
+        scores: &mut [F],
+        largest: &[F],
+        [maxima, alphas, sums]: [&mut [F]; 3],
+    ) {
+        let panel = panel_width::<S, F>();
+        let lanes = (maxima.chunks_exact_mut(panel))
+            .zip(alphas.chunks_exact_mut(panel))
+            .zip(sums.chunks_exact_mut(panel).zip(largest.chunks_exact(panel)));
+        for (column, ((maxima, alphas), (sums, largest))) in (column..).step_by(panel).zip(lanes) {
+            of_panel(simd, (width, column), scores, largest, [maxima, alphas, sums]);
+        }
+    }
+
+    #[inline(always)]
+    fn of_panel<S: Simd, F: Float>(
         simd: S,
         (width, column): (usize, usize),
         scores: &mut [F],
@@ -331,10 +352,8 @@ fn exponentials<F: Float>(
         }
         store::<S, F>(max, maxima);
         store::<S, F>(alpha, alphas);
-        // In the same steps as the product with the values, so that constant values have constant
-        // outputs.
         let mut sum = [zero; 2];
-        for scores in scores.chunks_mut(ROWS_OF_SUM * width) {
+        for scores in scores.chunks_mut(TERMS_OF_SUM * width) {
             let mut of_rows = [zero; 2];
             for scores in scores.chunks_exact_mut(width) {
                 let scores = &mut scores[column..];

@@ -14,11 +14,11 @@ pub(super) use forward::{SLACK, forward};
 use super::parallel::ranges;
 use super::primitives::buffer::Buffer;
 use super::primitives::matmul::{
-    Left, Matrix, Out, Vector, panel_len, rows_times_with_max, vector_len,
+    Left, Matrix, Out, Vector, panel_len, rows_times_with_max, strip_len, vector_len,
 };
 use super::primitives::transpose::transposed;
 use super::problem::{Problem, Slices};
-use super::score::Panel;
+use super::score::Strip;
 use crate::gradients::PartOfBias;
 use crate::inputs::{BiasAxes, Pair, Shown, hull, pair_weight_slot};
 use crate::kernels::Float;
@@ -176,7 +176,12 @@ impl<F: Float> Block<'_, '_, F> {
         keys.start < seen.start || keys.end > seen.end
     }
 
-    /// Returns the keys of a tile that the lanes of a panel may see, and whether any of these pairs may be
+    /// Splits its columns into strips, the last of which may be a single panel.
+    pub(super) fn strips(&self) -> impl Iterator<Item = Range<usize>> + use<F> {
+        ranges(self.width, strip_len::<F>(self.level))
+    }
+
+    /// Returns the keys of a tile that some lanes of a strip may see, and whether any of these pairs may be
     /// hidden.
     pub(super) fn visible_in(
         &self,
@@ -184,26 +189,26 @@ impl<F: Float> Block<'_, '_, F> {
         lanes: &Range<usize>,
         (number, tile): (usize, &Range<usize>),
     ) -> (Range<usize>, bool) {
-        // Causal pattern and window may hide the ends of a tile from whole panels.
+        // Causal pattern and window may hide the ends of a tile from whole strips.
         let visible = self.visible_keys(lanes);
         let keys = tile.start.max(visible.start)..tile.end.min(visible.end);
-        let panel = lanes.start / panel_len::<F>(self.level);
-        let (keys, is_all) = masked.visible(panel, number, keys);
+        let strip = lanes.start / strip_len::<F>(self.level);
+        let (keys, is_all) = masked.visible(strip, number, keys);
         let may_hide = self.cuts(lanes, &keys) || self.may_hide_anywhere && !is_all;
         (keys, may_hide)
     }
 
-    /// Returns the lanes of a panel that are queries.
-    pub(super) fn lanes(&self, column: usize, panel: usize) -> Range<usize> {
-        column..(column + panel).min(self.queries.len())
+    /// Returns the lanes of some columns that are queries.
+    pub(super) fn lanes(&self, columns: &Range<usize>) -> Range<usize> {
+        columns.start..columns.end.min(self.queries.len())
     }
 
     /// Returns some lanes and keys, for a score function.
-    fn panel(&self, lanes: &Range<usize>, keys: &Range<usize>) -> Panel {
+    fn strip(&self, lanes: &Range<usize>, keys: &Range<usize>) -> Strip {
         let Self { level, head, width, .. } = *self;
         let first = self.queries.start;
         let queries = first + lanes.start..first + lanes.end;
-        Panel { level, head, queries, keys: keys.clone(), column: lanes.start, width }
+        Strip { level, head, queries, keys: keys.clone(), column: lanes.start, width }
     }
 
     pub(super) fn pair(&self, lane: usize, key: usize) -> Pair {
@@ -548,14 +553,14 @@ impl<F: Float> Block<'_, '_, F> {
     }
 }
 
-/// What masks and bias show of the tiles of a block, panel by panel. A look at a mask costs less than the
+/// What masks and bias show of the tiles of a block, strip by strip. A look at a mask costs less than the
 /// products that it saves where it hides a whole tile or the ends of one, and less than masking the scores
 /// where it hides nothing else.
 #[derive(Default)]
 pub(super) struct MaskedTiles {
-    /// Panel after panel; empty if there are neither masks nor bias.
+    /// Strip after strip; empty if there are neither masks nor bias.
     shown: Vec<Shown>,
-    tiles_of_panel: usize,
+    tiles_of_strip: usize,
     /// The first query of the block.
     first_query: Option<usize>,
 }
@@ -573,19 +578,18 @@ impl MaskedTiles {
         }
         self.first_query = first_query;
         self.shown.clear();
-        let panel = panel_len::<F>(block.level);
         let inputs = &block.problem.inputs;
-        self.tiles_of_panel = block.tiles(keys_per_tile).count();
-        for column in (0..block.width).step_by(panel) {
-            let mut lanes = block.lanes(column, panel);
+        self.tiles_of_strip = block.tiles(keys_per_tile).count();
+        for columns in block.strips() {
+            let mut lanes = block.lanes(&columns);
             let visible = block.visible_keys(&lanes);
             if inputs.all_queries_share_mask() {
                 lanes.end = lanes.end.min(lanes.start + 1);
             }
             let first_tile = self.shown.len();
-            // Tiles of the panel, or their ends, may be out of its sight. Query by query, the order of a mask
+            // Tiles of the strip, or their ends, may be out of its sight. Query by query, the order of a mask
             // in memory.
-            self.shown.resize(first_tile + self.tiles_of_panel, Shown::NOTHING);
+            self.shown.resize(first_tile + self.tiles_of_strip, Shown::NOTHING);
             for lane in lanes.clone() {
                 let tiles = block.tiles(keys_per_tile).map(|tile| {
                     let start = visible.start.clamp(tile.start, tile.end);
@@ -607,16 +611,16 @@ impl MaskedTiles {
         (!self.shown.is_empty()).then(|| seen.unwrap_or(0..0))
     }
 
-    /// Returns the keys of a tile that masks and bias may show to the queries of a panel, given those that
+    /// Returns the keys of a tile that masks and bias may show to the queries of a strip, given those that
     /// causal pattern and window leave, and whether they show all of these and there is no bias.
     #[inline]
     pub(super) fn visible(
         &self,
-        panel: usize,
+        strip: usize,
         tile: usize,
         keys: Range<usize>,
     ) -> (Range<usize>, bool) {
-        match self.shown.get(panel * self.tiles_of_panel + tile) {
+        match self.shown.get(strip * self.tiles_of_strip + tile) {
             None => (keys, false),
             Some(Shown { keys: shown, is_all }) => {
                 (keys.start.max(shown.start)..keys.end.min(shown.end), *is_all)
@@ -699,8 +703,8 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
     /// Loads the queries of a block.
     fn begin(&mut self, block: &Block<'_, '_, F>);
 
-    /// Writes the logits of a panel of lanes for a tile of keys, and raises the maxima of its lanes to
-    /// the largest logits.
+    /// Writes the logits of a strip for a tile of keys, and raises the maxima of its lanes to the largest
+    /// logits. There are as many columns as maxima.
     fn score(
         &self,
         block: &Block<'_, '_, F>,
@@ -745,7 +749,7 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         let width = block.width;
         let queries = Matrix::new(&self.queries, width).skip_columns(column);
         let keys = block.keys().left(tile.start);
-        let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
+        let out = Out::columns(scores, width, column..column + maxima.len());
         rows_times_with_max(block.level, tile.len(), keys, queries, maxima, out);
     }
 }

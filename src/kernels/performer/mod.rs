@@ -21,8 +21,8 @@ pub(super) use causal::{backward as causal_backward, forward as causal_forward};
 pub(super) use forward::{forward, sum_keys};
 
 use super::parallel::ranges;
-use super::primitives::compensated;
-use super::primitives::matmul::{ROWS_OF_SUM, Target};
+use super::primitives::compensated::{self, TERMS_OF_SUM};
+use super::primitives::matmul::Target;
 use super::problem::Rows;
 use crate::inputs::{Inputs, head_columns};
 use crate::kernels::Float;
@@ -221,7 +221,7 @@ impl<F: Float> KeySums<F> {
                 totals.clear();
                 totals.resize(self.totals.len(), F::zero());
                 of_rows.resize(self.totals.len(), F::zero());
-                for rows in ranges(chunk.len, ROWS_OF_SUM) {
+                for rows in ranges(chunk.len, TERMS_OF_SUM) {
                     of_rows.fill(F::zero());
                     for at in rows {
                         let weight = weights.map_or(F::one(), |weights| weights[at]);

@@ -302,7 +302,8 @@ fn backward_tile<F: Float>(
     let keys = block.keys();
     let values = HeadRows::new(problem.directions.slices(), kv_head, dim);
     let len = tile.len();
-    for column in (0..width).step_by(panel) {
+    for columns in ranges(width, panel) {
+        let column = columns.start;
         let [squared, products, spreads, bias, multipliers] = [
             &mut scratch.squared,
             &mut scratch.products,
@@ -314,16 +315,16 @@ fn backward_tile<F: Float>(
         let right = |packed| Matrix::new(packed, width).skip_columns(column);
         let key = keys.left(tile.start);
         let value = values.left(tile.start);
-        let out = Out::panel(squared, width, column, panel);
+        let out = Out::columns(squared, width, columns.clone());
         squared_distances(level, len, key, right(&scratch.queries[..]), out);
-        let out = Out::panel(products, width, column, panel);
+        let out = Out::columns(products, width, columns.clone());
         let weights = right(&scratch.weights[..]);
         rows_times(level, len, value, weights, Target::Overwrite, out);
         if !upstream.is_linear {
-            let out = Out::panel(spreads, width, column, panel);
+            let out = Out::columns(spreads, width, columns.clone());
             squared_distances(level, len, value, right(&scratch.directions[..]), out);
         }
-        let lanes = block.lanes(column, panel);
+        let lanes = block.lanes(&columns);
         if block.may_hide_in(&lanes, tile) {
             for bias in bias.chunks_exact_mut(width) {
                 bias[column..column + panel].fill(F::zero());
@@ -376,7 +377,7 @@ fn differentiate<F: Float>(
         sums: &mut KeySums<F>,
     ) {
         let Block { problem: softmax, head, width, .. } = *block;
-        let lanes = block.lanes(column, panel_width::<S, F>());
+        let lanes = block.lanes(&(column..column + panel_width::<S, F>()));
         let may_hide = block.may_hide_in(&lanes, tile);
         let len = tile.len();
         let first_row = softmax.kv_head(head) * softmax.inputs.num_keys() + tile.start;

@@ -242,11 +242,14 @@ impl<'p, F: Float> TileScorer<'p, F> for DistanceTiles<'p, F> {
         let width = block.width;
         let right = Matrix::new(&self.directions, width).skip_columns(column);
         let keys = block.keys().left(tile.start);
-        let out = Out::panel(scores, width, column, panel_len::<F>(block.level));
+        let out = Out::columns(scores, width, column..column + maxima.len());
         squared_distances(block.level, tile.len(), keys, right, out);
-        dispatch!(block.level, simd => {
-            self.logits(simd, block, tile, column, maxima, scores);
-        });
+        let panel = panel_len::<F>(block.level);
+        for (column, maxima) in (column..).step_by(panel).zip(maxima.chunks_exact_mut(panel)) {
+            dispatch!(block.level, simd => {
+                self.logits(simd, block, tile, column, maxima, scores);
+            });
+        }
     }
 }
 

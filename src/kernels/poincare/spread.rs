@@ -171,14 +171,14 @@ impl<F: Float> Task<'_, F> {
         let values = HeadRows::new(problem.directions.slices(), kv_head, problem.dim);
         for column in (0..width).step_by(panel) {
             scorer.score(block, tile, column, maxima, scores);
-            let of_panel = block.lanes(column, panel);
+            let of_panel = block.lanes(&(column..column + panel));
             if block.may_hide_in(&of_panel, tile) {
                 block.restrict(of_panel.clone(), tile, scores, rows);
             }
             dispatch!(level, simd => weigh_panel(simd, width, column, lanes, scores));
             block.drop_out(of_panel, tile, scores, rows);
             let right = Matrix::new(packed, width).skip_columns(column);
-            let out = Out::panel(spreads, width, column, panel);
+            let out = Out::columns(spreads, width, column..column + panel);
             squared_distances(level, tile.len(), values.left(tile.start), right, out);
             dispatch!(level, simd => {
                 self.add_up(simd, block, tile, column, [scores, spreads], lanes);

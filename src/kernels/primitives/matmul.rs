@@ -3,7 +3,8 @@
 //! The right factor is read in *panels* of [`panel_width`] columns: two vectors side by side. The left
 //! factor is read in place, in one of two ways: in [`rows_times`] the inner index runs along its rows, in
 //! [`columns_times`] from row to row. Six rows of the result at a time are twelve sums, two vectors of
-//! the panel and one factor: fifteen registers; even AVX2 has sixteen.
+//! the panel and one factor: fifteen registers; even AVX2 has sixteen. AVX-512 has thirty-two, enough for
+//! a *strip* of two panels, which reads each factor of the left half as often.
 //!
 //! The functions are compiled once for each type and instruction set and called for a tile at a time: if
 //! inlined into every kernel, they would make the build take minutes. The loops over the inner index use
@@ -13,6 +14,7 @@
 use crate::kernels::Float;
 use crate::kernels::primitives::transpose::MOST as MOST_LANES;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat, SimdFloatElement};
+use std::ops::Range;
 
 /// The widest vector of the CPU.
 pub(crate) type Vector<S, F> = <F as SimdFloatElement>::Native<S>;
@@ -23,10 +25,13 @@ pub(crate) type PanelRow<S, F> = [Vector<S, F>; 2];
 /// Rows of the result at a time.
 pub(super) const ROWS: usize = 6;
 
-/// The number of rows of the factors of [`columns_times`] that are summed from zero; these sums are then
-/// summed for a tile and added to the previous values. A single sum, to which small terms are added one
-/// by one, would lose digits.
-pub(crate) const ROWS_OF_SUM: usize = 16;
+/// The number of rows of the factors of [`columns_times`] that are summed from zero before the sum is added
+/// to the target. A single sum, to which small terms are added one by one, would lose digits; but each sum
+/// takes the time of three rows.
+const ROWS_OF_SUM: usize = 96;
+
+/// The panels of a strip.
+const PANELS: usize = 2;
 
 /// Lanes of a vector.
 pub(crate) fn vector_len<F: Float>(level: Level) -> usize {
@@ -46,6 +51,21 @@ pub(crate) fn panel_len<F: Float>(level: Level) -> usize {
 #[inline(always)]
 pub(crate) fn panel_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
     2 * Vector::<S, F>::LEN
+}
+
+/// Columns of a strip: the lanes of a product that are computed together, if there are that many.
+pub(crate) fn strip_len<F: Float>(level: Level) -> usize {
+    #[inline(always)]
+    fn len<S: Simd, F: Float>(_: S) -> usize {
+        panel_width::<S, F>() * if has_strips::<S, F>() { PANELS } else { 1 }
+    }
+    dispatch!(level, simd => len::<_, F>(simd))
+}
+
+/// Whether there are registers for the sums of two panels: only AVX-512 has such long vectors.
+#[inline(always)]
+fn has_strips<S: Simd, F: SimdFloatElement + 'static>() -> bool {
+    Vector::<S, F>::LEN * size_of::<F>() == 64
 }
 
 #[inline(always)]
@@ -168,10 +188,10 @@ impl<'o, F: Float> Out<'o, F> {
         Self { data, stride, start: 0, columns: stride }
     }
 
-    /// A panel of rows of `stride`, from some column on.
+    /// Some columns of rows of `stride`.
     #[inline(always)]
-    pub(crate) fn panel(data: &'o mut [F], stride: usize, column: usize, panel: usize) -> Self {
-        Self { data, stride, start: column, columns: panel }
+    pub(crate) fn columns(data: &'o mut [F], stride: usize, columns: Range<usize>) -> Self {
+        Self { data, stride, start: columns.start, columns: columns.len() }
     }
 
     /// Stores the first `count` of some rows of a panel, or as much of them as there are columns.
@@ -263,7 +283,7 @@ pub(crate) fn rows_times<F: Float>(
     ));
 }
 
-/// [`rows_times`] for one panel; raises `maxima` to the largest entries of its columns.
+/// [`rows_times`] with a column for each of `maxima`, which it raises to the largest entries.
 #[inline(never)]
 pub(crate) fn rows_times_with_max<F: Float>(
     level: Level,
@@ -285,22 +305,23 @@ fn with_max<S: Simd, F: Float>(
     maxima: &mut [F],
     mut out: Out<'_, F>,
 ) {
-    let mut max = load::<S, F>(simd, maxima);
     rows_with::<S, F, false>(
         simd,
         num_rows,
         left,
         right,
-        panel_width::<S, F>(),
+        maxima.len(),
         #[inline(always)]
         |row, column, sums, count| {
+            let maxima = &mut maxima[column..];
+            let mut max = load::<S, F>(simd, maxima);
             for [a, b] in sums {
                 max = [max[0].max(a), max[1].max(b)];
             }
+            store::<S, F>(max, maxima);
             out.put(simd, (row, column), sums, count, Target::Overwrite);
         },
     );
-    store::<S, F>(max, maxima);
 }
 
 /// Like [`rows_times`], but Σₜ (left\[m, t\] − right\[t, n\])² instead of products. |a|² + |b|² − 2 a·b
@@ -336,19 +357,52 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
     columns: usize,
     mut visit: impl FnMut(usize, usize, [PanelRow<S, F>; ROWS], usize),
 ) {
-    for column in (0..columns).step_by(panel_width::<S, F>()) {
-        let panel = right.skip_columns(column);
-        for start in (0..num_rows).step_by(ROWS) {
-            let mut rows = [left.row(start); ROWS];
-            for (m, row) in rows.iter_mut().enumerate() {
-                *row = left.row((start + m).min(num_rows - 1));
-            }
-            let [a, b, c, d, e, f] = rows;
-            let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
-            let mut sums = [splat(simd, F::from(0u8)); ROWS];
-            for ((((((a, b), c), d), e), f), row) in factors.zip(panel.rows(left.len)) {
-                add_row::<S, F, SQUARE, ROWS>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
-            }
+    for (column, is_strip) in strips::<S, F>(columns) {
+        let right = right.skip_columns(column);
+        if is_strip {
+            rows_of_strip::<S, F, SQUARE, PANELS>(simd, num_rows, left, right, column, &mut visit);
+        } else {
+            rows_of_strip::<S, F, SQUARE, 1>(simd, num_rows, left, right, column, &mut visit);
+        }
+    }
+}
+
+/// The first columns of strips, and of a panel where only one is left; and which it is.
+#[inline(always)]
+fn strips<S: Simd, F: SimdFloatElement + 'static>(
+    columns: usize,
+) -> impl Iterator<Item = (usize, bool)> {
+    let panel = panel_width::<S, F>();
+    let step = if has_strips::<S, F>() { PANELS * panel } else { panel };
+    (0..columns).step_by(step).map(
+        #[inline(always)]
+        move |column| (column, has_strips::<S, F>() && columns - column > panel),
+    )
+}
+
+/// [`rows_with`] for P panels, of which the first starts at `column` of the product.
+#[inline(always)]
+fn rows_of_strip<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool, const P: usize>(
+    simd: S,
+    num_rows: usize,
+    left: Left<'_, F>,
+    right: Matrix<'_, F>,
+    column: usize,
+    visit: &mut impl FnMut(usize, usize, [PanelRow<S, F>; ROWS], usize),
+) {
+    for start in (0..num_rows).step_by(ROWS) {
+        let mut rows = [left.row(start); ROWS];
+        for (m, row) in rows.iter_mut().enumerate() {
+            *row = left.row((start + m).min(num_rows - 1));
+        }
+        let [a, b, c, d, e, f] = rows;
+        let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
+        let mut sums = [[splat(simd, F::from(0u8)); ROWS]; P];
+        for ((((((a, b), c), d), e), f), row) in factors.zip(right.rows(left.len)) {
+            add_row::<S, F, SQUARE, ROWS, P>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
+        }
+        for (p, sums) in sums.into_iter().enumerate() {
+            let column = column + p * panel_width::<S, F>();
             visit(start, column, sums, ROWS.min(num_rows - start));
         }
     }
@@ -376,53 +430,65 @@ fn columns_with<S: Simd, F: Float>(
     mut out: Out<'_, F>,
 ) {
     let num_rows = left.rows.num_rows().min(right.num_rows());
-    for column in (0..out.columns).step_by(panel_width::<S, F>()) {
-        let panel = right.skip_columns(column);
-        let mut row = 0;
-        while row < left.len {
-            let left_rows = left.rows.skip_columns(row);
-            let place = (row, column);
-            row += match left.len - row {
-                6.. => {
-                    put_sums::<S, F, 6>(simd, num_rows, left_rows, panel, target, place, &mut out)
-                }
-                4.. => {
-                    put_sums::<S, F, 4>(simd, num_rows, left_rows, panel, target, place, &mut out)
-                }
-                _ => put_sums::<S, F, 1>(simd, num_rows, left_rows, panel, target, place, &mut out),
-            };
+    for (column, is_strip) in strips::<S, F>(out.columns) {
+        let right = right.skip_columns(column);
+        if is_strip {
+            columns_of_strip::<S, F, PANELS>(simd, num_rows, left, right, column, target, &mut out);
+        } else {
+            columns_of_strip::<S, F, 1>(simd, num_rows, left, right, column, target, &mut out);
         }
     }
 }
 
-/// Stores M rows of a panel of the product; returns their number.
 #[inline(always)]
-fn put_sums<S: Simd, F: Float, const M: usize>(
+fn columns_of_strip<S: Simd, F: Float, const P: usize>(
     simd: S,
     num_rows: usize,
-    left: Matrix<'_, F>,
-    panel: Matrix<'_, F>,
+    left: Left<'_, F>,
+    right: Matrix<'_, F>,
+    column: usize,
     target: Target<'_, F>,
+    out: &mut Out<'_, F>,
+) {
+    let mut row = 0;
+    while row < left.len {
+        let rows = left.rows.skip_columns(row);
+        let place = (row, column);
+        row += match left.len - row {
+            6.. => put_sums::<S, F, 6, P>(simd, num_rows, rows, right, target, place, out),
+            4.. => put_sums::<S, F, 4, P>(simd, num_rows, rows, right, target, place, out),
+            _ => put_sums::<S, F, 1, P>(simd, num_rows, rows, right, target, place, out),
+        };
+    }
+}
+
+/// Stores M rows of P panels of the product; returns their number.
+#[inline(always)]
+fn put_sums<S: Simd, F: Float, const M: usize, const P: usize>(
+    simd: S,
+    num_rows: usize,
+    mut left: Matrix<'_, F>,
+    mut right: Matrix<'_, F>,
+    mut target: Target<'_, F>,
     (row, column): (usize, usize),
     out: &mut Out<'_, F>,
 ) -> usize {
-    let zeros = [splat(simd, F::zero()); M];
-    let mut totals = zeros;
     let mut rest = num_rows;
-    let (mut left, mut panel) = (left, panel);
-    while rest > 0 {
+    loop {
         let count = rest.min(ROWS_OF_SUM);
-        let mut sums = zeros;
-        for (factors, row) in left.rows(count).zip(panel.rows(count)) {
-            add_row::<S, F, false, M>(simd, &mut sums, first(factors), row);
+        let mut sums = [[splat(simd, F::zero()); M]; P];
+        for (factors, row) in left.rows(count).zip(right.rows(count)) {
+            add_row::<S, F, false, M, P>(simd, &mut sums, first(factors), row);
         }
-        for m in 0..M {
-            totals[m] = [totals[m][0] + sums[m][0], totals[m][1] + sums[m][1]];
+        for (p, sums) in sums.into_iter().enumerate() {
+            out.put(simd, (row, column + p * panel_width::<S, F>()), sums, M, target);
         }
-        (left, panel, rest) = (left.skip_rows(count), panel.skip_rows(count), rest - count);
+        rest -= count;
+        if rest == 0 {
+            return M;
+        }
+        (left, right, target) = (left.skip_rows(count), right.skip_rows(count), Target::Add);
     }
-    out.put(simd, (row, column), totals, M, target);
-    M
 }
 
 #[inline(always)]
@@ -432,24 +498,46 @@ fn first<F: Copy, const M: usize>(row: &[F]) -> [F; M] {
     entries
 }
 
-/// sums\[m\] += factors\[m\] · row, or (factors\[m\] − row)².
 #[inline(always)]
-fn add_row<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool, const M: usize>(
+fn load_strip<S: Simd, F: SimdFloatElement + 'static, const P: usize>(
     simd: S,
-    sums: &mut [PanelRow<S, F>; M],
+    row: &[F],
+) -> [PanelRow<S, F>; P] {
+    let panel = panel_width::<S, F>();
+    let row = &row[..P * panel];
+    std::array::from_fn(
+        #[inline(always)]
+        |p| load::<S, F>(simd, &row[p * panel..]),
+    )
+}
+
+/// sums\[p, m\] += factors\[m\] · row\[p\], or (factors\[m\] − row\[p\])².
+#[inline(always)]
+fn add_row<
+    S: Simd,
+    F: SimdFloatElement + 'static,
+    const SQUARE: bool,
+    const M: usize,
+    const P: usize,
+>(
+    simd: S,
+    sums: &mut [[PanelRow<S, F>; M]; P],
     factors: [F; M],
     row: &[F],
 ) {
-    let row = load::<S, F>(simd, row);
+    let row = load_strip::<S, F, P>(simd, row);
     for m in 0..M {
         let factor = Vector::<S, F>::splat(simd, factors[m]);
-        for half in 0..2 {
-            sums[m][half] = if SQUARE {
-                let difference = factor - row[half];
-                difference.mul_add(difference, sums[m][half])
-            } else {
-                factor.mul_add(row[half], sums[m][half])
-            };
+        for p in 0..P {
+            for half in 0..2 {
+                let sum = &mut sums[p][m][half];
+                *sum = if SQUARE {
+                    let difference = factor - row[p][half];
+                    difference.mul_add(difference, *sum)
+                } else {
+                    factor.mul_add(row[p][half], *sum)
+                };
+            }
         }
     }
 }
@@ -557,7 +645,8 @@ mod tests {
     fn products_are_those_of_plain_loops_at_every_size() {
         for level in levels() {
             for rows in [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17] {
-                for inner in [1, 2, 7, 16, 33] {
+                // More than are summed at once.
+                for inner in [1, 2, 7, 33, 97, 200] {
                     for panels in [0, 1, 3] {
                         check(level, rows, inner, panels);
                     }
