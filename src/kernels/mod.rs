@@ -120,6 +120,7 @@ macro_rules! kernels {
         /// for each type and instruction set, and not again in every crate that calls a mechanism.
         pub trait Kernels:
             Element
+            + primitives::buffer::HasPool
             + primitives::exp::HasExp
             + primitives::asinh::HasAsinh
             + primitives::sincos::HasSinCos

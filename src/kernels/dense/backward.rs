@@ -27,7 +27,7 @@ struct Operands<'r, F: Clone> {
 }
 
 /// Buffers of a backward pass, used for one block at a time.
-struct BackwardScratch<F> {
+struct BackwardScratch<F: Float> {
     /// key_dim × width, and width × padded key_dim.
     queries: Buffer<F>,
     query_rows: Buffer<F>,
@@ -53,14 +53,14 @@ struct BackwardScratch<F> {
 
 /// Gradients of the keys and values that a part of the queries may see: for each head, rows of padded
 /// length.
-struct KeyGradients<F> {
+struct KeyGradients<F: Float> {
     keys: Range<usize>,
     key: Buffer<F>,
     value: Buffer<F>,
 }
 
 /// The outputs of one task of a backward pass.
-struct BackwardPart<'g, F> {
+struct BackwardPart<'g, F: Float> {
     queries: Range<usize>,
     grad_query: ArrayViewMut2<'g, F>,
     grad_bias: Option<PartOfBias<'g, F>>,

@@ -25,7 +25,7 @@ pub(in super::super) const SLACK: f64 = 4.0;
 const TILES_OF_SUM: usize = 32;
 
 /// Buffers of a forward pass, used for one block at a time.
-struct ForwardScratch<F> {
+struct ForwardScratch<F: Float> {
     /// keys × width.
     scores: Buffer<F>,
     /// Σ e^{s − m} v and, in the last row, l = Σ e^{s − m}: (value_dim + 1) × width.

@@ -43,7 +43,7 @@ struct KeySums<F> {
 }
 
 /// Buffers for one block at a time.
-struct Scratch<F> {
+struct Scratch<F: Float> {
     /// Directions, w and û, transposed to columns × width.
     queries: Buffer<F>,
     weights: Buffer<F>,

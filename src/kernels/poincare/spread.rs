@@ -213,7 +213,7 @@ impl<F: Float> Task<'_, F> {
 }
 
 /// Buffers for one tile at a time.
-struct Scores<F> {
+struct Scores<F: Float> {
     /// keys × width.
     scores: Buffer<F>,
     spreads: Buffer<F>,
