@@ -167,7 +167,8 @@ impl<F: Float> Columns<F> {
         }
     }
 
-    /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row t in the columns of each head h.
+    /// sum ← factors[h] · sum + Σₜ weights[h · stride + t] · row t in the columns of each head h. Without factors
+    /// the sum is overwritten, so heads must have different columns.
     ///
     /// The sum stays in registers over many rows: [`SUMS`] vectors of it, or fewer, with even and odd rows apart.
     #[inline(never)]
@@ -198,8 +199,9 @@ impl<F: Float> Columns<F> {
         let len = self.dim % Vector::<S, F>::LEN;
         for (head, &[first_own, first_other]) in self.rest.iter().enumerate() {
             let sum = &mut sum[first_own..][..len];
-            for sum in sum.iter_mut() {
-                *sum *= weights.factors[head];
+            match weights.factors {
+                Some(factors) => sum.iter_mut().for_each(|sum| *sum *= factors[head]),
+                None => sum.fill(F::zero()),
             }
             for (t, &weight) in weights.of_head(head, rows.at.len()).iter().enumerate() {
                 let row = &rows.row(t)[first_other..][..len];
@@ -408,8 +410,8 @@ impl<'r, F: Copy> Gather<'r, F> {
 /// The factors of [`Columns::add_weighted`].
 #[derive(Clone, Copy)]
 pub(crate) struct Weights<'w, F> {
-    /// The factors of the previous sum of each head.
-    pub(crate) factors: &'w [F],
+    /// The factors of the previous sum of each head, if there is one.
+    pub(crate) factors: Option<&'w [F]>,
     /// The weights of the rows; those of head h start at h · stride.
     pub(crate) weights: &'w [F],
     pub(crate) stride: usize,
@@ -435,7 +437,10 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize, const R
     let len = Vector::<S, F>::LEN;
     let count = rows.at.len();
     let mut of_head = [weights.weights; H];
-    let factors = &weights.factors[group.head..][..H];
+    let factors = weights.factors.map(
+        #[inline(always)]
+        |factors| &factors[group.head..][..H],
+    );
     for (h, of_head) in of_head.iter_mut().enumerate() {
         assert!(group.first_of::<H>(h, len) + N * len <= rows.rows.columns);
         *of_head = weights.of_head(group.head + h, count);
@@ -453,8 +458,6 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize, const R
             add_row::<S, F, H, N>(simd, group, &mut sums[0], (of_head, t), rows);
         }
         for h in 0..H {
-            let factor = if start == 0 { factors[h] } else { F::one() };
-            let factor = Vector::<S, F>::splat(simd, factor);
             let sum = &mut sum[group.own[h]..][..N * len];
             for n in 0..N {
                 let mut of_rows = sums[0][h][n];
@@ -462,7 +465,14 @@ fn add_weighted_group<S: Simd, F: Float, const H: usize, const N: usize, const R
                     of_rows += sums[h][n];
                 }
                 let sum = &mut sum[n * len..][..len];
-                let total = Vector::<S, F>::from_slice(simd, sum).mul_add(factor, of_rows);
+                let total = match factors {
+                    Some(factors) if start == 0 => {
+                        let factor = Vector::<S, F>::splat(simd, factors[h]);
+                        Vector::<S, F>::from_slice(simd, sum).mul_add(factor, of_rows)
+                    }
+                    None if start == 0 => of_rows,
+                    _ => Vector::<S, F>::from_slice(simd, sum) + of_rows,
+                };
                 total.store_slice(sum);
             }
         }
@@ -523,7 +533,7 @@ mod tests {
         let [weights, factors] = [entries(heads * stride, 3), entries::<F>(heads, 4)];
         let mut sum: Vec<F> = entries(own_len, 5);
         let before = sum.clone();
-        let all = Weights { factors: &factors, weights: &weights, stride };
+        let all = Weights { factors: Some(&factors), weights: &weights, stride };
         columns.add_weighted(&mut sum, all, gather(&others, other_len));
         for head in 0..heads {
             let other = |t: usize| &row(t)[kv_head(head) * dim..][..dim];
@@ -547,7 +557,7 @@ mod tests {
         let row = |t: usize| &others[t * own_len..][..own_len];
         let mut sum = vec![F::zero(); other_len];
         let ones = vec![F::one(); heads];
-        let all = Weights { factors: &ones, ..all };
+        let all = Weights { factors: Some(&ones), ..all };
         columns.add_weighted(&mut sum, all, gather(&others, own_len));
         for (kv_column, &sum) in sum.iter().enumerate() {
             let of_heads = (0..heads).filter(|&head| kv_head(head) == kv_column / dim);

@@ -358,7 +358,7 @@ impl<F: Float> ByKey<'_, F> {
                     }
                 }
                 let rows = tile.gather(grads_out);
-                columns.add_weighted(&mut sum_value, tile.weights(ones), rows);
+                columns.add_weighted(&mut sum_value, tile.weights(Some(ones)), rows);
                 score.key_vjp(&tile, key, &grads, &mut sum_key);
             }
             score.finish_key(&mut sum_key);

@@ -141,7 +141,7 @@ impl<'p, F: Float> EdgeColumns<'p, F> {
     /// out += W x for each head in its columns.
     pub(crate) fn add_projected(&self, x: &Coefficients<F>, out: &mut [F]) {
         let weight = Gather { rows: self.problem.edge_weight(), at: &self.rows };
-        let x = Weights { factors: &self.problem.ones, weights: &x.data, stride: x.stride };
+        let x = Weights { factors: Some(&self.problem.ones), weights: &x.data, stride: x.stride };
         self.columns.add_weighted(out, x, weight);
     }
 }

@@ -247,7 +247,8 @@ impl<'p, F: Float> Pass<'p, F> {
                     grad_kappa[[r, head]] -= kappa * F::from_f64(std::f64::consts::LN_2);
                 }
                 let Scratch { tile, key_columns, directions, grad_logits, ones, .. } = &scratch;
-                let weights = Weights { factors: ones, weights: directions, stride: tile.stride };
+                let weights =
+                    Weights { factors: Some(ones), weights: directions, stride: tile.stride };
                 let points = Gather { rows: self.points.key.slices(), at: &tile.others };
                 key_columns.add_weighted(&mut sum, weights, points);
                 if grad_of_slots.ncols() > 0 {
@@ -303,11 +304,12 @@ impl<'p, F: Float> Pass<'p, F> {
                     grad_value_radii[[r, softmax.kv_head(head)]] += value;
                 }
                 let Scratch { tile, key_columns, value_columns, directions, ones, .. } = &scratch;
-                let weights = Weights { factors: ones, weights: directions, stride: tile.stride };
+                let weights =
+                    Weights { factors: Some(ones), weights: directions, stride: tile.stride };
                 let points = Gather { rows: self.points.query.slices(), at: &tile.others };
                 key_columns.add_weighted(&mut sum, weights, points);
                 let sums = Gather { rows: upstream.sums.slices(), at: &tile.others };
-                value_columns.add_weighted(&mut value_sum, tile.weights(ones), sums);
+                value_columns.add_weighted(&mut value_sum, tile.weights(Some(ones)), sums);
             }
             add_to_row(grad_keys.row_mut(r), F::one(), &sum);
             add_to_row(grad_values.row_mut(r), F::one(), &value_sum);

@@ -207,7 +207,7 @@ impl<'p, F: Float> TwoSided<'p, F> for RotaryScorer<'p, F> {
                     self.scratch[head * stride + t] = times(grads[head * stride + t], distance);
                 }
             }
-            let weights = Weights { factors: &self.ones, weights: &self.scratch, stride };
+            let weights = Weights { factors: Some(&self.ones), weights: &self.scratch, stride };
             self.columns.add_weighted(&mut self.moments, weights, rows);
         }
     }

@@ -320,12 +320,12 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     }
                 }
                 // s = scale a·a'
-                let grad_logits = Weights { factors: &ones, weights: &grads, stride };
+                let grad_logits = Weights { factors: Some(&ones), weights: &grads, stride };
                 let factors = scorer.factors(&tile, finite_a);
                 columns_a.add_weighted(&mut sum_a, grad_logits, factors);
                 if grad_b.is_some() {
                     let b = tile.gather(finite_b);
-                    columns_b.add_weighted(&mut sum_b, tile.weights(&ones), b);
+                    columns_b.add_weighted(&mut sum_b, tile.weights(Some(&ones)), b);
                 }
                 self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
                 if let Some(OfQuery { by_slot: [_, of_data, of_weights], .. }) = &mut of_query {

@@ -70,39 +70,44 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
     let mut tile = Tile::new(level, heads, tile_len);
     let mut scorer = C::new(level, problem, &tile);
     let mut scored = ScoredRow::default();
-    // A single query over few keys takes less time than a dozen allocations: one for all numbers of a row.
-    let mut of_row = vec![F::one(); heads * (dim + 4)];
-    let (ones, of_row) = of_row.split_at_mut(heads);
+    // m of each head, the factors of the previous sums, and l = Σ e^{s − m}. A single query over few keys takes less
+    // time than a dozen allocations: one for all of them.
+    let mut of_row = vec![F::one(); 3 * heads];
     let (maxima, of_row) = of_row.split_at_mut(heads);
-    // Σ e^{s − m} v of each head, and l.
     let (alphas, sums) = of_row.split_at_mut(heads);
-    // The same for the last tile, and the rounding errors of the sums, if a row has several tiles.
+    // Σ e^{s − m} v, where the output is not contiguous.
+    let mut copy = Vec::new();
+    // Both kinds of sums over the last tile, and the rounding errors of the sums, if a row has several tiles.
     let [mut of_tile, mut lacks] = [Vec::new(), Vec::new()];
     for (r, mut row) in part.rows(pairs).enumerate() {
+        let mut row_out = out.row_mut(r);
+        let values_of_row = match row_out.as_slice_mut() {
+            Some(row_out) => row_out,
+            None => {
+                copy.resize(heads * dim, F::zero());
+                &mut copy
+            }
+        };
         scorer.begin(row.row);
         maxima.fill(F::neg_infinity());
-        sums.fill(F::zero());
         let mut is_first = true;
 
         while tile.fill(softmax, &mut row, &[softmax.key.slices(), values.slices()]) {
             scorer.score(&mut tile);
             tile.apply_score(softmax, true, &mut scored);
             tile.add_bias(softmax);
-            let target = if is_first {
+            let (values_of, sums_of) = if is_first {
                 lacks.clear();
-                &mut *sums
+                (&mut *values_of_row, &mut *sums)
             } else {
-                of_tile.resize(sums.len(), F::zero());
-                lacks.resize(sums.len(), F::zero());
-                &mut of_tile
+                of_tile.resize(heads * (dim + 1), F::zero());
+                lacks.resize(heads * (dim + 1), F::zero());
+                of_tile.split_at_mut(heads * dim)
             };
-            let (values_of, sums_of) = target.split_at_mut(heads * dim);
             exponentials(&mut tile, maxima, alphas, sums_of);
             tile.load_multipliers(softmax);
             tile.multiply_weights();
-            values_of.fill(F::zero());
-            let rows = tile.gather(values.slices());
-            columns.add_weighted(values_of, tile.weights(ones), rows);
+            columns.add_weighted(values_of, tile.weights(None), tile.gather(values.slices()));
             scorer.add_values(&tile, alphas);
             for head in (0..heads).filter(|_| !values.bad.is_empty()) {
                 let values_of = &mut values_of[head_columns(head, dim)];
@@ -112,36 +117,58 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
                 });
             }
             if !is_first {
+                let sums = values_of_row.iter_mut().chain(sums.iter_mut());
                 add_tile(sums, &mut lacks, &of_tile, alphas, dim);
             }
             is_first = false;
         }
 
-        let (row_out, sums) = sums.split_at_mut(heads * dim);
-        scorer.finish(row_out);
-        for head in 0..heads {
+        if is_first {
+            values_of_row.fill(F::zero());
+            sums.fill(F::zero());
+        }
+        scorer.finish(values_of_row);
+        divide(level, values_of_row, dim, sums);
+        if row_out.as_slice().is_none() {
+            row_out.assign(&ArrayView1::from(&copy));
+        }
+        for ((shift, &max), &sum) in shift_out.row_mut(r).iter_mut().zip(&*maxima).zip(&*sums) {
+            *shift = if sum == F::zero() { F::neg_infinity() } else { max };
+        }
+        sum_out.row_mut(r).iter_mut().zip(&*sums).for_each(|(out, &sum)| *out = sum);
+    }
+}
+
+/// Divides the sums of each head, `dim` columns, by the sum of its weights.
+#[inline(never)]
+fn divide<F: Float>(level: Level, values: &mut [F], dim: usize, sums: &[F]) {
+    dispatch!(level, _simd => {
+        for (values, &sum) in values.chunks_exact_mut(dim.max(1)).zip(sums) {
             // Nothing seen: avoid 0/0.
-            let is_empty = sums[head] == F::zero();
-            let factor = F::one() / sums[head];
-            for value in &mut row_out[head_columns(head, dim)] {
+            let is_empty = sum == F::zero();
+            let factor = F::one() / sum;
+            for value in values {
                 *value = if is_empty { F::zero() } else { *value * factor };
             }
-            shift_out[[r, head]] = if is_empty { F::neg_infinity() } else { maxima[head] };
-            sum_out[[r, head]] = sums[head];
         }
-        out.row_mut(r).assign(&ArrayView1::from(&*row_out));
-    }
+    });
 }
 
 /// sums ← α · sums + the sums of a tile, for heads of `dim` columns and then one number for each head,
 /// with compensation.
 #[inline(never)]
-fn add_tile<F: Float>(sums: &mut [F], lacks: &mut [F], of_tile: &[F], alphas: &[F], dim: usize) {
+fn add_tile<'s, F: Float>(
+    sums: impl Iterator<Item = &'s mut F>,
+    lacks: &mut [F],
+    of_tile: &[F],
+    alphas: &[F],
+    dim: usize,
+) {
     let heads = alphas.len();
     let (columns, rest) = of_tile.split_at(heads * dim);
     let alpha = (0..columns.len()).map(|column| alphas[column / dim]).chain(alphas.iter().copied());
     let of_tile = columns.iter().chain(rest);
-    for (((sum, lack), &of_tile), alpha) in sums.iter_mut().zip(lacks).zip(of_tile).zip(alpha) {
+    for (((sum, lack), &of_tile), alpha) in sums.zip(lacks).zip(of_tile).zip(alpha) {
         compensated::add(sum, lack, alpha, of_tile);
     }
 }

@@ -445,6 +445,7 @@ impl SlotOfPair {
 /// The pairs of a tile of one row, and a number for each head and pair, head by head.
 pub(crate) struct Tile<F> {
     pub(super) level: Level,
+    /// A power of two.
     lanes: usize,
     pub(crate) len: usize,
     /// The distance between heads: the length in whole vectors.
@@ -462,6 +463,7 @@ pub(crate) struct Tile<F> {
 impl<F: Float> Tile<F> {
     pub(super) fn new(level: Level, heads: usize, len: usize) -> Self {
         let lanes = vector_len::<F>(level);
+        debug_assert!(lanes.is_power_of_two());
         let stride = len.next_multiple_of(lanes);
         Self {
             level,
@@ -554,7 +556,9 @@ impl<F: Float> Tile<F> {
     #[inline(always)]
     pub(crate) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
-        [start..start + len, start..start + len.next_multiple_of(self.lanes)]
+        // `next_multiple_of` would divide, in each of many loops over a few pairs.
+        let padded = (len + self.lanes - 1) & !(self.lanes - 1);
+        [start..start + len, start..start + padded]
     }
 
     /// Computes the factors for [`multiply`](Self::multiply) of the loaded pairs.
@@ -583,8 +587,8 @@ impl<F: Float> Tile<F> {
         }
     }
 
-    /// The weights, for sums that are multiplied by `factors` first.
-    pub(super) fn weights<'w>(&'w self, factors: &'w [F]) -> Weights<'w, F> {
+    /// The weights, for sums that are multiplied by `factors` first, or overwritten.
+    pub(super) fn weights<'w>(&'w self, factors: Option<&'w [F]>) -> Weights<'w, F> {
         Weights { factors, weights: &self.weights, stride: self.stride }
     }
 

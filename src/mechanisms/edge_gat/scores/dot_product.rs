@@ -114,7 +114,7 @@ impl<F: Float> ScoreTiles<F> for Tiles<'_, F> {
     ) {
         let EdgeProblem { softmax, ones, .. } = self.problem;
         let count = tile.pairs.len();
-        let of_pairs = Weights { factors: ones, weights: grads, stride: tile.stride };
+        let of_pairs = Weights { factors: Some(ones), weights: grads, stride: tile.stride };
         let keys = tile.gather(softmax.key.slices());
         self.columns.columns.add_weighted(sums.query, of_pairs, keys);
         features.add_sums(ones, grads, count, &mut self.sums);
@@ -132,7 +132,7 @@ impl<F: Float> ScoreTiles<F> for Tiles<'_, F> {
 
     fn key_vjp(&mut self, tile: &Tile<F>, _: usize, grads: &[F], sum: &mut [F]) {
         let EdgeProblem { softmax, ones, .. } = self.problem;
-        let of_pairs = Weights { factors: ones, weights: grads, stride: tile.stride };
+        let of_pairs = Weights { factors: Some(ones), weights: grads, stride: tile.stride };
         let queries = tile.gather(softmax.query.slices());
         self.columns.columns.add_weighted(sum, of_pairs, queries);
     }

@@ -150,7 +150,7 @@ impl<F: Float, A: Activation<F>> ScoreTiles<F> for Tiles<'_, F, A> {
         let EdgeProblem { ones, .. } = self.problem;
         let (stride, count, num_columns) =
             (tile.stride, tile.pairs.len(), self.score.attention.len());
-        let of_pairs = Weights { factors: ones, weights: grads, stride };
+        let of_pairs = Weights { factors: Some(ones), weights: grads, stride };
         let rows = Slices { data: &self.rows, columns: num_columns };
         let rows = Gather { rows, at: &self.at[..count] };
         self.columns.columns.add_weighted(sums.attention, of_pairs, rows);
@@ -161,7 +161,7 @@ impl<F: Float, A: Activation<F>> ScoreTiles<F> for Tiles<'_, F, A> {
         let rows = Gather { rows, at: &self.at[..count] };
         let weight = self.problem.edge_weight();
         for feature in 0..self.problem.feature_dim() {
-            let x = Weights { factors: ones, weights: features.of_feature(feature), stride };
+            let x = Weights { factors: Some(ones), weights: features.of_feature(feature), stride };
             let grad = &mut sums.edge_weight[feature * num_columns..][..num_columns];
             self.whole.add_weighted(grad, x, rows);
             if sums.wants_features {
