@@ -92,7 +92,7 @@ fn gradients<F: Float + Element>(graph: &Arc<Graph>, by_burn: bool) -> Result<Ve
     let (n, device) = (graph.num_queries(), Device::flex().autodiff());
     let rows = |x: f64| {
         let rows = Array2::from_shape_fn((n, 8), |(i, j)| {
-            <F as Float>::from_f64((x * (8 * i + j) as f64).sin())
+            <F as graph_attention::Element>::from_f64((x * (8 * i + j) as f64).sin())
         });
         Tensor::<2>::from_data(data(rows), (&device, F::dtype())).require_grad()
     };

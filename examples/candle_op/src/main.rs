@@ -7,7 +7,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, Device, Error, Layout, Result, Shape, Tensor};
 use candle_core::{Var, WithDType};
 use graph_attention::ndarray::{Array2, ArrayView2, ShapeBuilder};
-use graph_attention::{Attention, Flash, Float, Graph, Inputs, Saved};
+use graph_attention::{Attention, Element, Flash, Float, Graph, Inputs, Saved};
 use std::sync::OnceLock;
 
 /// One step of the tape, which keeps the state that the forward pass saves for the backward pass.
@@ -67,7 +67,7 @@ fn gradients<F: Float + WithDType>(graph: &Graph, by_candle: bool) -> Result<Vec
     let shape = (graph.num_queries(), 8);
     let var = |x: f64| {
         let rows = Array2::from_shape_fn(shape, |(i, j)| {
-            <F as Float>::from_f64((x * (8 * i + j) as f64).sin())
+            <F as Element>::from_f64((x * (8 * i + j) as f64).sin())
         });
         Var::from_tensor(&tensor(&rows)?)
     };
@@ -84,7 +84,7 @@ fn gradients<F: Float + WithDType>(graph: &Graph, by_candle: bool) -> Result<Vec
     let grads = out.sqr()?.sum_all()?.backward()?;
     let grad = |var: &Var| array::<F>(grads.get(var).ok_or_else(|| Error::msg("no gradient"))?);
     let all = [grad(&q)?, grad(&k)?, grad(&v)?].into_iter().flatten();
-    Ok(all.map(Float::as_f64).collect())
+    Ok(all.map(F::as_f64).collect())
 }
 
 fn main() -> Result<()> {
