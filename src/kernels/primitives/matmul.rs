@@ -28,7 +28,7 @@ pub(super) const ROWS: usize = 6;
 /// The number of rows of the factors of [`columns_times`] that are summed from zero before the sum is added
 /// to the target. A single sum, to which small terms are added one by one, would lose digits; but each sum
 /// takes the time of three rows.
-const ROWS_OF_SUM: usize = 96;
+const ROWS_OF_SUM: usize = 48;
 
 /// The panels of a strip.
 const PANELS: usize = 2;
