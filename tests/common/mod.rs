@@ -46,8 +46,9 @@ pub(crate) fn on_one_thread(run: impl FnOnce() + Send) -> AllocationInfo {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         pool.install(|| measure(run))
     }
+    // A new thread has no scratch memory yet.
     #[cfg(not(feature = "parallel"))]
-    measure(run)
+    std::thread::scope(|scope| scope.spawn(|| measure(run)).join().unwrap())
 }
 
 /// Returns every mechanism once, for queries, keys, values and outputs of four columns. Some also read edge
