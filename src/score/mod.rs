@@ -72,7 +72,7 @@ use std::fmt;
 /// ```
 /// use graph_attention::ndarray::{Array0, Array2, ArrayViewD, ArrayViewMutD, arr0};
 /// use graph_attention::score::{ScoreFunction, ScorePairs};
-/// use graph_attention::{Attention, Flash, Float, Inputs, Params};
+/// use graph_attention::{Attention, Element, Flash, Inputs, Params};
 ///
 /// /// s ↦ temperature · s, with a learned temperature.
 /// #[derive(Debug)]
