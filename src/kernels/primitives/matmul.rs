@@ -57,9 +57,15 @@ pub(crate) fn panel_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
 pub(crate) fn strip_len<F: Float>(level: Level) -> usize {
     #[inline(always)]
     fn len<S: Simd, F: Float>(_: S) -> usize {
-        panel_width::<S, F>() * if has_strips::<S, F>() { PANELS } else { 1 }
+        strip_width::<S, F>()
     }
     dispatch!(level, simd => len::<_, F>(simd))
+}
+
+/// [`strip_len`] for an instruction set that is known at compile time.
+#[inline(always)]
+fn strip_width<S: Simd, F: SimdFloatElement + 'static>() -> usize {
+    panel_width::<S, F>() * if has_strips::<S, F>() { PANELS } else { 1 }
 }
 
 /// Whether there are registers for the sums of two panels: only AVX-512 has such long vectors.
@@ -372,11 +378,9 @@ pub(crate) fn rows_with<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bo
 fn strips<S: Simd, F: SimdFloatElement + 'static>(
     columns: usize,
 ) -> impl Iterator<Item = (usize, bool)> {
-    let panel = panel_width::<S, F>();
-    let step = if has_strips::<S, F>() { PANELS * panel } else { panel };
-    (0..columns).step_by(step).map(
+    (0..columns).step_by(strip_width::<S, F>()).map(
         #[inline(always)]
-        move |column| (column, has_strips::<S, F>() && columns - column > panel),
+        move |column| (column, has_strips::<S, F>() && columns - column > panel_width::<S, F>()),
     )
 }
 

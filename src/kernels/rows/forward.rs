@@ -124,7 +124,6 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
         }
 
         if is_first {
-            values_of_row.fill(F::zero());
             sums.fill(F::zero());
         }
         scorer.finish(values_of_row);
@@ -144,7 +143,7 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
 fn divide<F: Float>(level: Level, values: &mut [F], dim: usize, sums: &[F]) {
     dispatch!(level, _simd => {
         for (values, &sum) in values.chunks_exact_mut(dim.max(1)).zip(sums) {
-            // Nothing seen: avoid 0/0.
+            // Nothing seen: zeros, whatever was there before.
             let is_empty = sum == F::zero();
             let factor = F::one() / sum;
             for value in values {
