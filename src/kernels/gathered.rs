@@ -328,14 +328,14 @@ fn fold_lanes<S: Simd, F: Float>(simd: S, vectors: &[F]) -> Vector<S, F> {
 
 /// Returns vector t.
 #[inline(always)]
-fn vector<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F> {
+pub(super) fn vector<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F> {
     let len = Vector::<S, F>::LEN;
     Vector::<S, F>::from_slice(simd, &vectors[t * len..][..len])
 }
 
 /// A mask that takes lanes from its first operand where the bit is set.
 #[inline(always)]
-fn mask<S: Simd, F: Float>(simd: S, bits: u64) -> <Vector<S, F> as SimdBase<S>>::Mask {
+pub(super) fn mask<S: Simd, F: Float>(simd: S, bits: u64) -> <Vector<S, F> as SimdBase<S>>::Mask {
     SimdMask::from_bitmask(simd, bits)
 }
 
@@ -368,7 +368,11 @@ fn fold_four<S: Simd, F: Float>(simd: S, vectors: &[F], t: usize) -> Vector<S, F
 
 /// For two blocks: their sum in `a`, then in `b`.
 #[inline(always)]
-fn fold_halves<S: Simd, F: Float>(simd: S, a: Vector<S, F>, b: Vector<S, F>) -> Vector<S, F> {
+pub(super) fn fold_halves<S: Simd, F: Float>(
+    simd: S,
+    a: Vector<S, F>,
+    b: Vector<S, F>,
+) -> Vector<S, F> {
     match Vector::<S, F>::LEN {
         4 => mask::<S, F>(simd, 0b0011).select(a, b) + a.slide::<2>(b),
         _ => mask::<S, F>(simd, 0b0000_1111).select(a, b) + a.slide::<4>(b),
@@ -377,7 +381,10 @@ fn fold_halves<S: Simd, F: Float>(simd: S, a: Vector<S, F>, b: Vector<S, F>) -> 
 
 /// For four blocks: their sums in each vector, like [`fold_four`] with blocks in place of lanes.
 #[inline(always)]
-fn fold_quarters<S: Simd, F: Float>(simd: S, [a, b, c, d]: [Vector<S, F>; 4]) -> Vector<S, F> {
+pub(super) fn fold_quarters<S: Simd, F: Float>(
+    simd: S,
+    [a, b, c, d]: [Vector<S, F>; 4],
+) -> Vector<S, F> {
     // For eight lanes in blocks of two, and for sixteen in blocks of four.
     let is_short = Vector::<S, F>::LEN == 8;
     let [first, middle, even] =

@@ -213,16 +213,16 @@ kernels! {
         grads: &mut GradientsMut<'_, Self>,
     ) -> Vec<f64> = dense::backward;
 
-    /// [`rows::forward`].
+    /// [`rows::dot_forward`].
     fn rows_forward(
         problem: &Problem<'_, Self>,
         tile_len: usize,
         level: Level,
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
-    ) = rows::forward::<_, rows::DotScorer<'_, _>>;
+    ) = rows::dot_forward;
 
-    /// [`rows::backward`].
+    /// [`rows::dot_backward`].
     fn rows_backward(
         problem: &Problem<'_, Self>,
         tile_len: usize,

@@ -154,7 +154,17 @@ fn check_sizes<F: Float>() -> Result<()> {
     let sizes = [0, 1, TILE - 1, TILE, TILE + 1, 2 * TILE + 5];
     let num_queries = [&sizes[..], &[STRIPS - 3]].concat();
     // Heads of the queries, of keys and values; columns of both.
-    let heads = [(1, 1, 1, 1), (1, 1, 16, 7), (2, 2, 5, 17), (4, 2, 3, 2), (3, 1, 33, 1)];
+    let heads = [
+        (1, 1, 1, 1),
+        (1, 1, 16, 7),
+        (2, 2, 5, 17),
+        (4, 2, 3, 2),
+        (3, 1, 33, 1),
+        (4, 4, 9, 5),
+        (8, 8, 20, 3),
+        (8, 4, 2, 17),
+        (16, 16, 1, 8),
+    ];
     for (number, (num_queries, num_keys)) in
         num_queries.iter().flat_map(|&q| sizes.iter().map(move |&k| (q, k))).enumerate()
     {

@@ -80,10 +80,16 @@ pub(crate) struct Buffer<F: HasPool> {
 
 impl<F: Float> Buffer<F> {
     pub(crate) fn zeros(len: usize) -> Self {
+        let mut buffer = Self::stale(len);
+        buffer.fill(F::zero());
+        buffer
+    }
+
+    /// Creates a buffer with arbitrary numbers, which the caller must overwrite.
+    pub(crate) fn stale(len: usize) -> Self {
         let whole = len + LINE / size_of::<F>();
         let data = match F::with_pool(|pool| pool.take(whole)).flatten() {
             Some(mut data) => {
-                data.clear();
                 data.resize(whole, F::zero());
                 data
             }

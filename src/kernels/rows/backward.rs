@@ -5,6 +5,7 @@ use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::{Vector, vector_len};
 use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradients};
 use super::super::score::{ScoredRow, Scoring};
+use super::lanes::Lanes;
 use super::{
     DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_pair,
     for_each_part, level_for, pair_weights_vjp, parts,
@@ -127,6 +128,9 @@ pub(in super::super) fn dot_backward<F: Float>(
     upstream: Upstream<'_, F>,
     grads: &mut GradientsMut<'_, F>,
 ) -> Vec<f64> {
+    if let Some(lanes) = Lanes::new(problem, level) {
+        return lanes.backward(tile_len, upstream, grads);
+    }
     let scaled = scaled_queries(problem);
     let params =
         backward::<_, DotScorer<'_, _>>(problem, &scaled, tile_len, level, upstream, grads);
@@ -139,7 +143,7 @@ pub(in super::super) fn scaled_queries<F: Float>(problem: &Problem<'_, F>) -> Ve
 }
 
 /// Returns the array of a wanted gradient, or a temporary one.
-fn asked_or<'g, F: Float>(
+pub(super) fn asked_or<'g, F: Float>(
     asked: &'g mut Option<ArrayViewMut2<'_, F>>,
     unasked: &'g mut Array2<F>,
     shape: (usize, usize),
@@ -475,20 +479,30 @@ fn weigh_with_vjp<S: Simd, F: Float>(
     grads: &mut [F],
 ) {
     let len = Vector::<S, F>::LEN;
-    let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
-    let highest = Vector::<S, F>::splat(simd, F::infinity());
-    let zero = Vector::<S, F>::splat(simd, F::zero());
     let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
     let terms = terms.zip(deltas.chunks_exact(len)).zip(grads.chunks_exact_mut(len));
     for (logits, (((shifts, inverses), deltas), grads)) in logits.chunks_exact_mut(len).zip(terms) {
         let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
-        let (shift, grad) = (load(shifts), load(grads) - load(deltas));
-        // By the logit itself: −∞ minus a NaN shift is no longer −∞.
-        let logit = shift.simd_eq(highest).select(lowest, load(logits));
-        let is_hidden = logit.simd_eq(lowest);
-        let weight = exp::<S, F>(simd, logit - shift) * load(inverses);
-        let weight = is_hidden.select(zero, weight);
-        is_hidden.select(zero, weight * grad).store_slice(grads);
+        let terms = [load(shifts), load(inverses), load(deltas)];
+        let [weight, grad] = logits_vjp::<S, F>(simd, [load(logits), load(grads)], terms);
         weight.store_slice(logits);
+        grad.store_slice(grads);
     }
+}
+
+/// Returns p and ds, given a logit, the gradient of the weight, m, 1/l and δ.
+#[inline(always)]
+pub(super) fn logits_vjp<S: Simd, F: Float>(
+    simd: S,
+    [logit, grad]: [Vector<S, F>; 2],
+    [shift, inverse, delta]: [Vector<S, F>; 3],
+) -> [Vector<S, F>; 2] {
+    let lowest = Vector::<S, F>::splat(simd, F::neg_infinity());
+    let highest = Vector::<S, F>::splat(simd, F::infinity());
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    // By the logit itself: −∞ minus a NaN shift is no longer −∞.
+    let logit = shift.simd_eq(highest).select(lowest, logit);
+    let is_hidden = logit.simd_eq(lowest);
+    let weight = is_hidden.select(zero, exp::<S, F>(simd, logit - shift) * inverse);
+    [weight, is_hidden.select(zero, weight * (grad - delta))]
 }

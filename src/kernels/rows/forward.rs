@@ -6,13 +6,30 @@ use super::super::normalizer::{self, Normalizer};
 use super::super::primitives::compensated;
 use super::super::primitives::exp::exp;
 use super::super::primitives::matmul::Vector;
-use super::super::problem::FiniteRows;
+use super::super::problem::{FiniteRows, Problem};
 use super::super::score::ScoredRow;
-use super::{Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts};
+use super::lanes::Lanes;
+use super::{
+    DotScorer, Outputs, Pairs, Part, Scorer, Tile, add_bad, for_each_part, level_for, parts,
+};
 use crate::inputs::head_columns;
 use crate::kernels::Float;
 use fearless_simd::{Level, Select, Simd, SimdBase};
-use ndarray::{ArrayView1, ArrayViewMut2, s};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
+
+/// [`forward`] with the logits of scaled dot-product attention.
+pub(in super::super) fn dot_forward<F: Float>(
+    problem: &Problem<'_, F>,
+    tile_len: usize,
+    level: Level,
+    out: ArrayViewMut2<'_, F>,
+    normalizer: &mut Normalizer<F>,
+) {
+    match Lanes::new(problem, level) {
+        Some(lanes) => lanes.forward(tile_len, out, normalizer),
+        None => forward::<_, DotScorer<'_, _>>(problem, tile_len, level, out, normalizer),
+    }
+}
 
 /// Overwrites `out` and the normalizer.
 pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
@@ -38,20 +55,27 @@ pub(in super::super) fn forward<'p, F: Float, C: Scorer<'p, F>>(
         |part, outputs| {
             forward_rows::<_, C>(level, problem, &values, tile_len, pairs, part, outputs);
         },
-        |[mut out, mut shift, mut sum], [outs, shifts, sums]| {
-            for head in 0..softmax.heads {
-                let columns = head_columns(head, softmax.value_dim);
-                let of_segment = |segment| normalizer::Part {
-                    out: outs.slice_move(s![segment, columns.clone()]),
-                    shift: shifts[[segment, head]],
-                    sum: sums[[segment, head]],
-                };
-                let segments: Vec<_> = (0..outs.nrows()).map(of_segment).collect();
-                let out = out.slice_mut(s![columns.clone()]);
-                [shift[head], sum[head]] = normalizer::merge(&segments, out);
-            }
-        },
+        |row, segments| merge_segments(softmax, row, segments),
     );
+}
+
+/// Merges the outputs, shifts and sums of the segments of a long row into the row.
+pub(super) fn merge_segments<F: Float>(
+    softmax: &Problem<'_, F>,
+    [mut out, mut shift, mut sum]: [ArrayViewMut1<'_, F>; 3],
+    [outs, shifts, sums]: [ArrayView2<'_, F>; 3],
+) {
+    for head in 0..softmax.heads {
+        let columns = head_columns(head, softmax.value_dim);
+        let of_segment = |segment| normalizer::Part {
+            out: outs.slice_move(s![segment, columns.clone()]),
+            shift: shifts[[segment, head]],
+            sum: sums[[segment, head]],
+        };
+        let segments: Vec<_> = (0..outs.nrows()).map(of_segment).collect();
+        let out = out.slice_mut(s![columns.clone()]);
+        [shift[head], sum[head]] = normalizer::merge(&segments, out);
+    }
 }
 
 fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
@@ -118,7 +142,11 @@ fn forward_rows<'p, F: Float, C: Scorer<'p, F>>(
             }
             if !is_first {
                 let sums = values_of_row.iter_mut().chain(sums.iter_mut());
-                add_tile(sums, &mut lacks, &of_tile, alphas, dim);
+                let alpha = |at: usize| match at.checked_sub(heads * dim) {
+                    Some(head) => alphas[head],
+                    None => alphas[at / dim],
+                };
+                add_tile(sums, &mut lacks, &of_tile, alpha);
             }
             is_first = false;
         }
@@ -153,22 +181,16 @@ fn divide<F: Float>(level: Level, values: &mut [F], dim: usize, sums: &[F]) {
     });
 }
 
-/// sums ← α · sums + the sums of a tile, for heads of `dim` columns and then one number for each head,
-/// with compensation.
+/// sums ← α · sums + the sums of a tile, with compensation. `alpha` returns the factor of each sum.
 #[inline(never)]
-fn add_tile<'s, F: Float>(
+pub(super) fn add_tile<'s, F: Float>(
     sums: impl Iterator<Item = &'s mut F>,
     lacks: &mut [F],
     of_tile: &[F],
-    alphas: &[F],
-    dim: usize,
+    alpha: impl Fn(usize) -> F,
 ) {
-    let heads = alphas.len();
-    let (columns, rest) = of_tile.split_at(heads * dim);
-    let alpha = (0..columns.len()).map(|column| alphas[column / dim]).chain(alphas.iter().copied());
-    let of_tile = columns.iter().chain(rest);
-    for (((sum, lack), &of_tile), alpha) in sums.zip(lacks).zip(of_tile).zip(alpha) {
-        compensated::add(sum, lack, alpha, of_tile);
+    for (at, ((sum, lack), &of_tile)) in sums.zip(lacks).zip(of_tile).enumerate() {
+        compensated::add(sum, lack, alpha(at), of_tile);
     }
 }
 

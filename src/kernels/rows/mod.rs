@@ -9,12 +9,13 @@
 
 mod backward;
 mod forward;
+mod lanes;
 mod weights;
 
 pub(super) use backward::{
     backward, dot_backward, scaled_queries, weights_and_logits_vjp, weights_of,
 };
-pub(super) use forward::forward;
+pub(super) use forward::{dot_forward, forward};
 pub(super) use weights::weights;
 
 use super::gathered::{Columns, Gather, Weights};

@@ -1,0 +1,209 @@
+//! The forward pass.
+
+use super::super::super::normalizer::Normalizer;
+use super::super::super::primitives::buffer::Buffer;
+use super::super::forward::{add_tile, merge_segments};
+use super::super::{Outputs, Pairs, Part, Row, for_each_part, parts};
+use super::of_pairs::OfPairs;
+use super::steps::{
+    Others, Running, divide, dots, exponentials, from_lanes, to_lanes, weighted_sums,
+};
+use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
+use crate::kernels::Float;
+use fearless_simd::Simd;
+use ndarray::{ArrayViewMut2, s};
+
+impl<F: Float> Lanes<'_, F> {
+    /// Overwrites `out` and the normalizer.
+    pub(in super::super) fn forward(
+        &self,
+        tile_len: usize,
+        out: ArrayViewMut2<'_, F>,
+        normalizer: &mut Normalizer<F>,
+    ) {
+        let problem = self.problem;
+        let pairs = Pairs::ByQuery(self.graph);
+        let tile_len = pairs.tile_len(tile_len);
+        // If few keys are seen, not all of them are copied, but those of each pair.
+        let copies_pairs = self.graph.num_edges() < problem.inputs.num_keys();
+        let copies = if copies_pairs { self.keys_of_pairs() } else { self.keys() };
+        let pairs_in_order: Vec<u32> =
+            if copies_pairs { (0..self.graph.num_edges() as u32).collect() } else { Vec::new() };
+        let keys = KeyCopies {
+            copies: &copies,
+            at: if copies_pairs { &pairs_in_order } else { self.graph.indices() },
+        };
+        let parts = parts(pairs);
+        let Normalizer { shift, sum } = normalizer;
+        for_each_part(
+            &parts,
+            problem.work(),
+            Outputs::by_row([out, shift.view_mut(), sum.view_mut()], &parts),
+            |part, outputs| self.forward_rows(keys, tile_len, part, outputs),
+            |row, segments| merge_segments(problem, row, segments),
+        );
+    }
+
+    fn forward_rows(
+        &self,
+        keys: KeyCopies<'_, F>,
+        tile_len: usize,
+        part: &Part,
+        outputs: Outputs<'_, F, 3, 0>,
+    ) {
+        let [mut out, mut shift_out, mut sum_out] = outputs.by_row;
+        let problem = self.problem;
+        let [query_len, out_len] = [self.key_len, self.value_len].map(|len| self.slots * len);
+        let of_query = self.places(false, problem.key_dim, query_len);
+        let of_out = self.places(false, problem.value_dim, out_len);
+        let num_rows = ROWS_AT_A_TIME.min(part.rows.len());
+        let mut queries = Buffer::stale(num_rows * query_len);
+        let mut outs = Buffer::stale(num_rows * out_len);
+        let mut of_rows = OfRows::new(self, keys, tile_len);
+        for start in part.rows.clone().step_by(ROWS_AT_A_TIME) {
+            let rows = start..part.rows.end.min(start + ROWS_AT_A_TIME);
+            to_lanes(of_query, problem.query.rows(rows.clone()), 0, &mut queries);
+            queries.iter_mut().for_each(|entry| *entry *= problem.scale);
+            let first = start - part.rows.start;
+            let of_block = Part { rows: rows.clone(), ..part.clone() };
+            of_rows.run_block(of_block.rows(Pairs::ByQuery(self.graph)), &queries, &mut outs);
+            let numbers = of_rows.maxima.chunks_exact(problem.heads);
+            let numbers = numbers.zip(of_rows.sums.chunks_exact(problem.heads));
+            for (r, (maxima, sums)) in (first..first + rows.len()).zip(numbers) {
+                let (mut shift_out, mut sum_out) = (shift_out.row_mut(r), sum_out.row_mut(r));
+                for (&head, (&max, &sum)) in self.query_heads.iter().zip(maxima.iter().zip(sums)) {
+                    shift_out[head] = if sum == F::zero() { F::neg_infinity() } else { max };
+                    sum_out[head] = sum;
+                }
+            }
+            with_slice(out.slice_mut(s![first..first + rows.len(), ..]), |out| {
+                from_lanes(of_out, &outs, out);
+            });
+        }
+    }
+}
+
+/// Copies of keys and values, and which of them each pair reads.
+#[derive(Clone, Copy)]
+struct KeyCopies<'k, F: Float> {
+    copies: &'k Copies<F>,
+    at: &'k [u32],
+}
+
+/// The pass over the pairs of a block of rows, and its memory.
+struct OfRows<'r, F: Float> {
+    lanes: &'r Lanes<'r, F>,
+    keys: KeyCopies<'r, F>,
+    slots: Vec<[usize; 2]>,
+    of_pairs: Option<OfPairs<'r, F>>,
+    tile: Tile<F, 1>,
+    tile_len: usize,
+    /// For each row, for each head slot by slot, m and l = Σ e^{s − m}.
+    maxima: Buffer<F>,
+    sums: Buffer<F>,
+    /// The factors of the previous sums.
+    alphas: Vec<F>,
+    /// Both kinds of sums over the last tile, and the rounding errors of the sums, if a row has several tiles.
+    of_tile: Vec<F>,
+    lacks: Vec<F>,
+}
+
+impl<'r, F: Float> OfRows<'r, F> {
+    fn new(lanes: &'r Lanes<'r, F>, keys: KeyCopies<'r, F>, tile_len: usize) -> Self {
+        let heads = lanes.problem.heads;
+        let [maxima, sums] = [(); 2].map(|()| Buffer::stale(ROWS_AT_A_TIME * heads));
+        Self {
+            lanes,
+            keys,
+            slots: lanes.slots_by_query(),
+            of_pairs: OfPairs::new(lanes, true),
+            tile: lanes.tile(tile_len),
+            tile_len,
+            maxima,
+            sums,
+            alphas: vec![F::zero(); heads],
+            of_tile: Vec::new(),
+            lacks: Vec::new(),
+        }
+    }
+
+    /// Overwrites the outputs of some queries, their maxima and sums.
+    #[inline(never)]
+    fn run_block<'g>(
+        &mut self,
+        rows: impl Iterator<Item = Row<'g>>,
+        queries: &[F],
+        outs: &mut [F],
+    ) {
+        let rows: Vec<_> = rows.collect();
+        let (lanes, heads) = (self.lanes, self.alphas.len());
+        let [query_len, out_len] = [lanes.key_len, lanes.value_len].map(|len| lanes.slots * len);
+        dispatch!(lanes.level, simd => {
+            let copies = queries.chunks_exact(query_len).zip(outs.chunks_exact_mut(out_len));
+            for (r, (row, (query, values))) in rows.iter().zip(copies).enumerate() {
+                self.run(simd, row, query, values, r * heads);
+            }
+        });
+    }
+
+    /// Overwrites the output of a query, given its pairs, and its maxima and sums from a place on.
+    #[inline(always)]
+    fn run<S: Simd>(
+        &mut self,
+        simd: S,
+        row: &Row<'_>,
+        query: &[F],
+        values: &mut [F],
+        place: usize,
+    ) {
+        let Self { lanes, keys, ref slots, ref mut tile, tile_len, .. } = *self;
+        let Self { maxima, sums, alphas, of_tile, lacks, of_pairs, .. } = self;
+        let pairs = row.slots.clone();
+        let maxima = &mut maxima[place..][..alphas.len()];
+        let sums = &mut sums[place..][..alphas.len()];
+        let [key_len, value_len] = [lanes.key_len, lanes.value_len];
+        let Tile { stride, raw, numbers: [weights] } = tile;
+        let shape = lanes.shape(slots, *stride);
+        maxima.fill(F::neg_infinity());
+        if pairs.is_empty() {
+            sums.fill(F::zero());
+        }
+        let mut start = pairs.start;
+        while start < pairs.end {
+            let at = start..pairs.end.min(start + tile_len);
+            keys.copies.prefetch(keys.at, at.clone());
+            let is_first = start == pairs.start;
+            start = at.end;
+            let (values_of, sums_of) = if is_first {
+                lacks.clear();
+                (&mut *values, &mut *sums)
+            } else {
+                of_tile.resize(values.len() + sums.len(), F::zero());
+                lacks.resize(values.len() + sums.len(), F::zero());
+                of_tile.split_at_mut(values.len())
+            };
+            let others = Others { rows: keys.copies.slices(), at: &keys.at[at.clone()], first: 0 };
+            dots(simd, shape, query, others, key_len, [raw, weights], F::neg_infinity());
+            if let Some(of_pairs) = of_pairs {
+                of_pairs.load(lanes.graph, row.row, at);
+                of_pairs.apply_score(weights, *stride);
+            }
+            let running = Running { maxima, sums: sums_of, alphas };
+            exponentials(simd, shape, others.at.len(), weights, running);
+            if let Some(of_pairs) = of_pairs {
+                of_pairs.multiply(weights, *stride);
+            }
+            let others = others.skip(lanes.groups * key_len);
+            weighted_sums(simd, shape, weights, others, value_len, values_of, true);
+            if !is_first {
+                let (len, width) = (values.len(), lanes.width);
+                let alpha = |at: usize| match at.checked_sub(len) {
+                    Some(head) => alphas[head],
+                    None => alphas[at / value_len * width + at % width],
+                };
+                add_tile(values.iter_mut().chain(sums.iter_mut()), lacks, of_tile, alpha);
+            }
+        }
+        divide(simd, shape, value_len, values, sums);
+    }
+}

@@ -1,0 +1,251 @@
+//! Dot-product attention over a graph with a head in each lane.
+//!
+//! The rows of queries, keys and values are copied once per call, column by column:
+//!
+//! ```text
+//! k₀ of head 0 … k₀ of head 7 | k₁ of head 0 … k₁ of head 7 | k₂ …
+//! ```
+//!
+//! So a vector of the products of a pair has one head in each lane: no sum runs across lanes, and the weights
+//! of a pair are a vector that multiplies its values as it is. If there are fewer heads than lanes, a vector holds
+//! several columns, each in a *block* of 16 bytes. The key and the value of a node stand side by side, so
+//! that a pair reads one place in memory.
+//!
+//! This serves pairs that all heads see, without bias, score function and factors of the weights, and numbers of
+//! heads that fill vectors or blocks. The other drivers of [`rows`](super) serve all the rest. Reading a pair takes a
+//! third to a half of their time, so the copies pay from one pair for each row on.
+
+mod backward;
+mod forward;
+mod of_pairs;
+mod steps;
+
+use super::super::parallel;
+use super::super::primitives::buffer::Buffer;
+use super::super::primitives::matmul::vector_len;
+use super::super::problem::{Problem, Slices};
+use super::{PREFETCH_AHEAD, PREFETCH_FROM};
+use crate::graph::Graph;
+use crate::inputs::Pattern;
+use crate::kernels::Float;
+use crate::prefetch::prefetch;
+use fearless_simd::Level;
+#[cfg(target_arch = "x86_64")]
+use fearless_simd::Simd;
+use ndarray::{Array2, ArrayViewMut2};
+use std::ops::Range;
+use steps::{Shape, Transposition, to_lanes};
+
+/// Rows that are copied by one task.
+const ROWS_OF_TASK: usize = 1024;
+
+/// Rows of queries, outputs and gradients that are copied at a time, so that they stay in the cache.
+const ROWS_AT_A_TIME: usize = 32;
+
+/// Plain dot-product attention over a graph, with the layout of its copies.
+///
+/// Heads are split into *groups* of as many heads of keys as a vector or a block has lanes. A group belongs to
+/// several *slots*, if several heads of queries share a head of keys: slot s has the s-th vectors of a query,
+/// and reads those of group s / sharing of a key.
+pub(in super::super) struct Lanes<'p, F: Float> {
+    problem: &'p Problem<'p, F>,
+    graph: &'p Graph,
+    level: Level,
+    /// Heads of a group.
+    width: usize,
+    /// Lanes of a vector.
+    len: usize,
+    slots: usize,
+    groups: usize,
+    sharing: usize,
+    /// The heads of all slots, and of all groups.
+    query_heads: Vec<usize>,
+    key_heads: Vec<usize>,
+    /// The numbers of a slot or group: columns of a head in whole vectors, times the heads.
+    key_len: usize,
+    value_len: usize,
+}
+
+impl<'p, F: Float> Lanes<'p, F> {
+    /// Returns `None` if this driver does not serve the problem. That must not depend on the number of rows or pairs:
+    /// a query gives the same bits in any part of its graph, and forward and backward pass round logits alike.
+    pub(in super::super) fn new(problem: &'p Problem<'p, F>, level: Level) -> Option<Self> {
+        let Pattern::Graph(graph) = problem.inputs.pattern() else { return None };
+        let may_hide = problem.bias.is_some() || problem.inputs.may_hide_pairs();
+        if may_hide || problem.key_dim.min(problem.value_dim) == 0 {
+            return None;
+        }
+        let kv_heads = problem.inputs.num_kv_heads();
+        let (level, width) = level_for::<F>(level, kv_heads)?;
+        let len = vector_len::<F>(level);
+        let padded = |dim: usize| (dim * width).next_multiple_of(len);
+        let (slots, sharing) = (problem.heads / width, problem.heads / kv_heads);
+        let head =
+            |slot: usize, lane: usize| (slot / sharing * width + lane) * sharing + slot % sharing;
+        Some(Self {
+            problem,
+            graph,
+            level,
+            width,
+            len,
+            slots,
+            groups: kv_heads / width,
+            sharing,
+            query_heads: (0..problem.heads).map(|n| head(n / width, n % width)).collect(),
+            key_heads: (0..kv_heads).collect(),
+            key_len: padded(problem.key_dim),
+            value_len: padded(problem.value_dim),
+        })
+    }
+
+    /// The vectors of own and other row that each slot reads, where queries are the rows.
+    fn slots_by_query(&self) -> Vec<[usize; 2]> {
+        (0..self.slots).map(|slot| [slot, slot / self.sharing]).collect()
+    }
+
+    fn shape<'s>(&self, slots: &'s [[usize; 2]], stride: usize) -> Shape<'s> {
+        Shape { width: self.width, slots, stride }
+    }
+
+    /// Creates the memory for so many pairs of a row.
+    fn tile<const N: usize>(&self, len: usize) -> Tile<F, N> {
+        let len = len.next_multiple_of(self.len / self.width);
+        let numbers = [(); N].map(|()| Buffer::stale(self.slots * len * self.width));
+        Tile { stride: len * self.width, raw: Buffer::stale(len * self.len), numbers }
+    }
+
+    /// Returns where the columns of keys and values (`is_key`) or of queries and outputs stand, with `dim` columns of a
+    /// head, in copies of `stride` columns.
+    fn places(&self, is_key: bool, dim: usize, stride: usize) -> Transposition<'_> {
+        let (starts, heads) = match is_key {
+            true => (&self.key_heads, self.groups * self.width),
+            false => (&self.query_heads, self.problem.heads),
+        };
+        Transposition {
+            level: self.level,
+            width: self.width,
+            heads: starts,
+            dim,
+            columns: heads * dim,
+            stride,
+            len_of_slot: (dim * self.width).next_multiple_of(self.len),
+        }
+    }
+
+    /// Returns the keys, each followed by its value.
+    fn keys(&self) -> Copies<F> {
+        let problem = self.problem;
+        let of_keys = self.places_of_keys();
+        Copies::new(problem.inputs.num_keys(), of_keys[0].stride, |rows, copies| {
+            let (keys, values) = (problem.key.rows(rows.clone()), problem.value.rows(rows));
+            self.copy_keys(of_keys, keys, values, copies);
+        })
+    }
+
+    /// Returns the key of each pair, followed by its value.
+    fn keys_of_pairs(&self) -> Copies<F> {
+        let (problem, indices) = (self.problem, self.graph.indices());
+        let of_keys = self.places_of_keys();
+        let stride = of_keys[0].stride;
+        Copies::new(indices.len(), stride, |pairs, copies| {
+            for (&key, copy) in indices[pairs].iter().zip(copies.chunks_exact_mut(stride)) {
+                let (key, value) = (problem.key.row(key as usize), problem.value.row(key as usize));
+                self.copy_keys(of_keys, key, value, copy);
+            }
+        })
+    }
+
+    /// Where keys and values stand.
+    fn places_of_keys(&self) -> [Transposition<'_>; 2] {
+        let stride = self.groups * (self.key_len + self.value_len);
+        let problem = self.problem;
+        [problem.key_dim, problem.value_dim].map(|dim| self.places(true, dim, stride))
+    }
+
+    fn copy_keys(
+        &self,
+        [of_key, of_value]: [Transposition<'_>; 2],
+        keys: &[F],
+        values: &[F],
+        copies: &mut [F],
+    ) {
+        to_lanes(of_key, keys, 0, copies);
+        to_lanes(of_value, values, self.groups * self.key_len, copies);
+    }
+}
+
+/// Passes a matrix as one slice, or a copy that it is then overwritten with.
+fn with_slice<F: Float>(mut matrix: ArrayViewMut2<'_, F>, visit: impl FnOnce(&mut [F])) {
+    match matrix.as_slice_mut() {
+        Some(matrix) => visit(matrix),
+        None => {
+            let mut copy = Array2::zeros(matrix.dim());
+            visit(copy.as_slice_mut().expect("a new array is contiguous"));
+            matrix.assign(&copy);
+        }
+    }
+}
+
+/// Returns the instruction set and the heads of a group: the longest vector that heads fill, or the longest one at all
+/// with a group in each block.
+fn level_for<F: Float>(level: Level, kv_heads: usize) -> Option<(Level, usize)> {
+    let block = 16 / size_of::<F>();
+    #[cfg(target_arch = "x86_64")]
+    let shorter = [level.as_avx512().map(Simd::level), level.as_avx2().map(Simd::level)];
+    #[cfg(not(target_arch = "x86_64"))]
+    let shorter = [None];
+    for level in shorter.into_iter().flatten() {
+        let width = vector_len::<F>(level);
+        if kv_heads.is_multiple_of(width) {
+            return Some((level, width));
+        }
+    }
+    kv_heads.is_multiple_of(block).then_some((level, block))
+}
+
+/// The numbers of the pairs of a tile, N of each for each head.
+struct Tile<F: Float, const N: usize> {
+    /// The distance between slots.
+    stride: usize,
+    /// A vector of each pair.
+    raw: Buffer<F>,
+    numbers: [Buffer<F>; N],
+}
+
+/// Rows with a head in each lane.
+struct Copies<F: Float> {
+    data: Buffer<F>,
+    stride: usize,
+}
+
+impl<F: Float> Copies<F> {
+    /// `copy` overwrites some of the rows, which it is given as one slice.
+    fn new(
+        num_rows: usize,
+        stride: usize,
+        copy: impl Fn(Range<usize>, &mut [F]) + Sync + Send,
+    ) -> Self {
+        let mut data = Buffer::stale(num_rows * stride);
+        let starts = (0..num_rows).step_by(ROWS_OF_TASK);
+        let tasks: Vec<_> = starts.zip(data.chunks_mut(stride * ROWS_OF_TASK)).collect();
+        parallel::for_each(tasks, num_rows * stride, |(start, copies)| {
+            copy(start..start + copies.len() / stride, copies);
+        });
+        Self { data, stride }
+    }
+
+    fn slices(&self) -> Slices<'_, F> {
+        Slices { data: &self.data, columns: self.stride }
+    }
+
+    /// Prefetches the rows of the pairs after some slots.
+    #[inline(always)]
+    fn prefetch(&self, indices: &[u32], slots: Range<usize>) {
+        if size_of_val(&*self.data) >= PREFETCH_FROM {
+            let ahead = indices.get(slots.start + PREFETCH_AHEAD..).unwrap_or_default();
+            for &row in ahead.iter().take(slots.len()) {
+                prefetch(self.slices().row(row as usize));
+            }
+        }
+    }
+}
