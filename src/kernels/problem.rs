@@ -325,7 +325,7 @@ impl<'a, F: Float> Rows<'a, F> {
     /// Returns consecutive rows as one slice.
     #[inline]
     pub(crate) fn rows(&self, rows: Range<usize>) -> &[F] {
-        self.slices().rows(rows)
+        &self.data[rows.start * self.columns..rows.end * self.columns]
     }
 
     #[inline]
@@ -353,12 +353,6 @@ impl<'r, F> Slices<'r, F> {
     #[inline(always)]
     pub(crate) fn row(self, row: usize) -> &'r [F] {
         &self.data[row * self.columns..][..self.columns]
-    }
-
-    /// Consecutive rows as one slice.
-    #[inline]
-    pub(crate) fn rows(self, rows: Range<usize>) -> &'r [F] {
-        &self.data[rows.start * self.columns..rows.end * self.columns]
     }
 }
 

@@ -10,7 +10,7 @@ use super::super::{
 };
 use super::of_pairs::OfPairs;
 use super::steps::{
-    Others, Shape, Terms, Transposition, dots, from_lanes, to_lanes, vjp, weighted_sums,
+    Others, Shape, Terms, Transposition, Which, dots, from_lanes, to_lanes, vjp, weighted_sums,
 };
 use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile};
 use crate::gradients::GradientsMut;
@@ -18,6 +18,7 @@ use crate::graph::Graph;
 use crate::kernels::Float;
 use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Copies of one side: `a` and `b` as in the other backward pass, and then m, 1/l and δ of queries.
@@ -45,6 +46,10 @@ struct Pass<'s, F: Float> {
     is_by_query: bool,
     pairs: Pairs<'s>,
     graph: &'s Graph,
+    /// The row of the other side that each pair reads.
+    at: &'s [u32],
+    /// Whether the copies of the own side are those of the pairs, not of all rows.
+    own_of_pairs: bool,
     tile_len: usize,
 }
 
@@ -63,7 +68,7 @@ impl<F: Float> Lanes<'_, F> {
         let [key_len, value_len] = [self.key_len, self.value_len];
         let lens = |slots: usize| [slots * key_len, slots * value_len];
         let queries = Side { copies: &queries, lens: lens(self.slots) };
-        let keys = Side { copies: &keys, lens: lens(self.groups) };
+        let of_keys = |copies| Side { copies, lens: lens(self.groups) };
         let by_query = self.slots_by_query();
         let num_params = problem.scoring.as_ref().map_or(0, Scoring::num_params);
         let num_weights = if grads.pair_weights.is_some() { problem.heads } else { 0 };
@@ -76,11 +81,13 @@ impl<F: Float> Lanes<'_, F> {
         if grads.query.is_some() || num_params + num_weights > 0 {
             let pass = Pass {
                 own: queries,
-                other: keys,
+                other: of_keys(&keys.copies),
                 slots: &by_query,
                 is_by_query: true,
                 pairs,
                 graph: self.graph,
+                at: &keys.at,
+                own_of_pairs: false,
                 tile_len: pairs.tile_len(tile_len),
             };
             let query = asked_or(&mut grads.query, for_query, problem.inputs.query().dim());
@@ -100,15 +107,23 @@ impl<F: Float> Lanes<'_, F> {
             );
         }
         if grads.key.is_some() || grads.value.is_some() {
-            let pairs = Pairs::ByKey(self.graph.transpose());
+            let graph = self.graph.transpose();
+            let pairs = Pairs::ByKey(graph);
+            let of_pairs = matches!(keys.at, Cow::Owned(_)).then(|| {
+                let key_of = |row: usize| graph.slots(row).map(move |_| row as u32);
+                let keys: Vec<_> = (0..problem.inputs.num_keys()).flat_map(key_of).collect();
+                self.keys_of_pairs(&keys)
+            });
             let by_key: Vec<_> = by_query.iter().map(|&[query, key]| [key, query]).collect();
             let pass = Pass {
-                own: keys,
+                own: of_keys(of_pairs.as_ref().unwrap_or(&keys.copies)),
                 other: queries,
                 slots: &by_key,
                 is_by_query: false,
                 pairs,
-                graph: self.graph.transpose(),
+                graph,
+                at: graph.indices(),
+                own_of_pairs: of_pairs.is_some(),
                 tile_len: pairs.tile_len(tile_len),
             };
             let parts = parts(pairs);
@@ -147,9 +162,11 @@ impl<F: Float> Lanes<'_, F> {
             let blocks = rows.clone().step_by(ROWS_AT_A_TIME);
             for (start, copies) in blocks.zip(copies.chunks_mut(ROWS_AT_A_TIME * stride)) {
                 let rows = start..rows.end.min(start + ROWS_AT_A_TIME);
-                to_lanes(of_query, problem.query.rows(rows.clone()), 0, copies);
-                to_lanes(of_grad, upstream.grad_out.rows(rows.clone()), query_len, copies);
-                to_lanes(of_out, upstream.out.rows(rows.clone()), 0, &mut outs);
+                let which = Which::From(start);
+                let outs = &mut outs[..rows.len() * out_len];
+                to_lanes(of_query, (problem.query.slices(), which), 0, copies);
+                to_lanes(of_grad, (upstream.grad_out, which), query_len, copies);
+                to_lanes(of_out, (upstream.out, which), 0, outs);
                 let copies = copies.chunks_exact_mut(stride).zip(outs.chunks_exact(out_len));
                 for (row, (copy, out)) in rows.zip(copies) {
                     let (query, rest) = copy.split_at_mut(query_len);
@@ -272,20 +289,21 @@ impl<F: Float> Lanes<'_, F> {
         let [key_len, value_len] = [self.key_len, self.value_len];
         let Tile { stride, raw, numbers: [weights, grads] } = tile;
         let shape = self.shape(pass.slots, *stride);
-        let [own_a, own_b, terms] = pass.own.row(row.row);
-        let indices = pass.graph.indices();
         if row.slots.is_empty() {
             sum_a.fill(F::zero());
             sum_b.iter_mut().for_each(|sum| sum.fill(F::zero()));
+            return;
         }
+        let own = if pass.own_of_pairs { row.slots.start } else { row.row };
+        let [own_a, own_b, terms] = pass.own.row(own);
         let mut start = row.slots.start;
         while start < row.slots.end {
             let at = start..row.slots.end.min(start + pass.tile_len);
-            pass.other.copies.prefetch(indices, at.clone());
+            pass.other.copies.prefetch(pass.at, at.clone());
             let is_first = start == row.slots.start;
             start = at.end;
             let rows = pass.other.copies.slices();
-            let others_a = Others { rows, at: &indices[at.clone()], first: 0 };
+            let others_a = Others { rows, at: &pass.at[at.clone()], first: 0 };
             let others_b = others_a.skip(pass.other.lens[0]);
             dots(simd, shape, own_a, others_a, key_len, [raw, weights], F::neg_infinity());
             if let Some(extras) = extras {

@@ -6,9 +6,9 @@ use super::super::forward::{add_tile, merge_segments};
 use super::super::{Outputs, Pairs, Part, Row, for_each_part, parts};
 use super::of_pairs::OfPairs;
 use super::steps::{
-    Others, Running, divide, dots, exponentials, from_lanes, to_lanes, weighted_sums,
+    Others, Running, Which, divide, dots, exponentials, from_lanes, to_lanes, weighted_sums,
 };
-use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
+use super::{Keys, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
 use crate::kernels::Float;
 use fearless_simd::Simd;
 use ndarray::{ArrayViewMut2, s};
@@ -24,29 +24,21 @@ impl<F: Float> Lanes<'_, F> {
         let problem = self.problem;
         let pairs = Pairs::ByQuery(self.graph);
         let tile_len = pairs.tile_len(tile_len);
-        // If few keys are seen, not all of them are copied, but those of each pair.
-        let copies_pairs = self.graph.num_edges() < problem.inputs.num_keys();
-        let copies = if copies_pairs { self.keys_of_pairs() } else { self.keys() };
-        let pairs_in_order: Vec<u32> =
-            if copies_pairs { (0..self.graph.num_edges() as u32).collect() } else { Vec::new() };
-        let keys = KeyCopies {
-            copies: &copies,
-            at: if copies_pairs { &pairs_in_order } else { self.graph.indices() },
-        };
+        let keys = self.keys();
         let parts = parts(pairs);
         let Normalizer { shift, sum } = normalizer;
         for_each_part(
             &parts,
             problem.work(),
             Outputs::by_row([out, shift.view_mut(), sum.view_mut()], &parts),
-            |part, outputs| self.forward_rows(keys, tile_len, part, outputs),
+            |part, outputs| self.forward_rows(&keys, tile_len, part, outputs),
             |row, segments| merge_segments(problem, row, segments),
         );
     }
 
     fn forward_rows(
         &self,
-        keys: KeyCopies<'_, F>,
+        keys: &Keys<'_, F>,
         tile_len: usize,
         part: &Part,
         outputs: Outputs<'_, F, 3, 0>,
@@ -62,8 +54,9 @@ impl<F: Float> Lanes<'_, F> {
         let mut of_rows = OfRows::new(self, keys, tile_len);
         for start in part.rows.clone().step_by(ROWS_AT_A_TIME) {
             let rows = start..part.rows.end.min(start + ROWS_AT_A_TIME);
-            to_lanes(of_query, problem.query.rows(rows.clone()), 0, &mut queries);
-            queries.iter_mut().for_each(|entry| *entry *= problem.scale);
+            let block = &mut queries[..rows.len() * query_len];
+            to_lanes(of_query, (problem.query.slices(), Which::From(start)), 0, block);
+            block.iter_mut().for_each(|entry| *entry *= problem.scale);
             let first = start - part.rows.start;
             let of_block = Part { rows: rows.clone(), ..part.clone() };
             of_rows.run_block(of_block.rows(Pairs::ByQuery(self.graph)), &queries, &mut outs);
@@ -83,17 +76,10 @@ impl<F: Float> Lanes<'_, F> {
     }
 }
 
-/// Copies of keys and values, and which of them each pair reads.
-#[derive(Clone, Copy)]
-struct KeyCopies<'k, F: Float> {
-    copies: &'k Copies<F>,
-    at: &'k [u32],
-}
-
 /// The pass over the pairs of a block of rows, and its memory.
 struct OfRows<'r, F: Float> {
     lanes: &'r Lanes<'r, F>,
-    keys: KeyCopies<'r, F>,
+    keys: &'r Keys<'r, F>,
     slots: Vec<[usize; 2]>,
     of_pairs: Option<OfPairs<'r, F>>,
     tile: Tile<F, 1>,
@@ -109,7 +95,7 @@ struct OfRows<'r, F: Float> {
 }
 
 impl<'r, F: Float> OfRows<'r, F> {
-    fn new(lanes: &'r Lanes<'r, F>, keys: KeyCopies<'r, F>, tile_len: usize) -> Self {
+    fn new(lanes: &'r Lanes<'r, F>, keys: &'r Keys<'r, F>, tile_len: usize) -> Self {
         let heads = lanes.problem.heads;
         let [maxima, sums] = [(); 2].map(|()| Buffer::stale(ROWS_AT_A_TIME * heads));
         Self {
@@ -171,7 +157,7 @@ impl<'r, F: Float> OfRows<'r, F> {
         let mut start = pairs.start;
         while start < pairs.end {
             let at = start..pairs.end.min(start + tile_len);
-            keys.copies.prefetch(keys.at, at.clone());
+            keys.copies.prefetch(&keys.at, at.clone());
             let is_first = start == pairs.start;
             start = at.end;
             let (values_of, sums_of) = if is_first {

@@ -33,8 +33,9 @@ use fearless_simd::Level;
 #[cfg(target_arch = "x86_64")]
 use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut2};
+use std::borrow::Cow;
 use std::ops::Range;
-use steps::{Shape, Transposition, to_lanes};
+use steps::{Shape, Transposition, Which, to_lanes};
 
 /// Rows that are copied by one task.
 const ROWS_OF_TASK: usize = 1024;
@@ -132,45 +133,37 @@ impl<'p, F: Float> Lanes<'p, F> {
         }
     }
 
-    /// Returns the keys, each followed by its value.
-    fn keys(&self) -> Copies<F> {
+    /// Copies the keys that pairs read, each followed by its value.
+    fn keys(&self) -> Keys<'p, F> {
         let problem = self.problem;
-        let of_keys = self.places_of_keys();
-        Copies::new(problem.inputs.num_keys(), of_keys[0].stride, |rows, copies| {
-            let (keys, values) = (problem.key.rows(rows.clone()), problem.value.rows(rows));
-            self.copy_keys(of_keys, keys, values, copies);
-        })
+        if self.graph.num_edges() < problem.inputs.num_keys() {
+            let copies = self.keys_of_pairs(self.graph.indices());
+            return Keys { copies, at: (0..self.graph.num_edges() as u32).collect() };
+        }
+        let copies = self.copies(problem.inputs.num_keys(), |rows| Which::From(rows.start));
+        Keys { copies, at: self.graph.indices().into() }
     }
 
-    /// Returns the key of each pair, followed by its value.
-    fn keys_of_pairs(&self) -> Copies<F> {
-        let (problem, indices) = (self.problem, self.graph.indices());
-        let of_keys = self.places_of_keys();
-        let stride = of_keys[0].stride;
-        Copies::new(indices.len(), stride, |pairs, copies| {
-            for (&key, copy) in indices[pairs].iter().zip(copies.chunks_exact_mut(stride)) {
-                let (key, value) = (problem.key.row(key as usize), problem.value.row(key as usize));
-                self.copy_keys(of_keys, key, value, copy);
-            }
-        })
+    /// Copies some keys, each followed by its value.
+    fn keys_of_pairs(&self, keys: &[u32]) -> Copies<F> {
+        self.copies(keys.len(), |pairs| Which::Listed(&keys[pairs]))
     }
 
-    /// Where keys and values stand.
-    fn places_of_keys(&self) -> [Transposition<'_>; 2] {
-        let stride = self.groups * (self.key_len + self.value_len);
-        let problem = self.problem;
-        [problem.key_dim, problem.value_dim].map(|dim| self.places(true, dim, stride))
-    }
-
-    fn copy_keys(
+    fn copies<'w>(
         &self,
-        [of_key, of_value]: [Transposition<'_>; 2],
-        keys: &[F],
-        values: &[F],
-        copies: &mut [F],
-    ) {
-        to_lanes(of_key, keys, 0, copies);
-        to_lanes(of_value, values, self.groups * self.key_len, copies);
+        count: usize,
+        which: impl Fn(Range<usize>) -> Which<'w> + Send + Sync,
+    ) -> Copies<F> {
+        let problem = self.problem;
+        let stride = self.groups * (self.key_len + self.value_len);
+        let [of_key, of_value] =
+            [problem.key_dim, problem.value_dim].map(|dim| self.places(true, dim, stride));
+        Copies::new(count, stride, |rows, copies| {
+            let which = which(rows);
+            to_lanes(of_key, (problem.key.slices(), which), 0, copies);
+            let first = self.groups * self.key_len;
+            to_lanes(of_value, (problem.value.slices(), which), first, copies);
+        })
     }
 }
 
@@ -210,6 +203,13 @@ struct Tile<F: Float, const N: usize> {
     /// A vector of each pair.
     raw: Buffer<F>,
     numbers: [Buffer<F>; N],
+}
+
+/// Copies of keys and values, and which of them each pair reads: if a graph has fewer edges than keys, each pair has a copy
+/// of its key, so that the time does not depend on the number of keys.
+struct Keys<'g, F: Float> {
+    copies: Copies<F>,
+    at: Cow<'g, [u32]>,
 }
 
 /// Rows with a head in each lane.

@@ -10,8 +10,10 @@ use super::super::super::primitives::compensated::TERMS_OF_SUM;
 use super::super::super::primitives::exp::exp;
 use super::super::super::primitives::matmul::Vector;
 use super::super::super::problem::Slices;
+use super::super::PREFETCH_AHEAD;
 use super::super::backward::logits_vjp;
 use crate::kernels::Float;
+use crate::prefetch::prefetch;
 use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
 
 /// Vectors of a row at a time: as many sums as keep both units for multiply-add busy, and leave registers.
@@ -480,12 +482,19 @@ pub(super) struct Transposition<'t> {
     pub(super) len_of_slot: usize,
 }
 
-/// Copies rows to `first` and the following columns of the copies. Columns of slots past the last one of their heads
-/// are zeros.
+/// Some rows of a matrix, in this order.
+#[derive(Clone, Copy)]
+pub(super) enum Which<'w> {
+    From(usize),
+    Listed(&'w [u32]),
+}
+
+/// Copies rows to `first` and the following columns of the copies, as many as there are copies. Columns of slots past
+/// the last one of their heads are zeros.
 #[inline(never)]
 pub(super) fn to_lanes<F: Float>(
     places: Transposition<'_>,
-    rows: &[F],
+    (rows, which): (Slices<'_, F>, Which<'_>),
     first: usize,
     copies: &mut [F],
 ) {
@@ -493,7 +502,7 @@ pub(super) fn to_lanes<F: Float>(
     fn run<S: Simd, F: Float, const W: usize>(
         simd: S,
         places: Transposition<'_>,
-        rows: &[F],
+        (rows, which): (Slices<'_, F>, Which<'_>),
         first: usize,
         copies: &mut [F],
     ) {
@@ -502,8 +511,16 @@ pub(super) fn to_lanes<F: Float>(
         for (slot, heads) in places.heads.chunks_exact(W).enumerate() {
             let starts = starts::<W>(heads, dim);
             let first = first + slot * len_of_slot;
-            let copies = copies.chunks_exact_mut(places.stride);
-            for (row, copy) in rows.chunks_exact(places.columns).zip(copies) {
+            for (n, copy) in copies.chunks_exact_mut(places.stride).enumerate() {
+                let row = match which {
+                    Which::From(start) => rows.row(start + n),
+                    Which::Listed(list) => {
+                        if let Some(&ahead) = list.get(n + PREFETCH_AHEAD) {
+                            prefetch(rows.row(ahead as usize));
+                        }
+                        rows.row(list[n] as usize)
+                    }
+                };
                 let copy = &mut copy[first..][..len_of_slot];
                 let mut rows = [&[] as &[F]; W];
                 for (of_head, start) in rows.iter_mut().zip(starts) {
@@ -532,10 +549,10 @@ pub(super) fn to_lanes<F: Float>(
         }
     }
     dispatch!(places.level, simd => match places.width {
-        2 => run::<_, F, 2>(simd, places, rows, first, copies),
-        4 => run::<_, F, 4>(simd, places, rows, first, copies),
-        8 => run::<_, F, 8>(simd, places, rows, first, copies),
-        _ => run::<_, F, 16>(simd, places, rows, first, copies),
+        2 => run::<_, F, 2>(simd, places, (rows, which), first, copies),
+        4 => run::<_, F, 4>(simd, places, (rows, which), first, copies),
+        8 => run::<_, F, 8>(simd, places, (rows, which), first, copies),
+        _ => run::<_, F, 16>(simd, places, (rows, which), first, copies),
     });
 }
 
