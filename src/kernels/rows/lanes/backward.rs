@@ -18,7 +18,6 @@ use crate::graph::Graph;
 use crate::kernels::Float;
 use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut2, Axis, s};
-use std::borrow::Cow;
 use std::ops::Range;
 
 /// Copies of one side: `a` and `b` as in the other backward pass, and then m, 1/l and δ of queries.
@@ -63,7 +62,12 @@ impl<F: Float> Lanes<'_, F> {
         grads: &mut GradientsMut<'_, F>,
     ) -> Vec<f64> {
         let problem = self.problem;
-        let keys = self.keys();
+        let indices = self.graph.indices();
+        let (keys, in_order): (_, Vec<u32>) = if self.copies_of_pairs() {
+            (self.keys_of_pairs(indices), (0..indices.len() as u32).collect())
+        } else {
+            (self.keys(), Vec::new())
+        };
         let queries = self.queries(upstream);
         let [key_len, value_len] = [self.key_len, self.value_len];
         let lens = |slots: usize| [slots * key_len, slots * value_len];
@@ -81,12 +85,12 @@ impl<F: Float> Lanes<'_, F> {
         if grads.query.is_some() || num_params + num_weights > 0 {
             let pass = Pass {
                 own: queries,
-                other: of_keys(&keys.copies),
+                other: of_keys(&keys),
                 slots: &by_query,
                 is_by_query: true,
                 pairs,
                 graph: self.graph,
-                at: &keys.at,
+                at: if self.copies_of_pairs() { &in_order } else { indices },
                 own_of_pairs: false,
                 tile_len: pairs.tile_len(tile_len),
             };
@@ -109,14 +113,14 @@ impl<F: Float> Lanes<'_, F> {
         if grads.key.is_some() || grads.value.is_some() {
             let graph = self.graph.transpose();
             let pairs = Pairs::ByKey(graph);
-            let of_pairs = matches!(keys.at, Cow::Owned(_)).then(|| {
+            let of_pairs = self.copies_of_pairs().then(|| {
                 let key_of = |row: usize| graph.slots(row).map(move |_| row as u32);
                 let keys: Vec<_> = (0..problem.inputs.num_keys()).flat_map(key_of).collect();
                 self.keys_of_pairs(&keys)
             });
             let by_key: Vec<_> = by_query.iter().map(|&[query, key]| [key, query]).collect();
             let pass = Pass {
-                own: of_keys(of_pairs.as_ref().unwrap_or(&keys.copies)),
+                own: of_keys(of_pairs.as_ref().unwrap_or(&keys)),
                 other: queries,
                 slots: &by_key,
                 is_by_query: false,

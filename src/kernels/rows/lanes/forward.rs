@@ -2,13 +2,14 @@
 
 use super::super::super::normalizer::Normalizer;
 use super::super::super::primitives::buffer::Buffer;
+use super::super::super::problem::Slices;
 use super::super::forward::{add_tile, merge_segments};
 use super::super::{Outputs, Pairs, Part, Row, for_each_part, parts};
 use super::of_pairs::OfPairs;
 use super::steps::{
     Others, Running, Which, divide, dots, exponentials, from_lanes, to_lanes, weighted_sums,
 };
-use super::{Keys, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
+use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
 use crate::kernels::Float;
 use fearless_simd::Simd;
 use ndarray::{ArrayViewMut2, s};
@@ -24,21 +25,21 @@ impl<F: Float> Lanes<'_, F> {
         let problem = self.problem;
         let pairs = Pairs::ByQuery(self.graph);
         let tile_len = pairs.tile_len(tile_len);
-        let keys = self.keys();
+        let keys = (!self.copies_of_pairs()).then(|| self.keys());
         let parts = parts(pairs);
         let Normalizer { shift, sum } = normalizer;
         for_each_part(
             &parts,
             problem.work(),
             Outputs::by_row([out, shift.view_mut(), sum.view_mut()], &parts),
-            |part, outputs| self.forward_rows(&keys, tile_len, part, outputs),
+            |part, outputs| self.forward_rows(keys.as_ref(), tile_len, part, outputs),
             |row, segments| merge_segments(problem, row, segments),
         );
     }
 
     fn forward_rows(
         &self,
-        keys: &Keys<'_, F>,
+        keys: Option<&Copies<F>>,
         tile_len: usize,
         part: &Part,
         outputs: Outputs<'_, F, 3, 0>,
@@ -79,7 +80,10 @@ impl<F: Float> Lanes<'_, F> {
 /// The pass over the pairs of a block of rows, and its memory.
 struct OfRows<'r, F: Float> {
     lanes: &'r Lanes<'r, F>,
-    keys: &'r Keys<'r, F>,
+    /// The copies of all keys, or else memory for those of a tile, with their numbers 0, 1, …
+    keys: Option<&'r Copies<F>>,
+    of_tile_keys: Buffer<F>,
+    in_order: Vec<u32>,
     slots: Vec<[usize; 2]>,
     of_pairs: Option<OfPairs<'r, F>>,
     tile: Tile<F, 1>,
@@ -95,12 +99,15 @@ struct OfRows<'r, F: Float> {
 }
 
 impl<'r, F: Float> OfRows<'r, F> {
-    fn new(lanes: &'r Lanes<'r, F>, keys: &'r Keys<'r, F>, tile_len: usize) -> Self {
+    fn new(lanes: &'r Lanes<'r, F>, keys: Option<&'r Copies<F>>, tile_len: usize) -> Self {
         let heads = lanes.problem.heads;
         let [maxima, sums] = [(); 2].map(|()| Buffer::stale(ROWS_AT_A_TIME * heads));
+        let keys_of_tile = if keys.is_some() { 0 } else { tile_len };
         Self {
             lanes,
             keys,
+            of_tile_keys: Buffer::stale(keys_of_tile * lanes.key_stride()),
+            in_order: (0..keys_of_tile as u32).collect(),
             slots: lanes.slots_by_query(),
             of_pairs: OfPairs::new(lanes, true),
             tile: lanes.tile(tile_len),
@@ -144,6 +151,7 @@ impl<'r, F: Float> OfRows<'r, F> {
     ) {
         let Self { lanes, keys, ref slots, ref mut tile, tile_len, .. } = *self;
         let Self { maxima, sums, alphas, of_tile, lacks, of_pairs, .. } = self;
+        let (of_tile_keys, in_order) = (&mut self.of_tile_keys, &self.in_order);
         let pairs = row.slots.clone();
         let maxima = &mut maxima[place..][..alphas.len()];
         let sums = &mut sums[place..][..alphas.len()];
@@ -157,7 +165,6 @@ impl<'r, F: Float> OfRows<'r, F> {
         let mut start = pairs.start;
         while start < pairs.end {
             let at = start..pairs.end.min(start + tile_len);
-            keys.copies.prefetch(&keys.at, at.clone());
             let is_first = start == pairs.start;
             start = at.end;
             let (values_of, sums_of) = if is_first {
@@ -168,7 +175,17 @@ impl<'r, F: Float> OfRows<'r, F> {
                 lacks.resize(values.len() + sums.len(), F::zero());
                 of_tile.split_at_mut(values.len())
             };
-            let others = Others { rows: keys.copies.slices(), at: &keys.at[at.clone()], first: 0 };
+            let indices = lanes.graph.indices();
+            let others = if let Some(keys) = keys {
+                keys.prefetch(indices, at.clone());
+                Others { rows: keys.slices(), at: &indices[at.clone()], first: 0 }
+            } else {
+                let columns = lanes.key_stride();
+                let data = &mut of_tile_keys[..at.len() * columns];
+                // Up to the end of the graph, for prefetching.
+                lanes.copy_keys(Which::Listed(&indices[at.start..]), data);
+                Others { rows: Slices { data, columns }, at: &in_order[..at.len()], first: 0 }
+            };
             dots(simd, shape, query, others, key_len, [raw, weights], F::neg_infinity());
             if let Some(of_pairs) = of_pairs {
                 of_pairs.load(lanes.graph, row.row, at);

@@ -33,7 +33,6 @@ use fearless_simd::Level;
 #[cfg(target_arch = "x86_64")]
 use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut2};
-use std::borrow::Cow;
 use std::ops::Range;
 use steps::{Shape, Transposition, Which, to_lanes};
 
@@ -133,37 +132,39 @@ impl<'p, F: Float> Lanes<'p, F> {
         }
     }
 
-    /// Copies the keys that pairs read, each followed by its value.
-    fn keys(&self) -> Keys<'p, F> {
+    /// Whether each key is read so seldom that pairs copy their keys, instead of all keys being copied at once: so the
+    /// time does not depend on the number of keys.
+    fn copies_of_pairs(&self) -> bool {
+        self.graph.num_edges() < self.problem.inputs.num_keys()
+    }
+
+    /// Copies all keys, each followed by its value.
+    fn keys(&self) -> Copies<F> {
         let problem = self.problem;
-        if self.graph.num_edges() < problem.inputs.num_keys() {
-            let copies = self.keys_of_pairs(self.graph.indices());
-            return Keys { copies, at: (0..self.graph.num_edges() as u32).collect() };
-        }
-        let copies = self.copies(problem.inputs.num_keys(), |rows| Which::From(rows.start));
-        Keys { copies, at: self.graph.indices().into() }
+        Copies::new(problem.inputs.num_keys(), self.key_stride(), |rows, copies| {
+            self.copy_keys(Which::From(rows.start), copies);
+        })
     }
 
     /// Copies some keys, each followed by its value.
     fn keys_of_pairs(&self, keys: &[u32]) -> Copies<F> {
-        self.copies(keys.len(), |pairs| Which::Listed(&keys[pairs]))
+        Copies::new(keys.len(), self.key_stride(), |pairs, copies| {
+            self.copy_keys(Which::Listed(&keys[pairs]), copies);
+        })
     }
 
-    fn copies<'w>(
-        &self,
-        count: usize,
-        which: impl Fn(Range<usize>) -> Which<'w> + Send + Sync,
-    ) -> Copies<F> {
-        let problem = self.problem;
-        let stride = self.groups * (self.key_len + self.value_len);
-        let [of_key, of_value] =
-            [problem.key_dim, problem.value_dim].map(|dim| self.places(true, dim, stride));
-        Copies::new(count, stride, |rows, copies| {
-            let which = which(rows);
-            to_lanes(of_key, (problem.key.slices(), which), 0, copies);
-            let first = self.groups * self.key_len;
-            to_lanes(of_value, (problem.value.slices(), which), first, copies);
-        })
+    /// The numbers of a key and its value.
+    fn key_stride(&self) -> usize {
+        self.groups * (self.key_len + self.value_len)
+    }
+
+    fn copy_keys(&self, which: Which<'_>, copies: &mut [F]) {
+        let (problem, stride) = (self.problem, self.key_stride());
+        let of_key = self.places(true, problem.key_dim, stride);
+        let of_value = self.places(true, problem.value_dim, stride);
+        to_lanes(of_key, (problem.key.slices(), which), 0, copies);
+        let first = self.groups * self.key_len;
+        to_lanes(of_value, (problem.value.slices(), which), first, copies);
     }
 }
 
@@ -203,13 +204,6 @@ struct Tile<F: Float, const N: usize> {
     /// A vector of each pair.
     raw: Buffer<F>,
     numbers: [Buffer<F>; N],
-}
-
-/// Copies of keys and values, and which of them each pair reads: if a graph has fewer edges than keys, each pair has a copy
-/// of its key, so that the time does not depend on the number of keys.
-struct Keys<'g, F: Float> {
-    copies: Copies<F>,
-    at: Cow<'g, [u32]>,
 }
 
 /// Rows with a head in each lane.
