@@ -35,7 +35,9 @@ const NAME: &str = "flash";
 /// Dense inputs are processed in tiles of queries × keys; graphs, and inputs with fewer than 8 queries,
 /// in tiles of one query's neighbours. Both use the CPU's SIMD units, and threads if the feature
 /// `parallel` is on. On a graph the backward pass runs once by query and once by key
-/// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and cached).
+/// ([`Graph::transpose`](crate::Graph::transpose), computed on first use and cached). If the number of heads of keys
+/// is a multiple of 4 (of 2 in `f64`) and neither bias nor mask hides pairs, both passes copy queries, keys and values
+/// of a graph first, with the heads side by side for each column, which needs no sums across the lanes of a vector.
 ///
 /// * **Reads** and **output** as [`ScaledDotProduct`]: dense, causal (whole tiles above the diagonal
 ///   are never computed), mask, bias, dropout, weights of pairs and the gradients of both, grouped heads,

@@ -6,6 +6,8 @@
 //! graph, and recomputes their weights each time. So every sum has one owner, which adds in one order: no
 //! atomics, no memory per edge, and bitwise identical results for any number of threads. A row so long
 //! that other threads would wait for it is cut into segments, whose sums are added in order.
+//!
+//! Dot-product attention over a graph has a driver of its own, `lanes`, for numbers of heads that fill vectors.
 
 mod backward;
 mod forward;
