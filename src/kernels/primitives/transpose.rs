@@ -52,21 +52,32 @@ pub(crate) fn transposed<'a, S: Simd, F: SimdFloatElement + 'static>(
 }
 
 /// Transposes the first vectors, as many as a vector has lanes.
+#[inline(always)]
+fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(
+    block: [Vector<S, F>; MOST],
+) -> [Vector<S, F>; MOST] {
+    let len = Vector::<S, F>::LEN;
+    interleave::<S, F, MOST>(block, len, len)
+}
+
+/// Turns the first `rows` vectors into their columns, one after another, if `times` is `rows`; turns columns of `rows`
+/// entries, one after another, into rows of a vector if it is the length of a vector. Both are powers of two.
 ///
 /// Interleaving the entries of the two halves moves the highest bit of an entry's address, (row, column),
 /// to the lowest position. After as many steps as a row index has bits, columns have become rows.
 #[inline(always)]
-fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(
-    mut block: [Vector<S, F>; MOST],
-) -> [Vector<S, F>; MOST] {
-    let len = Vector::<S, F>::LEN;
-    let mut round = 1;
-    while round < len {
+pub(crate) fn interleave<S: Simd, F: SimdFloatElement + 'static, const N: usize>(
+    mut block: [Vector<S, F>; N],
+    rows: usize,
+    times: usize,
+) -> [Vector<S, F>; N] {
+    let mut done = 1;
+    while done < times {
         let halves = block;
-        for r in 0..len / 2 {
-            (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + len / 2]);
+        for r in 0..rows / 2 {
+            (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + rows / 2]);
         }
-        round *= 2;
+        done *= 2;
     }
     block
 }

@@ -8,11 +8,10 @@ use super::super::backward::asked_or;
 use super::super::{
     Outputs, Pairs, Part, Row, add_to_row, add_up, for_each_pair, for_each_part, parts,
 };
-use super::of_pairs::OfPairs;
-use super::steps::{
-    Others, Shape, Terms, Transposition, Which, dots, from_lanes, to_lanes, vjp, weighted_sums,
-};
-use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile};
+use super::copies::{Copies, Transposition, Which, from_lanes, to_lanes};
+use super::steps::{Others, Shape, Terms, dots, vjp, weighted_sums};
+use super::tile_pairs::TilePairs;
+use super::{Lanes, ROWS_AT_A_TIME, Tile};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::kernels::Float;
@@ -43,13 +42,19 @@ struct Pass<'s, F: Float> {
     other: Side<'s, F>,
     slots: &'s [[usize; 2]],
     is_by_query: bool,
-    pairs: Pairs<'s>,
+    /// The graph, or its transpose.
     graph: &'s Graph,
     /// The row of the other side that each pair reads.
     at: &'s [u32],
-    /// Whether the copies of the own side are those of the pairs, not of all rows.
-    own_of_pairs: bool,
+    /// Whether the own side has a copy for each pair, not for each row.
+    own_by_slot: bool,
     tile_len: usize,
+}
+
+impl<'s, F: Float> Pass<'s, F> {
+    fn pairs(&self) -> Pairs<'s> {
+        if self.is_by_query { Pairs::ByQuery(self.graph) } else { Pairs::ByKey(self.graph) }
+    }
 }
 
 impl<F: Float> Lanes<'_, F> {
@@ -63,8 +68,8 @@ impl<F: Float> Lanes<'_, F> {
     ) -> Vec<f64> {
         let problem = self.problem;
         let indices = self.graph.indices();
-        let (keys, in_order): (_, Vec<u32>) = if self.copies_of_pairs() {
-            (self.keys_of_pairs(indices), (0..indices.len() as u32).collect())
+        let (keys, in_order): (_, Vec<u32>) = if self.has_few_edges() {
+            (self.keys_listed(indices), (0..indices.len() as u32).collect())
         } else {
             (self.keys(), Vec::new())
         };
@@ -88,10 +93,9 @@ impl<F: Float> Lanes<'_, F> {
                 other: of_keys(&keys),
                 slots: &by_query,
                 is_by_query: true,
-                pairs,
                 graph: self.graph,
-                at: if self.copies_of_pairs() { &in_order } else { indices },
-                own_of_pairs: false,
+                at: if self.has_few_edges() { &in_order } else { indices },
+                own_by_slot: false,
                 tile_len: pairs.tile_len(tile_len),
             };
             let query = asked_or(&mut grads.query, for_query, problem.inputs.query().dim());
@@ -113,21 +117,20 @@ impl<F: Float> Lanes<'_, F> {
         if grads.key.is_some() || grads.value.is_some() {
             let graph = self.graph.transpose();
             let pairs = Pairs::ByKey(graph);
-            let of_pairs = self.copies_of_pairs().then(|| {
+            let keys_by_slot = self.has_few_edges().then(|| {
                 let key_of = |row: usize| graph.slots(row).map(move |_| row as u32);
                 let keys: Vec<_> = (0..problem.inputs.num_keys()).flat_map(key_of).collect();
-                self.keys_of_pairs(&keys)
+                self.keys_listed(&keys)
             });
             let by_key: Vec<_> = by_query.iter().map(|&[query, key]| [key, query]).collect();
             let pass = Pass {
-                own: of_keys(of_pairs.as_ref().unwrap_or(&keys)),
+                own: of_keys(keys_by_slot.as_ref().unwrap_or(&keys)),
                 other: queries,
                 slots: &by_key,
                 is_by_query: false,
-                pairs,
                 graph,
                 at: graph.indices(),
-                own_of_pairs: of_pairs.is_some(),
+                own_by_slot: keys_by_slot.is_some(),
                 tile_len: pairs.tile_len(tile_len),
             };
             let parts = parts(pairs);
@@ -230,8 +233,8 @@ impl<F: Float> Lanes<'_, F> {
         let mut tile = self.tile(pass.tile_len);
         let num_params = problem.scoring.as_ref().map_or(0, Scoring::num_params);
         let (of_weights, of_params) = of_query.unzip();
-        let mut extras = OfPairs::new(self, pass.is_by_query).map(|of_pairs| Extras {
-            of_pairs,
+        let mut extras = TilePairs::new(self, pass.is_by_query).map(|pairs| Extras {
+            pairs,
             raw: vec![F::zero(); tile.numbers[0].len()],
             grad_params: vec![0.0; num_params],
             of_weights: of_weights.filter(|of_weights| of_weights.ncols() > 0),
@@ -242,7 +245,7 @@ impl<F: Float> Lanes<'_, F> {
         for start in part.rows.clone().step_by(ROWS_AT_A_TIME) {
             let rows = start..part.rows.end.min(start + ROWS_AT_A_TIME);
             let of_block = Part { rows: rows.clone(), ..part.clone() };
-            let rows_of_block: Vec<_> = of_block.rows(pass.pairs).collect();
+            let rows_of_block: Vec<_> = of_block.rows(pass.pairs()).collect();
             let sums = [&mut *sums_a, &mut *sums_b];
             self.run_block(pass, upstream, &rows_of_block, (&mut tile, &mut extras), sums);
             let first = start - part.rows.start;
@@ -298,7 +301,7 @@ impl<F: Float> Lanes<'_, F> {
             sum_b.iter_mut().for_each(|sum| sum.fill(F::zero()));
             return;
         }
-        let own = if pass.own_of_pairs { row.slots.start } else { row.row };
+        let own = if pass.own_by_slot { row.slots.start } else { row.row };
         let [own_a, own_b, terms] = pass.own.row(own);
         let mut start = row.slots.start;
         while start < row.slots.end {
@@ -311,9 +314,9 @@ impl<F: Float> Lanes<'_, F> {
             let others_b = others_a.skip(pass.other.lens[0]);
             dots(simd, shape, own_a, others_a, key_len, [raw, weights], F::neg_infinity());
             if let Some(extras) = extras {
-                extras.of_pairs.load(pass.graph, row.row, at.clone());
+                extras.pairs.load(pass.graph, row.row, at.clone());
                 extras.raw.copy_from_slice(weights);
-                extras.of_pairs.apply_score(weights, *stride);
+                extras.pairs.apply_score(weights, *stride);
             }
             // dp = m g·v
             dots(simd, shape, own_b, others_b, value_len, [raw, grads], F::zero());
@@ -383,7 +386,7 @@ impl<F: Float> Lanes<'_, F> {
 
 /// What a score function and factors of the weights need.
 struct Extras<'e, F: Float> {
-    of_pairs: OfPairs<'e, F>,
+    pairs: TilePairs<'e, F>,
     /// The logits that the score function is given.
     raw: Vec<F>,
     grad_params: Vec<f64>,
@@ -398,9 +401,9 @@ impl<F: Float> Extras<'_, F> {
         if let Some(of_weights) = &mut self.of_weights {
             let of_weights =
                 of_weights.slice_mut(s![slots.start - self.first..slots.end - self.first, ..]);
-            self.of_pairs.pair_weights_vjp(grads, stride, of_weights);
+            self.pairs.pair_weights_vjp(grads, stride, of_weights);
         }
-        self.of_pairs.multiply(grads, stride);
+        self.pairs.multiply(grads, stride);
     }
 
     /// Multiplies the weights by their factors, and replaces the gradients of the results of the score function by those
@@ -409,10 +412,10 @@ impl<F: Float> Extras<'_, F> {
         if let Some(of_weights) = &mut self.of_weights {
             let of_weights =
                 of_weights.slice_mut(s![slots.start - self.first..slots.end - self.first, ..]);
-            self.of_pairs.multiply_by_weights(weights, stride, of_weights);
+            self.pairs.multiply_by_weights(weights, stride, of_weights);
         }
-        self.of_pairs.multiply(weights, stride);
-        self.of_pairs.score_vjp(&self.raw, grads, stride, &mut self.grad_params);
+        self.pairs.multiply(weights, stride);
+        self.pairs.score_vjp(&self.raw, grads, stride, &mut self.grad_params);
     }
 }
 

@@ -5,11 +5,10 @@ use super::super::super::primitives::buffer::Buffer;
 use super::super::super::problem::Slices;
 use super::super::forward::{add_tile, merge_segments};
 use super::super::{Outputs, Pairs, Part, Row, for_each_part, parts};
-use super::of_pairs::OfPairs;
-use super::steps::{
-    Others, Running, Which, divide, dots, exponentials, from_lanes, to_lanes, weighted_sums,
-};
-use super::{Copies, Lanes, ROWS_AT_A_TIME, Tile, with_slice};
+use super::copies::{Copies, Which, from_lanes, to_lanes};
+use super::steps::{Others, Running, divide, dots, exponentials, weighted_sums};
+use super::tile_pairs::TilePairs;
+use super::{Lanes, ROWS_AT_A_TIME, Tile, with_slice};
 use crate::kernels::Float;
 use fearless_simd::Simd;
 use ndarray::{ArrayViewMut2, s};
@@ -25,7 +24,7 @@ impl<F: Float> Lanes<'_, F> {
         let problem = self.problem;
         let pairs = Pairs::ByQuery(self.graph);
         let tile_len = pairs.tile_len(tile_len);
-        let keys = (!self.copies_of_pairs()).then(|| self.keys());
+        let keys = (!self.has_few_edges()).then(|| self.keys());
         let parts = parts(pairs);
         let Normalizer { shift, sum } = normalizer;
         for_each_part(
@@ -85,7 +84,7 @@ struct OfRows<'r, F: Float> {
     of_tile_keys: Buffer<F>,
     in_order: Vec<u32>,
     slots: Vec<[usize; 2]>,
-    of_pairs: Option<OfPairs<'r, F>>,
+    pairs: Option<TilePairs<'r, F>>,
     tile: Tile<F, 1>,
     tile_len: usize,
     /// For each row, for each head slot by slot, m and l = Σ e^{s − m}.
@@ -109,7 +108,7 @@ impl<'r, F: Float> OfRows<'r, F> {
             of_tile_keys: Buffer::stale(keys_of_tile * lanes.key_stride()),
             in_order: (0..keys_of_tile as u32).collect(),
             slots: lanes.slots_by_query(),
-            of_pairs: OfPairs::new(lanes, true),
+            pairs: TilePairs::new(lanes, true),
             tile: lanes.tile(tile_len),
             tile_len,
             maxima,
@@ -150,22 +149,22 @@ impl<'r, F: Float> OfRows<'r, F> {
         place: usize,
     ) {
         let Self { lanes, keys, ref slots, ref mut tile, tile_len, .. } = *self;
-        let Self { maxima, sums, alphas, of_tile, lacks, of_pairs, .. } = self;
+        let Self { maxima, sums, alphas, of_tile, lacks, pairs, .. } = self;
         let (of_tile_keys, in_order) = (&mut self.of_tile_keys, &self.in_order);
-        let pairs = row.slots.clone();
+        let row_slots = row.slots.clone();
         let maxima = &mut maxima[place..][..alphas.len()];
         let sums = &mut sums[place..][..alphas.len()];
         let [key_len, value_len] = [lanes.key_len, lanes.value_len];
         let Tile { stride, raw, numbers: [weights] } = tile;
         let shape = lanes.shape(slots, *stride);
         maxima.fill(F::neg_infinity());
-        if pairs.is_empty() {
+        if row_slots.is_empty() {
             sums.fill(F::zero());
         }
-        let mut start = pairs.start;
-        while start < pairs.end {
-            let at = start..pairs.end.min(start + tile_len);
-            let is_first = start == pairs.start;
+        let mut start = row_slots.start;
+        while start < row_slots.end {
+            let at = start..row_slots.end.min(start + tile_len);
+            let is_first = start == row_slots.start;
             start = at.end;
             let (values_of, sums_of) = if is_first {
                 lacks.clear();
@@ -187,14 +186,14 @@ impl<'r, F: Float> OfRows<'r, F> {
                 Others { rows: Slices { data, columns }, at: &in_order[..at.len()], first: 0 }
             };
             dots(simd, shape, query, others, key_len, [raw, weights], F::neg_infinity());
-            if let Some(of_pairs) = of_pairs {
-                of_pairs.load(lanes.graph, row.row, at);
-                of_pairs.apply_score(weights, *stride);
+            if let Some(pairs) = pairs {
+                pairs.load(lanes.graph, row.row, at);
+                pairs.apply_score(weights, *stride);
             }
             let running = Running { maxima, sums: sums_of, alphas };
             exponentials(simd, shape, others.at.len(), weights, running);
-            if let Some(of_pairs) = of_pairs {
-                of_pairs.multiply(weights, *stride);
+            if let Some(pairs) = pairs {
+                pairs.multiply(weights, *stride);
             }
             let others = others.skip(lanes.groups * key_len);
             weighted_sums(simd, shape, weights, others, value_len, values_of, true);

@@ -17,28 +17,23 @@
 //! the time, and both drivers are as fast with 4 heads.
 
 mod backward;
+mod copies;
 mod forward;
-mod of_pairs;
 mod steps;
+mod tile_pairs;
 
-use super::super::parallel;
 use super::super::primitives::buffer::Buffer;
 use super::super::primitives::matmul::vector_len;
-use super::super::problem::{Problem, Slices};
-use super::{PREFETCH_AHEAD, PREFETCH_FROM};
+use super::super::problem::Problem;
 use crate::graph::Graph;
 use crate::inputs::Pattern;
 use crate::kernels::Float;
-use crate::prefetch::prefetch;
+use copies::{Copies, Transposition, Which, to_lanes};
 use fearless_simd::Level;
 #[cfg(target_arch = "x86_64")]
 use fearless_simd::Simd;
 use ndarray::{Array2, ArrayViewMut2};
-use std::ops::Range;
-use steps::{Shape, Transposition, Which, to_lanes};
-
-/// Rows that are copied by one task.
-const ROWS_OF_TASK: usize = 1024;
+use steps::Shape;
 
 /// Rows of queries, outputs and gradients that are copied at a time, so that they stay in the cache.
 const ROWS_AT_A_TIME: usize = 32;
@@ -77,7 +72,7 @@ impl<'p, F: Float> Lanes<'p, F> {
             return None;
         }
         let kv_heads = problem.inputs.num_kv_heads();
-        let (level, width) = level_for::<F>(level, kv_heads)?;
+        let (level, width) = level_and_width::<F>(level, kv_heads)?;
         let len = vector_len::<F>(level);
         let padded = |dim: usize| (dim * width).next_multiple_of(len);
         let (slots, sharing) = (problem.heads / width, problem.heads / kv_heads);
@@ -130,9 +125,9 @@ impl<'p, F: Float> Lanes<'p, F> {
         }
     }
 
-    /// Whether each key is read so seldom that pairs copy their keys, instead of all keys being copied at once: so the
-    /// time does not depend on the number of keys.
-    fn copies_of_pairs(&self) -> bool {
+    /// Whether pairs copy their keys, instead of all keys being copied at once, so that the time does not depend on the
+    /// number of keys.
+    fn has_few_edges(&self) -> bool {
         self.graph.num_edges() < self.problem.inputs.num_keys()
     }
 
@@ -145,7 +140,7 @@ impl<'p, F: Float> Lanes<'p, F> {
     }
 
     /// Copies some keys, each followed by its value.
-    fn keys_of_pairs(&self, keys: &[u32]) -> Copies<F> {
+    fn keys_listed(&self, keys: &[u32]) -> Copies<F> {
         Copies::new(keys.len(), self.key_stride(), |pairs, copies| {
             self.copy_keys(Which::Listed(&keys[pairs]), copies);
         })
@@ -180,7 +175,7 @@ fn with_slice<F: Float>(mut matrix: ArrayViewMut2<'_, F>, visit: impl FnOnce(&mu
 
 /// Returns the instruction set and the heads of a group: the longest vector that heads fill, or the longest one at all
 /// with a group in each block.
-fn level_for<F: Float>(level: Level, kv_heads: usize) -> Option<(Level, usize)> {
+fn level_and_width<F: Float>(level: Level, kv_heads: usize) -> Option<(Level, usize)> {
     let block = 16 / size_of::<F>();
     #[cfg(target_arch = "x86_64")]
     let shorter = [level.as_avx512().map(Simd::level), level.as_avx2().map(Simd::level)];
@@ -202,42 +197,4 @@ struct Tile<F: Float, const N: usize> {
     /// A vector of each pair.
     raw: Buffer<F>,
     numbers: [Buffer<F>; N],
-}
-
-/// Rows with a head in each lane.
-struct Copies<F: Float> {
-    data: Buffer<F>,
-    stride: usize,
-}
-
-impl<F: Float> Copies<F> {
-    /// `copy` overwrites some of the rows, which it is given as one slice.
-    fn new(
-        num_rows: usize,
-        stride: usize,
-        copy: impl Fn(Range<usize>, &mut [F]) + Sync + Send,
-    ) -> Self {
-        let mut data = Buffer::stale(num_rows * stride);
-        let starts = (0..num_rows).step_by(ROWS_OF_TASK);
-        let tasks: Vec<_> = starts.zip(data.chunks_mut(stride * ROWS_OF_TASK)).collect();
-        parallel::for_each(tasks, num_rows * stride, |(start, copies)| {
-            copy(start..start + copies.len() / stride, copies);
-        });
-        Self { data, stride }
-    }
-
-    fn slices(&self) -> Slices<'_, F> {
-        Slices { data: &self.data, columns: self.stride }
-    }
-
-    /// Prefetches the rows of the pairs after some slots.
-    #[inline(always)]
-    fn prefetch(&self, indices: &[u32], slots: Range<usize>) {
-        if size_of_val(&*self.data) >= PREFETCH_FROM {
-            let ahead = indices.get(slots.start + PREFETCH_AHEAD..).unwrap_or_default();
-            for &row in ahead.iter().take(slots.len()) {
-                prefetch(self.slices().row(row as usize));
-            }
-        }
-    }
 }

@@ -1,5 +1,4 @@
-//! The steps over the pairs of a row, inlined into a pass over a block of rows: called one by one, they would take a
-//! third of the time of a row of sixteen pairs.
+//! The steps over the pairs of a row, inlined into a pass over a block of rows.
 //!
 //! The numbers of the pairs, one for each head, stand slot by slot; in a slot pair by pair, without gaps up to the
 //! end of the last vector. Only pairs meet rows, so no number past the end meets any.
@@ -10,11 +9,9 @@ use super::super::super::primitives::compensated::TERMS_OF_SUM;
 use super::super::super::primitives::exp::exp;
 use super::super::super::primitives::matmul::Vector;
 use super::super::super::problem::Slices;
-use super::super::PREFETCH_AHEAD;
 use super::super::backward::logits_vjp;
 use crate::kernels::Float;
-use crate::prefetch::prefetch;
-use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
 
 /// Vectors of a row at a time: as many sums as keep both units for multiply-add busy, and leave registers.
 const VECTORS: usize = 8;
@@ -463,171 +460,4 @@ fn terms_of_pair<S: Simd, F: Float>(
 ) -> [Vector<S, F>; 3] {
     let at = others.at[pair.min(others.at.len() - 1)];
     vectors_of_terms(simd, others.row(at, 3 * Vector::<S, F>::LEN))
-}
-
-/// Where the numbers of some heads stand in rows, and in their copies with a head in each lane.
-#[derive(Clone, Copy)]
-pub(super) struct Transposition<'t> {
-    pub(super) level: Level,
-    /// Heads of a slot.
-    pub(super) width: usize,
-    /// The head in each lane, slot by slot.
-    pub(super) heads: &'t [usize],
-    /// Columns of a head.
-    pub(super) dim: usize,
-    /// The columns of a row.
-    pub(super) columns: usize,
-    /// The columns of a copy, and of a slot in it.
-    pub(super) stride: usize,
-    pub(super) len_of_slot: usize,
-}
-
-/// Some rows of a matrix, in this order.
-#[derive(Clone, Copy)]
-pub(super) enum Which<'w> {
-    From(usize),
-    Listed(&'w [u32]),
-}
-
-/// Copies rows to `first` and the following columns of the copies, as many as there are copies. Columns of slots past
-/// the last one of their heads are zeros.
-#[inline(never)]
-pub(super) fn to_lanes<F: Float>(
-    places: Transposition<'_>,
-    (rows, which): (Slices<'_, F>, Which<'_>),
-    first: usize,
-    copies: &mut [F],
-) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float, const W: usize>(
-        simd: S,
-        places: Transposition<'_>,
-        (rows, which): (Slices<'_, F>, Which<'_>),
-        first: usize,
-        copies: &mut [F],
-    ) {
-        let Transposition { dim, len_of_slot, .. } = places;
-        let len = Vector::<S, F>::LEN;
-        for (slot, heads) in places.heads.chunks_exact(W).enumerate() {
-            let starts = starts::<W>(heads, dim);
-            let first = first + slot * len_of_slot;
-            for (n, copy) in copies.chunks_exact_mut(places.stride).enumerate() {
-                let row = match which {
-                    Which::From(start) => rows.row(start + n),
-                    Which::Listed(list) => {
-                        if let Some(&ahead) = list.get(n + PREFETCH_AHEAD) {
-                            prefetch(rows.row(ahead as usize));
-                        }
-                        rows.row(list[n] as usize)
-                    }
-                };
-                let copy = &mut copy[first..][..len_of_slot];
-                let mut rows = [&[] as &[F]; W];
-                for (of_head, start) in rows.iter_mut().zip(starts) {
-                    *of_head = &row[start..][..dim];
-                }
-                let mut column = 0;
-                while column + len <= dim {
-                    let mut block = [Vector::<S, F>::splat(simd, F::zero()); W];
-                    for (vector, row) in block.iter_mut().zip(rows) {
-                        *vector = Vector::<S, F>::from_slice(simd, &row[column..][..len]);
-                    }
-                    let block = rotate::<S, F, W>(block, W);
-                    let copy = &mut copy[column * W..][..W * len];
-                    for (at, vector) in block.iter().enumerate() {
-                        vector.store_slice(&mut copy[at * len..][..len]);
-                    }
-                    column += len;
-                }
-                for column in column..dim {
-                    for (entry, row) in copy[column * W..][..W].iter_mut().zip(rows) {
-                        *entry = row[column];
-                    }
-                }
-                copy[dim * W..].fill(F::zero());
-            }
-        }
-    }
-    dispatch!(places.level, simd => match places.width {
-        2 => run::<_, F, 2>(simd, places, (rows, which), first, copies),
-        4 => run::<_, F, 4>(simd, places, (rows, which), first, copies),
-        8 => run::<_, F, 8>(simd, places, (rows, which), first, copies),
-        _ => run::<_, F, 16>(simd, places, (rows, which), first, copies),
-    });
-}
-
-/// Copies rows back.
-#[inline(never)]
-pub(super) fn from_lanes<F: Float>(places: Transposition<'_>, copies: &[F], rows: &mut [F]) {
-    #[inline(always)]
-    fn run<S: Simd, F: Float, const W: usize>(
-        simd: S,
-        places: Transposition<'_>,
-        copies: &[F],
-        rows: &mut [F],
-    ) {
-        let Transposition { dim, len_of_slot, .. } = places;
-        let len = Vector::<S, F>::LEN;
-        for (slot, heads) in places.heads.chunks_exact(W).enumerate() {
-            let starts = starts::<W>(heads, dim);
-            let copies = copies.chunks_exact(places.stride);
-            for (row, copy) in rows.chunks_exact_mut(places.columns).zip(copies) {
-                let copy = &copy[slot * len_of_slot..][..len_of_slot];
-                let mut column = 0;
-                while column + len <= dim {
-                    let copy = &copy[column * W..][..W * len];
-                    let mut block = [Vector::<S, F>::splat(simd, F::zero()); W];
-                    for (at, vector) in block.iter_mut().enumerate() {
-                        *vector = Vector::<S, F>::from_slice(simd, &copy[at * len..][..len]);
-                    }
-                    let block = rotate::<S, F, W>(block, len);
-                    for (vector, start) in block.iter().zip(starts) {
-                        vector.store_slice(&mut row[start + column..][..len]);
-                    }
-                    column += len;
-                }
-                for column in column..dim {
-                    for (&entry, start) in copy[column * W..][..W].iter().zip(starts) {
-                        row[start + column] = entry;
-                    }
-                }
-            }
-        }
-    }
-    dispatch!(places.level, simd => match places.width {
-        2 => run::<_, F, 2>(simd, places, copies, rows),
-        4 => run::<_, F, 4>(simd, places, copies, rows),
-        8 => run::<_, F, 8>(simd, places, copies, rows),
-        _ => run::<_, F, 16>(simd, places, copies, rows),
-    });
-}
-
-/// The first columns of heads.
-#[inline(always)]
-fn starts<const W: usize>(heads: &[usize], dim: usize) -> [usize; W] {
-    let mut starts = [0; W];
-    for (start, &head) in starts.iter_mut().zip(heads) {
-        *start = head * dim;
-    }
-    starts
-}
-
-/// Moves the entry at place p to p · `times`, modulo one less than the number of entries: turns W rows into their
-/// columns if times is W, and columns of W entries into rows if it is the length of a vector.
-///
-/// Interleaving the two halves doubles the place.
-#[inline(always)]
-fn rotate<S: Simd, F: Float, const W: usize>(
-    mut block: [Vector<S, F>; W],
-    times: usize,
-) -> [Vector<S, F>; W] {
-    let mut done = 1;
-    while done < times {
-        let halves = block;
-        for r in 0..W / 2 {
-            (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + W / 2]);
-        }
-        done *= 2;
-    }
-    block
 }

@@ -10,7 +10,7 @@ use ndarray::ArrayViewMut2;
 use std::ops::Range;
 
 /// The pairs of a tile of one row.
-pub(super) struct OfPairs<'p, F: Float> {
+pub(super) struct TilePairs<'p, F: Float> {
     lanes: &'p Lanes<'p, F>,
     /// Whether the row is a query; else it is a key.
     is_query: bool,
@@ -23,7 +23,7 @@ pub(super) struct OfPairs<'p, F: Float> {
     of_head: [Vec<F>; 2],
 }
 
-impl<'p, F: Float> OfPairs<'p, F> {
+impl<'p, F: Float> TilePairs<'p, F> {
     /// Returns `None` if nothing is to be read.
     pub(super) fn new(lanes: &'p Lanes<'p, F>, is_query: bool) -> Option<Self> {
         let is_plain = lanes.problem.scoring.is_none() && !lanes.problem.has_multipliers();
