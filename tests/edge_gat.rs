@@ -886,3 +886,25 @@ fn nan_in_a_key_that_a_bias_hides_from_one_head_stays_in_the_others() {
         }
     }
 }
+
+#[test]
+fn nan_in_the_gradient_of_an_output_does_not_reach_keys_that_a_bias_hides() {
+    for score in [Score::Gat, Score::GatV2, Score::DotProduct, Score::Additive] {
+        let layer = EdgeGatConfig::new(score, 2, 3, 2).init::<f64>(&mut rng(5)).unwrap();
+        let query = array![[0.5, -0.3]];
+        let key = array![[0.1, 0.9], [0.6, 0.4], [-0.7, 0.2]];
+        let graph = Graph::from_edges(1, 3, [(0, 0), (0, 1), (0, 2)]).unwrap();
+        let bias = array![[0.0, 0.3], [f64::NEG_INFINITY, 0.1], [0.2, 0.0]];
+        let inputs = Inputs::graph(query.view(), key.view(), key.view(), &graph).unwrap();
+        let inputs = inputs.with_bias(bias.view()).unwrap();
+        let (_, saved) = layer.forward_train(&inputs).unwrap();
+        let grad_out = array![[f64::NAN, -2.0, 0.5, 1.0, -1.0, 1.0]];
+        let grads = layer.backward(&inputs, &saved, grad_out.view()).unwrap();
+        let of_bias = grads.bias.unwrap();
+        for pair in 0..3 {
+            let of_first = of_bias[[pair, 0]];
+            assert!(if pair == 1 { of_first == 0.0 } else { of_first.is_nan() }, "{score:?}");
+            assert!(of_bias[[pair, 1]].is_finite(), "{score:?}");
+        }
+    }
+}

@@ -1,11 +1,12 @@
 //! The backward pass. It visits the pairs by query, recomputing their weights and storing two numbers for
 //! each pair and head, and then by key, where it only computes sums from these numbers.
 
-use super::super::gathered::unrolled_dot;
+use super::super::gathered::{Weights, unrolled_dot};
+use super::super::primitives::transpose::{store_part, to_columns, transposed};
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
     Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_pair, for_each_part,
-    level_for, pair_weights_vjp, parts, weights_and_logits_vjp, weights_of,
+    level_for, pair_weights_vjp, parts, weights_and_logits_vjp_of_query,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{EdgeColumns, EdgeProblem, EdgeScorer, ScoreSums};
@@ -158,8 +159,9 @@ impl<F: Float> ByQuery<'_, F> {
         let stride = tile.stride;
         let mut scorer = EdgeScorer::new(level, problem, &tile);
         let mut columns = EdgeColumns::new(level, problem);
-        let [mut shifts, mut inverses, mut deltas, mut grads] =
-            [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
+        let mut grads = vec![F::zero(); tile.weights.len()];
+        // m, 1/l and δ of each head; δ = Σ p dp over the pairs of a single tile is computed there.
+        let mut terms = vec![([F::zero(); 2], None); heads];
         let wants_pair_weights = grad_pair_weights.ncols() > 0;
         let mut of_pair_weights = vec![F::zero(); if wants_pair_weights { grads.len() } else { 0 }];
         let has_bias = softmax.bias.is_some();
@@ -175,17 +177,17 @@ impl<F: Float> ByQuery<'_, F> {
             let grad_out = upstream.grad_out.row(query);
             scorer.begin(query);
             sum.fill(F::zero());
-            for head in 0..heads {
-                let [shift, inverse] = upstream.normalizer.factors(query, head);
-                shifts[head * stride..][..stride].fill(shift);
-                inverses[head * stride..][..stride].fill(inverse);
-                let columns = head_columns(head, value_dim);
-                let out = &upstream.out.row(query)[columns.clone()];
-                deltas[head * stride..][..stride]
-                    .fill(unrolled_dot(&grad_out[columns], out) + upstream.more_delta(query, head));
-            }
             // Of all pairs of the query.
             let is_one_tile = row.slots.len() <= tile.len && upstream.grad_log_sum_exp.is_none();
+            for (head, terms) in terms.iter_mut().enumerate() {
+                let delta = || {
+                    let columns = head_columns(head, value_dim);
+                    let out = &upstream.out.row(query)[columns.clone()];
+                    unrolled_dot(&grad_out[columns], out) + upstream.more_delta(query, head)
+                };
+                let factors = upstream.normalizer.factors(query, head);
+                *terms = (factors, (!is_one_tile).then(delta));
+            }
             if problem.in_values {
                 columns.project(grad_out, &mut of_grad_out);
                 value_sums.clear();
@@ -200,7 +202,7 @@ impl<F: Float> ByQuery<'_, F> {
                     scorer.features.add_scores(heads, count, &of_grad_out, &mut grads);
                 }
                 tile.load_multipliers(softmax);
-                for head in 0..heads {
+                for (head, &terms) in terms.iter().enumerate() {
                     let [pairs, vectors] = tile.of_head(head);
                     if wants_pair_weights {
                         let of_weights = &mut of_pair_weights[pairs.clone()];
@@ -211,25 +213,15 @@ impl<F: Float> ByQuery<'_, F> {
                     if let Some(of_weights) = upstream.grad_weights {
                         of_weights.add_to(&mut grads[pairs.clone()], &tile.pairs, head);
                     }
-                    let terms = [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]);
                     let [weights, grads_of] = [&mut tile.weights, &mut grads]
                         .map(|numbers| &mut numbers[vectors.clone()]);
-                    if is_one_tile {
-                        // δ = Σ p dp has the same rounding errors as these dp, so the result is 0 for a
-                        // single pair.
-                        weights_of(level, weights, [terms[0], terms[1]]);
-                        for (t, &pair) in tile.pairs.iter().enumerate().filter(|_| has_bias) {
-                            if softmax.bias_of(pair, head).is_none() {
-                                (weights[t], grads_of[t]) = (F::zero(), F::zero());
-                            }
+                    weights_and_logits_vjp_of_query(level, weights, terms, grads_of);
+                    grads_of[count..].fill(F::zero());
+                    // Where δ is NaN, so are now the gradients of hidden pairs.
+                    for (&pair, grad) in tile.pairs.iter().zip(grads_of).filter(|_| has_bias) {
+                        if softmax.bias_of(pair, head).is_none() {
+                            *grad = F::zero();
                         }
-                        let of_pairs = || weights.iter().zip(&*grads_of).take(count);
-                        let delta: F = of_pairs().map(|(&weight, &grad)| weight * grad).sum();
-                        let pairs = weights.iter().zip(grads_of.iter_mut()).take(count);
-                        pairs.for_each(|(&weight, grad)| *grad = weight * (*grad - delta));
-                        grads_of[count..].fill(F::zero());
-                    } else {
-                        weights_and_logits_vjp(level, weights, terms, grads_of);
                     }
                     if wants_pair_weights {
                         let of_weights = of_pair_weights[pairs.clone()].iter_mut();
@@ -250,7 +242,7 @@ impl<F: Float> ByQuery<'_, F> {
                     }
                 }
 
-                grad_tile.clear();
+                grad_tile.clear(count);
                 let mut sums = ScoreSums {
                     query: &mut sum,
                     attention: &mut *grad_attention,
@@ -264,17 +256,11 @@ impl<F: Float> ByQuery<'_, F> {
                     scorer.features.add_sums(ones, weights, count, &mut value_sums);
                     grad_tile.add_outer(heads, count, weights, &of_grad_out);
                 }
-                for (t, slot) in tile.slots.iter().enumerate() {
-                    let slot = slot - part.slots.start;
-                    let (of_weights, of_grads) =
-                        states[slot * 2 * heads..][..2 * heads].split_at_mut(heads);
-                    for (head, (weight, grad)) in of_weights.iter_mut().zip(of_grads).enumerate() {
-                        *weight = tile.weights[head * stride + t];
-                        *grad = grads[head * stride + t];
-                    }
-                    if wants_features {
-                        grad_tile.add_to(t, &mut grad_features[slot * dim..][..dim]);
-                    }
+                let numbers = [&tile.weights, &grads]
+                    .map(|numbers| Slices { data: numbers, columns: stride });
+                store_states(level, numbers, heads, &tile.slots, part.slots.start, states);
+                if wants_features {
+                    grad_tile.add_to(&tile.slots, part.slots.start, grad_features);
                 }
             }
 
@@ -293,6 +279,32 @@ impl<F: Float> ByQuery<'_, F> {
         }
         scorer.score.finish_part(grad_attention);
     }
+}
+
+/// Overwrites, for each pair, the row with the number of its slot less `first` with its numbers for each head.
+#[inline(never)]
+fn store_states<F: Float>(
+    level: Level,
+    [weights, grads]: [Slices<'_, F>; 2],
+    heads: usize,
+    slots: &[usize],
+    first: usize,
+    states: &mut [F],
+) {
+    dispatch!(level_for::<F>(level, [2 * heads; 2]), simd => transposed(
+        simd,
+        2 * heads,
+        slots.len(),
+        #[inline(always)]
+        |n| if n < heads { weights.row(n) } else { grads.row(n - heads) },
+        #[inline(always)]
+        |pair, n, vectors| {
+            for (&slot, &vector) in slots[pair..].iter().zip(vectors) {
+                let state = &mut states[(slot - first) * 2 * heads..][..2 * heads];
+                store_part(vector, &mut state[n..]);
+            }
+        },
+    ));
 }
 
 /// The gradient of Wᵀ (features × columns) += factor · x row, in the columns of each head.
@@ -336,7 +348,8 @@ impl<F: Float> ByKey<'_, F> {
         let mut tile = Tile::new(level, heads, self.tile_len);
         let mut score = problem.score.tiles(level, problem, &tile);
         let columns = EdgeColumns::new(level, problem).columns;
-        let mut grads = vec![F::zero(); tile.weights.len()];
+        // The weights of a tile, and the gradients of its logits.
+        let mut numbers = vec![F::zero(); 2 * tile.weights.len()];
         let ones = &problem.ones;
         let mut sum_key = vec![F::zero(); grad_key.ncols()];
         let mut sum_value = vec![F::zero(); grad_value.ncols()];
@@ -348,18 +361,19 @@ impl<F: Float> ByKey<'_, F> {
                 let stride = tile.stride;
                 let all_states = Slices { data: states, columns: 2 * heads };
                 tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));
-                for (t, pair) in tile.pairs.iter().enumerate() {
-                    let state = &states[2 * heads * slots.slot(pair.index)..][..2 * heads];
-                    for (head, (&weight, &grad)) in
-                        state[..heads].iter().zip(&state[heads..]).enumerate()
-                    {
-                        tile.weights[head * stride + t] = weight;
-                        grads[head * stride + t] = grad;
-                    }
-                }
-                let rows = tile.gather(grads_out);
-                columns.add_weighted(&mut sum_value, tile.weights(Some(ones)), rows);
-                score.key_vjp(&tile, key, &grads, &mut sum_key);
+                let state = |t: usize| all_states.row(slots.slot(tile.pairs[t].index));
+                let size = [tile.pairs.len(), 2 * heads];
+                to_columns(
+                    level_for::<F>(level, [2 * heads; 2]),
+                    size,
+                    state,
+                    &mut numbers,
+                    stride,
+                );
+                let (weights, grads) = numbers.split_at(heads * stride);
+                let weights = Weights { factors: Some(ones), weights, stride };
+                columns.add_weighted(&mut sum_value, weights, tile.gather(grads_out));
+                score.key_vjp(&tile, key, grads, &mut sum_key);
             }
             score.finish_key(&mut sum_key);
             grad_key.row_mut(r).assign(&ArrayView1::from(&sum_key));

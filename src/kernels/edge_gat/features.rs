@@ -2,7 +2,9 @@
 //! few numbers per pair need no sums across lanes.
 
 use super::super::primitives::matmul::{Vector, vector_len};
+use super::super::primitives::transpose::{add_part, to_columns, transposed};
 use super::super::problem::Slices;
+use super::super::rows::level_for;
 use crate::inputs::Pair;
 use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
@@ -90,34 +92,50 @@ impl<F: Float> FeatureTile<F> {
     }
 
     /// Loads the features of some pairs, with zeros up to a whole vector.
-    #[inline(never)]
     pub(crate) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
             return;
         }
-        for (t, pair) in pairs.iter().enumerate() {
-            let row = features.row(pair.index);
-            for (column, &value) in self.data.chunks_exact_mut(self.stride).zip(row) {
-                column[t] = value;
-            }
-        }
-        let end = pairs.len().next_multiple_of(vector_len::<F>(self.level));
+        let level = level_for::<F>(self.level, [self.dim; 2]);
+        let size = [pairs.len(), self.dim];
+        let row = |t: usize| features.row(pairs[t].index);
+        to_columns(level, size, row, &mut self.data, self.stride);
+        let end = self.padded(pairs.len());
         for column in self.data.chunks_exact_mut(self.stride) {
             column[pairs.len()..end].fill(F::zero());
         }
     }
 
-    /// row += the features of a pair in the tile.
-    #[inline(always)]
-    pub(crate) fn add_to(&self, t: usize, row: &mut [F]) {
-        for (value, column) in row.iter_mut().zip(self.data.chunks_exact(self.stride)) {
-            *value += column[t];
+    /// Overwrites the features of the first `count` pairs with zeros, up to a whole vector.
+    pub(crate) fn clear(&mut self, count: usize) {
+        let end = self.padded(count);
+        for column in self.data.chunks_exact_mut(self.stride) {
+            column[..end].fill(F::zero());
         }
     }
 
-    #[inline(always)]
-    pub(crate) fn clear(&mut self) {
-        self.data.fill(F::zero());
+    fn padded(&self, count: usize) -> usize {
+        count.next_multiple_of(vector_len::<F>(self.level))
+    }
+
+    /// Adds the features of each pair to a row, whose number is that of the pair's slot less `first`.
+    #[inline(never)]
+    pub(crate) fn add_to(&self, slots: &[usize], first: usize, rows: &mut [F]) {
+        let dim = self.dim;
+        dispatch!(level_for::<F>(self.level, [dim; 2]), simd => transposed(
+            simd,
+            dim,
+            slots.len(),
+            #[inline(always)]
+            |feature| self.of_feature(feature),
+            #[inline(always)]
+            |pair, feature, vectors| {
+                for (&slot, &vector) in slots[pair..].iter().zip(vectors) {
+                    let row = &mut rows[(slot - first) * dim..][..dim];
+                    add_part(simd, vector, &mut row[feature..]);
+                }
+            },
+        ));
     }
 
     /// scores[h · stride + t] += Σ coefficients of head h · features of pair t.

@@ -1,7 +1,9 @@
 //! Transposes in registers, which turn rows of queries into the lanes of a tile, and back.
 
 use super::matmul::Vector;
-use fearless_simd::{Simd, SimdBase, SimdFloatElement};
+use crate::kernels::Float;
+use fearless_simd::{Level, Simd, SimdBase, SimdFloatElement};
+use std::ops::AddAssign;
 
 /// The largest length of a vector of any instruction set.
 pub(super) const MOST: usize = 16;
@@ -111,6 +113,63 @@ pub(crate) fn store_part<S: Simd, F: SimdFloatElement + 'static>(
         None => {
             let len = row.len();
             row.copy_from_slice(&entries.as_slice()[..len]);
+        }
+    }
+}
+
+/// Adds as many of the entries as fit into the row to it.
+#[inline(always)]
+pub(crate) fn add_part<S: Simd, F: SimdFloatElement + AddAssign + 'static>(
+    simd: S,
+    entries: Vector<S, F>,
+    row: &mut [F],
+) {
+    match row.get_mut(..Vector::<S, F>::LEN) {
+        Some(row) => (Vector::<S, F>::from_slice(simd, row) + entries).store_slice(row),
+        None => row.iter_mut().zip(entries.as_slice()).for_each(|(sum, &entry)| *sum += entry),
+    }
+}
+
+/// Overwrites `columns`, each at a multiple of `stride`, with the columns of a matrix of this size. May overwrite
+/// up to a whole vector of each, with meaningless numbers.
+#[inline(never)]
+pub(crate) fn to_columns<'a, F: Float>(
+    level: Level,
+    [num_rows, num_columns]: [usize; 2],
+    row: impl Fn(usize) -> &'a [F],
+    columns: &mut [F],
+    stride: usize,
+) {
+    dispatch!(level, simd => columns_in_vectors(simd, [num_rows, num_columns], row, columns, stride));
+}
+
+#[inline(always)]
+fn columns_in_vectors<'a, S: Simd, F: Float>(
+    simd: S,
+    [num_rows, num_columns]: [usize; 2],
+    row: impl Fn(usize) -> &'a [F],
+    columns: &mut [F],
+    stride: usize,
+) {
+    let len = Vector::<S, F>::LEN;
+    // Rows shorter than a vector would each be copied first.
+    let whole = num_columns - num_columns % len;
+    transposed(
+        simd,
+        num_rows,
+        whole,
+        #[inline(always)]
+        |r| row(r),
+        #[inline(always)]
+        |column, first, vectors| {
+            for (column, vector) in (column..).zip(vectors) {
+                vector.store_slice(&mut columns[column * stride + first..][..len]);
+            }
+        },
+    );
+    for r in (0..num_rows).filter(|_| whole < num_columns) {
+        for (column, &entry) in row(r)[..num_columns].iter().enumerate().skip(whole) {
+            columns[column * stride + r] = entry;
         }
     }
 }

@@ -438,24 +438,54 @@ fn terms<F: Float>(
     terms
 }
 
-/// Replaces the logits by p = e^{s − m} / l, in whole vectors.
+/// Like [`weights_and_logits_vjp`], for pairs of one query. Without δ they are all of its pairs, and δ = Σ p dp. That
+/// has the same rounding errors as these dp, so ds is 0 for a single pair.
 #[inline(never)]
-pub(in super::super) fn weights_of<F: Float>(
+pub(in super::super) fn weights_and_logits_vjp_of_query<F: Float>(
     level: Level,
     logits: &mut [F],
-    [shifts, inverses]: [&[F]; 2],
+    (factors, delta): ([F; 2], Option<F>),
+    grads: &mut [F],
 ) {
-    dispatch!(level, simd => weigh(simd, logits, [shifts, inverses]));
+    dispatch!(level, simd => weigh_query(simd, logits, (factors, delta), grads));
 }
 
 #[inline(always)]
-fn weigh<S: Simd, F: Float>(simd: S, logits: &mut [F], [shifts, inverses]: [&[F]; 2]) {
+fn weigh_query<S: Simd, F: Float>(
+    simd: S,
+    logits: &mut [F],
+    ([shift, inverse], delta): ([F; 2], Option<F>),
+    grads: &mut [F],
+) {
     let len = Vector::<S, F>::LEN;
-    let terms = shifts.chunks_exact(len).zip(inverses.chunks_exact(len));
-    for (logits, (shifts, inverses)) in logits.chunks_exact_mut(len).zip(terms) {
-        let load = |from: &[F]| Vector::<S, F>::from_slice(simd, from);
-        let weight = exp::<S, F>(simd, load(logits) - load(shifts)) * load(inverses);
+    let zero = Vector::<S, F>::splat(simd, F::zero());
+    let (shift, inverse) =
+        (Vector::<S, F>::splat(simd, shift), Vector::<S, F>::splat(simd, inverse));
+    if let Some(delta) = delta {
+        let terms = [shift, inverse, Vector::<S, F>::splat(simd, delta)];
+        for (logits, grads) in logits.chunks_exact_mut(len).zip(grads.chunks_exact_mut(len)) {
+            let numbers =
+                [Vector::<S, F>::from_slice(simd, logits), Vector::<S, F>::from_slice(simd, grads)];
+            let [weight, grad] = logits_vjp::<S, F>(simd, numbers, terms);
+            weight.store_slice(logits);
+            grad.store_slice(grads);
+        }
+        return;
+    }
+    let mut deltas = zero;
+    for (logits, grads) in logits.chunks_exact_mut(len).zip(grads.chunks_exact_mut(len)) {
+        let numbers =
+            [Vector::<S, F>::from_slice(simd, logits), Vector::<S, F>::from_slice(simd, grads)];
+        // With δ = 0 as p dp, which is 0 for hidden pairs.
+        let terms = [shift, inverse, zero];
+        let [weight, product] = logits_vjp::<S, F>(simd, numbers, terms);
+        deltas += product;
         weight.store_slice(logits);
+    }
+    let delta = Vector::<S, F>::splat(simd, deltas.reduce_sum());
+    for (weights, grads) in logits.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
+        let grad = Vector::<S, F>::from_slice(simd, grads) - delta;
+        (Vector::<S, F>::from_slice(simd, weights) * grad).store_slice(grads);
     }
 }
 

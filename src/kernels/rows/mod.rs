@@ -15,7 +15,7 @@ mod lanes;
 mod weights;
 
 pub(super) use backward::{
-    backward, dot_backward, scaled_queries, weights_and_logits_vjp, weights_of,
+    backward, dot_backward, scaled_queries, weights_and_logits_vjp_of_query,
 };
 pub(super) use forward::{dot_forward, forward};
 pub(super) use weights::weights;
@@ -35,6 +35,7 @@ use crate::segments::Segments;
 use fearless_simd::Level;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use std::ops::Range;
+use std::ptr;
 
 /// Longer tiles only cost memory.
 const LARGEST_TILE: usize = 1024;
@@ -499,8 +500,10 @@ impl<F: Float> Tile<F> {
             row.slots.start = slots.end;
             if let Pairs::ByQuery(graph) | Pairs::ByKey(graph) = row.pairs {
                 let ahead = graph.indices().get(slots.start + PREFETCH_AHEAD..).unwrap_or_default();
-                for rows in soon {
-                    if size_of_val(rows.data) >= PREFETCH_FROM {
+                for (n, rows) in soon.iter().enumerate() {
+                    // Keys may also be the values.
+                    let is_again = soon[..n].iter().any(|seen| ptr::eq(seen.data, rows.data));
+                    if size_of_val(rows.data) >= PREFETCH_FROM && !is_again {
                         ahead
                             .iter()
                             .take(slots.len())
