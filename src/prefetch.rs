@@ -4,11 +4,16 @@
 const MOST_LINES: usize = 8;
 const LINE: usize = 64;
 
-/// Prefetches the first lines of a row. Only affects the time that reading it takes.
+/// Prefetches the first lines of a row and the last one. Only affects the time that reading it takes.
 #[inline(always)]
 pub(crate) fn prefetch<F>(row: &[F]) {
-    for line in row.chunks(LINE / size_of::<F>()).take(MOST_LINES) {
+    let len_of_line = LINE / size_of::<F>();
+    for line in row.chunks(len_of_line).take(MOST_LINES) {
         prefetch_line(&line[0]);
+    }
+    // A row that does not start where a line starts has its end in one more line.
+    if let Some(last) = row.last().filter(|_| row.len() >= len_of_line) {
+        prefetch_line(last);
     }
 }
 
