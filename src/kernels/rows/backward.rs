@@ -461,31 +461,25 @@ fn weigh_query<S: Simd, F: Float>(
     let zero = Vector::<S, F>::splat(simd, F::zero());
     let (shift, inverse) =
         (Vector::<S, F>::splat(simd, shift), Vector::<S, F>::splat(simd, inverse));
-    if let Some(delta) = delta {
-        let terms = [shift, inverse, Vector::<S, F>::splat(simd, delta)];
-        for (logits, grads) in logits.chunks_exact_mut(len).zip(grads.chunks_exact_mut(len)) {
-            let numbers =
-                [Vector::<S, F>::from_slice(simd, logits), Vector::<S, F>::from_slice(simd, grads)];
-            let [weight, grad] = logits_vjp::<S, F>(simd, numbers, terms);
-            weight.store_slice(logits);
-            grad.store_slice(grads);
-        }
-        return;
-    }
-    let mut deltas = zero;
+    let terms = [shift, inverse, Vector::<S, F>::splat(simd, delta.unwrap_or(F::zero()))];
+    let mut sum = zero;
     for (logits, grads) in logits.chunks_exact_mut(len).zip(grads.chunks_exact_mut(len)) {
         let numbers =
             [Vector::<S, F>::from_slice(simd, logits), Vector::<S, F>::from_slice(simd, grads)];
-        // With δ = 0 as p dp, which is 0 for hidden pairs.
-        let terms = [shift, inverse, zero];
-        let [weight, product] = logits_vjp::<S, F>(simd, numbers, terms);
-        deltas += product;
+        let [weight, grad] = logits_vjp::<S, F>(simd, numbers, terms);
         weight.store_slice(logits);
+        match delta {
+            Some(_) => grad.store_slice(grads),
+            // With a δ of 0 it is p dp.
+            None => sum += grad,
+        }
     }
-    let delta = Vector::<S, F>::splat(simd, deltas.reduce_sum());
-    for (weights, grads) in logits.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
-        let grad = Vector::<S, F>::from_slice(simd, grads) - delta;
-        (Vector::<S, F>::from_slice(simd, weights) * grad).store_slice(grads);
+    if delta.is_none() {
+        let delta = Vector::<S, F>::splat(simd, sum.reduce_sum());
+        for (weights, grads) in logits.chunks_exact(len).zip(grads.chunks_exact_mut(len)) {
+            let grad = Vector::<S, F>::from_slice(simd, grads) - delta;
+            (Vector::<S, F>::from_slice(simd, weights) * grad).store_slice(grads);
+        }
     }
 }
 
