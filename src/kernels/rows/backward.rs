@@ -486,7 +486,7 @@ fn weigh_query<S: Simd, F: Float>(
 /// Replaces the logits by p = e^{s − m} / l, and the gradients of the weights by ds = p (dp − δ); 0 for
 /// hidden pairs, whatever dp. In whole vectors.
 #[inline(never)]
-pub(in super::super) fn weights_and_logits_vjp<F: Float>(
+fn weights_and_logits_vjp<F: Float>(
     level: Level,
     logits: &mut [F],
     [shifts, inverses, deltas]: [&[F]; 3],
