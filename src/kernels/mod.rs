@@ -204,14 +204,14 @@ kernels! {
         normalizer: &mut Normalizer<Self>,
     ) = dense::forward::<_, dense::DotTiles<'_, _>>;
 
-    /// [`dense::backward`].
+    /// [`dense::dot_backward`].
     fn dense_backward(
         problem: &Problem<'_, Self>,
         sizes: TileSizes,
         level: Level,
         upstream: Upstream<'_, Self>,
         grads: &mut GradientsMut<'_, Self>,
-    ) -> Vec<f64> = dense::backward;
+    ) -> Vec<f64> = dense::dot_backward;
 
     /// [`rows::dot_forward`].
     fn rows_forward(

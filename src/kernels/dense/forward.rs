@@ -1,4 +1,4 @@
-use super::{Block, HeadRows, MaskedTiles, PARTS, TileScorer, TileSizes, block, clip};
+use super::{Block, HeadRows, MaskedTiles, PARTS, StripOfTile, TileScorer, TileSizes, block, clip};
 use crate::inputs::head_columns;
 use crate::kernels::Float;
 use crate::kernels::normalizer::Normalizer;
@@ -228,8 +228,8 @@ fn forward_block<'p, F: Float, C: TileScorer<'p, F>>(
             totals.take(level, sums, width);
         }
         for columns in block.strips() {
-            let lanes = block.lanes(&columns);
-            let (tile, may_hide) = block.visible_in(masked, &lanes, (number, &tile));
+            let StripOfTile { columns, lanes, keys: tile, may_hide } =
+                block.strip_of_tile(masked, columns, (number, &tile));
             if tile.is_empty() {
                 continue;
             }

@@ -6,9 +6,11 @@
 //! and keys and values are read in place. Only the queries of a block are packed, times the scale.
 
 mod backward;
+mod dot_backward;
 mod forward;
 
-pub(super) use backward::{add_head_rows, backward, pack_rows};
+pub(super) use backward::{BackwardPart, KeyGradients, Summed, Targets, backward};
+pub(super) use dot_backward::dot_backward;
 pub(super) use forward::{SLACK, forward};
 
 use super::parallel::ranges;
@@ -181,21 +183,21 @@ impl<F: Float> Block<'_, '_, F> {
         ranges(self.width, strip_len::<F>(self.level))
     }
 
-    /// Returns the keys of a tile that some lanes of a strip may see, and whether any of these pairs may be
-    /// hidden.
-    pub(super) fn visible_in(
+    /// Returns what a strip sees of a tile.
+    fn strip_of_tile(
         &self,
         masked: &MaskedTiles,
-        lanes: &Range<usize>,
+        columns: Range<usize>,
         (number, tile): (usize, &Range<usize>),
-    ) -> (Range<usize>, bool) {
+    ) -> StripOfTile {
         // Causal pattern and window may hide the ends of a tile from whole strips.
-        let visible = self.visible_keys(lanes);
+        let lanes = self.lanes(&columns);
+        let visible = self.visible_keys(&lanes);
         let keys = tile.start.max(visible.start)..tile.end.min(visible.end);
         let strip = lanes.start / strip_len::<F>(self.level);
         let (keys, is_all) = masked.visible(strip, number, keys);
-        let may_hide = self.cuts(lanes, &keys) || self.may_hide_anywhere && !is_all;
-        (keys, may_hide)
+        let may_hide = self.cuts(&lanes, &keys) || self.may_hide_anywhere && !is_all;
+        StripOfTile { columns, lanes, keys, may_hide }
     }
 
     /// Returns the lanes of some columns that are queries.
@@ -713,6 +715,60 @@ pub(super) trait TileScorer<'p, F: Float>: Sized {
         maxima: &mut [F],
         scores: &mut [F],
     );
+}
+
+/// The pairs of a tile in a strip.
+pub(super) struct StripOfTile {
+    pub(super) columns: Range<usize>,
+    /// The columns that are queries.
+    pub(super) lanes: Range<usize>,
+    /// The keys that some of them may see.
+    pub(super) keys: Range<usize>,
+    /// Whether any of these pairs may be hidden.
+    pub(super) may_hide: bool,
+}
+
+/// How a mechanism differentiates tiles. The backward pass is generic over it.
+pub(super) trait TileVjp<'p, F: Float>: Sized {
+    /// The problem of the mechanism, and the inputs of its backward pass.
+    type Problem: Sync;
+
+    /// Returns the softmax problem in it.
+    fn softmax(problem: &'p Self::Problem) -> &'p Problem<'p, F>;
+
+    /// Returns the rows whose weighted sums are gradients.
+    fn summed(problem: &'p Self::Problem) -> Summed<'p, F>;
+
+    /// Creates buffers for blocks of up to the given number of lanes, and tiles of up to the given number of
+    /// keys.
+    fn new(problem: &'p Self::Problem, width: usize, keys_per_tile: usize) -> Self;
+
+    /// Loads the queries of a block.
+    fn begin(&mut self, block: &Block<'_, '_, F>);
+
+    /// Overwrites the factors of the gradients of values, and of those of queries and keys, for the pairs of a
+    /// strip, with zeros for hidden pairs. Adds gradients that are not sums of rows to the part.
+    fn differentiate(
+        &mut self,
+        block: &Block<'_, '_, F>,
+        strip: &StripOfTile,
+        weights_and_factors: [&mut [F]; 2],
+        part: &mut BackwardPart<'_, F>,
+    );
+
+    /// Adds what is left over of a tile. `grad_query` is key_dim × width.
+    fn finish_tile(
+        &mut self,
+        _block: &Block<'_, '_, F>,
+        _tile: &Range<usize>,
+        _weights_and_factors: [&[F]; 2],
+        _grad_query: &mut [F],
+        _part: &mut BackwardPart<'_, F>,
+    ) {
+    }
+
+    /// Adds what is left over of a block, after the gradients of its queries.
+    fn finish(&mut self, _block: &Block<'_, '_, F>, _part: &mut BackwardPart<'_, F>) {}
 }
 
 /// The logits of scaled dot-product attention.
