@@ -12,6 +12,8 @@ use approx::abs_diff_eq;
 use ndarray::{Array1, Array2, ArrayView2, s};
 
 const TILE: usize = 12;
+/// A tile of whole rows, which are longer than the rows that are summed at a time.
+const LONG_TILE: usize = 64;
 /// More queries than two strips of `f64` have with AVX-512; the last strip is then a panel.
 const STRIPS: usize = 72;
 
@@ -48,10 +50,16 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
     let expected_grads = Attention::<F>::backward(&plain, inputs, &saved, grad_out.view())?;
     let problem = Problem::new(inputs, None)?;
     let is_dense = matches!(inputs.pattern(), Pattern::Dense);
-    let blocks = if inputs.num_queries() > 2 * TILE { vec![TILE, STRIPS] } else { vec![TILE] };
-    for (level, queries) in levels().into_iter().flat_map(|l| blocks.iter().map(move |&b| (l, b))) {
-        let sizes = TileSizes { queries, keys: TILE };
-        let case = &format!("{case}, {level:?}, blocks of {queries}");
+    let tiles = match is_dense {
+        true if inputs.num_queries() > 2 * TILE => vec![(TILE, TILE), (STRIPS, TILE)],
+        true => vec![(TILE, TILE)],
+        false => vec![(1, TILE), (1, LONG_TILE)],
+    };
+    for (level, (queries, keys)) in
+        levels().into_iter().flat_map(|level| tiles.iter().map(move |&tile| (level, tile)))
+    {
+        let sizes = TileSizes { queries, keys };
+        let case = &format!("{case}, {level:?}, tiles of {queries} x {keys}");
         let mut out = Array2::from_elem(expected.raw_dim(), F::nan());
         let nan = Array2::from_elem((inputs.num_queries(), inputs.num_heads()), F::nan());
         let mut normalizer = Normalizer { shift: nan.clone(), sum: nan };
@@ -59,7 +67,7 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         if is_dense {
             F::dense_forward(&problem, sizes, level, out.view_mut(), &mut normalizer);
         } else {
-            F::rows_forward(&problem, TILE, level, out.view_mut(), &mut normalizer);
+            F::rows_forward(&problem, keys, level, out.view_mut(), &mut normalizer);
         }
         assert_close("out", case, out.view(), expected.view());
         let (out, grad_out) = (Rows::new("out", out.view())?, Rows::new("g", grad_out.view())?);
@@ -73,7 +81,7 @@ fn check<F: Float>(inputs: &Inputs<'_, F>, case: &str) -> Result<()> {
         if is_dense {
             F::dense_backward(&problem, sizes, level, upstream, &mut grads.view_mut());
         } else {
-            F::rows_backward(&problem, TILE, level, upstream, &mut grads.view_mut());
+            F::rows_backward(&problem, keys, level, upstream, &mut grads.view_mut());
         }
         for (what, actual, expected) in [
             ("query", &grads.query, &expected_grads.query),
@@ -178,7 +186,7 @@ fn check_sizes<F: Float>() -> Result<()> {
         let dense = Inputs::dense(q, k, v.view())?.with_grouped_heads(heads, kv_heads)?;
         check_all(&dense, &format!("dense {shape}"))?;
         // Unequal rows, some empty, some with the same key twice, in no order.
-        let edges = (0..5 * num_queries * num_keys.min(1)).map(|edge| {
+        let edges = (0..9 * num_queries * num_keys.min(1)).map(|edge| {
             let query = edge * 7 % num_queries;
             (query - query % 3, edge * 5 % num_keys)
         });
@@ -193,4 +201,32 @@ fn check_sizes<F: Float>() -> Result<()> {
 fn tiles_and_rows_are_the_plain_mechanism_at_every_edge() -> Result<()> {
     check_sizes::<f32>()?;
     check_sizes::<f64>()
+}
+
+/// Keys of −∞ hide themselves. A gradient of 0 times such a key would be NaN.
+fn check_infinite_keys<F: Float>() -> Result<()> {
+    for (heads, kv_heads) in [(1, 1), (4, 4), (8, 4), (16, 16)] {
+        let mut q = matrix::<F>(9, heads * 5, 1);
+        let mut k = matrix::<F>(9, kv_heads * 5, 2);
+        let v = matrix::<F>(9, kv_heads * 3, 3);
+        q.row_mut(4).fill(F::one());
+        k.slice_mut(s![..2, ..]).fill(F::neg_infinity());
+        // Query 4 sees only these keys, the others do not see them.
+        let edges = [(4, 0), (4, 1)].into_iter().chain(
+            (0..9)
+                .filter(|&query| query != 4)
+                .flat_map(|query| (2..9).map(move |key| (query, key))),
+        );
+        let graph = Graph::from_edges(9, 9, edges)?;
+        let inputs = Inputs::graph(q.view(), k.view(), v.view(), &graph)?;
+        let inputs = inputs.with_grouped_heads(heads, kv_heads)?;
+        check(&inputs, &format!("infinite keys, {heads} heads, {kv_heads} of keys"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_query_that_sees_only_infinite_keys_has_no_gradient() -> Result<()> {
+    check_infinite_keys::<f32>()?;
+    check_infinite_keys::<f64>()
 }
