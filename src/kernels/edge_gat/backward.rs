@@ -5,15 +5,16 @@ use super::super::gathered::{Weights, unrolled_dot};
 use super::super::primitives::transpose::{store_part, to_columns, transposed};
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
-    Outputs, Pairs, Part, Scorer, SlotOfPair, Tile, add_up, for_each_pair, for_each_part,
-    level_for, pair_weights_vjp, parts, weights_and_logits_vjp_of_query,
+    Outputs, PairGradients, Pairs, Part, Scorer, SlotOfPair, Tile, add_bias_gradients,
+    add_pair_weight_gradients, add_up, for_each_part, level_for, parts,
+    weights_and_logits_vjp_of_query,
 };
 use super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::{EdgeColumns, EdgeProblem, EdgeScorer, ScoreSums};
 use crate::element::try_zeros;
 use crate::error::Result;
 use crate::gradients::GradientsMut;
-use crate::inputs::head_columns;
+use crate::inputs::{Pair, head_columns};
 use crate::kernels::Float;
 use fearless_simd::Level;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, s};
@@ -111,13 +112,8 @@ pub(in super::super) fn backward<F: Float>(
             grad += &in_rows.row(slots.slot(pair));
         }
     }
-    let by_query = Pairs::by_query(inputs);
-    if let (Some(grads), Some(bias)) = (&mut grads.bias, softmax.bias) {
-        for_each_pair(by_query, &of_bias, |pair, head, grad| grads[bias.slot(pair, head)] += grad);
-    }
-    for_each_pair(by_query, &of_pair_weights, |pair, head, grad| {
-        inputs.add_pair_weight_gradient(pair, head, grad, grads);
-    });
+    add_bias_gradients(softmax, &of_bias, &mut grads.bias);
+    add_pair_weight_gradients(softmax, &of_pair_weights, grads);
     let edge_weight = sums.slice(s![num_attention..]).to_owned();
     let edge_weight = edge_weight.into_shape_with_order(problem.edge_weight.raw_dim());
     Ok(EdgeGradients {
@@ -159,11 +155,9 @@ impl<F: Float> ByQuery<'_, F> {
         let stride = tile.stride;
         let mut scorer = EdgeScorer::new(level, problem, &tile);
         let mut columns = EdgeColumns::new(level, problem);
-        let mut grads = vec![F::zero(); tile.weights.len()];
+        let mut of_pairs = PairGradients::new(&tile, grad_pair_weights.ncols() > 0);
         // m, 1/l and δ of each head; δ = Σ p dp over the pairs of a single tile is computed there.
         let mut terms = vec![([F::zero(); 2], None); heads];
-        let wants_pair_weights = grad_pair_weights.ncols() > 0;
-        let mut of_pair_weights = vec![F::zero(); if wants_pair_weights { grads.len() } else { 0 }];
         let has_bias = softmax.bias.is_some();
         let ones = &problem.ones;
         let mut grad_tile = FeatureTile::new(level, if wants_features { dim } else { 0 }, stride);
@@ -197,50 +191,26 @@ impl<F: Float> ByQuery<'_, F> {
                 scorer.score(&mut tile);
                 tile.add_bias(softmax);
                 // dp = m g·(v + W x)
-                columns.columns.dots(grad_out, tile.gather(values), &mut grads, stride);
+                let grads = &mut of_pairs.grads;
+                columns.columns.dots(grad_out, tile.gather(values), grads, stride);
                 if problem.in_values {
-                    scorer.features.add_scores(heads, count, &of_grad_out, &mut grads);
+                    scorer.features.add_scores(heads, count, &of_grad_out, grads);
                 }
-                tile.load_multipliers(softmax);
-                for (head, &terms) in terms.iter().enumerate() {
-                    let [pairs, vectors] = tile.of_head(head);
-                    if wants_pair_weights {
-                        let of_weights = &mut of_pair_weights[pairs.clone()];
-                        let grads = &grads[pairs.clone()];
-                        pair_weights_vjp(softmax, &tile.pairs, head, grads, of_weights);
-                    }
-                    tile.multiply(head, &mut grads[pairs.clone()]);
-                    if let Some(of_weights) = upstream.grad_weights {
-                        of_weights.add_to(&mut grads[pairs.clone()], &tile.pairs, head);
-                    }
-                    let [weights, grads_of] = [&mut tile.weights, &mut grads]
-                        .map(|numbers| &mut numbers[vectors.clone()]);
-                    weights_and_logits_vjp_of_query(level, weights, terms, grads_of);
-                    grads_of[count..].fill(F::zero());
+                let vjp = |head: usize, pairs: &[Pair], [weights, grads]: [&mut [F]; 2]| {
+                    weights_and_logits_vjp_of_query(level, weights, terms[head], grads);
+                    grads[count..].fill(F::zero());
                     // Where δ is NaN, so are now the gradients of hidden pairs.
-                    for (&pair, grad) in tile.pairs.iter().zip(grads_of).filter(|_| has_bias) {
+                    for (&pair, grad) in pairs.iter().zip(grads).filter(|_| has_bias) {
                         if softmax.bias_of(pair, head).is_none() {
                             *grad = F::zero();
                         }
                     }
-                    if wants_pair_weights {
-                        let of_weights = of_pair_weights[pairs.clone()].iter_mut();
-                        let weights = &tile.weights[pairs];
-                        of_weights.zip(weights).for_each(|(grad, &weight)| *grad *= weight);
-                    }
-                }
-                tile.multiply_weights();
+                };
+                of_pairs.differentiate(&mut tile, softmax, upstream.grad_weights, vjp);
                 // Before the scores change the gradients of the logits.
-                for (by_slot, numbers) in
-                    [(&mut grad_bias, &grads), (&mut grad_pair_weights, &of_pair_weights)]
-                {
-                    let is_wanted = by_slot.ncols() > 0;
-                    for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
-                        let mut row = by_slot.row_mut(slot - part.slots.start);
-                        let of_pair = row.iter_mut().enumerate();
-                        of_pair.for_each(|(head, grad)| *grad = numbers[head * stride + t]);
-                    }
-                }
+                let by_slot = [&mut grad_bias, &mut grad_pair_weights];
+                of_pairs.store(&tile, part.slots.start, by_slot);
+                let grads = &mut of_pairs.grads;
 
                 grad_tile.clear(count);
                 let mut sums = ScoreSums {
@@ -250,13 +220,13 @@ impl<F: Float> ByQuery<'_, F> {
                     features: &mut grad_tile,
                     wants_features,
                 };
-                scorer.score.query_vjp(&tile, &scorer.features, &mut grads, &mut sums);
+                scorer.score.query_vjp(&tile, &scorer.features, grads, &mut sums);
                 if problem.in_values {
                     let weights = &tile.weights;
                     scorer.features.add_sums(ones, weights, count, &mut value_sums);
                     grad_tile.add_outer(heads, count, weights, &of_grad_out);
                 }
-                let numbers = [&tile.weights, &grads]
+                let numbers = [&tile.weights, &*grads]
                     .map(|numbers| Slices { data: numbers, columns: stride });
                 store_states(level, numbers, heads, &tile.slots, part.slots.start, states);
                 if wants_features {

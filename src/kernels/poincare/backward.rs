@@ -11,7 +11,8 @@ use crate::kernels::gathered::{Columns, Gather, Weights};
 use crate::kernels::primitives::matmul::Vector;
 use crate::kernels::problem::{Rows, Slices};
 use crate::kernels::rows::{
-    Outputs, Pairs, Part, Tile, add_to_row, add_up, for_each_part, level_for, parts,
+    Outputs, Pairs, Part, Tile, add_bias_gradients, add_to_row, add_up, for_each_part, level_for,
+    parts,
 };
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{Array2, ArrayViewMut3};
@@ -85,7 +86,7 @@ pub(in super::super) fn backward<F: Float>(
     tile_len: usize,
     level: Level,
     [by_query, by_key]: [bool; 2],
-    grad_bias: Option<ArrayViewMut3<'_, F>>,
+    mut grad_bias: Option<ArrayViewMut3<'_, F>>,
 ) -> Result<PointGradients<F>> {
     let softmax = &problem.softmax;
     let inputs = &softmax.inputs;
@@ -125,14 +126,7 @@ pub(in super::super) fn backward<F: Float>(
             |part, outputs| pass.queries(level, part, outputs),
             add_up,
         );
-        if let (Some(mut grad_bias), Some(bias)) = (grad_bias, softmax.bias) {
-            for (slot, query, key, index) in pairs.numbered() {
-                for head in 0..heads {
-                    grad_bias[bias.slot(Pair { query, key, index }, head)] +=
-                        grad_logits[[slot, head]];
-                }
-            }
-        }
+        add_bias_gradients(softmax, &grad_logits, &mut grad_bias);
     }
     if by_key {
         let pairs = Pairs::by_key(inputs);
@@ -251,14 +245,7 @@ impl<'p, F: Float> Pass<'p, F> {
                     Weights { factors: Some(ones), weights: directions, stride: tile.stride };
                 let points = Gather { rows: self.points.key.slices(), at: &tile.others };
                 key_columns.add_weighted(&mut sum, weights, points);
-                if grad_of_slots.ncols() > 0 {
-                    for (t, slot) in tile.slots.iter().enumerate() {
-                        let mut grads = grad_of_slots.row_mut(slot - part.slots.start);
-                        for (head, grad) in grads.iter_mut().enumerate() {
-                            *grad = grad_logits[head * tile.stride + t];
-                        }
-                    }
-                }
+                tile.store(grad_logits, part.slots.start, &mut grad_of_slots);
             }
             for head in 0..softmax.heads {
                 let grad_logit = -mem::take(&mut scratch.sums[head]);

@@ -13,13 +13,14 @@ use crate::kernels::dense::{
 };
 use crate::kernels::primitives::buffer::Buffer;
 use crate::kernels::primitives::matmul::{
-    Matrix, Out, Target, Vector, rows_times, squared_distances,
+    Matrix, Out, Target, Vector, panel_len, rows_times, squared_distances,
 };
 use crate::kernels::problem::Problem;
 use fearless_simd::{Level, Simd, SimdBase};
 use ndarray::{ArrayViewMut3, s};
 use std::f64::consts::LN_2;
 use std::iter;
+use std::ops::Range;
 
 /// [`backward`](super::backward) for dense inputs.
 pub(in super::super) fn dense_backward<F: Float>(
@@ -150,17 +151,6 @@ impl<'p, F: Float> TileVjp<'p, F> for DistanceVjp<'p, F> {
         let Block { level, problem: softmax, head, width, .. } = *block;
         let StripOfTile { columns, lanes, keys, may_hide } = strip;
         let len = keys.len();
-        let right = |packed| Matrix::new(packed, width).skip_columns(columns.start);
-        let out = |numbers| Out::columns(numbers, width, columns.clone());
-        let key = block.keys().left(keys.start);
-        let value = HeadRows::new(problem.directions.slices(), softmax.kv_head(head), problem.dim);
-        let value = value.left(keys.start);
-        squared_distances(level, len, key, right(&self.queries[..]), out(squared));
-        rows_times(level, len, value, right(&self.weights[..]), Target::Overwrite, out(products));
-        if !upstream.is_linear {
-            let spreads = &mut self.spreads[..len * width];
-            squared_distances(level, len, value, right(&self.directions[..]), out(spreads));
-        }
         if *may_hide {
             let bias = &mut self.bias[..len * width];
             bias.chunks_exact_mut(width).for_each(|row| row[columns.clone()].fill(F::zero()));
@@ -171,7 +161,24 @@ impl<'p, F: Float> TileVjp<'p, F> for DistanceVjp<'p, F> {
             multipliers.chunks_exact_mut(width).for_each(|row| row[columns.clone()].fill(F::one()));
             block.drop_out(lanes.clone(), keys, multipliers, &mut self.rows);
         }
-        self.differentiate_pairs(block, strip, [squared, products], &mut part.keys);
+        let key = block.keys().left(keys.start);
+        let value = HeadRows::new(problem.directions.slices(), softmax.kv_head(head), problem.dim);
+        let value = value.left(keys.start);
+        // A panel at a time, whose numbers stay in the cache.
+        let panel = panel_len::<F>(level);
+        for column in columns.clone().step_by(panel) {
+            let right = |packed| Matrix::new(packed, width).skip_columns(column);
+            let out = |numbers| Out::columns(numbers, width, column..column + panel);
+            squared_distances(level, len, key, right(&self.queries[..]), out(squared));
+            let weights = right(&self.weights[..]);
+            rows_times(level, len, value, weights, Target::Overwrite, out(products));
+            if !upstream.is_linear {
+                let spreads = &mut self.spreads[..len * width];
+                squared_distances(level, len, value, right(&self.directions[..]), out(spreads));
+            }
+            let place = (strip, column..column + panel);
+            self.differentiate_pairs(block, place, [squared, products], &mut part.keys);
+        }
         if let Some(grad) = &mut part.grad_bias {
             let grad = &mut grad.view_mut();
             block.add_bias_gradients(lanes.clone(), keys, &self.spreads, part.queries.start, grad);
@@ -219,18 +226,18 @@ impl<F: Float> DistanceVjp<'_, F> {
         }
     }
 
-    /// Computes the gradients of the pairs of a strip: replaces squared distances by weights, and products by the
+    /// Computes the gradients of the pairs in some columns of a strip: replaces squared distances by weights, and products by the
     /// factors of the directions, and writes the gradients of the logits to `spreads`.
     #[inline(never)]
     fn differentiate_pairs(
         &mut self,
         block: &Block<'_, '_, F>,
-        strip: &StripOfTile,
+        place: (&StripOfTile, Range<usize>),
         squared_and_products: [&mut [F]; 2],
         sums: &mut KeyGradients<F>,
     ) {
         dispatch!(block.level, simd => {
-            self.differentiate_in_vectors(simd, block, strip, squared_and_products, sums);
+            self.differentiate_in_vectors(simd, block, place, squared_and_products, sums);
         });
     }
 
@@ -239,7 +246,7 @@ impl<F: Float> DistanceVjp<'_, F> {
         &mut self,
         simd: S,
         block: &Block<'_, '_, F>,
-        strip: &StripOfTile,
+        (strip, columns): (&StripOfTile, Range<usize>),
         [squared, products]: [&mut [F]; 2],
         sums: &mut KeyGradients<F>,
     ) {
@@ -253,7 +260,7 @@ impl<F: Float> DistanceVjp<'_, F> {
             unreachable!("there are two numbers for each key");
         };
         let vector_len = Vector::<S, F>::LEN;
-        for at in strip.columns.clone().step_by(vector_len) {
+        for at in columns.step_by(vector_len) {
             let query = Radius::of(self.radii.load(simd, at));
             let terms = Terms::of(self.terms.load(simd, at));
             let from = |data: &[F]| Vector::<S, F>::from_slice(simd, &data[..vector_len]);

@@ -7,8 +7,8 @@ use super::super::problem::{FiniteRows, Problem, Slices, Upstream, WeightGradien
 use super::super::score::{ScoredRow, Scoring};
 use super::lanes::Lanes;
 use super::{
-    DotScorer, Outputs, Pairs, Part, Tile, TwoSided, add_bad, add_to_row, add_up, for_each_pair,
-    for_each_part, level_for, pair_weights_vjp, parts,
+    DotScorer, Outputs, PairGradients, Pairs, Part, Tile, TwoSided, add_bad, add_bias_gradients,
+    add_pair_weight_gradients, add_to_row, add_up, for_each_part, level_for, parts,
 };
 use crate::gradients::GradientsMut;
 use crate::inputs::{Pair, head_columns};
@@ -104,17 +104,11 @@ pub(in super::super) fn backward<'p, F: Float, C: TwoSided<'p, F>>(
         );
     }
 
-    if let (Some(grads), Some(bias)) = (&mut grads.bias, problem.bias) {
-        for_each_pair(by_query, &grad_logits, |pair, head, grad| {
-            grads[bias.slot(pair, head)] += grad;
-        });
-    }
-    for_each_pair(by_query, &of_pair_weights, |pair, head, grad| {
-        inputs.add_pair_weight_gradient(pair, head, grad, grads);
-    });
+    add_bias_gradients(problem, &grad_logits, &mut grads.bias);
+    add_pair_weight_gradients(problem, &of_pair_weights, grads);
     if let (Some(grad), 1) = (&mut grads.distances, num_data) {
-        for (slot, _, _, index) in by_query.numbered() {
-            grad[index] += grad_data[[slot, 0]];
+        for (slot, pair) in by_query.numbered() {
+            grad[pair.index] += grad_data[[slot, 0]];
         }
     }
     sums.sum_axis(Axis(0))
@@ -227,13 +221,13 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
 
         let mut tile = Tile::new(level, heads, self.tile_len);
         let mut scorer = C::of_side(level, self.of_scorer, self.scaled_queries, &tile);
-        // m, 1/l and δ of the query of each pair, and the gradient of its weight, then of its logit.
-        let [mut shifts, mut inverses, mut deltas, mut grads] =
-            [(); 4].map(|()| vec![F::zero(); tile.weights.len()]);
-        let mut grad_data = vec![F::zero(); tile.stride];
+        // By key: m, 1/l and δ of the query of each pair.
+        let mut terms_of_pairs =
+            [(); 3].map(|()| vec![F::zero(); if other.is_keys { 0 } else { tile.weights.len() }]);
         let wants_pair_weights =
             of_query.as_ref().is_some_and(|grads| grads.by_slot[2].ncols() > 0);
-        let mut of_pair_weights = vec![F::zero(); if wants_pair_weights { grads.len() } else { 0 }];
+        let mut of_pairs = PairGradients::new(&tile, wants_pair_weights);
+        let mut grad_data = vec![F::zero(); tile.stride];
         let ones = vec![F::one(); heads];
         // For a score function: the logits that it is given, the pairs, and the gradients of its parameters. The pass by
         // key computes these too, for nothing.
@@ -249,16 +243,6 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
             let own_b = own.b.row(row.row);
             sum_a.fill(F::zero());
             sum_b.fill(F::zero());
-            if other.is_keys {
-                let terms = &terms[row.row * heads..][..heads];
-                let len = row.slots.len().next_multiple_of(vector_len::<F>(level));
-                for (head, &[shift, inverse, delta]) in terms.iter().enumerate() {
-                    let of_head = head * tile.stride..head * tile.stride + len.min(tile.stride);
-                    shifts[of_head.clone()].fill(shift);
-                    inverses[of_head.clone()].fill(inverse);
-                    deltas[of_head].fill(delta);
-                }
-            }
             while tile.fill(problem, &mut row, soon) {
                 scorer.score(&mut tile);
                 if problem.scoring.is_some() {
@@ -268,8 +252,18 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                 tile.add_bias(problem);
                 // dp = m g·v
                 let stride = tile.stride;
-                columns_b.dots(own_b, tile.gather(other.b), &mut grads, stride);
-                if !other.is_keys {
+                let of_b = tile.gather(other.b);
+                columns_b.dots(own_b, of_b, &mut of_pairs.grads, stride);
+                let grad_weights = self.grad_weights;
+                if other.is_keys {
+                    let vjp = |head: usize, _: &[Pair], [weights, grads]: [&mut [F]; 2]| {
+                        let [shift, inverse, delta] = terms[row.row * heads + head];
+                        let terms = ([shift, inverse], Some(delta));
+                        weights_and_logits_vjp_of_query(level, weights, terms, grads);
+                    };
+                    of_pairs.differentiate(&mut tile, problem, grad_weights, vjp);
+                } else {
+                    let [shifts, inverses, deltas] = &mut terms_of_pairs;
                     for head in 0..heads {
                         let [of_head, _] = tile.of_head(head);
                         let (shifts, inverses) =
@@ -279,42 +273,16 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                             [*shift, *inverse, *delta] = terms[query * heads + head];
                         }
                     }
+                    let vjp = |head: usize, _: &[Pair], [weights, grads]: [&mut [F]; 2]| {
+                        let terms = terms_of_pairs.each_ref().map(|terms| &terms[head * stride..]);
+                        weights_and_logits_vjp(level, weights, terms, grads);
+                    };
+                    of_pairs.differentiate(&mut tile, problem, grad_weights, vjp);
                 }
-                tile.load_multipliers(problem);
-                for head in 0..heads {
-                    let [of_head, vectors] = tile.of_head(head);
-                    if wants_pair_weights {
-                        let of_weights = &mut of_pair_weights[of_head.clone()];
-                        let of_head = &grads[of_head.clone()];
-                        pair_weights_vjp(problem, &tile.pairs, head, of_head, of_weights);
-                    }
-                    tile.multiply(head, &mut grads[of_head.clone()]);
-                    if let Some(of_weights) = self.grad_weights {
-                        of_weights.add_to(&mut grads[of_head.clone()], &tile.pairs, head);
-                    }
-                    weights_and_logits_vjp(
-                        level,
-                        &mut tile.weights[vectors.clone()],
-                        [&shifts, &inverses, &deltas].map(|terms| &terms[vectors.clone()]),
-                        &mut grads[vectors],
-                    );
-                    if wants_pair_weights {
-                        let of_weights = of_pair_weights[of_head.clone()].iter_mut();
-                        of_weights.zip(&tile.weights[of_head]).for_each(|(grad, &p)| *grad *= p);
-                    }
+                if let Some(OfQuery { by_slot: [of_logits, _, of_weights], .. }) = &mut of_query {
+                    of_pairs.store(&tile, part.slots.start, [of_logits, of_weights]);
                 }
-                // õ = m p v
-                tile.multiply_weights();
-                if let Some(OfQuery { by_slot: [of_logits, ..], .. }) = &mut of_query
-                    && of_logits.ncols() > 0
-                {
-                    for (t, slot) in tile.slots.iter().enumerate() {
-                        let of_pair = of_logits.row_mut(slot - part.slots.start);
-                        for (head, grad) in of_pair.into_iter().enumerate() {
-                            *grad = grads[head * stride + t];
-                        }
-                    }
-                }
+                let grads = &mut of_pairs.grads;
                 if let Some(scoring) = &problem.scoring {
                     for head in 0..heads {
                         let [of_head, _] = tile.of_head(head);
@@ -324,24 +292,17 @@ impl<'p, F: Float, C: TwoSided<'p, F>> Pass<'_, 'p, F, C> {
                     }
                 }
                 // s = scale a·a'
-                let grad_logits = Weights { factors: Some(&ones), weights: &grads, stride };
+                let grad_logits = Weights { factors: Some(&ones), weights: grads, stride };
                 let factors = scorer.factors(&tile, finite_a);
                 columns_a.add_weighted(&mut sum_a, grad_logits, factors);
                 if grad_b.is_some() {
                     let b = tile.gather(finite_b);
                     columns_b.add_weighted(&mut sum_b, tile.weights(Some(&ones)), b);
                 }
-                self.add_bad(&tile, &grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
-                if let Some(OfQuery { by_slot: [_, of_data, of_weights], .. }) = &mut of_query {
-                    scorer.logits_vjp(&tile, &grads, &mut grad_data);
-                    let is_wanted = of_data.ncols() + of_weights.ncols() > 0;
-                    for (t, slot) in tile.slots.iter().enumerate().filter(|_| is_wanted) {
-                        let slot = slot - part.slots.start;
-                        of_data.row_mut(slot).fill(grad_data[t]);
-                        for (head, grad) in of_weights.row_mut(slot).iter_mut().enumerate() {
-                            *grad = of_pair_weights[head * stride + t];
-                        }
-                    }
+                self.add_bad(&tile, grads, [&mut sum_a, &mut sum_b], grad_b.is_some());
+                if let Some(OfQuery { by_slot: [_, of_data, _], .. }) = &mut of_query {
+                    scorer.logits_vjp(&tile, grads, &mut grad_data);
+                    tile.store(&grad_data, part.slots.start, of_data);
                 }
             }
             if let Some(OfQuery { sums, .. }) = &mut of_query {

@@ -12,12 +12,14 @@
 mod backward;
 mod forward;
 mod lanes;
+mod pair_gradients;
 mod weights;
 
 pub(super) use backward::{
     backward, dot_backward, scaled_queries, weights_and_logits_vjp_of_query,
 };
 pub(super) use forward::{dot_forward, forward};
+pub(super) use pair_gradients::{PairGradients, add_bias_gradients, add_pair_weight_gradients};
 pub(super) use weights::weights;
 
 use super::gathered::{Columns, Gather, Weights};
@@ -107,13 +109,13 @@ impl<'g> Pairs<'g> {
         }
     }
 
-    /// Iterates over the slots of pairs by query, with query, key and number.
-    pub(super) fn numbered(self) -> impl Iterator<Item = (usize, usize, usize, usize)> {
+    /// Iterates over the slots of all pairs.
+    fn numbered(self) -> impl Iterator<Item = (usize, Pair)> {
         (0..self.num_rows()).flat_map(move |row| {
             let mut pairs = Vec::new();
             let slots = self.slots(row);
             Row { pairs: self, row, slots: slots.clone() }.list(slots.clone(), &mut pairs);
-            slots.zip(pairs).map(|(slot, pair)| (slot, pair.query, pair.key, pair.index))
+            slots.zip(pairs)
         })
     }
 
@@ -598,6 +600,18 @@ impl<F: Float> Tile<F> {
         Weights { factors, weights: &self.weights, stride: self.stride }
     }
 
+    /// Copies numbers of the pairs to the rows of their slots, counted from `first` on, with a column for each head. Does
+    /// nothing if the rows have no columns, which means that they are not wanted.
+    pub(super) fn store(&self, numbers: &[F], first: usize, rows: &mut ArrayViewMut2<'_, F>) {
+        if rows.ncols() > 0 {
+            for (t, slot) in self.slots.iter().enumerate() {
+                let of_heads = numbers[t..].iter().step_by(self.stride);
+                let row = rows.row_mut(slot - first);
+                row.into_iter().zip(of_heads).for_each(|(entry, &number)| *entry = number);
+            }
+        }
+    }
+
     /// Applies the score function, if there is one, to the logits that a scorer has written.
     #[inline]
     pub(super) fn apply_score(
@@ -773,36 +787,6 @@ fn add_bad<'r, F: Float>(
                 if !value.is_finite() {
                     *sum += weight * value;
                 }
-            }
-        }
-    }
-}
-
-/// Overwrites `grads` with the gradients of the weights of pairs, without the attention weights p as a factor:
-/// those of the weights p̃, which are given, times the factors of dropout.
-pub(super) fn pair_weights_vjp<F: Float>(
-    problem: &Problem<'_, F>,
-    pairs: &[Pair],
-    head: usize,
-    grad_weights: &[F],
-    grads: &mut [F],
-) {
-    for ((grad, &of_weight), &pair) in grads.iter_mut().zip(grad_weights).zip(pairs) {
-        let of_weight = problem.unless_hidden(of_weight, pair, head);
-        *grad = of_weight * problem.inputs.dropout_multiplier(pair, head);
-    }
-}
-
-/// Passes numbers of all pairs and heads, in the order of the rows, to `add`.
-pub(super) fn for_each_pair<F: Float>(
-    pairs: Pairs<'_>,
-    numbers: &Array2<F>,
-    mut add: impl FnMut(Pair, usize, F),
-) {
-    if numbers.ncols() > 0 {
-        for (slot, query, key, index) in pairs.numbered() {
-            for (head, &number) in numbers.row(slot).iter().enumerate() {
-                add(Pair { query, key, index }, head, number);
             }
         }
     }

@@ -6,7 +6,7 @@ use super::super::super::problem::{Slices, Upstream, WeightGradients};
 use super::super::super::score::Scoring;
 use super::super::backward::asked_or;
 use super::super::{
-    Outputs, Pairs, Part, Row, add_to_row, add_up, for_each_pair, for_each_part, parts,
+    Outputs, Pairs, Part, Row, add_pair_weight_gradients, add_to_row, add_up, for_each_part, parts,
 };
 use super::copies::{Copies, Transposition, Which, from_lanes, to_lanes};
 use super::steps::{Others, Shape, Terms, dots, vjp, weighted_sums};
@@ -146,9 +146,7 @@ impl<F: Float> Lanes<'_, F> {
                 add_up,
             );
         }
-        for_each_pair(pairs, &of_pair_weights, |pair, head, grad| {
-            problem.inputs.add_pair_weight_gradient(pair, head, grad, grads);
-        });
+        add_pair_weight_gradients(problem, &of_pair_weights, grads);
         grad_params.sum_axis(Axis(0)).iter().map(|grad: &F| grad.as_f64()).collect()
     }
 

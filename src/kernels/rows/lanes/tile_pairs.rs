@@ -1,7 +1,8 @@
 //! Score functions and factors of the weights, which read and write the numbers of one head after another.
 
 use super::super::super::score::ScoredRow;
-use super::super::{numbered, pair_weights_vjp};
+use super::super::numbered;
+use super::super::pair_gradients::pair_weights_vjp;
 use super::Lanes;
 use crate::graph::Graph;
 use crate::inputs::Pair;
