@@ -69,7 +69,7 @@ impl Group {
 
 /// The columns of heads in own and other rows.
 #[derive(Clone, Debug)]
-pub(crate) struct Columns<F> {
+pub(super) struct Columns<F> {
     level: Level,
     /// Columns of a head.
     dim: usize,
@@ -84,7 +84,7 @@ pub(crate) struct Columns<F> {
 
 impl<F: Float> Columns<F> {
     /// `starts(head)` are a head's first columns in own and other rows.
-    pub(crate) fn new(
+    pub(super) fn new(
         level: Level,
         heads: usize,
         dim: usize,
@@ -106,13 +106,13 @@ impl<F: Float> Columns<F> {
     /// The products of as many rows as a vector has lanes are kept as vectors and folded into one vector
     /// of sums, which takes a third of the shuffles of one row at a time.
     #[inline(never)]
-    pub(crate) fn dots(&mut self, own: &[F], rows: Gather<'_, F>, out: &mut [F], stride: usize) {
+    pub(super) fn dots(&mut self, own: &[F], rows: Gather<'_, F>, out: &mut [F], stride: usize) {
         dispatch!(self.level, simd => self.sums::<_, false>(simd, own, rows, out, stride));
     }
 
     /// Like [`dots`](Self::dots), but |own − row t|², computed from differences.
     #[inline(never)]
-    pub(crate) fn squared_distances(
+    pub(super) fn squared_distances(
         &mut self,
         own: &[F],
         rows: Gather<'_, F>,
@@ -172,7 +172,7 @@ impl<F: Float> Columns<F> {
     ///
     /// The sum stays in registers over many rows: [`SUMS`] vectors of it, or fewer, with even and odd rows apart.
     #[inline(never)]
-    pub(crate) fn add_weighted(&self, sum: &mut [F], weights: Weights<'_, F>, rows: Gather<'_, F>) {
+    pub(super) fn add_weighted(&self, sum: &mut [F], weights: Weights<'_, F>, rows: Gather<'_, F>) {
         dispatch!(self.level, simd => self.weighted_sums(simd, sum, weights, rows));
     }
 
@@ -402,9 +402,9 @@ pub(super) fn fold_quarters<S: Simd, F: Float>(
 
 /// Some rows of a matrix, in some order.
 #[derive(Clone, Copy)]
-pub(crate) struct Gather<'r, F> {
-    pub(crate) rows: Slices<'r, F>,
-    pub(crate) at: &'r [usize],
+pub(super) struct Gather<'r, F> {
+    pub(super) rows: Slices<'r, F>,
+    pub(super) at: &'r [usize],
 }
 
 impl<'r, F: Copy> Gather<'r, F> {
@@ -416,12 +416,12 @@ impl<'r, F: Copy> Gather<'r, F> {
 
 /// The factors of [`Columns::add_weighted`].
 #[derive(Clone, Copy)]
-pub(crate) struct Weights<'w, F> {
+pub(super) struct Weights<'w, F> {
     /// The factors of the previous sum of each head, if there is one.
-    pub(crate) factors: Option<&'w [F]>,
+    pub(super) factors: Option<&'w [F]>,
     /// The weights of the rows; those of head h start at h · stride.
-    pub(crate) weights: &'w [F],
-    pub(crate) stride: usize,
+    pub(super) weights: &'w [F],
+    pub(super) stride: usize,
 }
 
 impl<'w, F> Weights<'w, F> {

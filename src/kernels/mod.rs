@@ -18,8 +18,6 @@
 //! they are called, not inlined. Everything that they call for each vector is `#[inline(always)]`,
 //! including closures, because a call across the boundary of an instruction set costs ten times the work.
 //!
-//! The scores of `EdgeGat` are steps too, in `mechanisms::edge_gat::scores`, each beside its parameters.
-//!
 //! `linear` computes projections with `ndarray`'s products, and `norm` normalises rows. `nearest` also
 //! processes queries × keys in tiles, and keeps the best keys of each query; `keys` has similarities of
 //! single pairs, also for the links of an HNSW index. All are checked against the plain `ScaledDotProduct`
@@ -93,7 +91,7 @@ use crate::element::Element;
 use crate::error::Result;
 use crate::gradients::GradientsMut;
 use dense::TileSizes;
-use edge_gat::{EdgeGradients, EdgeProblem};
+use edge_gat::{BoxedScore, EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use keys::{Keys, Origin};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3};
@@ -246,6 +244,18 @@ kernels! {
         out: ArrayViewMut2<'_, Self>,
         normalizer: &mut Normalizer<Self>,
     ) = rows::forward::<_, edge_gat::EdgeScorer<'_, _>>;
+
+    /// [`edge_gat::scores::gat`].
+    fn gat_score(slope: Self, attention: Array2<Self>) -> BoxedScore<Self> = edge_gat::scores::gat;
+
+    /// [`edge_gat::scores::gat_v2`].
+    fn gat_v2_score(slope: Self, attention: Vec<Self>) -> BoxedScore<Self> = edge_gat::scores::gat_v2;
+
+    /// [`edge_gat::scores::additive`].
+    fn additive_score(attention: Vec<Self>) -> BoxedScore<Self> = edge_gat::scores::additive;
+
+    /// [`edge_gat::scores::dot_product`].
+    fn dot_product_score() -> BoxedScore<Self> = edge_gat::scores::dot_product;
 
     /// [`edge_gat::backward`].
     fn edges_backward(

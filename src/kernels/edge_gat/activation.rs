@@ -2,11 +2,12 @@
 
 use crate::kernels::Float;
 use crate::kernels::primitives::matmul::Vector;
-use fearless_simd::{Select, Simd, SimdBase};
+use crate::kernels::primitives::tanh::tanh;
+use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
 use std::fmt::Debug;
 
 /// An activation of vectors of numbers.
-pub(crate) trait Activation<F: Float>: Copy + Debug + Send + Sync + 'static {
+pub(super) trait Activation<F: Float>: Copy + Debug + Send + Sync + 'static {
     fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F>;
 
     /// Returns the derivative, given the result of [`of`](Self::of).
@@ -15,7 +16,7 @@ pub(crate) trait Activation<F: Float>: Copy + Debug + Send + Sync + 'static {
 
 /// LeakyReLU with this slope, of at least 0, on the negative side.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct LeakyRelu<F>(pub(crate) F);
+pub(super) struct LeakyRelu<F>(pub(super) F);
 
 impl<F: Float> Activation<F> for LeakyRelu<F> {
     #[inline(always)]
@@ -32,9 +33,26 @@ impl<F: Float> Activation<F> for LeakyRelu<F> {
     }
 }
 
+/// The hyperbolic tangent.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tanh;
+
+impl<F: Float> Activation<F> for Tanh {
+    #[inline(always)]
+    fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F> {
+        let [magnitude, _] = tanh::<S, F>(simd, x, F::from_f64(-2.0));
+        magnitude.copysign(x)
+    }
+
+    #[inline(always)]
+    fn derivative<S: Simd>(self, simd: S, result: Vector<S, F>) -> Vector<S, F> {
+        Vector::<S, F>::splat(simd, F::one()) - result * result
+    }
+}
+
 /// Replaces numbers by their activations, in whole vectors.
 #[inline(always)]
-pub(crate) fn activate<S: Simd, F: Float>(
+pub(super) fn activate<S: Simd, F: Float>(
     simd: S,
     activation: impl Activation<F>,
     values: &mut [F],

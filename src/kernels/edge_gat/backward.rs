@@ -65,7 +65,7 @@ pub(in super::super) fn backward<F: Float>(
         Some(direct) => direct.view_mut(),
         None => in_rows.view_mut(),
     };
-    let num_attention = problem.score.num_attention();
+    let num_attention = problem.score.0.num_attention();
     let mut states = try_zeros("pairs of the backward pass", inputs.num_pairs(), 2 * heads)?;
     let if_wanted =
         |is_wanted| try_zeros("grads", inputs.num_pairs(), if is_wanted { heads } else { 0 });
@@ -279,7 +279,7 @@ fn store_states<F: Float>(
 
 /// The gradient of Wᵀ (features × columns) += factor · x row, in the columns of each head.
 #[inline(always)]
-pub(crate) fn add_outer<F: Float>(
+pub(super) fn add_outer<F: Float>(
     factor: F,
     row: &[F],
     dim: usize,
@@ -316,7 +316,7 @@ impl<F: Float> ByKey<'_, F> {
         let states = states.to_slice().expect("an array of our own");
 
         let mut tile = Tile::new(level, heads, self.tile_len);
-        let mut score = problem.score.tiles(level, problem, &tile);
+        let mut score = problem.score.0.tiles(level, problem, &tile);
         let columns = EdgeColumns::new(level, problem).columns;
         // The weights of a tile, and the gradients of its logits.
         let mut numbers = vec![F::zero(); 2 * tile.weights.len()];

@@ -10,7 +10,7 @@ use crate::kernels::Float;
 use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
 
 /// A number for each feature and pair of a tile.
-pub(crate) struct FeatureTile<F> {
+pub(super) struct FeatureTile<F> {
     level: Level,
     dim: usize,
     /// The distance between features, in whole vectors.
@@ -19,20 +19,20 @@ pub(crate) struct FeatureTile<F> {
 }
 
 /// A number for each head and feature.
-pub(crate) struct Coefficients<F> {
+pub(super) struct Coefficients<F> {
     /// The distance between heads, in whole vectors.
-    pub(crate) stride: usize,
-    pub(crate) data: Vec<F>,
+    pub(super) stride: usize,
+    pub(super) data: Vec<F>,
 }
 
 impl<F: Float> Coefficients<F> {
-    pub(crate) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
         let stride = dim.next_multiple_of(vector_len::<F>(level));
         Self { stride, data: vec![F::zero(); heads * stride] }
     }
 
     /// Creates it from heads × features without gaps.
-    pub(crate) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
+    pub(super) fn from_rows(level: Level, rows: &[F], heads: usize, dim: usize) -> Self {
         let mut coefficients = Self::zeros(level, heads, dim);
         for head in 0..heads {
             coefficients.data[head * coefficients.stride..][..dim]
@@ -42,13 +42,13 @@ impl<F: Float> Coefficients<F> {
     }
 
     #[inline(always)]
-    pub(crate) fn of_head(&self, head: usize) -> &[F] {
+    pub(super) fn of_head(&self, head: usize) -> &[F] {
         &self.data[head * self.stride..][..self.stride]
     }
 }
 
 /// Sums over pairs for each head and feature, lane by lane.
-pub(crate) struct FeatureSums<F> {
+pub(super) struct FeatureSums<F> {
     dim: usize,
     /// The number of lanes of a vector.
     len: usize,
@@ -56,17 +56,17 @@ pub(crate) struct FeatureSums<F> {
 }
 
 impl<F: Float> FeatureSums<F> {
-    pub(crate) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
+    pub(super) fn zeros(level: Level, heads: usize, dim: usize) -> Self {
         let len = vector_len::<F>(level);
         Self { dim, len, lanes: vec![F::zero(); heads * dim * len] }
     }
 
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.lanes.fill(F::zero());
     }
 
     /// The sums.
-    pub(crate) fn store(&self, sums: &mut Coefficients<F>) {
+    pub(super) fn store(&self, sums: &mut Coefficients<F>) {
         for (at, lanes) in self.lanes.chunks_exact(self.len).enumerate() {
             let (head, feature) = (at / self.dim, at % self.dim);
             sums.data[head * sums.stride + feature] = lanes.iter().copied().sum();
@@ -76,23 +76,23 @@ impl<F: Float> FeatureSums<F> {
 
 impl<F: Float> FeatureTile<F> {
     /// Creates it for tiles with heads `stride` apart.
-    pub(crate) fn new(level: Level, dim: usize, stride: usize) -> Self {
+    pub(super) fn new(level: Level, dim: usize, stride: usize) -> Self {
         Self { level, dim, stride, data: vec![F::zero(); dim * stride] }
     }
 
     /// The weights of a feature in [`Columns::add_weighted`](super::super::gathered::Columns).
     #[inline(always)]
-    pub(crate) fn of_feature(&self, feature: usize) -> &[F] {
+    pub(super) fn of_feature(&self, feature: usize) -> &[F] {
         &self.data[feature * self.stride..][..self.stride]
     }
 
     #[inline(always)]
-    pub(crate) fn of_feature_mut(&mut self, feature: usize) -> &mut [F] {
+    pub(super) fn of_feature_mut(&mut self, feature: usize) -> &mut [F] {
         &mut self.data[feature * self.stride..][..self.stride]
     }
 
     /// Loads the features of some pairs, with zeros up to a whole vector.
-    pub(crate) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
+    pub(super) fn load(&mut self, features: Slices<'_, F>, pairs: &[Pair]) {
         if self.dim == 0 {
             return;
         }
@@ -107,7 +107,7 @@ impl<F: Float> FeatureTile<F> {
     }
 
     /// Overwrites the features of the first `count` pairs with zeros, up to a whole vector.
-    pub(crate) fn clear(&mut self, count: usize) {
+    pub(super) fn clear(&mut self, count: usize) {
         let end = self.padded(count);
         for column in self.data.chunks_exact_mut(self.stride) {
             column[..end].fill(F::zero());
@@ -120,7 +120,7 @@ impl<F: Float> FeatureTile<F> {
 
     /// Adds the features of each pair to a row, whose number is that of the pair's slot less `first`.
     #[inline(never)]
-    pub(crate) fn add_to(&self, slots: &[usize], first: usize, rows: &mut [F]) {
+    pub(super) fn add_to(&self, slots: &[usize], first: usize, rows: &mut [F]) {
         let dim = self.dim;
         dispatch!(level_for::<F>(self.level, [dim; 2]), simd => transposed(
             simd,
@@ -140,7 +140,7 @@ impl<F: Float> FeatureTile<F> {
 
     /// scores[h · stride + t] += Σ coefficients of head h · features of pair t.
     #[inline(never)]
-    pub(crate) fn add_scores(
+    pub(super) fn add_scores(
         &self,
         heads: usize,
         count: usize,
@@ -207,7 +207,7 @@ impl<F: Float> FeatureTile<F> {
     /// sums ← factors · sums + Σₜ weights[h · stride + t] · features of pair t. The weights past the
     /// end must be 0.
     #[inline(never)]
-    pub(crate) fn add_sums(
+    pub(super) fn add_sums(
         &self,
         factors: &[F],
         weights: &[F],
@@ -278,7 +278,7 @@ impl<F: Float> FeatureTile<F> {
 
     /// Feature c of pair t += Σ_h weights[h · stride + t] · coefficients of head h.
     #[inline(never)]
-    pub(crate) fn add_outer(
+    pub(super) fn add_outer(
         &mut self,
         heads: usize,
         count: usize,

@@ -5,15 +5,15 @@
 //! row are summed with the weights before they are projected.
 //!
 //! The logits are those of an [`EdgeScore`]. Its methods are called once for each tile, so they are called
-//! through a pointer, and both passes are compiled once for all scores. Each score is a file of
-//! `mechanisms::edge_gat::scores`.
+//! through a pointer, and both passes are compiled once for all `scores`.
 
-pub(crate) mod activation;
+mod activation;
 mod backward;
-pub(crate) mod features;
+mod features;
+pub(super) mod scores;
 
+pub(crate) use backward::EdgeGradients;
 pub(super) use backward::backward;
-pub(crate) use backward::{EdgeGradients, add_outer};
 
 use super::gathered::{Columns, Gather, Weights};
 use super::problem::{Problem, Rows, Slices};
@@ -25,7 +25,7 @@ use ndarray::Array2;
 use std::fmt::Debug;
 
 /// How the logit of a pair is computed from its query q, key k and features x.
-pub(crate) trait EdgeScore<F: Float>: Debug + Send + Sync {
+trait EdgeScore<F: Float>: Debug + Send + Sync {
     /// Returns the number of parameters besides W that all pairs share: [`EdgeGradients::attention`].
     fn num_attention(&self) -> usize;
 
@@ -38,9 +38,13 @@ pub(crate) trait EdgeScore<F: Float>: Debug + Send + Sync {
     ) -> Box<dyn ScoreTiles<F> + 'p>;
 }
 
+/// Any [`EdgeScore`].
+#[derive(Debug)]
+pub struct BoxedScore<F>(Box<dyn EdgeScore<F>>);
+
 /// An [`EdgeScore`] in a pass over the pairs, tile by tile. The forward pass and the first pass of the
 /// backward pass go by query, and the second pass of the backward pass by key.
-pub(crate) trait ScoreTiles<F: Float> {
+trait ScoreTiles<F: Float> {
     /// By query: loads the row of a query.
     fn begin(&mut self, query: usize);
 
@@ -71,16 +75,16 @@ pub(crate) trait ScoreTiles<F: Float> {
 }
 
 /// The gradients that the pass by query adds to.
-pub(crate) struct ScoreSums<'s, F> {
+struct ScoreSums<'s, F> {
     /// Of the query of the row.
-    pub(crate) query: &'s mut [F],
+    query: &'s mut [F],
     /// Of the parameters.
-    pub(crate) attention: &'s mut [F],
+    attention: &'s mut [F],
     /// Of Wᵀ, features × columns of the values.
-    pub(crate) edge_weight: &'s mut [F],
+    edge_weight: &'s mut [F],
     /// Of the features of the tile, if they are wanted; otherwise it has none.
-    pub(crate) features: &'s mut FeatureTile<F>,
-    pub(crate) wants_features: bool,
+    features: &'s mut FeatureTile<F>,
+    wants_features: bool,
 }
 
 /// Inputs of attention with features of the pairs.
@@ -88,7 +92,7 @@ pub(crate) struct ScoreSums<'s, F> {
 pub struct EdgeProblem<'p, F: Float> {
     /// Queries, keys and values for the logits and sums.
     pub(crate) softmax: Problem<'p, F>,
-    pub(crate) score: Box<dyn EdgeScore<F>>,
+    pub(crate) score: BoxedScore<F>,
     /// pairs × features, in the caller's order; no columns without features.
     pub(crate) features: Rows<'p, F>,
     /// Wᵀ: features × columns of the values.
@@ -118,28 +122,28 @@ impl<F: Float> EdgeProblem<'_, F> {
 }
 
 /// The columns of the heads of values, which are also those of W and of keys with as many columns.
-pub(crate) struct EdgeColumns<'p, F: Float> {
+struct EdgeColumns<'p, F: Float> {
     problem: &'p EdgeProblem<'p, F>,
-    pub(crate) columns: Columns<F>,
+    columns: Columns<F>,
     /// 0, 1, 2, …: all rows of a matrix in order.
     rows: Vec<usize>,
 }
 
 impl<'p, F: Float> EdgeColumns<'p, F> {
-    pub(crate) fn new(level: Level, problem: &'p EdgeProblem<'p, F>) -> Self {
+    fn new(level: Level, problem: &'p EdgeProblem<'p, F>) -> Self {
         let dim = problem.softmax.value_dim;
         let columns = Columns::new(level, problem.softmax.heads, dim, |head| [head * dim; 2]);
         Self { problem, columns, rows: (0..problem.feature_dim()).collect() }
     }
 
     /// Computes, for each head, Wᵀ row in the columns of that head.
-    pub(crate) fn project(&mut self, row: &[F], projected: &mut Coefficients<F>) {
+    fn project(&mut self, row: &[F], projected: &mut Coefficients<F>) {
         let weight = Gather { rows: self.problem.edge_weight(), at: &self.rows };
         self.columns.dots(row, weight, &mut projected.data, projected.stride);
     }
 
     /// out += W x for each head in its columns.
-    pub(crate) fn add_projected(&self, x: &Coefficients<F>, out: &mut [F]) {
+    fn add_projected(&self, x: &Coefficients<F>, out: &mut [F]) {
         let weight = Gather { rows: self.problem.edge_weight(), at: &self.rows };
         let x = Weights { factors: Some(&self.problem.ones), weights: &x.data, stride: x.stride };
         self.columns.add_weighted(out, x, weight);
@@ -168,7 +172,7 @@ impl<'p, F: Float> Scorer<'p, F> for EdgeScorer<'p, F> {
         let (heads, value_dim) = (problem.softmax.heads, problem.value_feature_dim());
         Self {
             problem,
-            score: problem.score.tiles(level, problem, tile),
+            score: problem.score.0.tiles(level, problem, tile),
             columns: EdgeColumns::new(level, problem),
             features: FeatureTile::new(level, problem.feature_dim(), tile.stride),
             pairs: Pairs::by_query(&problem.softmax.inputs),

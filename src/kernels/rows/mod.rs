@@ -72,7 +72,7 @@ pub(super) fn level_for<F>(level: Level, dims: [usize; 2]) -> Level {
 
 /// The side, queries or keys, that determines the rows of pairs.
 #[derive(Clone, Copy)]
-pub(crate) enum Pairs<'g> {
+pub(super) enum Pairs<'g> {
     /// Queries that see all keys.
     Dense { num_queries: usize, num_keys: usize },
     /// Keys that all queries see.
@@ -100,7 +100,7 @@ impl<'g> Pairs<'g> {
     }
 
     /// Returns the same pairs by key.
-    pub(crate) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
+    pub(super) fn by_key<F: Float>(inputs: &Inputs<'g, F>) -> Self {
         match Self::by_query(inputs) {
             Pairs::Dense { num_queries, num_keys } => Pairs::DenseByKey { num_queries, num_keys },
             Pairs::ByQuery(graph) => Pairs::ByKey(graph.transpose()),
@@ -449,19 +449,19 @@ impl SlotOfPair {
 }
 
 /// The pairs of a tile of one row, and a number for each head and pair, head by head.
-pub(crate) struct Tile<F> {
+pub(super) struct Tile<F> {
     pub(super) level: Level,
     /// A power of two.
     lanes: usize,
-    pub(crate) len: usize,
+    pub(super) len: usize,
     /// The distance between heads: the length in whole vectors.
-    pub(crate) stride: usize,
-    pub(crate) pairs: Vec<Pair>,
+    pub(super) stride: usize,
+    pub(super) pairs: Vec<Pair>,
     /// The slot of each pair, and its index on the other side.
     pub(super) slots: Vec<usize>,
-    pub(crate) others: Vec<usize>,
+    pub(super) others: Vec<usize>,
     /// Logits, −∞ for hidden pairs and past the end; then weights.
-    pub(crate) weights: Vec<F>,
+    pub(super) weights: Vec<F>,
     /// The factors of the weights, by dropout and weights of pairs; empty if there are none.
     multipliers: Vec<F>,
 }
@@ -534,13 +534,13 @@ impl<F: Float> Tile<F> {
 
     /// The rows of the other side.
     #[inline(always)]
-    pub(crate) fn gather<'r>(&'r self, rows: Slices<'r, F>) -> Gather<'r, F> {
+    pub(super) fn gather<'r>(&'r self, rows: Slices<'r, F>) -> Gather<'r, F> {
         Gather { rows, at: &self.others }
     }
 
     /// Prefetches the rows of later pairs, unless they are in sequential order anyway.
     #[inline(always)]
-    pub(crate) fn prefetch_pairs(
+    pub(super) fn prefetch_pairs(
         &self,
         pairs: Pairs<'_>,
         rows: Slices<'_, F>,
@@ -562,7 +562,7 @@ impl<F: Float> Tile<F> {
     /// Returns the range of a head's pairs, without and with those past the end that fill the last
     /// vector.
     #[inline(always)]
-    pub(crate) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
+    pub(super) fn of_head(&self, head: usize) -> [Range<usize>; 2] {
         let (start, len) = (head * self.stride, self.pairs.len());
         // `next_multiple_of` would divide, in each of many loops over a few pairs.
         let padded = (len + self.lanes - 1) & !(self.lanes - 1);

@@ -8,11 +8,7 @@ use super::gat_v2;
 use crate::error::Result;
 use crate::kernels::Float;
 use crate::inputs::Inputs;
-use crate::kernels::edge_gat::EdgeScore;
-use crate::kernels::edge_gat::activation::Activation;
-use crate::kernels::primitives::matmul::Vector;
-use crate::kernels::primitives::tanh::tanh;
-use fearless_simd::{Simd, SimdBase, SimdFloat};
+use crate::kernels::edge_gat::BoxedScore;
 use ndarray::Array1;
 
 pub(super) struct Rules;
@@ -22,27 +18,11 @@ impl<F: Float> super::Rules<F> for Rules {
         gat_v2::Rules.project(gat, inputs)
     }
 
-    fn score(&self, gat: &EdgeGat<F>) -> Box<dyn EdgeScore<F>> {
-        gat_v2::score(gat, Tanh)
+    fn score(&self, gat: &EdgeGat<F>) -> BoxedScore<F> {
+        F::additive_score(gat_v2::attention(gat))
     }
 
     fn score_vjp(&self, params: &mut ParamGradients<'_, '_, F>, grad_attention: &Array1<F>) {
         gat_v2::Rules.score_vjp(params, grad_attention);
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Tanh;
-
-impl<F: Float> Activation<F> for Tanh {
-    #[inline(always)]
-    fn of<S: Simd>(self, simd: S, x: Vector<S, F>) -> Vector<S, F> {
-        let [magnitude, _] = tanh::<S, F>(simd, x, F::from_f64(-2.0));
-        magnitude.copysign(x)
-    }
-
-    #[inline(always)]
-    fn derivative<S: Simd>(self, simd: S, result: Vector<S, F>) -> Vector<S, F> {
-        Vector::<S, F>::splat(simd, F::one()) - result * result
     }
 }

@@ -1,11 +1,12 @@
-//! The scores of [`EdgeGat`], one file each: its parameters, its projections and its logits, forward beside
-//! derivative. A new score is a file with a `FORM` and a `Rules`, and an entry in the list below.
+//! The scores of [`EdgeGat`], one file each: its parameters and its projections. A new score is a file with a
+//! `FORM` and a `Rules`, and an entry in the list below. The formulas of the logits are in
+//! `kernels::edge_gat::scores`.
 
 use super::{EdgeGat, ParamGradients, Projected};
 use crate::error::Result;
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::edge_gat::EdgeScore;
+use crate::kernels::edge_gat::BoxedScore;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 
 /// Generates the modules and the public list of scores.
@@ -108,7 +109,7 @@ pub(super) trait Rules<F: Float> {
     fn project(&self, gat: &EdgeGat<F>, inputs: &Inputs<'_, F>) -> Result<Projected<F>>;
 
     /// Returns the logits of projected queries and keys.
-    fn score(&self, gat: &EdgeGat<F>) -> Box<dyn EdgeScore<F>>;
+    fn score(&self, gat: &EdgeGat<F>) -> BoxedScore<F>;
 
     /// Adds the gradients of the parameters that [`score`](Self::score) has read, given that of its numbers.
     fn score_vjp(&self, _params: &mut ParamGradients<'_, '_, F>, _grad_attention: &Array1<F>) {}
