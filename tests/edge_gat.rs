@@ -74,6 +74,7 @@ fn rankings_of_draws(score: Score) -> Vec<Vec<Vec<usize>>> {
 /// Theorem 1 of Brody et al. 2022.
 #[test]
 fn in_a_head_of_gat_all_queries_rank_the_keys_alike() {
+    common::hold_simd();
     for queries in rankings_of_draws(Score::Gat) {
         assert!(queries.iter().all(|keys| *keys == queries[0]), "{queries:?}");
     }
@@ -81,6 +82,7 @@ fn in_a_head_of_gat_all_queries_rank_the_keys_alike() {
 
 #[test]
 fn the_other_scores_let_queries_prefer_different_keys() {
+    common::hold_simd();
     for score in [Score::GatV2, Score::DotProduct] {
         let all = rankings_of_draws(score);
         let differ = |queries: &&Vec<Vec<usize>>| queries.iter().any(|it| it[0] != queries[0][0]);
@@ -142,6 +144,7 @@ fn all_permutations(k: usize) -> Vec<Vec<usize>> {
 
 #[test]
 fn gat_v2_by_hand_looks_up_any_dictionary() {
+    common::hold_simd();
     let mut rng = rng(2);
     let some = (0..50).map(|_| permutation(&mut rng, 10)).collect::<Vec<_>>();
     let all = all_permutations(4);
@@ -315,6 +318,7 @@ impl Model {
 /// here, and at 99 % after ten times as many steps.
 #[test]
 fn a_head_of_gat_v2_learns_to_look_up_and_one_of_gat_cannot() {
+    common::hold_simd();
     for (score, head_dim, heads, expected) in [
         (Score::GatV2, 32, 1, 0.999..=1.0),
         (Score::DotProduct, 32, 1, 0.999..=1.0),
@@ -334,6 +338,7 @@ fn init(config: &EdgeGatConfig) -> Result<EdgeGat<f64>> {
 
 #[test]
 fn configurations_that_contradict_themselves() {
+    common::hold_simd();
     const HUGE: usize = usize::MAX / 8;
     let new = EdgeGatConfig::new;
     let config = |score| new(score, 5, 4, 2);
@@ -385,6 +390,7 @@ fn dense(arrays: &[Array2<f64>; 3]) -> Inputs<'_, f64> {
 
 #[test]
 fn inputs_that_do_not_fit_the_configuration() {
+    common::hold_simd();
     let arrays = zeros(5, 4, 4);
     let bare = dense(&arrays);
     let [features, narrow] = [Array2::zeros((6, 3)), Array2::zeros((6, 2))];
@@ -434,6 +440,7 @@ fn inputs_that_do_not_fit_the_configuration() {
 
 #[test]
 fn states_that_are_not_of_the_configuration() {
+    common::hold_simd();
     for score in SCORES {
         let config = EdgeGatConfig::new(score, 5, 4, 2).key_dim(3).edge_dim(2);
         let state = params::state(&init(&config).unwrap());
@@ -465,6 +472,7 @@ fn states_that_are_not_of_the_configuration() {
 
 #[test]
 fn a_shared_weight_may_come_under_either_name_or_both() {
+    common::hold_simd();
     for (score, shared) in [
         (Score::Gat, vec![["lin_src.weight", "lin_dst.weight"]]),
         (Score::GatV2, vec![["lin_l.weight", "lin_r.weight"], ["lin_l.bias", "lin_r.bias"]]),
@@ -501,6 +509,7 @@ fn a_shared_weight_may_come_under_either_name_or_both() {
 
 #[test]
 fn a_transformer_conv_without_residual_leaves_its_skip() {
+    common::hold_simd();
     let config = EdgeGatConfig::new(Score::DotProduct, 5, 4, 2);
     let state = params::state(&init(&config).unwrap());
     let without = config.clone().residual(false).from_params(state.clone()).unwrap();
@@ -513,6 +522,7 @@ fn a_transformer_conv_without_residual_leaves_its_skip() {
 
 #[test]
 fn gradients_and_states_that_do_not_fit() {
+    common::hold_simd();
     let (arrays, features) = (zeros(5, 5, 5), Array2::zeros((6, 3)));
     let inputs = dense(&arrays).with_edge_features(features.view()).unwrap();
     for score in SCORES {
@@ -563,6 +573,7 @@ fn gradients_and_states_that_do_not_fit() {
 
 #[test]
 fn weights_are_drawn_from_the_whole_of_glorots_interval() {
+    common::hold_simd();
     for score in SCORES {
         let config = EdgeGatConfig::new(score, 60, 50, 4).edge_dim(30).residual(true).gate(true);
         let of_seed = |seed| params::state(&config.init::<f64>(&mut rng(seed)).unwrap());
@@ -617,6 +628,7 @@ fn arrays_of_training<F: Float>(
 
 #[test]
 fn single_precision_agrees_with_double() {
+    common::hold_simd();
     let mut rng = rng(6);
     let n = 200;
     let edges = (0..10 * n).map(|_| (rng.random_range(0..n), rng.random_range(0..n)));
@@ -697,6 +709,7 @@ fn of_hubs(score: Score) -> EdgeGat<f64> {
 
 #[test]
 fn the_order_of_the_edges_does_not_matter() {
+    common::hold_simd();
     let hubs = Hubs::new();
     let features = hubs.features.select(Axis(0), &hubs.order);
     for score in SCORES {
@@ -720,6 +733,7 @@ fn the_order_of_the_edges_does_not_matter() {
 #[cfg(feature = "parallel")]
 #[test]
 fn one_two_and_seven_threads_give_the_same_bits() {
+    common::hold_simd();
     let hubs = Hubs::new();
     let inputs = hubs.inputs(&hubs.graph, &hubs.features);
     for score in SCORES {
@@ -773,6 +787,7 @@ fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
 /// vector per edge would be 16 · HEADS numbers more.
 #[test]
 fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
+    common::hold_simd();
     for score in SCORES {
         for (is_sorted, numbers, index) in
             [(true, 2 * HEADS, 0), (false, 2 * HEADS + EDGE_DIM, size_of::<u32>())]
@@ -790,6 +805,7 @@ fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
 /// same.
 #[test]
 fn the_state_of_another_configuration_is_refused() {
+    common::hold_simd();
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
     let x = Array2::<f64>::ones((4, 5));
     let inputs = Inputs::dense(x.view(), x.view(), x.view()).unwrap();
@@ -812,6 +828,7 @@ fn the_state_of_another_configuration_is_refused() {
 
 #[test]
 fn a_slope_that_is_only_finite_in_f64_is_refused_in_f32() {
+    common::hold_simd();
     let config = EdgeGatConfig::new(Score::Gat, 2, 2, 1).negative_slope(1e300);
     let mut rng = Xoshiro256PlusPlus::seed_from_u64(1);
     assert!(config.init::<f64>(&mut rng).is_ok());
@@ -865,6 +882,7 @@ fn additive_attention_by_hand() {
 
 #[test]
 fn nan_in_a_key_that_a_bias_hides_from_one_head_stays_in_the_others() {
+    common::hold_simd();
     for score in [Score::Gat, Score::GatV2, Score::DotProduct, Score::Additive] {
         let layer = EdgeGatConfig::new(score, 2, 3, 2).init::<f64>(&mut rng(5)).unwrap();
         let query = array![[0.5, -0.3]];
@@ -889,6 +907,7 @@ fn nan_in_a_key_that_a_bias_hides_from_one_head_stays_in_the_others() {
 
 #[test]
 fn nan_in_the_gradient_of_an_output_does_not_reach_keys_that_a_bias_hides() {
+    common::hold_simd();
     for score in [Score::Gat, Score::GatV2, Score::DotProduct, Score::Additive] {
         let layer = EdgeGatConfig::new(score, 2, 3, 2).init::<f64>(&mut rng(5)).unwrap();
         let query = array![[0.5, -0.3]];

@@ -110,6 +110,7 @@ fn for_all(mut check: impl FnMut(&dyn Attention<f64>, &Sample) -> Result<()>) ->
 
 #[test]
 fn weights_of_one_change_no_bit() -> Result<()> {
+    common::hold_simd();
     for_all(|mechanism, sample| {
         let inputs = sample.inputs(mechanism);
         // Without weights, Performer does not visit the pairs of dense inputs.
@@ -128,6 +129,7 @@ fn weights_of_one_change_no_bit() -> Result<()> {
 
 #[test]
 fn factors_of_dropout_are_dropout() -> Result<()> {
+    common::hold_simd();
     let dropout = Dropout { probability: 0.4, seed: 3 };
     for_all(|mechanism, sample| {
         let inputs = sample.inputs(mechanism);
@@ -144,6 +146,7 @@ fn factors_of_dropout_are_dropout() -> Result<()> {
 
 #[test]
 fn outputs_are_linear_in_the_weights_and_attention_weights_do_not_see_them() -> Result<()> {
+    common::hold_simd();
     for_all(|mechanism, sample| {
         let name = mechanism.name();
         let inputs = sample.inputs(mechanism);
@@ -191,6 +194,7 @@ fn a_weight_of_zero_keeps_the_others_share() -> Result<()> {
 
 #[test]
 fn nan_in_the_weight_of_a_hidden_pair_changes_nothing() -> Result<()> {
+    common::hold_simd();
     for_all(|mechanism, sample| {
         let name = mechanism.name();
         let inputs = sample.inputs(mechanism);
@@ -298,6 +302,7 @@ fn packed_weights_are_a_loop() -> Result<()> {
 
 #[test]
 fn selected_queries_add_to_the_gradients_of_their_pairs() -> Result<()> {
+    common::hold_simd();
     for_all(|mechanism, sample| {
         let name = mechanism.name();
         let weights = matrix(sample.num_pairs(), 2, 7);
