@@ -31,13 +31,13 @@ const SUMS: usize = 4;
 
 /// Whether a product overwrites numbers or is added to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+enum Target {
     Overwrite,
     Add,
 }
 
 /// Overwrites `out` with x Wᵀ + b, for a `weight` W of outputs × inputs as in PyTorch.
-pub(crate) fn linear_into<F: Float>(
+pub(super) fn linear_into<F: Float>(
     x: ArrayView2<'_, F>,
     weight: ArrayView2<'_, F>,
     bias: Option<ArrayView1<'_, F>>,
@@ -51,7 +51,7 @@ pub(crate) fn linear_into<F: Float>(
 }
 
 /// Computes x Wᵀ + b.
-pub(crate) fn linear<F: Float>(
+pub(super) fn linear<F: Float>(
     x: ArrayView2<'_, F>,
     weight: ArrayView2<'_, F>,
     bias: Option<ArrayView1<'_, F>>,
@@ -62,7 +62,7 @@ pub(crate) fn linear<F: Float>(
 }
 
 /// out += x Wᵀ + b.
-pub(crate) fn add_linear<F: Float>(
+pub(super) fn add_linear<F: Float>(
     x: ArrayView2<'_, F>,
     weight: ArrayView2<'_, F>,
     bias: Option<ArrayView1<'_, F>>,
@@ -76,7 +76,7 @@ pub(crate) fn add_linear<F: Float>(
 }
 
 /// y = x Wᵀ + b, so with g the gradient of y: grad_x += g W.
-pub(crate) fn linear_input_vjp<F: Float>(
+pub(super) fn linear_input_vjp<F: Float>(
     weight: ArrayView2<'_, F>,
     grad_out: ArrayView2<'_, F>,
     grad_x: ArrayViewMut2<'_, F>,
@@ -88,7 +88,7 @@ pub(crate) fn linear_input_vjp<F: Float>(
 ///
 /// A row of x that the loss does not depend on (g = 0, for example a masked key) is skipped: NaN in it
 /// does not reach grad_W.
-pub(crate) fn linear_params_vjp<F: Float>(
+pub(super) fn linear_params_vjp<F: Float>(
     x: ArrayView2<'_, F>,
     grad_out: ArrayView2<'_, F>,
     grad_weight: ArrayViewMut2<'_, F>,
@@ -144,7 +144,7 @@ fn transposed_product<F: Float>(
         (columns, out)
     });
     parallel::for_each(tasks.collect(), work, |(columns, out)| {
-        F::few_rows(level, &left, &right, columns, target, out);
+        few_rows(level, &left, &right, columns, target, out);
     });
     Ok(())
 }
@@ -251,7 +251,7 @@ fn non_zeros<F: Float>(row: &[F]) -> impl Iterator<Item = (usize, &F)> {
 }
 
 /// Computes `columns` of left · rightᵀ for few rows of `left`.
-pub(super) fn few_rows<F: Float>(
+fn few_rows<F: Float>(
     level: Level,
     left: &Rows<'_, F>,
     right: &Rows<'_, F>,

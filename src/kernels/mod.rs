@@ -94,7 +94,9 @@ use dense::TileSizes;
 use edge_gat::{BoxedScore, EdgeGradients, EdgeProblem};
 use fearless_simd::Level;
 use keys::{Keys, Origin};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3};
+use ndarray::{
+    Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3,
+};
 use nearest::Lists;
 use normalizer::Normalizer;
 use performer::{FeatureGradients, FeatureProblem, FeatureUpstream, KeySums};
@@ -146,15 +148,43 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// [`linear::few_rows`].
-    fn few_rows(
-        level: Level,
-        left: &Rows<'_, Self>,
-        right: &Rows<'_, Self>,
-        columns: Range<usize>,
-        target: linear::Target,
+    /// [`linear::linear`].
+    fn linear(
+        x: ArrayView2<'_, Self>,
+        weight: ArrayView2<'_, Self>,
+        bias: Option<ArrayView1<'_, Self>>,
+    ) -> Result<Array2<Self>> = linear::linear;
+
+    /// [`linear::linear_into`].
+    fn linear_into(
+        x: ArrayView2<'_, Self>,
+        weight: ArrayView2<'_, Self>,
+        bias: Option<ArrayView1<'_, Self>>,
         out: ArrayViewMut2<'_, Self>,
-    ) = linear::few_rows;
+    ) -> Result<()> = linear::linear_into;
+
+    /// [`linear::add_linear`].
+    fn add_linear(
+        x: ArrayView2<'_, Self>,
+        weight: ArrayView2<'_, Self>,
+        bias: Option<ArrayView1<'_, Self>>,
+        out: ArrayViewMut2<'_, Self>,
+    ) -> Result<()> = linear::add_linear;
+
+    /// [`linear::linear_input_vjp`].
+    fn linear_input_vjp(
+        weight: ArrayView2<'_, Self>,
+        grad_out: ArrayView2<'_, Self>,
+        grad_x: ArrayViewMut2<'_, Self>,
+    ) -> Result<()> = linear::linear_input_vjp;
+
+    /// [`linear::linear_params_vjp`].
+    fn linear_params_vjp(
+        x: ArrayView2<'_, Self>,
+        grad_out: ArrayView2<'_, Self>,
+        grad_weight: ArrayViewMut2<'_, Self>,
+        grad_bias: Option<ArrayViewMut1<'_, Self>>,
+    ) -> Result<()> = linear::linear_params_vjp;
 
     /// [`nearest::nearest`].
     fn nearest(

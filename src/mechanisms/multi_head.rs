@@ -7,7 +7,6 @@ use crate::error::{Channel, Error, Result, check_shape};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
 use crate::mechanisms::fill_uniform;
 use crate::params::{self, Params, prefixed};
 use ndarray::{
@@ -342,9 +341,9 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
     pub fn project(&self, inputs: &Inputs<'_, F>) -> Result<[Array2<F>; 3]> {
         let [query, key, value] = self.arrays(inputs)?;
         Ok([
-            linear(query, self.in_weight(0), self.in_bias(0))?,
-            linear(key, self.in_weight(1), self.in_bias(1))?,
-            linear(value, self.in_weight(2), self.in_bias(2))?,
+            F::linear(query, self.in_weight(0), self.in_bias(0))?,
+            F::linear(key, self.in_weight(1), self.in_bias(1))?,
+            F::linear(value, self.in_weight(2), self.in_bias(2))?,
         ])
     }
 
@@ -356,7 +355,7 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
     pub fn project_output(&self, context: ArrayView2<'_, F>) -> Result<Array2<F>> {
         let expected = [context.nrows(), self.out_proj_weight.ncols()];
         check_shape("context", &expected, context.shape())?;
-        linear(context, self.out_proj_weight.view(), self.out_bias())
+        F::linear(context, self.out_proj_weight.view(), self.out_bias())
     }
 
     /// Returns the inputs of the inner mechanism.
@@ -432,7 +431,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
         self.inner.forward_into(&inner_inputs, context.view_mut())?;
-        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
+        F::linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
     }
 
     fn forward_train_into(
@@ -445,7 +444,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
         let inner = self.inner.forward_train_into(&inner_inputs, context.view_mut())?;
-        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)?;
+        F::linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)?;
         Ok(Saved::new(NAME, State { projected, context, inner }))
     }
 
@@ -463,9 +462,9 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         check_shape("saved context", &context_shape, context.shape())?;
         // o = context W_oᵀ + b_o
         let mut grad_context = Array2::zeros(context.raw_dim());
-        linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut())?;
+        F::linear_input_vjp(self.out_proj_weight.view(), grad_out, grad_context.view_mut())?;
         let [_, _, out_weight, out_bias] = self.split_params(grads.params);
-        linear_params_vjp(
+        F::linear_params_vjp(
             context.view(),
             grad_out,
             param_slot(&mut out_weight[0]),
@@ -488,7 +487,7 @@ impl<F: Float, A: Attention<F>> Attention<F> for MultiHead<F, A> {
         let inner_inputs = self.inner_inputs(inputs, &projected)?;
         let mut context = self.context(&inner_inputs)?;
         self.inner.decode_into(&inner_inputs, caches, context.view_mut())?;
-        linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
+        F::linear_into(context.view(), self.out_proj_weight.view(), self.out_bias(), out)
     }
 
     fn attention_weights(&self, inputs: &Inputs<'_, F>) -> Result<Array2<F>> {
@@ -556,9 +555,9 @@ impl<F: Float, A: Attention<F>> MultiHead<F, A> {
             }
             let grad = grad_projected[which].view();
             let bias = in_bias.as_mut().map(|bias| bias.slice_mut(s![rows]));
-            linear_params_vjp(arrays[which], grad, weight, bias)?;
+            F::linear_params_vjp(arrays[which], grad, weight, bias)?;
             if let Some(grad_x) = grad_x {
-                linear_input_vjp(self.in_weight(which), grad, grad_x)?;
+                F::linear_input_vjp(self.in_weight(which), grad, grad_x)?;
             }
         }
         Ok(())

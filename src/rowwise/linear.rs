@@ -3,7 +3,6 @@ use crate::element::{try_vec, try_zeros};
 use crate::error::{Error, Result, check_shape};
 use crate::gradients::param_slot;
 use crate::kernels::Float;
-use crate::kernels::linear::{linear_input_vjp, linear_into, linear_params_vjp};
 use crate::mechanisms::fill_uniform;
 use crate::params::{self, Params};
 use ndarray::{
@@ -128,7 +127,7 @@ impl<F: Float> Linear<F> {
     pub fn forward_into(&self, x: ArrayView2<'_, F>, out: ArrayViewMut2<'_, F>) -> Result<()> {
         check_shape("x", &[x.nrows(), self.weight.ncols()], x.shape())?;
         check_shape("out", &[x.nrows(), self.weight.nrows()], out.shape())?;
-        linear_into(x, self.weight(), self.bias(), out)
+        F::linear_into(x, self.weight(), self.bias(), out)
     }
 
     /// Returns the gradients of ⟨grad_out, y⟩ with respect to x and the parameters.
@@ -163,11 +162,11 @@ impl<F: Float> Linear<F> {
         params::check_gradients(self, grad_params)?;
         if let Some(grad_x) = grad_x {
             check_shape("grad_x", x.shape(), grad_x.shape())?;
-            linear_input_vjp(self.weight(), grad_out, grad_x)?;
+            F::linear_input_vjp(self.weight(), grad_out, grad_x)?;
         }
         let (weight, bias) = grad_params.split_at_mut(1);
         let bias = bias.first_mut().map(param_slot);
-        linear_params_vjp(x, grad_out, param_slot(&mut weight[0]), bias)
+        F::linear_params_vjp(x, grad_out, param_slot(&mut weight[0]), bias)
     }
 }
 

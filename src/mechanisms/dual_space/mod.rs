@@ -14,7 +14,6 @@ use crate::gradients::{GradientsMut, param_slot};
 use crate::graph::Graph;
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::linear::{linear, linear_input_vjp, linear_into, linear_params_vjp};
 use crate::params::{self, Params, prefixed};
 use crate::softmax::softmax;
 use ndarray::{
@@ -213,7 +212,7 @@ impl<F: Float> DualSpace<F> {
         inputs: &Inputs<'_, F>,
         latent_inputs: &Inputs<'_, F>,
     ) -> Result<Array2<F>> {
-        let mut gates = linear(x, self.weight.view(), Some(self.bias.view()))?;
+        let mut gates = F::linear(x, self.weight.view(), Some(self.bias.view()))?;
         for (query, gates) in gates.rows_mut().into_iter().enumerate() {
             gates_among(gates, branches_of(inputs, latent_inputs, query));
         }
@@ -229,7 +228,7 @@ impl<F: Float> DualSpace<F> {
         mut out: ArrayViewMut2<'_, F>,
     ) -> Result<Option<Array2<F>>> {
         if self.config.fusion != Fusion::Gated {
-            linear_into(x, self.weight.view(), Some(self.bias.view()), out)?;
+            F::linear_into(x, self.weight.view(), Some(self.bias.view()), out)?;
             return Ok(None);
         }
         let gates = self.gate(x, inputs, latent_inputs)?;
@@ -272,9 +271,9 @@ impl<F: Float> DualSpace<F> {
         // z = W x + b, or o
         let grad_z = grad_gates.as_ref().map_or(grad_out, |grad| grad.view());
         if let [weight, bias] = params {
-            linear_params_vjp(x.view(), grad_z, param_slot(weight), Some(param_slot(bias)))?;
+            F::linear_params_vjp(x.view(), grad_z, param_slot(weight), Some(param_slot(bias)))?;
         }
-        linear_input_vjp(self.weight.view(), grad_z, grad_x.view_mut())?;
+        F::linear_input_vjp(self.weight.view(), grad_z, grad_x.view_mut())?;
         Ok(grad_x)
     }
 

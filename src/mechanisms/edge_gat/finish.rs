@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::gradients::GradientsMut;
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::linear::{add_linear, linear, linear_input_vjp, linear_params_vjp};
 use ndarray::{
     Array1, Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix1, Ix2, Zip, concatenate, s,
 };
@@ -32,7 +31,7 @@ impl<F: Float> EdgeGat<F> {
         self.join_heads(context, attention.view_mut());
         let residual = self.linear(inputs.query(), self.names.residual)?;
         let features = gate_features(&attention, &residual);
-        let logits = linear(features.view(), self.weight("lin_beta.weight"), None)?;
+        let logits = F::linear(features.view(), self.weight("lin_beta.weight"), None)?;
         let beta = logits.index_axis_move(Axis(1), 0).mapv(sigmoid);
         Ok(Some(Gated { attention, residual, beta }))
     }
@@ -80,7 +79,7 @@ impl<F: Float> EdgeGat<F> {
             return Ok(());
         }
         let map = self.names.residual;
-        add_linear(inputs.query(), self.weight(map.weight), self.bias(map), out)
+        F::add_linear(inputs.query(), self.weight(map.weight), self.bias(map), out)
     }
 
     pub(super) fn add_bias(&self, mut out: ArrayViewMut2<'_, F>) {
@@ -145,13 +144,13 @@ impl<F: Float> EdgeGat<F> {
         }
         let features = gate_features(attention, residual);
         let mut grad_features = try_zeros("gate", features.nrows(), features.ncols())?;
-        linear_params_vjp(
+        F::linear_params_vjp(
             features.view(),
             grad_logits.view(),
             params.weight("lin_beta.weight"),
             None,
         )?;
-        linear_input_vjp(weight, grad_logits.view(), grad_features.view_mut())?;
+        F::linear_input_vjp(weight, grad_logits.view(), grad_features.view_mut())?;
         let out = attention.ncols();
         let [a, r, d] = [0, 1, 2].map(|n| grad_features.slice(s![.., n * out..(n + 1) * out]));
         grad_attention += &(&a + &d);

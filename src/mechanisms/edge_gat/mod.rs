@@ -16,7 +16,6 @@ use crate::inputs::Inputs;
 use crate::kernels::Float;
 use crate::kernels::edge_gat::EdgeProblem;
 use crate::kernels::level::level;
-use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::kernels::normalizer::Normalizer;
 use crate::kernels::problem::{Problem, Rows, Upstream, WeightGradients};
 use crate::mechanisms::flash::Flash;
@@ -153,7 +152,7 @@ impl<F: Float> EdgeGat<F> {
     }
 
     fn linear(&self, x: ArrayView2<'_, F>, map: Linear) -> Result<Array2<F>> {
-        linear(x, self.weight(map.weight), self.bias(map))
+        F::linear(x, self.weight(map.weight), self.bias(map))
     }
 
     /// Checks the inputs against the configuration.
@@ -313,12 +312,12 @@ impl<F: Float> ParamGradients<'_, '_, F> {
         grad: ArrayView2<'_, F>,
         grad_x: Option<ArrayViewMut2<'_, F>>,
     ) -> Result<()> {
-        linear_params_vjp(x, grad, self.weight(map.weight), None)?;
+        F::linear_params_vjp(x, grad, self.weight(map.weight), None)?;
         if let Some(mut bias) = map.bias.and_then(|name| self.view::<ndarray::Ix1>(name)) {
             bias += &grad.sum_axis(Axis(0));
         }
         match grad_x {
-            Some(grad_x) => linear_input_vjp(self.gat.weight(map.weight), grad, grad_x),
+            Some(grad_x) => F::linear_input_vjp(self.gat.weight(map.weight), grad, grad_x),
             None => Ok(()),
         }
     }
@@ -334,10 +333,10 @@ impl<F: Float> ParamGradients<'_, '_, F> {
     ) -> Result<()> {
         let folded = fold(self.gat.attention(attention), self.gat.weight(map.weight));
         let mut grad_folded = Array2::zeros(folded.raw_dim());
-        linear_params_vjp(x, grad, grad_folded.view_mut(), None)?;
+        F::linear_params_vjp(x, grad, grad_folded.view_mut(), None)?;
         self.unfold(attention, map.weight, grad_folded.view());
         match grad_x {
-            Some(grad_x) => linear_input_vjp(folded.view(), grad, grad_x),
+            Some(grad_x) => F::linear_input_vjp(folded.view(), grad, grad_x),
             None => Ok(()),
         }
     }

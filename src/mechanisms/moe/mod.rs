@@ -14,7 +14,6 @@ use crate::error::{Error, Result, check_shape};
 use crate::gradients::{GradientsMut, param_slot};
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::linear::{linear, linear_input_vjp, linear_params_vjp};
 use crate::params::{self, Params, prefixed};
 use ndarray::{
     Array1, Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, ArrayViewMutD, Zip, s,
@@ -190,10 +189,10 @@ impl<F: Float> Moe<F> {
     pub fn route(&self, inputs: &Inputs<'_, F>) -> Result<Routing<F>> {
         let query = inputs.query();
         check_shape("query", &[query.nrows(), self.config.query_dim], query.shape())?;
-        let mut logits = linear(query, self.weight.view(), Some(self.bias.view()))?;
+        let mut logits = F::linear(query, self.weight.view(), Some(self.bias.view()))?;
         let mut slopes = None;
         if let (Some(weight), Some(seed)) = (&self.noise_weight, self.noise_seed) {
-            let mut raw = linear(query, weight.view(), None)?;
+            let mut raw = F::linear(query, weight.view(), None)?;
             for (row, (mut z, mut u)) in
                 logits.rows_mut().into_iter().zip(raw.rows_mut()).enumerate()
             {
@@ -268,16 +267,16 @@ impl<F: Float> Moe<F> {
         let (params, query) = (&mut *grads.params, inputs.query());
         // z = W q + b
         let [weight, bias, noise @ ..] = params else { return Ok(()) };
-        linear_params_vjp(query, grad_logits, param_slot(weight), Some(param_slot(bias)))?;
+        F::linear_params_vjp(query, grad_logits, param_slot(weight), Some(param_slot(bias)))?;
         if let Some(grad_query) = &mut grads.query {
-            linear_input_vjp(self.weight.view(), grad_logits, grad_query.view_mut())?;
+            F::linear_input_vjp(self.weight.view(), grad_logits, grad_query.view_mut())?;
         }
         // z += ε softplus(u), u = W_noise q
         if let (Some(noise_weight), Some(slopes)) = (&self.noise_weight, &routing.noise_slopes) {
             let grad_raw = slopes * &grad_logits;
-            linear_params_vjp(query, grad_raw.view(), param_slot(&mut noise[0]), None)?;
+            F::linear_params_vjp(query, grad_raw.view(), param_slot(&mut noise[0]), None)?;
             if let Some(grad_query) = grads.query {
-                linear_input_vjp(noise_weight.view(), grad_raw.view(), grad_query)?;
+                F::linear_input_vjp(noise_weight.view(), grad_raw.view(), grad_query)?;
             }
         }
         Ok(())

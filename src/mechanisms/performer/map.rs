@@ -5,7 +5,6 @@ use crate::element::try_zeros;
 use crate::error::{Result, check_shape};
 use crate::inputs::Inputs;
 use crate::kernels::Float;
-use crate::kernels::linear::linear;
 use crate::kernels::performer::{FeatureProblem, Map};
 use crate::kernels::problem::Rows;
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut1, ArrayViewMutD};
@@ -143,7 +142,7 @@ impl<F: Float> FeatureMap<F> {
     /// Computes E for some rows.
     pub(super) fn products(&self, x: ArrayView2<'_, F>) -> Result<Array2<F>> {
         match self.projection {
-            Some(_) => linear(x, self.weight()?.view(), None),
+            Some(_) => F::linear(x, self.weight()?.view(), None),
             None => Ok(x.to_owned()),
         }
     }

@@ -8,7 +8,6 @@ use crate::gradients::GradientsMut;
 use crate::inputs::{Inputs, Pair, head_columns};
 use crate::kernels::Float;
 use crate::kernels::gathered::unrolled_dot;
-use crate::kernels::linear::{linear_input_vjp, linear_params_vjp};
 use crate::kernels::performer::Map;
 use crate::kernels::problem::Problem;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
@@ -398,12 +397,12 @@ impl<'p, F: Float> Pairs<'p, F> {
                     }
                 }
                 match map.projection {
-                    Some(_) => linear_input_vjp(weight.view(), grad_products.view(), grad_x)?,
+                    Some(_) => F::linear_input_vjp(weight.view(), grad_products.view(), grad_x)?,
                     None => grad_x += &grad_products,
                 }
             }
             if let Some(grad_weight) = grad_weight {
-                linear_params_vjp(x, grad_products.view(), grad_weight.view_mut(), None)?;
+                F::linear_params_vjp(x, grad_products.view(), grad_weight.view_mut(), None)?;
             }
         }
         Ok(())

@@ -7,7 +7,6 @@ use crate::error::Result;
 use crate::kernels::Float;
 use crate::inputs::Inputs;
 use crate::kernels::edge_gat::BoxedScore;
-use crate::kernels::linear::linear;
 use ndarray::{Array1, Array2, ArrayViewMut2};
 
 const fn names(key: Linear, query: Linear) -> Names {
@@ -39,8 +38,8 @@ impl<F: Float> super::Rules<F> for Rules {
         let Names { key, query, value, .. } = gat.names;
         let folded = |attention, map: Linear| fold(gat.attention(attention), gat.weight(map.weight));
         Ok(Projected {
-            query: linear(inputs.query(), folded("att_dst", query).view(), None)?,
-            key: linear(inputs.key(), folded("att_src", key).view(), None)?,
+            query: F::linear(inputs.query(), folded("att_dst", query).view(), None)?,
+            key: F::linear(inputs.key(), folded("att_src", key).view(), None)?,
             value: Some(gat.linear(inputs.value(), value)?),
         })
     }
