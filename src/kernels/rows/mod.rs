@@ -8,6 +8,10 @@
 //! that other threads would wait for it is cut into segments, whose sums are added in order.
 //!
 //! Dot-product attention over a graph has a driver of its own, `lanes`, for numbers of heads that fill vectors.
+//! The forward pass here serves all other mechanisms, the backward pass dot products and rotary ones. `edge_gat` saves
+//! two numbers for each pair and head instead of computing logits with features twice, and in `poincare` the gradient
+//! of a weight is not a product with the gradient of the output: their backward passes are loops of their own, over
+//! the same parts and tiles.
 
 mod backward;
 mod forward;
