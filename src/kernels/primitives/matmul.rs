@@ -403,7 +403,7 @@ fn rows_of_strip<S: Simd, F: SimdFloatElement + 'static, const SQUARE: bool, con
         let factors = a.iter().zip(b).zip(c).zip(d).zip(e).zip(f);
         let mut sums = [[splat(simd, F::from(0u8)); ROWS]; P];
         for ((((((a, b), c), d), e), f), row) in factors.zip(right.rows(left.len)) {
-            add_row::<S, F, SQUARE, ROWS, P>(simd, &mut sums, [*a, *b, *c, *d, *e, *f], row);
+            add_row::<S, F, SQUARE, ROWS, P>(simd, &mut sums, &[*a, *b, *c, *d, *e, *f], row);
         }
         for (p, sums) in sums.into_iter().enumerate() {
             let column = column + p * panel_width::<S, F>();
@@ -496,10 +496,9 @@ fn put_sums<S: Simd, F: Float, const M: usize, const P: usize>(
 }
 
 #[inline(always)]
-fn first<F: Copy, const M: usize>(row: &[F]) -> [F; M] {
-    let mut entries = [row[0]; M];
-    entries.copy_from_slice(&row[..M]);
-    entries
+fn first<F, const M: usize>(row: &[F]) -> &[F; M] {
+    // A reference: with SSE2 a copy would go through the stack, and be read while it is still being written.
+    row.first_chunk().expect("a row of the left factor has M columns from here on")
 }
 
 #[inline(always)]
@@ -526,7 +525,7 @@ fn add_row<
 >(
     simd: S,
     sums: &mut [[PanelRow<S, F>; M]; P],
-    factors: [F; M],
+    factors: &[F; M],
     row: &[F],
 ) {
     let row = load_strip::<S, F, P>(simd, row);
