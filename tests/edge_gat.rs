@@ -730,6 +730,50 @@ fn the_order_of_the_edges_does_not_matter() {
     }
 }
 
+/// Wherever they stand: in any vector, or after the last whole one.
+#[test]
+fn the_order_of_the_columns_of_a_head_does_not_matter() {
+    common::hold_simd();
+    let mut rng = rng(9);
+    let nodes = normal(30, 6, &mut rng);
+    let edges = (0..200).map(|_| (rng.random_range(0..30), rng.random_range(0..30)));
+    let graph = Graph::from_edges(30, 30, edges.collect::<Vec<_>>()).unwrap();
+    let features = normal(200, 3, &mut rng);
+    let inputs = Inputs::self_attention(nodes.view(), &graph)
+        .and_then(|inputs| inputs.with_edge_features(features.view()))
+        .unwrap();
+    for score in [Score::Gat, Score::GatV2, Score::DotProduct, Score::Additive] {
+        for (dim, heads) in [(1, 4), (7, 2), (16, 2), (20, 2), (33, 2), (48, 1)] {
+            let gat = init(&EdgeGatConfig::new(score, 6, dim, heads).edge_dim(3)).unwrap();
+            let of_heads = (0..heads).map(|head| (head, permutation(&mut rng, dim)));
+            let order: Vec<usize> = of_heads
+                .flat_map(|(head, order)| order.into_iter().map(move |c| head * dim + c))
+                .collect();
+            let mut permuted = gat.clone();
+            permuted.visit_params_mut(&mut |_, mut param| {
+                let rest = param.len() / order.len();
+                let old: Vec<f64> = param.iter().copied().collect();
+                let new = order.iter().flat_map(|&column| &old[column * rest..][..rest]);
+                param.iter_mut().zip(new).for_each(|(param, &new)| *param = new);
+            });
+            let grad_out = normal(30, dim * heads, &mut rng);
+            let [expected, actual] =
+                [(&gat, grad_out.clone()), (&permuted, grad_out.select(Axis(1), &order))].map(
+                    |(gat, grad_out)| {
+                        let (out, saved) = gat.forward_train(&inputs).unwrap();
+                        let grads = gat.backward(&inputs, &saved, grad_out.view()).unwrap();
+                        (out, [grads.query, grads.key, grads.value, grads.edge_features.unwrap()])
+                    },
+                );
+            let what = format_args!("{score:?}, {heads} heads of {dim}");
+            assert_close_in_size(what, 1e-12, 0.0, &actual.0, &expected.0.select(Axis(1), &order));
+            for (actual, expected) in actual.1.iter().zip(&expected.1) {
+                assert_close_in_size(what, 1e-12, 0.0, actual, expected);
+            }
+        }
+    }
+}
+
 #[cfg(feature = "parallel")]
 #[test]
 fn one_two_and_seven_threads_give_the_same_bits() {
@@ -783,14 +827,15 @@ fn peaks(score: Score, degree: usize, is_sorted: bool) -> [u64; 2] {
     [inference.bytes_max, training.bytes_max]
 }
 
-/// Two numbers per head; for unordered edges also their index and the gradients of their features. A
-/// vector per edge would be 16 · HEADS numbers more.
+/// Two numbers per head, and the signs of 16 columns in one number where they tell the derivatives; for unordered
+/// edges also their index and the gradients of their features. A vector per edge would be 16 · HEADS numbers more.
 #[test]
-fn inference_needs_no_memory_per_edge_and_training_two_numbers_per_head() {
+fn inference_needs_no_memory_per_edge_and_training_a_few_numbers_per_head() {
     common::hold_simd();
     for score in SCORES {
+        let of_head = if matches!(score, Score::GatV2) { 3 } else { 2 };
         for (is_sorted, numbers, index) in
-            [(true, 2 * HEADS, 0), (false, 2 * HEADS + EDGE_DIM, size_of::<u32>())]
+            [(true, of_head * HEADS, 0), (false, of_head * HEADS + EDGE_DIM, size_of::<u32>())]
         {
             let [few, many] = [64, 256].map(|degree| peaks(score, degree, is_sorted));
             assert!(many[0] < few[0] * 11 / 10, "{score:?}: {few:?} {many:?}");

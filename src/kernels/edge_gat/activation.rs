@@ -12,6 +12,12 @@ pub(super) trait Activation<F: Float>: Copy + Debug + Send + Sync + 'static {
 
     /// Returns the derivative, given the result of [`of`](Self::of).
     fn derivative<S: Simd>(self, simd: S, result: Vector<S, F>) -> Vector<S, F>;
+
+    /// Returns the derivative of results that are not positive, if it is 1 for positive results and the same for all
+    /// others: then a bit for each result tells the derivative.
+    fn slope(self) -> Option<F> {
+        None
+    }
 }
 
 /// LeakyReLU with this slope, of at least 0, on the negative side.
@@ -30,6 +36,11 @@ impl<F: Float> Activation<F> for LeakyRelu<F> {
         let zero = Vector::<S, F>::splat(simd, F::zero());
         let one = Vector::<S, F>::splat(simd, F::one());
         result.simd_gt(zero).select(one, Vector::<S, F>::splat(simd, self.0))
+    }
+
+    #[inline(always)]
+    fn slope(self) -> Option<F> {
+        Some(self.0)
     }
 }
 

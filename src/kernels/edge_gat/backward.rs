@@ -1,7 +1,7 @@
 //! The backward pass. It visits the pairs by query, recomputing their weights and storing two numbers for
-//! each pair and head, and then by key, where it only computes sums from these numbers.
+//! each pair and head, and what else the score saves, and then by key, where it only computes sums from these numbers.
 
-use super::super::gathered::{Weights, unrolled_dot};
+use super::super::gathered::{Gather, Weights, unrolled_dot};
 use super::super::primitives::transpose::{store_part, to_columns, transposed};
 use super::super::problem::{Slices, Upstream};
 use super::super::rows::{
@@ -66,7 +66,8 @@ pub(in super::super) fn backward<F: Float>(
         None => in_rows.view_mut(),
     };
     let num_attention = problem.score.0.num_attention();
-    let mut states = try_zeros("pairs of the backward pass", inputs.num_pairs(), 2 * heads)?;
+    let num_states = 2 * heads + problem.score.0.num_saved(problem);
+    let mut states = try_zeros("pairs of the backward pass", inputs.num_pairs(), num_states)?;
     let if_wanted =
         |is_wanted| try_zeros("grads", inputs.num_pairs(), if is_wanted { heads } else { 0 });
     let mut of_bias = if_wanted(grads.bias.is_some())?;
@@ -137,7 +138,7 @@ struct ByQuery<'p, F: Float> {
 impl<F: Float> ByQuery<'_, F> {
     /// Processes the rows of a part: overwrites the gradients of queries and the state of each pair
     /// (weights after dropout, then gradients of logits before the activation if there is a single
-    /// logit); adds the gradients of features and, over the whole part, of attention and edge weight.
+    /// logit, then what the score saves); adds the gradients of features and, over the whole part, of attention and edge weight.
     fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 1, 4>) {
         let Self { problem, upstream, .. } = *self;
         let softmax = &problem.softmax;
@@ -166,6 +167,7 @@ impl<F: Float> ByQuery<'_, F> {
         let mut coefficients = Coefficients::zeros(level, heads, dim);
         let mut of_grad_out = Coefficients::zeros(level, heads, problem.value_feature_dim());
         let mut sum = vec![F::zero(); grad_query.ncols()];
+        let num_saved = problem.score.0.num_saved(problem);
         for (r, mut row) in part.rows(self.pairs).enumerate() {
             let query = row.row;
             let grad_out = upstream.grad_out.row(query);
@@ -228,7 +230,8 @@ impl<F: Float> ByQuery<'_, F> {
                 }
                 let numbers = [&tile.weights, &*grads]
                     .map(|numbers| Slices { data: numbers, columns: stride });
-                store_states(level, numbers, heads, &tile.slots, part.slots.start, states);
+                let saved = Slices { data: scorer.score.saved(), columns: num_saved };
+                store_states(level, numbers, saved, heads, &tile.slots, part.slots.start, states);
                 if wants_features {
                     grad_tile.add_to(&tile.slots, part.slots.start, grad_features);
                 }
@@ -251,16 +254,23 @@ impl<F: Float> ByQuery<'_, F> {
     }
 }
 
-/// Overwrites, for each pair, the row with the number of its slot less `first` with its numbers for each head.
+/// Overwrites, for each pair, the row with the number of its slot less `first` with its numbers for each head, and then
+/// those that the score saves.
 #[inline(never)]
 fn store_states<F: Float>(
     level: Level,
     [weights, grads]: [Slices<'_, F>; 2],
+    saved: Slices<'_, F>,
     heads: usize,
     slots: &[usize],
     first: usize,
     states: &mut [F],
 ) {
+    let num_states = 2 * heads + saved.columns;
+    for (pair, slot) in slots.iter().enumerate().filter(|_| saved.columns > 0) {
+        let state = &mut states[(slot - first) * num_states..][..num_states];
+        state[2 * heads..].copy_from_slice(saved.row(pair));
+    }
     dispatch!(level_for::<F>(level, [2 * heads; 2]), simd => transposed(
         simd,
         2 * heads,
@@ -270,7 +280,7 @@ fn store_states<F: Float>(
         #[inline(always)]
         |pair, n, vectors| {
             for (&slot, &vector) in slots[pair..].iter().zip(vectors) {
-                let state = &mut states[(slot - first) * 2 * heads..][..2 * heads];
+                let state = &mut states[(slot - first) * num_states..][..2 * heads];
                 store_part(vector, &mut state[n..]);
             }
         },
@@ -317,9 +327,13 @@ impl<F: Float> ByKey<'_, F> {
 
         let mut tile = Tile::new(level, heads, self.tile_len);
         let mut score = problem.score.0.tiles(level, problem, &tile);
+        let soon = [grads_out, queries];
+        let soon = &soon[..if problem.score.0.reads_queries_by_key() { 2 } else { 1 }];
+        let all_states = Slices { data: states, columns: self.states.ncols() };
         let columns = EdgeColumns::new(level, problem).columns;
         // The weights of a tile, and the gradients of its logits.
         let mut numbers = vec![F::zero(); 2 * tile.weights.len()];
+        let mut slots_of_tile = Vec::with_capacity(tile.len);
         let ones = &problem.ones;
         let mut sum_key = vec![F::zero(); grad_key.ncols()];
         let mut sum_value = vec![F::zero(); grad_value.ncols()];
@@ -327,11 +341,12 @@ impl<F: Float> ByKey<'_, F> {
             let key = row.row;
             sum_key.fill(F::zero());
             sum_value.fill(F::zero());
-            while tile.fill(softmax, &mut row, &[queries, grads_out]) {
+            while tile.fill(softmax, &mut row, soon) {
                 let stride = tile.stride;
-                let all_states = Slices { data: states, columns: 2 * heads };
                 tile.prefetch_pairs(self.pairs, all_states, |pair| slots.slot(pair));
-                let state = |t: usize| all_states.row(slots.slot(tile.pairs[t].index));
+                slots_of_tile.clear();
+                slots_of_tile.extend(tile.pairs.iter().map(|pair| slots.slot(pair.index)));
+                let state = |t: usize| all_states.row(slots_of_tile[t]);
                 let size = [tile.pairs.len(), 2 * heads];
                 to_columns(
                     level_for::<F>(level, [2 * heads; 2]),
@@ -343,7 +358,8 @@ impl<F: Float> ByKey<'_, F> {
                 let (weights, grads) = numbers.split_at(heads * stride);
                 let weights = Weights { factors: Some(ones), weights, stride };
                 columns.add_weighted(&mut sum_value, weights, tile.gather(grads_out));
-                score.key_vjp(&tile, key, grads, &mut sum_key);
+                let saved = Gather { rows: all_states, at: &slots_of_tile };
+                score.key_vjp(&tile, key, grads, saved, &mut sum_key);
             }
             score.finish_key(&mut sum_key);
             grad_key.row_mut(r).assign(&ArrayView1::from(&sum_key));

@@ -29,6 +29,16 @@ trait EdgeScore<F: Float>: Debug + Send + Sync {
     /// Returns the number of parameters besides W that all pairs share: [`EdgeGradients::attention`].
     fn num_attention(&self) -> usize;
 
+    /// Returns the number of numbers of a pair that the pass by query saves for the pass by key.
+    fn num_saved(&self, _problem: &EdgeProblem<'_, F>) -> usize {
+        0
+    }
+
+    /// Whether the pass by key reads the queries.
+    fn reads_queries_by_key(&self) -> bool {
+        false
+    }
+
     /// Creates the buffers of a pass over the pairs, for tiles like this one.
     fn tiles<'p>(
         &'p self,
@@ -67,8 +77,21 @@ trait ScoreTiles<F: Float> {
     /// By query: adds the gradients that were summed over all rows to that of the parameters.
     fn finish_part(&mut self, _grad_attention: &mut [F]) {}
 
-    /// By key: adds the gradient of the key of a tile to `sum`, given the gradients of its logits.
-    fn key_vjp(&mut self, tile: &Tile<F>, key: usize, grads: &[F], sum: &mut [F]);
+    /// By query: returns the numbers of each pair of the tile to save, after [`query_vjp`](Self::query_vjp).
+    fn saved(&self) -> &[F] {
+        &[]
+    }
+
+    /// By key: adds the gradient of the key of a tile to `sum`, given the gradients of its logits and rows that end with
+    /// the saved numbers.
+    fn key_vjp(
+        &mut self,
+        tile: &Tile<F>,
+        key: usize,
+        grads: &[F],
+        saved: Gather<'_, F>,
+        sum: &mut [F],
+    );
 
     /// By key: completes the gradient of a key.
     fn finish_key(&mut self, _sum: &mut [F]) {}

@@ -64,9 +64,9 @@ const TILE: usize = 64;
 ///   ends is one parameter, under the first of its names.
 /// * **Cost** one projection of every node, O(n · inputs · heads · d), then per pair O(heads · (d +
 ///   edge_dim)) for `Gat` and `DotProduct`, O(heads · d · edge_dim) for `GatV2` and `Additive`. Memory O(n ·
-///   heads · d), and in the backward pass two numbers for each pair and head (and, if the edges were not
-///   given in the order of the queries, a second copy of the gradients of their features). Vectors of heads ·
-///   d numbers per pair exist only within a tile.
+///   heads · d), and in the backward pass two numbers for each pair and head, with `GatV2` one more for every
+///   16 of the d columns (and, if the edges were not given in the order of the queries, a second copy of the
+///   gradients of their features). Vectors of heads · d numbers per pair exist only within a tile.
 /// * **Errors** [`Error::Shape`] for columns that do not fit the configuration,
 ///   [`Error::MissingInput`] if configured edge features are missing, [`Error::MissingSetting`] if the
 ///   inputs have edge features that are not configured.

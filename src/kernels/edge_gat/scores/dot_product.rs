@@ -33,6 +33,10 @@ impl<F: Float> EdgeScore<F> for DotProduct {
         0
     }
 
+    fn reads_queries_by_key(&self) -> bool {
+        true
+    }
+
     fn tiles<'p>(
         &'p self,
         level: Level,
@@ -97,7 +101,7 @@ impl<F: Float> ScoreTiles<F> for Tiles<'_, F> {
         add_outer(softmax.scale, query, softmax.value_dim, &self.projected, sums.edge_weight);
     }
 
-    fn key_vjp(&mut self, tile: &Tile<F>, _: usize, grads: &[F], sum: &mut [F]) {
+    fn key_vjp(&mut self, tile: &Tile<F>, _: usize, grads: &[F], _: Gather<'_, F>, sum: &mut [F]) {
         let EdgeProblem { softmax, ones, .. } = self.problem;
         let of_pairs = Weights { factors: Some(ones), weights: grads, stride: tile.stride };
         let queries = tile.gather(softmax.query.slices());

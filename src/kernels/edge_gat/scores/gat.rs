@@ -4,6 +4,7 @@ use super::super::activation::{Activation, LeakyRelu, activate};
 use super::super::features::{Coefficients, FeatureSums, FeatureTile};
 use super::super::{BoxedScore, EdgeProblem, EdgeScore, ScoreSums, ScoreTiles};
 use crate::kernels::Float;
+use crate::kernels::gathered::Gather;
 use crate::kernels::primitives::matmul::Vector;
 use crate::kernels::rows::Tile;
 use fearless_simd::{Level, Simd, SimdBase};
@@ -117,7 +118,7 @@ impl<F: Float, A: Activation<F>> ScoreTiles<F> for Tiles<'_, F, A> {
         }
     }
 
-    fn key_vjp(&mut self, tile: &Tile<F>, _: usize, grads: &[F], sum: &mut [F]) {
+    fn key_vjp(&mut self, tile: &Tile<F>, _: usize, grads: &[F], _: Gather<'_, F>, sum: &mut [F]) {
         let count = tile.pairs.len();
         for (sum, grads) in sum.iter_mut().zip(grads.chunks_exact(tile.stride)) {
             *sum += grads[..count].iter().copied().sum::<F>();

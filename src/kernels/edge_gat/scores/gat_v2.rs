@@ -4,11 +4,14 @@ use super::super::activation::{Activation, LeakyRelu, Tanh, activate};
 use super::super::features::FeatureTile;
 use super::super::{BoxedScore, EdgeColumns, EdgeProblem, EdgeScore, ScoreSums, ScoreTiles};
 use crate::kernels::Float;
-use crate::kernels::gathered::{Columns, Gather, Weights};
+use crate::kernels::gathered::{Columns, Gather, Weights, mask};
 use crate::kernels::primitives::matmul::Vector;
 use crate::kernels::problem::Slices;
 use crate::kernels::rows::{Pairs, Tile};
-use fearless_simd::{Level, Simd, SimdBase, SimdFloat};
+use fearless_simd::{Level, Select, Simd, SimdBase, SimdFloat, SimdMask};
+
+/// The columns whose signs are saved in one number, as an integer: few enough for `f32` to represent it exactly.
+const SIGNS: usize = 16;
 
 /// Returns the logits, given the slope and a, one number for each column.
 pub(in super::super::super) fn gat_v2<F: Float>(slope: F, attention: Vec<F>) -> BoxedScore<F> {
@@ -39,6 +42,8 @@ struct Tiles<'p, F: Float, A> {
     /// For each pair of a tile a row with the columns of the values: the activation of q + k + W x, and in
     /// the backward pass then the gradient of that sum.
     rows: Vec<F>,
+    /// For each pair of a tile and head, which of those sums are positive, if that tells their derivatives.
+    signs: Vec<F>,
     /// 0, 1, 2, …: all of these rows.
     at: Vec<usize>,
     by_key: Pairs<'p>,
@@ -47,6 +52,17 @@ struct Tiles<'p, F: Float, A> {
 impl<F: Float, A: Activation<F>> EdgeScore<F> for Concatenated<F, A> {
     fn num_attention(&self) -> usize {
         self.attention.len()
+    }
+
+    fn num_saved(&self, problem: &EdgeProblem<'_, F>) -> usize {
+        match self.activation.slope() {
+            Some(_) => problem.softmax.heads * problem.softmax.value_dim.div_ceil(SIGNS),
+            None => 0,
+        }
+    }
+
+    fn reads_queries_by_key(&self) -> bool {
+        self.activation.slope().is_none()
     }
 
     fn tiles<'p>(
@@ -64,6 +80,7 @@ impl<F: Float, A: Activation<F>> EdgeScore<F> for Concatenated<F, A> {
             whole: Columns::new(level, 1, num_columns, |_| [0, 0]),
             query: 0,
             rows: vec![F::zero(); num_columns * tile.len],
+            signs: vec![F::zero(); self.num_saved(problem) * tile.len],
             at: (0..tile.len).collect(),
             by_key: Pairs::by_key(&problem.softmax.inputs),
         })
@@ -116,12 +133,34 @@ impl<F: Float, A: Activation<F>> ScoreTiles<F> for Tiles<'_, F, A> {
         }
     }
 
-    fn key_vjp(&mut self, tile: &Tile<F>, key: usize, grads: &[F], sum: &mut [F]) {
+    fn saved(&self) -> &[F] {
+        &self.signs
+    }
+
+    fn key_vjp(
+        &mut self,
+        tile: &Tile<F>,
+        key: usize,
+        grads: &[F],
+        saved: Gather<'_, F>,
+        sum: &mut [F],
+    ) {
         let softmax = &self.problem.softmax;
+        if let Some(slope) = self.score.activation.slope() {
+            let grads = Slices { data: grads, columns: tile.stride };
+            add_slopes(self.level, slope, grads, saved, softmax.value_dim, sum);
+            return;
+        }
         tile.prefetch_pairs(self.by_key, self.problem.features.slices(), |pair| pair);
         self.activate_sums(softmax.key.row(key), softmax.query.slices(), tile);
         self.differentiate(grads, tile.stride, tile.pairs.len());
         add_rows(self.level, sum, &self.rows, tile.pairs.len());
+    }
+
+    fn finish_key(&mut self, sum: &mut [F]) {
+        if self.score.activation.slope().is_some() {
+            sum.iter_mut().zip(&self.score.attention).for_each(|(sum, &factor)| *sum *= factor);
+        }
     }
 }
 
@@ -163,7 +202,7 @@ impl<F: Float, A: Activation<F>> Tiles<'_, F, A> {
         }
     }
 
-    /// Replaces the activations of the pairs of a tile by dm = ds · a · their derivatives.
+    /// Replaces the activations of the pairs of a tile by dm = ds · a · their derivatives, and saves their signs.
     #[inline(never)]
     fn differentiate(&mut self, grads: &[F], stride: usize, count: usize) {
         dispatch!(self.level, simd => self.differentiate_in_vectors(simd, grads, stride, count));
@@ -179,24 +218,41 @@ impl<F: Float, A: Activation<F>> Tiles<'_, F, A> {
     ) {
         let Concatenated { activation, attention } = self.score;
         let (len, dim) = (Vector::<S, F>::LEN, self.problem.softmax.value_dim);
+        let zero = Vector::<S, F>::splat(simd, F::zero());
         let rows = self.rows.chunks_exact_mut(attention.len().max(1)).take(count);
+        let mut all_signs = self.signs.iter_mut();
         for (t, row) in rows.enumerate() {
             let of_heads = row.chunks_exact_mut(dim).zip(attention.chunks_exact(dim));
             for (head, (row, attention)) in of_heads.enumerate() {
                 let grad = grads[head * stride + t];
                 let grads = Vector::<S, F>::splat(simd, grad);
-                let (mut rows, attentions) =
-                    (row.chunks_exact_mut(len), attention.chunks_exact(len));
-                let rest = attentions.remainder();
-                for (row, attention) in rows.by_ref().zip(attentions) {
-                    let slope = activation.derivative(simd, Vector::<S, F>::from_slice(simd, row));
-                    let attention = Vector::<S, F>::from_slice(simd, attention);
-                    (attention * (grads * slope)).store_slice(row);
-                }
-                for (value, &attention) in rows.into_remainder().iter_mut().zip(rest) {
-                    let result = Vector::<S, F>::splat(simd, *value);
-                    let slope = activation.derivative(simd, result).as_slice()[0];
-                    *value = grad * slope * attention;
+                for (row, attention) in row.chunks_mut(SIGNS).zip(attention.chunks(SIGNS)) {
+                    let (mut signs, mut column) = (0, 0);
+                    let (mut rows, attentions) =
+                        (row.chunks_exact_mut(len), attention.chunks_exact(len));
+                    let rest = attentions.remainder();
+                    for (row, attention) in rows.by_ref().zip(attentions) {
+                        let result = Vector::<S, F>::from_slice(simd, row);
+                        let attention = Vector::<S, F>::from_slice(simd, attention);
+                        let slope = activation.derivative(simd, result);
+                        (attention * (grads * slope)).store_slice(row);
+                        if activation.slope().is_some() {
+                            signs |= result.simd_gt(zero).to_bitmask() << column;
+                            column += len;
+                        }
+                    }
+                    for (value, &attention) in rows.into_remainder().iter_mut().zip(rest) {
+                        let result = Vector::<S, F>::splat(simd, *value);
+                        let slope = activation.derivative(simd, result).as_slice()[0];
+                        signs |= u64::from(*value > F::zero()) << column;
+                        column += 1;
+                        *value = grad * slope * attention;
+                    }
+                    if activation.slope().is_some()
+                        && let Some(saved) = all_signs.next()
+                    {
+                        *saved = F::from_f64(f64::from(signs as u32));
+                    }
                 }
             }
         }
@@ -234,6 +290,79 @@ fn sum_columns<S: Simd, F: Float, const N: usize>(
         sums[n].store_slice(&mut row[start + n * len..][..len]);
     }
     activate(simd, activation, &mut row[columns]);
+}
+
+/// sum += Σₜ ds · the derivatives, which are 1 where a sign is set and `slope` elsewhere. Heads have `dim` columns; rows
+/// of `saved` end with the signs, and row h of `grads` is ds of head h.
+#[inline(never)]
+fn add_slopes<F: Float>(
+    level: Level,
+    slope: F,
+    grads: Slices<'_, F>,
+    saved: Gather<'_, F>,
+    dim: usize,
+    sum: &mut [F],
+) {
+    dispatch!(level, simd => add_slopes_in_vectors(simd, slope, grads, saved, dim, sum));
+}
+
+#[inline(always)]
+fn add_slopes_in_vectors<S: Simd, F: Float>(
+    simd: S,
+    slope: F,
+    grads: Slices<'_, F>,
+    saved: Gather<'_, F>,
+    dim: usize,
+    sum: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let heads = sum.len() / dim.max(1);
+    let first = saved.rows.columns - heads * dim.div_ceil(SIGNS);
+    let parts = sum.chunks_exact_mut(dim.max(1)).enumerate().flat_map(
+        #[inline(always)]
+        |(head, sum)| {
+            sum.chunks_mut(SIGNS).map(
+                #[inline(always)]
+                move |sum| (head, sum),
+            )
+        },
+    );
+    for (part, (head, sum)) in parts.enumerate() {
+        let signs = saved.at.iter().map(
+            #[inline(always)]
+            |&row| saved.rows.row(row)[first + part].as_f64() as u64,
+        );
+        let pairs = signs.zip(grads.row(head).iter().copied());
+        // If the number of vectors is known at compile time, their sums stay in registers.
+        if sum.len() == SIGNS {
+            add_slopes_of_part(simd, SIGNS / len, slope, pairs, sum);
+        } else {
+            add_slopes_of_part(simd, sum.len().div_ceil(len), slope, pairs, sum);
+        }
+    }
+}
+
+/// [`add_slopes`] for the columns of one number, which are so many vectors; pairs are signs and ds.
+#[inline(always)]
+fn add_slopes_of_part<S: Simd, F: Float>(
+    simd: S,
+    count: usize,
+    slope: F,
+    pairs: impl Iterator<Item = (u64, F)>,
+    sum: &mut [F],
+) {
+    let len = Vector::<S, F>::LEN;
+    let mut sums = [Vector::<S, F>::splat(simd, F::zero()); SIGNS];
+    for (signs, grad) in pairs {
+        let small = Vector::<S, F>::splat(simd, slope * grad);
+        let grad = Vector::<S, F>::splat(simd, grad);
+        for (n, sum) in sums[..count].iter_mut().enumerate() {
+            *sum += mask::<S, F>(simd, signs >> (n * len)).select(grad, small);
+        }
+    }
+    for (sum, sums) in sum.chunks_mut(len).zip(sums) {
+        sum.iter_mut().zip(sums.as_slice()).for_each(|(sum, &of_tile)| *sum += of_tile);
+    }
 }
 
 /// sum += Σ of the first rows.
