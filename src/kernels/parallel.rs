@@ -14,7 +14,7 @@ pub(crate) fn for_each<T: Send>(parts: Vec<T>, work: usize, run: impl Fn(T) + Se
     // The kernels are compiled into `run`; if called in two places, it would be compiled twice.
     let run: &(dyn Fn(T) + Send + Sync) = &run;
     #[cfg(feature = "parallel")]
-    if work >= WORTH_SHARING && parts.len() > 1 {
+    if shares(work) > 1 && parts.len() > 1 {
         use std::sync::{Mutex, PoisonError};
         let parts: Vec<_> = parts.into_iter().map(|part| Mutex::new(Some(part))).collect();
         return for_each_index(parts.len(), &|index| {
@@ -37,10 +37,27 @@ pub(crate) fn shares(work: usize) -> usize {
 }
 
 /// Not generic, so that the code that shares work among threads is compiled once, not for every task.
+///
+/// The calling thread takes tasks too, so it does not wait while others wake, which may take longer than all of the
+/// tasks.
 #[cfg(feature = "parallel")]
 fn for_each_index(len: usize, run: &(dyn Fn(usize) + Sync)) {
-    use rayon::iter::{IntoParallelIterator, ParallelIterator};
-    (0..len).into_par_iter().for_each(run);
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let next = AtomicUsize::new(0);
+    let take_tasks = || loop {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        if index >= len {
+            return;
+        }
+        run(index);
+    };
+    let others = len.min(rayon::current_num_threads()) - 1;
+    rayon::in_place_scope(|scope| {
+        for _ in 0..others {
+            scope.spawn(|_| take_tasks());
+        }
+        take_tasks();
+    });
 }
 
 /// 0..len in steps.
@@ -126,6 +143,30 @@ mod tests {
             assert!(starts.iter().skip(1).zip(&ends).all(|(start, end)| start == end));
             assert!(starts.iter().all(|start| start % block == 0));
             assert!(parts.iter().all(|part| !part.is_empty()));
+        }
+    }
+
+    #[cfg(feature = "parallel")]
+    #[test]
+    fn each_task_runs_once_on_any_number_of_threads() {
+        use std::sync::Mutex;
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let pool = pool.expect("threads");
+            for (len, work) in [(0, WORTH_SHARING), (1, WORTH_SHARING), (7, 0), (7, WORTH_SHARING)]
+            {
+                let done = Mutex::new(Vec::new());
+                pool.install(|| {
+                    for_each((0..len).collect(), work, |task: usize| {
+                        // Tasks that share work of their own.
+                        for_each(vec![0, 1], work, |part| done.lock().unwrap().push((task, part)));
+                    });
+                });
+                let mut done = done.into_inner().unwrap();
+                done.sort_unstable();
+                let expected: Vec<_> = (0..len).flat_map(|task| [(task, 0), (task, 1)]).collect();
+                assert_eq!(done, expected, "{threads} threads");
+            }
         }
     }
 

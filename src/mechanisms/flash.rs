@@ -127,7 +127,8 @@ impl<S> Flash<S> {
     }
 
     /// Sets the size of the tiles, 96 × 96 by default. The result is the same up to rounding. Sizes
-    /// larger than the problem, or than 1024, are reduced. On a graph only `keys` is used.
+    /// larger than the problem, or than 1024, are reduced, and so is `queries` if only a few tiles would be
+    /// of unequal length. On a graph only `keys` is used.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if a size is 0.

@@ -43,7 +43,7 @@ pub(crate) const FEW_QUERIES: usize = 8;
 /// with at least the given number of blocks, and then over the parts. These numbers depend only on the
 /// problem, so that the sums do not depend on the threads.
 pub(super) const PARTS: usize = 4;
-pub(super) const BLOCKS_OF_PART: usize = 4;
+pub(super) const BLOCKS_OF_PART: usize = 2;
 
 /// One head of keys or values: row j starts at `j · stride`.
 #[derive(Clone, Copy)]
@@ -686,8 +686,21 @@ const LARGEST_TILE: usize = 1024;
 /// Limits tiles to the size of the problem.
 pub(super) fn clip<F: Float>(problem: &Problem<'_, F>, sizes: TileSizes) -> TileSizes {
     TileSizes {
-        queries: sizes.queries.min(problem.inputs.num_queries()).clamp(1, LARGEST_TILE),
+        queries: block_len(problem.inputs.num_queries(), sizes.queries.min(LARGEST_TILE)),
         keys: sizes.keys.min(problem.inputs.num_keys()).clamp(1, LARGEST_TILE),
+    }
+}
+
+/// Returns the number of queries in a block, at most `most`. If there are only a few blocks, their number is a power of
+/// two and they are about equally long, so that threads finish together.
+fn block_len(num_queries: usize, most: usize) -> usize {
+    const FEW: usize = 8;
+    // Of any instruction set.
+    const WIDEST_PANEL: usize = 32;
+    let most = most.min(num_queries).max(1);
+    match num_queries.div_ceil(most).next_power_of_two() {
+        blocks @ 2..=FEW => most.min(num_queries.div_ceil(blocks).next_multiple_of(WIDEST_PANEL)),
+        _ => most,
     }
 }
 
@@ -807,5 +820,21 @@ impl<'p, F: Float> TileScorer<'p, F> for DotTiles<'p, F> {
         let keys = block.keys().left(tile.start);
         let out = Out::columns(scores, width, column..column + maxima.len());
         rows_times_with_max(block.level, tile.len(), keys, queries, maxima, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_blocks_are_about_equally_long() {
+        let lens = [(0, 1), (1, 1), (96, 96), (97, 64), (128, 64), (200, 64), (256, 64), (384, 96)];
+        for (num_queries, len) in lens.into_iter().chain([(512, 64), (700, 96), (1024, 96)]) {
+            assert_eq!(block_len(num_queries, 96), len, "{num_queries} queries");
+        }
+        for (num_queries, most) in [(0, 1), (5, 1), (20, 5), (100, 1024), (10_000, 1024)] {
+            assert_eq!(block_len(num_queries, most), most.min(num_queries).max(1));
+        }
     }
 }
