@@ -209,6 +209,10 @@ fn add_transposed_product<F: Float>(
         return Ok(());
     }
     let parts = parts(left.nrows(), BLOCK, SUMS);
+    if parts.len() == 1 {
+        general_mat_mul(F::one(), &left.t(), &right, F::one(), &mut out);
+        return Ok(());
+    }
     let mut sums = try_zeros("product", parts.len() * out.nrows(), out.ncols())?;
     let lens = parts.iter().map(|_| out.nrows());
     let tasks: Vec<_> = parts.iter().cloned().zip(row_chunks(sums.view_mut(), lens)).collect();
