@@ -138,7 +138,8 @@ struct ByQuery<'p, F: Float> {
 impl<F: Float> ByQuery<'_, F> {
     /// Processes the rows of a part: overwrites the gradients of queries and the state of each pair
     /// (weights after dropout, then gradients of logits before the activation if there is a single
-    /// logit, then what the score saves); adds the gradients of features and, over the whole part, of attention and edge weight.
+    /// logit, then what the score saves); adds the gradients of features and, over the whole part, of
+    /// attention and edge weight.
     fn run(&self, level: Level, part: &Part, outputs: Outputs<'_, F, 1, 4>) {
         let Self { problem, upstream, .. } = *self;
         let softmax = &problem.softmax;

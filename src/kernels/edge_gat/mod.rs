@@ -29,7 +29,7 @@ trait EdgeScore<F: Float>: Debug + Send + Sync {
     /// Returns the number of parameters besides W that all pairs share: [`EdgeGradients::attention`].
     fn num_attention(&self) -> usize;
 
-    /// Returns the number of numbers of a pair that the pass by query saves for the pass by key.
+    /// Returns how many numbers of a pair the pass by query saves for the pass by key.
     fn num_saved(&self, _problem: &EdgeProblem<'_, F>) -> usize {
         0
     }
