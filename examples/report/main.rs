@@ -59,16 +59,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Checks the memory and errors on the page; unlike times, they are the same on every run.
+/// Checks memory and errors, which depend much less on the machine and on the run than times.
 fn check(report: &Report) {
     // The growth of the memory when n doubles.
-    let growth = |name: &str| {
-        let costs = &report.find(name).dense;
-        let [before, last] = [costs[costs.len() - 2], costs[costs.len() - 1]];
-        last.forward_memory / before.forward_memory
-    };
-    assert!(growth("scaled_dot_product") > 3.0, "it stores the weights");
-    assert!(growth("flash") < 2.5, "it does not store the weights");
+    let costs = &report.find("scaled_dot_product").dense;
+    let [before, last] = [costs[costs.len() - 2], costs[costs.len() - 1]];
+    assert!(last.forward_memory > 3.0 * before.forward_memory, "it stores the weights");
+    // Its growth would not do: a few tens of KiB more or less, depending on which thread takes which block.
+    let flash = report.find("flash").dense();
+    assert!(flash.forward_memory < last.forward_memory / 4.0, "it does not store the weights");
     for row in &report.rows {
         assert!(row.rounding < 1e-5, "{}: f32 agrees with f64", row.mechanism.attention.name());
     }
