@@ -282,6 +282,7 @@ impl Graph {
     }
 
     /// Returns the slots of a query's row.
+    #[inline]
     pub(crate) fn slots(&self, query: usize) -> Range<usize> {
         match self.offsets.get(query..) {
             Some(&[start, end, ..]) => start..end,

@@ -55,6 +55,7 @@ impl<F: Float> Normalizer<F> {
         check_shape("saved normalizer", &[num_queries, heads], self.shift.shape())
     }
 
+    #[inline]
     pub(crate) fn is_empty(&self, query: usize, head: usize) -> bool {
         self.sum[[query, head]] == F::zero()
     }

@@ -128,9 +128,10 @@ impl<F: Float> Block<'_, '_, F> {
             |lane| rows.row(first + lane),
             #[inline(always)]
             |column, lane, columns| {
-                let packed = packed[column * width..].chunks_exact_mut(width);
-                for (packed, &entries) in packed.zip(columns) {
-                    (entries * factor).store_slice(&mut packed[lane..lane + Vector::<S, F>::LEN]);
+                // Iterators over chunks of this length would divide by it.
+                for (column, &entries) in (column..).zip(columns) {
+                    let packed = &mut packed[column * width + lane..];
+                    (entries * factor).store_slice(&mut packed[..Vector::<S, F>::LEN]);
                 }
             },
         );

@@ -59,11 +59,10 @@ fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(
     block: [Vector<S, F>; MOST],
 ) -> [Vector<S, F>; MOST] {
     let len = Vector::<S, F>::LEN;
-    interleave::<S, F, MOST>(block, len, len)
+    interleave::<S, F, MOST>(block, len)
 }
 
-/// Turns the first `rows` vectors into their columns, one after another, if `times` is `rows`; turns columns of `rows`
-/// entries, one after another, into rows of a vector if it is the length of a vector. Both are powers of two.
+/// Turns the first `rows` vectors, a power of two, into their columns, one after another.
 ///
 /// Interleaving the entries of the two halves moves the highest bit of an entry's address, (row, column),
 /// to the lowest position. After as many steps as a row index has bits, columns have become rows.
@@ -71,13 +70,28 @@ fn transpose_block<S: Simd, F: SimdFloatElement + 'static>(
 pub(crate) fn interleave<S: Simd, F: SimdFloatElement + 'static, const N: usize>(
     mut block: [Vector<S, F>; N],
     rows: usize,
-    times: usize,
 ) -> [Vector<S, F>; N] {
     let mut done = 1;
-    while done < times {
+    while done < rows {
         let halves = block;
         for r in 0..rows / 2 {
             (block[2 * r], block[2 * r + 1]) = halves[r].interleave(halves[r + rows / 2]);
+        }
+        done *= 2;
+    }
+    block
+}
+
+/// Turns the columns of N vectors, one after another, into the vectors: the inverse of [`interleave`].
+#[inline(always)]
+pub(crate) fn deinterleave<S: Simd, F: SimdFloatElement + 'static, const N: usize>(
+    mut block: [Vector<S, F>; N],
+) -> [Vector<S, F>; N] {
+    let mut done = 1;
+    while done < N {
+        let pairs = block;
+        for r in 0..N / 2 {
+            (block[r], block[r + N / 2]) = pairs[2 * r].deinterleave(pairs[2 * r + 1]);
         }
         done *= 2;
     }

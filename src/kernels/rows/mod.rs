@@ -134,6 +134,7 @@ impl<'g> Pairs<'g> {
     }
 
     /// Returns the pairs of a row, numbered in the order of the rows.
+    #[inline]
     fn slots(self, row: usize) -> Range<usize> {
         match self {
             Pairs::Dense { num_keys: len, .. } | Pairs::DenseByKey { num_queries: len, .. } => {
@@ -180,8 +181,10 @@ pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     let work_until = |row: usize| row + row.checked_sub(1).map_or(0, |row| pairs.slots(row).end);
     let work = work_until(num_rows);
     let count = (work / WORK_OF_PART).clamp(1, PARTS);
+    let shares_until = |row: usize| work_until(row) * count / work;
     let mut parts = Vec::new();
     let mut first = 0;
+    let mut shares = 0;
     let close = |parts: &mut Vec<Part>, rows: Range<usize>| {
         if !rows.is_empty() {
             let slots = pairs.slots(rows.start).start..pairs.slots(rows.end - 1).end;
@@ -190,7 +193,10 @@ pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
     };
     for row in 0..num_rows {
         let slots = pairs.slots(row);
-        if slots.len() > SEGMENT {
+        let is_long = slots.len() > SEGMENT;
+        // Divides only where a share ends.
+        let ends = (row + 1 + slots.end) * count >= (shares + 1) * work;
+        if is_long {
             close(&mut parts, first..row);
             parts.extend(parallel::ranges(slots.len(), SEGMENT).map(|range| Part {
                 rows: row..row + 1,
@@ -198,10 +204,12 @@ pub(super) fn parts(pairs: Pairs<'_>) -> Vec<Part> {
                 is_segment: true,
                 is_first: range.start == 0,
             }));
-            first = row + 1;
-        } else if work_until(row + 1) * count / work > work_until(row) * count / work {
+        } else if ends {
             close(&mut parts, first..row + 1);
+        }
+        if is_long || ends {
             first = row + 1;
+            shares = shares_until(first);
         }
     }
     close(&mut parts, first..num_rows);

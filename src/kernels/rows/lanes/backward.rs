@@ -6,12 +6,12 @@ use super::super::super::problem::{Slices, Upstream, WeightGradients};
 use super::super::super::score::Scoring;
 use super::super::backward::asked_or;
 use super::super::{
-    Outputs, Pairs, Part, Row, add_pair_weight_gradients, add_to_row, add_up, for_each_part, parts,
+    Outputs, Pairs, Part, Row, add_pair_weight_gradients, add_up, for_each_part, parts,
 };
-use super::copies::{Copies, Transposition, Which, from_lanes, to_lanes};
-use super::steps::{Others, Shape, Terms, dots, vjp, weighted_sums};
+use super::copies::{Copies, Which, from_lanes, to_lanes};
+use super::steps::{Others, Terms, dots, vjp, weighted_sums};
 use super::tile_pairs::TilePairs;
-use super::{Lanes, ROWS_AT_A_TIME, Tile};
+use super::{Lanes, ROWS_AT_A_TIME, Tile, with_slice};
 use crate::gradients::GradientsMut;
 use crate::graph::Graph;
 use crate::kernels::Float;
@@ -29,6 +29,7 @@ struct Side<'c, F: Float> {
 
 impl<'c, F: Float> Side<'c, F> {
     /// Returns `a`, `b`, and what follows.
+    #[inline]
     fn row(self, row: usize) -> [&'c [F]; 3] {
         let (a, rest) = self.copies.slices().row(row).split_at(self.lens[0]);
         let (b, rest) = rest.split_at(self.lens[1]);
@@ -159,11 +160,9 @@ impl<F: Float> Lanes<'_, F> {
         let of_query = self.places(false, problem.key_dim, stride);
         let of_grad = self.places(false, problem.value_dim, stride);
         let of_out = self.places(false, problem.value_dim, out_len);
-        let same: Vec<_> = (0..self.slots).map(|slot| [slot; 2]).collect();
         Copies::new(problem.inputs.num_queries(), stride, |rows, copies| {
             let mut outs = Buffer::stale(ROWS_AT_A_TIME * out_len);
-            let Tile { stride: pair, mut raw, numbers: [mut deltas] } = self.tile(1);
-            let shape = self.shape(&same, pair);
+            let mut deltas = Buffer::stale(ROWS_AT_A_TIME * self.slots * self.len);
             let blocks = rows.clone().step_by(ROWS_AT_A_TIME);
             for (start, copies) in blocks.zip(copies.chunks_mut(ROWS_AT_A_TIME * stride)) {
                 let rows = start..rows.end.min(start + ROWS_AT_A_TIME);
@@ -172,42 +171,65 @@ impl<F: Float> Lanes<'_, F> {
                 to_lanes(of_query, (problem.query.slices(), which), 0, copies);
                 to_lanes(of_grad, (upstream.grad_out, which), query_len, copies);
                 to_lanes(of_out, (upstream.out, which), 0, outs);
-                let copies = copies.chunks_exact_mut(stride).zip(outs.chunks_exact(out_len));
-                for (row, (copy, out)) in rows.zip(copies) {
-                    let (query, rest) = copy.split_at_mut(query_len);
-                    let (grad_out, terms) = rest.split_at_mut(out_len);
-                    query.iter_mut().for_each(|entry| *entry *= problem.scale);
-                    // With the same steps as g·v of a pair: with only one visible key o is v, and ds is 0.
-                    let rows = Slices { data: out, columns: out_len };
-                    let others = Others { rows, at: &[0], first: 0 };
-                    self.deltas(shape, grad_out, others, [&mut raw, &mut deltas]);
-                    for (n, &head) in self.query_heads.iter().enumerate() {
-                        let (slot, lane) = (n / self.width, n % self.width);
-                        let [shift, inverse] = upstream.normalizer.factors(row, head);
-                        let delta = deltas[slot * pair + lane] + upstream.more_delta(row, head);
-                        let terms = &mut terms[slot * 3 * self.len..][..3 * self.len];
-                        for block in (lane..self.len).step_by(self.width) {
-                            terms[block] = shift;
-                            terms[self.len + block] = inverse;
-                            terms[2 * self.len + block] = delta;
-                        }
-                        if upstream.normalizer.is_empty(row, head) {
-                            for copy in [&mut *query, &mut *grad_out] {
-                                self.entries_of(n, copy).for_each(|entry| *entry = F::zero());
-                            }
-                        }
-                    }
+                self.scale_and_multiply(copies, outs, &mut deltas);
+                let copies = copies.chunks_exact_mut(stride);
+                let deltas = deltas.chunks_exact(self.slots * self.len);
+                for (row, (copy, deltas)) in rows.zip(copies.zip(deltas)) {
+                    self.write_terms(upstream, row, copy, deltas);
                 }
             }
         })
     }
 
-    /// Overwrites the products of g and o.
+    /// Multiplies the queries in their copies by the scale, and overwrites `products` with g·o. They are summed in the
+    /// same steps as g·v of a pair: with only one visible key o is v, and ds is 0.
     #[inline(never)]
-    fn deltas(&self, shape: Shape<'_>, grad_out: &[F], out: Others<'_, F>, numbers: [&mut [F]; 2]) {
+    fn scale_and_multiply(&self, copies: &mut [F], outs: &[F], products: &mut [F]) {
+        let [query_len, out_len] = [self.key_len, self.value_len].map(|len| self.slots * len);
+        let same: Vec<_> = (0..self.slots).map(|slot| [slot; 2]).collect();
+        let Tile { stride, mut raw, numbers: [] } = self.tile(1);
+        let (shape, scale) = (self.shape(&same, stride), self.problem.scale);
+        let copies = copies.chunks_exact_mut(query_len + out_len + self.slots * 3 * self.len);
+        let products = products.chunks_exact_mut(self.slots * stride);
+        let rows = copies.zip(outs.chunks_exact(out_len)).zip(products);
         dispatch!(self.level, simd => {
-            dots(simd, shape, grad_out, out, self.value_len, numbers, F::zero());
+            for ((copy, out), products) in rows {
+                let (query, rest) = copy.split_at_mut(query_len);
+                query.iter_mut().for_each(|entry| *entry *= scale);
+                let rows = Slices { data: out, columns: out_len };
+                let out = Others { rows, at: &[0], first: 0 };
+                let to = [&mut *raw, products];
+                dots(simd, shape, &rest[..out_len], out, self.value_len, to, F::zero());
+            }
         });
+    }
+
+    /// Writes m, 1/l and δ behind the copy of a query and its g, and zeros for heads that saw no key.
+    fn write_terms(&self, upstream: Upstream<'_, F>, row: usize, copy: &mut [F], products: &[F]) {
+        let [query_len, out_len] = [self.key_len, self.value_len].map(|len| self.slots * len);
+        let (columns, terms) = copy.split_at_mut(query_len + out_len);
+        let numbers = products.chunks_exact(self.len).zip(terms.chunks_exact_mut(3 * self.len));
+        let of_slots = self.query_heads.chunks_exact(self.width).zip(numbers).enumerate();
+        for (slot, (heads, (products, terms))) in of_slots {
+            for (lane, (&head, &product)) in heads.iter().zip(products).enumerate() {
+                let [shift, inverse] = upstream.normalizer.factors(row, head);
+                let delta = product + upstream.more_delta(row, head);
+                let mut block = lane;
+                while block < self.len {
+                    terms[block] = shift;
+                    terms[self.len + block] = inverse;
+                    terms[2 * self.len + block] = delta;
+                    block += self.width;
+                }
+                if upstream.normalizer.is_empty(row, head) {
+                    let (query, grad_out) = columns.split_at_mut(query_len);
+                    for copy in [query, grad_out] {
+                        let entries = self.entries_of(slot * self.width + lane, copy);
+                        entries.for_each(|entry| *entry = F::zero());
+                    }
+                }
+            }
+        }
     }
 
     /// Processes the rows of a part: adds the gradients of `a` and, if wanted, of `b`; overwrites those of the weights of
@@ -248,9 +270,13 @@ impl<F: Float> Lanes<'_, F> {
             self.run_block(pass, upstream, &rows_of_block, (&mut tile, &mut extras), sums);
             let first = start - part.rows.start;
             let of_rows = first..first + rows.len();
-            add_copies(of_a, &sums_a, scale, grad_a.slice_mut(s![of_rows.clone(), ..]));
+            with_slice(grad_a.slice_mut(s![of_rows.clone(), ..]), |grad_a| {
+                from_lanes(of_a, &sums_a, Some(scale), grad_a);
+            });
             if let Some(grad_b) = &mut grad_b {
-                add_copies(of_b, &sums_b, F::one(), grad_b.slice_mut(s![of_rows, ..]));
+                with_slice(grad_b.slice_mut(s![of_rows, ..]), |grad_b| {
+                    from_lanes(of_b, &sums_b, Some(F::one()), grad_b);
+                });
             }
         }
         if let (Some(mut of_params), Some(extras)) = (of_params, extras) {
@@ -414,19 +440,5 @@ impl<F: Float> Extras<'_, F> {
         }
         self.pairs.multiply(weights, stride);
         self.pairs.score_vjp(&self.raw, grads, stride, &mut self.grad_params);
-    }
-}
-
-/// Adds rows with a head in each lane, times a factor.
-fn add_copies<F: Float>(
-    places: Transposition<'_>,
-    copies: &[F],
-    factor: F,
-    mut sums: ArrayViewMut2<'_, F>,
-) {
-    let mut rows = Buffer::stale(sums.len());
-    from_lanes(places, copies, &mut rows);
-    for (sum, row) in sums.rows_mut().into_iter().zip(rows.chunks_exact(places.columns)) {
-        add_to_row(sum, factor, row);
     }
 }

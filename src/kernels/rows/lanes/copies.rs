@@ -3,7 +3,7 @@
 use super::super::super::parallel;
 use super::super::super::primitives::buffer::Buffer;
 use super::super::super::primitives::matmul::Vector;
-use super::super::super::primitives::transpose::interleave;
+use super::super::super::primitives::transpose::{deinterleave, interleave};
 use super::super::super::problem::Slices;
 use super::super::{PREFETCH_AHEAD, PREFETCH_FROM};
 use crate::kernels::Float;
@@ -13,6 +13,9 @@ use std::ops::Range;
 
 /// Rows that are copied by one task.
 const ROWS_OF_TASK: usize = 1024;
+
+/// The time to copy a number, which memory bounds, in multiplications.
+const WORK_OF_COPY: usize = 16;
 
 /// Rows with a head in each lane.
 pub(super) struct Copies<F: Float> {
@@ -30,7 +33,8 @@ impl<F: Float> Copies<F> {
         let mut data = Buffer::stale(num_rows * stride);
         let starts = (0..num_rows).step_by(ROWS_OF_TASK);
         let tasks: Vec<_> = starts.zip(data.chunks_mut(stride * ROWS_OF_TASK)).collect();
-        parallel::for_each(tasks, num_rows * stride, |(start, copies)| {
+        let work = (num_rows * stride).saturating_mul(WORK_OF_COPY);
+        parallel::for_each(tasks, work, |(start, copies)| {
             copy(start..start + copies.len() / stride, copies);
         });
         Self { data, stride }
@@ -119,7 +123,7 @@ pub(super) fn to_lanes<F: Float>(
                     for (vector, row) in block.iter_mut().zip(rows) {
                         *vector = Vector::<S, F>::from_slice(simd, &row[column..][..len]);
                     }
-                    let block = interleave::<S, F, W>(block, W, W);
+                    let block = interleave::<S, F, W>(block, W);
                     let copy = &mut copy[column * W..][..W * len];
                     for (at, vector) in block.iter().enumerate() {
                         vector.store_slice(&mut copy[at * len..][..len]);
@@ -163,14 +167,20 @@ pub(super) fn to_lanes<F: Float>(
     dispatch!(places.level, simd => run_width(simd, places, (rows, which), first, copies));
 }
 
-/// Copies rows back.
+/// Copies rows back: overwrites them, or adds the copies times a factor.
 #[inline(never)]
-pub(super) fn from_lanes<F: Float>(places: Transposition<'_>, copies: &[F], rows: &mut [F]) {
+pub(super) fn from_lanes<F: Float>(
+    places: Transposition<'_>,
+    copies: &[F],
+    factor: Option<F>,
+    rows: &mut [F],
+) {
     #[inline(always)]
-    fn run<S: Simd, F: Float, const W: usize>(
+    fn run<S: Simd, F: Float, const W: usize, const ADD: bool>(
         simd: S,
         places: Transposition<'_>,
         copies: &[F],
+        factor: F,
         rows: &mut [F],
     ) {
         let Transposition { dim, len_of_slot, .. } = places;
@@ -187,15 +197,21 @@ pub(super) fn from_lanes<F: Float>(places: Transposition<'_>, copies: &[F], rows
                     for (at, vector) in block.iter_mut().enumerate() {
                         *vector = Vector::<S, F>::from_slice(simd, &copy[at * len..][..len]);
                     }
-                    let block = interleave::<S, F, W>(block, W, len);
-                    for (vector, start) in block.iter().zip(starts) {
-                        vector.store_slice(&mut row[start + column..][..len]);
+                    let block = deinterleave::<S, F, W>(block);
+                    for (&vector, start) in block.iter().zip(starts) {
+                        let row = &mut row[start + column..][..len];
+                        let vector = match ADD {
+                            true => Vector::<S, F>::from_slice(simd, row) + vector * factor,
+                            false => vector,
+                        };
+                        vector.store_slice(row);
                     }
                     column += len;
                 }
                 for column in column..dim {
                     for (&entry, start) in copy[column * W..][..W].iter().zip(starts) {
-                        row[start + column] = entry;
+                        let out = &mut row[start + column];
+                        *out = if ADD { *out + factor * entry } else { entry };
                     }
                 }
             }
@@ -203,21 +219,33 @@ pub(super) fn from_lanes<F: Float>(places: Transposition<'_>, copies: &[F], rows
     }
     // Of four widths, a level has only those of a vector and of a block; no code is compiled for the others.
     #[inline(always)]
-    fn run_width<S: Simd, F: Float>(
+    fn run_width<S: Simd, F: Float, const ADD: bool>(
         simd: S,
         places: Transposition<'_>,
         copies: &[F],
+        factor: F,
         rows: &mut [F],
     ) {
         match places.width {
-            2 if const { is_width::<S, F>(2) } => run::<S, F, 2>(simd, places, copies, rows),
-            4 if const { is_width::<S, F>(4) } => run::<S, F, 4>(simd, places, copies, rows),
-            8 if const { is_width::<S, F>(8) } => run::<S, F, 8>(simd, places, copies, rows),
-            16 if const { is_width::<S, F>(16) } => run::<S, F, 16>(simd, places, copies, rows),
+            2 if const { is_width::<S, F>(2) } => {
+                run::<S, F, 2, ADD>(simd, places, copies, factor, rows)
+            }
+            4 if const { is_width::<S, F>(4) } => {
+                run::<S, F, 4, ADD>(simd, places, copies, factor, rows)
+            }
+            8 if const { is_width::<S, F>(8) } => {
+                run::<S, F, 8, ADD>(simd, places, copies, factor, rows)
+            }
+            16 if const { is_width::<S, F>(16) } => {
+                run::<S, F, 16, ADD>(simd, places, copies, factor, rows)
+            }
             width => unreachable!("no slot has {width} heads"),
         }
     }
-    dispatch!(places.level, simd => run_width(simd, places, copies, rows));
+    dispatch!(places.level, simd => match factor {
+        Some(factor) => run_width::<_, F, true>(simd, places, copies, factor, rows),
+        None => run_width::<_, F, false>(simd, places, copies, F::one(), rows),
+    });
 }
 
 /// Whether a slot may have so many heads: those of a vector or of a block.

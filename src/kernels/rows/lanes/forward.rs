@@ -70,7 +70,7 @@ impl<F: Float> Lanes<'_, F> {
                 }
             }
             with_slice(out.slice_mut(s![first..first + rows.len(), ..]), |out| {
-                from_lanes(of_out, &outs, out);
+                from_lanes(of_out, &outs, None, out);
             });
         }
     }

@@ -32,7 +32,7 @@ use copies::{Copies, Transposition, Which, to_lanes};
 use fearless_simd::Level;
 #[cfg(target_arch = "x86_64")]
 use fearless_simd::Simd;
-use ndarray::{Array2, ArrayViewMut2};
+use ndarray::ArrayViewMut2;
 use steps::Shape;
 
 /// Rows of queries, outputs and gradients that are copied at a time, so that they stay in the cache.
@@ -161,13 +161,13 @@ impl<'p, F: Float> Lanes<'p, F> {
     }
 }
 
-/// Passes a matrix as one slice, or a copy that it is then overwritten with.
+/// Passes a matrix as one slice; if it is not contiguous, a copy, which is then copied back.
 fn with_slice<F: Float>(mut matrix: ArrayViewMut2<'_, F>, visit: impl FnOnce(&mut [F])) {
     match matrix.as_slice_mut() {
         Some(matrix) => visit(matrix),
         None => {
-            let mut copy = Array2::zeros(matrix.dim());
-            visit(copy.as_slice_mut().expect("a new array is contiguous"));
+            let mut copy = matrix.as_standard_layout().into_owned();
+            visit(copy.as_slice_mut().expect("it has the standard layout"));
             matrix.assign(&copy);
         }
     }

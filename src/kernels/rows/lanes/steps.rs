@@ -12,6 +12,7 @@ use super::super::super::problem::Slices;
 use super::super::backward::logits_vjp;
 use crate::kernels::Float;
 use fearless_simd::{Select, Simd, SimdBase, SimdFloat};
+use std::ops::Range;
 
 /// Vectors of a row at a time: as many sums as keep both units for multiply-add busy, and leave registers.
 const VECTORS: usize = 8;
@@ -46,6 +47,14 @@ pub(super) struct Shape<'s> {
     pub(super) slots: &'s [[usize; 2]],
     /// The distance between slots.
     pub(super) stride: usize,
+}
+
+impl Shape<'_> {
+    /// Where the numbers of a slot stand. Iterators over chunks would divide by the distance.
+    #[inline(always)]
+    fn numbers(self, slot: usize) -> Range<usize> {
+        slot * self.stride..(slot + 1) * self.stride
+    }
 }
 
 /// The numbers of pairs up to the end of the last vector.
@@ -112,8 +121,8 @@ pub(super) fn dots<S: Simd, F: Float>(
     let (len, width) = (Vector::<S, F>::LEN, shape.width);
     let count = others.at.len();
     let padded = padded::<S, F>(width, count);
-    for (&[own_slot, other_slot], out) in shape.slots.iter().zip(out.chunks_exact_mut(shape.stride))
-    {
+    for (slot, &[own_slot, other_slot]) in shape.slots.iter().enumerate() {
+        let out = &mut out[shape.numbers(slot)];
         let own = &own[own_slot * len_of_slot..][..len_of_slot];
         let others = others.skip(other_slot * len_of_slot);
         let products = if width == len { &mut *out } else { &mut *raw };
@@ -166,13 +175,13 @@ fn add_products<S: Simd, F: Float, const N: usize>(
 fn fold_blocks<S: Simd, F: Float>(simd: S, width: usize, raw: &[F], out: &mut [F]) {
     let len = Vector::<S, F>::LEN;
     if len == 2 * width {
-        for (raw, out) in raw.chunks_exact(2 * len).zip(out.chunks_exact_mut(len)) {
-            let n = |n| vector::<S, F>(simd, raw, n);
+        for (at, out) in out.chunks_exact_mut(len).enumerate() {
+            let n = |n| vector::<S, F>(simd, raw, 2 * at + n);
             fold_halves::<S, F>(simd, n(0), n(1)).store_slice(out);
         }
     } else {
-        for (raw, out) in raw.chunks_exact(4 * len).zip(out.chunks_exact_mut(len)) {
-            let n = |n| vector::<S, F>(simd, raw, n);
+        for (at, out) in out.chunks_exact_mut(len).enumerate() {
+            let n = |n| vector::<S, F>(simd, raw, 4 * at + n);
             fold_quarters::<S, F>(simd, [n(0), n(1), n(2), n(3)]).store_slice(out);
         }
     }
@@ -199,7 +208,8 @@ pub(super) fn exponentials<S: Simd, F: Float>(
     let width = shape.width;
     let padded = padded::<S, F>(width, count);
     let Running { maxima, sums, alphas } = running;
-    for (slot, logits) in logits.chunks_exact_mut(shape.stride).enumerate() {
+    for slot in 0..shape.slots.len() {
+        let logits = &mut logits[shape.numbers(slot)];
         let heads = slot * width..(slot + 1) * width;
         let of_slot = Running {
             maxima: &mut maxima[heads.clone()],
@@ -281,9 +291,8 @@ pub(super) fn weighted_sums<S: Simd, F: Float>(
 ) {
     let (len, width) = (Vector::<S, F>::LEN, shape.width);
     let mut last = usize::MAX;
-    for (&[own_slot, other_slot], weights) in
-        shape.slots.iter().zip(weights.chunks_exact(shape.stride))
-    {
+    for (slot, &[own_slot, other_slot]) in shape.slots.iter().enumerate() {
+        let weights = &weights[shape.numbers(slot)];
         let sums = &mut sums[own_slot * len_of_slot..][..len_of_slot];
         let others = others.skip(other_slot * len_of_slot);
         // Several slots may add to the same sums, one after another.
@@ -312,8 +321,9 @@ fn add_weighted<S: Simd, F: Float, const N: usize>(
     overwrite: bool,
 ) -> usize {
     let len = Vector::<S, F>::LEN;
+    let zero = Vector::<S, F>::splat(simd, F::zero());
     for start in (0..others.at.len()).step_by(TERMS_OF_SUM) {
-        let mut of_rows = [Vector::<S, F>::splat(simd, F::zero()); N];
+        let mut of_rows = [zero; N];
         for (&at, t) in others.at[start..].iter().take(TERMS_OF_SUM).zip(start..) {
             let weight = repeated::<S, F>(simd, &weights[t * width..][..width]);
             let row = others.row(at, N * len);
@@ -321,10 +331,11 @@ fn add_weighted<S: Simd, F: Float, const N: usize>(
                 *sum = weight.mul_add(vector::<S, F>(simd, row, n), *sum);
             }
         }
-        for (of_rows, sum) in of_rows.into_iter().zip(sums.chunks_exact_mut(len)) {
-            let before = Vector::<S, F>::from_slice(simd, sum);
-            let total = if overwrite && start == 0 { of_rows } else { before + of_rows };
-            total.store_slice(sum);
+        let is_first = overwrite && start == 0;
+        for (&of_rows, sum) in of_rows.iter().zip(sums.chunks_exact_mut(len)) {
+            // Zeros are added too: to store the sums as they are, the compiler would call a function.
+            let before = if is_first { zero } else { Vector::<S, F>::from_slice(simd, sum) };
+            (before + of_rows).store_slice(sum);
         }
     }
     N * len
@@ -340,8 +351,9 @@ pub(super) fn divide<S: Simd, F: Float>(
     sums: &[F],
 ) {
     let zero = Vector::<S, F>::splat(simd, F::zero());
-    for (values, sums) in values.chunks_exact_mut(len_of_slot).zip(sums.chunks_exact(shape.width)) {
-        let sum = repeated::<S, F>(simd, sums);
+    for slot in 0..shape.slots.len() {
+        let values = &mut values[slot * len_of_slot..][..len_of_slot];
+        let sum = repeated::<S, F>(simd, &sums[slot * shape.width..][..shape.width]);
         let (is_empty, factor) = (sum.simd_eq(zero), Vector::<S, F>::splat(simd, F::one()) / sum);
         for values in values.chunks_exact_mut(Vector::<S, F>::LEN) {
             let value = Vector::<S, F>::from_slice(simd, values) * factor;
@@ -371,9 +383,9 @@ pub(super) fn vjp<S: Simd, F: Float>(
 ) {
     let len = Vector::<S, F>::LEN;
     let padded = padded::<S, F>(shape.width, count);
-    let of_slots = logits.chunks_exact_mut(shape.stride).zip(grads.chunks_exact_mut(shape.stride));
-    for (slot, (logits, grads)) in of_slots.enumerate() {
-        let numbers = (&mut logits[..padded], &mut grads[..padded]);
+    for slot in 0..shape.slots.len() {
+        let of_slot = slot * shape.stride..slot * shape.stride + padded;
+        let numbers = (&mut logits[of_slot.clone()], &mut grads[of_slot]);
         match terms {
             Terms::OfQuery(terms) => {
                 let terms = vectors_of_terms(simd, &terms[slot * 3 * len..][..3 * len]);
@@ -406,8 +418,8 @@ fn vjp_of_slot<S: Simd, F: Float>(
     terms: impl Fn(usize) -> [Vector<S, F>; 3],
 ) {
     let len = Vector::<S, F>::LEN;
-    let vectors = logits.chunks_exact_mut(len).zip(grads.chunks_exact_mut(len));
-    for (n, (logits, grads)) in vectors.enumerate() {
+    for n in 0..logits.len() / len {
+        let [logits, grads] = [&mut *logits, &mut *grads].map(|all| &mut all[n * len..][..len]);
         let numbers =
             [Vector::<S, F>::from_slice(simd, logits), Vector::<S, F>::from_slice(simd, grads)];
         let [weight, grad] = logits_vjp::<S, F>(simd, numbers, terms(n));
