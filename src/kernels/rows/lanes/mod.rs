@@ -13,8 +13,8 @@
 //!
 //! This serves numbers of heads of keys that fill vectors or blocks, unless a bias or a mask hides pairs. The other
 //! driver of [`rows`](super) serves the rest. With 16 pairs per row in the cache, 4 heads take four fifths of its time
-//! forward and seven tenths with the backward pass, 8 heads seven and six tenths; with 3 pairs the copies take half of
-//! the time, and both drivers are as fast with 4 heads.
+//! forward and seven tenths with the backward pass, 8 heads seven and six tenths; with 3 pairs the copies take a
+//! quarter of the time.
 
 mod backward;
 mod copies;
