@@ -162,7 +162,7 @@ impl<F: Float> Lanes<'_, F> {
         let of_out = self.places(false, problem.value_dim, out_len);
         Copies::new(problem.inputs.num_queries(), stride, |rows, copies| {
             let mut outs = Buffer::stale(ROWS_AT_A_TIME * out_len);
-            let mut deltas = Buffer::stale(ROWS_AT_A_TIME * self.slots * self.len);
+            let mut products = Buffer::stale(ROWS_AT_A_TIME * self.slots * self.len);
             let blocks = rows.clone().step_by(ROWS_AT_A_TIME);
             for (start, copies) in blocks.zip(copies.chunks_mut(ROWS_AT_A_TIME * stride)) {
                 let rows = start..rows.end.min(start + ROWS_AT_A_TIME);
@@ -171,11 +171,11 @@ impl<F: Float> Lanes<'_, F> {
                 to_lanes(of_query, (problem.query.slices(), which), 0, copies);
                 to_lanes(of_grad, (upstream.grad_out, which), query_len, copies);
                 to_lanes(of_out, (upstream.out, which), 0, outs);
-                self.scale_and_multiply(copies, outs, &mut deltas);
+                self.scale_and_multiply(copies, outs, &mut products);
                 let copies = copies.chunks_exact_mut(stride);
-                let deltas = deltas.chunks_exact(self.slots * self.len);
-                for (row, (copy, deltas)) in rows.zip(copies.zip(deltas)) {
-                    self.write_terms(upstream, row, copy, deltas);
+                let products = products.chunks_exact(self.slots * self.len);
+                for (row, (copy, products)) in rows.zip(copies.zip(products)) {
+                    self.write_terms(upstream, row, copy, products);
                 }
             }
         })
